@@ -88,7 +88,8 @@ fn run_call(op: usize, call: &bridge::Call) -> bridge::Outcome {
 fn outcome(op: Op, run: impl FnOnce() -> Result<(), Error>) -> bridge::Outcome {
     let (code, message) = match catch_unwind(AssertUnwindSafe(run)) {
         Ok(Ok(())) => (bridge::Code::Ok, String::new()),
-        Ok(Err(Error(message))) => (bridge::Code::InvalidArgument, message),
+        Ok(Err(Error::Refused(message))) => (bridge::Code::InvalidArgument, message),
+        Ok(Err(Error::Device(message))) => (bridge::Code::Internal, message),
         Err(panic) => {
             let message = (panic.downcast_ref().map(String::as_str))
                 .or_else(|| panic.downcast_ref().copied())
@@ -101,7 +102,7 @@ fn outcome(op: Op, run: impl FnOnce() -> Result<(), Error>) -> bridge::Outcome {
 }
 
 fn decode_and_run(op: Op, call: &bridge::Call) -> Result<(), Error> {
-    let in_op = |Error(reason)| Error(format!("{}: {reason}", op.name()));
+    let in_op = |reason| Error::Refused(format!("{}: {reason}", op.name()));
     let args = views("operand", call.num_args(), |index| call.arg(index)).map_err(in_op)?;
     let rets = views("result", call.num_rets(), |index| call.ret(index)).map_err(in_op)?;
     refuse_overlap(op, &args, &rets).map_err(in_op)?;
@@ -125,9 +126,9 @@ fn views<'a>(
     role: &str,
     num: usize,
     get: impl Fn(usize) -> Result<bridge::Buffer<'a>, cxx::Exception>,
-) -> Result<Vec<View<'a>>, Error> {
+) -> Result<Vec<View<'a>>, String> {
     let view = |index| {
-        let buffer = get(index).map_err(|reason| Error(format!("{role} {index}: {reason}")))?;
+        let buffer = get(index).map_err(|reason| format!("{role} {index}: {reason}"))?;
         let dtype = match buffer.dtype {
             bridge::DType::F32 => DType::F32,
             bridge::DType::F64 => DType::F64,
@@ -145,7 +146,7 @@ fn views<'a>(
 
 /// Kernels rely on results that share memory with nothing else. XLA sees to it unless the program asks
 /// for `input_output_aliases`; the one that kernels know is that of [`Op::adds_in_place`].
-fn refuse_overlap(op: Op, args: &[View], rets: &[View]) -> Result<(), Error> {
+fn refuse_overlap(op: Op, args: &[View], rets: &[View]) -> Result<(), String> {
     for (index, ret) in rets.iter().map(span).enumerate() {
         let is_sum = |arg| op.adds_in_place() && index == 0 && arg + 1 == args.len();
         let mut args = args.iter().map(span).enumerate();
@@ -153,10 +154,10 @@ fn refuse_overlap(op: Op, args: &[View], rets: &[View]) -> Result<(), Error> {
         if args.any(|(arg, other)| overlap(&ret, &other) && !(is_sum(arg) && ret == other))
             || earlier.any(|other| overlap(&ret, &other))
         {
-            return Err(Error(format!(
+            return Err(format!(
                 "result {index}: expected memory of its own, got that of another buffer; \
                  remove `input_output_aliases`"
-            )));
+            ));
         }
     }
     Ok(())
@@ -164,14 +165,9 @@ fn refuse_overlap(op: Op, args: &[View], rets: &[View]) -> Result<(), Error> {
 
 /// The addresses of a view.
 fn span(view: &View) -> Range<usize> {
-    let element_bytes = match view.dtype {
-        DType::F64 => 8,
-        DType::F32 => 4,
-        DType::Bf16 | DType::F16 => 2,
-    };
     let num_elements: i64 = view.dims.iter().product();
     let start = view.data as usize;
-    start..start + num_elements as usize * element_bytes
+    start..start + num_elements as usize * view.dtype.num_bytes()
 }
 
 fn overlap(a: &Range<usize>, b: &Range<usize>) -> bool {
@@ -179,17 +175,17 @@ fn overlap(a: &Range<usize>, b: &Range<usize>) -> bool {
 }
 
 /// The attributes of a call: all fields of [`Config`] by their names, or none.
-fn config(op: Op, call: &bridge::Call) -> Result<Config, Error> {
+fn config(op: Op, call: &bridge::Call) -> Result<Config, String> {
     let check_num = |expected: usize| match call.num_attributes() {
         got if got == expected => Ok(()),
-        got => Err(Error(format!("expected {expected} attributes, got {got}"))),
+        got => Err(format!("expected {expected} attributes, got {got}")),
     };
     if !op.has_config() {
         check_num(0)?;
         return Ok(Config::default());
     }
     let refused =
-        |name: &str, reason: &dyn std::fmt::Display| Error(format!("attribute `{name}`: {reason}"));
+        |name: &str, reason: &dyn std::fmt::Display| format!("attribute `{name}`: {reason}");
     let text = |name| call.string_attribute(name).map_err(|e| refused(name, &e));
     let number = |name| call.float64_attribute(name).map_err(|e| refused(name, &e));
     let count = |name| {

@@ -8,7 +8,7 @@ use crate::sinkhorn::{self, gather, scatter};
 use crate::stream::{Rows, RowsMut};
 
 /// Which coefficients a token has, in the order pre, post, res.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Layout {
     /// Streams.
     pub n: usize,

@@ -1,7 +1,5 @@
 //! The settings of one call: the fields of `MHCConfig` under their own names.
 
-use crate::Error;
-
 /// Which set the matrix H_res is kept on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Constraint {
@@ -86,14 +84,14 @@ impl Default for Config {
 macro_rules! spelled {
     ($type:ident, $field:literal, $($text:literal => $value:ident),+) => {
         impl std::str::FromStr for $type {
-            type Err = Error;
-            fn from_str(text: &str) -> Result<Self, Error> {
+            type Err = String;
+            fn from_str(text: &str) -> Result<Self, String> {
                 match text {
                     $($text => Ok(Self::$value),)+
-                    _ => Err(Error(format!(
+                    _ => Err(format!(
                         concat!("attribute `", $field, "`: expected one of {:?}, got {:?}"),
                         [$($text),+], text,
-                    ))),
+                    )),
                 }
             }
         }

@@ -1,10 +1,13 @@
-//! What jax-mhc computes: CPU kernels, the plain description of a call, and its checks.
+//! What jax-mhc computes: kernels for the CPU and for CUDA, the plain description of a call, and its
+//! checks.
 //!
-//! [`call`] is the only way in. It takes views of memory and knows nothing of XLA or JAX.
+//! [`call`] runs a call on the CPU and [`cuda`] on a GPU. They take views of memory and know nothing of
+//! XLA or JAX.
 
 mod call;
 mod coefficients;
 mod config;
+pub mod cuda;
 mod head;
 mod pages;
 mod parallel;
@@ -12,6 +15,7 @@ mod post;
 mod pre;
 mod projection;
 mod seam;
+mod signature;
 mod simd;
 mod sinkhorn;
 mod stream;
@@ -19,19 +23,27 @@ mod stream;
 mod tests;
 mod view;
 
-pub use call::{Op, call};
+pub use call::call;
 pub use config::{Config, Constraint, EpsMode, NormEpsMode, Order};
 pub use parallel::{Pool, Serial, Task};
+pub use signature::Op;
 pub use simd::instruction_set;
 pub use view::{DType, View};
 
-/// Why a call was refused: op, argument, expected, got.
+/// Why a call did not run.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Error(pub String);
+pub enum Error {
+    /// It is none of the calls of the table: op, argument, expected, got.
+    Refused(String),
+    /// The device cannot run it: op, what was tried, the device's error.
+    Device(String),
+}
 
 impl std::fmt::Display for Error {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0)
+        match self {
+            Self::Refused(message) | Self::Device(message) => f.write_str(message),
+        }
     }
 }
 

@@ -1,12 +1,13 @@
-//! Memory that is lent for one call, and its checks.
+//! Memory that is lent for one call.
 
 use half::{bf16, f16};
 
-use crate::Error;
 use crate::pages::advise_large;
+use crate::signature::Call;
+use crate::stream::{Rows, RowsMut};
 
 /// Element types.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DType {
     /// IEEE binary32.
     F32,
@@ -26,6 +27,25 @@ impl DType {
             DType::F64 => "float64",
             DType::Bf16 => "bfloat16",
             DType::F16 => "float16",
+        }
+    }
+
+    /// The name in the symbols of kernels.
+    pub const fn short_name(self) -> &'static str {
+        match self {
+            DType::F32 => "f32",
+            DType::F64 => "f64",
+            DType::Bf16 => "bf16",
+            DType::F16 => "f16",
+        }
+    }
+
+    /// Size of an element.
+    pub const fn num_bytes(self) -> usize {
+        match self {
+            DType::F64 => 8,
+            DType::F32 => 4,
+            DType::Bf16 | DType::F16 => 2,
         }
     }
 }
@@ -60,132 +80,95 @@ impl Element for f16 {
     const DTYPE: DType = DType::F16;
 }
 
-/// The operands and results of one call, taken one after the other in their documented order.
-pub struct Frame<'a> {
-    op: &'static str,
-    args: &'a [View<'a>],
-    rets: &'a [View<'a>],
+/// The operands and results of a checked call as slices, by their names.
+pub struct Memory<'a> {
+    call: Call<'a>,
+    taken: Vec<&'static str>,
 }
 
-impl<'a> Frame<'a> {
+impl<'a> Memory<'a> {
     /// # Safety
-    /// Every view is valid for reads (`args`) or writes (`rets`) of all its elements for `'a`, aligned
-    /// to its type, and no result overlaps another view, but for those of `arg_in_ret`.
-    pub unsafe fn new(op: &'static str, args: &'a [View<'a>], rets: &'a [View<'a>]) -> Self {
-        Self { op, args, rets }
-    }
-
-    /// An error of this op about one argument.
-    pub fn error(&self, name: &str, expected: &str, got: &str) -> Error {
-        Error(format!(
-            "{}: `{name}`: expected {expected}, got {got}",
-            self.op
-        ))
-    }
-
-    /// The dtype of the first operand, which decides all others.
-    pub fn dtype(&self) -> Result<DType, Error> {
-        let first = self.args.first();
-        first
-            .map(|view| view.dtype)
-            .ok_or_else(|| self.error("operands", "at least one", "none"))
-    }
-
-    /// Sizes of the first operand, which decide all others: at least `rank`.
-    pub fn dims(&self, name: &str, rank: usize) -> Result<&'a [i64], Error> {
-        let dims = self.args.first().map_or(&[][..], |view| view.dims);
-        if dims.len() < rank {
-            let expected = format!("at least {rank} dimensions");
-            return Err(self.error(name, &expected, &format!("{dims:?}")));
+    /// Every view of the call is valid for reads (operands) or writes (results) of all its elements for
+    /// `'a`, and no result overlaps another view, but where [`Op::adds_in_place`] says so.
+    ///
+    /// [`Op::adds_in_place`]: crate::Op::adds_in_place
+    pub unsafe fn new(call: Call<'a>) -> Self {
+        Self {
+            call,
+            taken: Vec::with_capacity(call.op.results().len()),
         }
-        Ok(dims)
     }
 
-    /// Sizes of operand `index`, without taking it.
-    pub fn arg_dims(&self, index: usize) -> &'a [i64] {
-        self.args.get(index).map_or(&[], |view| view.dims)
+    /// The call that this is the memory of.
+    pub fn call(&self) -> Call<'a> {
+        self.call
     }
 
-    /// Takes the next operand.
-    pub fn arg<T: Element>(&mut self, name: &str, dims: &[&[i64]]) -> Result<&'a [T], Error> {
-        let Some((view, rest)) = self.args.split_first() else {
-            return Err(self.error(name, "an operand", "none"));
+    /// An operand.
+    ///
+    /// # Panics
+    /// There is no such operand of this type, or it is the one whose memory becomes a result.
+    pub fn slice<T: Element>(&self, name: &str) -> &'a [T] {
+        let op = self.call.op;
+        assert!(!(op.adds_in_place() && op.operands().last() == Some(&name)));
+        let view = self.call.operand(name);
+        let Some(len) = len::<T>(view) else {
+            return &[];
         };
-        self.args = rest;
-        let len = self.check::<T>(name, view, dims)?;
-        if len == 0 {
-            return Ok(&[]);
-        }
-        // SAFETY: `new` promises that the elements are there, and nobody writes them.
-        Ok(unsafe { std::slice::from_raw_parts(view.data.cast::<T>(), len) })
+        // SAFETY: `new` promises that the elements are there, and nobody writes them: the operand is not
+        // the one that may share its memory.
+        unsafe { std::slice::from_raw_parts(view.data.cast::<T>(), len) }
     }
 
-    /// Takes the next result.
-    pub fn ret<T: Element>(&mut self, name: &str, dims: &[&[i64]]) -> Result<&'a mut [T], Error> {
-        let Some((view, rest)) = self.rets.split_first() else {
-            return Err(self.error(name, "a result", "none"));
+    /// A result. The one that is added to an operand holds that operand.
+    ///
+    /// # Panics
+    /// There is no such result of this type, or it has been taken.
+    pub fn slice_mut<T: Element>(&mut self, name: &'static str) -> &'a mut [T] {
+        assert!(!self.taken.contains(&name), "`{name}` is taken");
+        self.taken.push(name);
+        let view = self.call.result(name);
+        let Some(len) = len::<T>(view) else {
+            return &mut [];
         };
-        self.rets = rest;
-        let len = self.check::<T>(name, view, dims)?;
-        if len == 0 {
-            return Ok(&mut []);
+        let op = self.call.op;
+        if op.adds_in_place() && op.results().first() == Some(&name) {
+            let added_to = op.operands().last().map(|name| self.call.operand(name));
+            if let Some(from) = added_to.filter(|from| from.data != view.data) {
+                // SAFETY: the table gives both the same type and shape, and `new` promises that they
+                // overlap in no other way than lying in the same place.
+                unsafe {
+                    std::ptr::copy_nonoverlapping(from.data, view.data, len * size_of::<T>())
+                };
+            }
         }
-        // SAFETY: `new` promises that the elements are there and in no other view; each result is
-        // taken once.
+        // SAFETY: `new` promises that the elements are there and in no other view that is handed out;
+        // each result is taken once.
         let result = unsafe { std::slice::from_raw_parts_mut(view.data.cast::<T>(), len) };
         advise_large(result);
-        Ok(result)
+        result
     }
 
-    /// Takes the next operand and the next result, which is to be added to the operand: the result,
-    /// holding the operand. XLA lets the two share their memory.
-    pub fn arg_in_ret<T: Element>(
-        &mut self,
-        names: [&str; 2],
-        dims: &[&[i64]],
-    ) -> Result<&'a mut [T], Error> {
-        let arg = self
-            .args
-            .first()
-            .map_or(std::ptr::null_mut(), |view| view.data);
-        let shared = self.rets.first().is_some_and(|view| view.data == arg);
-        if shared {
-            if let Some((view, rest)) = self.args.split_first() {
-                self.check::<T>(names[0], view, dims)?;
-                self.args = rest;
-            }
-            return self.ret(names[1], dims);
-        }
-        let from = self.arg::<T>(names[0], dims)?;
-        let to = self.ret(names[1], dims)?;
-        to.copy_from_slice(from);
-        Ok(to)
+    /// An operand, a row for each token.
+    ///
+    /// # Panics
+    /// As [`Memory::slice`].
+    pub fn rows<T: Element>(&self, name: &str) -> Rows<'a, T> {
+        Rows::new(self.slice(name), self.call.width(name))
     }
 
-    /// Nothing must be left.
-    pub fn finish(self) -> Result<(), Error> {
-        if self.args.is_empty() && self.rets.is_empty() {
-            return Ok(());
-        }
-        let got = format!("{} and {} more", self.args.len(), self.rets.len());
-        Err(self.error("operands and results", "no more", &got))
+    /// A result, a row for each token.
+    ///
+    /// # Panics
+    /// As [`Memory::slice_mut`].
+    pub fn rows_mut<T: Element>(&mut self, name: &'static str) -> RowsMut<'a, T> {
+        RowsMut::new(self.slice_mut(name), self.call.width(name))
     }
+}
 
-    /// Number of elements of a view that has this type and these sizes, given in parts.
-    fn check<T: Element>(&self, name: &str, view: &View, dims: &[&[i64]]) -> Result<usize, Error> {
-        let dims = dims.concat();
-        if view.dtype != T::DTYPE || view.dims != dims {
-            let expected = format!("{}{dims:?}", T::DTYPE.name());
-            let got = format!("{}{:?}", view.dtype.name(), view.dims);
-            return Err(self.error(name, &expected, &got));
-        }
-        let len = dims.iter().try_fold(1_usize, |len, dim| {
-            len.checked_mul(usize::try_from(*dim).ok()?)
-        });
-        match len {
-            Some(0) => Ok(0),
-            Some(len) if view.data.cast::<T>().is_aligned() && !view.data.is_null() => Ok(len),
-            _ => Err(self.error(name, "aligned memory of a possible size", "something else")),
-        }
-    }
+/// Number of elements of a checked view of this type, if it has any.
+fn len<T: Element>(view: &View) -> Option<usize> {
+    assert!(view.dtype == T::DTYPE, "a view of {}", view.dtype.name());
+    let len = view.dims.iter().product::<i64>() as usize;
+    (len > 0).then_some(len)
 }

@@ -1,0 +1,371 @@
+//! The table of calls: the names of operands and results, and from a name its dtype and shape. The one
+//! check of a call, whichever device runs it.
+
+use crate::coefficients::Layout;
+use crate::config::MAX_SINKHORN_ITERS;
+use crate::simd::MAX_STREAMS;
+use crate::view::{DType, View};
+use crate::{Config, Error};
+
+/// Every call that this library answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Op {
+    /// Width connection.
+    PreFwd,
+    /// Its backward pass.
+    PreBwd,
+    /// Depth connection.
+    PostFwd,
+    /// Its backward pass.
+    PostBwd,
+    /// Post of one sublayer and pre of the next.
+    SeamFwd,
+    /// Its backward pass.
+    SeamBwd,
+    /// Projection onto the doubly stochastic matrices.
+    SinkhornFwd,
+    /// Its backward pass.
+    SinkhornBwd,
+    /// The learned exit from the streams.
+    HeadFwd,
+    /// Its backward pass.
+    HeadBwd,
+}
+
+impl Op {
+    /// Every op, in the order of the table of handlers.
+    pub const ALL: [Op; 10] = [
+        Op::PreFwd,
+        Op::PreBwd,
+        Op::PostFwd,
+        Op::PostBwd,
+        Op::SeamFwd,
+        Op::SeamBwd,
+        Op::SinkhornFwd,
+        Op::SinkhornBwd,
+        Op::HeadFwd,
+        Op::HeadBwd,
+    ];
+
+    /// The name that every layer uses, such as `pre_fwd`.
+    pub const fn name(self) -> &'static str {
+        self.row().0
+    }
+
+    /// Its operands, in order. `d_<name>` is the cotangent of `<name>`; the kernel adds what it
+    /// computes for d_x to the one that ends in `_in`, in the memory that becomes d_x.
+    pub(crate) const fn operands(self) -> &'static [&'static str] {
+        self.row().1
+    }
+
+    /// Its results, in order.
+    pub(crate) const fn results(self) -> &'static [&'static str] {
+        self.row().2
+    }
+
+    #[rustfmt::skip]
+    const fn row(self) -> (&'static str, &'static [&'static str], &'static [&'static str]) {
+        match self {
+            Op::PreFwd => (
+                "pre_fwd",
+                &["x", "phi", "alpha", "bias"],
+                &["u", "h_pre", "h_post", "h_res", "m", "r"],
+            ),
+            Op::PreBwd => (
+                "pre_bwd",
+                &["x", "phi", "alpha", "bias", "m", "r", "d_u", "d_h_pre", "d_h_post", "d_h_res", "d_x_in"],
+                &["d_x", "d_phi", "d_alpha", "d_bias"],
+            ),
+            Op::PostFwd => ("post_fwd", &["x", "y", "h_post", "h_res"], &["x_new"]),
+            Op::PostBwd => (
+                "post_bwd",
+                &["x", "y", "h_post", "h_res", "d_x_new"],
+                &["d_x", "d_y", "d_h_post", "d_h_res"],
+            ),
+            Op::SeamFwd => (
+                "seam_fwd",
+                &["x", "y", "h_post", "h_res", "phi", "alpha", "bias"],
+                &["x_new", "u", "h_pre", "h_post", "h_res", "m", "r"],
+            ),
+            Op::SeamBwd => (
+                "seam_bwd",
+                &["x", "y", "h_post", "h_res", "phi", "alpha", "bias", "m", "r",
+                  "d_u", "d_h_pre", "d_h_post", "d_h_res", "d_x_new_in"],
+                &["d_x", "d_y", "d_h_post", "d_h_res", "d_phi", "d_alpha", "d_bias"],
+            ),
+            Op::SinkhornFwd => ("sinkhorn_fwd", &["z"], &["h_res"]),
+            Op::SinkhornBwd => ("sinkhorn_bwd", &["z", "d_h_res"], &["d_z"]),
+            Op::HeadFwd => ("head_fwd", &["x", "phi", "alpha", "bias"], &["u", "m", "r"]),
+            Op::HeadBwd => (
+                "head_bwd",
+                &["x", "phi", "alpha", "bias", "m", "r", "d_u"],
+                &["d_x", "d_phi", "d_alpha", "d_bias"],
+            ),
+        }
+    }
+
+    /// Whether the first result may lie where the last operand lies, to which it is added.
+    pub const fn adds_in_place(self) -> bool {
+        matches!(self, Op::PreBwd | Op::SeamBwd)
+    }
+
+    /// Whether the call carries a [`Config`].
+    pub const fn has_config(self) -> bool {
+        !matches!(self, Op::PostFwd | Op::PostBwd)
+    }
+
+    /// Which coefficients the call has.
+    pub(crate) fn layout(self, n: usize, config: &Config) -> Layout {
+        match self {
+            Op::HeadFwd | Op::HeadBwd => Layout::head(n),
+            _ => Layout::pre(n, config.constraint),
+        }
+    }
+
+    /// An error about one argument.
+    fn error(self, name: &str, expected: &str, got: &str) -> Error {
+        let op = self.name();
+        Error::Refused(format!("{op}: `{name}`: expected {expected}, got {got}"))
+    }
+}
+
+/// One call, checked: its sizes, and its operands and results by name.
+#[derive(Debug, Clone, Copy)]
+pub struct Call<'a> {
+    /// Which one.
+    pub op: Op,
+    /// Its settings; of no meaning where the op has none.
+    pub config: &'a Config,
+    /// Of the streams, or of z.
+    pub dtype: DType,
+    /// Product of the leading dimensions; matrices, where the first operand is z.
+    pub tokens: usize,
+    /// Streams.
+    pub n: usize,
+    /// Channels of one stream; n where there are no streams.
+    pub c: usize,
+    /// Columns of phi and m: all coefficients, or 0 for static ones and where there is no phi.
+    pub columns: usize,
+    /// Which coefficients there are.
+    pub layout: Layout,
+    lead: &'a [i64],
+    args: &'a [View<'a>],
+    rets: &'a [View<'a>],
+}
+
+/// What the table says of one name.
+struct Shape {
+    dtype: DType,
+    has_tokens: bool,
+    row: [usize; 2],
+    rank: usize,
+}
+
+impl Shape {
+    fn row(&self) -> &[usize] {
+        &self.row[..self.rank]
+    }
+}
+
+impl<'a> Call<'a> {
+    /// Checks a call: operands and results as in the table of docs/architecture.md, with one more result
+    /// or none, the workspace of devices that need it (float32, one-dimensional).
+    ///
+    /// # Errors
+    /// A wrong number of operands or results, or one of the wrong shape, dtype or alignment.
+    pub fn check(
+        op: Op,
+        args: &'a [View<'a>],
+        rets: &'a [View<'a>],
+        config: &'a Config,
+    ) -> Result<Self, Error> {
+        if config.sinkhorn_iters > MAX_SINKHORN_ITERS {
+            let expected = format!("at most {MAX_SINKHORN_ITERS}");
+            let got = config.sinkhorn_iters.to_string();
+            return Err(op.error("sinkhorn_iters", &expected, &got));
+        }
+        let call = Self::sizes(op, args, rets, config)?;
+        call.check_all(op.operands(), args, "an operand")?;
+        call.check_all(op.results(), rets, "a result")?;
+        let (operands, results) = (op.operands().len(), op.results().len());
+        match &rets[results..] {
+            _ if args.len() > operands => {}
+            [] => return Ok(call),
+            [view] if view.dtype == DType::F32 && view.dims.len() == 1 => {
+                if is_sound(view) {
+                    return Ok(call);
+                }
+                return Err(op.error("workspace", SOUND, "something else"));
+            }
+            _ => {}
+        }
+        let got = format!(
+            "{} and {} more",
+            args.len() - operands,
+            rets.len() - results
+        );
+        Err(op.error("operands and results", "no more", &got))
+    }
+
+    /// Takes the sizes from the first operand and from phi.
+    fn sizes(
+        op: Op,
+        args: &'a [View<'a>],
+        rets: &'a [View<'a>],
+        config: &'a Config,
+    ) -> Result<Self, Error> {
+        let Some(first) = args.first() else {
+            return Err(op.error("operands", "at least one", "none"));
+        };
+        let name = op.operands()[0];
+        let [lead @ .., n, c] = first.dims else {
+            let got = format!("{:?}", first.dims);
+            return Err(op.error(name, "at least 2 dimensions", &got));
+        };
+        let is_z = name == "z";
+        if is_z && !matches!(first.dtype, DType::F32 | DType::F64) {
+            return Err(op.error(name, "float32 or float64", first.dtype.name()));
+        }
+        let possible = (1..=MAX_STREAMS as i64).contains(n)
+            && if is_z { n == c } else { *c >= 1 }
+            && n.checked_mul(*c).is_some();
+        let tokens = num_elements(lead).filter(|_| possible);
+        let Some(tokens) = tokens else {
+            let expected = if is_z {
+                "[..., n, n] with 1 <= n <= 16"
+            } else {
+                "[..., n, C] with 1 <= n <= 16 and C >= 1"
+            };
+            return Err(op.error(name, expected, &format!("{:?}", first.dims)));
+        };
+        let (n, c) = (*n as usize, *c as usize);
+        let layout = op.layout(n, config);
+        let phi = op.operands().iter().position(|name| *name == "phi");
+        let columns = match phi.and_then(|at| args.get(at)).map(|view| view.dims) {
+            None => 0,
+            Some([_, 0]) if layout.num_post > 0 => 0,
+            Some(_) => layout.num(),
+        };
+        Ok(Self {
+            op,
+            config,
+            dtype: first.dtype,
+            tokens,
+            n,
+            c,
+            columns,
+            layout,
+            lead,
+            args,
+            rets,
+        })
+    }
+
+    fn check_all(&self, names: &[&str], views: &[View], what: &str) -> Result<(), Error> {
+        for (at, name) in names.iter().enumerate() {
+            let Some(view) = views.get(at) else {
+                return Err(self.op.error(name, what, "none"));
+            };
+            let shape = self.shape(name);
+            let row = shape.row();
+            let lead = if shape.has_tokens { self.lead } else { &[] };
+            let fits = view.dtype == shape.dtype
+                && view.dims.len() == lead.len() + row.len()
+                && view.dims.starts_with(lead)
+                && (view.dims[lead.len()..].iter())
+                    .zip(row)
+                    .all(|(got, want)| *got == *want as i64);
+            if !fits {
+                let row: Vec<i64> = row.iter().map(|dim| *dim as i64).collect();
+                let expected = format!("{}{:?}", shape.dtype.name(), [lead, &row].concat());
+                let got = format!("{}{:?}", view.dtype.name(), view.dims);
+                return Err(self.op.error(name, &expected, &got));
+            }
+            if !is_sound(view) {
+                return Err(self.op.error(name, SOUND, "something else"));
+            }
+        }
+        Ok(())
+    }
+
+    /// What the table says of a name: `d_<name>` is as `<name>`.
+    fn shape(&self, name: &str) -> Shape {
+        let streams = self.dtype;
+        let wide = match self.dtype {
+            DType::F64 => DType::F64,
+            _ => DType::F32,
+        };
+        let num_alpha = if self.layout.num_post > 0 { 3 } else { 1 };
+        let (n, c) = (self.n, self.c);
+        let value = name.strip_prefix("d_").unwrap_or(name);
+        let (dtype, has_tokens, row, rank) = match value {
+            "x" | "x_new" | "x_in" | "x_new_in" => (streams, true, [n, c], 2),
+            "y" | "u" => (streams, true, [c, 0], 1),
+            "h_pre" | "h_post" => (wide, true, [n, 0], 1),
+            "h_res" | "z" => (wide, true, [n, n], 2),
+            "m" => (wide, true, [self.columns, 0], 1),
+            "r" => (wide, true, [0, 0], 0),
+            "phi" => (wide, false, [n * c, self.columns], 2),
+            "alpha" => (wide, false, [num_alpha, 0], 1),
+            "bias" => (wide, false, [self.layout.num(), 0], 1),
+            _ => unreachable!("no `{name}` in the table of calls"),
+        };
+        Shape {
+            dtype,
+            has_tokens,
+            row,
+            rank,
+        }
+    }
+
+    /// Elements a token of an operand or result, or of all of it where it has no tokens.
+    pub fn width(&self, name: &str) -> usize {
+        self.shape(name).row().iter().product()
+    }
+
+    /// An operand.
+    ///
+    /// # Panics
+    /// The call has none of this name.
+    pub fn operand(&self, name: &str) -> &'a View<'a> {
+        &self.args[self.position(self.op.operands(), name)]
+    }
+
+    /// A result.
+    ///
+    /// # Panics
+    /// The call has none of this name.
+    pub fn result(&self, name: &str) -> &'a View<'a> {
+        &self.rets[self.position(self.op.results(), name)]
+    }
+
+    fn position(&self, names: &[&str], name: &str) -> usize {
+        let found = names.iter().position(|other| *other == name);
+        found.unwrap_or_else(|| panic!("{}: no `{name}` among {names:?}", self.op.name()))
+    }
+
+    /// Address of the workspace and its number of floats, where the call has one.
+    pub fn workspace(&self) -> Option<(u64, usize)> {
+        let view = self.rets.get(self.op.results().len())?;
+        Some((view.data as u64, num_elements(view.dims)?))
+    }
+}
+
+const SOUND: &str = "aligned memory of a possible size";
+
+/// Whether its memory can be what it says.
+fn is_sound(view: &View) -> bool {
+    match num_elements(view.dims) {
+        Some(0) => true,
+        Some(_) => {
+            !view.data.is_null() && (view.data as usize).is_multiple_of(view.dtype.num_bytes())
+        }
+        None => false,
+    }
+}
+
+fn num_elements(dims: &[i64]) -> Option<usize> {
+    dims.iter().try_fold(1_usize, |len, dim| {
+        len.checked_mul(usize::try_from(*dim).ok()?)
+    })
+}
