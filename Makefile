@@ -12,10 +12,10 @@ HEADERS := .build/jaxlib/include/xla/ffi/api/ffi.h
 SOURCES := pyproject.toml hatch_build.py Cargo.toml Cargo.lock \
 	$(shell find kernels ffi xla_plugin python -type f ! -name '*.pyc')
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench bench-gpu clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\): .*## \(.*\)/make \1\t\2/p' Makefile
+	@sed -n 's/^\([a-z-]*\): .*## \(.*\)/make \1\t\2/p' Makefile
 
 demo: .venv/installed-examples  ## train a small GPT with plain residuals, HC and mHC
 	$(BIN)/python examples/train_gpt.py
@@ -34,6 +34,9 @@ lint: .venv/installed-test,dev,examples  ## run the formatters' and linters' che
 
 bench: .venv/installed-bench  ## compare the fused kernels with plain JAX; writes benches/results/
 	$(BIN)/python benches/cpu.py
+
+bench-gpu: .venv/installed-bench,cuda13  ## the same on an NVIDIA GPU with a driver for CUDA 13; some minutes
+	$(BIN)/python benches/gpu.py
 
 clean:  ## remove everything that these targets made
 	rm -rf .venv .build target demo .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -15,22 +15,21 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
-import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import common
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from common import STREAMS, median_us
 from rich.progress import Progress
 from tabulate import tabulate
 
@@ -38,8 +37,9 @@ import jax_mhc as mhc
 from jax_mhc import info
 
 SHAPES = ((2048, 1024), (512, 4096))
-STREAMS = 4
 DTYPES = ("float32", "bfloat16")
+IMPLEMENTATIONS = {"fused": common.FUSED, "reference": mhc.reference}
+PASSES = {"forward": common.forward, "gradients": common.gradients}
 # Streams of C elements that each pass must read or write (docs/mathematics.md, n = 4).
 STREAMS_MOVED = {"forward": 5 + 9, "gradients": 37}
 
@@ -52,46 +52,6 @@ class Options:
     """Timed runs of each program; the median is reported."""
     output: Path = Path("benches/results/cpu")
     """Folder for the records."""
-
-
-def inputs(tokens: int, hidden: int, dtype: str) -> tuple[Any, ...]:
-    keys = jax.random.split(jax.random.key(0), 7)
-    num = STREAMS**2 + 2 * STREAMS
-    scale = float((STREAMS * hidden) ** -0.5)
-    params = mhc.MHCParams(
-        phi=scale * jax.random.normal(keys[0], (STREAMS * hidden, num), jnp.float32),
-        alpha=jnp.asarray([1.0, 0.8, 1.2], jnp.float32),
-        bias=0.5 * jax.random.normal(keys[1], (num,), jnp.float32),
-    )
-    x = jax.random.normal(keys[2], (tokens, STREAMS, hidden), dtype)
-    y = jax.random.normal(keys[3], (tokens, hidden), dtype)
-    d_u = jax.random.normal(keys[4], (tokens, hidden), dtype)
-    d_x_new = jax.random.normal(keys[5], (tokens, STREAMS, hidden), dtype)
-    return x, y, params, d_u, d_x_new
-
-
-def programs(implementation: str) -> dict[str, Callable[..., Any]]:
-    def forward(x, y, params):
-        u, ctx = mhc.pre(x, params, implementation=implementation)
-        u, y, ctx = jax.lax.optimization_barrier((u, y, ctx))
-        return u, mhc.post(y, ctx, implementation=implementation)
-
-    def gradients(x, y, params, d_u, d_x_new):
-        results, vjp = jax.vjp(forward, x, y, params)
-        results, d_u, d_x_new = jax.lax.optimization_barrier((results, d_u, d_x_new))
-        return results, vjp((d_u, d_x_new))
-
-    return {"forward": lambda x, y, params, *_: forward(x, y, params), "gradients": gradients}
-
-
-def median_us(run: Callable[[], Any], repeats: int) -> float:
-    run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) * 1e6
 
 
 def copy_bandwidth(num_bytes: int, repeats: int) -> float:
@@ -110,36 +70,33 @@ def copy_bandwidth(num_bytes: int, repeats: int) -> float:
 
 def errors(results: Any, exact: Any) -> float:
     """Largest relative L2 error of any array."""
-
-    def error(got: jax.Array, want: jax.Array) -> float:
-        got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-        return float(np.linalg.norm(got - want) / np.linalg.norm(want))
-
-    return max(jax.tree.leaves(jax.tree.map(error, results, exact)))
+    return max(jax.tree.leaves(jax.tree.map(common.relative_error, results, exact)))
 
 
 def bench_shape(tokens: int, hidden: int, dtype: str, repeats: int) -> list[dict[str, Any]]:
-    args = inputs(tokens, hidden, dtype)
+    args = common.inputs(jax.random.key(0), tokens, hidden, dtype)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), args)
-        exact = jax.tree.map(np.asarray, jax.jit(programs("reference")["gradients"])(*wide))
+        program = jax.jit(functools.partial(common.gradients, mhc.reference))
+        exact = jax.tree.map(np.asarray, program(*wide))
     exact = {"forward": exact[0], "gradients": exact}
     rows = []
     for name, num_streams in STREAMS_MOVED.items():
         num_bytes = num_streams * tokens * hidden * jnp.dtype(dtype).itemsize
         row: dict[str, Any] = {"tokens": tokens, "hidden": hidden, "dtype": dtype, "pass": name}
+        operands = args[:3] if name == "forward" else args
         compiled = {}
-        for implementation in ("fused", "reference"):
-            program = jax.jit(programs(implementation)[name]).lower(*args).compile()
+        for implementation, ops in IMPLEMENTATIONS.items():
+            program = jax.jit(functools.partial(PASSES[name], ops)).lower(*operands).compile()
             calls = program.as_text().count("jax_mhc_")
             if (calls > 0) != (implementation == "fused"):
                 raise SystemExit(f"{implementation}: {calls} custom calls in the program")
-            row[f"{implementation}_error"] = errors(program(*args), exact[name])
+            row[f"{implementation}_error"] = errors(program(*operands), exact[name])
             compiled[implementation] = program
         if row["fused_error"] > 1.5 * row["reference_error"]:
             raise SystemExit(f"the fused result is wrong: {row}")
         for implementation, program in compiled.items():
-            run = functools.partial(program, *args)
+            run = functools.partial(program, *operands)
             row[f"{implementation}_us"] = median_us(
                 lambda run=run: jax.block_until_ready(run()), repeats
             )
@@ -195,11 +152,6 @@ def processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
 
 
-def commit() -> str:
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
-
-
 def markdown(record: dict[str, Any]) -> str:
     def number(row: dict[str, Any], key: str) -> str:
         return f"{row[key] / 1e3:.1f}"
@@ -251,7 +203,7 @@ def main(options: Options) -> None:
             rows += bench_shape(tokens, hidden, dtype, options.repeats)
     record = {
         "date": datetime.date.today().isoformat(),
-        "commit": commit(),
+        "commit": common.commit(),
         "jax": jax.__version__,
         "python": platform.python_version(),
         "machine": {
@@ -264,13 +216,9 @@ def main(options: Options) -> None:
         "call_us": call_overhead_us(),
         "import_ms": import_ms(),
     }
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"{record['date']}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
     text = markdown(record)
-    path.with_suffix(".md").write_text(text)
     print(text)
-    print(f"Written to {path} and {path.with_suffix('.md').name}.")
+    common.write(record, text, options.output)
 
 
 if __name__ == "__main__":

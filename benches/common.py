@@ -1,0 +1,94 @@
+"""What the benchmarks of the CPU and of the GPU kernels share."""
+
+from __future__ import annotations
+
+import functools
+import json
+import statistics
+import subprocess
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_mhc as mhc
+
+STREAMS = 4
+
+# The public ops, running the fused kernels. The module `jax_mhc.reference` has the same functions.
+FUSED = types.SimpleNamespace(
+    **{
+        name: functools.partial(getattr(mhc, name), implementation="fused")
+        for name in mhc.reference.__all__
+    }
+)
+
+
+def inputs(
+    key: jax.Array, tokens: int, hidden: int, dtype: str, sigma: float = 1.2
+) -> tuple[Any, ...]:
+    """Random x, y, params, d_u and d_x_new of a sublayer; sigma is the gate of h_res' logits."""
+    keys = jax.random.split(key, 6)
+    num = STREAMS**2 + 2 * STREAMS
+    scale = float((STREAMS * hidden) ** -0.5)
+    params = mhc.MHCParams(
+        phi=scale * jax.random.normal(keys[0], (STREAMS * hidden, num), jnp.float32),
+        alpha=jnp.asarray([1.0, 0.8, sigma], jnp.float32),
+        bias=0.5 * jax.random.normal(keys[1], (num,), jnp.float32),
+    )
+    x = jax.random.normal(keys[2], (tokens, STREAMS, hidden), dtype)
+    y = jax.random.normal(keys[3], (tokens, hidden), dtype)
+    d_u = jax.random.normal(keys[4], (tokens, hidden), dtype)
+    d_x_new = jax.random.normal(keys[5], (tokens, STREAMS, hidden), dtype)
+    return x, y, params, d_u, d_x_new
+
+
+def forward(ops: Any, x: Any, y: Any, params: Any) -> tuple[Any, Any]:
+    """pre and post of a sublayer whose layer returns y whatever it reads."""
+    u, ctx = ops.pre(x, params)
+    # Where the layer would be, so that XLA does not fuse across it.
+    u, y, ctx = jax.lax.optimization_barrier((u, y, ctx))
+    return u, ops.post(y, ctx)
+
+
+def gradients(ops: Any, x: Any, y: Any, params: Any, d_u: Any, d_x_new: Any) -> tuple[Any, Any]:
+    """The same, and the gradients of x, y and params."""
+    results, vjp = jax.vjp(functools.partial(forward, ops), x, y, params)
+    results, d_u, d_x_new = jax.lax.optimization_barrier((results, d_u, d_x_new))
+    return results, vjp((d_u, d_x_new))
+
+
+def relative_error(got: Any, exact: Any) -> float:
+    """L2 norm of the difference over that of the exact array."""
+    got, exact = np.asarray(got, np.float64), np.asarray(exact, np.float64)
+    return float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
+
+
+def median_us(run: Callable[[], Any], repeats: int) -> float:
+    run()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e6
+
+
+def commit() -> str:
+    """The commit of the working tree; empty outside a repository."""
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+
+
+def write(record: dict[str, Any], text: str, folder: Path) -> None:
+    """Writes <date>.json and <date>.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{record['date']}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    path.with_suffix(".md").write_text(text)
+    print(f"Written to {path} and {path.with_suffix('.md').name}.")
