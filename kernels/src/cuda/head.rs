@@ -1,14 +1,27 @@
-//! Launches of `head_fwd` and `head_bwd`.
+//! Launches of `head_fwd` and `head_bwd`: those of a pre that has h_pre alone.
 
 use super::launch::{Device, Launch, Problem, Workspace};
-use crate::signature::Call;
+use super::memory::{Memory, room};
+use super::pre::{self, Parts};
+use super::projection::Shape;
+use crate::signature::{Call, Op};
 
 /// The launches of a call, in their order.
-pub fn plan(_call: &Call, _device: &Device) -> Vec<Launch> {
-    Vec::new()
+pub fn plan(call: &Call, device: &Device) -> Vec<Launch> {
+    let memory = &mut Memory::of(call);
+    let x = call.operand("x").data as u64;
+    if call.op == Op::HeadFwd {
+        pre::forward(call, device, memory, x)
+    } else {
+        pre::backward(call, device, memory, x, 0)
+    }
 }
 
 /// What the call needs.
-pub fn workspace(_problem: &Problem) -> Workspace {
-    Workspace::default()
+pub fn workspace(problem: &Problem) -> Workspace {
+    if problem.op == Op::HeadFwd {
+        room(&[Shape::of(problem).partial()])
+    } else {
+        room(&Parts::of(problem).all())
+    }
 }

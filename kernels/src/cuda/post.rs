@@ -1,14 +1,86 @@
-//! Launches of `post_fwd` and `post_bwd`.
+//! Launches of `post_fwd` and `post_bwd`, for the seam too.
 
-use super::launch::{Device, Launch, Problem, Workspace};
-use crate::signature::Call;
+use super::launch::{Arg, Device, Kernel, Launch, Problem, Workspace};
+use super::sizes::{for_rows, streams_bound, streams_size};
+use crate::signature::{Call, Op};
+
+/// Threads of a block (`kThreads`, `kBackwardThreads` of post.cu).
+const THREADS: usize = 256;
+const BACKWARD_THREADS: usize = 128;
+/// Threads for a slab of tokens, at most: their number must fit into 32 bits.
+const SLAB_THREADS: usize = 1 << 30;
 
 /// The launches of a call, in their order.
-pub fn plan(_call: &Call, _device: &Device) -> Vec<Launch> {
-    Vec::new()
+pub fn plan(call: &Call, _device: &Device) -> Vec<Launch> {
+    vec![match call.op {
+        Op::PostBwd => backward(call, call.operand("d_x_new").data as u64),
+        _ => forward(call, call.result("x_new").data as u64),
+    }]
 }
 
 /// What the call needs.
 pub fn workspace(_problem: &Problem) -> Workspace {
     Workspace::default()
+}
+
+fn kernel(call: &Call, functions: [&'static str; 2]) -> Kernel {
+    Kernel {
+        file: "post",
+        function: for_rows(call.c, functions),
+        size: streams_size(call.n),
+        dtype: call.dtype,
+    }
+}
+
+/// Channels that a thread takes at once (`V` of post.cu).
+fn channels(call: &Call) -> usize {
+    let bytes = if streams_bound(call.n) <= 4 { 16 } else { 8 };
+    bytes / call.dtype.num_bytes()
+}
+
+/// X' at `x_new`.
+pub fn forward(call: &Call, x_new: u64) -> Launch {
+    let threads = call.c.div_ceil(channels(call));
+    let slab = (SLAB_THREADS / threads).clamp(1, call.tokens.max(1));
+    let blocks = (slab * threads).div_ceil(THREADS);
+    Launch {
+        kernel: kernel(call, ["post_fwd", "post_fwd_unaligned"]),
+        grid: [blocks as u32, call.tokens.div_ceil(slab) as u32, 1],
+        block: THREADS as u32,
+        shared_bytes: 0,
+        args: vec![
+            Arg::of(call.operand("x")),
+            Arg::of(call.operand("y")),
+            Arg::of(call.operand("h_post")),
+            Arg::of(call.operand("h_res")),
+            Arg::Pointer(x_new),
+            Arg::I32(call.tokens as i32),
+            Arg::I32(slab as i32),
+            Arg::I32(call.n as i32),
+            Arg::I32(call.c as i32),
+        ],
+    }
+}
+
+/// The gradients from the one of X' at `d_x_new`, which may lie where d_x goes.
+pub fn backward(call: &Call, d_x_new: u64) -> Launch {
+    Launch {
+        kernel: kernel(call, ["post_bwd", "post_bwd_unaligned"]),
+        grid: [call.tokens as u32, 1, 1],
+        block: BACKWARD_THREADS as u32,
+        shared_bytes: 0,
+        args: vec![
+            Arg::of(call.operand("x")),
+            Arg::of(call.operand("y")),
+            Arg::of(call.operand("h_post")),
+            Arg::of(call.operand("h_res")),
+            Arg::Pointer(d_x_new),
+            Arg::of(call.result("d_x")),
+            Arg::of(call.result("d_y")),
+            Arg::of(call.result("d_h_post")),
+            Arg::of(call.result("d_h_res")),
+            Arg::I32(call.n as i32),
+            Arg::I32(call.c as i32),
+        ],
+    }
 }

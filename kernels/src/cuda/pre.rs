@@ -1,14 +1,218 @@
-//! Launches of `pre_fwd` and `pre_bwd`.
+//! Launches of `pre_fwd` and `pre_bwd`, and of what the seam and the head share with them.
 
-use super::launch::{Device, Launch, Problem, Workspace};
-use crate::signature::Call;
+use super::launch::{Arg, Device, Kernel, Launch, Problem, Workspace};
+use super::memory::{Memory, Part, room};
+use super::projection::{self, Factors, Shape};
+use super::sizes::streams_size;
+use crate::signature::{Call, Op};
+
+/// Tokens and threads of a block (`kTokens`, `kThreads` of pre.cu).
+const TOKENS: usize = 8;
+const THREADS: u32 = 32 * (TOKENS as u32 + 1);
+/// The most shared memory for what Sinkhorn's backward pass records; the workspace has it otherwise.
+const HISTORY_BYTES: usize = 32 << 10;
 
 /// The launches of a call, in their order.
-pub fn plan(_call: &Call, _device: &Device) -> Vec<Launch> {
-    Vec::new()
+pub fn plan(call: &Call, device: &Device) -> Vec<Launch> {
+    let memory = &mut Memory::of(call);
+    let x = call.operand("x").data as u64;
+    match call.op {
+        Op::PreBwd => backward(call, device, memory, x, call.operand("d_x_in").data as u64),
+        _ => forward(call, device, memory, x),
+    }
 }
 
 /// What the call needs.
-pub fn workspace(_problem: &Problem) -> Workspace {
-    Workspace::default()
+pub fn workspace(problem: &Problem) -> Workspace {
+    match problem.op {
+        Op::PreBwd => room(&Parts::of(problem).all()),
+        _ => room(&[Shape::of(problem).partial()]),
+    }
+}
+
+fn kernel(call: &Call, function: &'static str) -> Kernel {
+    Kernel {
+        file: "pre",
+        function,
+        size: streams_size(call.n),
+        dtype: call.dtype,
+    }
+}
+
+/// A result that the head does not have.
+fn optional_result(call: &Call, name: &str) -> Arg {
+    if call.op.results().contains(&name) {
+        Arg::of(call.result(name))
+    } else {
+        Arg::Pointer(0)
+    }
+}
+
+/// The same for an operand.
+fn optional_operand(call: &Call, name: &str) -> Arg {
+    if call.op.operands().contains(&name) {
+        Arg::of(call.operand(name))
+    } else {
+        Arg::Pointer(0)
+    }
+}
+
+/// The forward pass from the streams at `x`.
+pub fn forward(call: &Call, device: &Device, memory: &mut Memory, x: u64) -> Vec<Launch> {
+    let shape = Shape::of(&call.problem());
+    let partial = memory.take(shape.partial());
+    let collapse = Launch {
+        kernel: kernel(call, "pre_fwd"),
+        grid: [call.tokens.div_ceil(TOKENS) as u32, 1, 1],
+        block: THREADS,
+        shared_bytes: 0,
+        args: vec![
+            Arg::Pointer(x),
+            Arg::Pointer(partial),
+            Arg::I32(shape.slices() as i32),
+            Arg::of(call.operand("alpha")),
+            Arg::of(call.operand("bias")),
+            Arg::of(call.result("u")),
+            optional_result(call, "h_pre"),
+            optional_result(call, "h_post"),
+            optional_result(call, "h_res"),
+            Arg::of(call.result("m")),
+            Arg::of(call.result("r")),
+            Arg::I32(call.tokens as i32),
+            Arg::I32(call.c as i32),
+            Arg::I32(call.columns as i32),
+            Arg::Layout(call.layout.into()),
+            Arg::Settings(call.config.into()),
+        ],
+    };
+    projection::project(call, device, shape, x, partial)
+        .into_iter()
+        .chain([collapse])
+        .collect()
+}
+
+/// What the backward pass keeps in the workspace.
+pub struct Parts {
+    dm: [Part; 2],
+    h_pre: Part,
+    norm: Part,
+    gate_sums: Part,
+    history: Part,
+    d_phi: Part,
+}
+
+impl Parts {
+    /// Those of a call.
+    pub fn of(problem: &Problem) -> Self {
+        let shape = Shape::of(problem);
+        let n = problem.n;
+        // Blocks come in pairs, for a tile of tokens.
+        let history = if shared_history(problem.sinkhorn_iters).is_some() {
+            0
+        } else {
+            history_len(problem.sinkhorn_iters).div_ceil(TOKENS)
+        };
+        Self {
+            dm: shape.fragments(),
+            h_pre: Part::per_token(n),
+            norm: Part::per_token(1),
+            gate_sums: Part::per_token((n * (n + 2) + 3).div_ceil(TOKENS)),
+            history: Part::per_token(history),
+            d_phi: shape.d_phi_partial(),
+        }
+    }
+
+    /// All of them.
+    pub fn all(&self) -> [Part; 7] {
+        [
+            self.dm[0],
+            self.dm[1],
+            self.h_pre,
+            self.norm,
+            self.gate_sums,
+            self.history,
+            self.d_phi,
+        ]
+    }
+}
+
+/// Floats that a block records for Sinkhorn's backward pass.
+fn history_len(sinkhorn_iters: usize) -> usize {
+    2 * sinkhorn_iters * 32
+}
+
+/// The bytes of shared memory for it, where they fit.
+fn shared_history(sinkhorn_iters: usize) -> Option<usize> {
+    let bytes = history_len(sinkhorn_iters) * size_of::<f32>();
+    (bytes <= HISTORY_BYTES).then_some(bytes)
+}
+
+/// The backward pass to d_x and the parameters from the streams at `x`.
+pub fn backward(
+    call: &Call,
+    device: &Device,
+    memory: &mut Memory,
+    x: u64,
+    d_x_in: u64,
+) -> Vec<Launch> {
+    let problem = call.problem();
+    let shape = Shape::of(&problem);
+    let parts = Parts::of(&problem).all().map(|part| memory.take(part));
+    let [dm_rows, dm_columns, h_pre, norm, gate_sums, history, d_phi] = parts;
+    let shared_bytes = shared_history(problem.sinkhorn_iters);
+    let history = if shared_bytes.is_some() { 0 } else { history };
+    let blocks = 2 * call.tokens.div_ceil(2 * TOKENS) as u32;
+    let (num, num_alpha) = (call.layout.num(), call.width("alpha"));
+    let coefficients = Launch {
+        kernel: kernel(call, "pre_bwd"),
+        grid: [blocks, 1, 1],
+        block: THREADS,
+        shared_bytes: shared_bytes.unwrap_or(0) as u32,
+        args: vec![
+            Arg::Pointer(x),
+            Arg::of(call.operand("alpha")),
+            Arg::of(call.operand("bias")),
+            Arg::of(call.operand("m")),
+            Arg::of(call.operand("r")),
+            Arg::of(call.operand("d_u")),
+            optional_operand(call, "d_h_pre"),
+            optional_operand(call, "d_h_post"),
+            optional_operand(call, "d_h_res"),
+            Arg::Pointer(dm_rows),
+            Arg::Pointer(dm_columns),
+            Arg::Pointer(h_pre),
+            Arg::Pointer(norm),
+            Arg::Pointer(gate_sums),
+            Arg::Pointer(history),
+            Arg::I32(call.tokens as i32),
+            Arg::I32(call.c as i32),
+            Arg::I32(call.columns as i32),
+            Arg::Layout(call.layout.into()),
+            Arg::Settings(call.config.into()),
+        ],
+    };
+    let sum_gates = Launch {
+        kernel: kernel(call, "sum_gates"),
+        grid: [(num + 3) as u32, 1, 1],
+        block: 32,
+        shared_bytes: 0,
+        args: vec![
+            Arg::Pointer(gate_sums),
+            Arg::of(call.result("d_bias")),
+            Arg::of(call.result("d_alpha")),
+            Arg::I32(blocks as i32),
+            Arg::I32(num as i32),
+            Arg::I32(num_alpha as i32),
+        ],
+    };
+    let dm = [dm_rows, dm_columns];
+    // d_x_in may lie where d_x does, and x never does: the products are free to run in this order.
+    let factors = Factors { dm, h_pre, norm };
+    let mut launches = vec![
+        coefficients,
+        projection::project_back(call, device, shape, x, &factors, d_x_in),
+    ];
+    launches.extend(projection::d_phi(call, shape, x, dm, d_phi));
+    launches.push(sum_gates);
+    launches
 }

@@ -1,14 +1,42 @@
-//! Launches of `seam_fwd` and `seam_bwd`.
+//! Launches of `seam_fwd` and `seam_bwd`: those of post and of pre.
 
 use super::launch::{Device, Launch, Problem, Workspace};
-use crate::signature::Call;
+use super::memory::{Memory, Part, room};
+use super::pre::Parts;
+use super::projection::Shape;
+use super::{post, pre};
+use crate::signature::{Call, Op};
 
 /// The launches of a call, in their order.
-pub fn plan(_call: &Call, _device: &Device) -> Vec<Launch> {
-    Vec::new()
+pub fn plan(call: &Call, device: &Device) -> Vec<Launch> {
+    let memory = &mut Memory::of(call);
+    if call.op == Op::SeamFwd {
+        let x_new = call.result("x_new").data as u64;
+        let mut launches = vec![post::forward(call, x_new)];
+        launches.extend(pre::forward(call, device, memory, x_new));
+        return launches;
+    }
+    // X' is computed again. The gradient of X' grows where d_x goes, and post's backward replaces it by d_x.
+    let x_new = memory.take(x_new(&call.problem()));
+    let d_x_new_in = call.operand("d_x_new_in").data as u64;
+    let mut launches = vec![post::forward(call, x_new)];
+    launches.extend(pre::backward(call, device, memory, x_new, d_x_new_in));
+    launches.push(post::backward(call, call.result("d_x").data as u64));
+    launches
 }
 
 /// What the call needs.
-pub fn workspace(_problem: &Problem) -> Workspace {
-    Workspace::default()
+pub fn workspace(problem: &Problem) -> Workspace {
+    if problem.op == Op::SeamFwd {
+        return room(&[Shape::of(problem).partial()]);
+    }
+    let mut parts = vec![x_new(problem)];
+    parts.extend(Parts::of(problem).all());
+    room(&parts)
+}
+
+/// X', in the dtype of the streams.
+fn x_new(problem: &Problem) -> Part {
+    let bytes = problem.n * problem.c * problem.dtype.num_bytes();
+    Part::per_token(bytes.div_ceil(size_of::<f32>()))
 }

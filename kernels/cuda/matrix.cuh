@@ -1,0 +1,120 @@
+// Products of the projection on tensor cores, to (near) float32 precision.
+//
+// A float32 is the sum of bfloat16 parts: two parts have 16 bits of its mantissa, three have all 24.
+// The product of two values is the sum of the products of their parts, without those that are too
+// small to count. A bfloat16 stream is one part as it is; weights (phi, the gradient of m) are
+// cut into two parts beside 16-bit streams and three beside float32.
+//
+// Fragments are those of mma.m16n8k16: lane = 4 g + q, where
+//   A (16 x 16): a[0] (g, 2q) a[1] (g + 8, 2q) a[2] (g, 2q + 8) a[3] (g + 8, 2q + 8), each with its
+//                right neighbour
+//   B (16 x 8):  b[0] (2q, g) b[1] (2q + 8, g), each with the one below
+//   D (16 x 8):  d[0] (g, 2q) d[1] (g, 2q + 1) d[2] (g + 8, 2q) d[3] (g + 8, 2q + 1)
+
+#pragma once
+
+#include "common.cuh"
+
+// Parts of a value of the streams, and of a weight beside it.
+template <class S>
+constexpr int kStreamParts = 3;
+template <>
+constexpr int kStreamParts<bf16> = 1;
+template <>
+constexpr int kStreamParts<f16> = 2;
+template <class S>
+constexpr int kWeightParts = sizeof(S) == 4 ? 3 : 2;
+
+// Whether the product of these parts counts.
+template <class S>
+__device__ constexpr bool counts(int part, int weight_part) {
+  return part + weight_part < (sizeof(S) == 4 ? 3 : 4);
+}
+
+// Parts of two neighbours: parts[p] holds part p of both.
+template <int P>
+__device__ inline void split(float a, float b, u32 (&parts)[P]) {
+#pragma unroll
+  for (int p = 0; p < P; ++p) {
+    parts[p] = pair_of((bf16*)nullptr, a, b);
+    a -= __uint_as_float(parts[p] << 16);
+    b -= __uint_as_float(parts[p] & 0xffff0000);
+  }
+}
+
+// Eight values of a stream in parts: parts[p][w] holds values 2w and 2w + 1.
+template <class S>
+__device__ inline void split(const Pack<S, 8>& pack, u32 (&parts)[kStreamParts<S>][4]) {
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    if constexpr (kStreamParts<S> == 1) {
+      parts[0][w] = pack.words[w];
+    } else {
+      u32 pair[kStreamParts<S>];
+      split(pack[2 * w], pack[2 * w + 1], pair);
+#pragma unroll
+      for (int p = 0; p < kStreamParts<S>; ++p) parts[p][w] = pair[p];
+    }
+  }
+}
+
+__device__ inline void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 b) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b.x), "r"(b.y));
+}
+
+// Transposes the 8 x 8 matrix of 16-bit values whose row g is held by the lanes 4 g + q.
+__device__ inline u32 transpose(u32 pair) {
+  u32 result;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+  return result;
+}
+
+// ---- the gradient of m, handed from pre's backward to the two products ----------------------------
+
+constexpr int kTile = 16;  // tokens
+
+// r * dm in parts, in the order in which the products' lanes want it, a tile of 16 tokens after the
+// other: `rows` for d_x (A fragments of 16 columns), `columns` for d_phi (B fragments of 8).
+struct Fragments {
+  u32* rows;
+  u32* columns;
+  int num_columns;
+
+  __device__ int hexets() const { return (num_columns + 15) / 16; }
+  __device__ int octets() const { return (num_columns + 7) / 8; }
+
+  template <int P>
+  __device__ uint4 row_fragment(long long tile, int hexet, int part, int lane) const {
+    return reinterpret_cast<const uint4*>(rows)[((tile * hexets() + hexet) * P + part) * 32 + lane];
+  }
+  template <int P>
+  __device__ uint2 column_fragment(long long tile, int octet, int part, int lane) const {
+    return reinterpret_cast<const uint2*>(
+        columns)[((tile * octets() + octet) * P + part) * 32 + lane];
+  }
+
+  // Column c, which may lie behind the last one: the padding must be zero.
+  template <int P>
+  __device__ void set(long long token, int c, float value) const {
+    u32 parts[P];
+    split(value, 0.f, parts);
+    const long long tile = token / kTile;
+    const int t = token % kTile;
+#pragma unroll
+    for (int p = 0; p < P; ++p) {
+      const u16 part = u16(parts[p]);
+      const int row_lane = t % 8 * 4 + c % 8 / 2;
+      const int row_register = t / 8 + c % 16 / 8 * 2;
+      const long long row = ((tile * hexets() + c / 16) * P + p) * 32 + row_lane;
+      reinterpret_cast<u16*>(rows)[(row * 4 + row_register) * 2 + c % 2] = part;
+      if (c < octets() * 8) {
+        const int column_lane = c % 8 * 4 + t % 8 / 2;
+        const long long column = ((tile * octets() + c / 8) * P + p) * 32 + column_lane;
+        reinterpret_cast<u16*>(columns)[(column * 2 + t / 8) * 2 + t % 2] = part;
+      }
+    }
+  }
+};

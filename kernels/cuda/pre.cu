@@ -1,0 +1,301 @@
+// pre and head but for the products with phi (projection.cu): the coefficients of a token, u, and their
+// gradients. A head is a pre that has h_pre alone.
+//
+//   pre_fwd    r, m, h_pre, h_post, H_res from the projection's partial sums, and u      [14 to 19]
+//   pre_bwd    from d_u and the cotangents of the coefficients: r dm (for the products), the factor f of
+//              -X in d_x, h_pre, and sums over a block's tokens for d_alpha and d_bias
+//   sum_gates  d_alpha and d_bias, from these sums
+//
+// A block has kTokens tokens, a warp each; one more warp has the Sinkhorn iterations of all of them,
+// beside the streaming of X by the others.
+
+#include "matrix.cuh"
+#include "sinkhorn.cuh"
+
+constexpr int N = SIZE;
+constexpr int kTokens = 8;
+constexpr int kThreads = 32 * (kTokens + 1);
+constexpr int kMaxColumns = N * (N + 2);
+constexpr int kWeight = kWeightParts<Stream>;
+// Channels that a lane takes at once.
+constexpr int V = N <= 4 ? 8 : 4;
+
+__device__ inline float sigmoid(float z) { return 1.f / (1.f + expf(-z)); }
+
+// r [15]
+__device__ inline float inverse_norm(const Settings& settings, float sum_of_squares, int width) {
+  const float mean = sum_of_squares / float(width);
+  if (settings.norm_eps_outside) return 1.f / (sqrtf(mean) + settings.norm_eps);
+  return 1.f / sqrtf(mean + settings.norm_eps);
+}
+
+// f with dr/dX = -f r X
+__device__ inline float norm_factor(const Settings& settings, float r, int width) {
+  const float over_width = r / float(width);
+  if (!settings.norm_eps_outside) return r * over_width;
+  const float root_mean = 1.f / r - settings.norm_eps;
+  // sqrt has no derivative at a token of zeros; X = 0 takes nothing from d_x there.
+  return root_mean > 0.f ? over_width / root_mean : 0.f;
+}
+
+// Calls `run` with the Sinkhorn iterations of each token of a block, by one whole warp.
+template <class Run>
+__device__ inline void for_matrices(const Settings& settings, int n, Run run) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int first = 0; first < kTokens; first += 32 / N) {
+    const int token = first + lane / N;
+    // Lanes without a matrix repeat the last one.
+    run(Sinkhorn<N>{settings, n, lane % N}, min(token, kTokens - 1), token < kTokens);
+  }
+}
+
+// ---- forward ------------------------------------------------------------------------------------
+
+// u = sum over i of h[i] X[i]
+template <bool ALIGNED>
+__device__ inline void collapse(const Stream* row, const float (&h)[N], Stream* u, int n, int hidden) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll 2
+  for (int at = lane * V; at < hidden; at += 32 * V) {
+    Pack<Stream, V> pack[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (i < n) load<ALIGNED>(pack[i], row + i * hidden, at, hidden);
+    }
+    float sums[V] = {};
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (i >= n) break;
+#pragma unroll
+      for (int v = 0; v < V; ++v) sums[v] += h[i] * pack[i][v];
+    }
+    Pack<Stream, V> result;
+    result.set(sums);
+    store<ALIGNED>(result, u, at, hidden);
+  }
+}
+
+KERNEL(pre_fwd, kThreads)
+(const Stream* x, const float* partial, int slices, const float* alpha, const float* bias,
+ Stream* u, float* h_pre, float* h_post, float* h_res, float* m, float* r, int tokens, int hidden,
+ int columns, Layout layout, Settings settings) {
+  __shared__ float h_pres[kTokens][N];
+  __shared__ float z_res[kTokens][N * N];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int n = EXACT ? N : layout.n;
+  const int width = n * hidden;
+  const long long block = (long long)blockIdx.x * kTokens;
+  const long long token = block + warp;
+  const bool exists = warp < kTokens && token < tokens;
+
+  if (exists) {
+    const int row_length = (columns + 7) / 8 * 8 + 2;
+    const float* row = partial + token * slices * row_length;
+    float r_token = 0.f;
+    if (columns > 0) {
+      float squares = 0.f;
+      for (int s = lane; s < slices; s += 32) squares += row[s * row_length + row_length - 2];
+      r_token = inverse_norm(settings, warp_sum(squares), width);
+    }
+    if (lane == 0) r[token] = r_token;
+    for (int c = lane; c < layout.num(); c += 32) {
+      float z = bias[c];
+      if (columns > 0) {
+        float sum = 0.f;
+#pragma unroll 8
+        for (int s = 0; s < slices; ++s) sum += row[s * row_length + c];
+        m[token * columns + c] = r_token * sum;
+        z += alpha[layout.gate(c)] * (r_token * sum);
+      }
+      if (c < n) {
+        const float h = sigmoid(z) + settings.pre_eps;
+        h_pres[warp][c] = h;
+        if (h_pre) h_pre[token * n + c] = h;
+      } else if (c < n + layout.num_post) {
+        h_post[token * n + c - n] = settings.post_scale * sigmoid(z);
+      } else {
+        z_res[warp][c - 2 * n] = z;
+      }
+    }
+  }
+  __syncthreads();
+
+  if (warp == kTokens) {
+    if (!h_res) return;
+    for_matrices(settings, n, [&](const Sinkhorn<N>& sinkhorn, int t, bool own) {
+      float z[N], h[N];
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        z[i] = layout.num_res && sinkhorn.active(i) ? z_res[t][sinkhorn.at(i)] : 0.f;
+        h[i] = layout.num_res ? z[i] : float(i == sinkhorn.lane);
+      }
+      if (settings.constraint == 0) sinkhorn.forward(z, h, nullptr, 0);
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (own && block + t < tokens && sinkhorn.active(i)) {
+          h_res[(block + t) * n * n + sinkhorn.at(i)] = h[i];
+        }
+      }
+    });
+    return;
+  }
+
+  if (!exists) return;
+  float h[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) h[i] = i < n ? h_pres[warp][i] : 0.f;
+  const Stream* row = x + token * width;
+  if (aligned(hidden)) {
+    collapse<true>(row, h, u + token * hidden, n, hidden);
+  } else {
+    collapse<false>(row, h, u + token * hidden, n, hidden);
+  }
+}
+
+// ---- backward -----------------------------------------------------------------------------------
+
+// dots[i] = <d_u, X[i]>, over this lane's channels
+template <bool ALIGNED>
+__device__ inline void collapse_bwd(const Stream* row, const Stream* d_u, float (&dots)[N], int n,
+                                    int hidden) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll 2
+  for (int at = lane * V; at < hidden; at += 32 * V) {
+    Pack<Stream, V> d_u_pack, pack[N];
+    load<ALIGNED>(d_u_pack, d_u, at, hidden);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (i < n) load<ALIGNED>(pack[i], row + i * hidden, at, hidden);
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (i >= n) break;
+#pragma unroll
+      for (int v = 0; v < V; ++v) dots[i] += d_u_pack[v] * pack[i][v];
+    }
+  }
+}
+
+// Cotangents of coefficients that a head does not have are null. gate_sums: [blocks, num + 3]. history:
+// 2 * iters * 32 floats a block, in shared memory where it is null.
+KERNEL(pre_bwd, kThreads)
+(const Stream* x, const float* alpha, const float* bias, const float* m, const float* r,
+ const Stream* d_u, const float* d_h_pre, const float* d_h_post, const float* d_h_res, u32* dm_rows,
+ u32* dm_columns, float* h_pre, float* norm, float* gate_sums, float* history, int tokens,
+ int hidden, int columns, Layout layout, Settings settings) {
+  extern __shared__ float shared_history[];
+  __shared__ float d_z[kTokens][kMaxColumns];
+  __shared__ float d_alphas[kTokens][3];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int n = EXACT ? N : layout.n;
+  const int width = n * hidden;
+  const Fragments dm_fragments{dm_rows, dm_columns, columns};
+  const long long block = (long long)blockIdx.x * kTokens;
+  const long long token = block + warp;
+  const bool exists = warp < kTokens && token < tokens;
+
+  const auto logit = [&](long long t, int c) {
+    const float z = bias[c];
+    return columns > 0 ? alpha[layout.gate(c)] * m[t * columns + c] + z : z;
+  };
+
+  if (warp == kTokens && layout.num_res) {
+    const long long others = (long long)blockIdx.x * 2 * settings.sinkhorn_iters * 32;
+    float* own = (history ? history + others : shared_history) + lane;
+    for_matrices(settings, n, [&](const Sinkhorn<N>& sinkhorn, int t, bool) {
+      const long long at = min(block + t, (long long)tokens - 1);
+      float z[N], h[N], g[N];
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        z[i] = sinkhorn.active(i) ? logit(at, 2 * n + sinkhorn.at(i)) : 0.f;
+        g[i] = sinkhorn.active(i) ? d_h_res[at * n * n + sinkhorn.at(i)] : 0.f;
+      }
+      if (settings.constraint == 0) {
+        sinkhorn.forward(z, h, own, 32);
+        sinkhorn.backward(z, h, g, own, 32);
+      }
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (sinkhorn.active(i)) d_z[t][2 * n + sinkhorn.at(i)] = g[i];
+      }
+    });
+  }
+
+  if (exists) {
+    float dots[N] = {};
+    const Stream* row = x + token * width;
+    if (aligned(hidden)) {
+      collapse_bwd<true>(row, d_u + token * hidden, dots, n, hidden);
+    } else {
+      collapse_bwd<false>(row, d_u + token * hidden, dots, n, hidden);
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (i >= n) break;
+      const float dot = warp_sum(dots[i]);
+      if (lane != i % 32) continue;
+      const float z = logit(token, i), s = sigmoid(z);
+      const float d_h = dot + (d_h_pre ? d_h_pre[token * n + i] : 0.f);
+      d_z[warp][i] = d_h * s * sigmoid(-z);
+      h_pre[token * n + i] = s + settings.pre_eps;
+    }
+    for (int i = lane; i < layout.num_post; i += 32) {
+      const float z = logit(token, n + i);
+      const float d_h = d_h_post[token * n + i];
+      d_z[warp][n + i] = d_h * settings.post_scale * sigmoid(z) * sigmoid(-z);
+    }
+  }
+  __syncthreads();
+
+  if (warp < kTokens) {
+    // Tokens behind the last one have no gradient, and their fragments must say so.
+    const float r_token = exists ? r[token] : 0.f;
+    float d_alpha[3] = {};
+    float dm_dot_m = 0.f;
+    for (int c = lane; c < dm_fragments.hexets() * 16; c += 32) {
+      float dm = 0.f;
+      if (exists && c < columns) {
+        const int gate = layout.gate(c);
+        const float m_c = m[token * columns + c], dz = d_z[warp][c];
+        dm = alpha[gate] * dz;
+        dm_dot_m += dm * m_c;
+#pragma unroll
+        for (int k = 0; k < 3; ++k) d_alpha[k] += gate == k ? dz * m_c : 0.f;
+      }
+      dm_fragments.set<kWeight>(token, c, r_token * dm);
+    }
+    dm_dot_m = warp_sum(dm_dot_m);
+    if (exists && lane == 0) norm[token] = norm_factor(settings, r_token, width) * dm_dot_m;
+#pragma unroll
+    for (int k = 0; k < 3; ++k) {
+      const float sum = warp_sum(d_alpha[k]);
+      if (lane == 0) d_alphas[warp][k] = sum;
+    }
+  }
+  __syncthreads();
+
+  const int num = layout.num(), here = min((long long)kTokens, tokens - block);
+  for (int c = threadIdx.x; c < num + 3; c += kThreads) {
+    float sum = 0.f;
+    for (int t = 0; t < here; ++t) sum += c < num ? d_z[t][c] : d_alphas[t][c - num];
+    gate_sums[(long long)blockIdx.x * (num + 3) + c] = sum;
+  }
+}
+
+// A warp a column: d_bias, then d_alpha.
+KERNEL(sum_gates, 32)
+(const float* gate_sums, float* d_bias, float* d_alpha, int blocks, int num, int num_alpha) {
+  const int c = blockIdx.x, lane = threadIdx.x;
+  float sum = 0.f;
+  for (int block = lane; block < blocks; block += 32) {
+    sum += gate_sums[(long long)block * (num + 3) + c];
+  }
+  sum = warp_sum(sum);
+  if (lane != 0) return;
+  if (c < num) {
+    d_bias[c] = sum;
+  } else if (c - num < num_alpha) {
+    d_alpha[c - num] = sum;
+  }
+}

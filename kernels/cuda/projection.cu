@@ -1,0 +1,404 @@
+// The three products with phi and its gradient, for the ops that have a projection (pre, seam, head):
+//
+//   project        vec(X) phi and the sum of X^2, for slices of the n C values of a token        [14]
+//   project_back   d_x = d_x_in + h_pre d_u + (r dm) phi^T - f X
+//   d_phi          sums over some tokens of vec(X)^T (r dm)
+//   sum_d_phi      d_phi, from these sums
+//
+// None depends on n but through n C and K. Sums over n C are cut into slices that depend on n C and K
+// alone, so that a token's result does not depend on the others.
+
+#include "matrix.cuh"
+
+// Octets (groups of 8 columns) that a block works on.
+constexpr int kOctets = SIZE;
+constexpr int kStream = kStreamParts<Stream>;
+constexpr int kWeight = kWeightParts<Stream>;
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
+
+__device__ inline float weight(const float* phi, int k, int width, int c, int columns) {
+  return k < width && c < columns ? phi[(long long)k * columns + c] : 0.f;
+}
+
+// ---- project ------------------------------------------------------------------------------------
+
+// Groups of 32 values whose loads are under way at once.
+constexpr int kAhead = sizeof(Stream) == 4 ? 2 : 4;
+
+// phi of `length` rows from k0 on, as B fragments: fragments[((step * kOctets + octet) * kWeight + part)
+// * 32 + lane]. The lane's values of X are 8 neighbours, for two steps; so the rows of phi are taken in
+// that order.
+__device__ inline void stage_phi(uint2* fragments, const float* phi, int k0, int length, int width,
+                                 int first_column, int columns) {
+#pragma unroll 4
+  for (int at = threadIdx.x; at < length / 16 * kOctets * 32; at += kThreads) {
+    const int lane = at % 32, octet = at / 32 % kOctets, step = at / 32 / kOctets;
+    const int k = k0 + step / 2 * 32 + lane % 4 * 8 + step % 2 * 4;
+    const int c = first_column + octet * 8 + lane / 4;
+    float w[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) w[e] = weight(phi, k + e, width, c, columns);
+    u32 low[kWeight], high[kWeight];
+    split(w[0], w[1], low);
+    split(w[2], w[3], high);
+#pragma unroll
+    for (int p = 0; p < kWeight; ++p) {
+      fragments[((step * kOctets + octet) * kWeight + p) * 32 + lane] = {low[p], high[p]};
+    }
+  }
+}
+
+// Some values of the tokens g and g + 8: kAhead groups of 32, of which a lane has 8 neighbours.
+template <bool ALIGNED>
+struct Batch {
+  static constexpr int kValues = 32 * kAhead;
+  Pack<Stream, 8> packs[kAhead][2];
+
+  __device__ void load(const Stream* const (&rows)[2], int k, int width) {
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) ::load<ALIGNED>(packs[a][h], rows[h], k + 32 * a, width);
+    }
+  }
+
+  __device__ void add_squares(float (&squares)[2]) const {
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) squares[h] += packs[a][h][e] * packs[a][h][e];
+      }
+    }
+  }
+
+  // Tensor cores cut the sum off after every addition, so long sums are left to the other units, which
+  // round.
+  __device__ void add_products(const uint2* phi, float (&sums)[kOctets][4]) const {
+    float products[kOctets][4] = {};
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+      u32 parts[2][kStream][4];
+      split(packs[a][0], parts[0]);
+      split(packs[a][1], parts[1]);
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+#pragma unroll
+        for (int octet = 0; octet < kOctets; ++octet) {
+#pragma unroll
+          for (int w = kWeight - 1; w >= 0; --w) {
+            const uint2 b = phi[(((2 * a + s) * kOctets + octet) * kWeight + w) * 32];
+#pragma unroll
+            for (int p = kStream - 1; p >= 0; --p) {
+              if (counts<Stream>(p, w)) {
+                mma(products[octet], parts[0][p][2 * s], parts[1][p][2 * s], parts[0][p][2 * s + 1],
+                    parts[1][p][2 * s + 1], b);
+              }
+            }
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int octet = 0; octet < kOctets; ++octet) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sums[octet][e] += products[octet][e];
+    }
+  }
+};
+
+// partial: [tokens, slices, num_octets * 8 + 2], the last two entries the sum of squares and nothing.
+// Grid: slices, groups of tokens, chunks of kOctets octets. Shared memory: fragments of `stage` rows.
+template <bool ALIGNED>
+__device__ inline void project(const Stream* x, const float* phi, float* partial, int tokens,
+                               int width, int columns, int slice, int stage) {
+  extern __shared__ uint2 fragments[];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int first = blockIdx.x * slice, last = min(first + slice, width);
+  const int first_octet = blockIdx.z * kOctets;
+  const int row_length = (columns + 7) / 8 * 8 + 2;
+  constexpr int kBlockTokens = kWarps * kTile;
+  const int block_stride = gridDim.y * kBlockTokens;
+
+  // Of the tokens of a block; rows behind the last token compute something that nobody reads.
+  const auto rows_of = [&](int block, const Stream* (&rows)[2]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      rows[h] = x + (long long)min(block + warp * kTile + g + 8 * h, tokens - 1) * width;
+    }
+  };
+
+  bool staged = false;
+  const Stream* rows[2];
+  Batch<ALIGNED> batch, next;
+  rows_of(blockIdx.y * kBlockTokens, rows);
+  batch.load(rows, first + q * 8, width);
+  for (int block = blockIdx.y * kBlockTokens; block < tokens; block += block_stride) {
+    const int token = block + warp * kTile + g;
+    float sums[kOctets][4] = {};
+    float squares[2] = {};
+    for (int from = first; from < last; from += stage) {
+      if (!staged || slice > stage) {
+        __syncthreads();
+        stage_phi(fragments, phi, from, stage, width, first_octet * 8, columns);
+        __syncthreads();
+        staged = true;
+      }
+      const int to = min(from + stage, last);
+      for (int k = from; k < to; k += Batch<ALIGNED>::kValues) {
+        int next_k = k + Batch<ALIGNED>::kValues;
+        if (next_k >= last) {
+          next_k = first;
+          rows_of(block + block_stride, rows);
+        }
+        next.load(rows, next_k + q * 8, width);
+        batch.add_products(fragments + (k - from) / 16 * kOctets * kWeight * 32 + lane, sums);
+        batch.add_squares(squares);
+        batch = next;
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      squares[h] += __shfl_xor_sync(kAllLanes, squares[h], 1);
+      squares[h] += __shfl_xor_sync(kAllLanes, squares[h], 2);
+      if (token + 8 * h >= tokens) continue;
+      float* out = partial + ((long long)(token + 8 * h) * gridDim.x + blockIdx.x) * row_length;
+#pragma unroll
+      for (int octet = 0; octet < kOctets; ++octet) {
+        const int c = (first_octet + octet) * 8 + 2 * q;
+        if (c < row_length - 2) {
+          *reinterpret_cast<float2*>(out + c) = {sums[octet][2 * h], sums[octet][2 * h + 1]};
+        }
+      }
+      if (blockIdx.z == 0 && q == 0) out[row_length - 2] = squares[h];
+    }
+  }
+}
+
+KERNEL(project, kThreads, sizeof(Stream) == 2 && EXACT && SIZE < 10 ? 2 : 1)
+(const Stream* x, const float* phi, float* partial, int tokens, int width, int columns, int slice,
+ int stage) {
+  project<true>(x, phi, partial, tokens, width, columns, slice, stage);
+}
+KERNEL(project_unaligned, kThreads)
+(const Stream* x, const float* phi, float* partial, int tokens, int width, int columns, int slice,
+ int stage) {
+  project<false>(x, phi, partial, tokens, width, columns, slice, stage);
+}
+
+// ---- project_back -------------------------------------------------------------------------------
+
+// A warp owns 32 channels of one stream and goes through tiles of tokens: its part of phi stays in shared
+// memory. Lane 4 g + q has the 8 channels from 8 q on of the tokens g and g + 8; in the fragments of
+// phi^T column g of product j is channel (g / 2) * 8 + 2 j + g % 2, so that a lane gets its own.
+//
+// Grid: groups of warps, groups of tiles. d_x_in: null for none, or d_x itself.
+template <bool ALIGNED>
+__device__ inline void project_back(const Stream* x, const float* phi, Fragments dm,
+                                    const float* h_pre, const float* norm, const Stream* d_u,
+                                    const Stream* d_x_in, Stream* d_x, int tokens, int n,
+                                    int hidden) {
+  extern __shared__ uint2 fragments[];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int hexets = EXACT ? (kOctets + 1) / 2 : dm.hexets();
+  const int unit = blockIdx.x * (blockDim.x / 32) + warp;
+  const int stream = unit % n, channel = unit / n * 32;
+  const int width = n * hidden;
+  if (channel >= hidden) return;
+
+  uint2* own = fragments + warp * hexets * 4 * kWeight * 32;
+  for (int hexet = 0; hexet < hexets; ++hexet) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int at = channel + g / 2 * 8 + 2 * j + g % 2;
+      const int k = at < hidden ? stream * hidden + at : width;
+      const int c = hexet * 16 + 2 * q;
+      u32 low[kWeight], high[kWeight];
+      split(weight(phi, k, width, c, dm.num_columns), weight(phi, k, width, c + 1, dm.num_columns),
+            low);
+      split(weight(phi, k, width, c + 8, dm.num_columns),
+            weight(phi, k, width, c + 9, dm.num_columns), high);
+#pragma unroll
+      for (int p = 0; p < kWeight; ++p) {
+        own[((hexet * 4 + j) * kWeight + p) * 32 + lane] = {low[p], high[p]};
+      }
+    }
+  }
+  __syncwarp();
+
+  const int at = channel + q * 8;
+  for (int tile = blockIdx.y; tile * kTile < tokens; tile += gridDim.y) {
+    Pack<Stream, 8> xs[2], d_xs[2], d_us[2];
+    float h[2], f[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const long long token = min(tile * kTile + 8 * half + g, tokens - 1);
+      const long long row = token * width + stream * hidden;
+      load<ALIGNED>(xs[half], x + row, at, hidden);
+      load<ALIGNED>(d_us[half], d_u + token * hidden, at, hidden);
+      if (d_x_in) {
+        load<ALIGNED>(d_xs[half], d_x_in + row, at, hidden);
+      } else {
+        d_xs[half] = {};
+      }
+      h[half] = h_pre[token * n + stream];
+      f[half] = norm[token];
+    }
+    float sums[4][4] = {};
+#pragma unroll
+    for (int hexet = 0; hexet < hexets; ++hexet) {
+      float products[4][4] = {};
+#pragma unroll
+      for (int p = kWeight - 1; p >= 0; --p) {
+        const uint4 a = dm.row_fragment<kWeight>(tile, hexet, p, lane);
+#pragma unroll
+        for (int w = kWeight - 1; w >= 0; --w) {
+          if (p + w >= kWeight) continue;
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            mma(products[j], a.x, a.y, a.z, a.w, own[((hexet * 4 + j) * kWeight + w) * 32 + lane]);
+          }
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sums[j][e] += products[j][e];
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const long long token = tile * kTile + 8 * half + g;
+      if (token >= tokens) continue;
+      float values[8];
+#pragma unroll
+      for (int v = 0; v < 8; ++v) {
+        values[v] = sums[v / 2][2 * half + v % 2] + h[half] * d_us[half][v];
+        values[v] += d_xs[half][v] - f[half] * xs[half][v];
+      }
+      Pack<Stream, 8> result;
+      result.set(values);
+      store<ALIGNED>(result, d_x + token * width + stream * hidden, at, hidden);
+    }
+  }
+}
+
+KERNEL(project_back, kThreads)
+(const Stream* x, const float* phi, u32* rows, u32* columns, int num_columns, const float* h_pre,
+ const float* norm, const Stream* d_u, const Stream* d_x_in, Stream* d_x, int tokens, int n,
+ int hidden) {
+  project_back<true>(x, phi, {rows, columns, num_columns}, h_pre, norm, d_u, d_x_in, d_x, tokens, n,
+                     hidden);
+}
+KERNEL(project_back_unaligned, kThreads)
+(const Stream* x, const float* phi, u32* rows, u32* columns, int num_columns, const float* h_pre,
+ const float* norm, const Stream* d_u, const Stream* d_x_in, Stream* d_x, int tokens, int n,
+ int hidden) {
+  project_back<false>(x, phi, {rows, columns, num_columns}, h_pre, norm, d_u, d_x_in, d_x, tokens, n,
+                      hidden);
+}
+
+// ---- d_phi --------------------------------------------------------------------------------------
+
+// Octets whose sums a warp holds: 2 * 4 registers a thread each.
+constexpr int kPhiOctets = EXACT ? kOctets : 6;
+
+// Whether sums are kept out of the tensor cores (see `add_products`): the parts of 16-bit streams' weights
+// err more than these sums do.
+constexpr bool kRounded = sizeof(Stream) == 4;
+
+// A warp owns 32 rows of d_phi and goes through the tiles of one split of the tokens.
+// partial: [splits, width, num_columns]. Grid: groups of warps, splits, chunks of kPhiOctets octets.
+template <bool ALIGNED>
+__device__ inline void d_phi(const Stream* x, Fragments dm, float* partial, int tokens, int width) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int k = (blockIdx.x * kWarps + warp) * 32;
+  if (k >= width) return;
+  const int tiles = (tokens + kTile - 1) / kTile;
+  const int tiles_a_split = (tiles + gridDim.y - 1) / gridDim.y;
+  const int first = blockIdx.y * tiles_a_split, last = min(first + tiles_a_split, tiles);
+  const int first_octet = blockIdx.z * kPhiOctets;
+  const int octets = EXACT ? kPhiOctets : min(kPhiOctets, dm.octets() - first_octet);
+
+  float sums[kPhiOctets][2][4] = {};
+  for (int tile = first; tile < last; ++tile) {
+    u32 parts[2][kStream][4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const long long token = tile * kTile + 8 * half + g;
+      // Zero behind the last token: whatever lay there, 0 times it could be no number.
+      Pack<Stream, 8> pack;
+      load<ALIGNED>(pack, x + token * width, k + q * 8, token < tokens ? width : 0);
+      split(pack, parts[half]);
+    }
+    // Rows of X^T: row g of product m and half j is channel (g / 2) * 8 + 2 (2 m + j) + g % 2.
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int p = 0; p < kStream; ++p) {
+#pragma unroll
+        for (int w = 0; w < 4; ++w) parts[half][p][w] = transpose(parts[half][p][w]);
+      }
+    }
+#pragma unroll
+    for (int octet = 0; octet < kPhiOctets; ++octet) {
+      if (!EXACT && octet >= octets) break;
+      float fresh[2][4] = {};
+      float (&products)[2][4] = kRounded ? fresh : sums[octet];
+#pragma unroll
+      for (int w = kWeight - 1; w >= 0; --w) {
+        const uint2 b = dm.column_fragment<kWeight>(tile, first_octet + octet, w, lane);
+#pragma unroll
+        for (int p = kStream - 1; p >= 0; --p) {
+          if (!counts<Stream>(p, w)) continue;
+#pragma unroll
+          for (int m = 0; m < 2; ++m) {
+            mma(products[m], parts[0][p][2 * m], parts[0][p][2 * m + 1], parts[1][p][2 * m],
+                parts[1][p][2 * m + 1], b);
+          }
+        }
+      }
+      if constexpr (kRounded) {
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sums[octet][m][e] += fresh[m][e];
+        }
+      }
+    }
+  }
+
+  float* out = partial + (long long)blockIdx.y * width * dm.num_columns;
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int row = k + g / 2 * 8 + 2 * (2 * m + e / 2) + g % 2;
+      if (row >= width) continue;
+#pragma unroll
+      for (int octet = 0; octet < kPhiOctets; ++octet) {
+        const int c = (first_octet + octet) * 8 + 2 * q + e % 2;
+        if (c < dm.num_columns) out[(long long)row * dm.num_columns + c] = sums[octet][m][e];
+      }
+    }
+  }
+}
+
+KERNEL(d_phi, kThreads)
+(const Stream* x, u32* rows, u32* columns, int num_columns, float* partial, int tokens, int width) {
+  d_phi<true>(x, {rows, columns, num_columns}, partial, tokens, width);
+}
+KERNEL(d_phi_unaligned, kThreads)
+(const Stream* x, u32* rows, u32* columns, int num_columns, float* partial, int tokens, int width) {
+  d_phi<false>(x, {rows, columns, num_columns}, partial, tokens, width);
+}
+
+KERNEL(sum_d_phi, kThreads)(const float* partial, float* d_phi, int splits, long long size) {
+  const long long at = (long long)blockIdx.x * kThreads + threadIdx.x;
+  if (at >= size) return;
+  float sum = 0.f;
+  for (int split = 0; split < splits; ++split) sum += partial[split * size + at];
+  d_phi[at] = sum;
+}

@@ -1,0 +1,68 @@
+// sinkhorn: h_res = project(z) [9], and d_z from d_h_res.
+
+#include "sinkhorn.cuh"
+
+constexpr int N = SIZE;
+constexpr int kThreads = 128;
+
+// The matrix of this lane, and whether it exists: lanes without one take part in exchanges.
+struct Place {
+  long long matrix;
+  int lane;
+  bool exists;
+
+  __device__ explicit Place(long long matrices) {
+    const long long thread = (long long)blockIdx.x * kThreads + threadIdx.x;
+    matrix = thread / N;
+    lane = thread % N;
+    exists = matrix < matrices;
+  }
+};
+
+__device__ inline void gather(float (&values)[N], const float* matrices, const Place& place,
+                              const Sinkhorn<N>& sinkhorn) {
+  const int n = sinkhorn.n;
+  for (int i = 0; i < N; ++i) {
+    const bool exists = place.exists && sinkhorn.active(i);
+    values[i] = exists ? matrices[place.matrix * n * n + sinkhorn.at(i)] : 0.f;
+  }
+}
+
+__device__ inline void scatter(const float (&values)[N], float* matrices, const Place& place,
+                               const Sinkhorn<N>& sinkhorn) {
+  const int n = sinkhorn.n;
+  for (int i = 0; i < N; ++i) {
+    if (place.exists && sinkhorn.active(i)) {
+      matrices[place.matrix * n * n + sinkhorn.at(i)] = values[i];
+    }
+  }
+}
+
+KERNEL(sinkhorn_fwd, kThreads)
+(const float* z_in, float* h_res, long long matrices, int num_streams, Settings settings) {
+  const int n = EXACT ? N : num_streams;
+  const Place place(matrices);
+  const Sinkhorn<N> sinkhorn{settings, n, place.lane};
+  float z[N], m[N];
+  gather(z, z_in, place, sinkhorn);
+  sinkhorn.forward(z, m, nullptr, 0);
+  scatter(m, h_res, place, sinkhorn);
+}
+
+// history: 2 * iters floats a thread, in shared memory where `history` is null.
+KERNEL(sinkhorn_bwd, kThreads)
+(const float* z_in, const float* d_h_res, float* d_z, float* history, long long matrices,
+ int num_streams, Settings settings) {
+  extern __shared__ float shared[];
+  const int n = EXACT ? N : num_streams;
+  const Place place(matrices);
+  const Sinkhorn<N> sinkhorn{settings, n, place.lane};
+  const long long block = (long long)blockIdx.x * 2 * settings.sinkhorn_iters * kThreads;
+  float* own = (history ? history + block : shared) + threadIdx.x;
+  float z[N], m[N], g[N];
+  gather(z, z_in, place, sinkhorn);
+  gather(g, d_h_res, place, sinkhorn);
+  sinkhorn.forward(z, m, own, kThreads);
+  sinkhorn.backward(z, m, g, own, kThreads);
+  scatter(g, d_z, place, sinkhorn);
+}

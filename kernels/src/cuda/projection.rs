@@ -1,0 +1,266 @@
+//! Launches of the products with phi (kernels/cuda/projection.cu).
+
+use super::launch::{Arg, Device, Kernel, Launch, Problem};
+use super::memory::{Part, TILE};
+use super::sizes::for_rows;
+use crate::signature::Call;
+use crate::view::DType;
+
+const WARPS: usize = 8;
+/// What fits on every GPU that there are kernels for.
+const SHARED_BYTES: usize = 96 << 10;
+/// Blocks of d_phi's kernel that a large GPU runs at once. A constant, because the order of the sums
+/// follows from it.
+const D_PHI_BLOCKS: usize = 528;
+/// Octets whose sums a warp of d_phi's kernel holds where their number is not fixed (`kPhiOctets`).
+const PHI_OCTETS: usize = 6;
+
+/// How the projection of a call is cut.
+#[derive(Debug, Clone, Copy)]
+pub struct Shape {
+    dtype: DType,
+    n: usize,
+    c: usize,
+    columns: usize,
+}
+
+impl Shape {
+    /// That of a call.
+    pub fn of(problem: &Problem) -> Self {
+        let Problem {
+            dtype,
+            n,
+            c,
+            columns,
+            ..
+        } = *problem;
+        Self {
+            dtype,
+            n,
+            c,
+            columns,
+        }
+    }
+
+    fn width(&self) -> usize {
+        self.n * self.c
+    }
+
+    /// Groups of 8 columns.
+    fn octets(&self) -> usize {
+        self.columns.div_ceil(8)
+    }
+
+    /// Groups of 16 columns.
+    fn hexets(&self) -> usize {
+        self.columns.div_ceil(16)
+    }
+
+    /// The kernels' size, and how many octets they work on at once.
+    fn size(&self) -> (&'static str, usize) {
+        match self.octets() {
+            1 => ("k8", 1),
+            3 => ("k24", 3),
+            10 => ("k80", 10),
+            _ => ("any", 12),
+        }
+    }
+
+    /// Parts of a weight (`kWeightParts`).
+    fn weight_parts(&self) -> usize {
+        if self.dtype == DType::F32 { 3 } else { 2 }
+    }
+
+    fn kernel(&self, function: &'static str) -> Kernel {
+        Kernel {
+            file: "projection",
+            function,
+            size: self.size().0,
+            dtype: self.dtype,
+        }
+    }
+
+    /// Rows of phi that a block holds at once, and their bytes.
+    fn stage(&self) -> (usize, usize) {
+        let row_bytes = self.size().1 * self.weight_parts() * 16;
+        let fitting = (SHARED_BYTES / row_bytes).min(1024);
+        let rows = 1 << fitting.ilog2();
+        (rows, rows * row_bytes)
+    }
+
+    /// Values of a token whose products one block sums. Follows from the shape alone, as the order of
+    /// the sums does.
+    fn slice(&self) -> usize {
+        match self.size().0 {
+            "k8" | "k24" => self.stage().0,
+            // phi passes by in several stages; many slices would cost more than they gain.
+            _ => 2048,
+        }
+    }
+
+    /// How many there are; none without a projection.
+    pub fn slices(&self) -> usize {
+        if self.columns == 0 {
+            0
+        } else {
+            self.width().div_ceil(self.slice())
+        }
+    }
+
+    /// The partial sums of `project`.
+    pub fn partial(&self) -> Part {
+        Part::per_token(self.slices() * (self.octets() * 8 + 2))
+    }
+
+    /// The gradient of m, as `project_back` and as `d_phi` want it.
+    pub fn fragments(&self) -> [Part; 2] {
+        let words = 32 * self.weight_parts();
+        [
+            Part::per_token(self.hexets() * 4 * words / TILE),
+            Part::per_token(self.octets() * 2 * words / TILE),
+        ]
+    }
+
+    fn d_phi_chunks(&self) -> usize {
+        match self.size().0 {
+            "any" => self.octets().div_ceil(PHI_OCTETS),
+            _ => 1,
+        }
+    }
+
+    fn d_phi_splits(&self) -> usize {
+        let blocks = self.width().div_ceil(32 * WARPS) * self.d_phi_chunks().max(1);
+        (D_PHI_BLOCKS / blocks).clamp(1, 32)
+    }
+
+    /// The sums of `d_phi` over some tokens each.
+    pub fn d_phi_partial(&self) -> Part {
+        Part {
+            per_token: 0,
+            fixed: self.d_phi_splits() * self.width() * self.columns,
+        }
+    }
+}
+
+/// `partial` from x.
+pub fn project(call: &Call, device: &Device, shape: Shape, x: u64, partial: u64) -> Option<Launch> {
+    if shape.columns == 0 {
+        return None;
+    }
+    let (stage, shared_bytes) = shape.stage();
+    let chunks = shape.octets().div_ceil(shape.size().1);
+    let slices = shape.slices();
+    let resident = (device.max_shared_bytes as usize / shared_bytes).clamp(1, 2);
+    let slots = device.num_sms as usize * resident;
+    let groups = (slots / (slices * chunks)).clamp(1, call.tokens.div_ceil(TILE * WARPS).max(1));
+    let function = for_rows(shape.c, ["project", "project_unaligned"]);
+    Some(Launch {
+        kernel: shape.kernel(function),
+        grid: [slices as u32, groups as u32, chunks as u32],
+        block: (32 * WARPS) as u32,
+        shared_bytes: shared_bytes as u32,
+        args: vec![
+            Arg::Pointer(x),
+            Arg::of(call.operand("phi")),
+            Arg::Pointer(partial),
+            Arg::I32(call.tokens as i32),
+            Arg::I32(shape.width() as i32),
+            Arg::I32(shape.columns as i32),
+            Arg::I32(shape.slice() as i32),
+            Arg::I32(stage as i32),
+        ],
+    })
+}
+
+/// What pre's backward leaves for the products.
+pub struct Factors {
+    /// The gradient of m, see [`Shape::fragments`].
+    pub dm: [u64; 2],
+    /// h_pre again.
+    pub h_pre: u64,
+    /// Factor of -X in d_x.
+    pub norm: u64,
+}
+
+/// d_x, added to `d_x_in` unless that is 0.
+pub fn project_back(
+    call: &Call,
+    device: &Device,
+    shape: Shape,
+    x: u64,
+    factors: &Factors,
+    d_x_in: u64,
+) -> Launch {
+    let warp_bytes = shape.hexets() * shape.weight_parts() * 1024;
+    let warps = (SHARED_BYTES / warp_bytes.max(1)).clamp(1, WARPS);
+    let shared_bytes = warps * warp_bytes;
+    let blocks = (shape.n * shape.c.div_ceil(32)).div_ceil(warps);
+    let resident = (4 * WARPS / warps)
+        .min(device.max_shared_bytes as usize / shared_bytes.max(1))
+        .max(1);
+    let slots = device.num_sms as usize * resident;
+    let groups = (slots / blocks).clamp(1, call.tokens.div_ceil(TILE).max(1));
+    let function = for_rows(shape.c, ["project_back", "project_back_unaligned"]);
+    Launch {
+        kernel: shape.kernel(function),
+        grid: [blocks as u32, groups as u32, 1],
+        block: (32 * warps) as u32,
+        shared_bytes: shared_bytes as u32,
+        args: vec![
+            Arg::Pointer(x),
+            Arg::of(call.operand("phi")),
+            Arg::Pointer(factors.dm[0]),
+            Arg::Pointer(factors.dm[1]),
+            Arg::I32(shape.columns as i32),
+            Arg::Pointer(factors.h_pre),
+            Arg::Pointer(factors.norm),
+            Arg::of(call.operand("d_u")),
+            Arg::Pointer(d_x_in),
+            Arg::of(call.result("d_x")),
+            Arg::I32(call.tokens as i32),
+            Arg::I32(shape.n as i32),
+            Arg::I32(shape.c as i32),
+        ],
+    }
+}
+
+/// d_phi, by way of `partial`.
+pub fn d_phi(call: &Call, shape: Shape, x: u64, dm: [u64; 2], partial: u64) -> Vec<Launch> {
+    if shape.columns == 0 {
+        return Vec::new();
+    }
+    let tiles = call.tokens.div_ceil(TILE);
+    let splits = shape.d_phi_splits().min(tiles.max(1));
+    let blocks = shape.width().div_ceil(32 * WARPS);
+    let size = shape.width() * shape.columns;
+    let function = for_rows(shape.c, ["d_phi", "d_phi_unaligned"]);
+    vec![
+        Launch {
+            kernel: shape.kernel(function),
+            grid: [blocks as u32, splits as u32, shape.d_phi_chunks() as u32],
+            block: (32 * WARPS) as u32,
+            shared_bytes: 0,
+            args: vec![
+                Arg::Pointer(x),
+                Arg::Pointer(dm[0]),
+                Arg::Pointer(dm[1]),
+                Arg::I32(shape.columns as i32),
+                Arg::Pointer(partial),
+                Arg::I32(call.tokens as i32),
+                Arg::I32(shape.width() as i32),
+            ],
+        },
+        Launch {
+            kernel: shape.kernel("sum_d_phi"),
+            grid: [size.div_ceil(32 * WARPS) as u32, 1, 1],
+            block: (32 * WARPS) as u32,
+            shared_bytes: 0,
+            args: vec![
+                Arg::Pointer(partial),
+                Arg::of(call.result("d_phi")),
+                Arg::I32(splits as i32),
+                Arg::I64(size as i64),
+            ],
+        },
+    ]
+}

@@ -1,0 +1,26 @@
+//! Which of the compiled sizes of a kernel a call takes.
+
+/// The size of the kernels for n streams, as build.rs names it.
+pub fn streams_size(n: usize) -> &'static str {
+    match n {
+        2 => "n2",
+        4 => "n4",
+        8 => "n8",
+        _ => "any",
+    }
+}
+
+/// The number of streams that these kernels have room for (`SIZE`).
+pub fn streams_bound(n: usize) -> usize {
+    if matches!(n, 2 | 4 | 8) { n } else { 16 }
+}
+
+/// Whether rows can be read 16 bytes at a time (`aligned` of common.cuh).
+pub fn is_aligned(c: usize) -> bool {
+    c.is_multiple_of(8)
+}
+
+/// The symbol of a kernel that is there for both kinds of rows.
+pub fn for_rows(c: usize, [aligned, unaligned]: [&'static str; 2]) -> &'static str {
+    if is_aligned(c) { aligned } else { unaligned }
+}
