@@ -195,7 +195,7 @@ pub fn project_back(
     let warps = (SHARED_BYTES / warp_bytes.max(1)).clamp(1, WARPS);
     let shared_bytes = warps * warp_bytes;
     let blocks = (shape.n * shape.c.div_ceil(32)).div_ceil(warps);
-    let resident = (4 * WARPS / warps)
+    let resident = (2 * WARPS / warps)
         .min(device.max_shared_bytes as usize / shared_bytes.max(1))
         .max(1);
     let slots = device.num_sms as usize * resident;
