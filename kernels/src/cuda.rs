@@ -1,17 +1,33 @@
 //! The calls on NVIDIA GPUs.
-#![allow(dead_code)]
+//!
+//! A call is checked as on the CPU, a pure `plan` makes a list of launches of it, and these go to XLA's
+//! stream. Nothing is allocated on the device and nothing waits for it.
 
 mod head;
 mod launch;
+mod memory;
+mod modules;
 mod post;
 mod pre;
+mod projection;
 mod seam;
 mod sinkhorn;
+mod sizes;
+#[cfg(test)]
+mod tests;
 
-use launch::{Device, Launch};
-pub use launch::{Problem, Workspace};
+use std::ffi::c_void;
+
+use serde::Serialize;
 
 use crate::signature::{Call, Op};
+use crate::view::{DType, View};
+use crate::{Config, Error};
+use launch::{Device, Launch};
+use modules::Context;
+
+pub use launch::{Problem, Workspace};
+pub use modules::{Build, build};
 
 /// The launches of a call, in their order.
 fn plan(call: &Call, device: &Device) -> Vec<Launch> {
@@ -32,5 +48,177 @@ pub fn workspace(problem: &Problem) -> Workspace {
         Op::SeamFwd | Op::SeamBwd => seam::workspace(problem),
         Op::SinkhornFwd | Op::SinkhornBwd => sinkhorn::workspace(problem),
         Op::HeadFwd | Op::HeadBwd => head::workspace(problem),
+    }
+}
+
+/// Loads the kernels of a call, so that [`execute`] may be recorded into a CUDA graph. Cheap where they
+/// are loaded.
+///
+/// # Errors
+/// Those of [`execute`].
+///
+/// # Safety
+/// As for [`execute`].
+pub unsafe fn initialize(
+    op: Op,
+    args: &[View],
+    rets: &[View],
+    config: &Config,
+    stream: *mut c_void,
+) -> Result<(), Error> {
+    // SAFETY: promised by the caller.
+    unsafe {
+        run(op, args, rets, config, stream, |context, launch| {
+            context.load(&launch.kernel)
+        })
+    }
+}
+
+/// Launches the kernels of a call on `stream`: operands and results as in the table of
+/// docs/architecture.md, with the workspace as the last result where the call needs one.
+///
+/// # Errors
+/// As [`crate::call`], or a dtype without kernels, or a workspace that is too small; what the driver
+/// says, errors of earlier work on the device among it.
+///
+/// # Safety
+/// `stream` must be a stream of the driver. Every view must be device memory that is valid for reads
+/// (operands) or writes (results) of all its elements until the work is done, and no result may overlap
+/// any other view, but where [`Op::adds_in_place`].
+pub unsafe fn execute(
+    op: Op,
+    args: &[View],
+    rets: &[View],
+    config: &Config,
+    stream: *mut c_void,
+) -> Result<(), Error> {
+    // SAFETY: promised by the caller; plans launch what the kernels declare.
+    unsafe {
+        run(op, args, rets, config, stream, |context, launch| {
+            context.launch(launch)
+        })
+    }
+}
+
+/// Does something with every launch of a call.
+///
+/// # Safety
+/// `stream` must be a stream of the driver.
+unsafe fn run(
+    op: Op,
+    args: &[View],
+    rets: &[View],
+    config: &Config,
+    stream: *mut c_void,
+    each: impl Fn(&Context, &Launch) -> Result<(), String>,
+) -> Result<(), Error> {
+    let call = Call::check(op, args, rets, config)?;
+    check_device_call(&call)?;
+    // SAFETY: promised by the caller.
+    let context = unsafe { Context::enter(stream) }
+        .map_err(|reason| Error::Device(format!("{}: {reason}", op.name())))?;
+    for launch in plan(&call, context.device()) {
+        if !launch.grid.contains(&0) {
+            each(&context, &launch).map_err(|reason| failure(&call, &launch, &context, &reason))?;
+        }
+    }
+    Ok(())
+}
+
+/// What the driver said, with what it was about.
+fn failure(call: &Call, launch: &Launch, context: &Context, reason: &str) -> Error {
+    let names = call.op.operands().iter();
+    let operands: Vec<String> = names
+        .map(|name| {
+            let view = call.operand(name);
+            format!("{name} {}{:?}", view.dtype.name(), view.dims)
+        })
+        .collect();
+    Error::Device(format!(
+        "{}: {} on cuda:{}: {reason}; operands: {}",
+        call.op.name(),
+        launch.kernel.symbol(),
+        context.device().ordinal,
+        operands.join(", ")
+    ))
+}
+
+/// What the CPU does not ask for.
+fn check_device_call(call: &Call) -> Result<(), Error> {
+    let op = call.op;
+    if call.dtype == DType::F64 {
+        let expected = "float32, bfloat16 or float16 (no CUDA kernels for others)";
+        return Err(op.error(op.operands()[0], expected, call.dtype.name()));
+    }
+    let needed = workspace(&call.problem()).len(call.tokens);
+    let got = call.workspace().map_or(0, |(_, len)| len);
+    if got < needed {
+        let (expected, got) = (format!("float32[{needed}]"), format!("float32[{got}]"));
+        return Err(op.error("workspace", &expected, &got));
+    }
+    Ok(())
+}
+
+/// What there is of CUDA here.
+#[derive(Debug, Clone, Serialize)]
+pub struct Status {
+    /// How the kernels were compiled.
+    pub build: Option<Build>,
+    /// The CUDA version of the driver.
+    pub driver: Option<String>,
+    /// Why no GPU can be used, whichever there are.
+    pub reason: Option<String>,
+    /// All GPUs that the driver shows.
+    pub devices: Vec<DeviceStatus>,
+}
+
+/// What there is of one GPU.
+#[derive(Debug, Clone, Serialize)]
+pub struct DeviceStatus {
+    /// CUDA's number of it.
+    pub ordinal: i32,
+    /// As NVIDIA calls it.
+    pub name: Option<String>,
+    /// Compute capability.
+    pub capability: Option<String>,
+    /// Whether the kernels run on it.
+    pub supported: bool,
+    /// Why not.
+    pub reason: Option<String>,
+}
+
+/// Looks for the driver and its GPUs. Makes no context.
+pub fn status() -> Status {
+    let (driver, devices) = match modules::num_devices() {
+        Ok(num) => (modules::driver(), (0..num).map(device_status).collect()),
+        Err(reason) => (Err(reason), Vec::new()),
+    };
+    let reason = match (build(), &driver) {
+        (None, _) => Some(modules::NO_KERNELS.to_owned()),
+        (_, Err(reason)) => Some(reason.clone()),
+        (_, Ok(_)) if devices.is_empty() => Some("the CUDA driver shows no GPU".to_owned()),
+        _ => None,
+    };
+    Status {
+        build: build(),
+        driver: driver.ok().map(modules::version_name),
+        reason,
+        devices,
+    }
+}
+
+fn device_status(ordinal: i32) -> DeviceStatus {
+    let device = modules::device(ordinal);
+    let usable = (device.as_ref().map_err(Clone::clone))
+        .and_then(|device| modules::check_capability(device.capability));
+    DeviceStatus {
+        ordinal,
+        name: modules::device_name(ordinal).ok(),
+        capability: device.ok().map(|device| {
+            let (major, minor) = device.capability;
+            format!("{major}.{minor}")
+        }),
+        supported: usable.is_ok(),
+        reason: usable.err(),
     }
 }

@@ -123,7 +123,7 @@ impl Op {
     }
 
     /// An error about one argument.
-    fn error(self, name: &str, expected: &str, got: &str) -> Error {
+    pub(crate) fn error(self, name: &str, expected: &str, got: &str) -> Error {
         let op = self.name();
         Error::Refused(format!("{op}: `{name}`: expected {expected}, got {got}"))
     }

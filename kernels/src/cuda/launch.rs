@@ -40,10 +40,6 @@ pub enum Arg {
     I32(i32),
     /// `long long`
     I64(i64),
-    /// `unsigned`
-    U32(u32),
-    /// `float`
-    F32(f32),
     /// `Settings`
     Settings(Settings),
     /// `Layout`
@@ -62,8 +58,6 @@ impl Arg {
             Self::Pointer(value) => std::ptr::from_ref(value).cast(),
             Self::I32(value) => std::ptr::from_ref(value).cast(),
             Self::I64(value) => std::ptr::from_ref(value).cast(),
-            Self::U32(value) => std::ptr::from_ref(value).cast(),
-            Self::F32(value) => std::ptr::from_ref(value).cast(),
             Self::Settings(value) => std::ptr::from_ref(value).cast(),
             Self::Layout(value) => std::ptr::from_ref(value).cast(),
         }
