@@ -31,7 +31,7 @@ constexpr int kAhead = sizeof(Stream) == 4 ? 2 : 4;
 // that order.
 __device__ inline void stage_phi(uint2* fragments, const float* phi, int k0, int length, int width,
                                  int first_column, int columns) {
-#pragma unroll 4
+#pragma unroll 8
   for (int at = threadIdx.x; at < length / 16 * kOctets * 32; at += kThreads) {
     const int lane = at % 32, octet = at / 32 % kOctets, step = at / 32 / kOctets;
     const int k = k0 + step / 2 * 32 + lane % 4 * 8 + step % 2 * 4;
