@@ -53,13 +53,15 @@ T Unwrap(const ffi::ErrorOr<T>& value) {
   return *value;
 }
 
-// The body of every handler.
+// The body of every handler. `Context` is the pool or the stream that XLA lends.
+template <typename Context>
 struct Handler {
+  Entry entry;
   std::size_t op;
 
   ffi::Error operator()(ffi::RemainingArgs args, ffi::RemainingRets rets,
-                        ffi::Dictionary attributes, ffi::ThreadPool pool) const try {
-    const Outcome outcome = run_call(op, Call(args, rets, attributes, pool));
+                        ffi::Dictionary attributes, Context context) const try {
+    const Outcome outcome = run_call(entry, op, Call(args, rets, attributes, context));
     switch (outcome.code) {
       case Code::Ok:
         return ffi::Error::Success();
@@ -74,24 +76,40 @@ struct Handler {
 };
 
 // XLA knows a handler by its address alone, so every op needs a function of its own.
-template <std::size_t kOp>
+template <Entry kEntry, std::size_t kOp>
 XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame) {
-  static const auto handler = ffi::Ffi::Bind()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attrs()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .To(Handler{kOp});
-  return handler->Call(frame);
-}
-
-template <std::size_t... kOps>
-constexpr std::array<XLA_FFI_Handler*, sizeof...(kOps)> Handlers(std::index_sequence<kOps...>) {
-  return {Handle<kOps>...};
+  if constexpr (kEntry == Entry::Cpu) {
+    static const auto handler = ffi::Ffi::Bind()
+                                    .RemainingArgs()
+                                    .RemainingRets()
+                                    .Attrs()
+                                    .Ctx<ffi::ThreadPool>()
+                                    .To(Handler<ffi::ThreadPool>{kEntry, kOp});
+    return handler->Call(frame);
+  } else {
+    constexpr auto kStage = kEntry == Entry::CudaInitialize ? ffi::ExecutionStage::kInitialize
+                                                            : ffi::ExecutionStage::kExecute;
+    // Launches alone, on memory that XLA owns: XLA may record them into a CUDA graph.
+    static const auto handler =
+        ffi::Ffi::Bind<kStage>()
+            .RemainingArgs()
+            .RemainingRets()
+            .Attrs()
+            .template Ctx<ffi::PlatformStream<void*>>()
+            .To(Handler<void*>{kEntry, kOp}, {ffi::Traits::kCmdBufferCompatible});
+    return handler->Call(frame);
+  }
 }
 
 // More than there are ops, so that the list of ops stays in Rust alone.
-constexpr auto kHandlers = Handlers(std::make_index_sequence<32>());
+constexpr std::size_t kNumHandlers = 32;
+
+template <Entry kEntry, std::size_t... kOps>
+std::size_t Address(std::size_t op, std::index_sequence<kOps...>) {
+  static constexpr std::array<XLA_FFI_Handler*, sizeof...(kOps)> kHandlers = {
+      Handle<kEntry, kOps>...};
+  return reinterpret_cast<std::size_t>(kHandlers.at(op));
+}
 
 }  // namespace
 
@@ -126,12 +144,21 @@ double Call::float64_attribute(rust::Str name) const {
 void Call::schedule(rust::Box<Task> task) const {
   // The scheduled closure holds the task and nothing of this call, so it may run after the call.
   // The copy is for `Schedule`, which is not const.
-  ffi::ThreadPool(pool_).Schedule(
+  if (!pool_) throw std::logic_error("XLA lends no threads on a GPU");
+  ffi::ThreadPool(*pool_).Schedule(
       [task = std::move(task)]() mutable { run_task(std::move(task)); });
 }
 
-std::size_t handler_address(std::size_t op) {
-  return reinterpret_cast<std::size_t>(kHandlers.at(op));
+std::size_t handler_address(Entry entry, std::size_t op) {
+  constexpr auto kOps = std::make_index_sequence<kNumHandlers>();
+  switch (entry) {
+    case Entry::Cpu:
+      return Address<Entry::Cpu>(op, kOps);
+    case Entry::CudaInitialize:
+      return Address<Entry::CudaInitialize>(op, kOps);
+    default:
+      return Address<Entry::CudaExecute>(op, kOps);
+  }
 }
 
 }  // namespace jax_mhc

@@ -4,12 +4,14 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 
 #include "rust/cxx.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_mhc {
 
+enum class Entry : std::uint8_t;
 struct Buffer;
 struct Task;
 
@@ -20,6 +22,9 @@ class Call {
   Call(xla::ffi::RemainingArgs args, xla::ffi::RemainingRets rets, xla::ffi::Dictionary attributes,
        xla::ffi::ThreadPool pool)
       : args_(args), rets_(rets), attributes_(attributes), pool_(pool) {}
+  Call(xla::ffi::RemainingArgs args, xla::ffi::RemainingRets rets, xla::ffi::Dictionary attributes,
+       void* stream)
+      : args_(args), rets_(rets), attributes_(attributes), stream_(stream) {}
 
   std::size_t num_args() const { return args_.size(); }
   std::size_t num_rets() const { return rets_.size(); }
@@ -32,9 +37,12 @@ class Call {
   std::int64_t int64_attribute(rust::Str name) const;
   double float64_attribute(rust::Str name) const;
 
-  // 0 where XLA offers no threads.
-  std::int64_t num_threads() const { return pool_.num_threads(); }
+  // On a CPU; 0 where XLA offers no threads.
+  std::int64_t num_threads() const { return pool_ ? pool_->num_threads() : 0; }
   void schedule(rust::Box<Task> task) const;
+
+  // The address of the stream that the work goes to, on a GPU.
+  std::size_t stream() const { return reinterpret_cast<std::size_t>(stream_); }
 
  private:
   template <typename T>
@@ -43,11 +51,12 @@ class Call {
   xla::ffi::RemainingArgs args_;
   xla::ffi::RemainingRets rets_;
   xla::ffi::Dictionary attributes_;
-  xla::ffi::ThreadPool pool_;
+  std::optional<xla::ffi::ThreadPool> pool_;
+  void* stream_ = nullptr;
 };
 
 // The address of the handler of the op with this index; throws where there are fewer handlers.
-std::size_t handler_address(std::size_t op);
+std::size_t handler_address(Entry entry, std::size_t op);
 
 // The version of the FFI that the handlers are compiled against.
 constexpr std::int32_t api_major() { return XLA_FFI_API_MAJOR; }

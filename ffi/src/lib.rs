@@ -8,10 +8,21 @@ use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
-use jax_mhc_kernels::{Config, DType, Error, Op, Pool, View};
+use jax_mhc_kernels::{Config, DType, Error, Op, Pool, View, cuda};
 
 #[cxx::bridge(namespace = "jax_mhc")]
 mod bridge {
+    /// Which handler of an op XLA calls.
+    #[derive(Debug, Clone, Copy)]
+    enum Entry {
+        /// The only one on a CPU.
+        Cpu,
+        /// On a GPU, before every execution.
+        CudaInitialize,
+        /// On a GPU, or while XLA records it for later.
+        CudaExecute,
+    }
+
     enum DType {
         F32,
         F64,
@@ -52,8 +63,9 @@ mod bridge {
         fn float64_attribute(&self, name: &str) -> Result<f64>;
         fn num_threads(&self) -> i64;
         fn schedule(&self, task: Box<Task>);
+        fn stream(&self) -> usize;
 
-        fn handler_address(op: usize) -> Result<usize>;
+        fn handler_address(entry: Entry, op: usize) -> Result<usize>;
         fn api_major() -> i32;
         fn api_minor() -> i32;
     }
@@ -61,16 +73,18 @@ mod bridge {
     extern "Rust" {
         type Task;
         fn run_task(task: Box<Task>);
-        fn run_call(op: usize, call: &Call) -> Outcome;
+        fn run_call(entry: Entry, op: usize, call: &Call) -> Outcome;
     }
 }
 
-/// The address of the XLA FFI handler of `op`, for the platform `cpu`.
+pub use bridge::Entry;
+
+/// The address of an XLA FFI handler of `op`.
 ///
 /// # Panics
-/// There are more ops than handlers compiled in: raise `kHandlers` in handler.cc.
-pub fn handler_address(op: Op) -> usize {
-    bridge::handler_address(op as usize).expect("every op has a handler")
+/// There are more ops than handlers compiled in: raise `kNumHandlers` in handler.cc.
+pub fn handler_address(entry: Entry, op: Op) -> usize {
+    bridge::handler_address(entry, op as usize).expect("every op has a handler")
 }
 
 /// The version of XLA's FFI (major, minor) that the handlers are compiled against.
@@ -79,9 +93,9 @@ pub fn api_version() -> (i32, i32) {
 }
 
 /// Runs one call; the C++ handlers end here.
-fn run_call(op: usize, call: &bridge::Call) -> bridge::Outcome {
+fn run_call(entry: Entry, op: usize, call: &bridge::Call) -> bridge::Outcome {
     let op = Op::ALL[op];
-    outcome(op, || decode_and_run(op, call))
+    outcome(op, || decode_and_run(entry, op, call))
 }
 
 /// What `run` came to; a panic must not unwind into C++.
@@ -101,19 +115,28 @@ fn outcome(op: Op, run: impl FnOnce() -> Result<(), Error>) -> bridge::Outcome {
     bridge::Outcome { code, message }
 }
 
-fn decode_and_run(op: Op, call: &bridge::Call) -> Result<(), Error> {
+fn decode_and_run(entry: Entry, op: Op, call: &bridge::Call) -> Result<(), Error> {
     let in_op = |reason| Error::Refused(format!("{}: {reason}", op.name()));
     let args = views("operand", call.num_args(), |index| call.arg(index)).map_err(in_op)?;
     let rets = views("result", call.num_rets(), |index| call.ret(index)).map_err(in_op)?;
     refuse_overlap(op, &args, &rets).map_err(in_op)?;
     let config = config(op, call).map_err(in_op)?;
     let start = tracing::enabled!(tracing::Level::DEBUG).then(Instant::now);
-    // SAFETY: XLA's buffers are aligned for vector instructions, hold the elements that their
-    // dimensions tell, and live until the handler returns; no result overlaps another view.
-    unsafe { jax_mhc_kernels::call(op, &args, &rets, &config, &LentPool(call)) }?;
+    let stream = call.stream() as *mut std::ffi::c_void;
+    // SAFETY: XLA's buffers hold the elements that their dimensions tell, on the GPU where XLA lends a
+    // stream. They live until the handler returns, or until the work on the stream is done; no result
+    // overlaps another view.
+    unsafe {
+        match entry {
+            Entry::Cpu => jax_mhc_kernels::call(op, &args, &rets, &config, &LentPool(call)),
+            Entry::CudaInitialize => cuda::initialize(op, &args, &rets, &config, stream),
+            _ => cuda::execute(op, &args, &rets, &config, stream),
+        }
+    }?;
     if let Some(start) = start {
         tracing::debug!(
             op = op.name(),
+            entry = ?entry,
             dtype = args.first().map(|view| tracing::field::debug(view.dtype)),
             shapes = ?args.iter().map(|view| view.dims).collect::<Vec<_>>(),
             time_us = start.elapsed().as_micros() as u64,
@@ -239,10 +262,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_op_has_a_handler_of_its_own() {
+    fn every_op_has_handlers_of_its_own() {
         let addresses: std::collections::HashSet<usize> =
-            Op::ALL.into_iter().map(handler_address).collect();
-        assert_eq!(addresses.len(), Op::ALL.len());
+            [Entry::Cpu, Entry::CudaInitialize, Entry::CudaExecute]
+                .into_iter()
+                .flat_map(|entry| Op::ALL.map(|op| handler_address(entry, op)))
+                .collect();
+        assert_eq!(addresses.len(), 3 * Op::ALL.len());
     }
 
     #[test]

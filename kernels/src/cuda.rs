@@ -162,63 +162,55 @@ fn check_device_call(call: &Call) -> Result<(), Error> {
 /// What there is of CUDA here.
 #[derive(Debug, Clone, Serialize)]
 pub struct Status {
-    /// How the kernels were compiled.
-    pub build: Option<Build>,
+    /// That the kernels were compiled for.
+    pub architectures: &'static [&'static str],
+    /// What compiled them.
+    pub compiler: Option<&'static str>,
     /// The CUDA version of the driver.
     pub driver: Option<String>,
-    /// Why no GPU can be used, whichever there are.
-    pub reason: Option<String>,
-    /// All GPUs that the driver shows.
+    /// Why no GPU can be used, and what to do.
+    pub error: Option<String>,
+    /// All that the driver shows.
     pub devices: Vec<DeviceStatus>,
 }
 
 /// What there is of one GPU.
 #[derive(Debug, Clone, Serialize)]
 pub struct DeviceStatus {
-    /// CUDA's number of it.
-    pub ordinal: i32,
     /// As NVIDIA calls it.
     pub name: Option<String>,
     /// Compute capability.
     pub capability: Option<String>,
-    /// Whether the kernels run on it.
-    pub supported: bool,
-    /// Why not.
-    pub reason: Option<String>,
+    /// Why it cannot be used.
+    pub error: Option<String>,
 }
 
 /// Looks for the driver and its GPUs. Makes no context.
 pub fn status() -> Status {
-    let (driver, devices) = match modules::num_devices() {
-        Ok(num) => (modules::driver(), (0..num).map(device_status).collect()),
-        Err(reason) => (Err(reason), Vec::new()),
-    };
-    let reason = match (build(), &driver) {
+    let build = build();
+    let found = modules::num_devices();
+    let error = match (build, &found) {
         (None, _) => Some(modules::NO_KERNELS.to_owned()),
         (_, Err(reason)) => Some(reason.clone()),
-        (_, Ok(_)) if devices.is_empty() => Some("the CUDA driver shows no GPU".to_owned()),
+        (_, Ok(0)) => Some("the CUDA driver shows no GPU".to_owned()),
         _ => None,
     };
     Status {
-        build: build(),
-        driver: driver.ok().map(modules::version_name),
-        reason,
-        devices,
+        architectures: build.map_or(&[], |build| build.architectures),
+        compiler: build.map(|build| build.compiler),
+        driver: modules::driver().ok().map(modules::version_name),
+        error,
+        devices: (0..found.unwrap_or(0)).map(device_status).collect(),
     }
 }
 
 fn device_status(ordinal: i32) -> DeviceStatus {
     let device = modules::device(ordinal);
-    let usable = (device.as_ref().map_err(Clone::clone))
-        .and_then(|device| modules::check_capability(device.capability));
+    let capability = device.as_ref().ok().map(|device| device.capability);
+    let usable = device.and_then(|device| modules::check_capability(device.capability));
     DeviceStatus {
-        ordinal,
         name: modules::device_name(ordinal).ok(),
-        capability: device.ok().map(|device| {
-            let (major, minor) = device.capability;
-            format!("{major}.{minor}")
-        }),
-        supported: usable.is_ok(),
-        reason: usable.err(),
+        capability: capability.map(|(major, minor)| format!("{major}.{minor}")),
+        error: usable.err(),
     }
 }

@@ -369,3 +369,149 @@ fn num_elements(dims: &[i64]) -> Option<usize> {
         len.checked_mul(usize::try_from(*dim).ok()?)
     })
 }
+
+/// A call of given sizes without its memory, for tests.
+#[cfg(test)]
+pub struct Example {
+    op: Op,
+    config: Config,
+    args: Vec<(DType, Vec<i64>)>,
+    rets: Vec<(DType, Vec<i64>)>,
+}
+
+#[cfg(test)]
+impl Example {
+    /// The operands and results that the table asks for.
+    pub fn new(op: Op, dtype: DType, tokens: usize, [n, c]: [usize; 2], config: Config) -> Self {
+        let c = if op.operands()[0] == "z" { n } else { c };
+        let layout = op.layout(n, &config);
+        let lead = [tokens as i64];
+        let call = Call {
+            op,
+            config: &config,
+            dtype,
+            tokens,
+            n,
+            c,
+            columns: layout.num(),
+            layout,
+            lead: &lead,
+            args: &[],
+            rets: &[],
+        };
+        let types = |names: &[&str]| {
+            let types = names.iter().map(|name| {
+                let shape = call.shape(name);
+                let lead = if shape.has_tokens { &lead[..] } else { &[] };
+                let row = shape.row().iter().map(|dim| *dim as i64);
+                (shape.dtype, lead.iter().copied().chain(row).collect())
+            });
+            types.collect()
+        };
+        Self {
+            args: types(op.operands()),
+            rets: types(op.results()),
+            op,
+            config,
+        }
+    }
+
+    /// The same with static coefficients, where there is a phi.
+    pub fn into_static(mut self) -> Self {
+        for (names, types) in [
+            (self.op.operands(), &mut self.args),
+            (self.op.results(), &mut self.rets),
+        ] {
+            for (name, (_, dims)) in names.iter().zip(types) {
+                if matches!(*name, "phi" | "m" | "d_phi") {
+                    *dims.last_mut().unwrap() = 0;
+                }
+            }
+        }
+        self
+    }
+
+    /// With one more result.
+    pub fn with_workspace(mut self, len: usize) -> Self {
+        self.rets.push((DType::F32, vec![len as i64]));
+        self
+    }
+
+    /// Hands out the call, if it passes. Nothing lies at its addresses.
+    pub fn check<T>(&self, then: impl FnOnce(Result<Call, Error>) -> T) -> T {
+        fn views(types: &[(DType, Vec<i64>)]) -> Vec<View<'_>> {
+            let views = types.iter().enumerate().map(|(at, (dtype, dims))| View {
+                data: std::ptr::without_provenance_mut((at + 1) << 40),
+                dims,
+                dtype: *dtype,
+            });
+            views.collect()
+        }
+        let (args, rets) = (views(&self.args), views(&self.rets));
+        then(Call::check(self.op, &args, &rets, &self.config))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every op in small.
+    fn examples() -> impl Iterator<Item = Example> {
+        let example = |op| Example::new(op, DType::F32, 3, [2, 5], Config::default());
+        Op::ALL.into_iter().map(example)
+    }
+
+    fn refusal(example: &Example) -> String {
+        example.check(|call| call.expect_err("a refusal").to_string())
+    }
+
+    #[test]
+    fn calls_of_the_table_pass() {
+        for example in examples() {
+            example.check(|call| assert_eq!(call.unwrap().tokens, 3));
+            let example = example.with_workspace(7);
+            example.check(|call| assert_eq!(call.unwrap().workspace().unwrap().1, 7));
+        }
+        for example in examples() {
+            example.into_static().check(|call| {
+                let call = call.unwrap();
+                let is_head = matches!(call.op, Op::HeadFwd | Op::HeadBwd);
+                assert!(is_head || call.columns == 0);
+            });
+        }
+    }
+
+    #[test]
+    fn every_operand_and_result_is_looked_at() {
+        type Types = Vec<(DType, Vec<i64>)>;
+        let parts: [fn(&mut Example) -> &mut Types; 2] =
+            [|example| &mut example.args, |example| &mut example.rets];
+        for (part, missing) in parts.into_iter().zip(["an operand", "a result"]) {
+            for op in Op::ALL {
+                let good = || Example::new(op, DType::Bf16, 3, [2, 5], Config::default());
+                let names = [op.operands(), op.results()][usize::from(missing == "a result")];
+                for (at, name) in names.iter().enumerate() {
+                    let first = at == 0 && missing == "an operand";
+                    let mut example = good();
+                    part(&mut example)[at].0 = DType::F64;
+                    if !first {
+                        let refusal = refusal(&example);
+                        assert!(refusal.contains(&format!("`{name}`")), "{refusal}");
+                    }
+                    let mut example = good();
+                    part(&mut example)[at].1.push(2);
+                    assert!(refusal(&example).starts_with(op.name()));
+                    let mut example = good();
+                    part(&mut example).truncate(at);
+                    let wanted = if first { "at least one" } else { missing };
+                    let refusal = refusal(&example);
+                    assert!(refusal.contains(&format!("expected {wanted}")), "{refusal}");
+                }
+                let mut example = good();
+                part(&mut example).push((DType::F32, vec![3, 4]));
+                assert!(refusal(&example).contains("no more"));
+            }
+        }
+    }
+}

@@ -1,11 +1,13 @@
-//! What the shared library exports: one function, which hands out everything that Python needs to
-//! register the handlers.
+//! What the shared library exports: a function that hands out everything that Python needs to register
+//! the handlers, and two that tell of CUDA.
 
-use std::ffi::{CString, c_char};
+use std::ffi::{CStr, CString, c_char};
+use std::panic::catch_unwind;
 use std::str::FromStr;
 use std::sync::LazyLock;
 
-use jax_mhc_kernels::Op;
+use jax_mhc_ffi::{Entry, handler_address};
+use jax_mhc_kernels::{DType, Op, cuda};
 use serde::Serialize;
 use tracing_subscriber::filter::LevelFilter;
 
@@ -18,7 +20,16 @@ const TARGET_VERSION: u32 = 1;
 struct Handler {
     name: String,
     platform: &'static str,
-    address: usize,
+    #[serde(flatten)]
+    addresses: Addresses,
+}
+
+/// On a CPU a handler is one function, on a GPU one for each stage.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Addresses {
+    Cpu { address: usize },
+    Cuda { initialize: usize, execute: usize },
 }
 
 #[derive(Serialize)]
@@ -31,14 +42,28 @@ struct Description {
     ffi_api_version: String,
     architecture: &'static str,
     instruction_set: &'static str,
+    /// None where there are no CUDA kernels in it.
+    cuda: Option<cuda::Build>,
     handlers: Vec<Handler>,
 }
 
 fn describe() -> Description {
-    let handlers = Op::ALL.into_iter().map(|op| Handler {
-        name: format!("jax_mhc_{}_v{TARGET_VERSION}", op.name()),
+    let name = |op: Op| format!("jax_mhc_{}_v{TARGET_VERSION}", op.name());
+    let cpu = Op::ALL.into_iter().map(|op| Handler {
+        name: name(op),
         platform: "cpu",
-        address: jax_mhc_ffi::handler_address(op),
+        addresses: Addresses::Cpu {
+            address: handler_address(Entry::Cpu, op),
+        },
+    });
+    let cuda_ops = cuda::build().map_or(&[][..], |_| &Op::ALL);
+    let cuda = cuda_ops.iter().map(|&op| Handler {
+        name: name(op),
+        platform: "CUDA",
+        addresses: Addresses::Cuda {
+            initialize: handler_address(Entry::CudaInitialize, op),
+            execute: handler_address(Entry::CudaExecute, op),
+        },
     });
     let (major, minor) = jax_mhc_ffi::api_version();
     Description {
@@ -49,7 +74,8 @@ fn describe() -> Description {
         ffi_api_version: format!("{major}.{minor}"),
         architecture: std::env::consts::ARCH,
         instruction_set: jax_mhc_kernels::instruction_set(),
-        handlers: handlers.collect(),
+        cuda: cuda::build(),
+        handlers: cpu.chain(cuda).collect(),
     }
 }
 
@@ -82,5 +108,63 @@ pub extern "C" fn jax_mhc_describe() -> *const c_char {
             .as_ref()
             .map_or(std::ptr::null(), |text| text.as_ptr())
     };
-    std::panic::catch_unwind(describe).unwrap_or(std::ptr::null())
+    catch_unwind(describe).unwrap_or(std::ptr::null())
+}
+
+/// What there is of CUDA on this machine: JSON, in memory that is never freed. The first call asks the
+/// driver, and the others give the same answer. Null where there is no answer.
+#[unsafe(no_mangle)]
+pub extern "C" fn jax_mhc_cuda_status() -> *const c_char {
+    static STATUS: LazyLock<Option<CString>> =
+        LazyLock::new(|| CString::new(serde_json::to_string(&cuda::status()).ok()?).ok());
+    let status = || {
+        STATUS
+            .as_ref()
+            .map_or(std::ptr::null(), |text| text.as_ptr())
+    };
+    catch_unwind(status).unwrap_or(std::ptr::null())
+}
+
+/// The float32 numbers that a call needs as its workspace on a GPU: `out[0]` for each token and
+/// `out[1]` besides. Needs no GPU. False where there is no such call on a GPU.
+///
+/// # Safety
+/// `call` is a text with a final zero, such as `pre_fwd`, and `out` has room for two numbers.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn jax_mhc_workspace(
+    call: *const c_char,
+    element_bytes: i64,
+    streams: i64,
+    hidden: i64,
+    columns: i64,
+    sinkhorn_iters: i64,
+    out: *mut i64,
+) -> bool {
+    // SAFETY: promised by the caller.
+    let call = unsafe { CStr::from_ptr(call) };
+    let workspace = || -> Option<[i64; 2]> {
+        let count = |number: i64| usize::try_from(number).ok();
+        let workspace = cuda::workspace(&cuda::Problem {
+            op: Op::ALL
+                .into_iter()
+                .find(|op| op.name().as_bytes() == call.to_bytes())?,
+            dtype: match element_bytes {
+                2 => DType::Bf16,
+                4 => DType::F32,
+                _ => return None,
+            },
+            n: count(streams)?,
+            c: count(hidden)?,
+            columns: count(columns)?,
+            sinkhorn_iters: count(sinkhorn_iters)?,
+        });
+        let number = |count: usize| i64::try_from(count).ok();
+        Some([number(workspace.per_token)?, number(workspace.fixed)?])
+    };
+    let Ok(Some(numbers)) = catch_unwind(workspace) else {
+        return false;
+    };
+    // SAFETY: promised by the caller.
+    unsafe { out.cast::<[i64; 2]>().write(numbers) };
+    true
 }

@@ -159,7 +159,7 @@ pub struct Problem {
     pub c: usize,
     /// Columns of phi.
     pub columns: usize,
-    /// Of the configuration.
+    /// Of the configuration; 0 where there is none.
     pub sinkhorn_iters: usize,
 }
 
@@ -172,7 +172,11 @@ impl Call<'_> {
             n: self.n,
             c: self.c,
             columns: self.columns,
-            sinkhorn_iters: self.config.sinkhorn_iters,
+            sinkhorn_iters: if self.op.has_config() {
+                self.config.sinkhorn_iters
+            } else {
+                0
+            },
         }
     }
 }

@@ -27,8 +27,8 @@ struct Image {
     size: &'static str,
     dtype: &'static str,
     architecture: &'static str,
-    /// Kernels that keep in memory what belongs into registers, where that is an error.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for a test"))]
+    /// Main kernels that keep in memory what belongs into registers; a test refuses them.
+    #[cfg_attr(not(test), expect(dead_code))]
     spills: &'static [&'static str],
     /// A cubin, or PTX with a final zero; compressed.
     code: &'static [u8],
@@ -57,32 +57,28 @@ pub fn build() -> Option<Build> {
     })
 }
 
-/// The image that a GPU of this capability runs.
-fn image(kernel: &Kernel, (major, minor): (u32, u32)) -> Result<usize, String> {
+/// How well code for an architecture does on a GPU of this capability, if it runs there: machine code of
+/// the same major version first, the latest first.
+fn fitness(architecture: &str, (major, minor): (u32, u32)) -> Option<(bool, u32)> {
+    let (kind, number) = architecture.split_once('_')?;
+    let number: u32 = number.parse().ok()?;
+    let of = (number / 10, number % 10);
+    let runs = match kind {
+        "sm" => of.0 == major && of.1 <= minor,
+        _ => of <= (major, minor),
+    };
+    runs.then_some((kind == "sm", number))
+}
+
+/// The best image of a kernel for a GPU of this capability, by its index.
+fn image(kernel: &Kernel, capability: (u32, u32)) -> Option<usize> {
     let dtype = kernel.dtype.short_name();
-    let candidates = (IMAGES.iter().enumerate()).filter(|(_, image)| {
+    let images = IMAGES.iter().enumerate().filter(|(_, image)| {
         (image.file, image.size, image.dtype) == (kernel.file, kernel.size, dtype)
     });
-    // Machine code of the same major version first, the latest first.
-    let rank = |(_, image): &(usize, &Image)| {
-        let (kind, number) = image.architecture.split_once('_')?;
-        let number: u32 = number.parse().ok()?;
-        let runs = match kind {
-            "sm" => number / 10 == major && number % 10 <= minor,
-            _ => (number / 10, number % 10) <= (major, minor),
-        };
-        runs.then_some((kind == "sm", number))
-    };
-    let best = candidates
-        .filter(|image| rank(image).is_some())
-        .max_by_key(rank);
-    best.map(|(index, _)| index).ok_or_else(|| {
-        if COMPILER.is_none() {
-            NO_KERNELS.to_owned()
-        } else {
-            format!("there is no code for compute capability {major}.{minor}")
-        }
-    })
+    let ranked =
+        images.filter_map(|(index, image)| Some((fitness(image.architecture, capability)?, index)));
+    ranked.max().map(|(_, index)| index)
 }
 
 /// What to say in a build without a compiler.
@@ -197,16 +193,23 @@ pub fn device(ordinal: c_int) -> Result<Device, String> {
 }
 
 /// Whether the kernels run on a GPU of this capability.
-pub fn check_capability((major, minor): (u32, u32)) -> Result<(), String> {
+pub fn check_capability(capability: (u32, u32)) -> Result<(), String> {
+    let (major, minor) = capability;
     if COMPILER.is_none() {
-        return Err(NO_KERNELS.to_owned());
-    }
-    if (major, minor) < OLDEST_CAPABILITY {
-        return Err(format!(
+        Err(NO_KERNELS.to_owned())
+    } else if capability < OLDEST_CAPABILITY {
+        Err(format!(
             "expected a GPU of compute capability 8.0 (Ampere) or newer, got {major}.{minor}"
-        ));
+        ))
+    } else if (ARCHITECTURES.iter()).all(|name| fitness(name, capability).is_none()) {
+        Err(format!(
+            "this build of jax-mhc is for {}, none of which runs on compute capability \
+             {major}.{minor}; reinstall it with JAX_MHC_CUDA_ARCHITECTURES unset",
+            ARCHITECTURES.join(", ")
+        ))
+    } else {
+        Ok(())
     }
-    Ok(())
 }
 
 /// A GPU with the kernels that it has loaded.
@@ -364,7 +367,8 @@ fn load(kernel: &Kernel, device: &Device) -> Result<Function, String> {
     use sys::CUfunction_attribute as Attribute;
     let symbol = kernel.symbol();
     let in_kernel = |what: &str| format!("{what}({symbol})");
-    let index = image(kernel, device.capability)?;
+    let index = image(kernel, device.capability)
+        .ok_or_else(|| format!("{symbol} is not in this build of jax-mhc"))?;
     let mut libraries = LIBRARIES.lock().unwrap_or_else(PoisonError::into_inner);
     let library = match libraries.get(&index) {
         Some(library) => library.0,
@@ -410,4 +414,114 @@ fn load(kernel: &Kernel, device: &Device) -> Result<Function, String> {
         check(&in_kernel("cuKernelGetFunction"), result)?;
     }
     Ok(Function(function))
+}
+
+/// Whether the code of a kernel for a GPU of this capability has its symbol.
+#[cfg(test)]
+pub fn has_symbol(kernel: &Kernel, capability: (u32, u32)) -> bool {
+    let index = image(kernel, capability).expect("an image for every kernel");
+    let (code, symbol) = (IMAGES[index].decompress(), kernel.symbol().into_bytes());
+    // In machine code the name of its section; in PTX the declaration.
+    let named = [
+        [b".text.", &symbol[..], b"\0"].concat(),
+        [b".entry ", &symbol[..], b"("].concat(),
+    ];
+    named
+        .iter()
+        .any(|name| code.windows(name.len()).any(|bytes| bytes == name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::view::DType;
+
+    #[test]
+    fn every_gpu_runs_the_code_that_fits_it_best() {
+        let best = |capability| {
+            let named = [
+                "sm_80",
+                "sm_86",
+                "sm_89",
+                "sm_90",
+                "sm_100",
+                "sm_120",
+                "compute_100",
+            ]
+            .map(|name| (fitness(name, capability), name));
+            named
+                .into_iter()
+                .filter(|(fitness, _)| fitness.is_some())
+                .max()
+                .map(|best| best.1)
+        };
+        for (capability, name) in [
+            ((7, 5), None),
+            ((8, 0), Some("sm_80")),
+            ((8, 7), Some("sm_86")),
+            ((8, 9), Some("sm_89")),
+            ((9, 0), Some("sm_90")),
+            ((10, 0), Some("sm_100")),
+            ((10, 3), Some("sm_100")),
+            ((11, 0), Some("compute_100")),
+            ((12, 1), Some("sm_120")),
+            ((13, 0), Some("compute_100")),
+        ] {
+            assert_eq!(best(capability), name, "{capability:?}");
+        }
+        assert!(check_capability((7, 5)).unwrap_err().contains("7.5"));
+    }
+
+    /// Sizes and dtypes that the plans name, for all that [`Kernel`] can name.
+    #[test]
+    fn every_architecture_has_every_kernel() {
+        let Some(build) = build() else { return };
+        let all = [DType::Bf16, DType::F16, DType::F32];
+        let files: [(_, [_; 4], &[DType]); 4] = [
+            ("sinkhorn", ["n2", "n4", "n8", "any"], &all[2..]),
+            ("pre", ["n2", "n4", "n8", "any"], &all),
+            ("post", ["n2", "n4", "n8", "any"], &all),
+            ("projection", ["k8", "k24", "k80", "any"], &all),
+        ];
+        for architecture in build.architectures {
+            let (_, number) = architecture.split_once('_').unwrap();
+            let number: u32 = number.parse().unwrap();
+            for (file, sizes, dtypes) in files {
+                for size in sizes {
+                    for &dtype in dtypes {
+                        let kernel = Kernel {
+                            file,
+                            function: "",
+                            size,
+                            dtype,
+                        };
+                        let capability = (number / 10, number % 10);
+                        assert!(
+                            image(&kernel, capability).is_some(),
+                            "{kernel:?} {architecture}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn main_kernels_keep_to_their_registers() {
+        let spills: Vec<_> = IMAGES.iter().flat_map(|image| image.spills).collect();
+        assert!(spills.is_empty(), "{spills:#?}");
+    }
+
+    #[test]
+    fn without_a_driver_there_is_a_reason() {
+        // Nothing can be told where there is one.
+        let Err(reason) = driver() else { return };
+        assert!(
+            reason.contains("driver") || reason.contains("cuInit"),
+            "{reason}"
+        );
+        // SAFETY: without a driver no stream is looked at.
+        let entered = unsafe { Context::enter(ptr::null_mut()) };
+        assert_eq!(entered.err(), Some(reason));
+    }
 }

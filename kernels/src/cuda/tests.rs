@@ -1,0 +1,114 @@
+//! What can be known of the CUDA side without a GPU.
+
+use super::launch::Device;
+use super::modules::{build, has_symbol};
+use super::{plan, status, workspace};
+use crate::signature::{Example, Op};
+use crate::view::DType;
+use crate::{Config, Constraint};
+
+const H100: Device = Device {
+    ordinal: 0,
+    capability: (9, 0),
+    num_sms: 132,
+    max_shared_bytes: 227 << 10,
+};
+
+/// Ada: the least shared memory of all that there are kernels for.
+const L4: Device = Device {
+    ordinal: 0,
+    capability: (8, 9),
+    num_sms: 58,
+    max_shared_bytes: 99 << 10,
+};
+
+/// All ops in many sizes.
+fn examples() -> Vec<(String, Example)> {
+    let mut examples = Vec::new();
+    for op in Op::ALL {
+        for dtype in [DType::F32, DType::Bf16, DType::F16] {
+            if dtype != DType::F32 && matches!(op, Op::SinkhornFwd | Op::SinkhornBwd) {
+                continue;
+            }
+            for (tokens, sizes) in [
+                (0, [4, 64]),
+                (1, [1, 1]),
+                (17, [2, 33]),
+                (1000, [3, 7]),
+                (8192, [4, 4096]),
+                (16, [8, 100]),
+                (5, [16, 8]),
+            ] {
+                for constraint in [Constraint::Birkhoff, Constraint::None, Constraint::Identity] {
+                    let config = Config {
+                        constraint,
+                        ..Config::default()
+                    };
+                    let example = || Example::new(op, dtype, tokens, sizes, config);
+                    let name = format!("{op:?} {dtype:?} {tokens} {sizes:?} {constraint:?}");
+                    examples.push((format!("{name} static"), example().into_static()));
+                    examples.push((name, example()));
+                }
+            }
+        }
+    }
+    examples
+}
+
+#[test]
+fn plans_name_kernels_that_exist_and_fit_the_gpu() {
+    let mut seen = std::collections::HashSet::new();
+    for (name, example) in examples() {
+        let needed = example.check(|call| {
+            let call = call.unwrap();
+            workspace(&call.problem()).len(call.tokens)
+        });
+        let example = example.with_workspace(needed);
+        for device in [H100, L4] {
+            let launches = example.check(|call| plan(&call.unwrap(), &device));
+            for launch in launches {
+                assert!(launch.block <= 1024 && launch.block % 32 == 0, "{name}");
+                assert!(launch.shared_bytes <= device.max_shared_bytes, "{name}");
+                let [x, y, z] = launch.grid;
+                assert!(x < 1 << 31 && y < 1 << 16 && z < 1 << 16, "{name}");
+                let runs = build().is_some_and(|build| {
+                    let (major, minor) = device.capability;
+                    build
+                        .architectures
+                        .contains(&&*format!("sm_{major}{minor}"))
+                });
+                if runs && seen.insert((launch.kernel, device.capability)) {
+                    let symbol = launch.kernel.symbol();
+                    assert!(has_symbol(&launch.kernel, device.capability), "{symbol}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn every_call_does_something() {
+    for (name, example) in examples() {
+        let needed = example.check(|call| {
+            let call = call.unwrap();
+            workspace(&call.problem()).len(call.tokens)
+        });
+        example.with_workspace(needed).check(|call| {
+            let call = call.unwrap();
+            let writes = call.tokens > 0 || call.op.results().contains(&"d_bias");
+            let launches = plan(&call, &H100);
+            let blocks = launches.iter().filter(|launch| !launch.grid.contains(&0));
+            assert_eq!(blocks.count() > 0, writes, "{name}");
+        });
+    }
+}
+
+#[test]
+fn the_status_is_there_on_every_machine() {
+    let status = status();
+    assert_eq!(status.compiler.is_some(), build().is_some());
+    assert_eq!(
+        status.devices.is_empty(),
+        status.error.is_some() || status.driver.is_none()
+    );
+}
