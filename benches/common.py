@@ -82,7 +82,10 @@ def median_us(run: Callable[[], Any], repeats: int) -> float:
 def commit() -> str:
     """The commit of the working tree; empty outside a repository."""
     git = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    try:
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def write(record: dict[str, Any], text: str, folder: Path) -> None:

@@ -55,6 +55,7 @@ from jax_mhc._types import Context
 DTYPE = "bfloat16"
 IMPLEMENTATIONS = {"fused": common.FUSED, "plain": plain}
 SIGMAS = (1.0, 3.0, 6.0, 10.0)
+PEAKED_OPS = ("pre", "fb")  # what is checked at these deviations of the logits of h_res
 # Every set of inputs is used again only after so many bytes: four times the L2 cache of an H200.
 ROTATED_BYTES = 240e6
 
@@ -249,17 +250,15 @@ def compile_op(op: str, implementation: str, tokens: int, hidden: int) -> tuple[
 # ---- checks -------------------------------------------------------------------------------------
 
 
-def exact(op: str, args: tuple[Any, ...], results: dict[str, Any]) -> dict[str, Any]:
-    """The op in float64 on the CPU."""
+def exact(op: str, args: tuple[Any, ...], x_new: Any = None) -> dict[str, Any]:
+    """The op in float64 on the CPU; for the seam, pre of its `x_new`, which was rounded."""
     with jax.default_device(jax.devices("cpu")[0]), jax.enable_x64(True):
-        wide_args, wide_results = jax.tree.map(
-            lambda array: jnp.asarray(np.asarray(array).astype(np.float64)), (args, results)
+        wide, x_new = jax.tree.map(
+            lambda array: jnp.asarray(np.asarray(array).astype(np.float64)), (args, x_new)
         )
-        values = _exact(op)(*wide_args)
+        values = _exact(op)(*wide)
         if op == "seam":
-            # Its pre reads the streams that were rounded, and so does this.
-            params = wide_args[OPS[op].arguments.index("params")]
-            values |= _exact("pre")(wide_results["x_new"], params)
+            values |= _exact("pre")(x_new, wide[OPS[op].arguments.index("params")])
         return jax.tree.map(np.asarray, values)
 
 
@@ -282,9 +281,8 @@ def some_tokens(named: dict[str, Any], tokens: int, num: int = 64) -> dict[str, 
     }
 
 
-def errors(op: str, named: dict[str, Any], results: dict[str, Any]) -> dict[str, float]:
+def errors(results: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float]:
     """Relative L2 error of each result."""
-    wanted = exact(op, arguments(op, named), results)
     return {name: common.relative_error(results[name], wanted[name]) for name in results}
 
 
@@ -307,9 +305,12 @@ def check_peaked(
     for sigma in SIGMAS:
         named = make_inputs(jax.random.key(0), tokens, hidden, sigma)
         row: dict[str, Any] = {"tokens": tokens, "hidden": hidden, "sigma": sigma}
-        for (op, implementation), (program, _) in programs.items():
-            found = errors(op, named, program(*arguments(op, named)))
-            row.setdefault(implementation, {}).update(found)
+        for op in PEAKED_OPS:
+            args = arguments(op, named)
+            wanted = exact(op, args)
+            for implementation in IMPLEMENTATIONS:
+                program, _ = programs[op, implementation]
+                row.setdefault(implementation, {}).update(errors(program(*args), wanted))
         complaints += above_limits(f"{tokens}x{hidden} sigma {sigma:.0f}", row["fused"], sigma)
         rows.append(row)
     return rows, complaints
@@ -395,15 +396,19 @@ def memory(program: Any) -> dict[str, int]:
     return {**{f"{name}_bytes": size for name, size in sizes.items()}, "peak_bytes": peak}
 
 
-def _script(name: str, *arguments: str, timeout: float, **environment: str) -> Any:
-    """What one of the scripts beside this one prints as JSON."""
+def _script(name: str, *arguments: str, timeout: float, **environment: str) -> list[Any]:
+    """What one of the scripts beside this one prints, each line as JSON.
+
+    An error does not stop this run; it becomes the last line.
+    """
     command = [sys.executable, str(Path(__file__).with_name(name)), *arguments]
-    return json.loads(
-        subprocess.run(
-            command, env={**os.environ, **environment}, timeout=timeout, check=True,
-            stdout=subprocess.PIPE, text=True,
-        ).stdout
-    )  # fmt: skip
+    environment = {**os.environ, **environment}
+    options: dict[str, Any] = {"env": environment, "timeout": timeout, "stdout": subprocess.PIPE}
+    try:
+        printed, failed = subprocess.run(command, check=True, **options).stdout, []
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        printed, failed = error.stdout or b"", [{"error": str(error)}]
+    return [json.loads(line) for line in printed.splitlines()] + failed
 
 
 def first_call(platform: str, processes: int) -> dict[str, Any]:
@@ -411,22 +416,15 @@ def first_call(platform: str, processes: int) -> dict[str, Any]:
 
     That is the time to lower and to run for the first time, less the same for x + 1.
     """
-    runs = [_script("first_call.py", platform, timeout=120) for _ in range(processes)]
+    runs = [_script("first_call.py", platform, timeout=120)[-1] for _ in range(processes)]
+    if failed := [run["error"] for run in runs if "error" in run]:
+        raise SystemExit(failed[0])
     costs = jax.tree.map(lambda *values: statistics.median(values), *runs)
     beyond = [
         sum(run["pre"][stage] - run["x_plus_1"][stage] for stage in ("lower", "first"))
         for run in runs
     ]
     return {**costs, "beyond_compile_ms": statistics.median(beyond), "processes": processes}
-
-
-def peers(shapes: tuple[tuple[int, int], ...]) -> dict[str, Any]:
-    """Times of the other libraries by library, shape and op; an error does not stop the run."""
-    try:
-        # JAX only computes the values to check there.
-        return _script("peers.py", json.dumps(shapes), timeout=180, JAX_PLATFORMS="cpu")
-    except (subprocess.SubprocessError, ValueError) as error:
-        return {"not_run": {"error": str(error)}}
 
 
 # ---- the run ------------------------------------------------------------------------------------
@@ -448,8 +446,10 @@ def bench_shape(
             start = time.perf_counter()
             results = jax.block_until_ready(program(*arguments(op, named)))
             first_us = (time.perf_counter() - start) * 1e6
-            found = errors(op, some_tokens(named, tokens), some_tokens(results, tokens))
+            some_results = some_tokens(results, tokens)
             del results
+            some_args = arguments(op, some_tokens(named, tokens))
+            found = errors(some_results, exact(op, some_args, some_results.get("x_new")))
             if implementation == "fused":
                 complaints += above_limits(f"{op} {tokens}x{hidden}", found)
             row[implementation] = {
@@ -492,7 +492,7 @@ def run_all(options: Options, progress: Progress) -> tuple[dict[str, Any], list[
     ] + [
         (op, implementation, check_tokens, hidden)
         for hidden in hiddens
-        for op in ("pre", "fb")
+        for op in PEAKED_OPS
         for implementation in IMPLEMENTATIONS
     ]
     with phase("compilation", len(cases)) as tick, ThreadPoolExecutor() as pool:
@@ -508,12 +508,16 @@ def run_all(options: Options, progress: Progress) -> tuple[dict[str, Any], list[
         return {case[:2]: programs[case] for case in cases if case[2:] == (tokens, hidden)}
 
     peaked, rows, complaints = [], [], []
-    with phase("peaked logits against float64", len(hiddens)) as tick:
-        for hidden in hiddens:
-            checked, wrong = check_peaked(compiled_for(check_tokens, hidden), check_tokens, hidden)
+    with phase("peaked logits against float64", len(hiddens)) as tick, ThreadPoolExecutor() as pool:
+
+        def check(hidden: int) -> Any:
+            found = check_peaked(compiled_for(check_tokens, hidden), check_tokens, hidden)
+            tick()
+            return found
+
+        for checked, wrong in pool.map(check, hiddens):
             peaked += checked
             complaints += wrong
-            tick()
     with phase("copy bandwidth"):
         bandwidth = copy_gb_per_s(options.quick)
     for tokens, hidden in options.shapes:
@@ -525,8 +529,12 @@ def run_all(options: Options, progress: Progress) -> tuple[dict[str, Any], list[
             complaints += wrong
     for row in rows:
         row["floor_us"] = row["floor_bytes"] / max(bandwidth.values()) / 1e3
-    with phase("other libraries"):
-        others = peers(options.shapes) if options.peers and options.platform == "cuda" else {}
+    others = []
+    if options.peers and options.platform == "cuda":
+        # Without a GPU for JAX, which only computes what to check against there.
+        shapes = json.dumps(options.shapes)
+        with phase("other libraries"):
+            others = _script("peers.py", shapes, timeout=180, JAX_PLATFORMS="cpu")
     record = {
         "date": datetime.date.today().isoformat(),
         "commit": options.commit or common.commit(),
@@ -582,14 +590,16 @@ def _worst(found: dict[str, float], coefficients: bool) -> str:
 
 def markdown(record: dict[str, Any]) -> str:
     rows, first = record["rows"], record["first_call_ms"]
-    libraries = [name for name, found in record["peers"].items() if "version" in found]
+    others = [found for found in record["peers"] if "us" in found]
+    libraries = sorted({found["library"] for found in others})
 
     def shape(row: dict[str, Any]) -> str:
         return f"{row['tokens']} × {row['hidden']}"
 
     def peer(row: dict[str, Any], library: str) -> str:
-        times = record["peers"][library].get(f"{row['tokens']}x{row['hidden']}", {})
-        return _us(times.get(row["op"], {}).get("us"))
+        key = (library, row["tokens"], row["hidden"])
+        found = [o for o in others if (o["library"], o["tokens"], o["hidden"]) == key]
+        return _us(found[0]["us"].get(row["op"])) if found else ""
 
     def memory_in_streams(row: dict[str, Any]) -> list[str]:
         stream_bytes = row["tokens"] * row["hidden"] * jnp.dtype(DTYPE).itemsize
@@ -641,9 +651,7 @@ def markdown(record: dict[str, Any]) -> str:
         }.items()
     ]  # fmt: skip
     copies = ", ".join(f"{name} {rate:.0f}" for name, rate in record["copy_gb_per_s"].items())
-    versions = ", ".join(
-        f"{library} {record['peers'][library]['version']}" for library in libraries
-    )
+    names = ", ".join(sorted({f"{found['library']} {found['version']}" for found in others}))
     table = functools.partial(tabulate, tablefmt="github", disable_numparse=True)
     return "\n".join(
         [
@@ -659,7 +667,7 @@ def markdown(record: dict[str, Any]) -> str:
             table(times, time_headers),
             "",
             "µs: summed kernel time; wall: medians of calls queued one after the other. "
-            + (f"Other libraries ({versions}): CUDA graph replay." if libraries else ""),
+            + (f"Other libraries ({names}): CUDA graph replay." if names else ""),
             "",
             "## Errors of pre and fb, by the deviation σ of the logits of h_res",
             "",

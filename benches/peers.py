@@ -1,4 +1,4 @@
-"""Prints what the mHC kernels of other libraries take on this GPU, as JSON; benches/gpu.py runs it.
+"""Prints what the mHC kernels of other libraries take here, as JSON lines; benches/gpu.py runs it.
 
 Median times of CUDA graph replays, one graph for each of several sets of inputs, of what the ops
 of the same name in gpu.py do. Results are checked against float64. Of a library that is not
@@ -140,23 +140,23 @@ def main(shapes: list[tuple[int, int]]) -> None:
     try:
         run = liger_ops()
     except ImportError as error:
-        print(json.dumps({"liger": {"error": str(error)}}))
+        print(json.dumps({"library": "liger", "error": str(error)}))
         return
     import torch
 
-    liger: dict[str, Any] = {"version": metadata.version("liger-kernel")}
     for tokens, hidden in shapes:
         num = max(2, -int(-ROTATED_BYTES // (tokens * STREAMS * hidden * 2)))
         sets = [make_inputs(tokens, hidden, seed) for seed in range(num)]
         errors = liger_errors(run, sets[0])
         if not max(errors.values()) < 5e-3:
-            raise SystemExit(f"liger {tokens}x{hidden}: errors {errors}")
-        times: dict[str, Any] = {"errors": errors}
+            raise SystemExit(f"liger, {tokens} x {hidden}: errors {errors}")
+        times = {}
         for op, function in run.items():
-            times[op] = {"us": replay_us(function, sets)}
+            times[op] = replay_us(function, sets)
             torch.cuda.empty_cache()
-        liger[f"{tokens}x{hidden}"] = times
-    print(json.dumps({"liger": liger}))
+        found = {"library": "liger", "version": metadata.version("liger-kernel")}
+        found |= {"tokens": tokens, "hidden": hidden, "errors": errors, "us": times}
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
