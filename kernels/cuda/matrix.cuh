@@ -65,19 +65,13 @@ __device__ inline void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b.x), "r"(b.y));
 }
 
-// Transposes the 8 x 8 matrix of 16-bit values whose row g is held by the lanes 4 g + q.
-__device__ inline u32 transpose(u32 pair) {
-  u32 result;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
-  return result;
-}
-
 // ---- the gradient of m, handed from pre's backward to the two products ----------------------------
 
 constexpr int kTile = 16;  // tokens
 
 // r * dm in parts, in the order in which the products' lanes want it, a tile of 16 tokens after the
-// other: `rows` for d_x (A fragments of 16 columns), `columns` for d_phi (B fragments of 8).
+// other: `rows` for d_x (16 columns; as B, the registers 0 and 2 are the first 8 tokens, 1 and 3 the
+// others), `columns` for d_phi (B fragments of 8 columns).
 struct Fragments {
   u32* rows;
   u32* columns;

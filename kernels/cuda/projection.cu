@@ -188,165 +188,179 @@ KERNEL(project_unaligned, kThreads)
   project<false>(x, phi, partial, tokens, width, columns, slice, stage);
 }
 
+// ---- project_back and d_phi ---------------------------------------------------------------------
+
+// A warp goes through tiles of 16 tokens and 64 channels, of which it keeps phi or the sums for d_phi. Lane
+// 4 g + q has the channels 8 g to 8 g + 7 of the tokens 2 q, 2 q + 1, 2 q + 8 and 2 q + 9, so that a
+// warp reads and writes lines of 128 bytes. In the products j = 0 to 3 row g is channel 8 g + 2 j, and
+// row g + 8 the next one.
+constexpr int kChannels = 64;
+
+__device__ inline int token_of(int r, int q) { return 2 * q + r % 2 + r / 2 * 8; }
+
+// Whether sums are kept out of the tensor cores (see `add_products`). The parts of the weights beside
+// 16-bit streams err more than these sums do.
+constexpr bool kRounded = sizeof(Stream) == 4;
+
 // ---- project_back -------------------------------------------------------------------------------
 
-// A warp owns 32 channels of one stream and goes through tiles of tokens: its part of phi stays in shared
-// memory. Lane 4 g + q has the 8 channels from 8 q on of the tokens g and g + 8; in the fragments of
-// phi^T column g of product j is channel (g / 2) * 8 + 2 j + g % 2, so that a lane gets its own.
-//
-// Grid: groups of warps, groups of tiles. d_x_in: null for none, or d_x itself.
+// An A fragment of phi in parts: the row k and the next one, columns of one hexet; zero from row `end` on.
+__device__ inline void phi_fragment(uint4 (&parts)[kWeight], const float* phi, int k, int end,
+                                    int hexet, int q, int columns) {
+  u32 words[4][kWeight];
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    const int row = k + r % 2;
+    const int c = hexet * 16 + r / 2 * 8 + 2 * q;
+    split(weight(phi, row, end, c, columns), weight(phi, row, end, c + 1, columns), words[r]);
+  }
+#pragma unroll
+  for (int p = 0; p < kWeight; ++p) {
+    parts[p] = {words[0][p], words[1][p], words[2][p], words[3][p]};
+  }
+}
+
+// Grid: groups of warps, groups of tiles. d_x_in: null for none, or d_x itself. STAGED: phi stays in
+// shared memory; where it is too large for that, it is read again for every tile.
 template <bool ALIGNED>
 __device__ inline void project_back(const Stream* x, const float* phi, Fragments dm,
                                     const float* h_pre, const float* norm, const Stream* d_u,
                                     const Stream* d_x_in, Stream* d_x, int tokens, int n,
-                                    int hidden) {
-  extern __shared__ uint2 fragments[];
+                                    int hidden, bool staged) {
+  extern __shared__ uint4 staged_phi[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int hexets = EXACT ? (kOctets + 1) / 2 : dm.hexets();
   const int unit = blockIdx.x * (blockDim.x / 32) + warp;
-  const int stream = unit % n, channel = unit / n * 32;
-  const int width = n * hidden;
-  if (channel >= hidden) return;
+  const int stream = unit % n, at = unit / n * kChannels + g * 8;
+  if (unit / n * kChannels >= hidden) return;
 
-  uint2* own = fragments + warp * hexets * 4 * kWeight * 32;
-  for (int hexet = 0; hexet < hexets; ++hexet) {
+  const float* stream_phi = phi + (long long)stream * hidden * dm.num_columns;
+  uint4* own = staged_phi + warp * hexets * 4 * kWeight * 32 + lane;
+  for (int hexet = 0; staged && hexet < hexets; ++hexet) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const int at = channel + g / 2 * 8 + 2 * j + g % 2;
-      const int k = at < hidden ? stream * hidden + at : width;
-      const int c = hexet * 16 + 2 * q;
-      u32 low[kWeight], high[kWeight];
-      split(weight(phi, k, width, c, dm.num_columns), weight(phi, k, width, c + 1, dm.num_columns),
-            low);
-      split(weight(phi, k, width, c + 8, dm.num_columns),
-            weight(phi, k, width, c + 9, dm.num_columns), high);
+      uint4 parts[kWeight];
+      phi_fragment(parts, stream_phi, at + 2 * j, hidden, hexet, q, dm.num_columns);
 #pragma unroll
-      for (int p = 0; p < kWeight; ++p) {
-        own[((hexet * 4 + j) * kWeight + p) * 32 + lane] = {low[p], high[p]};
-      }
+      for (int p = 0; p < kWeight; ++p) own[((hexet * 4 + j) * kWeight + p) * 32] = parts[p];
     }
   }
-  __syncwarp();
 
-  const int at = channel + q * 8;
   for (int tile = blockIdx.y; tile * kTile < tokens; tile += gridDim.y) {
-    Pack<Stream, 8> xs[2], d_xs[2], d_us[2];
-    float h[2], f[2];
+    Pack<Stream, 8> xs[4], d_xs[4], d_us[4];
+    float h[4], f[4];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const long long token = min(tile * kTile + 8 * half + g, tokens - 1);
-      const long long row = token * width + stream * hidden;
-      load<ALIGNED>(xs[half], x + row, at, hidden);
-      load<ALIGNED>(d_us[half], d_u + token * hidden, at, hidden);
+    for (int r = 0; r < 4; ++r) {
+      const long long token = min(tile * kTile + token_of(r, q), tokens - 1);
+      const long long row = (token * n + stream) * hidden;
+      load<ALIGNED>(xs[r], x + row, at, hidden);
+      load<ALIGNED>(d_us[r], d_u + token * hidden, at, hidden);
       if (d_x_in) {
-        load<ALIGNED>(d_xs[half], d_x_in + row, at, hidden);
+        load<ALIGNED>(d_xs[r], d_x_in + row, at, hidden);
       } else {
-        d_xs[half] = {};
+        d_xs[r] = {};
       }
-      h[half] = h_pre[token * n + stream];
-      f[half] = norm[token];
+      h[r] = h_pre[token * n + stream];
+      f[r] = norm[token];
     }
-    float sums[4][4] = {};
-#pragma unroll
+
+    float sums[2][4][4] = {};  // [half of the tile][j]
+#pragma unroll(kOctets < 10 ? 2 : 1)
     for (int hexet = 0; hexet < hexets; ++hexet) {
-      float products[4][4] = {};
+      uint4 b[kWeight];
 #pragma unroll
-      for (int p = kWeight - 1; p >= 0; --p) {
-        const uint4 a = dm.row_fragment<kWeight>(tile, hexet, p, lane);
+      for (int p = 0; p < kWeight; ++p) b[p] = dm.row_fragment<kWeight>(tile, hexet, p, lane);
 #pragma unroll
-        for (int w = kWeight - 1; w >= 0; --w) {
-          if (p + w >= kWeight) continue;
+      for (int j = 0; j < 4; ++j) {
+        uint4 a[kWeight];
+        if (EXACT || staged) {
 #pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            mma(products[j], a.x, a.y, a.z, a.w, own[((hexet * 4 + j) * kWeight + w) * 32 + lane]);
+          for (int p = 0; p < kWeight; ++p) a[p] = own[((hexet * 4 + j) * kWeight + p) * 32];
+        } else {
+          phi_fragment(a, stream_phi, at + 2 * j, hidden, hexet, q, dm.num_columns);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float fresh[4] = {};
+          float (&products)[4] = kRounded ? fresh : sums[half][j];
+#pragma unroll
+          for (int p = kWeight - 1; p >= 0; --p) {
+#pragma unroll
+            for (int w = kWeight - 1 - p; w >= 0; --w) {
+              const uint2 dm_part = half ? uint2{b[p].y, b[p].w} : uint2{b[p].x, b[p].z};
+              mma(products, a[w].x, a[w].y, a[w].z, a[w].w, dm_part);
+            }
+          }
+          if constexpr (kRounded) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sums[half][j][e] += fresh[e];
           }
         }
       }
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sums[j][e] += products[j][e];
-      }
     }
+
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const long long token = tile * kTile + 8 * half + g;
+    for (int r = 0; r < 4; ++r) {
+      const long long token = tile * kTile + token_of(r, q);
       if (token >= tokens) continue;
       float values[8];
 #pragma unroll
       for (int v = 0; v < 8; ++v) {
-        values[v] = sums[v / 2][2 * half + v % 2] + h[half] * d_us[half][v];
-        values[v] += d_xs[half][v] - f[half] * xs[half][v];
+        values[v] = sums[r / 2][v / 2][v % 2 * 2 + r % 2] + h[r] * d_us[r][v];
+        values[v] += d_xs[r][v] - f[r] * xs[r][v];
       }
       Pack<Stream, 8> result;
       result.set(values);
-      store<ALIGNED>(result, d_x + token * width + stream * hidden, at, hidden);
+      store<ALIGNED>(result, d_x + (token * n + stream) * hidden, at, hidden);
     }
   }
 }
 
-KERNEL(project_back, kThreads)
-(const Stream* x, const float* phi, u32* rows, u32* columns, int num_columns, const float* h_pre,
- const float* norm, const Stream* d_u, const Stream* d_x_in, Stream* d_x, int tokens, int n,
- int hidden) {
-  project_back<true>(x, phi, {rows, columns, num_columns}, h_pre, norm, d_u, d_x_in, d_x, tokens, n,
-                     hidden);
-}
-KERNEL(project_back_unaligned, kThreads)
-(const Stream* x, const float* phi, u32* rows, u32* columns, int num_columns, const float* h_pre,
- const float* norm, const Stream* d_u, const Stream* d_x_in, Stream* d_x, int tokens, int n,
- int hidden) {
-  project_back<false>(x, phi, {rows, columns, num_columns}, h_pre, norm, d_u, d_x_in, d_x, tokens, n,
-                      hidden);
-}
+#define PROJECT_BACK(name, ALIGNED)                                                               \
+  KERNEL(name, kThreads, sizeof(Stream) == 2 && EXACT && SIZE < 10 ? 2 : 1)                       \
+  (const Stream* x, const float* phi, u32* rows, u32* columns, int num_columns,                   \
+   const float* h_pre, const float* norm, const Stream* d_u, const Stream* d_x_in, Stream* d_x,   \
+   int tokens, int n, int hidden, int staged) {                                                   \
+    project_back<ALIGNED>(x, phi, {rows, columns, num_columns}, h_pre, norm, d_u, d_x_in, d_x,    \
+                          tokens, n, hidden, staged);                                             \
+  }
+PROJECT_BACK(project_back, true)
+PROJECT_BACK(project_back_unaligned, false)
 
 // ---- d_phi --------------------------------------------------------------------------------------
 
-// Octets whose sums a warp holds: 2 * 4 registers a thread each.
-constexpr int kPhiOctets = EXACT ? kOctets : 6;
+// Octets whose sums a warp holds: 16 registers a thread each.
+constexpr int kPhiOctets = kOctets < 5 ? kOctets : 5;
 
-// Whether sums are kept out of the tensor cores (see `add_products`): the parts of 16-bit streams' weights
-// err more than these sums do.
-constexpr bool kRounded = sizeof(Stream) == 4;
-
-// A warp owns 32 rows of d_phi and goes through the tiles of one split of the tokens.
-// partial: [splits, width, num_columns]. Grid: groups of warps, splits, chunks of kPhiOctets octets.
+// partial: [splits, width, num_columns]. Grid: groups of warps, splits of the tokens, chunks of kPhiOctets
+// octets.
 template <bool ALIGNED>
 __device__ inline void d_phi(const Stream* x, Fragments dm, float* partial, int tokens, int width) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  const int k = (blockIdx.x * kWarps + warp) * 32;
-  if (k >= width) return;
+  const int unit = (blockIdx.x * kWarps + warp) * kChannels, k = unit + 8 * g;
+  if (unit >= width) return;
   const int tiles = (tokens + kTile - 1) / kTile;
   const int tiles_a_split = (tiles + gridDim.y - 1) / gridDim.y;
   const int first = blockIdx.y * tiles_a_split, last = min(first + tiles_a_split, tiles);
   const int first_octet = blockIdx.z * kPhiOctets;
   const int octets = EXACT ? kPhiOctets : min(kPhiOctets, dm.octets() - first_octet);
 
-  float sums[kPhiOctets][2][4] = {};
+  float sums[kPhiOctets][4][4] = {};
   for (int tile = first; tile < last; ++tile) {
-    u32 parts[2][kStream][4];
+    u32 parts[4][kStream][4];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const long long token = tile * kTile + 8 * half + g;
+    for (int r = 0; r < 4; ++r) {
+      const long long token = tile * kTile + token_of(r, q);
       // Zero behind the last token: whatever lay there, 0 times it could be no number.
       Pack<Stream, 8> pack;
-      load<ALIGNED>(pack, x + token * width, k + q * 8, token < tokens ? width : 0);
-      split(pack, parts[half]);
-    }
-    // Rows of X^T: row g of product m and half j is channel (g / 2) * 8 + 2 (2 m + j) + g % 2.
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int p = 0; p < kStream; ++p) {
-#pragma unroll
-        for (int w = 0; w < 4; ++w) parts[half][p][w] = transpose(parts[half][p][w]);
-      }
+      load<ALIGNED>(pack, x + token * width, k, token < tokens ? width : 0);
+      split(pack, parts[r]);
     }
 #pragma unroll
     for (int octet = 0; octet < kPhiOctets; ++octet) {
       if (!EXACT && octet >= octets) break;
-      float fresh[2][4] = {};
-      float (&products)[2][4] = kRounded ? fresh : sums[octet];
+      float fresh[4][4] = {};
+      float (&products)[4][4] = kRounded ? fresh : sums[octet];
 #pragma unroll
       for (int w = kWeight - 1; w >= 0; --w) {
         const uint2 b = dm.column_fragment<kWeight>(tile, first_octet + octet, w, lane);
@@ -354,17 +368,20 @@ __device__ inline void d_phi(const Stream* x, Fragments dm, float* partial, int 
         for (int p = kStream - 1; p >= 0; --p) {
           if (!counts<Stream>(p, w)) continue;
 #pragma unroll
-          for (int m = 0; m < 2; ++m) {
-            mma(products[m], parts[0][p][2 * m], parts[0][p][2 * m + 1], parts[1][p][2 * m],
-                parts[1][p][2 * m + 1], b);
+          for (int j = 0; j < 4; ++j) {
+            // X^T: neighbours are the same channel of two tokens.
+            mma(products[j], __byte_perm(parts[0][p][j], parts[1][p][j], 0x5410),
+                __byte_perm(parts[0][p][j], parts[1][p][j], 0x7632),
+                __byte_perm(parts[2][p][j], parts[3][p][j], 0x5410),
+                __byte_perm(parts[2][p][j], parts[3][p][j], 0x7632), b);
           }
         }
       }
       if constexpr (kRounded) {
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
+        for (int j = 0; j < 4; ++j) {
 #pragma unroll
-          for (int e = 0; e < 4; ++e) sums[octet][m][e] += fresh[m][e];
+          for (int e = 0; e < 4; ++e) sums[octet][j][e] += fresh[j][e];
         }
       }
     }
@@ -372,15 +389,16 @@ __device__ inline void d_phi(const Stream* x, Fragments dm, float* partial, int 
 
   float* out = partial + (long long)blockIdx.y * width * dm.num_columns;
 #pragma unroll
-  for (int m = 0; m < 2; ++m) {
+  for (int v = 0; v < 8; ++v) {
+    if (k + v >= width) break;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int row = k + g / 2 * 8 + 2 * (2 * m + e / 2) + g % 2;
-      if (row >= width) continue;
+    for (int octet = 0; octet < kPhiOctets; ++octet) {
 #pragma unroll
-      for (int octet = 0; octet < kPhiOctets; ++octet) {
-        const int c = (first_octet + octet) * 8 + 2 * q + e % 2;
-        if (c < dm.num_columns) out[(long long)row * dm.num_columns + c] = sums[octet][m][e];
+      for (int e = 0; e < 2; ++e) {
+        const int c = (first_octet + octet) * 8 + 2 * q + e;
+        if (c < dm.num_columns) {
+          out[(long long)(k + v) * dm.num_columns + c] = sums[octet][v / 2][v % 2 * 2 + e];
+        }
       }
     }
   }

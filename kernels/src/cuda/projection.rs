@@ -11,9 +11,11 @@ const WARPS: usize = 8;
 const SHARED_BYTES: usize = 96 << 10;
 /// Blocks of d_phi's kernel that a large GPU runs at once. A constant, because the order of the sums
 /// follows from it.
-const D_PHI_BLOCKS: usize = 528;
-/// Octets whose sums a warp of d_phi's kernel holds where their number is not fixed (`kPhiOctets`).
-const PHI_OCTETS: usize = 6;
+const D_PHI_BLOCKS: usize = 264;
+/// Octets whose sums a warp of d_phi's kernel holds at most (`kPhiOctets`).
+const PHI_OCTETS: usize = 5;
+/// Channels of a warp in the backward products (`kChannels`).
+const CHANNELS: usize = 64;
 
 /// How the projection of a call is cut.
 #[derive(Debug, Clone, Copy)]
@@ -122,14 +124,11 @@ impl Shape {
     }
 
     fn d_phi_chunks(&self) -> usize {
-        match self.size().0 {
-            "any" => self.octets().div_ceil(PHI_OCTETS),
-            _ => 1,
-        }
+        self.octets().div_ceil(PHI_OCTETS)
     }
 
     fn d_phi_splits(&self) -> usize {
-        let blocks = self.width().div_ceil(32 * WARPS) * self.d_phi_chunks().max(1);
+        let blocks = self.width().div_ceil(CHANNELS * WARPS) * self.d_phi_chunks().max(1);
         (D_PHI_BLOCKS / blocks).clamp(1, 32)
     }
 
@@ -191,14 +190,18 @@ pub fn project_back(
     factors: &Factors,
     d_x_in: u64,
 ) -> Launch {
-    let warp_bytes = shape.hexets() * shape.weight_parts() * 1024;
-    let warps = (SHARED_BYTES / warp_bytes.max(1)).clamp(1, WARPS);
-    let shared_bytes = warps * warp_bytes;
-    let blocks = (shape.n * shape.c.div_ceil(32)).div_ceil(warps);
-    let resident = (2 * WARPS / warps)
-        .min(device.max_shared_bytes as usize / shared_bytes.max(1))
-        .max(1);
-    let slots = device.num_sms as usize * resident;
+    let warp_bytes = shape.hexets() * shape.weight_parts() * 2048;
+    let staged = warp_bytes <= SHARED_BYTES;
+    let warps = if staged {
+        (SHARED_BYTES / warp_bytes.max(1)).clamp(1, WARPS)
+    } else {
+        WARPS
+    };
+    let shared_bytes = if staged { warps * warp_bytes } else { 0 };
+    let blocks = (shape.n * shape.c.div_ceil(CHANNELS)).div_ceil(warps);
+    let registers_allow = if shape.dtype == DType::F32 { 1 } else { 2 } * WARPS / warps;
+    let shared_allows = device.max_shared_bytes as usize / shared_bytes.max(1);
+    let slots = device.num_sms as usize * registers_allow.min(shared_allows).max(1);
     let groups = (slots / blocks).clamp(1, call.tokens.div_ceil(TILE).max(1));
     let function = for_rows(shape.c, ["project_back", "project_back_unaligned"]);
     Launch {
@@ -220,6 +223,7 @@ pub fn project_back(
             Arg::I32(call.tokens as i32),
             Arg::I32(shape.n as i32),
             Arg::I32(shape.c as i32),
+            Arg::I32(i32::from(staged)),
         ],
     }
 }
@@ -231,7 +235,7 @@ pub fn d_phi(call: &Call, shape: Shape, x: u64, dm: [u64; 2], partial: u64) -> V
     }
     let tiles = call.tokens.div_ceil(TILE);
     let splits = shape.d_phi_splits().min(tiles.max(1));
-    let blocks = shape.width().div_ceil(32 * WARPS);
+    let blocks = shape.width().div_ceil(CHANNELS * WARPS);
     let size = shape.width() * shape.columns;
     let function = for_rows(shape.c, ["d_phi", "d_phi_unaligned"]);
     vec![
