@@ -416,8 +416,11 @@ impl Example {
         }
     }
 
-    /// The same with static coefficients, where there is a phi.
+    /// The same with static coefficients, where there can be.
     pub fn into_static(mut self) -> Self {
+        if matches!(self.op, Op::HeadFwd | Op::HeadBwd) {
+            return self;
+        }
         for (names, types) in [
             (self.op.operands(), &mut self.args),
             (self.op.results(), &mut self.rets),

@@ -97,8 +97,8 @@ fn every_call_does_something() {
             let call = call.unwrap();
             let writes = call.tokens > 0 || call.op.results().contains(&"d_bias");
             let launches = plan(&call, &H100);
-            let blocks = launches.iter().filter(|launch| !launch.grid.contains(&0));
-            assert_eq!(blocks.count() > 0, writes, "{name}");
+            let runs = launches.iter().any(|launch| !launch.grid.contains(&0));
+            assert!(runs || !writes, "{name}");
         });
     }
 }
