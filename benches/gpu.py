@@ -652,6 +652,7 @@ def markdown(record: dict[str, Any]) -> str:
     ]  # fmt: skip
     copies = ", ".join(f"{name} {rate:.0f}" for name, rate in record["copy_gb_per_s"].items())
     names = ", ".join(sorted({f"{found['library']} {found['version']}" for found in others}))
+    failed = [str(found) for found in record["peers"] if "error" in found]
     table = functools.partial(tabulate, tablefmt="github", disable_numparse=True)
     return "\n".join(
         [
@@ -667,7 +668,8 @@ def markdown(record: dict[str, Any]) -> str:
             table(times, time_headers),
             "",
             "µs: summed kernel time; wall: medians of calls queued one after the other. "
-            + (f"Other libraries ({names}): CUDA graph replay." if names else ""),
+            + (f"Other libraries ({names}): CUDA graph replay." if names else "")
+            + (f" Not timed: {'; '.join(failed)}." if failed else ""),
             "",
             "## Errors of pre and fb, by the deviation σ of the logits of h_res",
             "",
