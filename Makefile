@@ -4,10 +4,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# XLA's headers come from the wheel that pyproject.toml pins.
+# XLA's headers and the compiler of the CUDA kernels come from the wheels that pyproject.toml pins.
 JAXLIB := $(shell grep -o 'jaxlib==[0-9.]*' pyproject.toml)
 export XLA_FFI_INCLUDE_DIR := $(CURDIR)/.build/jaxlib/include
 HEADERS := .build/jaxlib/include/xla/ffi/api/ffi.h
+
+ifeq ($(shell uname -s),Linux)
+NVRTC := $(shell grep -o 'nvidia-cuda-nvrtc-cu12==[0-9.]*' pyproject.toml)
+export JAX_MHC_NVRTC := $(CURDIR)/.build/nvidia/cuda_nvrtc/lib/libnvrtc.so.12
+COMPILER := .build/nvidia/cuda_nvrtc/lib/libnvrtc.so.12
+endif
 
 SOURCES := pyproject.toml hatch_build.py Cargo.toml Cargo.lock \
 	$(shell find kernels ffi xla_plugin python -type f ! -name '*.pyc')
@@ -41,17 +47,25 @@ bench-gpu: .venv/installed-bench,cuda13  ## the same on an NVIDIA GPU with a dri
 clean:  ## remove everything that these targets made
 	rm -rf .venv .build target demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-# Without build isolation: the headers are here already, and pip would fetch all of jaxlib again.
-.venv/installed-%: $(SOURCES) | $(HEADERS)
-	@echo "Installing jax-mhc[$*]; the first time takes a minute or two."
+# Without build isolation: headers and compiler are here already, and pip would fetch both wheels again.
+.venv/installed-%: $(SOURCES) | $(HEADERS) $(COMPILER)
+	@echo "Installing jax-mhc[$*]; the first time takes several minutes, most of it for CUDA kernels."
 	$(BIN)/pip install --quiet --no-build-isolation '.[$*]'
 	@touch $@
 
-$(HEADERS): | .venv/ready
-	$(BIN)/pip download --quiet --no-deps --dest .build $(JAXLIB)
+# Takes the files under $(2) out of the wheel $(1).
+define unpack
+	$(BIN)/pip download --quiet --no-deps --dest .build $(1)
 	$(BIN)/python -c 'import sys, zipfile; wheel = zipfile.ZipFile(sys.argv[1]); \
-	  wheel.extractall(".build", [n for n in wheel.namelist() if n.startswith("jaxlib/include/")])' \
-	  .build/$(subst ==,-,$(JAXLIB))-*.whl
+	  wheel.extractall(".build", [n for n in wheel.namelist() if n.startswith("$(2)/")])' \
+	  .build/$(subst ==,-,$(subst -,_,$(1)))-*.whl
+endef
+
+$(HEADERS): | .venv/ready
+	$(call unpack,$(JAXLIB),jaxlib/include)
+
+$(COMPILER): | .venv/ready
+	$(call unpack,$(NVRTC),nvidia/cuda_nvrtc/lib)
 
 .venv/ready:
 	@for tool in cargo c++; do command -v $$tool > /dev/null || \

@@ -57,6 +57,9 @@ const ARCHITECTURES: [&str; 7] = [
 const ASK_PYTHON: &str = "import importlib.util as u; \
      print(*u.find_spec('nvidia.cuda_nvrtc').submodule_search_locations)";
 
+/// The first that knows all architectures.
+const OLDEST_NVRTC: (c_int, c_int) = (12, 8);
+
 fn main() {
     println!("cargo::rerun-if-changed=cuda");
     println!("cargo::rerun-if-changed=build.rs");
@@ -66,10 +69,7 @@ fn main() {
     let list = match find_nvrtc() {
         Ok(path) => compile_all(&path, &out_dir),
         Err(reason) => {
-            println!(
-                "cargo::warning=no CUDA kernels: {reason}; install the Python package \
-                 nvidia-cuda-nvrtc-cu12 or point JAX_MHC_NVRTC at its libnvrtc.so.12"
-            );
+            println!("cargo::warning=no CUDA kernels: {reason}");
             Ok(list(None, &[], ""))
         }
     };
@@ -92,7 +92,10 @@ fn find_nvrtc() -> Result<PathBuf, String> {
     }
     let output = Command::new("python3").args(["-c", ASK_PYTHON]).output();
     let output = output.ok().filter(|output| output.status.success());
-    let folder = output.ok_or("JAX_MHC_NVRTC is not set and python3 has no NVRTC")?;
+    let folder = output.ok_or(
+        "JAX_MHC_NVRTC is not set and python3 has no NVRTC; install the Python package \
+         nvidia-cuda-nvrtc-cu12, or point the variable at its libnvrtc.so.12",
+    )?;
     let folder = PathBuf::from(String::from_utf8_lossy(&folder.stdout).trim());
     Ok(folder.join("lib/libnvrtc.so.12"))
 }
@@ -148,6 +151,7 @@ fn units(architectures: &[&'static str]) -> Vec<Unit> {
 /// The text of cubins.rs, or all errors.
 fn compile_all(path: &Path, out_dir: &Path) -> Result<String, String> {
     let nvrtc = &Nvrtc::load(path)?;
+    let version = nvrtc.version()?;
     let architectures = architectures()?;
     // Compiled code is the same in every profile: it lies beside their folders.
     let cache = out_dir.ancestors().nth(4).unwrap_or(out_dir).join("cuda");
@@ -161,7 +165,7 @@ fn compile_all(path: &Path, out_dir: &Path) -> Result<String, String> {
             let Some(unit) = units.get(index) else {
                 return done;
             };
-            done.push((index, unit.compile(nvrtc, &cache)));
+            done.push((index, unit.compile(nvrtc, &version, &cache)));
         }
     };
     let num_threads = env::var("NUM_JOBS").map_or(1, |jobs| jobs.parse().unwrap_or(1));
@@ -196,7 +200,7 @@ fn compile_all(path: &Path, out_dir: &Path) -> Result<String, String> {
         }
     }
     if errors.is_empty() {
-        Ok(list(Some(&nvrtc.version()?), &architectures, &images))
+        Ok(list(Some(&version), &architectures, &images))
     } else {
         Err(errors)
     }
@@ -219,7 +223,7 @@ struct Compiled {
 }
 
 impl Unit {
-    fn compile(&self, nvrtc: &Nvrtc, cache: &Path) -> Result<Compiled, String> {
+    fn compile(&self, nvrtc: &Nvrtc, version: &str, cache: &Path) -> Result<Compiled, String> {
         let Self {
             file,
             size: (size, number, is_exact),
@@ -239,13 +243,7 @@ impl Unit {
             "--ptxas-options=-v".to_owned(),
         ];
         let mut hasher = DefaultHasher::new();
-        (
-            &sources,
-            &options,
-            nvrtc.version()?,
-            include_str!("build.rs"),
-        )
-            .hash(&mut hasher);
+        (&sources, &options, version).hash(&mut hasher);
         let stem = format!(
             "{file}_{size}_{dtype}_{architecture}_{:016x}",
             hasher.finish()
@@ -357,6 +355,12 @@ impl Nvrtc {
             unsafe { self.function("nvrtcVersion") }?;
         // SAFETY: both numbers are there to be written.
         unsafe { version(&raw mut major, &raw mut minor) };
+        if (major, minor) < OLDEST_NVRTC {
+            let path = self.path.display();
+            return Err(format!(
+                "expected NVRTC 12.8 or newer, got {major}.{minor}: {path}"
+            ));
+        }
         Ok(format!("NVRTC {major}.{minor}"))
     }
 
