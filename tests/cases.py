@@ -2,6 +2,9 @@
 
 A row of `OPS` puts an op under all tests of values, gradients, transforms and compiled programs. A
 row of `CASES` puts every op under a new shape or setting.
+
+All tests run on JAX's default backend. What they expect is computed in float64 on the CPU, and the
+kernels are compared with it in the widest dtype that they have there.
 """
 
 import dataclasses
@@ -16,8 +19,28 @@ import numpy as np
 import oracle
 
 import jax_mhc
-from jax_mhc import HeadParams, MHCConfig, MHCParams, presets
+from jax_mhc import HeadParams, MHCConfig, MHCParams, _dispatch, presets
 from jax_mhc._types import Context
+
+# ---- the platform -------------------------------------------------------------------------------
+
+PLATFORM = _dispatch.default_platform()
+CPU = jax.devices("cpu")[0]
+
+# The dtypes of streams that have kernels here, and the widest of them.
+DTYPES = _dispatch._KERNELS[PLATFORM]
+WIDEST = jnp.dtype("float64" if "float64" in DTYPES else "float32")
+
+
+def implemented(*dtypes: str) -> list[tuple[str, str]]:
+    """What there is here of these dtypes: pairs of dtype and implementation."""
+    return [
+        (dtype, implementation)
+        for dtype in dtypes
+        for implementation in ("fused", "reference")
+        if implementation == "reference" or dtype in DTYPES
+    ]
+
 
 # ---- cases --------------------------------------------------------------------------------------
 
@@ -300,14 +323,14 @@ PRECISION_OP_CASES = [
 ]
 
 
-def make_operands(op: str, case: Case, dtype: Any = np.float64, draw: int = 0) -> dict[str, Any]:
+def make_operands(op: str, case: Case, dtype: Any = WIDEST, draw: int = 0) -> dict[str, Any]:
     """The operands of an op for a case, for streams of `dtype`; the same for the same `draw`."""
     rng = np.random.default_rng(draw)
     made = {name: make(case, rng, dtype) for name, make in OPS[op].operands.items()}
     return jax.tree.map(jnp.asarray, made)
 
 
-def make_cotangents(op: str, case: Case, dtype: Any = np.float64, draw: int = 0) -> Any:
+def make_cotangents(op: str, case: Case, dtype: Any = WIDEST, draw: int = 0) -> Any:
     """Random cotangents of an op's outputs."""
     rng = np.random.default_rng(1000 + draw)
     run = functools.partial(OPS[op].run, config=case.config, implementation="reference")
@@ -323,16 +346,45 @@ def value_and_vjp(op: str, config: MHCConfig, implementation: str, operands: Any
 
 compiled = jax.jit(value_and_vjp, static_argnums=(0, 1, 2))
 
-# What is compared in float64 may run slowly: XLA compiles it in half the time.
+# What is compared in float64 may run slowly: XLA's compiler for the CPU takes half the time.
 FAST_COMPILATION = {"xla_backend_optimization_level": 0}
-exact = jax.jit(value_and_vjp, static_argnums=(0, 1, 2), compiler_options=FAST_COMPILATION)
+_quick_on_cpu = jax.jit(value_and_vjp, static_argnums=(0, 1, 2), compiler_options=FAST_COMPILATION)
+quick = _quick_on_cpu if PLATFORM == "cpu" else compiled
+
+
+def widened(arrays: Any) -> Any:
+    """Arrays of a pytree in float64, on the host."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float64), arrays)
+
+
+def in_float64(function: Callable, *arrays: Any) -> Any:
+    """What `function` of pytrees of arrays gives in float64 on the CPU; NumPy arrays."""
+    with jax.default_device(CPU):
+        return widened(function(*widened(arrays)))
+
+
+def exact(op: str, config: MHCConfig, operands: Any, cotangents: Any) -> tuple[Any, Any]:
+    """Outputs and gradients: plain JAX in float64, on the CPU."""
+    run = functools.partial(_quick_on_cpu, op, config, "reference")
+    return in_float64(run, operands, cotangents)
 
 
 @functools.cache
 def evaluate(op: str, case: str, implementation: str) -> tuple[Any, Any]:
-    """Outputs and gradients of a case in float64."""
-    arrays = make_operands(op, CASES[case]), make_cotangents(op, CASES[case])
-    return exact(op, CASES[case].config, implementation, *arrays)
+    """Outputs and gradients of a case: the kernels in `WIDEST`, plain JAX in float64."""
+    dtype = WIDEST if implementation == "fused" else np.float64
+    arrays = [make(op, CASES[case], dtype) for make in (make_operands, make_cotangents)]
+    return quick(op, CASES[case].config, implementation, *arrays)
+
+
+@functools.cache
+def expected(op: str, case: str) -> tuple[Any, Any]:
+    """What `evaluate` has to give for the kernels."""
+    if PLATFORM == "cpu" and WIDEST == np.float64:
+        return evaluate(op, case, "reference")
+    return exact(
+        op, CASES[case].config, make_operands(op, CASES[case]), make_cotangents(op, CASES[case])
+    )
 
 
 # ---- tolerances ---------------------------------------------------------------------------------
@@ -348,6 +400,13 @@ DRAWS = 16
 # The kernels may err this many times as much as plain JAX does in the same dtype.
 ERROR_RATIO = 1.5
 
+# And beside streams of half precision by this much, where that is more. On GPUs phi enters the
+# tensor cores as the sum of two bfloat16, which leaves an error of up to 2⁻¹⁷ in every product.
+SPLIT_PHI = 4e-6 if PLATFORM == "cuda" else 0.0
+
+# The largest error of one draw, in units of the root mean square that `tolerance` bounds.
+LARGEST = 8
+
 # Unit roundoff of the streams' dtype.
 ROUNDOFF = {d: float(jnp.finfo(d).eps) / 2 for d in ("float32", "bfloat16", "float16")}
 
@@ -361,6 +420,13 @@ def tolerance(case: Case, dtype: str, *, gradient: bool) -> float:
     """
     length = case.streams * case.hidden * (math.prod(case.tokens) if gradient else 1)
     return ROUNDOFF[dtype] + case.sigma * math.sqrt(length) * ROUNDOFF["float32"] / 4
+
+
+def limit(case: Case, *, dtype: Any = WIDEST, gradient: bool = True, layers: int = 1) -> float:
+    """How far the kernels may be from float64; `layers` add up."""
+    if dtype == np.float64:
+        return FLOAT64
+    return LARGEST * layers * tolerance(case, jnp.dtype(dtype).name, gradient=gradient)
 
 
 def leaf_name(path: Any) -> str:
@@ -383,12 +449,12 @@ def assert_close(actual: Any, expected: Any, limit: float, name: str = "result")
     assert error <= limit, f"{name}: relative error {error:.2e}, expected at most {limit:.2e}"
 
 
-def assert_trees_close(actual: Any, expected: Any, limit: float = FLOAT64) -> None:
-    """`assert_close` for each leaf of two pytrees of the same structure and dtypes."""
+def assert_trees_close(actual: Any, expected: Any, limit: float, dtype: Any = WIDEST) -> None:
+    """`assert_close` for each leaf of two pytrees of the same structure; `actual` has `dtype`."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     leaves = zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True)
     for (path, leaf), wanted in leaves:
-        assert leaf.dtype == wanted.dtype
+        assert leaf.dtype == dtype
         assert_close(leaf, wanted, limit, leaf_name(path))
 
 
@@ -406,14 +472,13 @@ def rounding_errors(op: str, case: str, dtype: str) -> dict[str, dict[str, float
             make(op, CASES[case], jnp.dtype(dtype), draw)
             for make in (make_operands, make_cotangents)
         ]
-        wide = jax.tree.map(lambda array: array.astype(np.float64), arrays)
-        expected = jax.tree.leaves(exact(op, config, "reference", *wide))
+        wanted_leaves = jax.tree.leaves(exact(op, config, *arrays))
         for implementation, errors in squares.items():
             actual = compiled(op, config, implementation, *arrays)
-            leaves = zip(jax.tree.leaves_with_path(actual), expected, strict=True)
+            leaves = zip(jax.tree.leaves_with_path(actual), wanted_leaves, strict=True)
             for (path, leaf), wanted in leaves:
                 name = ("", "d_")[path[0].idx] + leaf_name(path[1:])
-                error = np.asarray(leaf, np.float64) - np.asarray(wanted)
+                error = np.asarray(leaf, np.float64) - wanted
                 errors.setdefault(name, []).append(np.mean(np.square(error)))
                 largest[name] = max(largest.get(name, 0.0), np.abs(wanted).max())
     return {

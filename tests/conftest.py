@@ -1,11 +1,18 @@
-"""Set-up of all tests: float64, and examples of hypothesis that are the same in every run."""
+"""Set-up of all tests: the platform, float64, and examples of hypothesis that repeat."""
 
+import collections
+import os
 import sys
 from pathlib import Path
 
-import jax
-import pytest
-from hypothesis import settings
+# Of this process and those that tests start: several share a GPU, and choosing the fastest matrix
+# product takes longer than the few that there are.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 # The test files share `cases` and `oracle`; pytest's importlib mode does not add their folder.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -17,8 +24,68 @@ jax.config.update("jax_enable_x64", True)
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
 
+# JAX's names; on a GPU the CPU is there too, for what the tests expect.
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu"}
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--platform", choices=PLATFORMS, help="where the tests run; default: JAX's default backend"
+    )
+
+
+def pytest_configure(config):
+    if platform := config.getoption("--platform"):
+        jax.config.update("jax_platforms", PLATFORMS[platform])
+        os.environ["JAX_PLATFORMS"] = PLATFORMS[platform]
+
 
 @pytest.fixture(params=["fused", "reference"])
 def implementation(request):
     """Both implementations of every op."""
     return request.param
+
+
+# ---- tests of one platform ----------------------------------------------------------------------
+
+_num_deselected = collections.Counter()
+
+
+def why_not_here(item):
+    """The reason why a test cannot run on this platform; None where it can."""
+    from cases import PLATFORM
+
+    if PLATFORM != "cpu" and (marker := item.get_closest_marker("cpu")):
+        return f"for the CPU alone: {marker.args[0]}"
+    if PLATFORM != "cuda" and item.get_closest_marker("gpu"):
+        return "needs an NVIDIA GPU"
+    if item.get_closest_marker("multi_gpu") and jax.device_count() < 2:
+        return "needs two GPUs"
+    return None
+
+
+def pytest_collection_modifyitems(config, items):
+    reasons = [why_not_here(item) for item in items]
+    _num_deselected.update(filter(None, reasons))
+    config.hook.pytest_deselected(
+        items=[item for item, reason in zip(items, reasons, strict=True) if reason]
+    )
+    items[:] = [item for item, reason in zip(items, reasons, strict=True) if not reason]
+
+
+def pytest_sessionfinish(session):
+    # A worker of pytest-xdist tells the process that reports.
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["num_deselected"] = dict(_num_deselected)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    # Every worker collects the same tests; one that crashed tells nothing.
+    for reason, num in getattr(node, "workeroutput", {}).get("num_deselected", {}).items():
+        _num_deselected[reason] = num
+
+
+def pytest_terminal_summary(terminalreporter):
+    for reason, num in _num_deselected.items():
+        terminalreporter.write_line(f"{num} tests deselected: {reason}")

@@ -41,6 +41,7 @@ def bits_with_threads(num_threads):
     return int(size), dict(zip(KERNELS, digests, strict=True))
 
 
+@pytest.mark.cpu("a GPU has no threads to choose the number of")
 @pytest.mark.parametrize("op", KERNELS)
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 def test_same_bits_with_any_number_of_threads(op, num_threads):

@@ -5,6 +5,7 @@ import logging
 import re
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -277,7 +278,7 @@ ERRORS = [
 ]  # fmt: skip
 
 # Raised under conditions that the tests below make.
-CONDITIONAL = {"use_fused": 1, "_forward_mode": 1, "_second_order": 1, "_checked": 1}
+CONDITIONAL = {"use_fused": 2, "_forward_mode": 1, "_second_order": 1, "_checked": 1}
 
 
 def check(error, op, argument, got):
@@ -398,28 +399,84 @@ def test_the_remedy(op, derivative):
 
 @pytest.fixture
 def without_kernels(monkeypatch):
+    monkeypatch.setattr(_dispatch, "default_platform", lambda: "other")
+
+
+@pytest.fixture
+def records(caplog):
+    """What is logged, with its level, as by a new process."""
     _dispatch._log_once.cache_clear()
-    monkeypatch.setattr(_dispatch, "_PLATFORMS", ("other",))
+    with caplog.at_level(logging.INFO, logger="jax_mhc"):
+        yield lambda: [(record.levelname, record.getMessage()) for record in caplog.records]
+
+
+def check_falls_back(call, array):
+    """`call` runs in plain JAX, also the second time."""
+    for _ in range(2):
+        program = jax.jit(lambda array: call(array)).lower(array).as_text()
+        assert "jax_mhc" not in program
 
 
 def test_fused_on_a_platform_without_kernels(without_kernels):
     with pytest.raises(ValueError) as caught:
         mhc.pre(X, PARAMS, implementation="fused")
-    check(caught.value, "pre", "implementation='fused'", "cpu")
+    check(caught.value, "pre", "implementation='fused'", "other")
 
 
-def test_fallback_is_logged_once(without_kernels, caplog):
-    with caplog.at_level(logging.INFO, logger="jax_mhc"):
-        u, _ = mhc.pre(X, PARAMS)
-        mhc.pre(X, PARAMS)
-    assert [record.getMessage() for record in caplog.records] == [
-        "no kernels for platform 'cpu': the ops run in plain JAX"
-    ]
-    np.testing.assert_array_equal(u, mhc.pre(X, PARAMS, implementation="reference")[0])
+def test_fallback_is_logged_once(without_kernels, records):
+    check_falls_back(lambda x: mhc.pre(x, PARAMS)[0], X)
+    assert records() == [("INFO", "no kernels for platform 'other': the ops run in plain JAX")]
 
 
+@pytest.fixture
+def nvidia(monkeypatch):
+    """An NVIDIA GPU, as far as the choice of an implementation goes; sets what is against it."""
+
+    def set_reason(reason):
+        monkeypatch.setattr(_library, "_cuda_outcome", reason)
+
+    monkeypatch.setattr(_dispatch, "default_platform", lambda: "cuda")
+    set_reason("")
+    return set_reason
+
+
+def wide_calls():
+    """Every op on float64 arrays."""
+    params, head, x, y, z = jax.tree.map(lambda a: a.astype(jnp.float64), (PARAMS, HEAD, X, Y, Z))
+    ctx = Context(x=x, h_pre=y[:, :N], h_post=y[:, :N], h_res=z)
+    return {
+        "pre": lambda a, **options: mhc.pre(a * x, params, **options)[0],
+        "post": lambda a, **options: mhc.post(a * y, ctx, **options),
+        "post_pre": lambda a, **options: mhc.post_pre(a * y, ctx, params, **options)[0],
+        "sinkhorn": lambda a, **options: mhc.sinkhorn(a * z, **options),
+        "head": lambda a, **options: mhc.head(a * x, head, **options),
+    }
+
+
+@pytest.mark.parametrize("op", ["pre", "post", "post_pre", "sinkhorn", "head"])
+def test_float64_on_an_nvidia_gpu(nvidia, records, op):
+    call, one = wide_calls()[op], jnp.ones((), jnp.float64)
+    check_falls_back(call, one)
+    assert records() == [("INFO", "no float64 kernels for platform 'cuda': plain JAX instead")]
+    with pytest.raises(TypeError) as caught:
+        call(one, implementation="fused")
+    check(caught.value, op, "implementation='fused'", "float64")
+    assert "expected dtype float32, bfloat16, float16 on platform 'cuda'" in str(caught.value)
+
+
+def test_an_nvidia_gpu_that_cannot_be_used(nvidia, records):
+    nvidia("the driver is too old")
+    check_falls_back(lambda x: mhc.pre(x, PARAMS)[0], X)
+    reason = "no fused kernels, the ops run in plain JAX: the driver is too old"
+    assert records() == [("WARNING", reason)]
+    with pytest.raises(RuntimeError, match="too old.*implementation='reference'.*jax_mhc.info"):
+        mhc.pre(X, PARAMS, implementation="fused")
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
 @pytest.mark.parametrize("implementation", [None, "fused"])
-def test_an_unusable_library_is_not_passed_over(monkeypatch, implementation):
+def test_an_unusable_library_is_not_passed_over(monkeypatch, implementation, platform):
+    monkeypatch.setattr(_dispatch, "default_platform", lambda: platform)
     monkeypatch.setattr(_library, "_outcome", "the library is missing; reinstall jax-mhc")
     with pytest.raises(RuntimeError, match="reinstall jax-mhc.*reference"):
         mhc.pre(X, PARAMS, implementation=implementation)
@@ -429,9 +486,21 @@ def test_an_unusable_library_is_not_passed_over(monkeypatch, implementation):
 @pytest.mark.parametrize("device", ["cpu", jax.devices("cpu")[0]])
 def test_platform_is_that_of_the_default_device(monkeypatch, device):
     monkeypatch.setattr(jax, "default_backend", lambda: "other")
-    assert _dispatch._platform() == "other"
+    assert _dispatch.default_platform() == "other"
     with jax.default_device(device):
-        assert _dispatch._platform() == "cpu"
+        assert _dispatch.default_platform() == "cpu"
+
+
+@pytest.mark.parametrize(
+    "version, platform",
+    [("PJRT C API\ncuda 13000", "cuda"), ("PJRT C API\nrocm 60300", "rocm"), ("oneapi", "gpu")],
+)
+def test_gpus_are_told_apart(monkeypatch, version, platform):
+    client = SimpleNamespace(platform_version=version)
+    device = SimpleNamespace(platform="gpu", client=client)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda backend: [device])
+    assert _dispatch.default_platform() == platform
 
 
 def test_float64_parameters_need_float64():

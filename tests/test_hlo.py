@@ -11,7 +11,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import CASES, OPS, Case, make_cotangents, make_operands, value_and_vjp
+from cases import CASES, OPS, WIDEST, Case, make_cotangents, make_operands, value_and_vjp
 from jax import checkpoint_policies
 from jax.ad_checkpoint import print_saved_residuals
 
@@ -172,7 +172,7 @@ def test_backward_of_a_sublayer_passes_over_the_streams_in_kernels_alone():
 
     text = compiled_text(gradients, x, params[0], x)
     shape = ",".join(map(str, x.shape))
-    makers = re.findall(rf"= f64\[{shape}\]\S* ([\w-]+)\(", text)
+    makers = re.findall(rf"= f{8 * WIDEST.itemsize}\[{shape}\]\S* ([\w-]+)\(", text)
     assert makers
     assert set(makers) <= {"parameter", "get-tuple-element", "bitcast"}, makers
 

@@ -40,15 +40,16 @@ def test_unknown_name():
 
 
 def test_import_starts_nothing():
-    """No backend, no thread, no shared library: forking before first use stays safe."""
+    """No backend, thread, shared library or CUDA driver: forking before first use stays safe."""
     out = python(
         "import jax, threading, jax_mhc\n"
         "from jax_mhc import _library\n"
-        "print(threading.active_count(), _library._outcome)\n",
+        "print(threading.active_count(), _library._outcome, _library._cuda_outcome)\n"
+        "print('libcuda' in open('/proc/self/maps').read())\n",
         # Starting any backend would raise.
         JAX_PLATFORMS="none_such",
     )
-    assert out.split() == ["1", "None"]
+    assert out.split() == ["1", "None", "None", "False"]
 
 
 def test_import_is_light():

@@ -1,11 +1,13 @@
 """The description of an installation."""
 
 import json
+import re
 import subprocess
 import sys
 
 import jax
 import pytest
+from cases import PLATFORM
 
 import jax_mhc
 from jax_mhc import _library, info
@@ -15,11 +17,12 @@ def test_a_working_installation():
     described = info.collect()
     assert described["versions"]["jax-mhc"] == jax_mhc.__version__
     assert described["versions"]["jax"] == jax.__version__
-    assert described["devices"]["cpu"] == jax.device_count()
+    assert described["devices"] == {jax.default_backend(): jax.device_count()}
     assert described["devices_error"] is None
     assert described["library"]["instruction_set"]
     assert described["library"]["ffi_api_version"] == "0.1"
-    assert described["fused"] == {"cpu": "registered"}
+    assert described["fused"] == dict.fromkeys({"cpu", PLATFORM}, "registered")
+    assert described["cuda"] == _library.cuda_status()
     assert json.loads(json.dumps(described)) == described
 
 
@@ -30,6 +33,28 @@ def test_a_missing_library_is_no_obstacle(monkeypatch, tmp_path):
     assert "is missing" in described["library"]["error"]
     assert "is missing" in described["fused"]["cpu"]
     assert described["library"]["handlers"] == {}
+    assert "is missing" in described["cuda"]["error"]
+
+
+def test_gpus_are_described(monkeypatch, capsys):
+    devices = [
+        {"name": "NVIDIA H100", "capability": "9.0", "error": None},
+        {"name": "Tesla V100", "capability": "7.0", "error": "expected 8.0 or newer"},
+    ]
+    cuda = {"architectures": ["sm_80", "sm_90"], "compiler": "NVRTC 12.9", "driver": "13.0"}
+    cuda |= {"devices": devices, "error": None}
+    monkeypatch.setattr(_library, "cuda_status", lambda: cuda)
+    assert info.collect()["cuda"] == cuda
+    info._main([])
+    printed = capsys.readouterr().out
+    for line in (
+        r"cuda\n  architectures +sm_80\n +sm_90",
+        r"compiler +NVRTC 12\.9",
+        r"driver +13\.0",
+        r"devices +name NVIDIA H100, capability 9\.0, error None",
+        r" +name Tesla V100, capability 7\.0, error expected 8\.0 or newer",
+    ):
+        assert re.search(line, printed), line
 
 
 def test_no_devices_are_no_obstacle(monkeypatch):

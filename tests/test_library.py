@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import jaxlib.version
 import numpy as np
 import pytest
+from cases import PLATFORM, WIDEST
 
 import jax_mhc
 from jax_mhc import _dispatch, _library
@@ -22,7 +23,7 @@ ATTRIBUTES = _dispatch._attributes(jax_mhc.MHCConfig())
 
 def call(name, args, rets, attributes=ATTRIBUTES, **options):
     """A custom call without any of Python's checks."""
-    _library.ensure_registered("cpu")
+    _library.ensure_registered(PLATFORM)
     rets = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in rets]
     args = [jnp.ones(shape, dtype) for shape, dtype in args]
     raw = jax.ffi.ffi_call(_library.target_name(name), rets, **options)
@@ -127,9 +128,17 @@ def test_a_call_works_after_a_refused_one():
     np.testing.assert_allclose(h_res, 0.25)
 
 
+def test_a_workspace_is_accepted():
+    """Of a program compiled for a GPU, or on one for a call that needs none."""
+    h_res, _ = call("sinkhorn_fwd", [Z], [Z, ((7,), "float32")])
+    np.testing.assert_allclose(h_res, 0.25)
+
+
 def test_the_library_answers_every_call():
     described = _library.status()
-    assert set(described["handlers"]["cpu"]) == set(map(_library.target_name, _dispatch._CALLS))
+    for platform in {"cpu", PLATFORM}:
+        handlers = described["handlers"][platform]
+        assert sorted(handlers) == sorted(map(_library.target_name, _dispatch._CALLS))
     assert described["version"] == metadata.version("jax-mhc")
     assert described["error"] is None
 
@@ -140,12 +149,17 @@ def test_the_library_is_registered_once(monkeypatch):
     monkeypatch.setattr(
         jax.ffi, "register_ffi_target", lambda name, *_, platform: registered.append(name)
     )
-    threads = [threading.Thread(target=_library.missing, args=("cpu",)) for _ in range(8)]
+    in_threads(lambda: _library.missing("cpu"))
+    assert sorted(registered) == sorted(_library.status()["handlers"]["cpu"])
+
+
+def in_threads(function):
+    """Calls `function` in several threads at once."""
+    threads = [threading.Thread(target=function) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(registered) == sorted(_library.status()["handlers"]["cpu"])
 
 
 @pytest.fixture
@@ -161,7 +175,7 @@ def unregistered(monkeypatch):
 
 def check_unusable(reason):
     """Every fused use raises the same error, and all else goes on."""
-    z = jnp.ones((2, 2))
+    z = jnp.ones((2, 2), WIDEST)
     messages = set()
     for _ in range(2):
         with pytest.raises(RuntimeError, match="jax_mhc: no fused kernels: ") as error:
@@ -224,10 +238,107 @@ def test_a_platform_without_kernels():
         _library.ensure_registered("tpu")
 
 
+# ---- NVIDIA GPUs --------------------------------------------------------------------------------
+
+CUDA = {
+    "architectures": ["sm_80", "sm_90"],
+    "compiler": "NVRTC 12.9",
+    "driver": "13.0",
+    "devices": [{"name": "NVIDIA H100", "capability": "9.0", "error": None}],
+    "error": None,
+}
+OLD_GPU = {"name": "Tesla V100", "capability": "7.0", "error": "expected 8.0 or newer"}
+UNUSABLE = {
+    "no driver": ({"driver": None, "error": "there is no driver; install one"}, "no driver"),
+    "old driver": ({"driver": "11.8", "error": "expected 12.0, got 11.8"}, "expected 12.0, got"),
+    "no kernels": ({"architectures": [], "error": "built without CUDA"}, "built without CUDA"),
+    "old GPU": (
+        {"devices": [*CUDA["devices"], OLD_GPU]},
+        "GPU 1, Tesla V100 of compute capability 7.0: expected 8.0 or newer; .*VISIBLE_DEVICES",
+    ),
+}
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A machine with a GPU: `cuda(status)` says which, and what was registered comes back."""
+    registered = []
+
+    def register(name, target, platform):
+        registered.append((name, platform, sorted(target)))
+
+    def set_status(status):
+        handlers = [
+            {"name": name, "platform": "CUDA", "initialize": 8 * i + 8, "execute": 8 * i + 16}
+            for i, name in enumerate(map(_library.target_name, _dispatch._CALLS))
+        ]
+        library = {**_library._load(), "handlers": handlers}
+        monkeypatch.setattr(_library, "_outcome", library)
+        monkeypatch.setattr(_library, "_cuda_outcome", None)
+        monkeypatch.setattr(_library, "cuda_status", lambda: status)
+        monkeypatch.setattr(_dispatch, "default_platform", lambda: "cuda")
+        monkeypatch.setattr(jax.ffi, "register_ffi_target", register)
+        _dispatch._log_once.cache_clear()
+        return registered
+
+    return set_status
+
+
+@pytest.mark.parametrize("what", UNUSABLE)
+def test_a_gpu_that_cannot_be_used(cuda, caplog, what):
+    changes, reason = UNUSABLE[what]
+    registered = cuda({**CUDA, **changes})
+    z = jnp.ones((2, 2), jnp.float32)
+    np.testing.assert_allclose(jax_mhc.sinkhorn(z), 0.5)
+    np.testing.assert_allclose(jax_mhc.sinkhorn(z), 0.5)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert re.search(f"no fused kernels, the ops run in plain JAX: .*{reason}", record.getMessage())
+    with pytest.raises(RuntimeError, match=f"{reason}.*python -m jax_mhc.info"):
+        jax_mhc.sinkhorn(z, implementation="fused")
+    assert not registered
+
+
+def test_handlers_for_gpus_are_registered_once(cuda):
+    registered = cuda(CUDA)
+    in_threads(lambda: _library.ensure_registered("cuda"))
+    assert registered == [
+        (_library.target_name(name), "CUDA", ["execute", "initialize"]) for name in _dispatch._CALLS
+    ]
+
+
+def test_a_refused_handler_for_gpus(cuda, monkeypatch):
+    def refuse(name, *_, **__):
+        raise ValueError("too new")
+
+    cuda(CUDA)
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
+    with pytest.raises(RuntimeError, match=r"XLA refused jax_mhc_pre_fwd_v1 \(too new\)"):
+        _library.ensure_registered("cuda")
+
+
+def test_what_the_library_tells_of_gpus():
+    status = _library.cuda_status()
+    assert status.keys() == CUDA.keys()
+    for device in status["devices"]:
+        assert device.keys() == OLD_GPU.keys()
+    if PLATFORM == "cuda":
+        assert status["error"] is None and status["driver"] and status["architectures"]
+        assert len(status["devices"]) >= jax.device_count()
+    else:
+        # Why there are none.
+        assert status["devices"] or status["error"]
+
+
+def test_a_cpu_program_leaves_the_driver_alone():
+    code = "import jax_mhc._library as library; assert library._cuda_outcome is None"
+    run(f"{SINKHORN}; {code}", JAX_PLATFORMS="cpu")
+
+
 def run(code, **variables):
     """Runs `code` in a process of its own."""
     command = [sys.executable, "-W", "error", "-c", code]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", **variables}
+    env = {**os.environ, **variables}
     return subprocess.run(command, env=env, check=True, text=True, capture_output=True)
 
 
@@ -253,6 +364,7 @@ def test_the_log_refuses_an_unknown_level():
     assert 'JAX_MHC_LOG: expected off, error, warn, info, debug or trace, got "loud"' in log
 
 
+@pytest.mark.cpu("a GPU has no pool of threads to share")
 def test_many_devices_share_the_pool():
     """Calls that run at the same time on several devices lend each other threads."""
     code = """

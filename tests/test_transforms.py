@@ -7,19 +7,12 @@ one element of the batch, or on one layer, at a time.
 import functools
 from typing import Any
 
+import cases
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from cases import (
-    CASES,
-    OPS,
-    Case,
-    assert_trees_close,
-    exact,
-    make_cotangents,
-    make_operands,
-    value_and_vjp,
-)
+from cases import CASES, OPS, Case, exact, in_float64, make_cotangents, make_operands, value_and_vjp
 from jax import checkpoint_policies, export
 
 import jax_mhc
@@ -27,6 +20,12 @@ from jax_mhc import presets
 
 CASE = Case((3,), 4, 5, 3.0)
 BATCH = 2
+LAYERS = 3
+
+# No test here has more layers, or adds up more elements of a batch.
+assert_trees_close = functools.partial(
+    cases.assert_trees_close, limit=cases.limit(CASE, layers=LAYERS)
+)
 
 
 def run(op, operands):
@@ -49,7 +48,7 @@ def vjp_of(function):
 
 
 def stack(elements):
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *elements)
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *elements)
 
 
 # Which operands are mapped; an op without parameters has one way only.
@@ -77,10 +76,7 @@ def batch(op: str, mapped: tuple[str, ...]) -> tuple[Any, Any, Any, Any]:
         element |= {name: elements[0][name] for name in element if name not in mapped}
     cotangents = [make_cotangents(op, CASE, draw=draw) for draw in range(BATCH)]
     expected = stack(
-        [
-            exact(op, CASE.config, "reference", *pair)
-            for pair in zip(elements, cotangents, strict=True)
-        ]
+        [exact(op, CASE.config, *pair) for pair in zip(elements, cotangents, strict=True)]
     )
     stacked = stack(elements)
     operands = {name: (stacked if name in mapped else elements[0])[name] for name in stacked}
@@ -120,7 +116,7 @@ def test_vmap_over_cotangents_alone(op):
     """What jax.jacrev does."""
     operands = make_operands(op, CASE)
     cotangents = [make_cotangents(op, CASE, draw=draw) for draw in range(BATCH)]
-    expected = stack([exact(op, CASE.config, "reference", operands, ct)[1] for ct in cotangents])
+    expected = stack([exact(op, CASE.config, operands, ct)[1] for ct in cotangents])
     _, pullback = jax.vjp(functools.partial(run, op), operands)
     (gradients,) = jax.jit(jax.vmap(pullback))(stack(cotangents))
     assert_trees_close(gradients, expected)
@@ -143,10 +139,7 @@ def test_nested_vmap(op):
     data = [make_operands(op, CASE, draw=draw) for draw in range(2)]
     params = [make_operands(op, CASE, draw=draw)["params"] for draw in range(2, 5)]
     cotangents = make_cotangents(op, CASE)
-    table = [
-        [exact(op, CASE.config, "reference", {**d, "params": p}, cotangents) for p in params]
-        for d in data
-    ]
+    table = [[exact(op, CASE.config, {**d, "params": p}, cotangents) for p in params] for d in data]
     outputs, gradients = stack([stack(row) for row in table])
     # A set of parameters meets all data, and the other way round.
     expected = {
@@ -170,7 +163,7 @@ def problem(request):
     """An op, operands, cotangents, and the outputs and gradients to expect."""
     op = request.param
     arrays = make_operands(op, CASE), make_cotangents(op, CASE)
-    return op, *arrays, exact(op, CASE.config, "reference", *arrays)
+    return op, *arrays, exact(op, CASE.config, *arrays)
 
 
 def test_without_jit(problem):
@@ -237,11 +230,12 @@ def test_export_with_a_symbolic_batch(problem):
 
 def test_donation():
     x, params = (make_operands("pre", CASE)[name] for name in ("x", "params"))
-    expected = jax_mhc.mhc_residual(jnp.tanh, x, params, implementation="reference")
+    layer = functools.partial(jax_mhc.mhc_residual, jnp.tanh)
+    expected = in_float64(functools.partial(layer, implementation="reference"), x, params)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(x, params):
-        return jax_mhc.mhc_residual(jnp.tanh, x, params, implementation="fused")
+        return layer(x, params, implementation="fused")
 
     x_new = step(x, params)
     assert x.is_deleted()
@@ -250,7 +244,6 @@ def test_donation():
 
 # ---- layers -------------------------------------------------------------------------------------
 
-LAYERS = 3
 NAMES = ("mhc_layer_input", "mhc_coefficients", "mhc_streams")
 POLICIES = {
     "none": lambda function: function,
@@ -321,7 +314,10 @@ def scan_of_seams(x, params, implementation, policy="none"):
 @functools.cache
 def expected_of_layers():
     """Outputs and gradients of the loop in plain JAX."""
-    x, params, cotangent = layers()
+    return in_float64(plain_layers, *layers())
+
+
+def plain_layers(x, params, cotangent):
     model = functools.partial(loop_of_layers, implementation="reference")
     outputs, pullback = jax.vjp(model, x, params)
     return outputs, *pullback(cotangent)
@@ -371,10 +367,9 @@ def test_composition(scan):
     outputs, d_x, d_params = run(twice(x), stack([params]), twice(cotangent))
     expected, expected_d_x, _ = expected_of_layers()
     assert_trees_close((outputs[0, 0], d_x[0, 0]), (expected, expected_d_x))
-    plain = functools.partial(loop_of_layers, implementation="reference")
-    pulled = [jax.vjp(plain, sign * x, params)[1](sign * cotangent) for sign in (1.0, -1.0)]
-    assert_trees_close(d_x[1, 0], pulled[1][0])
-    total = jax.tree.map(jnp.add, pulled[0][1], pulled[1][1])
+    pulled = [in_float64(plain_layers, sign * x, params, sign * cotangent) for sign in (1.0, -1.0)]
+    assert_trees_close(d_x[1, 0], pulled[1][1])
+    total = jax.tree.map(np.add, pulled[0][2], pulled[1][2])
     assert_trees_close(element(d_params, 0), total)
 
 
@@ -390,9 +385,8 @@ def test_per_example_gradients():
         return jnp.sum(jnp.sin(x))
 
     def gradients(implementation):
-        grad = jax.grad(functools.partial(loss, implementation=implementation))
-        return grad
+        return jax.jit(jax.grad(functools.partial(loss, implementation=implementation)))
 
     actual = jax.jit(jax.vmap(gradients("fused"), in_axes=(None, 0)))(params, x)
-    expected = stack([jax.jit(gradients("reference"))(params, token) for token in x])
-    assert_trees_close(actual, expected)
+    expected = stack([in_float64(gradients("reference"), params, token) for token in x])
+    cases.assert_trees_close(actual, expected, cases.limit(CASES["paper"]))

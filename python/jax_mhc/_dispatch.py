@@ -2,10 +2,11 @@
 
 The ops build `jax.custom_vjp` functions from `fused_call`, which is
 
-    custom_vmap(ffi_call)
+    custom_vmap(call)
 
-- **ffi_call**: one custom call with the operands and results of `_CALLS`, the table of
-  docs/architecture.md. Leading dimensions are handed over as they are.
+- **call**: a primitive, lowered to one custom call with the operands and results of `_CALLS`, the
+  table of docs/architecture.md. Leading dimensions are handed over as they are. Lowered for an
+  NVIDIA GPU, the custom call gets its workspace as one more result.
 - **custom_vmap**: a mapped axis becomes one more leading dimension of the same call. That cannot
   be where each element of the batch has its own parameters or its own parameter gradient; there
   the elements run one after another (`jax.lax.map`).
@@ -19,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -29,14 +31,14 @@ from jax.custom_batching import custom_vmap
 from jax.interpreters import ad, batching, mlir
 
 from jax_mhc import _library
-from jax_mhc._check import accumulation_dtype
+from jax_mhc._check import STREAM_DTYPES, accumulation_dtype
 from jax_mhc._errors import choice, fail
 from jax_mhc._types import MHCConfig
 
 Implementation = Literal["fused", "reference"] | None
 
-# Platforms that the package ships kernels for.
-_PLATFORMS = ("cpu",)
+# Platforms that the package ships kernels for, and the streams' dtypes that they take.
+_KERNELS = {"cpu": STREAM_DTYPES, "cuda": ("float32", "bfloat16", "float16")}
 
 _logger = logging.getLogger("jax_mhc")
 
@@ -44,42 +46,67 @@ _logger = logging.getLogger("jax_mhc")
 # ---- which implementation -----------------------------------------------------------------------
 
 
-def use_fused(op: str, implementation: Implementation) -> bool:
-    """Whether `op` runs the fused kernels; loads and registers them if so.
+def use_fused(op: str, implementation: Implementation, dtype: np.dtype) -> bool:
+    """Whether `op` runs the fused kernels on streams of `dtype`; loads and registers them if so.
+
+    Where they do not, and it costs speed that a user might expect, a log record says why, once.
 
     Raises:
         ValueError: an unknown implementation, or "fused" on a platform without kernels.
-        RuntimeError: the platform has kernels, but the shared library cannot be used. None does
-            not replace it by the reference: a broken installation would only show as lost speed.
+        TypeError: "fused" with a dtype for which the platform has no kernels.
+        RuntimeError: the shared library cannot be used. None does not replace it by the reference:
+            a broken installation would only show as lost speed. Also "fused" on an NVIDIA GPU
+            for which there are no kernels, or with a driver that is too old for them.
     """
     choice(op, "implementation", implementation, (None, "fused", "reference"))
     if implementation == "reference":
         return False
-    platform = _platform()
-    if platform not in _PLATFORMS:
-        if implementation == "fused":
+    fused, platform = implementation == "fused", default_platform()
+    if platform not in _KERNELS:
+        if fused:
             fail(
                 ValueError, op, "implementation='fused'",
-                f"a platform with kernels ({', '.join(_PLATFORMS)})", platform,
+                f"a platform with kernels ({', '.join(_KERNELS)})", platform,
                 "Use implementation=None or implementation='reference' here.",
             )  # fmt: skip
-        _log_once(f"no kernels for platform {platform!r}: the ops run in plain JAX")
+        _log_once(logging.INFO, f"no kernels for platform {platform!r}: the ops run in plain JAX")
         return False
-    _library.ensure_registered(platform)
+    if dtype.name not in _KERNELS[platform]:
+        if fused:
+            fail(
+                TypeError, op, "implementation='fused'",
+                f"dtype {', '.join(_KERNELS[platform])} on platform {platform!r}", dtype.name,
+                "Use implementation=None or implementation='reference', or convert the arrays.",
+            )  # fmt: skip
+        _log_once(
+            logging.INFO, f"no {dtype.name} kernels for platform {platform!r}: plain JAX instead"
+        )
+        return False
+    if fused or platform == "cpu" or _library.broken():
+        _library.ensure_registered(platform)
+    elif reason := _library.missing(platform):
+        _log_once(logging.WARNING, f"no fused kernels, the ops run in plain JAX: {reason}")
+        return False
     return True
 
 
-def _platform() -> str:
-    """The platform that XLA compiles for unless told otherwise."""
+def default_platform() -> str:
+    """The platform that XLA compiles for unless told otherwise; `cuda` or `rocm` for `gpu`."""
     device = jax.config.jax_default_device  # type: ignore[attr-defined]
     if device is None:
-        return jax.default_backend()
-    return device if isinstance(device, str) else device.platform
+        platform = jax.default_backend()
+    else:
+        platform = device if isinstance(device, str) else device.platform
+    if platform == "gpu":
+        # JAX itself tells them apart by this text.
+        version = jax.devices("gpu")[0].client.platform_version
+        return next((name for name in ("cuda", "rocm") if name in version), platform)
+    return platform
 
 
 @functools.cache
-def _log_once(message: str) -> None:
-    _logger.info(message)
+def _log_once(level: int, message: str) -> None:
+    _logger.log(level, message)
 
 
 # ---- the calls ----------------------------------------------------------------------------------
@@ -111,7 +138,7 @@ _IN_PLACE = {"d_x_in": "d_x", "d_x_new_in": "d_x"}
 _PARAMETERS = frozenset(["phi", "alpha", "bias", "d_phi", "d_alpha", "d_bias"])
 
 
-def _result_types(name: str, operands: tuple[Any, ...]) -> list[jax.ShapeDtypeStruct]:
+def _result_types(name: str, operands: Sequence[Any]) -> list[jax.core.ShapedArray]:
     """Shapes and dtypes of a call's results."""
     operand_names, result_names = (names.split() for names in _CALLS[name])
     given = dict(zip(operand_names, operands, strict=True))
@@ -129,7 +156,20 @@ def _result_types(name: str, operands: tuple[Any, ...]) -> list[jax.ShapeDtypeSt
     }
     if "phi" in given:
         types["m"] = ((*tokens, given["phi"].shape[1]), wide)
-    return [jax.ShapeDtypeStruct(*types[result]) for result in result_names]
+    return [jax.core.ShapedArray(*types[result]) for result in result_names]
+
+
+def _workspace(name: str, config: MHCConfig | None, operands: Sequence[Any]) -> Any:
+    """The type of the scratch memory of a call on an NVIDIA GPU."""
+    given = dict(zip(_CALLS[name][0].split(), operands, strict=True))
+    streams = given["x"] if "x" in given else given["z"]
+    *tokens, n, last = streams.shape
+    columns = given["phi"].shape[1] if "phi" in given else 0
+    iters = config.sinkhorn_iters if config else 0
+    element_bytes = streams.dtype.itemsize
+    per_token, fixed = _library.workspace(name, element_bytes, n, last, columns, iters)
+    # Linear in the tokens, whose number may be a symbol.
+    return jax.core.ShapedArray((per_token * math.prod(tokens) + fixed,), np.dtype(np.float32))
 
 
 def fused_call(name: str, config: MHCConfig | None, *operands: jax.Array) -> Sequence[jax.Array]:
@@ -142,19 +182,10 @@ def fused_call(name: str, config: MHCConfig | None, *operands: jax.Array) -> Seq
 @functools.cache
 def _call(name: str, config: MHCConfig | None) -> Callable[..., Sequence[jax.Array]]:
     operand_names, result_names = (names.split() for names in _CALLS[name])
-    attributes = {} if config is None else _attributes(config)
-    aliases = {
-        operand_names.index(operand): result_names.index(result)
-        for operand, result in _IN_PLACE.items()
-        if operand in operand_names
-    }
 
     @custom_vmap
     def call(*operands: jax.Array) -> Sequence[jax.Array]:
-        target, types = _library.target_name(name), _result_types(name, operands)
-        return jax.ffi.ffi_call(target, types, input_output_aliases=aliases)(
-            *operands, **attributes
-        )
+        return _primitives().call.bind(*operands, name=name, config=config)
 
     @call.def_vmap
     def _(axis_size: int, batched: list[bool], *operands: jax.Array) -> Any:
@@ -190,8 +221,35 @@ def _call(name: str, config: MHCConfig | None) -> Callable[..., Sequence[jax.Arr
     return call
 
 
-def _attributes(config: MHCConfig) -> dict[str, Any]:
+def _lower(
+    context: mlir.LoweringRuleContext, *operands: Any, name: str, config: MHCConfig | None
+) -> Sequence[Any]:
+    """The custom call of `name`."""
+    operand_names, result_names = (names.split() for names in _CALLS[name])
+    aliases = {
+        operand_names.index(operand): result_names.index(result)
+        for operand, result in _IN_PLACE.items()
+        if operand in operand_names
+    }
+    lower = jax.ffi.ffi_lowering(_library.target_name(name), operand_output_aliases=aliases)
+    return lower(context, *operands, **_attributes(config))
+
+
+def _lower_cuda(
+    context: mlir.LoweringRuleContext, *operands: Any, name: str, config: MHCConfig | None
+) -> Sequence[Any]:
+    """The same with the workspace, which XLA then owns as it owns every result."""
+    workspace = _workspace(name, config, context.avals_in)
+    if workspace.shape == (0,):
+        return _lower(context, *operands, name=name, config=config)
+    context = context.replace(avals_out=[*context.avals_out, workspace])
+    return _lower(context, *operands, name=name, config=config)[:-1]
+
+
+def _attributes(config: MHCConfig | None) -> dict[str, Any]:
     """The config as attributes of fixed width, whatever the x64 setting is."""
+    if config is None:
+        return {}
     fixed = {int: np.int64, float: np.float64, str: str}
     return {name: fixed[type(v)](v) for name, v in dataclasses.asdict(config).items()}
 
@@ -229,13 +287,14 @@ def _second_order(*_: Any, op: str) -> NoReturn:
 
 
 class _Primitives(NamedTuple):
-    """Identities. Primitives, because JAX may drop the rules of a custom_jvp.
+    """One call, and identities. Primitives, because JAX may drop the rules of a custom_jvp.
 
     reverse_mode puts `tangent` in the way of its tangents. That is removed by transposing, the step
     that makes reverse mode; whatever else meets it is forward mode, and raises. first_order has no
     derivative at all.
     """
 
+    call: Any
     reverse_mode: Any
     tangent: Any
     first_order: Any
@@ -247,7 +306,17 @@ def _primitives() -> _Primitives:
     from jax.extend.core import Primitive
 
     primitives = _Primitives(*(Primitive(f"mhc_{name}") for name in _Primitives._fields))
-    reverse_mode, tangent, first_order = primitives
+    call, reverse_mode, tangent, first_order = primitives
+
+    @functools.cache
+    def compiled(name: str, config: MHCConfig | None) -> Any:
+        return jax.jit(functools.partial(call.bind, name=name, config=config))
+
+    call.multiple_results = True
+    call.def_impl(lambda *operands, name, config: compiled(name, config)(*operands))
+    call.def_abstract_eval(lambda *avals, name, config: _result_types(name, avals))
+    mlir.register_lowering(call, _lower)
+    mlir.register_lowering(call, _lower_cuda, platform="cuda")
 
     def jvp(operands: Any, tangents: Any, op: str) -> Any:
         # The operands themselves: other values would be saved once more for the backward pass.

@@ -1,12 +1,14 @@
 """The shared library with the fused kernels: checked, loaded and registered on first use.
 
-Nothing happens on import. XLA refuses a handler that it does not know how to call when a backend
-starts, and then no JAX program runs at all; so everything is checked before anything is registered.
+Nothing happens on import, and the CUDA driver is left alone until something is to run on an NVIDIA
+GPU. XLA refuses a handler that it does not know how to call when a backend starts, and then no JAX
+program runs at all; so everything is checked before anything is registered.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import re
 import sys
@@ -28,9 +30,11 @@ _PATH = Path(__file__).with_name(
     "libjax_mhc_xla" + (".dylib" if sys.platform == "darwin" else ".so")
 )
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 # What the library tells of itself, or the reason why there is none; None before the first use.
 _outcome: dict[str, Any] | str | None = None
+# Why no kernels run on NVIDIA GPUs, "" where they do; None before the first use of one.
+_cuda_outcome: str | None = None
 
 
 def target_name(call: str) -> str:
@@ -39,10 +43,10 @@ def target_name(call: str) -> str:
 
 
 def ensure_registered(platform: str) -> None:
-    """Registers all handlers with XLA, once in a process.
+    """Registers all handlers for a platform with XLA, once in a process.
 
     Args:
-        platform: JAX's name of the platform that the call is for, such as `cpu`.
+        platform: `cpu` or `cuda`.
 
     Raises:
         RuntimeError: there are no fused kernels here, and why. The same error comes at every call;
@@ -60,9 +64,17 @@ def missing(platform: str) -> str | None:
     outcome = _load_once()
     if isinstance(outcome, str):
         return outcome
+    if platform == "cuda":
+        return _cuda_once(outcome) or None
     if not _handlers(outcome, platform):
         return f"this build of jax-mhc has none for platform {platform!r}"
     return None
+
+
+def broken() -> str | None:
+    """Why the shared library cannot be used at all; None where it can."""
+    outcome = _load_once()
+    return outcome if isinstance(outcome, str) else None
 
 
 def status() -> dict[str, Any]:
@@ -73,17 +85,72 @@ def status() -> dict[str, Any]:
     outcome = _load_once()
     library, error = ({}, outcome) if isinstance(outcome, str) else (outcome, None)
     fields = ("version", "commit", "ffi_api_version", "architecture", "instruction_set")
-    platforms = sorted({handler["platform"] for handler in library.get("handlers", ())})
+    platforms = sorted({_platform(handler) for handler in library.get("handlers", ())})
     return {
         "path": str(_PATH),
         **{field: library.get(field) for field in fields},
-        "handlers": {platform: _handlers(library, platform) for platform in platforms},
+        "handlers": {
+            platform: [handler["name"] for handler in _handlers(library, platform)]
+            for platform in platforms
+        },
         "error": error,
     }
 
 
-def _handlers(library: dict[str, Any], platform: str) -> list[str]:
-    return [h["name"] for h in library["handlers"] if h["platform"] == platform]
+def cuda_status() -> dict[str, Any]:
+    """What the library tells of NVIDIA GPUs: asks the driver, and never raises.
+
+    Returns:
+        `architectures` that it holds kernels for and the `compiler` that made them; the `driver`'s
+        version of CUDA; `devices`, each with name, compute capability and the `error` that keeps it
+        from being used; the `error` that keeps all of them from it.
+    """
+    reason = broken()
+    if reason is None:
+        get_status = ctypes.CDLL(str(_PATH)).jax_mhc_cuda_status
+        get_status.restype = ctypes.c_char_p
+        if status := get_status():
+            return json.loads(status)
+        reason = "the shared library cannot tell what there is of CUDA"
+    nothing: dict[str, Any] = {"architectures": [], "compiler": None, "driver": None}
+    return nothing | {"devices": [], "error": reason}
+
+
+@functools.cache
+def workspace(
+    call: str, element_bytes: int, streams: int, hidden: int, columns: int, sinkhorn_iters: int
+) -> tuple[int, int]:
+    """Scratch memory of a call on an NVIDIA GPU: float32 numbers for each token, and beside them.
+
+    Needs no GPU.
+
+    Args:
+        call: a call such as `pre_fwd`.
+        element_bytes: of the streams' dtype.
+        streams: n.
+        hidden: C; n for a call that takes logits alone.
+        columns: of phi; 0 where there is none.
+        sinkhorn_iters: of the config; 0 where there is none.
+
+    Raises:
+        RuntimeError: the library knows no such call.
+    """
+    get_workspace = ctypes.CDLL(str(_PATH)).jax_mhc_workspace
+    get_workspace.restype = ctypes.c_bool
+    numbers = (element_bytes, streams, hidden, columns, sinkhorn_iters)
+    out = (ctypes.c_int64 * 2)()
+    if not get_workspace(call.encode(), *map(ctypes.c_int64, numbers), out):
+        raise RuntimeError(f"jax_mhc: {call}{numbers}: the shared library knows no such CUDA call")
+    return out[0], out[1]
+
+
+def _platform(handler: dict[str, Any]) -> str:
+    """XLA writes `CUDA`; everybody else, `cuda`."""
+    return handler["platform"].lower()
+
+
+def _handlers(library: dict[str, Any], platform: str) -> list[dict[str, Any]]:
+    return [handler for handler in library["handlers"] if _platform(handler) == platform]
 
 
 def _load_once() -> dict[str, Any] | str:
@@ -92,10 +159,23 @@ def _load_once() -> dict[str, Any] | str:
         if _outcome is None:
             try:
                 _outcome = _load()
-                _register(_outcome)
+                _register(_outcome, "cpu")
             except _Unusable as error:
                 _outcome = str(error)
         return _outcome
+
+
+def _cuda_once(library: dict[str, Any]) -> str:
+    global _cuda_outcome
+    with _lock:
+        if _cuda_outcome is None:
+            try:
+                _check_devices(cuda_status())
+                _register(library, "cuda")
+                _cuda_outcome = ""
+            except _Unusable as error:
+                _cuda_outcome = str(error)
+        return _cuda_outcome
 
 
 class _Unusable(Exception):
@@ -137,12 +217,30 @@ def _load() -> dict[str, Any]:
     return description
 
 
-def _register(library: dict[str, Any]) -> None:
-    for handler in library["handlers"]:
+def _check_devices(status: dict[str, Any]) -> None:
+    """Every GPU must do: which of them a program runs on is not known when it is traced."""
+    if status["error"]:
+        raise _Unusable(status["error"])
+    for index, device in enumerate(status["devices"]):
+        if device["error"]:
+            raise _Unusable(
+                f"GPU {index}, {device['name']} of compute capability {device['capability']}: "
+                f"{device['error']}; where there are others, hide it with CUDA_VISIBLE_DEVICES"
+            )
+
+
+def _register(library: dict[str, Any], platform: str) -> None:
+    for handler in _handlers(library, platform):
+        # A handler is one function, or one for each stage of a call.
+        stages = {
+            stage: jax.ffi.pycapsule(handler[stage])
+            for stage in ("initialize", "execute")
+            if stage in handler
+        }
         try:
             jax.ffi.register_ffi_target(
                 handler["name"],
-                jax.ffi.pycapsule(handler["address"]),
+                stages or jax.ffi.pycapsule(handler["address"]),
                 platform=handler["platform"],
             )
         except Exception as error:  # JAX raises errors of several types here

@@ -15,11 +15,11 @@ from typing import Any
 
 import jax
 
-from jax_mhc import _library
+from jax_mhc import _dispatch, _library
 
 
 def collect() -> dict[str, Any]:
-    """Describes the installation. Starts JAX's default backend, and never raises.
+    """Describes the installation. Starts JAX's default backend, asks the CUDA driver, never raises.
 
     Returns:
         A dictionary that `json.dumps` takes:
@@ -29,12 +29,18 @@ def collect() -> dict[str, Any]:
         - `library`: what the shared library tells of itself (version, commit, version of XLA's FFI,
           architecture, the instruction set that the kernels use here, its handlers by platform),
           its `path`, and the `error` that keeps it from being used;
-        - `fused`: for each platform, "registered" or the reason why its kernels are not.
+        - `cuda`: the GPU `architectures` that the library holds kernels for and their `compiler`,
+          the version of CUDA that the `driver` is for, `devices` (name, compute capability, and the
+          `error` that keeps one from being used) and the `error` that keeps all of them from it;
+        - `fused`: for the CPU and JAX's default platform, "registered" or the reason why the
+          kernels are not.
     """
     devices: dict[str, int] = {}
     devices_error = None
+    platforms = ["cpu"]
     try:
         devices = dict(collections.Counter(device.platform for device in jax.devices()))
+        platforms += [_dispatch.default_platform()]
     except RuntimeError as error:
         devices_error = str(error)
     return {
@@ -48,7 +54,8 @@ def collect() -> dict[str, Any]:
         "devices": devices,
         "devices_error": devices_error,
         "library": _library.status(),
-        "fused": {name: _library.missing(name) or "registered" for name in {"cpu": 1, **devices}},
+        "cuda": _library.cuda_status(),
+        "fused": {name: _library.missing(name) or "registered" for name in platforms},
     }
 
 
@@ -65,10 +72,17 @@ def _lines(values: dict[str, Any], indent: str = "") -> list[str]:
         if isinstance(value, dict):
             lines += [f"{indent}{name}", *_lines(value, indent + "  ")]
         else:
-            text = "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+            text = "\n".join(map(_line, value)) if isinstance(value, list) else str(value)
             first, *rest = text.split("\n")
             lines += [f"{indent}{name:<18} {first}", *(f"{indent}{'':<18} {line}" for line in rest)]
     return lines
+
+
+def _line(value: Any) -> str:
+    """An element of a list."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {field}" for name, field in value.items())
+    return str(value)
 
 
 def _main(arguments: list[str]) -> None:

@@ -50,7 +50,7 @@ def head(
     config = _check.config(op, config)
     phi, alpha, bias = _check.head_params(op, params, x)
     with jax.named_scope("mhc_head"):
-        if not use_fused(op, implementation):
+        if not use_fused(op, implementation, x.dtype):
             return reference.head(x, HeadParams(phi, alpha, bias), config=config)
         return _head(config, *reverse_mode_only(op, x, phi, alpha, bias))
 

@@ -41,7 +41,7 @@ def post(y: jax.Array, ctx: Context, *, implementation: Implementation = None) -
     ctx = _check.context(op, ctx)
     y = _check.layer_output(op, "y", y, ctx.x)
     with jax.named_scope("mhc_post"):
-        if not use_fused(op, implementation):
+        if not use_fused(op, implementation, ctx.x.dtype):
             return reference.post(y, ctx)
         return _post(*reverse_mode_only(op, ctx.x, y, ctx.h_post, ctx.h_res))
 

@@ -74,7 +74,7 @@ def pre(
     config = _check.config(op, config)
     phi, alpha, bias = _check.params(op, params, x, config)
     with jax.named_scope("mhc_pre"):
-        if not use_fused(op, implementation):
+        if not use_fused(op, implementation, x.dtype):
             return reference.pre(x, MHCParams(phi, alpha, bias), config=config)
         phi, alpha = dense(phi, alpha, x)
         u, *context = _pre(config, *reverse_mode_only(op, x, phi, alpha, bias))

@@ -54,7 +54,7 @@ def post_pre(
     config = _check.config(op, config)
     phi, alpha, bias = _check.params(op, params, ctx.x, config)
     with jax.named_scope("mhc_seam"):
-        if not use_fused(op, implementation):
+        if not use_fused(op, implementation, ctx.x.dtype):
             return reference.post_pre(y, ctx, MHCParams(phi, alpha, bias), config=config)
         phi, alpha = dense(phi, alpha, ctx.x)
         operands = (ctx.x, y, ctx.h_post, ctx.h_res, phi, alpha, bias)

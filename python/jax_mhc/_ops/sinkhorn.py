@@ -57,7 +57,7 @@ def sinkhorn(
             "Sinkhorn is the projection of this constraint alone.",
         )  # fmt: skip
     with jax.named_scope("mhc_sinkhorn"):
-        if use_fused(op, implementation):
+        if use_fused(op, implementation, logits.dtype):
             h_res = _sinkhorn(config, *reverse_mode_only(op, logits))
         else:
             h_res = reference.sinkhorn(logits, config=config)

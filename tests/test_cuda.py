@@ -1,0 +1,333 @@
+"""What only an NVIDIA GPU can show. All other tests run there too: pytest --platform=gpu."""
+
+import functools
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import (
+    DTYPES,
+    FLOAT64,
+    OPS,
+    WIDEST,
+    Case,
+    assert_close,
+    assert_trees_close,
+    compiled,
+    exact,
+    leaf_name,
+    limit,
+    make_cotangents,
+    make_operands,
+)
+from jax import export
+from test_hlo import backward, compiled_text, custom_calls, forward
+
+import jax_mhc
+from jax_mhc import presets
+
+pytestmark = pytest.mark.gpu
+
+KERNELS = [op for op in OPS if op != "mhc_residual"]
+
+# Sums over tokens and over the width that many blocks share, the last of each not full.
+CASE = Case((2053,), 4, 264, 3.0)
+
+
+def arrays(op, case, dtype):
+    """Operands and cotangents."""
+    return [make(op, case, jnp.dtype(dtype)) for make in (make_operands, make_cotangents)]
+
+
+def run(op, case, dtype):
+    """Outputs and gradients of the kernels."""
+    return compiled(op, case.config, "fused", *arrays(op, case, dtype))
+
+
+def digest(results):
+    """Of all bits of a pytree."""
+    leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(results)]
+    return hashlib.sha256(b"".join(leaves)).hexdigest()
+
+
+def dtypes_of(op):
+    """Sinkhorn has no half precision."""
+    return ["float32"] if op == "sinkhorn" else DTYPES
+
+
+OP_DTYPES = [(op, dtype) for op in KERNELS for dtype in dtypes_of(op)]
+
+
+@pytest.mark.parametrize("op, dtype", OP_DTYPES)
+def test_every_dtype_is_fused(op, dtype):
+    function = functools.partial(OPS[op].run, config=presets.PAPER, implementation=None)
+    operands, cotangents = arrays(op, CASE, dtype)
+
+    def value_and_vjp(operands, cotangents):
+        outputs, pullback = jax.vjp(function, operands)
+        return outputs, pullback(cotangents)
+
+    assert custom_calls(compiled_text(function, operands)) == forward(op)
+    text = compiled_text(value_and_vjp, operands, cotangents)
+    assert custom_calls(text) == forward(op) + backward(op)
+
+
+# ---- shapes -------------------------------------------------------------------------------------
+
+
+def check(op, case, dtype):
+    """The kernels against float64 on the CPU; test_values.py compares errors in more detail."""
+    actual, expected = run(op, case, dtype), exact(op, case.config, *arrays(op, case, dtype))
+    leaves = zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True)
+    for (path, leaf), wanted in leaves:
+        name = leaf_name(path)
+        assert_close(leaf, wanted, limit(case, dtype=dtype, gradient=path[0].idx == 1), name)
+
+
+WIDTHS = (1, 2, 3, 7, 8, 31, 40, 63, 64, 65, 100, 127, 128, 130, 250, 257)
+
+
+@pytest.mark.parametrize("op", KERNELS)
+@pytest.mark.parametrize("streams", range(1, 17))
+def test_any_number_of_streams(op, streams):
+    """With a width and a dtype that change along."""
+    dtype = dtypes_of(op)[streams % len(dtypes_of(op))]
+    check(op, Case((37,), streams, WIDTHS[streams * 5 % 16]), dtype)
+
+
+@pytest.mark.parametrize("op", [op for op in KERNELS if op != "sinkhorn"])
+@pytest.mark.parametrize("hidden", [*WIDTHS, 1000, 1001, 4096])
+def test_any_width(op, hidden):
+    check(op, Case((19,), 4, hidden), ("bfloat16", "float16", "float32")[hidden % 3])
+
+
+@pytest.mark.parametrize("op, dtype", OP_DTYPES)
+@pytest.mark.parametrize("tokens", [0, 1, 2, 17, 127, 1009])
+def test_any_number_of_tokens(op, dtype, tokens):
+    check(op, Case((tokens,), 4, 72), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_wide_layer(dtype):
+    """The accuracy that the package promises, as errors in the Euclidean norm."""
+    case = Case((512,), 4, 4096, 3.0)
+    (outputs, gradients), (exact_outputs, exact_gradients) = (
+        run("pre", case, dtype),
+        exact("pre", case.config, *arrays("pre", case, dtype)),
+    )
+
+    def error(actual, expected):
+        difference = np.asarray(actual, np.float64) - expected
+        return np.linalg.norm(difference) / np.linalg.norm(expected)
+
+    assert error(outputs["u"], exact_outputs["u"]) <= 1.8e-3
+    for name in ("h_pre", "h_post", "h_res"):
+        found = error(getattr(outputs["ctx"], name), getattr(exact_outputs["ctx"], name))
+        assert found <= 2e-6, (name, found)
+    for name, largest in {"phi": 3e-4, "alpha": 1e-4, "bias": 1e-4}.items():
+        found = error(getattr(gradients["params"], name), getattr(exact_gradients["params"], name))
+        assert found <= largest, (name, found)
+
+
+# ---- bits ---------------------------------------------------------------------------------------
+
+
+def poison():
+    """Leaves memory that XLA hands out next full of NaN."""
+    jax.block_until_ready([jnp.full((1 << size,), jnp.nan, jnp.float32) for size in range(8, 26)])
+
+
+@pytest.mark.parametrize("op, dtype", OP_DTYPES)
+def test_same_bits_in_every_run(op, dtype):
+    """Outputs and all gradients, whatever was in the memory of results and workspaces."""
+    digests = set()
+    for _ in range(10):
+        poison()
+        digests.add(digest(run(op, CASE, dtype)))
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("op, dtype", OP_DTYPES)
+def test_a_token_does_not_depend_on_the_others(op, dtype):
+    """Forward: alone, in part of the batch, and elsewhere in it."""
+    operands, _ = arrays(op, CASE, dtype)
+    function = jax.jit(functools.partial(OPS[op].run, config=CASE.config, implementation="fused"))
+
+    def select(tree, tokens):
+        return jax.tree.map(lambda leaf: leaf[tokens], tree)
+
+    everything = function(operands)
+    (num_tokens,) = CASE.tokens
+    random = np.random.default_rng(0).permutation(num_tokens)
+    for tokens in (
+        random, random[:1], random[:17], random[:1000], np.arange(5, 6), np.arange(1000, 1017),
+        np.arange(1000),
+    ):  # fmt: skip
+        part = {
+            name: select(value, tokens) if name in OPS[op].batched else value
+            for name, value in operands.items()
+        }
+        jax.tree.map(np.testing.assert_array_equal, function(part), select(everything, tokens))
+
+
+# ---- command buffers ----------------------------------------------------------------------------
+
+RUNS = 40
+CAPTURE = "--xla_gpu_enable_command_buffer=+CUSTOM_CALL --xla_gpu_graph_min_graph_size=1"
+
+
+def run_often():
+    """Prints a digest for each of two batches; every run of a batch must have the same."""
+    jax.config.update("jax_enable_x64", True)
+    batches = [
+        [
+            make("mhc_residual", CASE, jnp.bfloat16, draw)
+            for make in (make_operands, make_cotangents)
+        ]
+        for draw in range(2)
+    ]
+    digests = [set(), set()]
+    for index in range(RUNS):
+        results = compiled("mhc_residual", CASE.config, "fused", *batches[index % 2])
+        digests[index % 2].add(digest(results))
+    assert [len(found) for found in digests] == [1, 1]
+    print(*(found.pop() for found in digests))
+
+
+def test_command_buffers_give_the_same_bits():
+    """XLA may record the calls once, as a CUDA graph, and replay it."""
+    outputs, num_executed = [], []
+    for flags in ("--xla_gpu_enable_command_buffer=", CAPTURE):
+        environment = {
+            **os.environ,
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flags}",
+            "JAX_MHC_LOG": "debug",
+        }
+        done = subprocess.run(
+            [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+        num_executed.append(len(re.findall(r'op="(?:pre|post)_(?:fwd|bwd)"', done.stderr)))
+    assert outputs[0] == outputs[1]
+    # Each run has four calls. Recording takes one for each set of addresses; replaying takes none.
+    assert num_executed[0] >= 4 * RUNS
+    assert 0 < num_executed[1] <= num_executed[0] // 2, num_executed
+
+
+# ---- devices ------------------------------------------------------------------------------------
+
+
+def test_several_threads():
+    """They may be the first to use a kernel at the same time."""
+    expected, found = {}, {}
+    problems = [(op, Case((257,), 3, 48 + index)) for index, op in enumerate(KERNELS)]
+
+    def compute(op, case):
+        found[op] = digest(run(op, case, "float32"))
+
+    threads = [threading.Thread(target=compute, args=problem) for problem in problems]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = {op: digest(run(op, case, "float32")) for op, case in problems}
+    assert found == expected
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("op", KERNELS)
+def test_two_gpus_in_one_process(op):
+    """At the same time, with the same bits."""
+    everything = arrays(op, CASE, "float32")
+    results = {}
+    for _ in range(3):
+        for device in jax.devices()[:2]:
+            on_device = jax.device_put(everything, device)
+            results[device] = compiled(op, CASE.config, "fused", *on_device)
+    for device, result in results.items():
+        assert all(leaf.devices() == {device} for leaf in jax.tree.leaves(result))
+    first, second = map(digest, results.values())
+    assert first == second
+
+
+@pytest.mark.parametrize("op", KERNELS)
+def test_arrays_on_the_cpu(op):
+    """A program for the CPU, with the CPU's kernels, beside a GPU."""
+    case = Case((7,), 4, 33)
+    on_cpu = jax.device_put(arrays(op, case, "float32"), jax.devices("cpu")[0])
+    results = compiled(op, case.config, "fused", *on_cpu)
+    assert_trees_close(results, exact(op, case.config, *on_cpu), limit(case))
+
+
+# ---- what is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_float64_is_plain_jax(op):
+    case = Case((7,), 4, 33)
+    everything = arrays(op, case, "float64")
+    function = functools.partial(OPS[op].run, config=case.config)
+    plain = functools.partial(function, implementation=None)
+    assert not custom_calls(compiled_text(plain, everything[0]))
+    outputs, _ = exact(op, case.config, *everything)
+    assert_trees_close(jax.jit(plain)(everything[0]), outputs, FLOAT64, np.float64)
+    with pytest.raises(TypeError, match="expected dtype float32, bfloat16, float16.*got float64"):
+        function(everything[0], implementation="fused")
+
+
+def test_out_of_memory():
+    """An error in Python; what fits still runs."""
+    # 2 TiB of streams, which are never there.
+    params = make_operands("pre", Case((), 4, 4096), jnp.bfloat16)["params"]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def too_large(tokens, value, params):
+        x = jnp.broadcast_to(value, (tokens, 4, 4096)).astype(jnp.bfloat16)
+        return jax_mhc.pre(x, params, implementation="fused")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        jax.block_until_ready(too_large(1 << 26, 1.0, params))
+    u, _ = too_large(3, 1.0, params)
+    assert np.isfinite(np.asarray(u, np.float32)).all()
+    check("pre", Case((17,), 4, 72), "bfloat16")
+
+
+# ---- exported programs --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", KERNELS)
+def test_one_exported_program_for_every_batch(op):
+    """Of serialised programs too the workspace has the size of the batch."""
+    (tokens,) = export.symbolic_shape("tokens")
+    function = jax.jit(functools.partial(OPS[op].run, config=CASE.config, implementation="fused"))
+    operands, _ = arrays(op, CASE, WIDEST)
+
+    def select(leaf_of, operands):
+        return {
+            name: jax.tree.map(leaf_of, value) if name in OPS[op].batched else value
+            for name, value in operands.items()
+        }
+
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), operands)
+    shapes = select(
+        lambda leaf: jax.ShapeDtypeStruct((tokens, *leaf.shape[1:]), leaf.dtype), shapes
+    )
+    targets = [f"jax_mhc_{call}_fwd_v1" for call in OPS[op].calls]
+    checks = [export.DisabledSafetyCheck.custom_call(target) for target in targets]
+    exported = export.export(function, platforms=["cuda"], disabled_checks=checks)(shapes)
+    restored = export.deserialize(exported.serialize())
+    for num_tokens in (1, 17, 1000):
+        part = select(lambda leaf, num=num_tokens: leaf[:num], operands)
+        jax.tree.map(np.testing.assert_array_equal, restored.call(part), function(part))
+
+
+if __name__ == "__main__":
+    run_often()
