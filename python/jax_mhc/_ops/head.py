@@ -34,7 +34,8 @@ def head(
     `pre`.
 
     Args:
-        x: the streams `[..., n, C]`, n from 1 to 16: float32, bfloat16, float16 or float64.
+        x: the streams `[..., n, C]`, n from 1 to 16: float32, bfloat16, float16, float64 (in plain
+            JAX on GPUs).
         params: from `init_head`; float32, or float64 for float64 streams.
         config: `norm_eps`, `norm_eps_mode` and `pre_eps` are used.
         implementation: None, "fused" or "reference"; see `pre`.

@@ -35,7 +35,7 @@ def post(y: jax.Array, ctx: Context, *, implementation: Implementation = None) -
 
     Raises:
         ValueError, TypeError: y or ctx of shapes or dtypes that do not fit, and what `pre` raises.
-        RuntimeError: the shared library with the kernels cannot be used.
+        RuntimeError: the kernels cannot be used; see `pre`.
     """
     op = "post"
     ctx = _check.context(op, ctx)

@@ -50,14 +50,17 @@ def pre(
     element), run element by element. Leading dimensions of x cost nothing: prefer them to vmap.
 
     Args:
-        x: the streams `[..., n, C]`, n from 1 to 16: float32, bfloat16, float16 or float64.
+        x: the streams `[..., n, C]`, n from 1 to 16: float32, bfloat16, float16, float64 (in plain
+            JAX on GPUs).
         params: from `init_params`; float32, or float64 for float64 streams. phi = None: static
             coefficients, the same for all tokens.
         config: settings.
         implementation: "fused": the kernels. "reference": plain JAX. None: the kernels on
-            platforms that have them (CPU), plain JAX elsewhere; the platform is
-            that of `jax_default_device`, or else `jax.default_backend()`. Programs exported
-            with `jax.export` hold custom calls, which it wants to be told of:
+            platforms that have them (CPU, NVIDIA GPUs), plain JAX elsewhere, for float64 streams on
+            a GPU, and on GPUs that cannot be used (older than compute capability 8.0, a driver
+            older than CUDA 12, a build without CUDA kernels), which is logged once. The
+            platform is that of `jax_default_device`, or else `jax.default_backend()`. Programs
+            exported with `jax.export` hold custom calls, which it wants to be told of:
             `disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("jax_mhc_pre_fwd_v1")]`.
 
     Returns:
@@ -66,8 +69,10 @@ def pre(
 
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit, an unknown implementation, or
-            "fused" on a platform without kernels; forward mode through the fused op.
-        RuntimeError: the shared library with the kernels cannot be used.
+            "fused" on a platform without kernels or with float64 streams on a GPU; forward mode
+            through the fused op.
+        RuntimeError: the shared library with the kernels cannot be used; "fused" on a GPU that
+            cannot be used.
     """
     op = "pre"
     x = _check.streams(op, "x", x)

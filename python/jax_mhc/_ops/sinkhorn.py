@@ -36,7 +36,7 @@ def sinkhorn(
     `jax.vmap` this is one call with one more leading dimension.
 
     Args:
-        logits: `[..., n, n]`, n from 1 to 16: float32 or float64.
+        logits: `[..., n, n]`, n from 1 to 16: float32 or float64 (in plain JAX on GPUs).
         config: `sinkhorn_iters`, `sinkhorn_eps`, `sinkhorn_eps_mode` and `order` are used.
         implementation: None, "fused" or "reference"; see `pre`.
 
@@ -46,7 +46,7 @@ def sinkhorn(
     Raises:
         ValueError, TypeError: logits of another shape or dtype; a config whose constraint is not
             "birkhoff", and what `pre` raises.
-        RuntimeError: the shared library with the kernels cannot be used.
+        RuntimeError: the kernels cannot be used; see `pre`.
     """
     op = "sinkhorn"
     logits = _check.logits(op, "logits", logits)
