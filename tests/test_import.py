@@ -45,7 +45,7 @@ def test_import_starts_nothing():
         "import jax, threading, jax_mhc\n"
         "from jax_mhc import _library\n"
         "print(threading.active_count(), _library._outcome, _library._cuda_outcome)\n"
-        "print('libcuda' in open('/proc/self/maps').read())\n",
+        "print('libcuda.so' in open('/proc/self/maps').read())\n",
         # Starting any backend would raise.
         JAX_PLATFORMS="none_such",
     )

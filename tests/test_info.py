@@ -71,7 +71,8 @@ def test_no_devices_are_no_obstacle(monkeypatch):
 def test_the_command(as_json):
     command = [sys.executable, "-W", "error", "-m", "jax_mhc.info", *["--json"] * as_json]
     printed = subprocess.run(command, check=True, text=True, capture_output=True)
-    assert printed.stderr == ""
+    if PLATFORM == "cpu":  # XLA may have something to say about a GPU
+        assert printed.stderr == ""
     if as_json:
         assert json.loads(printed.stdout)["fused"]["cpu"] == "registered"
     else:
