@@ -293,8 +293,8 @@ fn with_includes(name: &str, seen: &mut Vec<String>) -> Result<Vec<String>, Stri
     Ok(texts)
 }
 
-/// The kernels that keep something in memory that belongs into registers. Nothing else would tell that a
-/// main kernel has become slow; a test refuses them.
+/// The main kernels that keep something in memory that belongs into registers: nothing else would tell
+/// that one has become slow. A test refuses them. Kernels for unaligned rows are not the fast ones.
 fn spills(log: &str) -> Result<Vec<String>, String> {
     let (mut kernel, mut num_kernels, mut spills) = ("?", 0, Vec::new());
     for line in log.lines() {
@@ -305,7 +305,7 @@ fn spills(log: &str) -> Result<Vec<String>, String> {
             num_kernels += 1;
             let words = line.split_whitespace();
             let numbers = words.filter_map(|word| word.parse::<u64>().ok());
-            if numbers.sum::<u64>() > 0 {
+            if numbers.sum::<u64>() > 0 && !kernel.contains("_unaligned_") {
                 let line = line.trim_start_matches("ptxas").trim_matches([' ', '.']);
                 spills.push(format!("{kernel} has {line}"));
             }
