@@ -4,6 +4,7 @@
 
 use std::collections::hash_map::DefaultHasher;
 use std::env;
+use std::error::Error;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::fs;
 use std::hash::{Hash, Hasher};
@@ -108,17 +109,22 @@ struct Unit {
     architecture: &'static str,
 }
 
-/// What is asked for in JAX_MHC_CUDA_ARCHITECTURES, or all.
+/// Those named in JAX_MHC_CUDA_ARCHITECTURES, or all.
 fn architectures() -> Result<Vec<&'static str>, String> {
-    let Ok(wanted) = env::var("JAX_MHC_CUDA_ARCHITECTURES") else {
+    let Ok(text) = env::var("JAX_MHC_CUDA_ARCHITECTURES") else {
         return Ok(ARCHITECTURES.to_vec());
     };
-    let known = |name| ARCHITECTURES.into_iter().find(|known| *known == name);
-    let named = wanted.split_whitespace().map(known).collect();
-    let known = ARCHITECTURES.join(" ");
-    Option::filter(named, |named: &Vec<_>| !named.is_empty()).ok_or(format!(
-        "JAX_MHC_CUDA_ARCHITECTURES: expected some of {known}, got {wanted:?}"
-    ))
+    let wanted: Vec<_> = text.split_whitespace().collect();
+    if wanted.is_empty() || !wanted.iter().all(|name| ARCHITECTURES.contains(name)) {
+        let known = ARCHITECTURES.join(" ");
+        return Err(format!(
+            "JAX_MHC_CUDA_ARCHITECTURES: expected some of {known}, got {text:?}"
+        ));
+    }
+    let named = ARCHITECTURES
+        .into_iter()
+        .filter(|name| wanted.contains(name));
+    Ok(named.collect())
 }
 
 fn units(architectures: &[&'static str]) -> Vec<Unit> {
@@ -328,8 +334,11 @@ type Program = *mut c_void;
 impl Nvrtc {
     fn load(path: &Path) -> Result<Self, String> {
         // SAFETY: initializers of NVIDIA's library, if it is one; the user named it.
-        let library = unsafe { libloading::Library::new(path) }
-            .map_err(|error| format!("NVRTC cannot be loaded: {error}"))?;
+        let library = unsafe { libloading::Library::new(path) }.map_err(|error| {
+            let path = path.display();
+            let reason = error.source().map_or(String::new(), ToString::to_string);
+            format!("NVRTC cannot be loaded from {path}: {error} {reason}")
+        })?;
         Ok(Self {
             library,
             path: path.to_owned(),
