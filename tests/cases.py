@@ -405,7 +405,7 @@ ERROR_RATIO = 1.5
 SPLIT_PHI = 4e-6 if PLATFORM == "cuda" else 0.0
 
 # The largest error of one draw, in units of the root mean square that `tolerance` bounds.
-LARGEST = 8
+LARGEST = 32
 
 # Unit roundoff of the streams' dtype.
 ROUNDOFF = {d: float(jnp.finfo(d).eps) / 2 for d in ("float32", "bfloat16", "float16")}
