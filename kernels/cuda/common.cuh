@@ -3,7 +3,8 @@
 // A file is compiled once for every dtype of the streams and every size that has code of its own:
 //   STREAM  bf16, f16 or f32
 //   SIZE    the number of streams (in projection.cu: of groups of 8 columns), or the largest one
-//   EXACT   whether SIZE is the number itself and not its bound
+//   EXACT   whether SIZE is the number itself and not its bound; only kernels for a bound take rows that
+//           are not aligned
 //   SUFFIX  of the symbols, such as _n4_bf16
 
 #pragma once
@@ -168,6 +169,20 @@ __device__ inline void store(const Pack<S, V>& pack, S* row, int at, int end) {
       }
     }
   }
+}
+
+// ---- arithmetic -----------------------------------------------------------------------------------
+
+// Both to 1 unit in the last place, for all numbers: division that rounds correctly would call a function.
+__device__ inline float reciprocal(float v) {
+  float result;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+}
+__device__ inline float square_root(float v) {
+  float result;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
 }
 
 // ---- sums over a warp ---------------------------------------------------------------------------

@@ -49,16 +49,18 @@ __device__ inline void post_fwd(const Stream* x, const Stream* y, const float* h
   }
 }
 
-KERNEL(post_fwd, kThreads)
+KERNEL(post_fwd, kThreads, 2)
 (const Stream* x, const Stream* y, const float* h_post,
  const float* h_res, Stream* x_new, int tokens, int slab, int n, int hidden) {
   post_fwd<true>(x, y, h_post, h_res, x_new, tokens, slab, n, hidden);
 }
+#if !EXACT
 KERNEL(post_fwd_unaligned, kThreads)
 (const Stream* x, const Stream* y, const float* h_post,
  const float* h_res, Stream* x_new, int tokens, int slab, int n, int hidden) {
   post_fwd<false>(x, y, h_post, h_res, x_new, tokens, slab, n, hidden);
 }
+#endif
 
 // ---- backward -----------------------------------------------------------------------------------
 
@@ -230,8 +232,10 @@ KERNEL(post_bwd, kBackwardThreads)
  Stream* d_x, Stream* d_y, float* d_h_post, float* d_h_res, int n, int hidden) {
   post_bwd<true>({x, y, h_post, h_res, d_x_new, d_x, d_y, d_h_post, d_h_res}, n, hidden);
 }
+#if !EXACT
 KERNEL(post_bwd_unaligned, kBackwardThreads)
 (const Stream* x, const Stream* y, const float* h_post, const float* h_res, const Stream* d_x_new,
  Stream* d_x, Stream* d_y, float* d_h_post, float* d_h_res, int n, int hidden) {
   post_bwd<false>({x, y, h_post, h_res, d_x_new, d_x, d_y, d_h_post, d_h_res}, n, hidden);
 }
+#endif

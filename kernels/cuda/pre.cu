@@ -20,22 +20,22 @@ constexpr int kWeight = kWeightParts<Stream>;
 // Channels that a lane takes at once.
 constexpr int V = N <= 4 ? 8 : 4;
 
-__device__ inline float sigmoid(float z) { return 1.f / (1.f + expf(-z)); }
+__device__ inline float sigmoid(float z) { return reciprocal(1.f + expf(-z)); }
 
 // r [15]
 __device__ inline float inverse_norm(const Settings& settings, float sum_of_squares, int width) {
-  const float mean = sum_of_squares / float(width);
-  if (settings.norm_eps_outside) return 1.f / (sqrtf(mean) + settings.norm_eps);
-  return 1.f / sqrtf(mean + settings.norm_eps);
+  const float mean = sum_of_squares * reciprocal(width);
+  if (settings.norm_eps_outside) return reciprocal(square_root(mean) + settings.norm_eps);
+  return reciprocal(square_root(mean + settings.norm_eps));
 }
 
 // f with dr/dX = -f r X
 __device__ inline float norm_factor(const Settings& settings, float r, int width) {
-  const float over_width = r / float(width);
+  const float over_width = r * reciprocal(width);
   if (!settings.norm_eps_outside) return r * over_width;
-  const float root_mean = 1.f / r - settings.norm_eps;
+  const float root_mean = reciprocal(r) - settings.norm_eps;
   // sqrt has no derivative at a token of zeros; X = 0 takes nothing from d_x there.
-  return root_mean > 0.f ? over_width / root_mean : 0.f;
+  return root_mean > 0.f ? over_width * reciprocal(root_mean) : 0.f;
 }
 
 // Calls `run` with the Sinkhorn iterations of each token of a block, by one whole warp.
@@ -76,7 +76,7 @@ __device__ inline void collapse(const Stream* row, const float (&h)[N], Stream* 
   }
 }
 
-KERNEL(pre_fwd, kThreads)
+KERNEL(pre_fwd, kThreads, EXACT ? (N <= 4 ? 4 : 2) : 1)
 (const Stream* x, const float* partial, int slices, const float* alpha, const float* bias,
  Stream* u, float* h_pre, float* h_post, float* h_res, float* m, float* r, int tokens, int hidden,
  int columns, Layout layout, Settings settings) {
@@ -146,7 +146,7 @@ KERNEL(pre_fwd, kThreads)
 #pragma unroll
   for (int i = 0; i < N; ++i) h[i] = i < n ? h_pres[warp][i] : 0.f;
   const Stream* row = x + token * width;
-  if (aligned(hidden)) {
+  if (EXACT || aligned(hidden)) {
     collapse<true>(row, h, u + token * hidden, n, hidden);
   } else {
     collapse<false>(row, h, u + token * hidden, n, hidden);
@@ -160,7 +160,7 @@ template <bool ALIGNED>
 __device__ inline void collapse_bwd(const Stream* row, const Stream* d_u, float (&dots)[N], int n,
                                     int hidden) {
   const int lane = threadIdx.x % 32;
-#pragma unroll 2
+#pragma unroll 1
   for (int at = lane * V; at < hidden; at += 32 * V) {
     Pack<Stream, V> d_u_pack, pack[N];
     load<ALIGNED>(d_u_pack, d_u, at, hidden);
@@ -179,7 +179,7 @@ __device__ inline void collapse_bwd(const Stream* row, const Stream* d_u, float 
 
 // Cotangents of coefficients that a head does not have are null. gate_sums: [blocks, num + 3]. history:
 // 2 * iters * 32 floats a block, in shared memory where it is null.
-KERNEL(pre_bwd, kThreads)
+KERNEL(pre_bwd, kThreads, EXACT && N <= 4 ? 3 : 1)
 (const Stream* x, const float* alpha, const float* bias, const float* m, const float* r,
  const Stream* d_u, const float* d_h_pre, const float* d_h_post, const float* d_h_res, u32* dm_rows,
  u32* dm_columns, float* h_pre, float* norm, float* gate_sums, float* history, int tokens,
@@ -220,12 +220,10 @@ KERNEL(pre_bwd, kThreads)
         if (sinkhorn.active(i)) d_z[t][2 * n + sinkhorn.at(i)] = g[i];
       }
     });
-  }
-
-  if (exists) {
+  } else if (exists) {
     float dots[N] = {};
     const Stream* row = x + token * width;
-    if (aligned(hidden)) {
+    if (EXACT || aligned(hidden)) {
       collapse_bwd<true>(row, d_u + token * hidden, dots, n, hidden);
     } else {
       collapse_bwd<false>(row, d_u + token * hidden, dots, n, hidden);

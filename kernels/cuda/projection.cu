@@ -177,16 +177,18 @@ __device__ inline void project(const Stream* x, const float* phi, float* partial
   }
 }
 
-KERNEL(project, kThreads, sizeof(Stream) == 2 && EXACT && SIZE < 10 ? 2 : 1)
+KERNEL(project, kThreads, kStream == 1 && EXACT && SIZE < 10 ? 2 : 1)
 (const Stream* x, const float* phi, float* partial, int tokens, int width, int columns, int slice,
  int stage) {
   project<true>(x, phi, partial, tokens, width, columns, slice, stage);
 }
+#if !EXACT
 KERNEL(project_unaligned, kThreads)
 (const Stream* x, const float* phi, float* partial, int tokens, int width, int columns, int slice,
  int stage) {
   project<false>(x, phi, partial, tokens, width, columns, slice, stage);
 }
+#endif
 
 // ---- project_back and d_phi ---------------------------------------------------------------------
 
@@ -219,6 +221,10 @@ __device__ inline void phi_fragment(uint4 (&parts)[kWeight], const float* phi, i
     parts[p] = {words[0][p], words[1][p], words[2][p], words[3][p]};
   }
 }
+
+// Whether the products of two groups of 16 columns are under way at once; later chips' kernels need more
+// registers than there are for that.
+constexpr bool kTwoHexets = kOctets < 10 && !(kRounded && __CUDA_ARCH__ >= 1000);
 
 // Grid: groups of warps, groups of tiles. d_x_in: null for none, or d_x itself. STAGED: phi stays in
 // shared memory; where it is too large for that, it is read again for every tile.
@@ -265,7 +271,7 @@ __device__ inline void project_back(const Stream* x, const float* phi, Fragments
     }
 
     float sums[2][4][4] = {};  // [half of the tile][j]
-#pragma unroll(kOctets < 10 ? 2 : 1)
+#pragma unroll(kTwoHexets ? 2 : 1)
     for (int hexet = 0; hexet < hexets; ++hexet) {
       uint4 b[kWeight];
 #pragma unroll
@@ -316,16 +322,26 @@ __device__ inline void project_back(const Stream* x, const float* phi, Fragments
   }
 }
 
-#define PROJECT_BACK(name, ALIGNED)                                                               \
-  KERNEL(name, kThreads, sizeof(Stream) == 2 && EXACT && SIZE < 10 ? 2 : 1)                       \
-  (const Stream* x, const float* phi, u32* rows, u32* columns, int num_columns,                   \
-   const float* h_pre, const float* norm, const Stream* d_u, const Stream* d_x_in, Stream* d_x,   \
-   int tokens, int n, int hidden, int staged) {                                                   \
-    project_back<ALIGNED>(x, phi, {rows, columns, num_columns}, h_pre, norm, d_u, d_x_in, d_x,    \
-                          tokens, n, hidden, staged);                                             \
-  }
-PROJECT_BACK(project_back, true)
-PROJECT_BACK(project_back_unaligned, false)
+// Blocks at once on a multiprocessor. Later chips' kernels need more registers than there are for two.
+constexpr int kBackBlocks =
+    sizeof(Stream) == 2 && EXACT && SIZE < 10 && __CUDA_ARCH__ < 1000 ? 2 : 1;
+
+KERNEL(project_back, kThreads, kBackBlocks)
+(const Stream* x, const float* phi, u32* rows, u32* columns, int num_columns, const float* h_pre,
+ const float* norm, const Stream* d_u, const Stream* d_x_in, Stream* d_x, int tokens, int n,
+ int hidden, int staged) {
+  project_back<true>(x, phi, {rows, columns, num_columns}, h_pre, norm, d_u, d_x_in, d_x, tokens, n,
+                     hidden, staged);
+}
+#if !EXACT
+KERNEL(project_back_unaligned, kThreads)
+(const Stream* x, const float* phi, u32* rows, u32* columns, int num_columns, const float* h_pre,
+ const float* norm, const Stream* d_u, const Stream* d_x_in, Stream* d_x, int tokens, int n,
+ int hidden, int staged) {
+  project_back<false>(x, phi, {rows, columns, num_columns}, h_pre, norm, d_u, d_x_in, d_x, tokens, n,
+                      hidden, staged);
+}
+#endif
 
 // ---- d_phi --------------------------------------------------------------------------------------
 
@@ -408,10 +424,12 @@ KERNEL(d_phi, kThreads)
 (const Stream* x, u32* rows, u32* columns, int num_columns, float* partial, int tokens, int width) {
   d_phi<true>(x, {rows, columns, num_columns}, partial, tokens, width);
 }
+#if !EXACT
 KERNEL(d_phi_unaligned, kThreads)
 (const Stream* x, u32* rows, u32* columns, int num_columns, float* partial, int tokens, int width) {
   d_phi<false>(x, {rows, columns, num_columns}, partial, tokens, width);
 }
+#endif
 
 KERNEL(sum_d_phi, kThreads)(const float* partial, float* d_phi, int splits, long long size) {
   const long long at = (long long)blockIdx.x * kThreads + threadIdx.x;

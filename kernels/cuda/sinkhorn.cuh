@@ -50,7 +50,7 @@ struct Sinkhorn {
     for (int i = 1; i < N; ++i) largest = i < n ? fmaxf(largest, z[i]) : largest;
 #pragma unroll
     for (int i = 0; i < N; ++i) m[i] = active(i) ? expf(z[i] - largest) : 0.f;
-    scale = lane < n ? 1.f / sum_in_lane(m) : 1.f;
+    scale = lane < n ? reciprocal(sum_in_lane(m)) : 1.f;
 #pragma unroll
     for (int i = 0; i < N; ++i) m[i] *= scale;
   }
@@ -58,7 +58,7 @@ struct Sinkhorn {
   // M <- M / sum over the first axis. Returns the divisor.
   __device__ float normalise_first(float (&m)[N]) const {
     const float d = lane < n ? divisor(sum_in_lane(m)) : 1.f;
-    const float scale = 1.f / fabsf(d);
+    const float scale = reciprocal(fabsf(d));
 #pragma unroll
     for (int i = 0; i < N; ++i) m[i] *= scale;
     return d;
@@ -74,7 +74,7 @@ struct Sinkhorn {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const float d = i < n ? divisor(sums[i]) : 1.f;
-      m[i] *= 1.f / fabsf(d);
+      m[i] *= reciprocal(fabsf(d));
       own = lane == i ? d : own;
     }
     return own;
@@ -155,7 +155,7 @@ struct Sinkhorn {
     if (settings.sinkhorn_eps != 0.f && !settings.clamp) {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        if (active(i)) g[i] *= m[i] / (m[i] + settings.sinkhorn_eps);
+        if (active(i)) g[i] *= m[i] * reciprocal(m[i] + settings.sinkhorn_eps);
       }
     }
     const float sum = sum_in_lane(g);

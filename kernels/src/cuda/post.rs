@@ -1,7 +1,7 @@
 //! Launches of `post_fwd` and `post_bwd`, for the seam too.
 
 use super::launch::{Arg, Device, Kernel, Launch, Problem, Workspace};
-use super::sizes::{for_rows, streams_bound, streams_size};
+use super::sizes::{for_rows, is_aligned, streams_bound, streams_size};
 use crate::signature::{Call, Op};
 
 /// Threads of a block (`kThreads`, `kBackwardThreads` of post.cu).
@@ -27,14 +27,14 @@ fn kernel(call: &Call, functions: [&'static str; 2]) -> Kernel {
     Kernel {
         file: "post",
         function: for_rows(call.c, functions),
-        size: streams_size(call.n),
+        size: streams_size(call.n, is_aligned(call.c)),
         dtype: call.dtype,
     }
 }
 
 /// Channels that a thread takes at once (`V` of post.cu).
 fn channels(call: &Call) -> usize {
-    let bytes = if streams_bound(call.n) <= 4 { 16 } else { 8 };
+    let bytes = if streams_bound(call.n, is_aligned(call.c)) <= 4 { 16 } else { 8 };
     bytes / call.dtype.num_bytes()
 }
 

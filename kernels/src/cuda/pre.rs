@@ -3,7 +3,7 @@
 use super::launch::{Arg, Device, Kernel, Launch, Problem, Workspace};
 use super::memory::{Memory, Part, room};
 use super::projection::{self, Factors, Shape};
-use super::sizes::streams_size;
+use super::sizes::{is_aligned, streams_size};
 use crate::signature::{Call, Op};
 
 /// Tokens and threads of a block (`kTokens`, `kThreads` of pre.cu).
@@ -34,7 +34,7 @@ fn kernel(call: &Call, function: &'static str) -> Kernel {
     Kernel {
         file: "pre",
         function,
-        size: streams_size(call.n),
+        size: streams_size(call.n, is_aligned(call.c)),
         dtype: call.dtype,
     }
 }

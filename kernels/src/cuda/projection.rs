@@ -2,7 +2,7 @@
 
 use super::launch::{Arg, Device, Kernel, Launch, Problem};
 use super::memory::{Part, TILE};
-use super::sizes::for_rows;
+use super::sizes::{for_rows, is_aligned};
 use crate::signature::Call;
 use crate::view::DType;
 
@@ -61,6 +61,7 @@ impl Shape {
     /// The kernels' size, and how many octets they work on at once.
     fn size(&self) -> (&'static str, usize) {
         match self.octets() {
+            _ if !is_aligned(self.c) => ("any", 12),
             1 => ("k8", 1),
             3 => ("k24", 3),
             10 => ("k80", 10),

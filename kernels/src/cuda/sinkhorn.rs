@@ -18,7 +18,7 @@ pub fn plan(call: &Call, _device: &Device) -> Vec<Launch> {
     let kernel = |function| Kernel {
         file: "sinkhorn",
         function,
-        size: streams_size(call.n),
+        size: streams_size(call.n, true),
         dtype: DType::F32,
     };
     let sizes = [
@@ -41,7 +41,7 @@ pub fn plan(call: &Call, _device: &Device) -> Vec<Launch> {
         (kernel("sinkhorn_bwd"), shared_bytes.unwrap_or(0))
     };
     args.extend(sizes);
-    let threads = call.tokens * streams_bound(call.n);
+    let threads = call.tokens * streams_bound(call.n, true);
     vec![Launch {
         kernel,
         grid: [threads.div_ceil(THREADS) as u32, 1, 1],
@@ -69,7 +69,7 @@ fn shared_history(problem: &Problem) -> Option<usize> {
 fn history(problem: &Problem) -> Part {
     let half_steps = 2 * problem.sinkhorn_iters;
     Part {
-        per_token: half_steps * streams_bound(problem.n),
+        per_token: half_steps * streams_bound(problem.n, true),
         fixed: half_steps * THREADS,
     }
 }

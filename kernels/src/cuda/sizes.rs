@@ -1,18 +1,22 @@
 //! Which of the compiled sizes of a kernel a call takes.
 
 /// The size of the kernels for n streams, as build.rs names it.
-pub fn streams_size(n: usize) -> &'static str {
+pub fn streams_size(n: usize, aligned: bool) -> &'static str {
     match n {
-        2 => "n2",
-        4 => "n4",
-        8 => "n8",
+        2 if aligned => "n2",
+        4 if aligned => "n4",
+        8 if aligned => "n8",
         _ => "any",
     }
 }
 
 /// The number of streams that these kernels have room for (`SIZE`).
-pub fn streams_bound(n: usize) -> usize {
-    if matches!(n, 2 | 4 | 8) { n } else { 16 }
+pub fn streams_bound(n: usize, aligned: bool) -> usize {
+    if streams_size(n, aligned) == "any" {
+        16
+    } else {
+        n
+    }
 }
 
 /// Whether rows can be read 16 bytes at a time (`aligned` of common.cuh).
