@@ -13,10 +13,10 @@ from cases import (
     CASES,
     ERROR_RATIO,
     FLOAT64,
+    LEAST_ERROR,
     OP_CASES,
     OPS,
     PRECISION_OP_CASES,
-    SPLIT_PHI,
     WIDEST,
     accumulation,
     assert_trees_close,
@@ -52,10 +52,9 @@ def test_agrees_with_the_oracle(op, case, implementation):
 def test_kernels_err_no_more_than_plain_jax(op, case, dtype):
     """Values and gradients; and plain JAX errs by no more than roundings."""
     errors = rounding_errors(op, case, dtype)
-    least = 0.0 if dtype == "float32" else SPLIT_PHI
     for name, error in errors["reference"].items():
         assert error <= tolerance(CASES[case], dtype, gradient=name.startswith("d_")), name
-        assert errors["fused"][name] <= max(ERROR_RATIO * error, least), name
+        assert errors["fused"][name] <= max(ERROR_RATIO * error, LEAST_ERROR[dtype]), name
 
 
 @pytest.mark.parametrize(

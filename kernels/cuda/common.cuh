@@ -173,16 +173,19 @@ __device__ inline void store(const Pack<S, V>& pack, S* row, int at, int end) {
 
 // ---- arithmetic -----------------------------------------------------------------------------------
 
-// Both to 1 unit in the last place, for all numbers: division that rounds correctly would call a function.
+// Division and roots that round correctly call a function for numbers at the ends of the range. These
+// round as well for nearly all others, and have the right limits.
 __device__ inline float reciprocal(float v) {
   float result;
   asm("rcp.approx.f32 %0, %1;" : "=f"(result) : "f"(v));
-  return result;
+  const float error = fmaf(-v, result, 1.f);
+  return fabsf(error) < 1.f ? fmaf(result, error, result) : result;
 }
 __device__ inline float square_root(float v) {
   float result;
   asm("sqrt.approx.f32 %0, %1;" : "=f"(result) : "f"(v));
-  return result;
+  const float error = fmaf(-result, result, v);
+  return fabsf(error) < v ? fmaf(error, 0.5f * reciprocal(result), result) : result;
 }
 
 // ---- sums over a warp ---------------------------------------------------------------------------

@@ -17,6 +17,11 @@ constexpr int kWeight = kWeightParts<Stream>;
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 
+// Tensor cores cut a sum off after every addition. Beside float32 streams every sum is therefore short,
+// begins with the smallest products, and is added to the others by the units that round; the parts of
+// the weights beside 16-bit streams err more than longer sums do.
+constexpr bool kRounded = sizeof(Stream) == 4;
+
 __device__ inline float weight(const float* phi, int k, int width, int c, int columns) {
   return k < width && c < columns ? phi[(long long)k * columns + c] : 0.f;
 }
@@ -24,7 +29,7 @@ __device__ inline float weight(const float* phi, int k, int width, int c, int co
 // ---- project ------------------------------------------------------------------------------------
 
 // Groups of 32 values whose loads are under way at once.
-constexpr int kAhead = sizeof(Stream) == 4 ? 2 : 4;
+constexpr int kAhead = sizeof(Stream) == 2 ? 4 : kOctets < 10 ? 2 : 1;
 
 // phi of `length` rows from k0 on, as B fragments: fragments[((step * kOctets + octet) * kWeight + part)
 // * 32 + lane]. The lane's values of X are 8 neighbours, for two steps; so the rows of phi are taken in
@@ -74,8 +79,6 @@ struct Batch {
     }
   }
 
-  // Tensor cores cut the sum off after every addition, so long sums are left to the other units, which
-  // round.
   __device__ void add_products(const uint2* phi, float (&sums)[kOctets][4]) const {
     float products[kOctets][4] = {};
 #pragma unroll
@@ -87,25 +90,32 @@ struct Batch {
       for (int s = 0; s < 2; ++s) {
 #pragma unroll
         for (int octet = 0; octet < kOctets; ++octet) {
+          float fresh[4] = {};
+          float (&product)[4] = kRounded ? fresh : products[octet];
 #pragma unroll
           for (int w = kWeight - 1; w >= 0; --w) {
             const uint2 b = phi[(((2 * a + s) * kOctets + octet) * kWeight + w) * 32];
 #pragma unroll
             for (int p = kStream - 1; p >= 0; --p) {
               if (counts<Stream>(p, w)) {
-                mma(products[octet], parts[0][p][2 * s], parts[1][p][2 * s], parts[0][p][2 * s + 1],
+                mma(product, parts[0][p][2 * s], parts[1][p][2 * s], parts[0][p][2 * s + 1],
                     parts[1][p][2 * s + 1], b);
               }
             }
           }
+          if (kRounded) add(fresh, sums[octet]);
         }
       }
     }
+    if constexpr (!kRounded) {
 #pragma unroll
-    for (int octet = 0; octet < kOctets; ++octet) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sums[octet][e] += products[octet][e];
+      for (int octet = 0; octet < kOctets; ++octet) add(products[octet], sums[octet]);
     }
+  }
+
+  __device__ static void add(const float (&product)[4], float (&sum)[4]) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sum[e] += product[e];
   }
 };
 
@@ -199,10 +209,6 @@ KERNEL(project_unaligned, kThreads)
 constexpr int kChannels = 64;
 
 __device__ inline int token_of(int r, int q) { return 2 * q + r % 2 + r / 2 * 8; }
-
-// Whether sums are kept out of the tensor cores (see `add_products`). The parts of the weights beside
-// 16-bit streams err more than these sums do.
-constexpr bool kRounded = sizeof(Stream) == 4;
 
 // ---- project_back -------------------------------------------------------------------------------
 

@@ -302,10 +302,9 @@ class _Primitives(NamedTuple):
 
 @functools.cache
 def _primitives() -> _Primitives:
-    # Imported here: it takes longer than all of this package.
-    from jax.extend.core import Primitive
-
-    primitives = _Primitives(*(Primitive(f"mhc_{name}") for name in _Primitives._fields))
+    # jax.extend.core.Primitive, whose import takes 30 ms.
+    new: Callable[[str], Any] = type(jax.lax.add_p)
+    primitives = _Primitives(*(new(f"mhc_{name}") for name in _Primitives._fields))
     call, reverse_mode, tangent, first_order = primitives
 
     @functools.cache
