@@ -409,11 +409,11 @@ LARGEST = 32
 # Unit roundoff of the streams' dtype.
 ROUNDOFF = {d: float(jnp.finfo(d).eps) / 2 for d in ("float32", "bfloat16", "float16")}
 
-# On a GPU the kernels may err by this much where that is more. Below one rounding of the largest
+# On a GPU the kernels may err by this much where that is more. Below two roundings of the largest
 # entry the ratio is left to chance; and beside streams of half precision phi enters the tensor
 # cores as the sum of two bfloat16, which leaves an error of up to 2⁻¹⁷ in every product.
 LEAST_ERROR = {
-    dtype: (ROUNDOFF[dtype] if dtype == "float32" else 4e-6) if PLATFORM == "cuda" else 0.0
+    dtype: (2 * ROUNDOFF[dtype] if dtype == "float32" else 4e-6) if PLATFORM == "cuda" else 0.0
     for dtype in ROUNDOFF
 }
 
