@@ -406,8 +406,10 @@ def _script(name: str, *arguments: str, timeout: float, **environment: str) -> l
     options: dict[str, Any] = {"env": environment, "timeout": timeout, "stdout": subprocess.PIPE}
     try:
         printed, failed = subprocess.run(command, check=True, **options).stdout, []
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        printed, failed = error.stdout or b"", [{"error": str(error)}]
+    except subprocess.TimeoutExpired as error:
+        printed, failed = error.stdout or b"", [{"error": f"{name} stopped after {timeout:g} s"}]
+    except subprocess.CalledProcessError as error:
+        printed, failed = error.stdout, [{"error": f"{name}: exit status {error.returncode}"}]
     return [json.loads(line) for line in printed.splitlines()] + failed
 
 
@@ -652,7 +654,7 @@ def markdown(record: dict[str, Any]) -> str:
     ]  # fmt: skip
     copies = ", ".join(f"{name} {rate:.0f}" for name, rate in record["copy_gb_per_s"].items())
     names = ", ".join(sorted({f"{found['library']} {found['version']}" for found in others}))
-    failed = [str(found) for found in record["peers"] if "error" in found]
+    failed = [found["error"] for found in record["peers"] if "error" in found]
     table = functools.partial(tabulate, tablefmt="github", disable_numparse=True)
     return "\n".join(
         [

@@ -34,7 +34,11 @@ fn kernel(call: &Call, functions: [&'static str; 2]) -> Kernel {
 
 /// Channels that a thread takes at once (`V` of post.cu).
 fn channels(call: &Call) -> usize {
-    let bytes = if streams_bound(call.n, is_aligned(call.c)) <= 4 { 16 } else { 8 };
+    let bytes = if streams_bound(call.n, is_aligned(call.c)) <= 4 {
+        16
+    } else {
+        8
+    };
     bytes / call.dtype.num_bytes()
 }
 
