@@ -143,12 +143,21 @@ fn failure(call: &Call, launch: &Launch, context: &Context, reason: &str) -> Err
     ))
 }
 
+/// Kernels count in 32 bits, and look ahead by less than the rest.
+const MAX_COUNT: usize = 1 << 30;
+
 /// What the CPU does not ask for.
 fn check_device_call(call: &Call) -> Result<(), Error> {
     let op = call.op;
     if call.dtype == DType::F64 {
         let expected = "float32, bfloat16 or float16 (no CUDA kernels for others)";
         return Err(op.error(op.operands()[0], expected, call.dtype.name()));
+    }
+    let (tokens, width) = (call.tokens, call.n * call.c);
+    if tokens > MAX_COUNT || width > MAX_COUNT {
+        let expected = format!("at most {MAX_COUNT} tokens and as many values a token");
+        let got = format!("{tokens} and {width}");
+        return Err(op.error(op.operands()[0], &expected, &got));
     }
     let needed = workspace(&call.problem()).len(call.tokens);
     let got = call.workspace().map_or(0, |(_, len)| len);

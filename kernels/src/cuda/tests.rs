@@ -2,7 +2,7 @@
 
 use super::launch::Device;
 use super::modules::{build, has_symbol};
-use super::{plan, status, workspace};
+use super::{check_device_call, plan, status, workspace};
 use crate::signature::{Example, Op};
 use crate::view::DType;
 use crate::{Config, Constraint};
@@ -101,6 +101,26 @@ fn every_call_does_something() {
             assert!(runs || !writes, "{name}");
         });
     }
+}
+
+#[test]
+fn what_the_kernels_cannot_take_is_refused() {
+    let refusal = |dtype, tokens, workspace| {
+        let example = Example::new(Op::PreFwd, dtype, tokens, [1, 1], Config::default());
+        let check = |example: &Example| {
+            example
+                .check(|call| check_device_call(&call.unwrap()).map_err(|error| error.to_string()))
+        };
+        match workspace {
+            Some(len) => check(&example.with_workspace(len)),
+            None => check(&example),
+        }
+        .unwrap_err()
+    };
+    assert!(refusal(DType::F64, 1, None).contains("no CUDA kernels"));
+    assert!(refusal(DType::Bf16, (1 << 30) + 1, None).contains("at most 1073741824 tokens"));
+    assert!(refusal(DType::Bf16, 100, None).contains("`workspace`: expected float32["));
+    assert!(refusal(DType::Bf16, 100, Some(5)).contains("got float32[5]"));
 }
 
 #[test]
