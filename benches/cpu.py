@@ -6,7 +6,7 @@
 - forward: pre and post. gradients: the same and the gradients of x, y, phi, alpha and bias, with
   cotangents on both results. A barrier stands where the layer would, so that XLA does not fuse
   across it.
-- Floor: the bytes that must move (docs/mathematics.md) at the bandwidth of a copy by all cores,
+- Floor: the bytes that must move (docs/performance.md) at the bandwidth of a copy by all cores,
   measured in the same run.
 """
 
@@ -40,7 +40,7 @@ SHAPES = ((2048, 1024), (512, 4096))
 DTYPES = ("float32", "bfloat16")
 IMPLEMENTATIONS = {"fused": common.FUSED, "reference": mhc.reference}
 PASSES = {"forward": common.forward, "gradients": common.gradients}
-# Streams of C elements that each pass must read or write (docs/mathematics.md, n = 4).
+# Streams of C elements that each pass must read or write (docs/performance.md, n = 4).
 STREAMS_MOVED = {"forward": 5 + 9, "gradients": 37}
 
 

@@ -9,7 +9,7 @@ it prints them, writes nothing and exits with 1. It takes some minutes.
 - Kernel time: what the GPU's profiler sums up over all kernels of a call. Wall time: of calls
   queued one after the other. Both go round several sets of inputs, so that none is in the L2
   cache.
-- Floor: the bytes that must move (docs/mathematics.md) at the bandwidth of a copy on the device,
+- Floor: the bytes that must move (docs/performance.md) at the bandwidth of a copy on the device,
   measured in the same run.
 - Plain JAX: plain.py. Other libraries: peers.py. First call of a process: first_call.py.
 """

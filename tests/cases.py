@@ -98,6 +98,8 @@ CASES = {
     # Every setting far from its default, so that one that is ignored shows.
     "no_iterations": Case((5,), 4, 33, 1, variant(sinkhorn_iters=0)),
     "one_iteration": Case((5,), 4, 33, 3, variant(sinkhorn_iters=1)),
+    # More than whose divisors GPUs keep in shared memory for the backward pass.
+    "many_iterations": Case((5,), 4, 33, 6, variant(sinkhorn_iters=200)),
     "rows_first": Case((5,), 4, 33, 3, variant(order="row_column")),
     "rows_first_add": Case(
         (5,), 3, 7, 3, variant(order="row_column", sinkhorn_eps=0.05, sinkhorn_iters=3)

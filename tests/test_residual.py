@@ -150,7 +150,10 @@ def test_reduce_rounds_once():
 
 def test_expand_and_reduce_have_every_derivative():
     u = jax.random.normal(KEY, (6,), jnp.float32)
-    f = lambda u: jnp.sum(reduce(expand(u, streams=3) ** 3))  # noqa: E731
+
+    def f(u):
+        return jnp.sum(reduce(expand(u, streams=3) ** 3))
+
     np.testing.assert_allclose(jax.hessian(f)(u), np.diag(6 * u), rtol=1e-6)
 
 

@@ -128,7 +128,7 @@ KERNEL(pre_fwd, kThreads, EXACT ? (N <= 4 ? 4 : 2) : 1)
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         z[i] = layout.num_res && sinkhorn.active(i) ? z_res[t][sinkhorn.at(i)] : 0.f;
-        h[i] = layout.num_res ? z[i] : float(i == sinkhorn.lane);
+        h[i] = layout.num_res ? z[i] : float(i == sinkhorn.lane);  // none: z; identity: I
       }
       if (settings.constraint == 0) sinkhorn.forward(z, h, nullptr, 0);
 #pragma unroll

@@ -3,7 +3,9 @@
 //! A call is checked as on the CPU, a pure `plan` makes a list of launches of it, and these go to XLA's
 //! stream. Nothing is allocated on the device and nothing waits for it.
 
+mod driver;
 mod head;
+mod images;
 mod launch;
 mod memory;
 mod modules;
@@ -26,8 +28,8 @@ use crate::{Config, Error};
 use launch::{Device, Launch};
 use modules::Context;
 
+pub use images::{Build, build};
 pub use launch::{Problem, Workspace};
-pub use modules::{Build, build};
 
 /// The launches of a call, in their order.
 fn plan(call: &Call, device: &Device) -> Vec<Launch> {
@@ -197,9 +199,9 @@ pub struct DeviceStatus {
 /// Looks for the driver and its GPUs. Makes no context.
 pub fn status() -> Status {
     let build = build();
-    let found = modules::num_devices();
+    let found = driver::num_devices();
     let error = match (build, &found) {
-        (None, _) => Some(modules::NO_KERNELS.to_owned()),
+        (None, _) => Some(images::NO_KERNELS.to_owned()),
         (_, Err(reason)) => Some(reason.clone()),
         (_, Ok(0)) => Some("the CUDA driver shows no GPU".to_owned()),
         _ => None,
@@ -207,18 +209,18 @@ pub fn status() -> Status {
     Status {
         architectures: build.map_or(&[], |build| build.architectures),
         compiler: build.map(|build| build.compiler),
-        driver: modules::driver().ok().map(modules::version_name),
+        driver: driver::driver().ok().map(driver::version_name),
         error,
         devices: (0..found.unwrap_or(0)).map(device_status).collect(),
     }
 }
 
 fn device_status(ordinal: i32) -> DeviceStatus {
-    let device = modules::device(ordinal);
+    let device = driver::device(ordinal);
     let capability = device.as_ref().ok().map(|device| device.capability);
-    let usable = device.and_then(|device| modules::check_capability(device.capability));
+    let usable = device.and_then(|device| images::check_capability(device.capability));
     DeviceStatus {
-        name: modules::device_name(ordinal).ok(),
+        name: driver::device_name(ordinal).ok(),
         capability: capability.map(|(major, minor)| format!("{major}.{minor}")),
         error: usable.err(),
     }

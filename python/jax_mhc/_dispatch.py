@@ -92,6 +92,7 @@ def use_fused(op: str, implementation: Implementation, dtype: np.dtype) -> bool:
 
 def default_platform() -> str:
     """The platform that XLA compiles for unless told otherwise; `cuda` or `rocm` for `gpu`."""
+    # JAX adds its settings to `config` at run time, unseen by type checkers.
     device = jax.config.jax_default_device  # type: ignore[attr-defined]
     if device is None:
         platform = jax.default_backend()

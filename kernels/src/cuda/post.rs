@@ -42,6 +42,12 @@ fn channels(call: &Call) -> usize {
     bytes / call.dtype.num_bytes()
 }
 
+/// What both kernels read, and the other arguments.
+fn args(call: &Call, others: &[Arg]) -> Vec<Arg> {
+    let inputs = ["x", "y", "h_post", "h_res"].map(|name| Arg::of(call.operand(name)));
+    [&inputs[..], others].concat()
+}
+
 /// X' at `x_new`.
 pub fn forward(call: &Call, x_new: u64) -> Launch {
     let threads = call.c.div_ceil(channels(call));
@@ -52,17 +58,16 @@ pub fn forward(call: &Call, x_new: u64) -> Launch {
         grid: [blocks as u32, call.tokens.div_ceil(slab) as u32, 1],
         block: THREADS as u32,
         shared_bytes: 0,
-        args: vec![
-            Arg::of(call.operand("x")),
-            Arg::of(call.operand("y")),
-            Arg::of(call.operand("h_post")),
-            Arg::of(call.operand("h_res")),
-            Arg::Pointer(x_new),
-            Arg::I32(call.tokens as i32),
-            Arg::I32(slab as i32),
-            Arg::I32(call.n as i32),
-            Arg::I32(call.c as i32),
-        ],
+        args: args(
+            call,
+            &[
+                Arg::Pointer(x_new),
+                Arg::I32(call.tokens as i32),
+                Arg::I32(slab as i32),
+                Arg::I32(call.n as i32),
+                Arg::I32(call.c as i32),
+            ],
+        ),
     }
 }
 
@@ -73,18 +78,17 @@ pub fn backward(call: &Call, d_x_new: u64) -> Launch {
         grid: [call.tokens as u32, 1, 1],
         block: BACKWARD_THREADS as u32,
         shared_bytes: 0,
-        args: vec![
-            Arg::of(call.operand("x")),
-            Arg::of(call.operand("y")),
-            Arg::of(call.operand("h_post")),
-            Arg::of(call.operand("h_res")),
-            Arg::Pointer(d_x_new),
-            Arg::of(call.result("d_x")),
-            Arg::of(call.result("d_y")),
-            Arg::of(call.result("d_h_post")),
-            Arg::of(call.result("d_h_res")),
-            Arg::I32(call.n as i32),
-            Arg::I32(call.c as i32),
-        ],
+        args: args(
+            call,
+            &[
+                Arg::Pointer(d_x_new),
+                Arg::of(call.result("d_x")),
+                Arg::of(call.result("d_y")),
+                Arg::of(call.result("d_h_post")),
+                Arg::of(call.result("d_h_res")),
+                Arg::I32(call.n as i32),
+                Arg::I32(call.c as i32),
+            ],
+        ),
     }
 }

@@ -1,7 +1,7 @@
 //! What can be known of the CUDA side without a GPU.
 
+use super::images::{build, has_symbol};
 use super::launch::Device;
-use super::modules::{build, has_symbol};
 use super::{check_device_call, plan, status, workspace};
 use crate::signature::{Example, Op};
 use crate::view::DType;
@@ -39,13 +39,22 @@ fn examples() -> Vec<(String, Example)> {
                 (16, [8, 100]),
                 (5, [16, 8]),
             ] {
-                for constraint in [Constraint::Birkhoff, Constraint::None, Constraint::Identity] {
+                // The divisors of many iterations lie in the workspace and not in shared memory.
+                for (constraint, sinkhorn_iters) in [
+                    (Constraint::Birkhoff, 20),
+                    (Constraint::Birkhoff, 200),
+                    (Constraint::None, 20),
+                    (Constraint::Identity, 20),
+                ] {
                     let config = Config {
                         constraint,
+                        sinkhorn_iters,
                         ..Config::default()
                     };
                     let example = || Example::new(op, dtype, tokens, sizes, config);
-                    let name = format!("{op:?} {dtype:?} {tokens} {sizes:?} {constraint:?}");
+                    let name = format!(
+                        "{op:?} {dtype:?} {tokens} {sizes:?} {constraint:?} {sinkhorn_iters}"
+                    );
                     examples.push((format!("{name} static"), example().into_static()));
                     examples.push((name, example()));
                 }
