@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 # Of this process and those that tests start: several share a GPU, and choosing the fastest matrix
-# product takes longer than the few that there are. JAX reads both when it is imported, so its import,
-# and those of what imports it, come below (E402).
+# product takes longer than the few that there are. JAX reads both when it is imported, so its
+# import, and those of what imports it, come below (E402).
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
 
