@@ -1,0 +1,44 @@
+// The gradients of the logits z of h_post and H_res: what a backward pass in one kernel over the streams wants
+// to know beforehand. Reads numbers of tokens alone, no streams.
+
+#include "coefficients.cuh"
+#include "sinkhorn.cuh"
+
+constexpr int N = SIZE;
+constexpr int kColumns = N * (N + 2);
+// Of a warp, which is a block: there are few tokens, and each of them takes long.
+constexpr int kTokens = 32 / N;
+
+// d_z: [tokens, kColumns] in the order pre, post, res, of which the columns of pre are left alone. Shared memory:
+// 2 * sinkhorn_iters * 32 floats, for what Sinkhorn's forward pass records.
+KERNEL(gates_bwd, 32)
+(const float* m, const float* alpha, const float* bias, const float* d_h_post, const float* d_h_res,
+ float* d_z, int tokens, Settings settings) {
+  extern __shared__ float history[];
+  const int lane = threadIdx.x, column = lane % N;
+  const long long own = (long long)blockIdx.x * kTokens + lane / N;
+  // Lanes without a token repeat the last one.
+  const long long token = min(own, (long long)tokens - 1);
+  const float* m_token = m + token * kColumns;
+  float* d_z_token = d_z + token * kColumns;
+  const Sinkhorn<N> sinkhorn{settings, N, column};
+
+  float z[N], h[N], g[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const int c = 2 * N + sinkhorn.at(i);
+    z[i] = alpha[2] * m_token[c] + bias[c];
+    g[i] = d_h_res[token * N * N + sinkhorn.at(i)];
+  }
+  const float z_post = alpha[1] * m_token[N + column] + bias[N + column];
+  const float d_post = d_h_post[token * N + column] * settings.post_scale;
+  if (own < tokens) d_z_token[N + column] = d_post * sigmoid(z_post) * sigmoid(-z_post);
+  if (settings.constraint == 0) {
+    sinkhorn.forward(z, h, history + lane, 32);
+    sinkhorn.backward(z, h, g, history + lane, 32);
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (own < tokens) d_z_token[2 * N + sinkhorn.at(i)] = g[i];
+  }
+}
