@@ -28,7 +28,7 @@ def compiled_text(function, *arrays):
 
 def custom_calls(text):
     """How often each of our calls is there, by the name of docs/architecture.md."""
-    return collections.Counter(re.findall(r'custom_call_target="jax_mhc_(\w+)_v1"', text))
+    return collections.Counter(re.findall(r'custom_call_target="jax_mhc_(\w+)_v2"', text))
 
 
 def forward(op):
@@ -107,7 +107,7 @@ def test_named_values_are_not_computed_twice(names):
     once = {f"{call}_{way}": 1 for call in ("pre", "seam", "post") for way in ("fwd", "bwd")}
     # As handed to XLA, which on the CPU may merge what is computed twice.
     program = jax.jit(value_and_gradients).lower(x, params, x).as_text()
-    calls = re.findall(r"custom_call @jax_mhc_(\w+)_v1", program)
+    calls = re.findall(r"custom_call @jax_mhc_(\w+)_v2", program)
     assert collections.Counter(calls) == collections.Counter(once) + collections.Counter(
         REPEATED[names]
     )

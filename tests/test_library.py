@@ -230,7 +230,7 @@ def test_a_refused_handler(monkeypatch):
 
     monkeypatch.setattr(_library, "_outcome", None)
     monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
-    check_unusable(r"XLA refused jax_mhc_pre_fwd_v1 \(too new\)")
+    check_unusable(r"XLA refused jax_mhc_pre_fwd_v2 \(too new\)")
 
 
 def test_a_platform_without_kernels():
@@ -313,7 +313,7 @@ def test_a_refused_handler_for_gpus(cuda, monkeypatch):
 
     cuda(CUDA)
     monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
-    with pytest.raises(RuntimeError, match=r"XLA refused jax_mhc_pre_fwd_v1 \(too new\)"):
+    with pytest.raises(RuntimeError, match=r"XLA refused jax_mhc_pre_fwd_v2 \(too new\)"):
         _library.ensure_registered("cuda")
 
 

@@ -41,7 +41,7 @@ def calls(op, platform, dtype=jnp.bfloat16):
     function = functools.partial(value_and_vjp, op, presets.PAPER, "fused")
     with jax.default_device("cpu"):
         lowered = jax.jit(function).trace(*arrays).lower(lowering_platforms=(platform,))
-    found = re.findall(r"custom_call @jax_mhc_(\w+)_v1\(.* -> (.+)", lowered.as_text())
+    found = re.findall(r"custom_call @jax_mhc_(\w+)_v2\(.* -> (.+)", lowered.as_text())
     return {name: re.findall(r"tensor<([^>]*)>", results) for name, results in found}
 
 

@@ -197,7 +197,8 @@ fn overlap(a: &Range<usize>, b: &Range<usize>) -> bool {
     !a.is_empty() && !b.is_empty() && a.start < b.end && b.start < a.end
 }
 
-/// The attributes of a call: all fields of [`Config`] by their names, or none.
+/// The attributes of a call: the fields of [`Config`] by their names, or none. Only calls that
+/// [`Op::can_defer`] have `deferred`, 0 or 1.
 fn config(op: Op, call: &bridge::Call) -> Result<Config, String> {
     let check_num = |expected: usize| match call.num_attributes() {
         got if got == expected => Ok(()),
@@ -211,10 +212,16 @@ fn config(op: Op, call: &bridge::Call) -> Result<Config, String> {
         |name: &str, reason: &dyn std::fmt::Display| format!("attribute `{name}`: {reason}");
     let text = |name| call.string_attribute(name).map_err(|e| refused(name, &e));
     let number = |name| call.float64_attribute(name).map_err(|e| refused(name, &e));
+    let integer = |name| call.int64_attribute(name).map_err(|e| refused(name, &e));
     let count = |name| {
-        let value = call.int64_attribute(name).map_err(|e| refused(name, &e))?;
+        let value = integer(name)?;
         usize::try_from(value)
             .map_err(|_| refused(name, &format!("expected 0 or more, got {value}")))
+    };
+    let flag = |name| match integer(name)? {
+        0 => Ok(false),
+        1 => Ok(true),
+        value => Err(refused(name, &format!("expected 0 or 1, got {value}"))),
     };
     let config = Config {
         constraint: text("constraint")?.parse()?,
@@ -226,8 +233,9 @@ fn config(op: Op, call: &bridge::Call) -> Result<Config, String> {
         norm_eps_mode: text("norm_eps_mode")?.parse()?,
         pre_eps: number("pre_eps")?,
         post_scale: number("post_scale")?,
+        deferred: op.can_defer() && flag("deferred")?,
     };
-    check_num(9)?;
+    check_num(9 + usize::from(op.can_defer()))?;
     Ok(config)
 }
 

@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 
 use crate::coefficients::{CoefficientsMut, Cotangents, Gates};
-use crate::pre::Params;
+use crate::pre::{HandedOn, Params};
 use crate::signature::{Call, Op};
 use crate::simd::Real;
 use crate::sinkhorn::Sinkhorn;
@@ -56,7 +56,7 @@ fn run<S: Stream>(mut memory: Memory, pool: &dyn Pool) {
             x: memory.rows("x"),
             inputs: backward_inputs(memory),
             d_x: memory.rows_mut("d_x"),
-            accumulate: true,
+            handed_on: handed_on(memory, "h_res"),
             d_params: param_gradients(memory),
             tokens,
             pool,
@@ -86,6 +86,8 @@ fn run<S: Stream>(mut memory: Memory, pool: &dyn Pool) {
             inputs: post_inputs(memory),
             params: params(memory),
             pre_inputs: backward_inputs(memory),
+            d_x_new: memory.rows_mut("d_x_new"),
+            handed_on: handed_on(memory, "h_res_new"),
             out: post_gradients(memory),
             d_params: param_gradients(memory),
             tokens,
@@ -158,6 +160,15 @@ fn backward_inputs<'a, S: Stream>(memory: &Memory<'a>) -> pre::BackwardInputs<'a
     }
 }
 
+fn handed_on<'a, R: Real>(memory: &Memory<'a>, h_res: &str) -> HandedOn<'a, R> {
+    if memory.call().config.deferred {
+        let h_res = memory.rows(h_res);
+        HandedOn::Deferred { h_res }
+    } else {
+        HandedOn::Whole
+    }
+}
+
 fn param_gradients<'a, R: Real>(memory: &mut Memory<'a>) -> pre::ParamGradients<'a, R> {
     pre::ParamGradients {
         d_phi: memory.slice_mut("d_phi"),
@@ -177,7 +188,6 @@ fn post_inputs<'a, S: Stream>(memory: &Memory<'a>) -> post::Inputs<'a, S> {
 
 fn post_gradients<'a, S: Stream>(memory: &mut Memory<'a>) -> post::Gradients<'a, S> {
     post::Gradients {
-        d_x: memory.rows_mut("d_x"),
         d_y: memory.rows_mut("d_y"),
         d_h_post: memory.rows_mut("d_h_post"),
         d_h_res: memory.rows_mut("d_h_res"),

@@ -1,4 +1,4 @@
-//! The settings of one call: the fields of `MHCConfig` under their own names.
+//! The settings of one call: the fields of `MHCConfig` under their own names, and `deferred`.
 
 /// Which set the matrix H_res is kept on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,6 +62,11 @@ pub struct Config {
     pub pre_eps: f64,
     /// h_post = post_scale * sigmoid(z_post).
     pub post_scale: f64,
+    /// Whether the cotangent that a call adds to ([`Op::can_defer`]) is that of the streams which post
+    /// made, so that the transposed h_res has yet to be applied.
+    ///
+    /// [`Op::can_defer`]: crate::Op::can_defer
+    pub deferred: bool,
 }
 
 impl Default for Config {
@@ -76,6 +81,7 @@ impl Default for Config {
             norm_eps_mode: NormEpsMode::Inside,
             pre_eps: 0.0,
             post_scale: 2.0,
+            deferred: false,
         }
     }
 }

@@ -98,7 +98,7 @@ pub fn backward<S: Stream>(call: Backward<S>) {
     pre::backward(pre::Backward {
         params,
         x,
-        accumulate: false,
+        handed_on: pre::HandedOn::Nothing,
         inputs,
         d_x,
         d_params,

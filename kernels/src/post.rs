@@ -101,10 +101,9 @@ impl<S: Stream, I: Isa, const N: usize> Kernel<I> for ForwardChunk<'_, S, N> {
     }
 }
 
-/// What post's backward writes for some tokens.
+/// What post's backward writes for some tokens. There is no d_x: pre's backward makes it of the same
+/// d_x_new.
 pub struct Gradients<'a, S: Stream> {
-    /// `[n·C]` a token.
-    pub d_x: RowsMut<'a, S>,
     /// `[C]` a token.
     pub d_y: RowsMut<'a, S>,
     /// `[n]` a token.
@@ -117,7 +116,6 @@ impl<S: Stream> Gradients<'_, S> {
     /// Cuts off the first tokens.
     pub fn split_off(&mut self, tokens: usize) -> Self {
         Self {
-            d_x: self.d_x.split_off(tokens),
             d_y: self.d_y.split_off(tokens),
             d_h_post: self.d_h_post.split_off(tokens),
             d_h_res: self.d_h_res.split_off(tokens),
@@ -125,27 +123,25 @@ impl<S: Stream> Gradients<'_, S> {
     }
 }
 
-/// Backward pass of some tokens, with G = d_x_new of type `D`: S in `post` itself.
-pub fn backward_chunk<S: Stream, D: Stream<Real = S::Real>, I: Isa>(
+/// Backward pass of some tokens, with G = d_x_new.
+pub fn backward_chunk<S: Stream, I: Isa>(
     inputs: Inputs<S>,
-    d_x_new: Rows<D>,
+    d_x_new: Rows<S>,
     tokens: usize,
     out: Gradients<S>,
 ) {
     let n = inputs.h_post.width();
-    for_streams!(n, N => I::enter(BackwardChunk::<_, _, N> { inputs, d_x_new, tokens, out }));
+    for_streams!(n, N => I::enter(BackwardChunk::<_, N> { inputs, d_x_new, tokens, out }));
 }
 
-struct BackwardChunk<'a, S: Stream, D, const N: usize> {
+struct BackwardChunk<'a, S: Stream, const N: usize> {
     inputs: Inputs<'a, S>,
-    d_x_new: Rows<'a, D>,
+    d_x_new: Rows<'a, S>,
     tokens: usize,
     out: Gradients<'a, S>,
 }
 
-impl<S: Stream, D: Stream<Real = S::Real>, I: Isa, const N: usize> Kernel<I>
-    for BackwardChunk<'_, S, D, N>
-{
+impl<S: Stream, I: Isa, const N: usize> Kernel<I> for BackwardChunk<'_, S, N> {
     #[inline(always)]
     fn run(self) {
         let Self {
@@ -156,15 +152,14 @@ impl<S: Stream, D: Stream<Real = S::Real>, I: Isa, const N: usize> Kernel<I>
         } = self;
         for token in 0..tokens {
             let (x, y, g) = (inputs.x.row(token), inputs.y.row(token), d_x_new.row(token));
-            let (h_post, h_res) = (inputs.h_post.row(token), inputs.h_res.row(token));
+            let (h_post, d_y) = (inputs.h_post.row(token), out.d_y.row(token));
             let (n, c) = (if N == MAX_STREAMS { h_post.len() } else { N }, y.len());
-            let h = Mixing::<Acc<S, I>, N>::new(n, h_post, h_res);
+            let h = Mixing::<Acc<S, I>, N>::new(n, h_post, inputs.h_res.row(token));
             let mut d_h = Mixing::<Acc<S, I>, N>::new(0, &[], &[]);
-            let (d_x, d_y) = (out.d_x.row(token), out.d_y.row(token));
             for_blocks!(c, Acc::<S, I>::LANES, at, WHOLE => {
                 let mut gs = [Acc::<S, I>::zero(); N];
                 for i in 0..n {
-                    gs[i] = D::load::<I, WHOLE>(&g[i * c + at..(i + 1) * c]);
+                    gs[i] = S::load::<I, WHOLE>(&g[i * c + at..(i + 1) * c]);
                 }
                 // dy = sum over i of h_post[i] G[i], and dh_post[i] = <G[i], y>
                 let y = S::load::<I, WHOLE>(&y[at..]);
@@ -176,14 +171,9 @@ impl<S: Stream, D: Stream<Real = S::Real>, I: Isa, const N: usize> Kernel<I>
                 for i in 0..n {
                     d_h.h_post[i] = gs[i].mul_add(y, d_h.h_post[i]);
                 }
-                // dX[j] = sum over i of H_res[i, j] G[i], and dH_res[i, j] = <G[i], X[j]>
+                // dH_res[i, j] = <G[i], X[j]>
                 for j in 0..n {
                     let x = S::load::<I, WHOLE>(&x[j * c + at..(j + 1) * c]);
-                    let mut sum = h.h_res[0][j] * gs[0];
-                    for i in 1..n {
-                        sum = h.h_res[i][j].mul_add(gs[i], sum);
-                    }
-                    S::store::<I, WHOLE>(sum, &mut d_x[j * c + at..(j + 1) * c]);
                     for i in 0..n {
                         d_h.h_res[i][j] = gs[i].mul_add(x, d_h.h_res[i][j]);
                     }
@@ -269,7 +259,7 @@ impl<S: Stream> Call for Backward<'_, S> {
             chunks,
             || (),
             |(), _, (inputs, d_x_new, tokens, out)| {
-                backward_chunk::<S, S, I>(inputs, d_x_new, tokens, out);
+                backward_chunk::<S, I>(inputs, d_x_new, tokens, out);
             },
         );
     }

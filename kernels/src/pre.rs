@@ -9,7 +9,7 @@ use crate::coefficients::{Gates, Layout};
 use crate::projection::Shape;
 use crate::simd::{Isa, Real, Vector};
 
-pub use backward::{AddTo, Backward, BackwardInputs, BackwardScratch, backward, backward_chunk};
+pub use backward::{Backward, BackwardInputs, BackwardScratch, HandedOn, backward, backward_chunk};
 pub use forward::{Forward, ForwardScratch, Outputs, forward, forward_chunk};
 pub use param_sums::{ParamGradients, ParamSums, group_tokens};
 

@@ -3,7 +3,9 @@
 
 use crate::parallel::{Pool, for_each};
 use crate::post;
-use crate::pre::{self, AddTo, BackwardInputs, CHUNK, Outputs, ParamGradients, ParamSums, Params};
+use crate::pre::{
+    self, BackwardInputs, CHUNK, HandedOn, Outputs, ParamGradients, ParamSums, Params,
+};
 use crate::projection::{Packed, Shape};
 use crate::simd::{Call, Isa, Real};
 use crate::stream::{Acc, RowsMut, Stream};
@@ -60,7 +62,11 @@ pub struct Backward<'a, S: Stream> {
     pub params: Params<'a, S::Real>,
     /// What else pre's backward reads.
     pub pre_inputs: BackwardInputs<'a, S>,
-    /// Results of post's backward. d_x holds the cotangent of the x_new that was handed on.
+    /// Result: the whole gradient of X' `[n·C]` a token. Holds what `handed_on` says.
+    pub d_x_new: RowsMut<'a, S>,
+    /// What d_x_new is added to.
+    pub handed_on: HandedOn<'a, S::Real>,
+    /// Results of post's backward.
     pub out: post::Gradients<'a, S>,
     /// Results.
     pub d_params: ParamGradients<'a, S::Real>,
@@ -90,6 +96,8 @@ impl<S: Stream> Call for Backward<'_, S> {
                 params: &self.params,
                 phi: &phi,
                 pre_inputs: self.pre_inputs.split_off(tokens),
+                d_x_new: self.d_x_new.split_off(tokens),
+                handed_on: self.handed_on.split_off(tokens),
                 out: self.out.split_off(tokens),
                 tokens,
                 sums,
@@ -109,8 +117,6 @@ impl<S: Stream> Call for Backward<'_, S> {
 /// Room for one chunk of the backward pass.
 struct Scratch<S: Stream, I: Isa> {
     x_new: Vec<S>,
-    /// Whole gradient of X', not rounded.
-    d_x_new: Vec<S::Real>,
     pre: pre::BackwardScratch<Acc<S, I>>,
 }
 
@@ -120,7 +126,6 @@ impl<S: Stream, I: Isa> Scratch<S, I> {
         let len = CHUNK * gates.layout.n * params.c;
         Self {
             x_new: vec![S::default(); len],
-            d_x_new: vec![S::Real::default(); len],
             pre: pre::BackwardScratch::new(gates.config, gates.layout, shape),
         }
     }
@@ -132,6 +137,8 @@ struct BackwardGroup<'a, S: Stream, I: Isa> {
     params: &'a Params<'a, S::Real>,
     phi: &'a Packed<Acc<S, I>>,
     pre_inputs: BackwardInputs<'a, S>,
+    d_x_new: RowsMut<'a, S>,
+    handed_on: HandedOn<'a, S::Real>,
     out: post::Gradients<'a, S>,
     tokens: usize,
     sums: &'a mut Option<ParamSums<Acc<S, I>>>,
@@ -155,25 +162,21 @@ impl<S: Stream, I: Isa> BackwardGroup<'_, S, I> {
     ) {
         let (inputs, out) = (self.inputs.split_off(tokens), self.out.split_off(tokens));
         let width = self.params.gates.layout.n * self.params.c;
-        let Scratch {
-            x_new,
-            d_x_new,
-            pre,
-        } = scratch;
+        let Scratch { x_new, pre } = scratch;
         let mut x_new = RowsMut::new(x_new, width);
-        let mut d_x_new = RowsMut::new(d_x_new, width);
+        let mut d_x_new = self.d_x_new.split_off(tokens);
         post::forward_chunk::<S, I>(inputs, tokens, x_new.reborrow());
-        pre::backward_chunk::<S, S::Real, I>(
+        pre::backward_chunk::<S, I>(
             self.params,
             self.phi,
             x_new.as_rows(),
-            AddTo::Other(out.d_x.as_rows()),
+            self.handed_on.split_off(tokens),
             &self.pre_inputs.split_off(tokens),
             tokens,
             d_x_new.reborrow(),
             sums,
             pre,
         );
-        post::backward_chunk::<S, S::Real, I>(inputs, d_x_new.as_rows(), tokens, out);
+        post::backward_chunk::<S, I>(inputs, d_x_new.as_rows(), tokens, out);
     }
 }

@@ -52,8 +52,9 @@ impl Op {
         self.row().0
     }
 
-    /// Its operands, in order. `d_<name>` is the cotangent of `<name>`; the kernel adds what it
-    /// computes for d_x to the one that ends in `_in`, in the memory that becomes d_x.
+    /// Its operands, in order. `d_<name>` is the cotangent of `<name>`; the kernel adds what it computes
+    /// for the streams to the one that ends in `_in`, or to its product with the transposed h_res where
+    /// that cotangent is deferred, in the memory that becomes the first result.
     pub(crate) const fn operands(self) -> &'static [&'static str] {
         self.row().1
     }
@@ -73,14 +74,15 @@ impl Op {
             ),
             Op::PreBwd => (
                 "pre_bwd",
-                &["x", "phi", "alpha", "bias", "m", "r", "d_u", "d_h_pre", "d_h_post", "d_h_res", "d_x_in"],
+                &["x", "phi", "alpha", "bias", "m", "r", "h_res",
+                  "d_u", "d_h_pre", "d_h_post", "d_h_res", "d_x_in"],
                 &["d_x", "d_phi", "d_alpha", "d_bias"],
             ),
             Op::PostFwd => ("post_fwd", &["x", "y", "h_post", "h_res"], &["x_new"]),
             Op::PostBwd => (
                 "post_bwd",
                 &["x", "y", "h_post", "h_res", "d_x_new"],
-                &["d_x", "d_y", "d_h_post", "d_h_res"],
+                &["d_y", "d_h_post", "d_h_res"],
             ),
             Op::SeamFwd => (
                 "seam_fwd",
@@ -89,9 +91,9 @@ impl Op {
             ),
             Op::SeamBwd => (
                 "seam_bwd",
-                &["x", "y", "h_post", "h_res", "phi", "alpha", "bias", "m", "r",
+                &["x", "y", "h_post", "h_res", "phi", "alpha", "bias", "m", "r", "h_res_new",
                   "d_u", "d_h_pre", "d_h_post", "d_h_res", "d_x_new_in"],
-                &["d_x", "d_y", "d_h_post", "d_h_res", "d_phi", "d_alpha", "d_bias"],
+                &["d_x_new", "d_y", "d_h_post", "d_h_res", "d_phi", "d_alpha", "d_bias"],
             ),
             Op::SinkhornFwd => ("sinkhorn_fwd", &["z"], &["h_res"]),
             Op::SinkhornBwd => ("sinkhorn_bwd", &["z", "d_h_res"], &["d_z"]),
@@ -112,6 +114,11 @@ impl Op {
     /// Whether the call carries a [`Config`].
     pub const fn has_config(self) -> bool {
         !matches!(self, Op::PostFwd | Op::PostBwd)
+    }
+
+    /// Whether the cotangent that it adds to can be deferred: the attribute `deferred`.
+    pub const fn can_defer(self) -> bool {
+        matches!(self, Op::PreBwd | Op::SeamBwd)
     }
 
     /// Which coefficients the call has.
@@ -302,7 +309,7 @@ impl<'a> Call<'a> {
             "x" | "x_new" | "x_in" | "x_new_in" => (streams, true, [n, c], 2),
             "y" | "u" => (streams, true, [c, 0], 1),
             "h_pre" | "h_post" => (wide, true, [n, 0], 1),
-            "h_res" | "z" => (wide, true, [n, n], 2),
+            "h_res" | "h_res_new" | "z" => (wide, true, [n, n], 2),
             "m" => (wide, true, [self.columns, 0], 1),
             "r" => (wide, true, [0, 0], 0),
             "phi" => (wide, false, [n * c, self.columns], 2),

@@ -22,7 +22,7 @@ import jaxlib.version
 
 #: Version of the table of calls in docs/architecture.md. Compiled programs outlive the library, so
 #: it is a part of every target's name.
-TARGET_VERSION = 1
+TARGET_VERSION = 2
 
 OLDEST_JAXLIB = (0, 9)
 

@@ -12,7 +12,7 @@ use serde::Serialize;
 use tracing_subscriber::filter::LevelFilter;
 
 /// The version of the table of calls in docs/architecture.md, part of every target's name.
-const TARGET_VERSION: u32 = 1;
+const TARGET_VERSION: u32 = 2;
 
 /// One handler, as `jax.ffi.register_ffi_target` wants it. Traits are not listed: XLA asks the
 /// handler itself.

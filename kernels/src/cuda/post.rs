@@ -57,6 +57,7 @@ pub fn forward(call: &Call, x_new: u64) -> Launch {
         kernel: kernel(call, ["post_fwd", "post_fwd_unaligned"]),
         grid: [blocks as u32, call.tokens.div_ceil(slab) as u32, 1],
         block: THREADS as u32,
+        cluster: 1,
         shared_bytes: 0,
         args: args(
             call,
@@ -77,12 +78,13 @@ pub fn backward(call: &Call, d_x_new: u64) -> Launch {
         kernel: kernel(call, ["post_bwd", "post_bwd_unaligned"]),
         grid: [call.tokens as u32, 1, 1],
         block: BACKWARD_THREADS as u32,
+        cluster: 1,
         shared_bytes: 0,
         args: args(
             call,
             &[
                 Arg::Pointer(d_x_new),
-                Arg::of(call.result("d_x")),
+                Arg::Pointer(0),
                 Arg::of(call.result("d_y")),
                 Arg::of(call.result("d_h_post")),
                 Arg::of(call.result("d_h_res")),

@@ -158,6 +158,7 @@ pub fn project(call: &Call, device: &Device, shape: Shape, x: u64, partial: u64)
         kernel: shape.kernel(function),
         grid: [slices as u32, groups as u32, chunks as u32],
         block: (32 * WARPS) as u32,
+        cluster: 1,
         shared_bytes: shared_bytes as u32,
         args: vec![
             Arg::Pointer(x),
@@ -209,6 +210,7 @@ pub fn project_back(
         kernel: shape.kernel(function),
         grid: [blocks as u32, groups as u32, 1],
         block: (32 * warps) as u32,
+        cluster: 1,
         shared_bytes: shared_bytes as u32,
         args: vec![
             Arg::Pointer(x),
@@ -220,7 +222,7 @@ pub fn project_back(
             Arg::Pointer(factors.norm),
             Arg::of(call.operand("d_u")),
             Arg::Pointer(d_x_in),
-            Arg::of(call.result("d_x")),
+            Arg::of(call.result(call.op.results()[0])),
             Arg::I32(call.tokens as i32),
             Arg::I32(shape.n as i32),
             Arg::I32(shape.c as i32),
@@ -244,6 +246,7 @@ pub fn d_phi(call: &Call, shape: Shape, x: u64, dm: [u64; 2], partial: u64) -> V
             kernel: shape.kernel(function),
             grid: [blocks as u32, splits as u32, shape.d_phi_chunks() as u32],
             block: (32 * WARPS) as u32,
+            cluster: 1,
             shared_bytes: 0,
             args: vec![
                 Arg::Pointer(x),
@@ -259,6 +262,7 @@ pub fn d_phi(call: &Call, shape: Shape, x: u64, dm: [u64; 2], partial: u64) -> V
             kernel: shape.kernel("sum_d_phi"),
             grid: [size.div_ceil(32 * WARPS) as u32, 1, 1],
             block: (32 * WARPS) as u32,
+            cluster: 1,
             shared_bytes: 0,
             args: vec![
                 Arg::Pointer(partial),

@@ -21,7 +21,7 @@ pub fn plan(call: &Call, device: &Device) -> Vec<Launch> {
     let d_x_new_in = call.operand("d_x_new_in").data as u64;
     let mut launches = vec![post::forward(call, x_new)];
     launches.extend(pre::backward(call, device, memory, x_new, d_x_new_in));
-    launches.push(post::backward(call, call.result("d_x").data as u64));
+    launches.push(post::backward(call, call.result("d_x_new").data as u64));
     launches
 }
 

@@ -38,6 +38,7 @@ impl<S: Stream> BackwardInputs<'_, S> {
 /// Room for one chunk of the backward pass.
 pub struct BackwardScratch<V: Vector> {
     staged: Vec<Staged<V>>,
+    mixed: Vec<Staged<V>>,
     d_h_pre: Vec<V::Real>,
     r_dm: Vec<V::Real>,
     norm: Vec<V::Real>,
@@ -51,6 +52,7 @@ impl<V: Vector> BackwardScratch<V> {
         let zeros = |width: usize| vec![V::Real::default(); CHUNK * width];
         Self {
             staged: vec![[V::zero(); STAGE]; CHUNK],
+            mixed: vec![[V::zero(); STAGE]; CHUNK * layout.n],
             d_h_pre: zeros(layout.n),
             r_dm: zeros(shape.padded_columns()),
             norm: zeros(1),
@@ -60,29 +62,43 @@ impl<V: Vector> BackwardScratch<V> {
     }
 }
 
-/// What d_x is added to: the cotangent of the x that the context hands on.
+/// The cotangent of the x that the context hands on. It lies where d_x goes.
 #[derive(Clone, Copy)]
-pub enum AddTo<'a, S> {
+pub enum HandedOn<'a, R> {
     /// There is none.
     Nothing,
-    /// It lies where d_x goes.
-    Itself,
-    /// It lies here.
-    Other(Rows<'a, S>),
+    /// As it is.
+    Whole,
+    /// Deferred: G, the cotangent of the streams that post makes of x. That of x is H_resᵀ G.
+    Deferred {
+        /// `[n·n]` a token.
+        h_res: Rows<'a, R>,
+    },
 }
 
-/// Backward pass of up to [`CHUNK`] tokens: d_x = `add_to` + what comes from u and the coefficients.
-///
-/// `D` is the type that d_x is written in, S in `pre` itself.
+impl<R> HandedOn<'_, R> {
+    /// Cuts off the first tokens.
+    pub fn split_off(&mut self, tokens: usize) -> Self {
+        match self {
+            Self::Nothing => Self::Nothing,
+            Self::Whole => Self::Whole,
+            Self::Deferred { h_res } => Self::Deferred {
+                h_res: h_res.split_off(tokens),
+            },
+        }
+    }
+}
+
+/// Backward pass of up to [`CHUNK`] tokens: d_x = `handed_on` + what comes from u and the coefficients.
 #[allow(clippy::too_many_arguments)] // each is one line of the equation above
-pub fn backward_chunk<S: Stream, D: Stream<Real = S::Real>, I: Isa>(
+pub fn backward_chunk<S: Stream, I: Isa>(
     params: &Params<S::Real>,
     phi: &Packed<Acc<S, I>>,
     x: Rows<S>,
-    add_to: AddTo<S>,
+    handed_on: HandedOn<S::Real>,
     inputs: &BackwardInputs<S>,
     tokens: usize,
-    d_x: RowsMut<D>,
+    d_x: RowsMut<S>,
     sums: &mut ParamSums<Acc<S, I>>,
     scratch: &mut BackwardScratch<Acc<S, I>>,
 ) {
@@ -91,6 +107,7 @@ pub fn backward_chunk<S: Stream, D: Stream<Real = S::Real>, I: Isa>(
     let BackwardInputs { m, r, d_u, d_h } = *inputs;
     let BackwardScratch {
         staged,
+        mixed,
         d_h_pre,
         r_dm,
         norm,
@@ -122,11 +139,11 @@ pub fn backward_chunk<S: Stream, D: Stream<Real = S::Real>, I: Isa>(
     coefficients::backward::<_, I>(inputs, factors, &mut sums.gates, coefficients);
     let d_phi = &mut sums.d_phi;
     let shape = params.shape::<I>();
-    let streams = StreamsBackward::<S, D, I> {
+    let streams = StreamsBackward::<S, I> {
         shape,
         phi,
         x,
-        add_to,
+        handed_on,
         d_u,
         tokens,
         r_dm,
@@ -136,6 +153,7 @@ pub fn backward_chunk<S: Stream, D: Stream<Real = S::Real>, I: Isa>(
         d_x,
         d_phi,
         staged,
+        mixed,
     };
     I::enter(streams);
 }
@@ -175,28 +193,34 @@ impl<S: Stream, I: Isa, const N: usize> Kernel<I> for CollapseBackward<'_, S, N>
 }
 
 /// d_phi and d_x of one chunk, stage by stage.
-struct StreamsBackward<'a, S: Stream, D: Stream<Real = S::Real>, I: Isa> {
+struct StreamsBackward<'a, S: Stream, I: Isa> {
     shape: Shape,
     phi: &'a Packed<Acc<S, I>>,
     x: Rows<'a, S>,
-    add_to: AddTo<'a, S>,
+    handed_on: HandedOn<'a, S::Real>,
     d_u: Rows<'a, S>,
     tokens: usize,
     r_dm: &'a [S::Real],
     norm: &'a [S::Real],
     h_pre: &'a [S::Real],
     n: usize,
-    d_x: RowsMut<'a, D>,
+    d_x: RowsMut<'a, S>,
     d_phi: &'a mut Packed<Acc<S, I>>,
+    /// X, one stream of a stage.
     staged: &'a mut [Staged<Acc<S, I>>],
+    /// H_resᵀ G, all streams of a stage, not rounded.
+    mixed: &'a mut [Staged<Acc<S, I>>],
 }
 
-impl<S: Stream, D: Stream<Real = S::Real>, I: Isa> Kernel<I> for StreamsBackward<'_, S, D, I> {
+impl<S: Stream, I: Isa> Kernel<I> for StreamsBackward<'_, S, I> {
     #[inline(always)]
     fn run(mut self) {
         let Self { shape, tokens, .. } = self;
-        for stream in 0..self.n {
-            for blocks in stages(shape) {
+        for blocks in stages(shape) {
+            if let HandedOn::Deferred { h_res } = self.handed_on {
+                for_streams!(self.n, N => self.mix::<N>(h_res, blocks));
+            }
+            for stream in 0..self.n {
                 stage::<S, I>(&self.x, tokens, stream, shape, blocks, self.staged);
                 let staged = &self.staged[..tokens];
                 accumulate_d_phi(staged, self.r_dm, stream, blocks, self.d_phi);
@@ -206,7 +230,54 @@ impl<S: Stream, D: Stream<Real = S::Real>, I: Isa> Kernel<I> for StreamsBackward
     }
 }
 
-impl<S: Stream, D: Stream<Real = S::Real>, I: Isa> StreamsBackward<'_, S, D, I> {
+impl<S: Stream, I: Isa> StreamsBackward<'_, S, I> {
+    /// mixed[j] = sum over i of H_res[i, j] G[i] for one stage, with G where d_x goes.
+    #[inline(always)]
+    fn mix<const N: usize>(&mut self, h_res: Rows<S::Real>, (first, count): (usize, usize)) {
+        let n = if N == MAX_STREAMS { self.n } else { N };
+        let lanes = Acc::<S, I>::LANES;
+        let whole = self.shape.whole_blocks(first, count, lanes);
+        for token in 0..self.tokens {
+            let h_res = h_res.row(token);
+            let mut h = [[Acc::<S, I>::zero(); N]; N];
+            for i in 0..n {
+                for j in 0..n {
+                    h[i][j] = Acc::<S, I>::splat(h_res[i * n + j]);
+                }
+            }
+            for block in 0..whole {
+                self.mix_block::<N, true>(&h, n, token, first, block);
+            }
+            if whole < count {
+                self.mix_block::<N, false>(&h, n, token, first, whole);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn mix_block<const N: usize, const WHOLE: bool>(
+        &mut self,
+        h: &[[Acc<S, I>; N]; N],
+        n: usize,
+        token: usize,
+        first: usize,
+        block: usize,
+    ) {
+        let (c, at) = (self.shape.c, (first + block) * Acc::<S, I>::LANES);
+        let g = self.d_x.row(token);
+        let mut gs = [Acc::<S, I>::zero(); N];
+        for i in 0..n {
+            gs[i] = S::load::<I, WHOLE>(&g[i * c + at..(i + 1) * c]);
+        }
+        for j in 0..n {
+            let mut sum = h[0][j] * gs[0];
+            for i in 1..n {
+                sum = h[i][j].mul_add(gs[i], sum);
+            }
+            self.mixed[j * CHUNK + token][block] = sum;
+        }
+    }
+
     /// d_x of one stage, in tiles of tokens and blocks.
     #[inline(always)]
     fn write_stage(&mut self, stream: usize, (first, count): (usize, usize)) {
@@ -238,7 +309,7 @@ impl<S: Stream, D: Stream<Real = S::Real>, I: Isa> StreamsBackward<'_, S, D, I> 
         }
     }
 
-    /// d_x = add_to + h_pre[i] · du + (r · dm) phiᵀ − norm · X for `T` tokens and `B` blocks.
+    /// d_x = handed_on + h_pre[i] · du + (r · dm) phiᵀ − norm · X for `T` tokens and `B` blocks.
     #[inline(always)]
     fn write<const T: usize, const B: usize, const WHOLE: bool>(
         &mut self,
@@ -253,11 +324,9 @@ impl<S: Stream, D: Stream<Real = S::Real>, I: Isa> StreamsBackward<'_, S, D, I> 
         // foresee: asks for it while the product is computed.
         let at = stream * c + (first + block) * Acc::<S, I>::LANES;
         let channels = at..((stream + 1) * c).min(at + B * Acc::<S, I>::LANES);
-        for token in token..token + T {
-            match self.add_to {
-                AddTo::Nothing => {}
-                AddTo::Itself => I::prefetch(&self.d_x.row(token)[channels.clone()]),
-                AddTo::Other(rows) => I::prefetch(&rows.row(token)[channels.clone()]),
+        if let HandedOn::Whole = self.handed_on {
+            for token in token..token + T {
+                I::prefetch(&self.d_x.row(token)[channels.clone()]);
             }
         }
         let sums = project_back::<_, T, B>(r_dm, self.phi, stream, first + block);
@@ -271,15 +340,14 @@ impl<S: Stream, D: Stream<Real = S::Real>, I: Isa> StreamsBackward<'_, S, D, I> 
                 let at = (first + block + b) * Acc::<S, I>::LANES;
                 let sum = h_pre.mul_add(S::load::<I, WHOLE>(&d_u[at..]), sum);
                 let mut sum = norm.mul_add(self.staged[token][block + b], sum);
-                match self.add_to {
-                    AddTo::Nothing => {}
-                    AddTo::Itself => sum = D::load::<I, WHOLE>(&d_x[at..]) + sum,
-                    AddTo::Other(rows) => {
-                        let other = &rows.row(token)[stream * c..][..c];
-                        sum = S::load::<I, WHOLE>(&other[at..]) + sum;
+                match self.handed_on {
+                    HandedOn::Nothing => {}
+                    HandedOn::Whole => sum = S::load::<I, WHOLE>(&d_x[at..]) + sum,
+                    HandedOn::Deferred { .. } => {
+                        sum = self.mixed[stream * CHUNK + token][block + b] + sum;
                     }
                 }
-                D::store::<I, WHOLE>(sum, &mut d_x[at..]);
+                S::store::<I, WHOLE>(sum, &mut d_x[at..]);
             }
         }
     }
@@ -293,10 +361,10 @@ pub struct Backward<'a, S: Stream> {
     pub x: Rows<'a, S>,
     /// What else is read.
     pub inputs: BackwardInputs<'a, S>,
-    /// Result. Holds what it is added to, if `accumulate`.
+    /// Result. Holds what `handed_on` says.
     pub d_x: RowsMut<'a, S>,
-    /// Whether d_x is added to.
-    pub accumulate: bool,
+    /// What d_x is added to.
+    pub handed_on: HandedOn<'a, S::Real>,
     /// Results.
     pub d_params: ParamGradients<'a, S::Real>,
     /// T
@@ -325,7 +393,7 @@ impl<S: Stream> Call for Backward<'_, S> {
                 params: &self.params,
                 phi: &phi,
                 x: self.x.split_off(tokens),
-                accumulate: self.accumulate,
+                handed_on: self.handed_on.split_off(tokens),
                 inputs: self.inputs.split_off(tokens),
                 d_x: self.d_x.split_off(tokens),
                 tokens,
@@ -347,7 +415,7 @@ struct BackwardGroup<'a, S: Stream, I: Isa> {
     params: &'a Params<'a, S::Real>,
     phi: &'a Packed<Acc<S, I>>,
     x: Rows<'a, S>,
-    accumulate: bool,
+    handed_on: HandedOn<'a, S::Real>,
     inputs: BackwardInputs<'a, S>,
     d_x: RowsMut<'a, S>,
     tokens: usize,
@@ -359,15 +427,11 @@ impl<S: Stream, I: Isa> BackwardGroup<'_, S, I> {
         let sums = self.sums.insert(ParamSums::new(self.params, shape));
         for first in (0..self.tokens).step_by(CHUNK) {
             let tokens = CHUNK.min(self.tokens - first);
-            backward_chunk::<S, S, I>(
+            backward_chunk::<S, I>(
                 self.params,
                 self.phi,
                 self.x.split_off(tokens),
-                if self.accumulate {
-                    AddTo::Itself
-                } else {
-                    AddTo::Nothing
-                },
+                self.handed_on.split_off(tokens),
                 &self.inputs.split_off(tokens),
                 tokens,
                 self.d_x.split_off(tokens),

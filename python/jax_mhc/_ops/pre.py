@@ -61,7 +61,7 @@ def pre(
             older than CUDA 12, a build without CUDA kernels), which is logged once. The
             platform is that of `jax_default_device`, or else `jax.default_backend()`. Programs
             exported with `jax.export` hold custom calls, which it wants to be told of:
-            `disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("jax_mhc_pre_fwd_v1")]`.
+            `disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("jax_mhc_pre_fwd_v2")]`.
 
     Returns:
         u `[..., C]`, of x's dtype, and the context for `post`: `.x`, `.h_pre` `[..., n]`,
