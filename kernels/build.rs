@@ -15,13 +15,27 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use miniz_oxide::deflate::compress_to_vec;
 
-/// Every file with the sizes and dtypes that have code of their own.
-const FILES: [(&str, &[Size], &[&str]); 4] = [
-    ("sinkhorn", &STREAMS, &["f32"]),
-    ("pre", &STREAMS, &["bf16", "f16", "f32"]),
-    ("post", &STREAMS, &["bf16", "f16", "f32"]),
-    ("projection", &COLUMNS, &["bf16", "f16", "f32"]),
+/// Every file with the sizes and dtypes that have code of their own, and what it is compiled for.
+const FILES: [(&str, &[Size], &[&str], Target); 4] = [
+    ("sinkhorn", &STREAMS, &["f32"], Target::Every),
+    ("pre", &STREAMS, &["bf16", "f16", "f32"], Target::Every),
+    ("post", &STREAMS, &["bf16", "f16", "f32"], Target::Every),
+    (
+        "projection",
+        &COLUMNS,
+        &["bf16", "f16", "f32"],
+        Target::Every,
+    ),
 ];
+
+/// Of the architectures that a build is for.
+enum Target {
+    /// All of them.
+    Every,
+    /// Those with clusters of blocks and registers that warps hand to each other, see [`CLUSTERS`].
+    #[allow(dead_code)] // until the first such file is there
+    Clusters,
+}
 
 /// Its name in symbols, its number, and whether that is the number itself and not its bound.
 type Size = (&'static str, u32, bool);
@@ -42,6 +56,15 @@ const COLUMNS: [Size; 4] = [
     ("any", 12, false),
 ];
 
+/// Channels of a stream that a block owns.
+#[allow(dead_code)] // until the first file for clusters is there
+const CHANNELS: [Size; 4] = [
+    ("w256", 256, true),
+    ("w320", 320, true),
+    ("w384", 384, true),
+    ("w448", 448, true),
+];
+
 /// A cubin runs on its chip and on those of the same major version that follow; PTX on all that follow.
 /// Kernels for a bound are there once for each major version: they are large, and not the fast ones.
 const ARCHITECTURES: [&str; 7] = [
@@ -54,12 +77,16 @@ const ARCHITECTURES: [&str; 7] = [
     "compute_100",
 ];
 
+/// What [`Target::Clusters`] is compiled for where a build is for the other: with the suffix `a` a cubin
+/// runs on its very chip alone, with `f` on this family of chips.
+const CLUSTERS: [(&str, &str); 2] = [("sm_90", "sm_90a"), ("sm_100", "sm_100f")];
+
 /// Prints the folder of the NVRTC that `python3` finds, without importing it.
 const ASK_PYTHON: &str = "import importlib.util as u; \
      print(*u.find_spec('nvidia.cuda_nvrtc').submodule_search_locations)";
 
 /// The first that knows all architectures.
-const OLDEST_NVRTC: (c_int, c_int) = (12, 8);
+const OLDEST_NVRTC: (c_int, c_int) = (12, 9);
 
 fn main() {
     println!("cargo::rerun-if-changed=cuda");
@@ -135,7 +162,16 @@ fn units(architectures: &[&'static str]) -> Vec<Unit> {
         let is_first = earlier
             .copied()
             .all(|other| major(other) != major(architecture));
-        for (file, sizes, dtypes) in FILES {
+        for (file, sizes, dtypes, target) in FILES {
+            let architecture = match target {
+                Target::Every => Some(architecture),
+                Target::Clusters => (CLUSTERS.iter())
+                    .find(|(of, _)| *of == architecture)
+                    .map(|(_, with_suffix)| *with_suffix),
+            };
+            let Some(architecture) = architecture else {
+                continue;
+            };
             for &size in sizes
                 .iter()
                 .filter(|(_, _, is_exact)| *is_exact || is_first)
@@ -367,7 +403,7 @@ impl Nvrtc {
         if (major, minor) < OLDEST_NVRTC {
             let path = self.path.display();
             return Err(format!(
-                "expected NVRTC 12.8 or newer, got {major}.{minor}: {path}"
+                "expected NVRTC 12.9 or newer, got {major}.{minor}: {path}"
             ));
         }
         Ok(format!("NVRTC {major}.{minor}"))

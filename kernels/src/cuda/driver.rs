@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 
 use cudarc::driver::sys;
 
-use super::launch::Device;
+use super::launch::{CLUSTER_SIZES, Device};
 
 /// The oldest driver, as the driver numbers itself: the first that loads modules without a context.
 const OLDEST_DRIVER: c_int = 12_000;
@@ -95,7 +95,7 @@ pub fn device_name(ordinal: c_int) -> Result<String, String> {
     }
 }
 
-/// What plans need to know of a GPU.
+/// What plans need to know of a GPU, but for its clusters: they take a kernel and a context to ask.
 pub fn device(ordinal: c_int) -> Result<Device, String> {
     use sys::CUdevice_attribute as Attribute;
     let attribute = |attribute| -> Result<u32, String> {
@@ -115,5 +115,6 @@ pub fn device(ordinal: c_int) -> Result<Device, String> {
         max_shared_bytes: attribute(
             Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
         )?,
+        max_clusters: [0; CLUSTER_SIZES.len()],
     })
 }

@@ -3,11 +3,20 @@
 use miniz_oxide::inflate::decompress_to_vec;
 
 use super::launch::Kernel;
+use crate::view::DType;
 
 include!(concat!(env!("OUT_DIR"), "/cubins.rs"));
 
 /// The oldest GPU: the kernels use its instructions.
 const OLDEST_CAPABILITY: (u32, u32) = (8, 0);
+
+/// The kernel for clusters that tells how many of them a GPU runs at once.
+pub const PROBE: Kernel = Kernel {
+    file: "one_pass_fwd",
+    function: "pre_fwd_one_pass",
+    size: "w256",
+    dtype: DType::Bf16,
+};
 
 /// A file of kernels, compiled for a size, a dtype and an architecture.
 pub struct Image {
@@ -26,6 +35,11 @@ impl Image {
     /// The code itself.
     pub fn decompress(&self) -> Vec<u8> {
         decompress_to_vec(self.code).expect("build.rs compressed it")
+    }
+
+    /// Whether its kernels run in clusters of blocks.
+    pub fn has_clusters(&self) -> bool {
+        self.architecture.ends_with(['a', 'f'])
     }
 }
 
@@ -47,12 +61,13 @@ pub fn build() -> Option<Build> {
 }
 
 /// How well code for an architecture does on a GPU of this capability, if it runs there: machine code of
-/// the same major version first, the latest first.
+/// the same major version first, the latest first. With the suffix `a` it runs on that very chip alone.
 fn fitness(architecture: &str, (major, minor): (u32, u32)) -> Option<(bool, u32)> {
     let (kind, number) = architecture.split_once('_')?;
-    let number: u32 = number.parse().ok()?;
+    let number: u32 = number.trim_end_matches(['a', 'f']).parse().ok()?;
     let of = (number / 10, number % 10);
     let runs = match kind {
+        "sm" if architecture.ends_with('a') => of == (major, minor),
         "sm" => of.0 == major && of.1 <= minor,
         _ => of <= (major, minor),
     };
@@ -112,7 +127,6 @@ pub fn has_symbol(kernel: &Kernel, capability: (u32, u32)) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::view::DType;
 
     #[test]
     fn every_gpu_runs_the_code_that_fits_it_best() {
@@ -147,6 +161,9 @@ mod tests {
         ] {
             assert_eq!(best(capability), name, "{capability:?}");
         }
+        let runs = |name, capability| fitness(name, capability).is_some();
+        assert!(runs("sm_90a", (9, 0)) && !runs("sm_90a", (9, 1)) && !runs("sm_90a", (10, 0)));
+        assert!(runs("sm_100f", (10, 0)) && runs("sm_100f", (10, 3)) && !runs("sm_100f", (11, 0)));
         assert!(check_capability((7, 5)).unwrap_err().contains("7.5"));
     }
 

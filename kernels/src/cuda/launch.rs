@@ -44,6 +44,9 @@ pub enum Arg {
     Settings(Settings),
     /// `Layout`
     Layout(DeviceLayout),
+    /// `TensorMap`
+    #[allow(dead_code)] // until the first kernel for clusters is there
+    TensorMap(Tensor),
 }
 
 impl Arg {
@@ -52,17 +55,101 @@ impl Arg {
         Self::Pointer(view.data as u64)
     }
 
-    /// Where its value lies.
-    pub(super) fn value(&self) -> *const std::ffi::c_void {
-        match self {
+    /// Where its value lies; None where the driver has to make it first.
+    pub(super) fn value(&self) -> Option<*const std::ffi::c_void> {
+        Some(match self {
             Self::Pointer(value) => std::ptr::from_ref(value).cast(),
             Self::I32(value) => std::ptr::from_ref(value).cast(),
             Self::I64(value) => std::ptr::from_ref(value).cast(),
             Self::Settings(value) => std::ptr::from_ref(value).cast(),
             Self::Layout(value) => std::ptr::from_ref(value).cast(),
-        }
+            Self::TensorMap(_) => return None,
+        })
     }
 }
+
+/// What the copy engine takes a box at a time of: bfloat16 `[tokens, num_streams, hidden]`, or some of the
+/// streams. A box lies in shared memory as `[stream, channels / 64, token, 64]`, with swizzled lines of
+/// 128 bytes; in these coordinates one_pass.cuh names its start. `hidden` is a multiple of 64.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tensor {
+    /// Where it starts.
+    pub address: u64,
+    /// Its tokens.
+    pub tokens: usize,
+    /// Streams of a token in memory; 1 for y and u.
+    pub num_streams: usize,
+    /// Channels of a stream.
+    pub hidden: usize,
+    /// The first stream that boxes may have.
+    pub first_stream: usize,
+    /// From there on every one, or every second.
+    pub stream_step: usize,
+    /// What a box has of tokens, of channels (a multiple of 64) and of streams.
+    pub box_dims: [usize; 3],
+}
+
+#[allow(dead_code)] // until the first kernel for clusters is there
+impl Tensor {
+    /// All streams of an operand or a result, or what is like one, in boxes with all of them.
+    pub fn new(
+        address: u64,
+        [tokens, num_streams, hidden]: [usize; 3],
+        box_dims: [usize; 2],
+    ) -> Self {
+        Self {
+            address,
+            tokens,
+            num_streams,
+            hidden,
+            first_stream: 0,
+            stream_step: 1,
+            box_dims: [box_dims[0], box_dims[1], num_streams],
+        }
+    }
+
+    /// The same with every second stream alone.
+    pub fn every_second(self, first_stream: usize) -> Self {
+        Self {
+            first_stream,
+            stream_step: 2,
+            box_dims: [
+                self.box_dims[0],
+                self.box_dims[1],
+                (self.num_streams - first_stream).div_ceil(2),
+            ],
+            ..self
+        }
+    }
+
+    /// Where its first value lies.
+    pub(super) fn start(&self) -> u64 {
+        self.address + (self.first_stream * self.hidden * BF16_BYTES) as u64
+    }
+
+    /// Sizes in values, the fastest first; the strides in bytes of all but the fastest; and those of a box.
+    pub(super) fn layout(&self) -> ([u64; 4], [u64; 3], [u32; 4]) {
+        let streams = (self.num_streams - self.first_stream).div_ceil(self.stream_step);
+        let sizes = [LINE, self.tokens, self.hidden / LINE, streams];
+        let stream_bytes = self.hidden * BF16_BYTES;
+        let strides = [
+            self.num_streams * stream_bytes,
+            LINE * BF16_BYTES,
+            self.stream_step * stream_bytes,
+        ];
+        let [tokens, channels, streams] = self.box_dims;
+        let box_sizes = [LINE, tokens, channels / LINE, streams];
+        (
+            sizes.map(|size| size as u64),
+            strides.map(|stride| stride as u64),
+            box_sizes.map(|size| size as u32),
+        )
+    }
+}
+
+/// Channels of one line of a box (`kBoxChannels` of one_pass.cuh), and bytes of one.
+const LINE: usize = 64;
+const BF16_BYTES: usize = 2;
 
 /// A [`Config`] as the kernels read it: `Settings` of common.cuh.
 #[repr(C)]
@@ -127,6 +214,8 @@ pub struct Launch {
     pub grid: [u32; 3],
     /// Threads of a block.
     pub block: u32,
+    /// Blocks of a cluster, of which `grid` has whole ones; 1 for none. See [`Device::num_clusters`].
+    pub cluster: u32,
     /// Dynamic shared memory of a block.
     pub shared_bytes: u32,
     /// As the kernel declares them.
@@ -144,6 +233,28 @@ pub struct Device {
     pub num_sms: u32,
     /// The most shared memory that a block may ask for.
     pub max_shared_bytes: u32,
+    /// How many clusters run at once whose blocks have a multiprocessor each, for [`CLUSTER_SIZES`]; 0
+    /// where this build has no kernels for clusters on the GPU.
+    pub max_clusters: [u32; CLUSTER_SIZES.len()],
+}
+
+/// Blocks of a cluster.
+pub const CLUSTER_SIZES: [u32; 4] = [2, 4, 8, 16];
+
+/// More blocks than this do not run at once in clusters, whatever the GPU: workspaces have room for
+/// partial sums of as many.
+#[allow(dead_code)] // until the first kernel for clusters is there
+pub const MAX_CLUSTER_BLOCKS: u32 = 160;
+
+impl Device {
+    /// Clusters of `size` blocks for a kernel that works on `tiles` in turn: as many as run at once. None
+    /// where there are no kernels for them, or no room for a single one.
+    #[allow(dead_code)] // until the first kernel for clusters is there
+    pub fn num_clusters(&self, size: u32, tiles: usize) -> Option<u32> {
+        let at = CLUSTER_SIZES.iter().position(|known| *known == size)?;
+        let most = self.max_clusters[at].min(MAX_CLUSTER_BLOCKS / size);
+        (most > 0).then(|| most.min(tiles.try_into().unwrap_or(most)))
+    }
 }
 
 /// What the size of a workspace depends on besides the number of tokens.
@@ -192,6 +303,15 @@ pub struct Workspace {
 }
 
 impl Workspace {
+    /// Room for either of two.
+    #[allow(dead_code)] // until the first kernel for clusters is there
+    pub fn max(self, other: Self) -> Self {
+        Self {
+            per_token: self.per_token.max(other.per_token),
+            fixed: self.fixed.max(other.fixed),
+        }
+    }
+
     /// Its number of floats.
     pub fn len(&self, tokens: usize) -> usize {
         self.per_token * tokens + self.fixed

@@ -1,15 +1,15 @@
 //! What every GPU has loaded of the kernels: they are loaded when they are first wanted, and stay.
 
 use std::collections::HashMap;
-use std::ffi::{CString, c_int, c_uint, c_void};
+use std::ffi::{CString, c_int, c_void};
 use std::ptr;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError, RwLock};
 
 use cudarc::driver::sys;
 
 use super::driver::{check, device, driver};
-use super::images::{check_capability, image};
-use super::launch::{Arg, Device, Kernel, Launch};
+use super::images::{PROBE, check_capability, image};
+use super::launch::{Arg, CLUSTER_SIZES, Device, Kernel, Launch, Tensor};
 
 /// A GPU with the kernels that it has loaded.
 pub struct Gpu {
@@ -101,36 +101,30 @@ impl Context {
     /// # Safety
     /// The arguments are those that the kernel declares, and it touches no other memory than the call may.
     pub unsafe fn launch(&self, launch: &Launch) -> Result<(), String> {
-        let Launch {
-            grid: [x, y, z],
-            block,
-            shared_bytes,
-            ..
-        } = *launch;
         let function = self.function(&launch.kernel)?.0;
-        let mut args: Vec<*mut c_void> = launch
-            .args
-            .iter()
-            .map(|arg: &Arg| arg.value().cast_mut())
+        let maps = launch.args.iter().filter_map(|arg| match arg {
+            Arg::TensorMap(tensor) => Some(tensor_map(tensor)),
+            _ => None,
+        });
+        let maps = maps.collect::<Result<Vec<_>, _>>()?;
+        let mut maps = maps.iter().map(|map| ptr::from_ref(map).cast());
+        let mut args: Vec<*mut c_void> = (launch.args.iter())
+            .map(|arg| arg.value().or_else(|| maps.next()))
+            .map(|value| value.expect("a map for every tensor").cast_mut())
             .collect();
+        let mut cluster = cluster_of(launch.cluster);
+        let config = config(launch, self.stream, &mut cluster);
         // SAFETY: the driver copies the arguments before it returns, and writes none; the rest is the
         // caller's.
         let result = unsafe {
-            sys::cuLaunchKernel(
+            sys::cuLaunchKernelEx(
+                &raw const config,
                 function,
-                x,
-                y,
-                z,
-                block,
-                1,
-                1,
-                shared_bytes as c_uint,
-                self.stream,
                 args.as_mut_ptr(),
                 ptr::null_mut(),
             )
         };
-        check("cuLaunchKernel", result)
+        check("cuLaunchKernelEx", result)
     }
 }
 
@@ -142,15 +136,81 @@ impl Drop for Context {
     }
 }
 
-/// The GPU of this number.
+/// How blocks make up clusters.
+fn cluster_of(size: u32) -> sys::CUlaunchAttribute {
+    sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue {
+            clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 {
+                x: size,
+                y: 1,
+                z: 1,
+            },
+        },
+    }
+}
+
+/// The driver's description of a launch. Without clusters it has no attribute, which GPUs without them
+/// would refuse.
+fn config(
+    launch: &Launch,
+    stream: sys::CUstream,
+    cluster: &mut sys::CUlaunchAttribute,
+) -> sys::CUlaunchConfig {
+    let [x, y, z] = launch.grid;
+    sys::CUlaunchConfig {
+        gridDimX: x,
+        gridDimY: y,
+        gridDimZ: z,
+        blockDimX: launch.block,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: launch.shared_bytes,
+        hStream: stream,
+        attrs: cluster,
+        numAttrs: u32::from(launch.cluster > 1),
+    }
+}
+
+/// What the copy engine wants to know of a tensor. Made on the host, at once.
+fn tensor_map(tensor: &Tensor) -> Result<sys::CUtensorMap, String> {
+    let mut map = sys::CUtensorMap { opaque: [0; 16] };
+    let (sizes, strides, box_sizes) = tensor.layout();
+    // SAFETY: all pointers are to arrays of the length that 4 dimensions ask for; the tensor's memory is
+    // not touched.
+    let result = unsafe {
+        sys::cuTensorMapEncodeTiled(
+            &raw mut map,
+            sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            sizes.len() as u32,
+            tensor.start() as *mut c_void,
+            sizes.as_ptr(),
+            strides.as_ptr(),
+            box_sizes.as_ptr(),
+            [1; 4].as_ptr(),
+            sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+            // 256 would be slower.
+            sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+            sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    };
+    check("cuTensorMapEncodeTiled", result)
+        .map(|()| map)
+        .map_err(|reason| format!("{reason}: {tensor:?}"))
+}
+
+/// The GPU of this number, whose context is the current one.
 fn gpu(ordinal: c_int) -> Result<Arc<Gpu>, String> {
     let gpus = GPUS.read().unwrap_or_else(PoisonError::into_inner);
     if let Some(gpu) = gpus.get(&ordinal) {
         return Ok(gpu.clone());
     }
     drop(gpus);
-    let device = device(ordinal)?;
+    let mut device = device(ordinal)?;
     check_capability(device.capability)?;
+    device.max_clusters = max_clusters(&device)?;
     let mut gpus = GPUS.write().unwrap_or_else(PoisonError::into_inner);
     let gpu = gpus.entry(ordinal).or_insert_with(|| {
         Arc::new(Gpu {
@@ -159,6 +219,35 @@ fn gpu(ordinal: c_int) -> Result<Arc<Gpu>, String> {
         })
     });
     Ok(gpu.clone())
+}
+
+/// How many clusters run at once. Every kernel for clusters has a multiprocessor for each block, so that
+/// this depends on the size of the clusters alone, and [`PROBE`] can tell for all.
+fn max_clusters(device: &Device) -> Result<[u32; CLUSTER_SIZES.len()], String> {
+    let mut most = [0; CLUSTER_SIZES.len()];
+    if image(&PROBE, device.capability).is_none() {
+        return Ok(most);
+    }
+    let function = load(&PROBE, device)?.0;
+    for (most, size) in most.iter_mut().zip(CLUSTER_SIZES) {
+        let probe = Launch {
+            kernel: PROBE,
+            grid: [size, 1, 1],
+            block: 128,
+            cluster: size,
+            // More than half of what a multiprocessor has.
+            shared_bytes: device.max_shared_bytes / 4 * 3,
+            args: Vec::new(),
+        };
+        let (mut cluster, mut num) = (cluster_of(size), 0);
+        let config = config(&probe, ptr::null_mut(), &mut cluster);
+        // SAFETY: the function is loaded in the current context; nothing is launched.
+        let result =
+            unsafe { sys::cuOccupancyMaxActiveClusters(&raw mut num, function, &raw const config) };
+        check("cuOccupancyMaxActiveClusters", result)?;
+        *most = num as u32;
+    }
+    Ok(most)
 }
 
 /// Loads a kernel into the current context, which is that of `device`.
@@ -209,6 +298,12 @@ fn load(kernel: &Kernel, device: &Device) -> Result<Function, String> {
         let most = device.max_shared_bytes as c_int - static_bytes;
         let result = sys::cuKernelSetAttribute(attribute, most, loaded, ordinal);
         check(&in_kernel("cuKernelSetAttribute"), result)?;
+        if image.has_clusters() {
+            // More than 8 blocks.
+            let attribute = Attribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED;
+            let result = sys::cuKernelSetAttribute(attribute, 1, loaded, ordinal);
+            check(&in_kernel("cuKernelSetAttribute"), result)?;
+        }
         let result = sys::cuKernelGetFunction(&raw mut function, loaded);
         check(&in_kernel("cuKernelGetFunction"), result)?;
     }

@@ -65,6 +65,7 @@ pub fn forward(call: &Call, device: &Device, memory: &mut Memory, x: u64) -> Vec
         kernel: kernel(call, "pre_fwd"),
         grid: [call.tokens.div_ceil(TOKENS) as u32, 1, 1],
         block: THREADS,
+        cluster: 1,
         shared_bytes: 0,
         args: vec![
             Arg::Pointer(x),
@@ -167,6 +168,7 @@ pub fn backward(
         kernel: kernel(call, "pre_bwd"),
         grid: [blocks, 1, 1],
         block: THREADS,
+        cluster: 1,
         shared_bytes: shared_bytes.unwrap_or(0) as u32,
         args: vec![
             Arg::Pointer(x),
@@ -195,6 +197,7 @@ pub fn backward(
         kernel: kernel(call, "sum_gates"),
         grid: [(num + 3) as u32, 1, 1],
         block: 32,
+        cluster: 1,
         shared_bytes: 0,
         args: vec![
             Arg::Pointer(gate_sums),

@@ -46,6 +46,7 @@ pub fn plan(call: &Call, _device: &Device) -> Vec<Launch> {
         kernel,
         grid: [threads.div_ceil(THREADS) as u32, 1, 1],
         block: THREADS as u32,
+        cluster: 1,
         shared_bytes: shared_bytes as u32,
         args,
     }]

@@ -1,7 +1,7 @@
 //! What can be known of the CUDA side without a GPU.
 
 use super::images::{build, has_symbol};
-use super::launch::Device;
+use super::launch::{Arg, Device, Tensor};
 use super::{check_device_call, plan, status, workspace};
 use crate::signature::{Example, Op};
 use crate::view::DType;
@@ -12,6 +12,7 @@ const H100: Device = Device {
     capability: (9, 0),
     num_sms: 132,
     max_shared_bytes: 227 << 10,
+    max_clusters: [66, 30, 15, 7],
 };
 
 /// Ada: the least shared memory of all that there are kernels for.
@@ -20,7 +21,33 @@ const L4: Device = Device {
     capability: (8, 9),
     num_sms: 58,
     max_shared_bytes: 99 << 10,
+    max_clusters: [0; 4],
 };
+
+#[test]
+fn tensors_have_the_layout_that_one_pass_kernels_read() {
+    let tensor = Tensor::new(1 << 20, [100, 4, 4096], [8, 256]);
+    let strides = |step: u64| [4 * 8192, 128, step * 8192];
+    assert_eq!(tensor.start(), 1 << 20);
+    assert_eq!(
+        tensor.layout(),
+        ([64, 100, 64, 4], strides(1), [64, 8, 4, 4])
+    );
+    for first_stream in [0, 1] {
+        let half = tensor.every_second(first_stream);
+        assert_eq!(half.start(), (1 << 20) + 8192 * first_stream as u64);
+        assert_eq!(half.layout(), ([64, 100, 64, 2], strides(2), [64, 8, 4, 2]));
+    }
+}
+
+#[test]
+fn clusters_are_as_many_as_run_at_once() {
+    assert_eq!(H100.num_clusters(16, 1000), Some(7));
+    assert_eq!(H100.num_clusters(8, 3), Some(3));
+    assert_eq!(H100.num_clusters(8, 0), Some(0));
+    assert_eq!(H100.num_clusters(3, 1000), None);
+    assert_eq!(L4.num_clusters(16, 1000), None);
+}
 
 /// All ops in many sizes.
 fn examples() -> Vec<(String, Example)> {
@@ -79,6 +106,22 @@ fn plans_name_kernels_that_exist_and_fit_the_gpu() {
                 assert!(launch.block <= 1024 && launch.block % 32 == 0, "{name}");
                 assert!(launch.shared_bytes <= device.max_shared_bytes, "{name}");
                 let [x, y, z] = launch.grid;
+                assert_eq!(x % launch.cluster, 0, "{name}");
+                // So that a multiprocessor has one block, as Device::max_clusters says.
+                let alone = launch.shared_bytes > device.max_shared_bytes / 2;
+                assert!(launch.cluster == 1 || alone, "{name}");
+                for arg in &launch.args {
+                    if let Arg::TensorMap(tensor) = arg {
+                        let (sizes, strides, box_sizes) = tensor.layout();
+                        assert!(tensor.hidden.is_multiple_of(64), "{name}");
+                        assert!(sizes.iter().all(|size| *size > 0), "{name}");
+                        assert!(strides.iter().all(|stride| stride % 16 == 0), "{name}");
+                        assert!(
+                            box_sizes.iter().all(|size| (1..=256).contains(size)),
+                            "{name}"
+                        );
+                    }
+                }
                 assert!(x < 1 << 31 && y < 1 << 16 && z < 1 << 16, "{name}");
                 let runs = build().is_some_and(|build| {
                     let (major, minor) = device.capability;
