@@ -100,6 +100,11 @@ __device__ inline void read_transposed(u32 (&m)[2], u32 at) {
                : "r"(at)
                : "memory");
 }
+__device__ inline void write_matrices(u32 at, const u32 (&m)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(m[0]),
+               "r"(m[1]), "r"(m[2]), "r"(m[3])
+               : "memory");
+}
 __device__ inline void write_transposed(u32 at, const u32 (&m)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
                "r"(m[0]), "r"(m[1]), "r"(m[2]), "r"(m[3])
@@ -222,6 +227,14 @@ __device__ inline void copy_in(u32 to, const TensorMap& map, int token, int box,
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
       ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
       "l"(&map), "r"(0), "r"(token), "r"(box), "r"(stream), "r"(barrier), "l"(policy)
+      : "memory");
+}
+// `bytes` in a row, in multiples of 16.
+__device__ inline void copy_in(u32 to, const void* from, u32 bytes, u32 barrier, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
+      "%4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
 }
 // The other way; what lies outside is not written. Wants `fence_for_copies` by all who wrote the box.
