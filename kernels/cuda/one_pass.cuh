@@ -210,6 +210,14 @@ __device__ inline void send(u32 at, float4 v, u32 barrier) {
       : "memory");
 }
 
+// The same with 4 bytes.
+__device__ inline void send(u32 at, float v, u32 barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(at), "f"(v),
+      "r"(barrier)
+      : "memory");
+}
+
 // ---- the copy engine -----------------------------------------------------------------------------------
 
 // Lines that nobody reads again soon.
