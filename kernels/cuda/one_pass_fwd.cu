@@ -1,0 +1,563 @@
+// The forward passes that read the streams once (see one_pass.cuh), for four bfloat16 streams whose width
+// is SIZE times the cluster's:
+//
+//   pre_fwd_one_pass   pre: all coefficients and u                                  [14 to 19]
+//   seam_fwd_one_pass  post of one sublayer and pre of the next: X' besides
+//
+// A block's warps, by what they do with each tile of tokens:
+//
+//   project (8)   the slice of vec(X) phi and of the sum of squares, with phi in registers all the time; before
+//                 that, in the seam, X' in place of X. Warp w owns the 8 channels w of every 64, in all
+//                 streams, so that X' goes from its registers to the tensor cores
+//   apply (4)     u from h_pre, once that is there; in the seam X' on its way out
+//   copy          X (and y, h_post, h_res) from memory
+//   send          the sum of the 8 warps' partial sums, to the block that owns the token
+//   own           the sum over the cluster, in the order of its blocks, and all coefficients but H_res; h_pre to
+//                 every block
+//   sinkhorn      H_res of 8 owned tokens at a time. Nobody waits for it
+//
+// A token's sums are cut by C alone: they do not depend on the other tokens or on how many there are.
+
+#include "coefficients.cuh"
+#include "one_pass.cuh"
+#include "sinkhorn.cuh"
+
+constexpr int N = 4;
+constexpr int kColumns = N * (N + 2);
+constexpr int kProjectWarps = 8;
+constexpr int kApplyWarps = 4;
+constexpr int kApplyThreads = 32 * kApplyWarps;
+constexpr int kThreads = 32 * (kProjectWarps + kApplyWarps + 4);
+constexpr int kMaxCluster = 16;
+// 8 channels, what a lane of `apply` takes at once.
+constexpr int kUnits = SIZE / 8;
+constexpr int kBoxes = SIZE / kBoxChannels;
+static_assert(SIZE % kBoxChannels == 0, "whole boxes");
+
+// ---- sizes ------------------------------------------------------------------------------------------
+
+// Of a block of SIZE channels. As many stages as shared memory holds, and registers such that nothing spills:
+// the three numbers twice the first, and the others, are no more than 512. Tiles of 16 tokens pay where there
+// are registers for two accumulators (92 us, not 95, at 8192 x 4096).
+struct Shape {
+  int tokens, stages;
+  int low_in_shared;  // of the kBoxes slices of phi, how many have their low part in shared memory
+  int project_registers, apply_registers, other_registers;
+};
+__device__ constexpr Shape shape(bool seam) {
+  switch (SIZE) {
+    case 256: return seam ? Shape{8, 8, 0, 168, 88, 88} : Shape{16, 5, 0, 168, 88, 88};
+    case 320: return seam ? Shape{8, 6, 0, 192, 64, 64} : Shape{8, 8, 0, 184, 72, 72};
+    case 384: return seam ? Shape{8, 5, 0, 208, 48, 48} : Shape{8, 7, 0, 200, 56, 56};
+    default: return seam ? Shape{8, 4, 4, 192, 64, 64} : Shape{8, 6, 0, 208, 48, 48};
+  }
+}
+
+// kColumns sums, the sum of squares, and padding to a multiple of 16 bytes.
+constexpr int kSumsBytes = 28 * 4;
+constexpr int kSumsParts = kSumsBytes / 16;
+// Matrices for `sinkhorn`: 8 at a time, with some space between against bank conflicts.
+constexpr int kBatch = 8;
+constexpr int kMatrixBytes = (N * N + 4) * 4;
+// phi's low part of 16 rows, for a warp.
+constexpr int kLowBytes = 32 * 6 * 4;
+
+// Where things lie in shared memory.
+template <bool SEAM>
+struct Plan {
+  static constexpr Shape kShape = shape(SEAM);
+  static constexpr int kTokens = kShape.tokens;
+  static constexpr int kStages = kShape.stages;
+  static constexpr int kLow = kShape.low_in_shared;
+
+  // A stage: X as [stream, box, token, 64 channels], then y alike, h_res and h_post.
+  static constexpr int kBoxBytes = kTokens * int(kRowBytes);
+  static constexpr int kStreamBytes = kBoxes * kBoxBytes;
+  static constexpr int kY = N * kStreamBytes;
+  static constexpr int kHRes = kY + kStreamBytes;
+  static constexpr int kHPost = kHRes + kTokens * N * N * 4;
+  static constexpr int kStageBytes = SEAM ? (kHPost + kTokens * N * 4 + 1023) / 1024 * 1024 : kY;
+
+  static constexpr int kPartialBytes = kProjectWarps * kTokens * kSumsBytes;
+  static constexpr int kOwnBytes = (kTokens < kMaxCluster ? kMaxCluster : kTokens) * kSumsBytes;
+
+  static constexpr int kPartials = 1024;  // behind the barriers
+  static constexpr int kOwn = kPartials + 2 * kPartialBytes;
+  static constexpr int kHPre = kOwn + kStages * kOwnBytes;
+  static constexpr int kLogits = kHPre + kStages * kTokens * N * 4;
+  static constexpr int kLowParts = kLogits + 2 * kBatch * kMatrixBytes;
+  static constexpr int kStage =
+      (kLowParts + kProjectWarps * kLow * 2 * kLowBytes + 1023) / 1024 * 1024;
+  static constexpr int kBytes = kStage + kStages * kStageBytes;
+  static_assert(kBytes <= 232448, "shared memory of a block");
+  static_assert(2 * kShape.project_registers + kShape.apply_registers + kShape.other_registers <= 512,
+                "registers of a block");
+};
+
+// ---- a block ------------------------------------------------------------------------------------------
+
+struct Call {
+  const TensorMap* x_map;
+  const TensorMap* y_map;  // the seam's, like all that follow here
+  const float *h_post_in, *h_res_in;
+  Stream* x_new;
+
+  const float *phi, *alpha, *bias;
+  Stream* u;
+  float *h_pre, *h_post, *h_res, *m, *r;
+  int tokens;
+  const Settings* settings;
+};
+
+// Barriers, in this order at the start of shared memory.
+enum Barrier : u32 {
+  kFull = 0,       // a stage of X
+  kEmpty = 16,
+  kSumsFull = 32,  // all blocks' sums for the owned tokens of a stage
+  kHFull = 48,     // h_pre of a stage's tokens
+  kPartialFull = 64,
+  kPartialEmpty = 66,
+  kLogitsFull = 68,
+  kLogitsEmpty = 70,
+  kPhiLoaded = 72,
+};
+
+template <bool SEAM>
+struct Block : Plan<SEAM> {
+  using P = Plan<SEAM>;
+  static_assert(P::kStages <= 16, "barriers");
+
+  const Call& call;
+  u32 shared, rank, cluster;  // cluster: its number of blocks
+  int first_tile, tile_step, num_tiles;
+  int owned;  // tokens of a tile that a block owns, if it owns any
+
+  __device__ explicit Block(const Call& c) : call(c) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    shared = shared_address(memory);
+    rank = cluster_rank();
+    cluster = cluster_size();
+    first_tile = blockIdx.x / cluster;
+    tile_step = gridDim.x / cluster;
+    const int tiles = (call.tokens + P::kTokens - 1) / P::kTokens;
+    num_tiles = first_tile < tiles ? (tiles - first_tile + tile_step - 1) / tile_step : 0;
+    owned = max(P::kTokens / int(cluster), 1);
+  }
+
+  __device__ u32 barrier(Barrier which, u32 index = 0) const { return shared + 8 * (which + index); }
+  __device__ u32 stage(u32 slot) const { return shared + P::kStage + slot * P::kStageBytes; }
+  // The first token of this cluster's tile i.
+  __device__ int token(int i) const { return (first_tile + i * tile_step) * P::kTokens; }
+  __device__ int hidden() const { return SIZE * int(cluster); }
+  __device__ bool owns() const { return int(rank) * owned < P::kTokens; }
+
+  __device__ void init_barriers() const {
+    for (int s = 0; s < P::kStages; ++s) {
+      init_barrier(barrier(kFull, s), 1);
+      init_barrier(barrier(kEmpty, s), kApplyWarps);
+      init_barrier(barrier(kSumsFull, s), 1);
+      init_barrier(barrier(kHFull, s), 1);
+    }
+    for (int s = 0; s < 2; ++s) {
+      init_barrier(barrier(kPartialFull, s), kProjectWarps);
+      init_barrier(barrier(kPartialEmpty, s), 1);
+      init_barrier(barrier(kLogitsFull, s), 1);
+      init_barrier(barrier(kLogitsEmpty, s), 1);
+    }
+    init_barrier(barrier(kPhiLoaded), kProjectWarps);
+    publish_barriers();
+  }
+
+  __device__ void project(int warp, int lane) const;
+  __device__ void apply(int thread) const;
+  __device__ void copy(int lane) const;
+  __device__ void send_sums(int lane) const;
+  __device__ void own(int lane) const;
+  __device__ void sinkhorn(int lane) const;
+};
+
+// ---- project ------------------------------------------------------------------------------------------
+
+// A fragments of phi transposed, with phi = high + low: rows are columns of phi, of which there are 24 + 24, and
+// 16 rows of phi are channels w of box `box` of the streams 2 pair and 2 pair + 1. Word [c][s] has
+// the columns from 8 c on of stream 2 pair + s.
+using Part = u32[3][2];
+
+__device__ inline void load_phi(const float* at, int stream_stride, Part& high, Part& low) {
+#pragma unroll
+  for (int c = 0; c < 3; ++c) {
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      const float* row = at + s * stream_stride + 8 * c;
+      u32 parts[2];
+      split(__ldg(row), __ldg(row + kColumns), parts);
+      high[c][s] = parts[0];
+      low[c][s] = parts[1];
+    }
+  }
+}
+
+// 8 tokens' sums as the tensor cores leave them: rows of sums[0] are the columns 0 to 15 of high, of sums[1]
+// 16 to 23 of high and 0 to 7 of low, of sums[2] the rest of low. The squares are on the diagonal.
+struct Sums {
+  float sums[3][4] = {};
+  float squares[4] = {};
+
+  __device__ void add(const Part& high, const Part& low, uint2 x) {
+    mma(sums[0], high[0][0], high[1][0], high[0][1], high[1][1], x);
+    mma(sums[1], high[2][0], low[0][0], high[2][1], low[0][1], x);
+    mma(sums[2], low[1][0], low[2][0], low[1][1], low[2][1], x);
+    mma(squares, x.x, 0, x.y, 0, x);
+  }
+
+  __device__ void store(u32 at, int lane) const {
+    const int g = lane / 4, q = lane % 4;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const u32 row = at + (2 * q + e) * kSumsBytes + 4 * g;
+      write_float(row, sums[0][e] + sums[1][2 + e]);
+      write_float(row + 32, sums[0][2 + e] + sums[2][e]);
+      write_float(row + 64, sums[1][e] + sums[2][2 + e]);
+    }
+    if (g / 2 == q) write_float(at + g * kSumsBytes + 4 * kColumns, g % 2 ? squares[1] : squares[0]);
+  }
+};
+
+// X'[i] = h_post[i] y + sum over j of H_res[i, j] X[j], for two channels of a token; h[i] is H_res[i, :],
+// h_post[i].
+__device__ inline void mix(u32 (&x)[N], u32 y, const float (&h)[N][N + 1]) {
+  float sums[N][2];
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const auto value = [e](u32 word) { return wide(bf16{u16(word >> 16 * e)}); };
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      sums[i][e] = h[i][N] * value(y);
+#pragma unroll
+      for (int j = 0; j < N; ++j) sums[i][e] += h[i][j] * value(x[j]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] = pair_of((bf16*)nullptr, sums[i][0], sums[i][1]);
+}
+
+template <bool SEAM>
+__device__ inline void Block<SEAM>::project(int warp, int lane) const {
+  take_registers<P::kShape.project_registers>();
+  const int g = lane / 4, q = lane % 4;
+
+  Part high[kBoxes][2], low[kBoxes - P::kLow][2];
+  const u32 low_parts = shared + P::kLowParts + warp * P::kLow * 2 * kLowBytes;
+  const int stream_stride = hidden() * kColumns;
+  const float* phi = call.phi + size_t(rank * SIZE + warp * 8 + 2 * q) * kColumns + g;
+#pragma unroll
+  for (int box = 0; box < kBoxes; ++box) {
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      const float* at = phi + box * kBoxChannels * kColumns + 2 * pair * size_t(stream_stride);
+      if (box < kBoxes - P::kLow) {
+        load_phi(at, stream_stride, high[box][pair], low[box][pair]);
+      } else {
+        Part rest;
+        load_phi(at, stream_stride, high[box][pair], rest);
+        const u32 to = low_parts + ((box - kBoxes + P::kLow) * 2 + pair) * kLowBytes;
+        write4(to + 16 * lane, {rest[1][0], rest[1][1], rest[2][0], rest[2][1]});
+        write2(to + 512 + 8 * lane, {rest[0][0], rest[0][1]});
+      }
+    }
+  }
+  __syncwarp();
+  if (lane == 0) arrive(barrier(kPhiLoaded));
+  cluster_wait();
+
+  // Lane l points at the 8 channels of token l % 8 of stream l / 8.
+  const u32 matrices = lane / 8 * P::kStreamBytes + swizzled(lane % 8, warp);
+  // Two channels of token g.
+  const u32 own_y = P::kY + swizzled(g, warp) + 4 * q;
+  Ring<P::kStages> ring;
+  for (int i = 0; i < num_tiles; ++i, ring.next()) {
+    wait(barrier(kFull, ring.slot), ring.parity);
+    const u32 here = stage(ring.slot);
+    float h[N][N + 1];
+    if constexpr (SEAM) {
+      const float4 post = read_float4(here + P::kHPost + g * N * 4);
+      const float posts[N] = {post.x, post.y, post.z, post.w};
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        const float4 row = read_float4(here + P::kHRes + (g * N + k) * N * 4);
+        h[k][0] = row.x, h[k][1] = row.y, h[k][2] = row.z, h[k][3] = row.w, h[k][N] = posts[k];
+      }
+    }
+
+    Sums sums[P::kTokens / 8];
+#pragma unroll
+    for (int box = 0; box < kBoxes; ++box) {
+#pragma unroll
+      for (int octet = 0; octet < P::kTokens / 8; ++octet) {
+        const u32 at = here + matrices + box * P::kBoxBytes + octet * 8 * kRowBytes;
+        u32 x[N];
+        read_matrices(x, at);
+        if constexpr (SEAM) {
+          mix(x, read1(here + own_y + box * P::kBoxBytes), h);
+          write_matrices(at, x);
+        }
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+          const uint2 x_pair = {x[2 * pair], x[2 * pair + 1]};
+          if (box < kBoxes - P::kLow) {
+            sums[octet].add(high[box][pair], low[box][pair], x_pair);
+          } else {
+            const u32 from = low_parts + ((box - kBoxes + P::kLow) * 2 + pair) * kLowBytes;
+            const uint4 others = read4(from + 16 * lane);
+            const uint2 first = read2(from + 512 + 8 * lane);
+            const Part rest = {{first.x, first.y}, {others.x, others.y}, {others.z, others.w}};
+            sums[octet].add(high[box][pair], rest, x_pair);
+          }
+        }
+      }
+    }
+    // The copy engine will write where X' is.
+    if constexpr (SEAM) fence_for_copies();
+
+    const u32 slot = i % 2;
+    wait(barrier(kPartialEmpty, slot), (i / 2 & 1) ^ 1);
+#pragma unroll
+    for (int octet = 0; octet < P::kTokens / 8; ++octet) {
+      const u32 row = warp * P::kTokens + 8 * octet;
+      sums[octet].store(shared + P::kPartials + slot * P::kPartialBytes + row * kSumsBytes, lane);
+    }
+    __syncwarp();
+    if (lane == 0) arrive(barrier(kPartialFull, slot));
+  }
+}
+
+// ---- apply ------------------------------------------------------------------------------------------
+
+template <bool SEAM>
+__device__ inline void Block<SEAM>::apply(int thread) const {
+  if constexpr (P::kShape.apply_registers > 128) {
+    take_registers<P::kShape.apply_registers>();
+  } else {
+    give_registers<P::kShape.apply_registers>();
+  }
+  cluster_wait();
+  Ring<P::kStages> ring;
+  for (int i = 0; i < num_tiles; ++i, ring.next()) {
+    if (thread == 0) arrive_and_expect(barrier(kHFull, ring.slot), P::kTokens * N * 4);
+    wait_for_cluster(barrier(kHFull, ring.slot), ring.parity);
+    const u32 h_pre = shared + P::kHPre + ring.slot * P::kTokens * N * 4;
+#pragma unroll 2
+    for (int k = thread; k < P::kTokens * kUnits; k += kApplyThreads) {
+      const int t = k / kUnits, unit = k % kUnits;
+      const float4 hs = read_float4(h_pre + t * N * 4);
+      const float h[N] = {hs.x, hs.y, hs.z, hs.w};
+      const u32 at = stage(ring.slot) + unit / 8 * P::kBoxBytes + swizzled(t, unit % 8);
+      Pack<bf16, 8> x[N];
+      float sums[8] = {};
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const uint4 words = read4(at + j * P::kStreamBytes);
+        x[j].words[0] = words.x, x[j].words[1] = words.y, x[j].words[2] = words.z;
+        x[j].words[3] = words.w;
+#pragma unroll
+        for (int v = 0; v < 8; ++v) sums[v] += h[j] * x[j][v];
+      }
+      Pack<bf16, 8> u;
+      u.set(sums);
+      const long long to = token(i) + t;
+      if (to >= call.tokens) continue;
+      const int channel = rank * SIZE + unit * 8;
+      if constexpr (SEAM) {
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+          write_through(call.x_new + (to * N + j) * hidden() + channel,
+                        {x[j].words[0], x[j].words[1], x[j].words[2], x[j].words[3]});
+        }
+      }
+      write_through(call.u + to * hidden() + channel,
+                    {u.words[0], u.words[1], u.words[2], u.words[3]});
+    }
+    __syncwarp();
+    if (thread % 32 == 0) arrive(barrier(kEmpty, ring.slot));
+  }
+}
+
+// ---- one warp each --------------------------------------------------------------------------------------
+
+template <bool SEAM>
+__device__ inline void Block<SEAM>::copy(int lane) const {
+  if (lane != 0) return;
+  const u64 policy = evict_first();
+  Ring<P::kStages> ring;
+  for (int i = 0; i < num_tiles; ++i, ring.next()) {
+    // phi first, beside one tile: nothing can start without it.
+    if (i == 1) wait(barrier(kPhiLoaded), 0);
+    wait(barrier(kEmpty, ring.slot), ring.parity ^ 1);
+    const u32 full = barrier(kFull, ring.slot), to = stage(ring.slot);
+    const int first = token(i), count = min(P::kTokens, call.tokens - first);
+    const int coefficients = SEAM ? count * (N * N + N) * 4 : 0;
+    arrive_and_expect(full, (SEAM ? P::kHRes : P::kY) + coefficients);
+    copy_in(to, *call.x_map, first, rank * kBoxes, 0, full, policy);
+    if constexpr (SEAM) {
+      copy_in(to + P::kY, *call.y_map, first, rank * kBoxes, 0, full, policy);
+      copy_in(to + P::kHRes, call.h_res_in + size_t(first) * N * N, count * N * N * 4, full, policy);
+      copy_in(to + P::kHPost, call.h_post_in + size_t(first) * N, count * N * 4, full, policy);
+    }
+  }
+}
+
+template <bool SEAM>
+__device__ inline void Block<SEAM>::send_sums(int lane) const {
+  Ring<P::kStages> ring;
+  for (int i = 0; i < num_tiles; ++i, ring.next()) {
+    const u32 slot = i % 2;
+    wait(barrier(kPartialFull, slot), i / 2 & 1);
+    // The owners have read what this slot of theirs held before once they have answered to it.
+    if (i >= P::kStages) wait_for_cluster(barrier(kHFull, ring.slot), ring.parity ^ 1);
+#pragma unroll
+    for (int k = lane; k < P::kTokens * kSumsParts; k += 32) {
+      const int t = k / kSumsParts, part = k % kSumsParts;
+      const u32 from = shared + P::kPartials + slot * P::kPartialBytes + t * kSumsBytes + part * 16;
+      float4 sum = read_float4(from);
+#pragma unroll
+      for (int w = 1; w < kProjectWarps; ++w) {
+        const float4 v = read_float4(from + w * P::kTokens * kSumsBytes);
+        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+      }
+      const u32 owner = t / owned;
+      const u32 to = shared + P::kOwn + ring.slot * P::kOwnBytes +
+                     (rank * owned + t % owned) * kSumsBytes + part * 16;
+      send(in_block(to, owner), sum, in_block(barrier(kSumsFull, ring.slot), owner));
+    }
+    __syncwarp();
+    if (lane == 0) arrive(barrier(kPartialEmpty, slot));
+  }
+}
+
+// Lane c has column c, and lane kColumns the sum of squares.
+template <bool SEAM>
+__device__ inline void Block<SEAM>::own(int lane) const {
+  if (!owns()) return;
+  const Settings& settings = *call.settings;
+  const int c = min(lane, kColumns);
+  const bool is_column = lane < kColumns;
+  const float alpha = is_column ? call.alpha[(c >= N) + (c >= 2 * N)] : 0.f;
+  const float bias = is_column ? call.bias[c] : 0.f;
+  const u32 stride = owned * kSumsBytes;
+  int count = 0;
+  Ring<P::kStages> ring;
+  for (int i = 0; i < num_tiles; ++i, ring.next()) {
+    if (lane == 0) arrive_and_expect(barrier(kSumsFull, ring.slot), cluster * stride);
+    wait_for_cluster(barrier(kSumsFull, ring.slot), ring.parity);
+    for (int o = 0; o < owned; ++o, ++count) {
+      const u32 from = shared + P::kOwn + ring.slot * P::kOwnBytes + o * kSumsBytes + 4 * c;
+      float sum = 0.f;
+#pragma unroll
+      for (u32 b = 0; b < kMaxCluster; ++b) sum += b < cluster ? read_float(from + b * stride) : 0.f;
+      const float r = inverse_norm(settings, __shfl_sync(kAllLanes, sum, kColumns), N * hidden());
+      const float m = r * sum, z = bias + alpha * m;
+      const float s = sigmoid(z), h = s + settings.pre_eps;
+      const float4 h_pre = {__shfl_sync(kAllLanes, h, 0), __shfl_sync(kAllLanes, h, 1),
+                            __shfl_sync(kAllLanes, h, 2), __shfl_sync(kAllLanes, h, 3)};
+      const int t = rank * owned + o;
+      if (lane < int(cluster)) {
+        const u32 to = shared + P::kHPre + (ring.slot * P::kTokens + t) * N * 4;
+        send(in_block(to, lane), h_pre, in_block(barrier(kHFull, ring.slot), lane));
+      }
+
+      const u32 batch = count / kBatch, slot = batch % 2;
+      if (count % kBatch == 0) wait(barrier(kLogitsEmpty, slot), (batch / 2 & 1) ^ 1);
+      if (is_column && c >= 2 * N) {
+        const u32 matrix = slot * kBatch + count % kBatch;
+        write_float(shared + P::kLogits + matrix * kMatrixBytes + 4 * (c - 2 * N), z);
+      }
+      if (count % kBatch == kBatch - 1 || count == num_tiles * owned - 1) {
+        __syncwarp();
+        if (lane == 0) arrive(barrier(kLogitsFull, slot));
+      }
+
+      const size_t at = size_t(token(i)) + t;
+      if (at >= call.tokens) continue;
+      if (is_column) call.m[at * kColumns + c] = m;
+      if (lane == kColumns) call.r[at] = r;
+      if (c < N) {
+        call.h_pre[at * N + c] = h;
+      } else if (c < 2 * N) {
+        call.h_post[at * N + c - N] = settings.post_scale * s;
+      }
+    }
+  }
+}
+
+template <bool SEAM>
+__device__ inline void Block<SEAM>::sinkhorn(int lane) const {
+  if (!owns()) return;
+  const Sinkhorn<N> sinkhorn{*call.settings, N, lane % N};
+  const int matrix = lane / N;
+  for (int batch = 0; batch * kBatch < num_tiles * owned; ++batch) {
+    const u32 slot = batch % 2;
+    wait(barrier(kLogitsFull, slot), batch / 2 & 1);
+    float z[N], h[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const u32 from = shared + P::kLogits + (slot * kBatch + matrix) * kMatrixBytes;
+      h[i] = z[i] = read_float(from + 4 * sinkhorn.at(i));
+    }
+    __syncwarp();
+    if (lane == 0) arrive(barrier(kLogitsEmpty, slot));
+    if (call.settings->constraint == 0) sinkhorn.forward(z, h, nullptr, 0);
+    const int count = batch * kBatch + matrix, i = count / owned;
+    const size_t at = size_t(token(i)) + rank * owned + count % owned;
+    if (i >= num_tiles || at >= call.tokens) continue;
+#pragma unroll
+    for (int k = 0; k < N; ++k) call.h_res[at * N * N + sinkhorn.at(k)] = h[k];
+  }
+}
+
+// ---- kernels ------------------------------------------------------------------------------------------
+
+template <bool SEAM>
+__device__ inline void run(const Call& call) {
+  const Block<SEAM> block(call);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) block.init_barriers();
+  __syncthreads();
+  // No block may send to another before that one's barriers are there: everybody waits for the others, first
+  // thing in its role.
+  cluster_arrive();
+  if (warp < kProjectWarps) {
+    block.project(warp, lane);
+  } else if (warp < kProjectWarps + kApplyWarps) {
+    block.apply(threadIdx.x - 32 * kProjectWarps);
+  } else {
+    give_registers<Plan<SEAM>::kShape.other_registers>();
+    cluster_wait();
+    switch (warp - kProjectWarps - kApplyWarps) {
+      case 0: block.copy(lane); break;
+      case 1: block.send_sums(lane); break;
+      case 2: block.own(lane); break;
+      default: block.sinkhorn(lane);
+    }
+  }
+  // Nor may it go while others send to it.
+  __syncwarp();
+  cluster_arrive();
+  cluster_wait();
+}
+
+KERNEL(pre_fwd_one_pass, kThreads, 1)
+(const __grid_constant__ TensorMap x_map, const float* phi, const float* alpha, const float* bias,
+ Stream* u, float* h_pre, float* h_post, float* h_res, float* m, float* r, int tokens,
+ const __grid_constant__ Settings settings) {
+  run<false>({&x_map, nullptr, nullptr, nullptr, nullptr, phi, alpha, bias, u, h_pre, h_post, h_res, m,
+              r, tokens, &settings});
+}
+
+KERNEL(seam_fwd_one_pass, kThreads, 1)
+(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map,
+ const float* h_post_in, const float* h_res_in, const float* phi, const float* alpha,
+ const float* bias, Stream* x_new, Stream* u, float* h_pre, float* h_post, float* h_res, float* m,
+ float* r, int tokens, const __grid_constant__ Settings settings) {
+  run<true>({&x_map, &y_map, h_post_in, h_res_in, x_new, phi, alpha, bias, u, h_pre, h_post, h_res, m,
+             r, tokens, &settings});
+}
