@@ -105,12 +105,12 @@ def _parameter(
 
 
 def params(
-    op: str, params: MHCParams, x: jax.Array, config: MHCConfig
+    op: str, params: MHCParams, x: jax.Array, config: MHCConfig, argument: str = "params"
 ) -> tuple[jax.Array | None, jax.Array | None, jax.Array]:
     """phi, alpha and bias of one sublayer, checked against the streams and the config."""
     if not isinstance(params, MHCParams):
         fail(
-            TypeError, op, "params", "jax_mhc.MHCParams", type(params).__name__,
+            TypeError, op, argument, "jax_mhc.MHCParams", type(params).__name__,
             "Make them with jax_mhc.init_params.",
         )  # fmt: skip
     n, hidden = x.shape[-2:]
@@ -120,17 +120,17 @@ def params(
         f"For streams {list(x.shape)} and constraint {config.constraint!r} make them with "
         f"jax_mhc.init_params(key, streams={n}, hidden={hidden}, config=config)."
     )
-    bias = _parameter(op, "params.bias", params.bias, (num,), dtype, remedy)
+    bias = _parameter(op, f"{argument}.bias", params.bias, (num,), dtype, remedy)
     if (params.phi is None) != (params.alpha is None):
         got = "phi=None" if params.phi is None else "alpha=None"
         fail(
-            ValueError, op, "params", "phi and alpha both given, or both None (static)", got,
+            ValueError, op, argument, "phi and alpha both given, or both None (static)", got,
             "Static coefficients come from the bias alone: set both to None.",
         )  # fmt: skip
     if params.phi is None:
         return None, None, bias
-    phi = _parameter(op, "params.phi", params.phi, (n * hidden, num), dtype, remedy)
-    alpha = _parameter(op, "params.alpha", params.alpha, (3,), dtype, remedy)
+    phi = _parameter(op, f"{argument}.phi", params.phi, (n * hidden, num), dtype, remedy)
+    alpha = _parameter(op, f"{argument}.alpha", params.alpha, (3,), dtype, remedy)
     return phi, alpha, bias
 
 
@@ -167,8 +167,17 @@ def context(op: str, ctx: Context) -> Context:
     *tokens, n, _ = x.shape
     dtype = accumulation_dtype(x.dtype)
     remedy = "Pass the context as pre returned it; its arrays belong together."
-    return Context(
+    deferred = ctx._deferred
+    if deferred is not None:
+        deferred = array(op, "ctx", deferred)
+        if (deferred.shape, deferred.dtype) != (x.shape, x.dtype):
+            fail(
+                ValueError, op, "ctx", f"leaves for streams {x.dtype.name}{list(x.shape)}",
+                f"one for {deferred.dtype.name}{list(deferred.shape)}", remedy,
+            )  # fmt: skip
+    return Context._of(
         x=x,
+        deferred=deferred,
         h_pre=_coefficient(op, "ctx.h_pre", ctx.h_pre, (*tokens, n), dtype, remedy),
         h_post=_coefficient(op, "ctx.h_post", ctx.h_post, (*tokens, n), dtype, remedy),
         h_res=_coefficient(op, "ctx.h_res", ctx.h_res, (*tokens, n, n), dtype, remedy),

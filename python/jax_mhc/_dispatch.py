@@ -113,19 +113,20 @@ def _log_once(level: int, message: str) -> None:
 # ---- the calls ----------------------------------------------------------------------------------
 
 # Operands and results by name, in order. d_<name> has the shape and dtype of <name>; d_x_in and
-# d_x_new_in are cotangents that the kernel adds to, in the memory that becomes d_x.
+# d_x_new_in are cotangents that the kernel adds to, in the memory that becomes d_x or d_x_new. The
+# attribute `deferred` of these calls says whether the transposed h_res has yet to be applied.
 _CALLS = {
     "pre_fwd": ("x phi alpha bias", "u h_pre h_post h_res m r"),
     "pre_bwd": (
-        "x phi alpha bias m r d_u d_h_pre d_h_post d_h_res d_x_in",
+        "x phi alpha bias m r h_res d_u d_h_pre d_h_post d_h_res d_x_in",
         "d_x d_phi d_alpha d_bias",
     ),
     "post_fwd": ("x y h_post h_res", "x_new"),
-    "post_bwd": ("x y h_post h_res d_x_new", "d_x d_y d_h_post d_h_res"),
+    "post_bwd": ("x y h_post h_res d_x_new", "d_y d_h_post d_h_res"),
     "seam_fwd": ("x y h_post h_res phi alpha bias", "x_new u h_pre h_post h_res m r"),
     "seam_bwd": (
-        "x y h_post h_res phi alpha bias m r d_u d_h_pre d_h_post d_h_res d_x_new_in",
-        "d_x d_y d_h_post d_h_res d_phi d_alpha d_bias",
+        "x y h_post h_res phi alpha bias m r h_res_new d_u d_h_pre d_h_post d_h_res d_x_new_in",
+        "d_x_new d_y d_h_post d_h_res d_phi d_alpha d_bias",
     ),
     "sinkhorn_fwd": ("z", "h_res"),
     "sinkhorn_bwd": ("z d_h_res", "d_z"),
@@ -133,7 +134,7 @@ _CALLS = {
     "head_bwd": ("x phi alpha bias m r d_u", "d_x d_phi d_alpha d_bias"),
 }
 
-_IN_PLACE = {"d_x_in": "d_x", "d_x_new_in": "d_x"}
+_IN_PLACE = {"d_x_in": "d_x", "d_x_new_in": "d_x_new"}
 
 # Everything else has the tokens as leading dimensions.
 _PARAMETERS = frozenset(["phi", "alpha", "bias", "d_phi", "d_alpha", "d_bias"])
@@ -149,6 +150,7 @@ def _result_types(name: str, operands: Sequence[Any]) -> list[jax.core.ShapedArr
     wide = accumulation_dtype(streams.dtype)
     types |= {
         "x_new": (streams.shape, streams.dtype),
+        "d_x_new": (streams.shape, streams.dtype),
         "u": ((*tokens, last), streams.dtype),
         "h_pre": ((*tokens, n), wide),
         "h_post": ((*tokens, n), wide),
@@ -173,20 +175,25 @@ def _workspace(name: str, config: MHCConfig | None, operands: Sequence[Any]) -> 
     return jax.core.ShapedArray((per_token * math.prod(tokens) + fixed,), np.dtype(np.float32))
 
 
-def fused_call(name: str, config: MHCConfig | None, *operands: jax.Array) -> Sequence[jax.Array]:
+def fused_call(
+    name: str, config: MHCConfig | None, *operands: jax.Array, deferred: bool = False
+) -> Sequence[jax.Array]:
     """Runs the call `name` of docs/architecture.md. It cannot be differentiated."""
     op = name.split("_")[0]
     first_order = _primitives().first_order
-    return _call(name, config)(*(first_order.bind(operand, op=op) for operand in operands))
+    call = _call(name, config, deferred)
+    return call(*(first_order.bind(operand, op=op) for operand in operands))
 
 
 @functools.cache
-def _call(name: str, config: MHCConfig | None) -> Callable[..., Sequence[jax.Array]]:
+def _call(
+    name: str, config: MHCConfig | None, deferred: bool
+) -> Callable[..., Sequence[jax.Array]]:
     operand_names, result_names = (names.split() for names in _CALLS[name])
 
     @custom_vmap
     def call(*operands: jax.Array) -> Sequence[jax.Array]:
-        return _primitives().call.bind(*operands, name=name, config=config)
+        return _primitives().call.bind(*operands, name=name, config=config, deferred=deferred)
 
     @call.def_vmap
     def _(axis_size: int, batched: list[bool], *operands: jax.Array) -> Any:
@@ -223,7 +230,11 @@ def _call(name: str, config: MHCConfig | None) -> Callable[..., Sequence[jax.Arr
 
 
 def _lower(
-    context: mlir.LoweringRuleContext, *operands: Any, name: str, config: MHCConfig | None
+    context: mlir.LoweringRuleContext,
+    *operands: Any,
+    name: str,
+    config: MHCConfig | None,
+    deferred: bool,
 ) -> Sequence[Any]:
     """The custom call of `name`."""
     operand_names, result_names = (names.split() for names in _CALLS[name])
@@ -232,19 +243,26 @@ def _lower(
         for operand, result in _IN_PLACE.items()
         if operand in operand_names
     }
+    attributes = _attributes(config)
+    if aliases:
+        attributes["deferred"] = np.int64(deferred)
     lower = jax.ffi.ffi_lowering(_library.target_name(name), operand_output_aliases=aliases)
-    return lower(context, *operands, **_attributes(config))
+    return lower(context, *operands, **attributes)
 
 
 def _lower_cuda(
-    context: mlir.LoweringRuleContext, *operands: Any, name: str, config: MHCConfig | None
+    context: mlir.LoweringRuleContext,
+    *operands: Any,
+    name: str,
+    config: MHCConfig | None,
+    deferred: bool,
 ) -> Sequence[Any]:
     """The same with the workspace, which XLA then owns as it owns every result."""
     workspace = _workspace(name, config, context.avals_in)
     if workspace.shape == (0,):
-        return _lower(context, *operands, name=name, config=config)
+        return _lower(context, *operands, name=name, config=config, deferred=deferred)
     context = context.replace(avals_out=[*context.avals_out, workspace])
-    return _lower(context, *operands, name=name, config=config)[:-1]
+    return _lower(context, *operands, name=name, config=config, deferred=deferred)[:-1]
 
 
 def _attributes(config: MHCConfig | None) -> dict[str, Any]:
@@ -309,12 +327,12 @@ def _primitives() -> _Primitives:
     call, reverse_mode, tangent, first_order = primitives
 
     @functools.cache
-    def compiled(name: str, config: MHCConfig | None) -> Any:
-        return jax.jit(functools.partial(call.bind, name=name, config=config))
+    def compiled(**settings: Any) -> Any:
+        return jax.jit(functools.partial(call.bind, **settings))
 
     call.multiple_results = True
-    call.def_impl(lambda *operands, name, config: compiled(name, config)(*operands))
-    call.def_abstract_eval(lambda *avals, name, config: _result_types(name, avals))
+    call.def_impl(lambda *operands, **settings: compiled(**settings)(*operands))
+    call.def_abstract_eval(lambda *avals, name, **_: _result_types(name, avals))
     mlir.register_lowering(call, _lower)
     mlir.register_lowering(call, _lower_cuda, platform="cuda")
 

@@ -121,13 +121,25 @@ class HeadParams:
     bias: jax.Array
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What `pre` hands to `post`: the streams and their coefficients; a pytree.
 
-    The streams travel in it so that, in the backward pass, post's gradient of x reaches pre's
-    kernel and is added there, without a pass over n·C values of its own.
+    Any number of `post` and `post_pre` may read a context, or none, and its fields may enter other
+    computations; gradients are right in every case. `dataclasses.replace(ctx, h_res=...)` changes
+    a field, and `Context(x, h_pre, h_post, h_res)` makes a context by hand.
+
+    A context of the fused ops has one leaf more: the streams once again, for `post` alone. They are
+    the same array, which costs nothing, and the backward pass moves fewer bytes. Consequences:
+
+    - Arithmetic on all leaves, such as `jax.tree.map(lambda leaf: 2 * leaf, ctx)`, has no defined
+      gradient. What moves tokens (indexing, reshaping leading axes) and JAX's transformations have.
+    - A context from `replace`, from a call by hand or from the reference has another structure as a
+      pytree. Those in the carry of a `jax.lax.scan` must be alike: replace fields right before
+      `post`, not in the carry.
+    - The leaves of the gradient with respect to a whole context belong together. For the gradient
+      of the streams alone, differentiate with respect to x.
 
     Attributes:
         x: the streams `[..., n, C]`.
@@ -140,6 +152,29 @@ class Context:
     h_pre: jax.Array
     h_post: jax.Array
     h_res: jax.Array
+    # x again, or None. Its cotangent is, by convention, that of the streams which post makes of it:
+    # pre's backward applies the transposed h_res (_ops/deferred.py).
+    _deferred: jax.Array | None = dataclasses.field(
+        default=None, init=False, repr=False, compare=False
+    )
+
+    @classmethod
+    def _of(cls, x: Any, deferred: Any, h_pre: Any, h_post: Any, h_res: Any) -> Context:
+        """One with its private field."""
+        ctx = cls(x, h_pre, h_post, h_res)
+        object.__setattr__(ctx, "_deferred", deferred)
+        return ctx
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], None]:
+        """For JAX."""
+        names = ("x", "_deferred", "h_pre", "h_post", "h_res")
+        key = jax.tree_util.GetAttrKey
+        return tuple((key(name), getattr(self, name)) for name in names), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, leaves: Any) -> Context:
+        """For JAX."""
+        return cls._of(*leaves)
 
 
 for _type in (MHCParams, HeadParams, Context):

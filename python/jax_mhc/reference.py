@@ -47,7 +47,7 @@ def _project(x: jax.Array, phi: jax.Array, config: MHCConfig) -> jax.Array:
 
 
 @jax.custom_jvp
-def _mix(weights: jax.Array, x: jax.Array) -> jax.Array:
+def mix(weights: jax.Array, x: jax.Array) -> jax.Array:
     """Σ_j weights[..., i, j] x[..., j, :]: [..., m, n] x [..., n, C] -> [..., m, C].
 
     Written out over the few streams, which XLA fuses with what surrounds it. The derivative with
@@ -58,16 +58,16 @@ def _mix(weights: jax.Array, x: jax.Array) -> jax.Array:
     return functools.reduce(jnp.add, terms)
 
 
-@_mix.defjvp
+@mix.defjvp
 def _(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]) -> Any:
     (weights, x), (d_weights, d_x) = primals, tangents
     through_weights = jnp.matmul(d_weights, x, precision=lax.Precision.HIGHEST)
-    return _mix(weights, x), through_weights + _mix(weights, d_x)
+    return mix(weights, x), through_weights + mix(weights, d_x)
 
 
 def _weighted_sum(weights: jax.Array, x: jax.Array) -> jax.Array:
     """Σ_i weights[..., i] x[..., i, :]."""
-    return _mix(weights[..., None, :], x)[..., 0, :]
+    return mix(weights[..., None, :], x)[..., 0, :]
 
 
 def sinkhorn(logits: jax.Array, *, config: MHCConfig = PAPER) -> jax.Array:
@@ -139,8 +139,8 @@ def pre(x: jax.Array, params: MHCParams, *, config: MHCConfig = PAPER) -> tuple[
 def post(y: jax.Array, ctx: Context) -> jax.Array:
     """The new streams; see `jax_mhc.post`."""
     wide = ctx.x.astype(ctx.h_res.dtype)
-    mixed = _mix(ctx.h_res, wide)
-    x_new = mixed + _mix(ctx.h_post[..., :, None], y.astype(wide.dtype)[..., None, :])
+    mixed = mix(ctx.h_res, wide)
+    x_new = mixed + mix(ctx.h_post[..., :, None], y.astype(wide.dtype)[..., None, :])
     return checkpoint_name(x_new.astype(ctx.x.dtype), "mhc_streams")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, reference
 from jax_mhc._dispatch import Implementation, fused_call, reverse_mode_only, use_fused
+from jax_mhc._ops.deferred import gradient, streams
 from jax_mhc._types import Context
 
 
@@ -21,9 +23,9 @@ def post(y: jax.Array, ctx: Context, *, implementation: Implementation = None) -
 
     Sums are float32 (float64 for float64 streams) and rounded once. Differentiable with respect to
     y and all of ctx but h_pre (which does not enter), in reverse mode of first order (the
-    reference: in every mode); the backward pass keeps y and ctx. The result is named "mhc_streams"
-    for `jax.checkpoint` policies. Under `jax.vmap` this is one call with one more leading
-    dimension.
+    reference: in every mode); the backward pass keeps y and ctx. It is fastest with a context as
+    the fused `pre` or `post_pre` returned it; see `Context`. The result is named "mhc_streams" for
+    `jax.checkpoint` policies. Under `jax.vmap` this is one call with one more leading dimension.
 
     Args:
         y: the layer's output `[..., C]`, of the streams' dtype.
@@ -43,21 +45,23 @@ def post(y: jax.Array, ctx: Context, *, implementation: Implementation = None) -
     with jax.named_scope("mhc_post"):
         if not use_fused(op, implementation, ctx.x.dtype):
             return reference.post(y, ctx)
-        return _post(*reverse_mode_only(op, ctx.x, y, ctx.h_post, ctx.h_res))
+        deferred, x = streams(ctx)
+        return _post(deferred, *reverse_mode_only(op, x, y, ctx.h_post, ctx.h_res))
 
 
-@jax.custom_vjp
-def _post(x: Any, y: Any, h_post: Any, h_res: Any) -> Any:
-    return _post_fwd(x, y, h_post, h_res)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _post(deferred: bool, *operands: Any) -> Any:
+    return _post_fwd(deferred, *operands)[0]
 
 
-def _post_fwd(x: Any, y: Any, h_post: Any, h_res: Any) -> Any:
-    (x_new,) = fused_call("post_fwd", None, x, y, h_post, h_res)
-    return checkpoint_name(x_new, "mhc_streams"), (x, y, h_post, h_res)
+def _post_fwd(deferred: bool, *operands: Any) -> Any:
+    (x_new,) = fused_call("post_fwd", None, *operands)
+    return checkpoint_name(x_new, "mhc_streams"), operands
 
 
-def _post_bwd(saved: Any, d_x_new: Any) -> Any:
-    return tuple(fused_call("post_bwd", None, *saved, d_x_new))
+def _post_bwd(deferred: bool, saved: Any, d_x_new: Any) -> Any:
+    d_x = gradient(deferred, d_x_new, h_res=saved[-1])
+    return d_x, *fused_call("post_bwd", None, *saved, d_x_new)
 
 
 _post.defvjp(_post_fwd, _post_bwd)

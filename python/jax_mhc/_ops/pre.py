@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, reference
 from jax_mhc._dispatch import Implementation, fused_call, reverse_mode_only, use_fused
+from jax_mhc._ops.deferred import handed_on, instantiate
 from jax_mhc._types import Context, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
@@ -39,8 +40,8 @@ def pre(
     dtype of x.
 
     Differentiable with respect to x and all parameters, in reverse mode of first order (the
-    reference: in every mode). The backward pass keeps x, the parameters and K + 1 numbers a token,
-    and repeats Sinkhorn's iterations. For `jax.checkpoint` policies such as
+    reference: in every mode). The backward pass keeps x, the parameters, h_res and K + 1 numbers a
+    token, and repeats Sinkhorn's iterations. For `jax.checkpoint` policies such as
     `jax.checkpoint_policies.save_only_these_names`, u is named "mhc_layer_input", and
     h_pre, h_post, h_res and the K + 1 numbers are named "mhc_coefficients": with both saved, the
     op does not run again.
@@ -65,7 +66,7 @@ def pre(
 
     Returns:
         u `[..., C]`, of x's dtype, and the context for `post`: `.x`, `.h_pre` `[..., n]`,
-        `.h_post` `[..., n]`, `.h_res` `[..., n, n]`.
+        `.h_post` `[..., n]`, `.h_res` `[..., n, n]`; `Context` tells what may be done with it.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit, an unknown implementation, or
@@ -83,7 +84,7 @@ def pre(
             return reference.pre(x, MHCParams(phi, alpha, bias), config=config)
         phi, alpha = dense(phi, alpha, x)
         u, *context = _pre(config, *reverse_mode_only(op, x, phi, alpha, bias))
-        return u, Context(*context)
+        return u, Context._of(*context)
 
 
 def dense(
@@ -97,20 +98,26 @@ def dense(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _pre(config: MHCConfig, x: Any, phi: Any, alpha: Any, bias: Any) -> Any:
-    return _pre_fwd(config, x, phi, alpha, bias)[0]
+def _pre(config: MHCConfig, *operands: Any) -> Any:
+    return _run(config, *operands)[0]
 
 
-def _pre_fwd(config: MHCConfig, x: Any, phi: Any, alpha: Any, bias: Any) -> Any:
-    u, *coefficients = fused_call("pre_fwd", config, x, phi, alpha, bias)
+def _run(config: MHCConfig, x: Any, *params: Any) -> Any:
+    u, *coefficients = fused_call("pre_fwd", config, x, *params)
     u = checkpoint_name(u, "mhc_layer_input")
     h_pre, h_post, h_res, m, r = checkpoint_name(coefficients, "mhc_coefficients")
-    return (u, x, h_pre, h_post, h_res), (x, phi, alpha, bias, m, r)
+    return (u, x, x, h_pre, h_post, h_res), (x, *params, m, r, h_res)
+
+
+def _pre_fwd(config: MHCConfig, *operands: Any) -> Any:
+    return _run(config, *(operand.value for operand in operands))
 
 
 def _pre_bwd(config: MHCConfig, saved: Any, cotangents: Any) -> Any:
-    d_u, d_x_in, d_h_pre, d_h_post, d_h_res = cotangents
-    return tuple(fused_call("pre_bwd", config, *saved, d_u, d_h_pre, d_h_post, d_h_res, d_x_in))
+    d_u, d_x, d_deferred, *d_h = cotangents
+    d_x_in, deferred = handed_on(d_x, d_deferred, h_res=saved[-1])
+    others = map(instantiate, (d_u, *d_h))
+    return tuple(fused_call("pre_bwd", config, *saved, *others, d_x_in, deferred=deferred))
 
 
-_pre.defvjp(_pre_fwd, _pre_bwd)
+_pre.defvjp(_pre_fwd, _pre_bwd, symbolic_zeros=True)

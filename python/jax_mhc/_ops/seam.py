@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, reference
 from jax_mhc._dispatch import Implementation, fused_call, reverse_mode_only, use_fused
+from jax_mhc._ops.deferred import gradient, handed_on, instantiate, streams
 from jax_mhc._ops.pre import dense
 from jax_mhc._types import Context, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
@@ -31,9 +32,9 @@ def post_pre(
     with the new streams rounded to their dtype before pre reads them, so that it computes
     what `post` and `pre` compute one after the other, without reading them from memory again.
 
-    Differentiable as the two are. The backward pass keeps x, y and the coefficients, and computes
-    X' again inside its kernel. Names for `jax.checkpoint` policies: "mhc_streams" (X'),
-    "mhc_layer_input" and "mhc_coefficients". For `jax.vmap` see `pre`.
+    Differentiable as the two are. The backward pass keeps x, y and the coefficients of both
+    sublayers, and computes X' again inside its kernel. Names for `jax.checkpoint` policies:
+    "mhc_streams" (X'), "mhc_layer_input" and "mhc_coefficients". For `jax.vmap` see `pre`.
 
     Args:
         y: the layer's output `[..., C]`, of the streams' dtype.
@@ -57,29 +58,38 @@ def post_pre(
         if not use_fused(op, implementation, ctx.x.dtype):
             return reference.post_pre(y, ctx, MHCParams(phi, alpha, bias), config=config)
         phi, alpha = dense(phi, alpha, ctx.x)
-        operands = (ctx.x, y, ctx.h_post, ctx.h_res, phi, alpha, bias)
-        u, *context = _seam(config, *reverse_mode_only(op, *operands))
-        return u, Context(*context)
+        deferred, x = streams(ctx)
+        operands = (x, y, ctx.h_post, ctx.h_res, phi, alpha, bias)
+        u, *context = _seam(config, deferred, *reverse_mode_only(op, *operands))
+        return u, Context._of(*context)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _seam(config: MHCConfig, *operands: Any) -> Any:
-    return _seam_fwd(config, *operands)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _seam(config: MHCConfig, deferred: bool, *operands: Any) -> Any:
+    return _run(config, *operands)[0]
 
 
-def _seam_fwd(config: MHCConfig, *operands: Any) -> Any:
+def _run(config: MHCConfig, *operands: Any) -> Any:
     x_new, u, *coefficients = fused_call("seam_fwd", config, *operands)
     x_new = checkpoint_name(x_new, "mhc_streams")
     u = checkpoint_name(u, "mhc_layer_input")
     h_pre, h_post, h_res, m, r = checkpoint_name(coefficients, "mhc_coefficients")
-    return (u, x_new, h_pre, h_post, h_res), (*operands, m, r)
+    return (u, x_new, x_new, h_pre, h_post, h_res), (*operands, m, r, h_res)
 
 
-def _seam_bwd(config: MHCConfig, saved: Any, cotangents: Any) -> Any:
-    d_u, d_x_new_in, d_h_pre, d_h_post, d_h_res = cotangents
-    return tuple(
-        fused_call("seam_bwd", config, *saved, d_u, d_h_pre, d_h_post, d_h_res, d_x_new_in)
+def _seam_fwd(config: MHCConfig, deferred: bool, *operands: Any) -> Any:
+    return _run(config, *(operand.value for operand in operands))
+
+
+def _seam_bwd(config: MHCConfig, deferred: bool, saved: Any, cotangents: Any) -> Any:
+    d_u, d_x_new, d_deferred, *d_h = cotangents
+    _, _, _, h_res, *_, h_res_new = saved
+    d_x_new_in, deferred_new = handed_on(d_x_new, d_deferred, h_res_new)
+    others = map(instantiate, (d_u, *d_h))
+    d_x_new, *gradients = fused_call(
+        "seam_bwd", config, *saved, *others, d_x_new_in, deferred=deferred_new
     )
+    return gradient(deferred, d_x_new, h_res), *gradients
 
 
-_seam.defvjp(_seam_fwd, _seam_bwd)
+_seam.defvjp(_seam_fwd, _seam_bwd, symbolic_zeros=True)

@@ -1,0 +1,59 @@
+"""The deferred cotangent of a context's streams.
+
+post makes X'[i] = Σ_j h_res[i, j] X[j] + h_post[i] · y, so the gradient of X from it is H_resᵀ G
+with G = d_X'. Were post's backward to write that, pre's backward would read it again: twice n·C
+values a token. Instead post's backward hands on G as it is, and pre's backward applies H_resᵀ.
+
+`Context._deferred` carries G: it holds X like `Context.x`, and its cotangent is, by convention, G.
+All of it is linear, so G may be a sum over several posts. The cotangent of the public x is what it
+says. pre's backward takes either, and JAX tells which of the two is zero while it traces.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from jax_mhc._check import accumulation_dtype
+from jax_mhc._types import Context
+from jax_mhc.reference import mix
+
+
+def streams(ctx: Context) -> tuple[bool, jax.Array]:
+    """The streams as post reads them, and whether their cotangent is deferred.
+
+    It is not in a context that a user made, or the reference.
+    """
+    if ctx._deferred is None:
+        return False, ctx.x
+    return True, ctx._deferred
+
+
+def gradient(deferred: bool, d_x_new: Any, h_res: Any) -> jax.Array:
+    """The cotangent of these streams from that of X'."""
+    return d_x_new if deferred else _mix_back(h_res, d_x_new).astype(d_x_new.dtype)
+
+
+def _mix_back(h_res: Any, g: Any) -> jax.Array:
+    """H_resᵀ G in the accumulation dtype."""
+    return mix(jnp.swapaxes(h_res, -1, -2), g.astype(accumulation_dtype(g.dtype)))
+
+
+def handed_on(d_x: Any, d_deferred: Any, h_res: Any) -> tuple[jax.Array, bool]:
+    """What pre's backward adds to, from the cotangents of both; and whether it is deferred."""
+    if isinstance(d_deferred, SymbolicZero):
+        return instantiate(d_x), False
+    if isinstance(d_x, SymbolicZero):
+        return d_deferred, True
+    # Somebody beside post reads the streams: rare enough for a pass of its own.
+    return (d_x + _mix_back(h_res, d_deferred)).astype(d_x.dtype), False
+
+
+def instantiate(cotangent: Any) -> Any:
+    """An array in place of a symbolic zero."""
+    if isinstance(cotangent, SymbolicZero):
+        return jnp.zeros(cotangent.shape, cotangent.dtype)
+    return cotangent
