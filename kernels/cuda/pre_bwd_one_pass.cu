@@ -22,7 +22,7 @@
 
 constexpr int N = 4;
 constexpr int kColumns = N * (N + 2);
-// A main warp has units of 16 channels of all streams.
+// Main warps take turns at units of 16 channels of all streams.
 constexpr int kUnits = SIZE / 16;
 
 #ifndef STAGES
@@ -34,9 +34,9 @@ constexpr int kUnits = SIZE / 16;
 #endif
 constexpr int kStages = STAGES;
 constexpr int kMainWarps = 8;
-constexpr int kOwnUnits = kUnits / kMainWarps;
+// The first warps have one more where they do not share the units evenly.
+constexpr int kWarpUnits = kUnits / kMainWarps, kLongWarps = kUnits % kMainWarps;
 // Fragments of phi (a unit of one stream) that a main warp keeps in registers; the others are in shared memory.
-constexpr int kFragments = N * kOwnUnits;
 constexpr int kHeld = HELD;
 constexpr int kMainRegisters = REGS_MAIN, kDotRegisters = REGS_DOTS, kOtherRegisters = REGS_AUX;
 
@@ -53,21 +53,26 @@ constexpr u32 kBoxBytes = kTileTokens * kRowBytes;
 constexpr u32 kDU = N * kPlaneBytes, kDX = kDU + kPlaneBytes, kStageBytes = kDX + N * kPlaneBytes;
 // Of one fragment of phi.
 constexpr u32 kFragmentBytes = 32 * 24;
-// What an owner answers, a row a token: units 0 to 2 r dm, 3 to 5 what r dm lost by rounding (bf16), 6 h_pre,
-// 7 -f. Swizzled, as the streams are.
-constexpr u32 kAnswerBytes = kTileTokens * kRowBytes;
+// Those of all warps before fragment f of each warp.
+__device__ constexpr int fragments_before(int f) {
+  const int unit = f / N, last = kUnits - unit * kMainWarps;
+  return unit * N * kMainWarps + f % N * (last < kMainWarps ? last : kMainWarps);
+}
+constexpr u32 kPhiBytes = (N * kUnits - fragments_before(kHeld)) * kFragmentBytes;
+// What main warps want to know of a tile, a row a token: r dm, what r dm lost by rounding (bf16, 24 each), h_pre, -f,
+// all of these from the owner; the transpose of h_res. The padding keeps the rows in different banks.
+constexpr u32 kHPre = 96, kMinusF = 112, kHRes = 128;
+constexpr u32 kNoteRow = kHRes + N * N * sizeof(float) + 16;
+constexpr u32 kNotesBytes = kTileTokens * kNoteRow;
 // The parts of the dot products of one token from one block: a float4 a dot warp.
 constexpr u32 kPartBytes = kDotWarps * 16;
 // Clusters of 16 have owners for two tiles, so that half as many buffers do.
 constexpr u32 kPartsBytes = (kStages + 1) / 2 * 16 * kPartBytes;
-// The transpose of h_res; the padding keeps the tokens' rows in different banks.
-constexpr u32 kTableRow = (N * N + 4) * sizeof(float), kTableBytes = kTileTokens * kTableRow;
 
 constexpr u32 kPhi = kStages * kStageBytes;
-constexpr u32 kAnswers = kPhi + kMainWarps * (kFragments - kHeld) * kFragmentBytes;
-constexpr u32 kParts = kAnswers + kStages * kAnswerBytes;
-constexpr u32 kTables = kParts + kPartsBytes;
-constexpr u32 kBarriers = kTables + kStages * kTableBytes;
+constexpr u32 kNotes = kPhi + kPhiBytes;
+constexpr u32 kParts = kNotes + kStages * kNotesBytes;
+constexpr u32 kBarriers = kParts + kPartsBytes;
 // Barriers: of each buffer, and that phi has been read.
 constexpr u32 kFull = kBarriers, kDone = kFull + 8 * kStages, kEmpty = kDone + 8 * kStages,
               kPartsFull = kEmpty + 8 * kStages, kAnswerFull = kPartsFull + 8 * kStages,
@@ -81,11 +86,19 @@ struct Block {
   u32 rank, cluster;
   int first_tile, tile_step, num_tiles;
 
+  __device__ Block(const unsigned char* shared_bytes, int tokens)
+      : shared(shared_address(shared_bytes)), rank(cluster_rank()), cluster(cluster_size()) {
+    first_tile = blockIdx.x / cluster;
+    tile_step = gridDim.x / cluster;
+    const int all_tiles = (tokens + int(kTileTokens) - 1) / int(kTileTokens);
+    num_tiles = (all_tiles - first_tile + tile_step - 1) / tile_step;
+  }
+
   __device__ int first_token(int tile) const {
     return (first_tile + tile * tile_step) * int(kTileTokens);
   }
   __device__ u32 stage(u32 slot) const { return shared + slot * kStageBytes; }
-  __device__ u32 answer(u32 slot) const { return shared + kAnswers + slot * kAnswerBytes; }
+  __device__ u32 notes(u32 slot) const { return shared + kNotes + slot * kNotesBytes; }
   __device__ u32 barrier(u32 which, u32 slot) const { return shared + which + 8 * slot; }
 
   // Token t of a tile is owned by block t % cluster; of clusters of 16 the blocks 0 to 7 own those of even tiles and
@@ -210,7 +223,7 @@ __device__ inline void write_tables(const Block& block, const float* h_res, int 
       h[i] = deferred && token < tokens ? h_res[(token * N + i) * N + j] : float(i == j);
     }
     wait(block.barrier(kDone, ring.slot), ring.parity ^ 1);
-    write_float4(block.shared + kTables + ring.slot * kTableBytes + lane / N * kTableRow + j * 16,
+    write_float4(block.notes(ring.slot) + lane / N * kNoteRow + kHRes + j * 16,
                  {h[0], h[1], h[2], h[3]});
     __syncwarp();
     if (lane == 0) arrive(block.barrier(kTableFull, ring.slot));
@@ -312,7 +325,7 @@ __device__ inline void answer(const Block& block, const Gates& gates, int tokens
       }
       // The answers' ring is that of the tiles.
       const u32 slot = tile % kStages;
-      const u32 at = block.answer(slot) + swizzled(own_first + k * block.cluster, lane % 8);
+      const u32 at = block.notes(slot) + (own_first + k * block.cluster) * kNoteRow + lane % 8 * 16;
 #pragma unroll 1
       for (u32 to = lane / 8; to < block.cluster; to += 4) {
         send(in_block(at, to), {words[0], words[1], words[2], words[3]},
@@ -348,39 +361,48 @@ struct PhiFragment {
       }
     }
   }
-  __device__ void write(u32 at, int lane) const {
-    write4(at + lane * 16, {words[0], words[1], words[2], words[3]});
-    write2(at + 512 + lane * 8, {words[4], words[5]});
+  __device__ void write(u32 at) const {
+#pragma unroll
+    for (int w = 0; w < 6; w += 2) write2(at + w * 128, {words[w], words[w + 1]});
   }
-  __device__ void read(u32 at, int lane) {
-    const uint4 v = read4(at + lane * 16);
-    const uint2 w = read2(at + 512 + lane * 8);
-    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w, words[4] = w.x, words[5] = w.y;
+  __device__ void read(u32 at) {
+#pragma unroll
+    for (int w = 0; w < 6; w += 2) {
+      const uint2 v = read2(at + w * 128);
+      words[w] = v.x, words[w + 1] = v.y;
+    }
   }
 };
 
 __device__ inline float low(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ inline float high(u32 pair) { return __uint_as_float(pair & 0xffff0000); }
 
-// Lane 4 g + q has the channels g and g + 8 of a unit, and the tokens 2 q and 2 q + 1.
+// Where this thread's elements of fragment f of phi or d_phi begin. Asks for its place, so that it need not be kept
+// in registers meanwhile.
+__device__ inline int fragment_at(int f, int hidden) {
+  u32 thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  const int channel = cluster_rank() * SIZE + thread / 32 * 16 + thread % 32 / 4;
+  return (f % N * hidden + f / N * kMainWarps * 16 + channel) * kColumns + thread % 4 * 2;
+}
+
+// UNITS: of this warp. Lane 4 g + q has the channels g and g + 8 of a unit, and the tokens 2 q and 2 q + 1.
+template <int UNITS>
 __device__ inline void differentiate_tiles(const Block& block, const float* phi, float* d_phi_partial,
                                            int hidden, int warp, int lane) {
-  const int g = lane / 4, q = lane % 4;
-  const u32 matrix = lane / 8, row = lane % 8;
-  const u32 own_phi = block.shared + kPhi + warp * (kFragments - kHeld) * kFragmentBytes;
-  // Of phi and d_phi, in a stream.
-  const int at = (block.rank * SIZE + warp * kOwnUnits * 16 + g) * kColumns + 2 * q;
+  const u32 q = lane % 4, matrix = lane / 8, row = lane % 8;
+  const u32 own_phi = block.shared + kPhi + warp * kFragmentBytes + lane * 8;
+  constexpr int kFragments = N * UNITS;
   PhiFragment held[kHeld > 0 ? kHeld : 1];
   float d_phi[kFragments][3][4];
 #pragma unroll
   for (int f = 0; f < kFragments; ++f) {
-    const int unit = f / N, stream = f % N;
     PhiFragment fragment;
-    fragment.load(phi + at + (stream * hidden + unit * 16) * kColumns);
+    fragment.load(phi + fragment_at(f, hidden));
     if (f < kHeld) {
       held[f < kHeld ? f : 0] = fragment;
     } else {
-      fragment.write(own_phi + (f - kHeld) * kFragmentBytes, lane);
+      fragment.write(own_phi + (fragments_before(f) - fragments_before(kHeld)) * kFragmentBytes);
     }
 #pragma unroll
     for (int e = 0; e < 12; ++e) d_phi[f][e / 4][e % 4] = 0.f;
@@ -390,16 +412,15 @@ __device__ inline void differentiate_tiles(const Block& block, const float* phi,
   cluster_wait();
 
   // Of a pair of streams: the matrices of stream 0, then those of stream 1.
-  const u32 first_unit = warp * kOwnUnits;
-  const u32 octet_at = swizzled(row, first_unit % 4 * 2 + matrix % 2) + first_unit / 4 * kBoxBytes;
+  constexpr u32 kBoxUnits = kBoxChannels / 16, kUnitStep = kMainWarps / kBoxUnits * kBoxBytes;
+  const u32 octet_at = swizzled(row, warp % kBoxUnits * 2 + matrix % 2) + warp / kBoxUnits * kBoxBytes;
   const u32 pair_at = matrix / 2 * kPlaneBytes + octet_at;
   Ring<kStages> ring;
 #pragma unroll 1
   for (int tile = 0; tile < block.num_tiles; ++tile, ring.next()) {
-    const u32 stage = block.stage(ring.slot), answer = block.answer(ring.slot);
-    const u32 table = block.shared + kTables + ring.slot * kTableBytes + 2 * q * kTableRow;
+    const u32 stage = block.stage(ring.slot), notes = block.notes(ring.slot);
     if (warp == 0 && lane == 0) {
-      arrive_and_expect(block.barrier(kAnswerFull, ring.slot), kAnswerBytes);
+      arrive_and_expect(block.barrier(kAnswerFull, ring.slot), kTileTokens * kHRes);
     }
     wait(block.barrier(kFull, ring.slot), ring.parity);
     wait(block.barrier(kTableFull, ring.slot), ring.parity);
@@ -409,31 +430,31 @@ __device__ inline void differentiate_tiles(const Block& block, const float* phi,
     u32 back[6], forth[6];
     {
       u32 four[4], two[2];
-      const u32 four_at = answer + swizzled(row, matrix), two_at = answer + swizzled(row, 4 + matrix % 2);
-      read_matrices(four, four_at);
-      read_matrices(two, two_at);
+      const u32 at = notes + row * kNoteRow + matrix * 16;
+      read_matrices(four, at);
+      read_matrices(two, at + 64);
       back[0] = four[0], back[1] = four[1], back[2] = four[2], back[3] = four[3];
       back[4] = two[0], back[5] = two[1];
-      read_transposed(four, four_at);
-      read_transposed(two, two_at);
+      read_transposed(four, at);
+      read_transposed(two, at + 64);
       forth[0] = four[0], forth[1] = four[1], forth[2] = four[2], forth[3] = four[3];
       forth[4] = two[0], forth[5] = two[1];
     }
-    const float minus_f[2] = {read_float(answer + swizzled(2 * q, 7)),
-                              read_float(answer + swizzled(2 * q + 1, 7))};
+    const u32 own_notes = notes + 2 * q * kNoteRow;
+    const float minus_f[2] = {read_float(own_notes + kMinusF),
+                              read_float(own_notes + kNoteRow + kMinusF)};
 
 #pragma unroll
-    for (int unit = 0; unit < kOwnUnits; ++unit) {
-      // Units of a warp lie in one box; the swizzle is an exclusive or.
-      const u32 flip = unit * 32;
+    for (int unit = 0; unit < UNITS; ++unit) {
+      const u32 step = unit * kUnitStep;
       u32 d_u[2], d_x_in[2][4];
-      read_transposed(d_u, stage + kDU + (octet_at ^ flip));
-      read_transposed(d_x_in[0], stage + kDX + (pair_at ^ flip));
-      read_transposed(d_x_in[1], stage + kDX + 2 * kPlaneBytes + (pair_at ^ flip));
+      read_transposed(d_u, stage + kDU + octet_at + step);
+      read_transposed(d_x_in[0], stage + kDX + pair_at + step);
+      read_transposed(d_x_in[1], stage + kDX + 2 * kPlaneBytes + pair_at + step);
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
         u32 x[4], d_x[4];
-        read_transposed(x, stage + 2 * pair * kPlaneBytes + (pair_at ^ flip));
+        read_transposed(x, stage + 2 * pair * kPlaneBytes + pair_at + step);
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
           const int j = 2 * pair + s, f = unit * N + j;
@@ -442,8 +463,8 @@ __device__ inline void differentiate_tiles(const Block& block, const float* phi,
 #pragma unroll
           for (int t = 0; t < 2; ++t) {
             const auto of = [&](u32 v) { return t == 0 ? low(v) : high(v); };
-            const float h_pre = read_float(answer + swizzled(2 * q + t, 6) + 4 * j);
-            const float4 h = read_float4(table + t * kTableRow + j * 16);
+            const float h_pre = read_float(own_notes + t * kNoteRow + kHPre + 4 * j);
+            const float4 h = read_float4(own_notes + t * kNoteRow + kHRes + j * 16);
             sums[t] = h_pre * of(d_u[0]) + minus_f[t] * of(x0);
             sums[2 + t] = h_pre * of(d_u[1]) + minus_f[t] * of(x1);
             const float hs[N] = {h.x, h.y, h.z, h.w};
@@ -457,7 +478,7 @@ __device__ inline void differentiate_tiles(const Block& block, const float* phi,
           if (f < kHeld) {
             p = held[f < kHeld ? f : 0];
           } else {
-            p.read(own_phi + (f - kHeld) * kFragmentBytes, lane);
+            p.read(own_phi + (fragments_before(f) - fragments_before(kHeld)) * kFragmentBytes);
           }
           mma(sums, p.words[0], p.words[1], p.words[2], p.words[3], {back[0], back[1]});
           mma(sums, p.words[4], p.words[5], p.words[0], p.words[1], {back[2], back[3]});
@@ -469,7 +490,7 @@ __device__ inline void differentiate_tiles(const Block& block, const float* phi,
           d_x[2 * s] = pair_of((Stream*)nullptr, sums[0], sums[1]);
           d_x[2 * s + 1] = pair_of((Stream*)nullptr, sums[2], sums[3]);
         }
-        write_transposed(stage + kDX + 2 * pair * kPlaneBytes + (pair_at ^ flip), d_x);
+        write_transposed(stage + kDX + 2 * pair * kPlaneBytes + pair_at + step, d_x);
       }
     }
     fence_for_copies();
@@ -478,11 +499,10 @@ __device__ inline void differentiate_tiles(const Block& block, const float* phi,
   }
 
   // [clusters, n C, kColumns], for sum_d_phi
-  float* partial = d_phi_partial + (long long)block.first_tile * N * hidden * kColumns + at;
+  float* partial = d_phi_partial + (long long)block.first_tile * N * hidden * kColumns;
 #pragma unroll
   for (int f = 0; f < kFragments; ++f) {
-    const int unit = f / N, stream = f % N;
-    float* out = partial + (stream * hidden + unit * 16) * kColumns;
+    float* out = partial + fragment_at(f, hidden);
 #pragma unroll
     for (int octet = 0; octet < 3; ++octet) {
       const float(&d)[4] = d_phi[f][octet];
@@ -501,11 +521,7 @@ KERNEL(pre_bwd_one_pass, kThreads, 1)
  int hidden, int deferred, Settings settings) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  Block block{shared_address(shared), cluster_rank(), cluster_size()};
-  block.first_tile = blockIdx.x / block.cluster;
-  block.tile_step = gridDim.x / block.cluster;
-  const int all_tiles = (tokens + int(kTileTokens) - 1) / int(kTileTokens);
-  block.num_tiles = (all_tiles - block.first_tile + block.tile_step - 1) / block.tile_step;
+  const Block block(shared, tokens);
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
@@ -524,7 +540,11 @@ KERNEL(pre_bwd_one_pass, kThreads, 1)
 
   if (warp < kMainWarps) {
     take_registers<kMainRegisters>();
-    differentiate_tiles(block, phi, d_phi_partial, hidden, warp, lane);
+    if (warp < kLongWarps) {
+      differentiate_tiles<kWarpUnits + 1>(block, phi, d_phi_partial, hidden, warp, lane);
+    } else {
+      differentiate_tiles<kWarpUnits>(block, phi, d_phi_partial, hidden, warp, lane);
+    }
   } else if (warp < kLoader) {
     give_registers<kDotRegisters>();
     cluster_wait();
