@@ -1,4 +1,5 @@
-// post: X'[i] = sum over j of H_res[i, j] X[j] + h_post[i] y, and its gradients. All sums in float32.
+// post: X'[i] = sum over j of H_res[i, j] X[j] + h_post[i] y, and its gradients but for X's, which pre's
+// backward makes of that of X' (projection.cu). All sums in float32.
 
 #include "common.cuh"
 
@@ -62,18 +63,65 @@ KERNEL(post_fwd_unaligned, kThreads)
 }
 #endif
 
+// ---- mix ----------------------------------------------------------------------------------------
+
+// d_x[j] = sum over i of H_res[i, j] d_x_new[i], for pre's backward where `project_back` cannot do it. The two
+// may lie in one place. Threads as in post_fwd.
+template <bool ALIGNED>
+__device__ inline void mix(const Stream* d_x_new, const float* h_res, Stream* d_x, int tokens,
+                           int slab, int num_streams, int hidden) {
+  const int n = EXACT ? N : num_streams;
+  const u32 items = (hidden + V - 1) / V;
+  const u32 item = blockIdx.x * kThreads + threadIdx.x;
+  const int token_of_slab = item / items;
+  const long long token = (long long)blockIdx.y * slab + token_of_slab;
+  const int at = item % items * V;
+  if (token_of_slab >= slab || token >= tokens) return;
+
+  Pack<Stream, V> gs[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (i < n) load<ALIGNED>(gs[i], d_x_new + (token * n + i) * hidden, at, hidden);
+  }
+  h_res += token * n * n;
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    if (j >= n) break;
+    float sums[V] = {};
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (i >= n) break;
+#pragma unroll
+      for (int v = 0; v < V; ++v) sums[v] += h_res[i * n + j] * gs[i][v];
+    }
+    Pack<Stream, V> result;
+    result.set(sums);
+    store<ALIGNED>(result, d_x + (token * n + j) * hidden, at, hidden);
+  }
+}
+
+KERNEL(mix, kThreads, 2)
+(const Stream* d_x_new, const float* h_res, Stream* d_x, int tokens, int slab, int n, int hidden) {
+  mix<true>(d_x_new, h_res, d_x, tokens, slab, n, hidden);
+}
+#if !EXACT
+KERNEL(mix_unaligned, kThreads)
+(const Stream* d_x_new, const float* h_res, Stream* d_x, int tokens, int slab, int n, int hidden) {
+  mix<false>(d_x_new, h_res, d_x, tokens, slab, n, hidden);
+}
+#endif
+
 // ---- backward -----------------------------------------------------------------------------------
 
-// A block has one token. d_x may lie where d_x_new lies: a thread reads its channels of all streams before
-// it writes them.
+// A block has one token.
 constexpr int kBackwardThreads = 128;
 constexpr int kBackwardWarps = kBackwardThreads / 32;
 
 struct Backward {
   const Stream *x, *y;
-  const float *h_post, *h_res;
+  const float* h_post;
   const Stream* d_x_new;
-  Stream *d_x, *d_y;
+  Stream* d_y;
   float *d_h_post, *d_h_res;
 };
 
@@ -103,13 +151,11 @@ __device__ inline float total(const float (&warps)[kBackwardWarps]) {
 template <bool ALIGNED>
 __device__ inline void post_bwd_one_pass(const Backward& b, int hidden) {
   constexpr int n = N;
-  __shared__ float h[n * n + n];
   __shared__ float shared[n * n + n][kBackwardWarps];
   const long long token = blockIdx.x;
-  for (int c = threadIdx.x; c < n * n + n; c += kBackwardThreads) {
-    h[c] = c < n * n ? b.h_res[token * n * n + c] : b.h_post[token * n + c - n * n];
-  }
-  __syncthreads();
+  float h[n];
+#pragma unroll
+  for (int i = 0; i < n; ++i) h[i] = b.h_post[token * n + i];
 
   float sums[n * n + n] = {};
   for (int at = threadIdx.x * V; at < hidden; at += kBackwardThreads * V) {
@@ -125,7 +171,7 @@ __device__ inline void post_bwd_one_pass(const Backward& b, int hidden) {
     for (int i = 0; i < n; ++i) {
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        values[v] += h[n * n + i] * gs[i][v];
+        values[v] += h[i] * gs[i][v];
         sums[n * n + i] += gs[i][v] * ys[v];
       }
     }
@@ -133,19 +179,12 @@ __device__ inline void post_bwd_one_pass(const Backward& b, int hidden) {
     result.set(values);
     store<ALIGNED>(result, b.d_y + token * hidden, at, hidden);
 #pragma unroll
-    for (int j = 0; j < n; ++j) {
+    for (int i = 0; i < n; ++i) {
 #pragma unroll
-      for (int v = 0; v < V; ++v) values[v] = 0.f;
+      for (int j = 0; j < n; ++j) {
 #pragma unroll
-      for (int i = 0; i < n; ++i) {
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-          values[v] += h[i * n + j] * gs[i][v];
-          sums[i * n + j] += gs[i][v] * xs[j][v];
-        }
+        for (int v = 0; v < V; ++v) sums[i * n + j] += gs[i][v] * xs[j][v];
       }
-      result.set(values);
-      store<ALIGNED>(result, b.d_x + (token * n + j) * hidden, at, hidden);
     }
   }
   reduce(sums, shared);
@@ -156,16 +195,12 @@ __device__ inline void post_bwd_one_pass(const Backward& b, int hidden) {
   }
 }
 
-// For any number of streams: first the sums, a row of H_res at a time, then d_x and d_y.
+// For any number of streams: first the sums, a row of H_res at a time, then d_y.
 template <bool ALIGNED>
 __device__ inline void post_bwd_by_rows(const Backward& b, int n, int hidden) {
   constexpr int kChannels = 2;
-  __shared__ float h[N * N + N];
   __shared__ float shared[N + 1][kBackwardWarps];
   const long long token = blockIdx.x;
-  for (int c = threadIdx.x; c < n * n + n; c += kBackwardThreads) {
-    h[c] = c < n * n ? b.h_res[token * n * n + c] : b.h_post[token * n + c - n * n];
-  }
   const auto row = [&](const Stream* streams, int i) { return streams + (token * n + i) * hidden; };
 
   for (int i = 0; i < n; ++i) {
@@ -189,32 +224,19 @@ __device__ inline void post_bwd_by_rows(const Backward& b, int n, int hidden) {
       if (j == N) b.d_h_post[token * n + i] = total(shared[j]);
     }
   }
-  __syncthreads();
 
   for (int at = threadIdx.x * kChannels; at < hidden; at += kBackwardThreads * kChannels) {
-    float d_x[N][kChannels] = {};
     float d_y[kChannels] = {};
     for (int i = 0; i < n; ++i) {
       Pack<Stream, kChannels> g;
       load<ALIGNED>(g, row(b.d_x_new, i), at, hidden);
+      const float h = b.h_post[token * n + i];
 #pragma unroll
-      for (int v = 0; v < kChannels; ++v) d_y[v] += h[n * n + i] * g[v];
-#pragma unroll
-      for (int j = 0; j < N; ++j) {
-        if (j >= n) break;
-#pragma unroll
-        for (int v = 0; v < kChannels; ++v) d_x[j][v] += h[i * n + j] * g[v];
-      }
+      for (int v = 0; v < kChannels; ++v) d_y[v] += h * g[v];
     }
     Pack<Stream, kChannels> result;
     result.set(d_y);
     store<ALIGNED>(result, b.d_y + token * hidden, at, hidden);
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      if (j >= n) break;
-      result.set(d_x[j]);
-      store<ALIGNED>(result, b.d_x + (token * n + j) * hidden, at, hidden);
-    }
   }
 }
 
@@ -228,14 +250,14 @@ __device__ inline void post_bwd(const Backward& b, int n, int hidden) {
 }
 
 KERNEL(post_bwd, kBackwardThreads)
-(const Stream* x, const Stream* y, const float* h_post, const float* h_res, const Stream* d_x_new,
- Stream* d_x, Stream* d_y, float* d_h_post, float* d_h_res, int n, int hidden) {
-  post_bwd<true>({x, y, h_post, h_res, d_x_new, d_x, d_y, d_h_post, d_h_res}, n, hidden);
+(const Stream* x, const Stream* y, const float* h_post, const Stream* d_x_new, Stream* d_y,
+ float* d_h_post, float* d_h_res, int n, int hidden) {
+  post_bwd<true>({x, y, h_post, d_x_new, d_y, d_h_post, d_h_res}, n, hidden);
 }
 #if !EXACT
 KERNEL(post_bwd_unaligned, kBackwardThreads)
-(const Stream* x, const Stream* y, const float* h_post, const float* h_res, const Stream* d_x_new,
- Stream* d_x, Stream* d_y, float* d_h_post, float* d_h_res, int n, int hidden) {
-  post_bwd<false>({x, y, h_post, h_res, d_x_new, d_x, d_y, d_h_post, d_h_res}, n, hidden);
+(const Stream* x, const Stream* y, const float* h_post, const Stream* d_x_new, Stream* d_y,
+ float* d_h_post, float* d_h_res, int n, int hidden) {
+  post_bwd<false>({x, y, h_post, d_x_new, d_y, d_h_post, d_h_res}, n, hidden);
 }
 #endif

@@ -1,11 +1,11 @@
 // The three products with phi and its gradient, for the ops that have a projection (pre, seam, head):
 //
 //   project        vec(X) phi and the sum of X^2, for slices of the n C values of a token        [14]
-//   project_back   d_x = d_x_in + h_pre d_u + (r dm) phi^T - f X
+//   project_back   d_x = d_x_in + h_pre d_u + (r dm) phi^T - f X, with H_res^T d_x_in where that is deferred
 //   d_phi          sums over some tokens of vec(X)^T (r dm)
 //   sum_d_phi      d_phi, from these sums
 //
-// None depends on n but through n C and K. Sums over n C are cut into slices that depend on n C and K
+// None but project_back depends on n but through n C and K. Sums over n C are cut into slices that depend on n C and K
 // alone, so that a token's result does not depend on the others.
 
 #include "matrix.cuh"
@@ -232,13 +232,70 @@ __device__ inline void phi_fragment(uint4 (&parts)[kWeight], const float* phi, i
 // registers than there are for that.
 constexpr bool kTwoHexets = kOctets < 10 && !(kRounded && __CUDA_ARCH__ >= 1000);
 
-// Grid: groups of warps, groups of tiles. d_x_in: null for none, or d_x itself. STAGED: phi stays in
-// shared memory; where it is too large for that, it is read again for every tile.
+// The warps of a block that have the same channels, one for each stream, hand each other a tile of d_x_in: as
+// each lane needs of the other streams what the same lane of their warps has.
+struct Exchange {
+  static constexpr int kWords = Pack<Stream, 8>::kWords;
+  static constexpr int kParts = kWords / 4;
+  uint4* packs;      // [2][warps][4 tokens of a lane][kParts][lane]
+  float* h;          // [n][16 tokens]: the column of H_res that belongs to the warp's stream
+  int warp, stream, n, lane;
+
+  __device__ Exchange(void* shared, int warp, int stream, int n, int lane)
+      : packs(static_cast<uint4*>(shared)), warp(warp), stream(stream), n(n), lane(lane) {
+    const int warps = blockDim.x / 32;
+    h = reinterpret_cast<float*>(packs + 2 * warps * 4 * kParts * 32) + warp * n * kTile;
+  }
+
+  __device__ uint4* at(bool second, int of_warp) const {
+    return packs + ((second ? blockDim.x / 32 : 0) + of_warp) * 4 * kParts * 32 + lane;
+  }
+
+  __device__ void load_h(const float* h_res, int tile, int tokens) const {
+    __syncwarp();  // other lanes may still need the last tile's
+    for (int c = lane; c < n * kTile; c += 32) {
+      const long long token = min(tile * kTile + c % kTile, tokens - 1);
+      h[c] = h_res[(token * n + c / kTile) * n + stream];
+    }
+  }
+
+  // A buffer is written again two tiles later, when all have come by this barrier once more.
+  __device__ void give(bool second, const Pack<Stream, 8> (&own)[4]) const {
+    uint4* out = at(second, warp);
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+#pragma unroll
+      for (int p = 0; p < kParts; ++p) {
+        out[(r * kParts + p) * 32] = *reinterpret_cast<const uint4*>(&own[r].words[4 * p]);
+      }
+    }
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + warp / n), "r"(32 * n) : "memory");
+  }
+
+  // The streams' values of token r of the lane, times H_res^T.
+  __device__ void add_mixed(bool second, int r, int token, float (&values)[8]) const {
+    for (int i = 0; i < n; ++i) {
+      const uint4* in = at(second, warp - stream + i);
+      Pack<Stream, 8> pack;
+#pragma unroll
+      for (int p = 0; p < kParts; ++p) {
+        *reinterpret_cast<uint4*>(&pack.words[4 * p]) = in[(r * kParts + p) * 32];
+      }
+      const float weight = h[i * kTile + token];
+#pragma unroll
+      for (int v = 0; v < 8; ++v) values[v] += weight * pack[v];
+    }
+  }
+};
+
+// Grid: groups of warps, groups of tiles. d_x_in: null for none, or d_x itself. h_res: null unless d_x_in is
+// deferred; then a block has warps for all streams of its channels. STAGED: phi stays in shared memory; where
+// it is too large for that, it is read again for every tile.
 template <bool ALIGNED>
 __device__ inline void project_back(const Stream* x, const float* phi, Fragments dm,
                                     const float* h_pre, const float* norm, const Stream* d_u,
-                                    const Stream* d_x_in, Stream* d_x, int tokens, int n,
-                                    int hidden, bool staged) {
+                                    const Stream* d_x_in, const float* h_res, Stream* d_x,
+                                    int tokens, int n, int hidden, bool staged) {
   extern __shared__ uint4 staged_phi[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int hexets = EXACT ? (kOctets + 1) / 2 : dm.hexets();
@@ -247,7 +304,10 @@ __device__ inline void project_back(const Stream* x, const float* phi, Fragments
   if (unit / n * kChannels >= hidden) return;
 
   const float* stream_phi = phi + (long long)stream * hidden * dm.num_columns;
-  uint4* own = staged_phi + warp * hexets * 4 * kWeight * 32 + lane;
+  const int warp_phi = hexets * 4 * kWeight * 32;
+  uint4* own = staged_phi + warp * warp_phi + lane;
+  const Exchange exchange(staged_phi + blockDim.x / 32 * warp_phi, warp, stream, n, lane);
+  bool second = false;
   for (int hexet = 0; staged && hexet < hexets; ++hexet) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -275,6 +335,7 @@ __device__ inline void project_back(const Stream* x, const float* phi, Fragments
       h[r] = h_pre[token * n + stream];
       f[r] = norm[token];
     }
+    if (h_res) exchange.load_h(h_res, tile, tokens);
 
     float sums[2][4][4] = {};  // [half of the tile][j]
 #pragma unroll(kTwoHexets ? 2 : 1)
@@ -311,6 +372,7 @@ __device__ inline void project_back(const Stream* x, const float* phi, Fragments
       }
     }
 
+    if (h_res) exchange.give(second, d_xs);
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const long long token = tile * kTile + token_of(r, q);
@@ -319,12 +381,19 @@ __device__ inline void project_back(const Stream* x, const float* phi, Fragments
 #pragma unroll
       for (int v = 0; v < 8; ++v) {
         values[v] = sums[r / 2][v / 2][v % 2 * 2 + r % 2] + h[r] * d_us[r][v];
-        values[v] += d_xs[r][v] - f[r] * xs[r][v];
+        values[v] -= f[r] * xs[r][v];
+      }
+      if (h_res) {
+        exchange.add_mixed(second, r, token_of(r, q), values);
+      } else {
+#pragma unroll
+        for (int v = 0; v < 8; ++v) values[v] += d_xs[r][v];
       }
       Pack<Stream, 8> result;
       result.set(values);
       store<ALIGNED>(result, d_x + (token * n + stream) * hidden, at, hidden);
     }
+    second = !second;
   }
 }
 
@@ -334,18 +403,18 @@ constexpr int kBackBlocks =
 
 KERNEL(project_back, kThreads, kBackBlocks)
 (const Stream* x, const float* phi, u32* rows, u32* columns, int num_columns, const float* h_pre,
- const float* norm, const Stream* d_u, const Stream* d_x_in, Stream* d_x, int tokens, int n,
- int hidden, int staged) {
-  project_back<true>(x, phi, {rows, columns, num_columns}, h_pre, norm, d_u, d_x_in, d_x, tokens, n,
-                     hidden, staged);
+ const float* norm, const Stream* d_u, const Stream* d_x_in, const float* h_res, Stream* d_x,
+ int tokens, int n, int hidden, int staged) {
+  project_back<true>(x, phi, {rows, columns, num_columns}, h_pre, norm, d_u, d_x_in, h_res, d_x,
+                     tokens, n, hidden, staged);
 }
 #if !EXACT
 KERNEL(project_back_unaligned, kThreads)
 (const Stream* x, const float* phi, u32* rows, u32* columns, int num_columns, const float* h_pre,
- const float* norm, const Stream* d_u, const Stream* d_x_in, Stream* d_x, int tokens, int n,
- int hidden, int staged) {
-  project_back<false>(x, phi, {rows, columns, num_columns}, h_pre, norm, d_u, d_x_in, d_x, tokens, n,
-                      hidden, staged);
+ const float* norm, const Stream* d_u, const Stream* d_x_in, const float* h_res, Stream* d_x,
+ int tokens, int n, int hidden, int staged) {
+  project_back<false>(x, phi, {rows, columns, num_columns}, h_pre, norm, d_u, d_x_in, h_res, d_x,
+                      tokens, n, hidden, staged);
 }
 #endif
 

@@ -3,7 +3,7 @@
 use super::launch::{Device, Launch, Problem, Workspace};
 use super::memory::{Memory, room};
 use super::pre::{self, Parts};
-use super::projection::Shape;
+use super::projection::{HandedOn, Shape};
 use crate::signature::{Call, Op};
 
 /// The launches of a call, in their order.
@@ -13,7 +13,11 @@ pub fn plan(call: &Call, device: &Device) -> Vec<Launch> {
     if call.op == Op::HeadFwd {
         pre::forward(call, device, memory, x)
     } else {
-        pre::backward(call, device, memory, x, 0)
+        let handed_on = HandedOn {
+            d_x_in: 0,
+            h_res: None,
+        };
+        pre::backward(call, device, memory, x, handed_on)
     }
 }
 

@@ -1,4 +1,4 @@
-//! Launches of `post_fwd` and `post_bwd`, for the seam too.
+//! Launches of `post_fwd` and `post_bwd`, for the seam too, and of the part of post's gradient that pre has.
 
 use super::launch::{Arg, Device, Kernel, Launch, Problem, Workspace};
 use super::sizes::{for_rows, is_aligned, streams_bound, streams_size};
@@ -42,37 +42,60 @@ fn channels(call: &Call) -> usize {
     bytes / call.dtype.num_bytes()
 }
 
-/// What both kernels read, and the other arguments.
-fn args(call: &Call, others: &[Arg]) -> Vec<Arg> {
-    let inputs = ["x", "y", "h_post", "h_res"].map(|name| Arg::of(call.operand(name)));
-    [&inputs[..], others].concat()
+/// Blocks with a thread for all streams of some channels of a token.
+fn grid(call: &Call) -> ([u32; 3], usize) {
+    let threads = call.c.div_ceil(channels(call));
+    let slab = (SLAB_THREADS / threads).clamp(1, call.tokens.max(1));
+    let blocks = (slab * threads).div_ceil(THREADS);
+    let slabs = call.tokens.div_ceil(slab);
+    ([blocks as u32, slabs as u32, 1], slab)
 }
 
 /// X' at `x_new`.
 pub fn forward(call: &Call, x_new: u64) -> Launch {
-    let threads = call.c.div_ceil(channels(call));
-    let slab = (SLAB_THREADS / threads).clamp(1, call.tokens.max(1));
-    let blocks = (slab * threads).div_ceil(THREADS);
+    let (grid, slab) = grid(call);
     Launch {
         kernel: kernel(call, ["post_fwd", "post_fwd_unaligned"]),
-        grid: [blocks as u32, call.tokens.div_ceil(slab) as u32, 1],
+        grid,
         block: THREADS as u32,
         cluster: 1,
         shared_bytes: 0,
-        args: args(
-            call,
-            &[
-                Arg::Pointer(x_new),
-                Arg::I32(call.tokens as i32),
-                Arg::I32(slab as i32),
-                Arg::I32(call.n as i32),
-                Arg::I32(call.c as i32),
-            ],
-        ),
+        args: vec![
+            Arg::of(call.operand("x")),
+            Arg::of(call.operand("y")),
+            Arg::of(call.operand("h_post")),
+            Arg::of(call.operand("h_res")),
+            Arg::Pointer(x_new),
+            Arg::I32(call.tokens as i32),
+            Arg::I32(slab as i32),
+            Arg::I32(call.n as i32),
+            Arg::I32(call.c as i32),
+        ],
     }
 }
 
-/// The gradients from the one of X' at `d_x_new`, which may lie where d_x goes.
+/// H_res^T times the gradient of X' at `d_x_new`, which may lie where d_x goes.
+pub fn mix(call: &Call, d_x_new: u64, h_res: u64, d_x: u64) -> Launch {
+    let (grid, slab) = grid(call);
+    Launch {
+        kernel: kernel(call, ["mix", "mix_unaligned"]),
+        grid,
+        block: THREADS as u32,
+        cluster: 1,
+        shared_bytes: 0,
+        args: vec![
+            Arg::Pointer(d_x_new),
+            Arg::Pointer(h_res),
+            Arg::Pointer(d_x),
+            Arg::I32(call.tokens as i32),
+            Arg::I32(slab as i32),
+            Arg::I32(call.n as i32),
+            Arg::I32(call.c as i32),
+        ],
+    }
+}
+
+/// The gradients from the one of X' at `d_x_new`.
 pub fn backward(call: &Call, d_x_new: u64) -> Launch {
     Launch {
         kernel: kernel(call, ["post_bwd", "post_bwd_unaligned"]),
@@ -80,17 +103,16 @@ pub fn backward(call: &Call, d_x_new: u64) -> Launch {
         block: BACKWARD_THREADS as u32,
         cluster: 1,
         shared_bytes: 0,
-        args: args(
-            call,
-            &[
-                Arg::Pointer(d_x_new),
-                Arg::Pointer(0),
-                Arg::of(call.result("d_y")),
-                Arg::of(call.result("d_h_post")),
-                Arg::of(call.result("d_h_res")),
-                Arg::I32(call.n as i32),
-                Arg::I32(call.c as i32),
-            ],
-        ),
+        args: vec![
+            Arg::of(call.operand("x")),
+            Arg::of(call.operand("y")),
+            Arg::of(call.operand("h_post")),
+            Arg::Pointer(d_x_new),
+            Arg::of(call.result("d_y")),
+            Arg::of(call.result("d_h_post")),
+            Arg::of(call.result("d_h_res")),
+            Arg::I32(call.n as i32),
+            Arg::I32(call.c as i32),
+        ],
     }
 }

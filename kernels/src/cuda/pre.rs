@@ -2,7 +2,7 @@
 
 use super::launch::{Arg, Device, Kernel, Launch, Problem, Workspace};
 use super::memory::{Memory, Part, room};
-use super::projection::{self, Factors, Shape};
+use super::projection::{self, Factors, HandedOn, Shape};
 use super::sizes::{is_aligned, streams_size};
 use crate::signature::{Call, Op};
 
@@ -17,7 +17,10 @@ pub fn plan(call: &Call, device: &Device) -> Vec<Launch> {
     let memory = &mut Memory::of(call);
     let x = call.operand("x").data as u64;
     match call.op {
-        Op::PreBwd => backward(call, device, memory, x, call.operand("d_x_in").data as u64),
+        Op::PreBwd => {
+            let handed_on = handed_on(call, "d_x_in", "h_res");
+            backward(call, device, memory, x, handed_on)
+        }
         _ => forward(call, device, memory, x),
     }
 }
@@ -27,6 +30,14 @@ pub fn workspace(problem: &Problem) -> Workspace {
     match problem.op {
         Op::PreBwd => room(&Parts::of(problem).all()),
         _ => room(&[Shape::of(problem).partial()]),
+    }
+}
+
+/// The cotangent of the streams at the operand `d_x_in`, deferred or not.
+pub fn handed_on(call: &Call, d_x_in: &str, h_res: &str) -> HandedOn {
+    HandedOn {
+        d_x_in: call.operand(d_x_in).data as u64,
+        h_res: (call.config.deferred).then(|| call.operand(h_res).data as u64),
     }
 }
 
@@ -154,7 +165,7 @@ pub fn backward(
     device: &Device,
     memory: &mut Memory,
     x: u64,
-    d_x_in: u64,
+    handed_on: HandedOn,
 ) -> Vec<Launch> {
     let problem = call.problem();
     let shape = Shape::of(&problem);
@@ -211,10 +222,10 @@ pub fn backward(
     let dm = [dm_rows, dm_columns];
     // d_x_in may lie where d_x does, and x never does: the products are free to run in this order.
     let factors = Factors { dm, h_pre, norm };
-    let mut launches = vec![
-        coefficients,
-        projection::project_back(call, device, shape, x, &factors, d_x_in),
-    ];
+    let mut launches = vec![coefficients];
+    launches.extend(projection::project_back(
+        call, device, shape, x, &factors, handed_on,
+    ));
     launches.extend(projection::d_phi(call, shape, x, dm, d_phi));
     launches.push(sum_gates);
     launches

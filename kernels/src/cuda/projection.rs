@@ -2,13 +2,14 @@
 
 use super::launch::{Arg, Device, Kernel, Launch, Problem};
 use super::memory::{Part, TILE};
+use super::post;
 use super::sizes::{for_rows, is_aligned};
 use crate::signature::Call;
 use crate::view::DType;
 
 const WARPS: usize = 8;
 /// What fits on every GPU that there are kernels for.
-const SHARED_BYTES: usize = 96 << 10;
+const SHARED_BYTES: usize = 98 << 10;
 /// Blocks of d_phi's kernel that a large GPU runs at once. A constant, because the order of the sums
 /// follows from it.
 const D_PHI_BLOCKS: usize = 264;
@@ -183,30 +184,96 @@ pub struct Factors {
     pub norm: u64,
 }
 
-/// d_x, added to `d_x_in` unless that is 0.
+/// The warps of a block of `project_back`, and what it keeps in shared memory.
+struct BackBlock {
+    warps: usize,
+    /// Whether that is phi too.
+    staged: bool,
+    shared_bytes: usize,
+}
+
+impl Shape {
+    /// Of phi for the channels of a warp.
+    fn warp_phi_bytes(&self) -> usize {
+        self.hexets() * self.weight_parts() * 2048
+    }
+
+    fn back_block(&self) -> BackBlock {
+        let warp_bytes = self.warp_phi_bytes();
+        let staged = warp_bytes <= SHARED_BYTES;
+        let warps = if staged {
+            (SHARED_BYTES / warp_bytes.max(1)).clamp(1, WARPS)
+        } else {
+            WARPS
+        };
+        BackBlock {
+            warps,
+            staged,
+            shared_bytes: if staged { warps * warp_bytes } else { 0 },
+        }
+    }
+
+    /// The same with warps for all streams of some channels, that hand each other d_x_in (`Exchange` of
+    /// projection.cu). None where that does not fit.
+    fn mixing_block(&self, device: &Device) -> Option<BackBlock> {
+        let exchange = 2 * TILE * CHANNELS * self.dtype.num_bytes();
+        let h_res = self.n * TILE * size_of::<f32>();
+        let group_bytes = self.n * (self.warp_phi_bytes() + exchange + h_res);
+        let most = (WARPS / self.n).min(SHARED_BYTES / group_bytes);
+        // A single group may have all that the GPU has.
+        let fits = self.n <= WARPS && group_bytes <= device.max_shared_bytes as usize;
+        fits.then(|| BackBlock {
+            warps: self.n * most.max(1),
+            staged: true,
+            shared_bytes: group_bytes * most.max(1),
+        })
+    }
+}
+
+/// The cotangent of the streams that the context handed on.
+#[derive(Debug, Clone, Copy)]
+pub struct HandedOn {
+    /// Where it lies; 0 for none.
+    pub d_x_in: u64,
+    /// H_res, where it is to be multiplied by its transpose.
+    pub h_res: Option<u64>,
+}
+
+/// d_x, with what was handed on.
 pub fn project_back(
     call: &Call,
     device: &Device,
     shape: Shape,
     x: u64,
     factors: &Factors,
-    d_x_in: u64,
-) -> Launch {
-    let warp_bytes = shape.hexets() * shape.weight_parts() * 2048;
-    let staged = warp_bytes <= SHARED_BYTES;
-    let warps = if staged {
-        (SHARED_BYTES / warp_bytes.max(1)).clamp(1, WARPS)
-    } else {
-        WARPS
+    handed_on: HandedOn,
+) -> Vec<Launch> {
+    let d_x = call.result(call.op.results()[0]).data as u64;
+    let mixing = handed_on.h_res.and_then(|h_res| {
+        let block = shape.mixing_block(device)?;
+        Some((block, h_res))
+    });
+    // Where it does not fit, d_x_in is mixed beforehand.
+    let (mix, block, d_x_in, h_res) = match (mixing, handed_on.h_res) {
+        (Some((block, h_res)), _) => (None, block, handed_on.d_x_in, h_res),
+        (None, None) => (None, shape.back_block(), handed_on.d_x_in, 0),
+        (None, Some(h_res)) => {
+            let mix = post::mix(call, handed_on.d_x_in, h_res, d_x);
+            (Some(mix), shape.back_block(), d_x, 0)
+        }
     };
-    let shared_bytes = if staged { warps * warp_bytes } else { 0 };
+    let BackBlock {
+        warps,
+        staged,
+        shared_bytes,
+    } = block;
     let blocks = (shape.n * shape.c.div_ceil(CHANNELS)).div_ceil(warps);
     let registers_allow = if shape.dtype == DType::F32 { 1 } else { 2 } * WARPS / warps;
     let shared_allows = device.max_shared_bytes as usize / shared_bytes.max(1);
     let slots = device.num_sms as usize * registers_allow.min(shared_allows).max(1);
     let groups = (slots / blocks).clamp(1, call.tokens.div_ceil(TILE).max(1));
     let function = for_rows(shape.c, ["project_back", "project_back_unaligned"]);
-    Launch {
+    let back = Launch {
         kernel: shape.kernel(function),
         grid: [blocks as u32, groups as u32, 1],
         block: (32 * warps) as u32,
@@ -222,13 +289,15 @@ pub fn project_back(
             Arg::Pointer(factors.norm),
             Arg::of(call.operand("d_u")),
             Arg::Pointer(d_x_in),
-            Arg::of(call.result(call.op.results()[0])),
+            Arg::Pointer(h_res),
+            Arg::Pointer(d_x),
             Arg::I32(call.tokens as i32),
             Arg::I32(shape.n as i32),
             Arg::I32(shape.c as i32),
             Arg::I32(i32::from(staged)),
         ],
-    }
+    };
+    mix.into_iter().chain([back]).collect()
 }
 
 /// d_phi, by way of `partial`.

@@ -16,11 +16,11 @@ pub fn plan(call: &Call, device: &Device) -> Vec<Launch> {
         launches.extend(pre::forward(call, device, memory, x_new));
         return launches;
     }
-    // X' is computed again. The gradient of X' grows where d_x goes, and post's backward replaces it by d_x.
+    // X' is computed again. Its gradient grows where d_x_new_in lies.
     let x_new = memory.take(x_new(&call.problem()));
-    let d_x_new_in = call.operand("d_x_new_in").data as u64;
+    let handed_on = pre::handed_on(call, "d_x_new_in", "h_res_new");
     let mut launches = vec![post::forward(call, x_new)];
-    launches.extend(pre::backward(call, device, memory, x_new, d_x_new_in));
+    launches.extend(pre::backward(call, device, memory, x_new, handed_on));
     launches.push(post::backward(call, call.result("d_x_new").data as u64));
     launches
 }

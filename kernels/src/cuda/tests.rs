@@ -64,18 +64,20 @@ fn examples() -> Vec<(String, Example)> {
                 (1000, [3, 7]),
                 (8192, [4, 4096]),
                 (16, [8, 100]),
+                (300, [8, 4096]),
                 (5, [16, 8]),
             ] {
                 // The divisors of many iterations lie in the workspace and not in shared memory.
-                for (constraint, sinkhorn_iters) in [
-                    (Constraint::Birkhoff, 20),
-                    (Constraint::Birkhoff, 200),
-                    (Constraint::None, 20),
-                    (Constraint::Identity, 20),
+                for (constraint, sinkhorn_iters, deferred) in [
+                    (Constraint::Birkhoff, 20, true),
+                    (Constraint::Birkhoff, 200, false),
+                    (Constraint::None, 20, false),
+                    (Constraint::Identity, 20, true),
                 ] {
                     let config = Config {
                         constraint,
                         sinkhorn_iters,
+                        deferred,
                         ..Config::default()
                     };
                     let example = || Example::new(op, dtype, tokens, sizes, config);
@@ -135,6 +137,31 @@ fn plans_name_kernels_that_exist_and_fit_the_gpu() {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn deferred_cotangents_are_mixed_on_their_way_where_that_fits() {
+    let mixes = |device: &Device, op, dtype, sizes, deferred| {
+        let config = Config {
+            deferred,
+            ..Config::default()
+        };
+        let example = Example::new(op, dtype, 17, sizes, config);
+        let needed = example.check(|call| workspace(&call.unwrap().problem()).len(17));
+        let launches = (example.with_workspace(needed))
+            .check(|call| plan(&call.unwrap(), device))
+            .into_iter();
+        let names: Vec<_> = launches.map(|launch| launch.kernel.function).collect();
+        names.contains(&"mix")
+    };
+    for op in [Op::PreBwd, Op::SeamBwd] {
+        assert!(!mixes(&H100, op, DType::Bf16, [4, 4096], true));
+        assert!(!mixes(&L4, op, DType::F32, [4, 4096], true));
+        assert!(!mixes(&H100, op, DType::Bf16, [8, 4096], true));
+        assert!(mixes(&L4, op, DType::Bf16, [8, 4096], true));
+        assert!(mixes(&H100, op, DType::F32, [16, 64], true));
+        assert!(!mixes(&H100, op, DType::F32, [16, 64], false));
     }
 }
 
