@@ -6,39 +6,45 @@
 
 constexpr int N = SIZE;
 constexpr int kColumns = N * (N + 2);
+#ifndef LANES
+#define LANES 1
+#endif
+using Matrices = Sinkhorn<N, LANES>;
 // Of a warp, which is a block: there are few tokens, and each of them takes long.
-constexpr int kTokens = 32 / N;
+constexpr int kTokens = 32 / LANES;
 
 // d_z: [tokens, kColumns] in the order pre, post, res, of which the columns of pre are left alone. Shared memory:
-// 2 * sinkhorn_iters * 32 floats, for what Sinkhorn's forward pass records.
+// 2 * sinkhorn_iters * 32 * N / LANES floats, for what Sinkhorn's forward pass records.
 KERNEL(gates_bwd, 32)
 (const float* m, const float* alpha, const float* bias, const float* d_h_post, const float* d_h_res,
  float* d_z, int tokens, Settings settings) {
   extern __shared__ float history[];
-  const int lane = threadIdx.x, column = lane % N;
-  const long long own = (long long)blockIdx.x * kTokens + lane / N;
+  const int lane = threadIdx.x;
+  const long long own = (long long)blockIdx.x * kTokens + lane / LANES;
   // Lanes without a token repeat the last one.
   const long long token = min(own, (long long)tokens - 1);
   const float* m_token = m + token * kColumns;
   float* d_z_token = d_z + token * kColumns;
-  const Sinkhorn<N> sinkhorn{settings, N, column};
+  const Matrices matrices{settings, N, lane % LANES};
 
-  float z[N], h[N], g[N];
+  Matrices::Matrix z, h, g;
+  matrices.for_each([&](int k, int i) {
+    const int c = 2 * N + matrices.at(k, i);
+    z[k][i] = alpha[2] * m_token[c] + bias[c];
+    g[k][i] = d_h_res[token * N * N + matrices.at(k, i)];
+  });
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const int c = 2 * N + sinkhorn.at(i);
-    z[i] = alpha[2] * m_token[c] + bias[c];
-    g[i] = d_h_res[token * N * N + sinkhorn.at(i)];
+  for (int k = 0; k < Matrices::kOwn; ++k) {
+    const int c = matrices.column(k);
+    const float z_post = alpha[1] * m_token[N + c] + bias[N + c];
+    const float d_post = d_h_post[token * N + c] * settings.post_scale;
+    if (own < tokens) d_z_token[N + c] = d_post * sigmoid(z_post) * sigmoid(-z_post);
   }
-  const float z_post = alpha[1] * m_token[N + column] + bias[N + column];
-  const float d_post = d_h_post[token * N + column] * settings.post_scale;
-  if (own < tokens) d_z_token[N + column] = d_post * sigmoid(z_post) * sigmoid(-z_post);
   if (settings.constraint == 0) {
-    sinkhorn.forward(z, h, history + lane, 32);
-    sinkhorn.backward(z, h, g, history + lane, 32);
+    matrices.forward(z, h, history + lane, 32);
+    matrices.backward(z, h, g, history + lane, 32);
   }
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    if (own < tokens) d_z_token[2 * N + sinkhorn.at(i)] = g[i];
-  }
+  matrices.for_each([&](int k, int i) {
+    if (own < tokens) d_z_token[2 * N + matrices.at(k, i)] = g[k][i];
+  });
 }

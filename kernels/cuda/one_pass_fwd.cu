@@ -56,8 +56,11 @@ __device__ constexpr Shape shape(bool seam) {
 // kColumns sums, the sum of squares, and padding to a multiple of 16 bytes.
 constexpr int kSumsBytes = 28 * 4;
 constexpr int kSumsParts = kSumsBytes / 16;
-// Matrices for `sinkhorn`: 8 at a time, with some space between against bank conflicts.
-constexpr int kBatch = 8;
+// Matrices for `sinkhorn`, as many at a time as a warp holds; with some space between them against bank
+// conflicts. One in a lane: what counts is how long the last ones take.
+constexpr int kLanes = 1;
+using Matrices = Sinkhorn<N, kLanes>;
+constexpr int kBatch = 32 / kLanes;
 constexpr int kMatrixBytes = (N * N + 4) * 4;
 // phi's low part of 16 rows, for a warp.
 constexpr int kLowBytes = 32 * 6 * 4;
@@ -492,25 +495,23 @@ __device__ inline void Block<SEAM>::own(int lane) const {
 template <bool SEAM>
 __device__ inline void Block<SEAM>::sinkhorn(int lane) const {
   if (!owns()) return;
-  const Sinkhorn<N> sinkhorn{*call.settings, N, lane % N};
-  const int matrix = lane / N;
+  const Matrices matrices{*call.settings, N, lane % kLanes};
+  const int matrix = lane / kLanes;
   for (int batch = 0; batch * kBatch < num_tiles * owned; ++batch) {
     const u32 slot = batch % 2;
     wait(barrier(kLogitsFull, slot), batch / 2 & 1);
-    float z[N], h[N];
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
+    Matrices::Matrix z, h;
+    matrices.for_each([&](int k, int i) {
       const u32 from = shared + P::kLogits + (slot * kBatch + matrix) * kMatrixBytes;
-      h[i] = z[i] = read_float(from + 4 * sinkhorn.at(i));
-    }
+      h[k][i] = z[k][i] = read_float(from + 4 * matrices.at(k, i));
+    });
     __syncwarp();
     if (lane == 0) arrive(barrier(kLogitsEmpty, slot));
-    if (call.settings->constraint == 0) sinkhorn.forward(z, h, nullptr, 0);
+    if (call.settings->constraint == 0) matrices.forward(z, h, nullptr, 0);
     const int count = batch * kBatch + matrix, i = count / owned;
     const size_t at = size_t(token(i)) + rank * owned + count % owned;
     if (i >= num_tiles || at >= call.tokens) continue;
-#pragma unroll
-    for (int k = 0; k < N; ++k) call.h_res[at * N * N + sinkhorn.at(k)] = h[k];
+    matrices.for_each([&](int k, int j) { call.h_res[at * N * N + matrices.at(k, j)] = h[k][j]; });
   }
 }
 

@@ -107,19 +107,17 @@ KERNEL(pre_fwd, kThreads, EXACT ? (N <= 4 ? 4 : 2) : 1)
   if (warp == kTokens) {
     if (!h_res) return;
     for_matrices(settings, n, [&](const Sinkhorn<N>& sinkhorn, int t, bool own) {
-      float z[N], h[N];
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        z[i] = layout.num_res && sinkhorn.active(i) ? z_res[t][sinkhorn.at(i)] : 0.f;
-        h[i] = layout.num_res ? z[i] : float(i == sinkhorn.lane);  // none: z; identity: I
-      }
+      typename Sinkhorn<N>::Matrix z, h;
+      sinkhorn.for_each([&](int k, int i) {
+        z[k][i] = layout.num_res && sinkhorn.active(k, i) ? z_res[t][sinkhorn.at(k, i)] : 0.f;
+        h[k][i] = layout.num_res ? z[k][i] : float(i == sinkhorn.column(k));  // none: z; identity: I
+      });
       if (settings.constraint == 0) sinkhorn.forward(z, h, nullptr, 0);
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        if (own && block + t < tokens && sinkhorn.active(i)) {
-          h_res[(block + t) * n * n + sinkhorn.at(i)] = h[i];
+      sinkhorn.for_each([&](int k, int i) {
+        if (own && block + t < tokens && sinkhorn.active(k, i)) {
+          h_res[(block + t) * n * n + sinkhorn.at(k, i)] = h[k][i];
         }
-      }
+      });
     });
     return;
   }
@@ -188,20 +186,18 @@ KERNEL(pre_bwd, kThreads, EXACT && N <= 4 ? 3 : 1)
     float* own = (history ? history + others : shared_history) + lane;
     for_matrices(settings, n, [&](const Sinkhorn<N>& sinkhorn, int t, bool) {
       const long long at = min(block + t, (long long)tokens - 1);
-      float z[N], h[N], g[N];
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        z[i] = sinkhorn.active(i) ? logit(at, 2 * n + sinkhorn.at(i)) : 0.f;
-        g[i] = sinkhorn.active(i) ? d_h_res[at * n * n + sinkhorn.at(i)] : 0.f;
-      }
+      typename Sinkhorn<N>::Matrix z, h, g;
+      sinkhorn.for_each([&](int k, int i) {
+        z[k][i] = sinkhorn.active(k, i) ? logit(at, 2 * n + sinkhorn.at(k, i)) : 0.f;
+        g[k][i] = sinkhorn.active(k, i) ? d_h_res[at * n * n + sinkhorn.at(k, i)] : 0.f;
+      });
       if (settings.constraint == 0) {
         sinkhorn.forward(z, h, own, 32);
         sinkhorn.backward(z, h, g, own, 32);
       }
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        if (sinkhorn.active(i)) d_z[t][2 * n + sinkhorn.at(i)] = g[i];
-      }
+      sinkhorn.for_each([&](int k, int i) {
+        if (sinkhorn.active(k, i)) d_z[t][2 * n + sinkhorn.at(k, i)] = g[k][i];
+      });
     });
   } else if (exists) {
     float dots[N] = {};

@@ -19,23 +19,23 @@ struct Place {
   }
 };
 
-__device__ inline void gather(float (&values)[N], const float* matrices, const Place& place,
+__device__ inline void gather(Sinkhorn<N>::Matrix& values, const float* matrices, const Place& place,
                               const Sinkhorn<N>& sinkhorn) {
   const int n = sinkhorn.n;
-  for (int i = 0; i < N; ++i) {
-    const bool exists = place.exists && sinkhorn.active(i);
-    values[i] = exists ? matrices[place.matrix * n * n + sinkhorn.at(i)] : 0.f;
-  }
+  sinkhorn.for_each([&](int k, int i) {
+    const bool exists = place.exists && sinkhorn.active(k, i);
+    values[k][i] = exists ? matrices[place.matrix * n * n + sinkhorn.at(k, i)] : 0.f;
+  });
 }
 
-__device__ inline void scatter(const float (&values)[N], float* matrices, const Place& place,
+__device__ inline void scatter(const Sinkhorn<N>::Matrix& values, float* matrices, const Place& place,
                                const Sinkhorn<N>& sinkhorn) {
   const int n = sinkhorn.n;
-  for (int i = 0; i < N; ++i) {
-    if (place.exists && sinkhorn.active(i)) {
-      matrices[place.matrix * n * n + sinkhorn.at(i)] = values[i];
+  sinkhorn.for_each([&](int k, int i) {
+    if (place.exists && sinkhorn.active(k, i)) {
+      matrices[place.matrix * n * n + sinkhorn.at(k, i)] = values[k][i];
     }
-  }
+  });
 }
 
 KERNEL(sinkhorn_fwd, kThreads)
@@ -43,7 +43,7 @@ KERNEL(sinkhorn_fwd, kThreads)
   const int n = EXACT ? N : num_streams;
   const Place place(matrices);
   const Sinkhorn<N> sinkhorn{settings, n, place.lane};
-  float z[N], m[N];
+  Sinkhorn<N>::Matrix z, m;
   gather(z, z_in, place, sinkhorn);
   sinkhorn.forward(z, m, nullptr, 0);
   scatter(m, h_res, place, sinkhorn);
@@ -59,7 +59,7 @@ KERNEL(sinkhorn_bwd, kThreads)
   const Sinkhorn<N> sinkhorn{settings, n, place.lane};
   const long long block = (long long)blockIdx.x * 2 * settings.sinkhorn_iters * kThreads;
   float* own = (history ? history + block : shared) + threadIdx.x;
-  float z[N], m[N], g[N];
+  Sinkhorn<N>::Matrix z, m, g;
   gather(z, z_in, place, sinkhorn);
   gather(g, d_h_res, place, sinkhorn);
   sinkhorn.forward(z, m, own, kThreads);
