@@ -211,9 +211,14 @@ class Op:
     applies: Callable[[str], bool] = lambda case: True
 
 
+def public(ctx: Context) -> Context:
+    """The context as users see it, with the same leaves for both implementations."""
+    return dataclasses.replace(ctx)
+
+
 def _run_pre(o, config, implementation):
     u, ctx = jax_mhc.pre(o["x"], o["params"], config=config, implementation=implementation)
-    return {"u": u, "ctx": ctx}
+    return {"u": u, "ctx": public(ctx)}
 
 
 def _oracle_pre(o, config):
@@ -234,7 +239,7 @@ def _run_post_pre(o, config, implementation):
     u, ctx = jax_mhc.post_pre(
         o["y"], o["ctx"], o["params"], config=config, implementation=implementation
     )
-    return {"u": u, "ctx": ctx}
+    return {"u": u, "ctx": public(ctx)}
 
 
 def _oracle_post_pre(o, config):
@@ -265,6 +270,21 @@ def _oracle_residual(o, config):
     u, _, h_post, h_res = oracle.pre(o["x"], o["params"], config)
     x_new = oracle.post(np.tanh(u * o["gain"]), o["x"], h_post, h_res)
     return {"x_new": x_new, "aux": np.mean(u**2, axis=-1)}
+
+
+def _run_two_sublayers(o, config, implementation):
+    """Joined by the seam: its kernels, and pre's, get the cotangents of their streams deferred."""
+    options = {"config": config, "implementation": implementation}
+    u, ctx = jax_mhc.pre(o["x"], o["params"], **options)
+    u, ctx = jax_mhc.post_pre(jnp.tanh(u), ctx, o["params"], **options)
+    return {"u": u, "x_new": jax_mhc.post(o["y"], ctx, implementation=implementation)}
+
+
+def _oracle_two_sublayers(o, config):
+    u, _, *h = oracle.pre(o["x"], o["params"], config)
+    x = oracle.post(np.tanh(u), o["x"], *h)
+    u, _, *h = oracle.pre(x, o["params"], config)
+    return {"u": u, "x_new": oracle.post(o["y"], x, *h)}
 
 
 def _is_birkhoff(case: str) -> bool:
@@ -312,9 +332,20 @@ OPS = {
         _oracle_residual,
         ("pre", "post"),
         ("x",),
-        lambda case: case in ("paper", "no_tokens", "many_tokens", "peaked_10", "static"),
+        lambda case: case in (*_SHAPES, "sixteen_streams", "peaked_10", "identity", "static"),
+    ),
+    "two_sublayers": Op(
+        {"x": streams, "params": params, "y": layer_output},
+        _run_two_sublayers,
+        _oracle_two_sublayers,
+        ("pre", "seam", "post"),
+        ("x", "y"),
+        lambda case: case in (*_SHAPES, "sixteen_streams", "peaked_3", "identity", "static"),
     ),
 }
+
+# The ops of one call.
+KERNELS = [op for op in OPS if len(OPS[op].calls) == 1]
 
 OP_CASES = [(op, case) for op in OPS for case in CASES if OPS[op].applies(case)]
 PRECISION_OP_CASES = [

@@ -15,6 +15,7 @@ import pytest
 from cases import (
     DTYPES,
     FLOAT64,
+    KERNELS,
     OPS,
     WIDEST,
     Case,
@@ -35,7 +36,6 @@ from jax_mhc import presets
 
 pytestmark = pytest.mark.gpu
 
-KERNELS = [op for op in OPS if op != "mhc_residual"]
 
 # Sums over tokens and over the width that many blocks share, the last of each not full.
 CASE = Case((2053,), 4, 264, 3.0)
@@ -62,7 +62,7 @@ def dtypes_of(op):
     return ["float32"] if op == "sinkhorn" else DTYPES
 
 
-OP_DTYPES = [(op, dtype) for op in KERNELS for dtype in dtypes_of(op)]
+OP_DTYPES = [(op, dtype) for op in (*KERNELS, "two_sublayers") for dtype in dtypes_of(op)]
 
 
 @pytest.mark.parametrize("op, dtype", OP_DTYPES)

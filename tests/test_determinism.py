@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import OPS, Case, compiled, make_cotangents, make_operands
+from cases import KERNELS, OPS, Case, compiled, make_cotangents, make_operands
 
 from jax_mhc import presets
 
 # Several chunks and groups of tokens, the last of them not full.
 CASE = Case((300,), 4, 33, 3.0)
-KERNELS = [op for op in OPS if op != "mhc_residual"]
+
+# Those of one call, and those that hand on cotangents.
+TESTED = (*KERNELS, "two_sublayers")
 
 
 def bits(op, dtype):
@@ -38,11 +40,11 @@ def bits_with_threads(num_threads):
         [sys.executable, __file__], env=environment, capture_output=True, text=True, check=True
     )
     size, *digests = done.stdout.split()
-    return int(size), dict(zip(KERNELS, digests, strict=True))
+    return int(size), dict(zip(TESTED, digests, strict=True))
 
 
 @pytest.mark.cpu("a GPU has no threads to choose the number of")
-@pytest.mark.parametrize("op", KERNELS)
+@pytest.mark.parametrize("op", TESTED)
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 def test_same_bits_with_any_number_of_threads(op, num_threads):
     size, digests = bits_with_threads(num_threads)
@@ -51,13 +53,13 @@ def test_same_bits_with_any_number_of_threads(op, num_threads):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("op", KERNELS)
+@pytest.mark.parametrize("op", TESTED)
 def test_same_bits_in_every_run(op, dtype):
     assert len({bits(op, jnp.dtype(dtype)) for _ in range(5)}) == 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("op", KERNELS)
+@pytest.mark.parametrize("op", TESTED)
 def test_a_token_does_not_depend_on_the_others(op, dtype):
     """Forward, and backward for all that a token has of its own."""
     operands = make_operands(op, CASE, jnp.dtype(dtype))
@@ -81,7 +83,7 @@ def test_a_token_does_not_depend_on_the_others(op, dtype):
 
 def main():
     """Prints the number of threads of XLA's pool, and the digests."""
-    digests = [bits(op, np.float32) for op in KERNELS]
+    digests = [bits(op, np.float32) for op in TESTED]
     names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
     print(sum(name.startswith("tf_XLAEigen") for name in names), *digests)
 

@@ -3,6 +3,9 @@
 tests/test_values.py compares their errors in lower precision, together with those of values.
 """
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +27,7 @@ from jax.test_util import check_grads
 
 import jax_mhc
 from jax_mhc import presets
+from jax_mhc._types import Context
 
 
 @pytest.mark.parametrize("op, case", OP_CASES)
@@ -104,13 +108,137 @@ def same_parameters_twice(o, options):
     return x
 
 
-@pytest.mark.parametrize(
-    "use",
-    [no_post, one_post, two_posts, post_and_seam, seam_without_post, every_field, one_field,
-     streams_alone, same_parameters_twice],
-)  # fmt: skip
-def test_uses_of_a_context(use):
-    operands = make_operands("pre", CASES["peaked_3"])
+def every_field_and_seam(o, options):
+    """The same after a seam."""
+    u, ctx = jax_mhc.pre(o["x"], o["params"], **OPTIONS, **options)
+    u, ctx = jax_mhc.post_pre(jnp.tanh(u), ctx, o["params"], **OPTIONS, **options)
+    x_new = jax_mhc.post(jnp.tanh(u), ctx, **options)
+    return x_new * jnp.sin(ctx.x) + jnp.sum(jnp.cos(ctx.h_res))
+
+
+def streams_after_a_seam(o, options):
+    u, ctx = jax_mhc.pre(o["x"], o["params"], **OPTIONS, **options)
+    _, ctx = jax_mhc.post_pre(jnp.tanh(u), ctx, o["params"], **OPTIONS, **options)
+    return jnp.sin(ctx.x)
+
+
+def replaced_h_res(o, options):
+    """One post with what pre returned, one with another mixing matrix."""
+    u, ctx = jax_mhc.pre(o["x"], o["params"], **OPTIONS, **options)
+    other = dataclasses.replace(ctx, h_res=jnp.sin(3 * ctx.h_res))
+    return jax_mhc.post(u, ctx, **options) * jax_mhc.post(jnp.tanh(u), other, **options)
+
+
+def replaced_h_res_and_seam(o, options):
+    u, ctx = jax_mhc.pre(o["x"], o["params"], **OPTIONS, **options)
+    ctx = dataclasses.replace(ctx, h_res=jnp.sin(3 * ctx.h_res))
+    u, ctx = jax_mhc.post_pre(jnp.tanh(u), ctx, o["params"], **OPTIONS, **options)
+    return jax_mhc.post(jnp.tanh(u), ctx, **options)
+
+
+def replaced_streams(o, options):
+    u, ctx = jax_mhc.pre(o["x"], o["params"], **OPTIONS, **options)
+    ctx = dataclasses.replace(ctx, x=ctx.x * jnp.cos(ctx.x))
+    return jax_mhc.post(jnp.tanh(u), ctx, **options)
+
+
+def no_gradient_of_streams(o, options):
+    u, ctx = jax_mhc.pre(o["x"], o["params"], **OPTIONS, **options)
+    ctx = dataclasses.replace(ctx, x=jax.lax.stop_gradient(ctx.x))
+    return jax_mhc.post(jnp.tanh(u), ctx, **options)
+
+
+def no_gradient_of_a_context(o, options):
+    u, ctx = jax_mhc.pre(o["x"], o["params"], **OPTIONS, **options)
+    return jax_mhc.post(jnp.tanh(u), jax.lax.stop_gradient(ctx), **options)
+
+
+def made_by_hand(o, options):
+    x = o["x"]
+    h_post = jnp.tanh(x[..., 0].astype(o["params"].bias.dtype))
+    ctx = Context(x=x, h_pre=h_post, h_post=h_post, h_res=h_post[..., None] * h_post[..., None, :])
+    u, ctx = jax_mhc.post_pre(jnp.sin(x[..., 0, :]), ctx, o["params"], **OPTIONS, **options)
+    return jax_mhc.post(jnp.tanh(u), ctx, **options)
+
+
+def across_jit(o, options):
+    u, ctx = jax.jit(functools.partial(jax_mhc.pre, **OPTIONS, **options))(o["x"], o["params"])
+    return jax.jit(functools.partial(jax_mhc.post, **options))(jnp.tanh(u), ctx)
+
+
+def across_checkpoint(o, options):
+    pre = jax.checkpoint(functools.partial(jax_mhc.pre, **OPTIONS, **options))
+    u, ctx = pre(o["x"], o["params"])
+    return jax.checkpoint(functools.partial(jax_mhc.post, **options))(jnp.tanh(u), ctx)
+
+
+def across_vmap(o, options):
+    pre = functools.partial(jax_mhc.pre, **OPTIONS, **options)
+    u, ctx = jax.vmap(pre, in_axes=(0, None))(o["x"], o["params"])
+    return jax.vmap(functools.partial(jax_mhc.post, **options))(jnp.tanh(u), ctx)
+
+
+def across_scan(o, options):
+    """In the carry, with and without a look at the streams."""
+
+    def seam(carry, gain):
+        u, ctx = carry
+        u, ctx = jax_mhc.post_pre(gain * jnp.tanh(u), ctx, o["params"], **OPTIONS, **options)
+        return (u, ctx), jnp.sin(ctx.x) if look else None
+
+    total = 0.0
+    for look in (True, False):
+        carry = jax_mhc.pre(o["x"], o["params"], **OPTIONS, **options)
+        (u, ctx), seen = jax.lax.scan(seam, carry, jnp.arange(1, 3, dtype=o["x"].dtype))
+        total += jax_mhc.post(u, ctx, **options) + (jnp.sum(seen, axis=0) if look else 0)
+    return total
+
+
+def across_cond(o, options):
+    u, ctx = jax_mhc.pre(o["x"], o["params"], **OPTIONS, **options)
+    branches = (
+        lambda u, ctx: jax_mhc.post(jnp.tanh(u), ctx, **options),
+        lambda u, ctx: jnp.sin(ctx.x),
+    )
+    return sum(jax.lax.switch(index, branches, u, ctx) for index in jnp.arange(2))
+
+
+def parts_of_a_context(o, options):
+    """Some tokens of it, and all of them in another shape."""
+    u, ctx = jax_mhc.pre(o["x"], o["params"], **OPTIONS, **options)
+    first, others = (
+        jax.tree.map(lambda leaf, some=some: leaf[some], (u, ctx))
+        for some in (slice(None, 2), slice(2, None))
+    )
+    posts = [jax_mhc.post(jnp.tanh(u), ctx, **options) for u, ctx in (first, others)]
+    u, ctx = jax.tree.map(lambda leaf: leaf[None], (u, ctx))
+    return jnp.concatenate(posts) * jax_mhc.post(jnp.sin(u), ctx, **options)[0]
+
+
+def other_implementation_of_post(o, options):
+    """Which of the two made a context does not matter."""
+    u, ctx = jax_mhc.pre(o["x"], o["params"], **OPTIONS, **options)
+    u, ctx = jax_mhc.post_pre(jnp.tanh(u), ctx, o["params"], implementation="reference", **OPTIONS)
+    x_new = jax_mhc.post(jnp.tanh(u), ctx, **options)
+    u, ctx = jax_mhc.pre(x_new, o["params"], **OPTIONS, **options)
+    return jax_mhc.post(jnp.tanh(u), ctx, **options) * jax_mhc.post(
+        u, ctx, implementation="reference"
+    )
+
+
+USES = [
+    no_post, one_post, two_posts, post_and_seam, seam_without_post, every_field,
+    every_field_and_seam, streams_after_a_seam, one_field, streams_alone, same_parameters_twice,
+    replaced_h_res, replaced_h_res_and_seam, replaced_streams, no_gradient_of_streams,
+    no_gradient_of_a_context, made_by_hand, across_jit, across_checkpoint, across_vmap,
+    across_scan, across_cond, parts_of_a_context, other_implementation_of_post,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", sorted({"float32", WIDEST.name}))
+@pytest.mark.parametrize("use", USES)
+def test_uses_of_a_context(use, dtype):
+    operands = make_operands("pre", CASES["peaked_3"], jnp.dtype(dtype))
 
     def gradients(implementation):
         def loss(operands):
@@ -119,7 +247,8 @@ def test_uses_of_a_context(use):
         return jax.jit(jax.value_and_grad(loss))
 
     exact = in_float64(gradients("reference"), operands)
-    assert_trees_close(gradients("fused")(operands), exact, limit(CASES["peaked_3"], layers=2))
+    largest = limit(CASES["peaked_3"], dtype=jnp.dtype(dtype), layers=4)
+    assert_trees_close(gradients("fused")(operands), exact, largest, jnp.dtype(dtype))
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -11,7 +11,16 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import CASES, OPS, WIDEST, Case, make_cotangents, make_operands, value_and_vjp
+from cases import (
+    CASES,
+    KERNELS,
+    OPS,
+    WIDEST,
+    Case,
+    make_cotangents,
+    make_operands,
+    value_and_vjp,
+)
 from jax import checkpoint_policies
 from jax.ad_checkpoint import print_saved_residuals
 
@@ -128,9 +137,9 @@ def residuals(function, *arrays):
 
 
 @pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("op", [op for op in OPS if op != "mhc_residual"])
-def test_backward_keeps_m_and_r_alone(op, static):
-    """K + 1 numbers a token beside the operands."""
+@pytest.mark.parametrize("op", KERNELS)
+def test_backward_keeps_m_r_and_h_res_alone(op, static):
+    """K + 1 numbers a token beside the operands, and h_res for the cotangent of the streams."""
     case = dataclasses.replace(CASE, static=static)
     n, tokens = case.streams, math.prod(case.tokens)
     run = functools.partial(OPS[op].run, config=presets.PAPER, implementation="fused")
@@ -140,9 +149,9 @@ def test_backward_keeps_m_and_r_alone(op, static):
     elif op == "head":
         assert kept == tokens * (n + 1)
     elif static:
-        assert kept == tokens + 3  # r, and an alpha of zeros
+        assert kept == tokens * (1 + n * n) + 3  # r and h_res, and an alpha of zeros
     else:
-        assert kept == tokens * (n * (n + 2) + 1)
+        assert kept == tokens * (n * (n + 2) + 1 + n * n)
 
 
 def test_a_sublayer_keeps_what_its_layer_keeps():
@@ -160,21 +169,95 @@ def test_a_sublayer_keeps_what_its_layer_keeps():
     assert sum(size for size in kept if size < tokens * CASE.hidden) == tokens * coefficients
 
 
-def test_backward_of_a_sublayer_passes_over_the_streams_in_kernels_alone():
-    """The gradient of X from post is added inside the kernel of pre, not by an op of its own."""
+def sublayer(x, params):
+    return jax_mhc.mhc_residual(jnp.tanh, x, params, implementation="fused")
+
+
+def scan_of_sublayers(x, params):
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+    return jax.lax.scan(lambda x, params: (sublayer(x, params), None), x, stacked)[0]
+
+
+def scan_of_seams(x, params):
+    """A context in the carry."""
+
+    def seam(carry, params):
+        u, ctx = carry
+        return jax_mhc.post_pre(jnp.tanh(u), ctx, params, implementation="fused"), None
+
+    carry = jax_mhc.pre(x, params[0], implementation="fused")
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+    (u, ctx), _ = jax.lax.scan(seam, carry, stacked)
+    return jax_mhc.post(jnp.tanh(u), ctx, implementation="fused")
+
+
+def vjp_of(function):
+    return lambda x, params, cotangent: jax.vjp(function, x, params)[1](cotangent)
+
+
+def test_backward_of_sublayers_passes_over_the_streams_in_kernels_alone():
+    """No op of its own adds to the gradient of X, or copies it."""
     x, params = model_operands()
-
-    def gradients(x, params, cotangent):
-        def sublayer(x, params):
-            return jax_mhc.mhc_residual(jnp.tanh, x, params, implementation="fused")
-
-        return jax.vjp(sublayer, x, params)[1](cotangent)
-
-    text = compiled_text(gradients, x, params[0], x)
     shape = ",".join(map(str, x.shape))
-    makers = re.findall(rf"= f{8 * WIDEST.itemsize}\[{shape}\]\S* ([\w-]+)\(", text)
-    assert makers
-    assert set(makers) <= {"parameter", "get-tuple-element", "bitcast"}, makers
+    for function, some in ((sublayer, params[0]), (model, params)):
+        # The kernels add where the cotangent lies; that of a caller would be copied first.
+        program = jax.jit(vjp_of(function), donate_argnums=2).lower(x, some, x)
+        text = program.compile().as_text()
+        makers = re.findall(rf"= f{8 * WIDEST.itemsize}\[{shape}\]\S* ([\w-]+)\(", text)
+        assert makers.count("parameter") == 2
+        assert set(makers) <= {"parameter", "get-tuple-element", "bitcast"}, makers
+
+
+def kinds_of_cotangents(function, *arrays):
+    """Which backward calls get the cotangent of their streams deferred, as handed to XLA."""
+    program = jax.jit(function).lower(*arrays).as_text()
+    found = re.findall(r"custom_call @jax_mhc_(\w+)_v2\(.*?deferred = (\d)", program)
+    return {(call, bool(int(deferred))) for call, deferred in found}
+
+
+BATCHED = functools.partial(jax.vmap, in_axes=(0, None))
+FIRST_AXIS = functools.partial(jax.tree.map, lambda leaf: leaf[None])
+
+DEFERRED = {
+    "sublayers": model,
+    "jit of each op": lambda x, params: jax.jit(jax_mhc.post)(
+        *jax.jit(jax_mhc.post_pre)(*jax.jit(jax_mhc.pre)(x, params[0]), params[1])
+    ),
+    "scan": scan_of_sublayers,
+    "scan of seams": scan_of_seams,
+    "checkpoint": jax.checkpoint(scan_of_seams),
+    "checkpoint in scan": lambda x, params: jax.lax.scan(
+        jax.checkpoint(lambda x, params: (sublayer(x, params), None)), x, FIRST_AXIS(params[0])
+    )[0],
+    "vmap": BATCHED(model),
+    "vmap of scan": BATCHED(scan_of_seams),
+}
+
+
+@pytest.mark.parametrize("name", DEFERRED)
+def test_cotangents_of_streams_are_deferred(name):
+    x, params = model_operands()
+    found = kinds_of_cotangents(vjp_of(DEFERRED[name]), x, params, x)
+    assert ("pre_bwd", True) in found
+    assert found <= {("pre_bwd", True), ("seam_bwd", True)}
+
+
+def test_cotangents_of_public_streams_are_not_deferred():
+    x, (params, _) = model_operands()
+
+    def streams(x, params):
+        return jax_mhc.pre(x, params, implementation="fused")[1].x
+
+    def both(x, params):
+        u, ctx = jax_mhc.pre(x, params, implementation="fused")
+        return jax_mhc.post(u, ctx, implementation="fused") + ctx.x
+
+    def neither(x, params):
+        u, _ = jax_mhc.pre(x, params, implementation="fused")
+        return jnp.stack([u] * CASE.streams, axis=-2)
+
+    for function in (streams, both, neither):
+        assert kinds_of_cotangents(vjp_of(function), x, params, x) == {("pre_bwd", False)}
 
 
 @pytest.mark.parametrize("case", ["one_stream", "sixteen_streams", "width_1", "static"])

@@ -52,7 +52,7 @@ MALFORMED = {
     ),
     "a result too many": ("sinkhorn_fwd", [Z], [Z, Z], {}, "results"),
     "a result too few": (
-        "post_bwd", [*POST_ARGS, POST_ARGS[0]], POST_ARGS[:3], {"attributes": {}},
+        "post_bwd", [*POST_ARGS, POST_ARGS[0]], POST_ARGS[1:3], {"attributes": {}},
         "`d_h_res`: expected a result, got none",
     ),
     "integers": (
@@ -101,6 +101,18 @@ MALFORMED = {
     ),
     "an attribute too many": (
         "sinkhorn_fwd", [Z], [Z], {"attributes": ATTRIBUTES | {"gain": "1"}},
+        "expected 9 attributes, got 10",
+    ),
+    "a cotangent of unknown kind": (
+        "pre_bwd", [Z], [Z], {"attributes": ATTRIBUTES},
+        "attribute `deferred`: expected an int64, got none",
+    ),
+    "a cotangent of another kind": (
+        "seam_bwd", [Z], [Z], {"attributes": ATTRIBUTES | {"deferred": np.int64(2)}},
+        "attribute `deferred`: expected 0 or 1, got 2",
+    ),
+    "a cotangent where there is none": (
+        "sinkhorn_bwd", [Z, Z], [Z], {"attributes": ATTRIBUTES | {"deferred": np.int64(1)}},
         "expected 9 attributes, got 10",
     ),
     "attributes where there are none": (

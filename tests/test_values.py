@@ -13,6 +13,7 @@ from cases import (
     CASES,
     ERROR_RATIO,
     FLOAT64,
+    KERNELS,
     LEAST_ERROR,
     OP_CASES,
     OPS,
@@ -111,7 +112,7 @@ def test_last_axis_sums_to_one(case, implementation):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("op", [op for op in OPS if op != "mhc_residual"])
+@pytest.mark.parametrize("op", KERNELS)
 def test_bad_tokens_stay_alone(op, dtype, implementation):
     """Other tokens keep their bits, forward and backward; a bad one shows that it is bad."""
     case = CASES["many_tokens"]

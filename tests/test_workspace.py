@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import OPS, Case, make_cotangents, make_operands, value_and_vjp
+from cases import KERNELS, OPS, Case, make_cotangents, make_operands, value_and_vjp
 from jax import export
 
 import jax_mhc
@@ -45,7 +45,7 @@ def calls(op, platform, dtype=jnp.bfloat16):
     return {name: re.findall(r"tensor<([^>]*)>", results) for name, results in found}
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op != "mhc_residual"])
+@pytest.mark.parametrize("op", KERNELS)
 def test_the_call_on_a_gpu_has_it_as_its_last_result(workspace, op):
     asked = workspace(PER_TOKEN, FIXED)
     plain = calls(op, "cpu")
