@@ -93,6 +93,17 @@ struct Sinkhorn {
     return d < least ? -least : d;
   }
 
+  // 1 / |divisor(sum)|, a link of that chain: without the cases of `reciprocal`, as no sum is large, and one so
+  // small that it has lost its digits counts as the smallest that has them all.
+  __device__ float scale_of(float sum) const {
+    constexpr float kSmallest = 1.17549435e-38f;
+    const float d = fmaxf(sum + (settings.clamp ? 0.f : settings.sinkhorn_eps),
+                          settings.clamp ? fmaxf(settings.sinkhorn_eps, kSmallest) : kSmallest);
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(d));
+    return fmaf(result, fmaf(-d, result, 1.f), result);
+  }
+
   // M after the first half step: softmax over the first axis.
   __device__ void softmax(const Matrix& z, Matrix& m, float (&largest)[kOwn],
                           float (&scale)[kOwn]) const {
@@ -113,8 +124,8 @@ struct Sinkhorn {
   __device__ void normalise_first(Matrix& m, float (&d)[kOwn]) const {
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) {
-      d[k] = column(k) < n ? divisor(sum(m[k])) : 1.f;
-      const float scale = reciprocal(fabsf(d[k]));
+      const float total = sum(m[k]), scale = scale_of(total);
+      d[k] = column(k) < n ? divisor(total) : 1.f;
 #pragma unroll
       for (int i = 0; i < N; ++i) m[k][i] *= scale;
     }
@@ -126,8 +137,7 @@ struct Sinkhorn {
     sums_over_lanes(m, sums);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const float d_i = i < n ? divisor(sums[i]) : 1.f;
-      const float scale = reciprocal(fabsf(d_i));
+      const float d_i = i < n ? divisor(sums[i]) : 1.f, scale = scale_of(sums[i]);
 #pragma unroll
       for (int k = 0; k < kOwn; ++k) {
         m[k][i] *= scale;
