@@ -8,12 +8,14 @@
 //
 // The tasks of the warps, and the order in which a tile meets them:
 //
-//   loader        X, d_u and d_x_in of a tile, to a buffer
+//   loader        X and d_u, to a buffer
 //   dot warps     this block's part of <d_u, X[i]>, to the block that owns the token
 //   owner         the sum of these parts; r dm, h_pre and f, to all blocks
 //   table warp    h_res as the main warps want it
 //   main warps    d_x in place of d_x_in, and the sums for d_phi, which stay in registers until the end
-//   storer        d_x to memory
+//   changer       d_x to memory, d_x_in of a later tile to where it was
+//
+// X has more buffers than d_x_in, which is not wanted before the answer is there.
 //
 // Whatever belongs to a token stays within it, so that one with no number in it does not spoil others.
 
@@ -27,12 +29,14 @@ constexpr int kUnits = SIZE / 16;
 
 #ifndef STAGES
 #define STAGES 5
+#define CHANGES 5
 #define HELD 8
 #define REGS_MAIN 208
 #define REGS_DOTS 48
 #define REGS_AUX 48
 #endif
-constexpr int kStages = STAGES;
+// Buffers for X and d_u, and for d_x_in.
+constexpr int kStages = STAGES, kChanges = CHANGES;
 constexpr int kMainWarps = 8;
 // The first warps have one more where they do not share the units evenly.
 constexpr int kWarpUnits = kUnits / kMainWarps, kLongWarps = kUnits % kMainWarps;
@@ -41,16 +45,17 @@ constexpr int kHeld = HELD;
 constexpr int kMainRegisters = REGS_MAIN, kDotRegisters = REGS_DOTS, kOtherRegisters = REGS_AUX;
 
 constexpr int kDotWarps = 4;
-constexpr int kLoader = kMainWarps + kDotWarps, kStorer = kLoader + 1, kTableWarp = kLoader + 2,
+constexpr int kLoader = kMainWarps + kDotWarps, kChanger = kLoader + 1, kTableWarp = kLoader + 2,
               kOwner = kLoader + 3;
 constexpr int kThreads = 32 * (kOwner + 1);
 
 // ---- shared memory ----------------------------------------------------------------------------------
 
-// A buffer: X, d_u, d_x_in, a plane a stream.
+// A plane a stream: X and d_u; d_x_in.
 constexpr u32 kPlaneBytes = SIZE * kTileTokens * sizeof(Stream);
 constexpr u32 kBoxBytes = kTileTokens * kRowBytes;
-constexpr u32 kDU = N * kPlaneBytes, kDX = kDU + kPlaneBytes, kStageBytes = kDX + N * kPlaneBytes;
+constexpr u32 kDU = N * kPlaneBytes, kStageBytes = kDU + kPlaneBytes;
+constexpr u32 kChangeBytes = N * kPlaneBytes;
 // Of one fragment of phi.
 constexpr u32 kFragmentBytes = 32 * 24;
 // Those of all warps before fragment f of each warp.
@@ -69,14 +74,15 @@ constexpr u32 kPartBytes = kDotWarps * 16;
 // Clusters of 16 have owners for two tiles, so that half as many buffers do.
 constexpr u32 kPartsBytes = (kStages + 1) / 2 * 16 * kPartBytes;
 
-constexpr u32 kPhi = kStages * kStageBytes;
+constexpr u32 kChange = kStages * kStageBytes;
+constexpr u32 kPhi = kChange + kChanges * kChangeBytes;
 constexpr u32 kNotes = kPhi + kPhiBytes;
 constexpr u32 kParts = kNotes + kStages * kNotesBytes;
 constexpr u32 kBarriers = kParts + kPartsBytes;
 // Barriers: of each buffer, and that phi has been read.
-constexpr u32 kFull = kBarriers, kDone = kFull + 8 * kStages, kEmpty = kDone + 8 * kStages,
-              kPartsFull = kEmpty + 8 * kStages, kAnswerFull = kPartsFull + 8 * kStages,
-              kTableFull = kAnswerFull + 8 * kStages, kPhiRead = kTableFull + 8 * kStages;
+constexpr u32 kFull = kBarriers, kDone = kFull + 8 * kStages, kPartsFull = kDone + 8 * kStages,
+              kAnswerFull = kPartsFull + 8 * kStages, kTableFull = kAnswerFull + 8 * kStages,
+              kChangeFull = kTableFull + 8 * kStages, kPhiRead = kChangeFull + 8 * kChanges;
 constexpr u32 kSharedBytes = kPhiRead + 8;
 static_assert(kSharedBytes <= 227 * 1024);
 
@@ -98,6 +104,7 @@ struct Block {
     return (first_tile + tile * tile_step) * int(kTileTokens);
   }
   __device__ u32 stage(u32 slot) const { return shared + slot * kStageBytes; }
+  __device__ u32 change(u32 slot) const { return shared + kChange + slot * kChangeBytes; }
   __device__ u32 notes(u32 slot) const { return shared + kNotes + slot * kNotesBytes; }
   __device__ u32 barrier(u32 which, u32 slot) const { return shared + which + 8 * slot; }
 
@@ -124,10 +131,9 @@ struct PartsRing {
   }
 };
 
-// ---- loader, storer ---------------------------------------------------------------------------------
+// ---- loader, changer --------------------------------------------------------------------------------
 
-__device__ inline void load_tiles(const Block& block, const TensorMap& x, const TensorMap& d_u,
-                                  const TensorMap& d_x_in) {
+__device__ inline void load_tiles(const Block& block, const TensorMap& x, const TensorMap& d_u) {
   const u64 policy = evict_first();
   const int box = block.rank * (SIZE / kBoxChannels);
   Ring<kStages> ring;
@@ -135,26 +141,36 @@ __device__ inline void load_tiles(const Block& block, const TensorMap& x, const 
   for (int tile = 0; tile < block.num_tiles; ++tile, ring.next()) {
     // phi comes first: everybody waits for it.
     if (tile == 1) wait(block.barrier(kPhiRead, 0), 0);
-    wait(block.barrier(kEmpty, ring.slot), ring.parity ^ 1);
+    wait(block.barrier(kDone, ring.slot), ring.parity ^ 1);
     const u32 stage = block.stage(ring.slot), full = block.barrier(kFull, ring.slot);
     const int token = block.first_token(tile);
     arrive_and_expect(full, kStageBytes);
     copy_in(stage, x, token, box, 0, full, policy);
     copy_in(stage + kDU, d_u, token, box, 0, full, policy);
-    copy_in(stage + kDX, d_x_in, token, box, 0, full, policy);
   }
 }
 
-__device__ inline void store_tiles(const Block& block, const TensorMap& d_x) {
+__device__ inline void change_tiles(const Block& block, const TensorMap& d_x_in,
+                                    const TensorMap& d_x) {
+  const u64 policy = evict_first();
   const int box = block.rank * (SIZE / kBoxChannels);
-  Ring<kStages> ring;
+  const auto load = [&](int tile, u32 slot) {
+    const u32 full = block.barrier(kChangeFull, slot);
+    arrive_and_expect(full, kChangeBytes);
+    copy_in(block.change(slot), d_x_in, block.first_token(tile), box, 0, full, policy);
+  };
+  wait(block.barrier(kPhiRead, 0), 0);
 #pragma unroll 1
-  for (int tile = 0; tile < block.num_tiles; ++tile, ring.next()) {
+  for (int tile = 0; tile < min(kChanges, block.num_tiles); ++tile) load(tile, tile);
+  Ring<kStages> ring;
+  Ring<kChanges> changes;
+#pragma unroll 1
+  for (int tile = 0; tile < block.num_tiles; ++tile, ring.next(), changes.next()) {
     wait(block.barrier(kDone, ring.slot), ring.parity);
-    copy_out(d_x, block.first_token(tile), box, 0, block.stage(ring.slot) + kDX);
+    copy_out(d_x, block.first_token(tile), box, 0, block.change(changes.slot));
     commit_copies();
     wait_for_reads<0>();
-    arrive(block.barrier(kEmpty, ring.slot));
+    if (tile + kChanges < block.num_tiles) load(tile + kChanges, changes.slot);
   }
   finish_copies();
 }
@@ -190,8 +206,7 @@ __device__ inline void multiply_tiles(const Block& block, int warp, int lane) {
         mma(dots[pair], x[0], x[1], x[2], x[3], {d_u[0], d_u[1]});
       }
     }
-    // Once the answer for the tile before in this buffer is there, its owners have read the parts.
-    if (tile >= kStages) wait_for_cluster(block.barrier(kAnswerFull, ring.slot), ring.parity ^ 1);
+    // The buffer for parts is free: whoever fills this stage again has seen the answer to what was in it.
     if (on_diagonal) {
       const bool odd = token % 2;
       const float4 v = {odd ? dots[0][1] : dots[0][0], odd ? dots[0][3] : dots[0][2],
@@ -416,14 +431,17 @@ __device__ inline void differentiate_tiles(const Block& block, const float* phi,
   const u32 octet_at = swizzled(row, warp % kBoxUnits * 2 + matrix % 2) + warp / kBoxUnits * kBoxBytes;
   const u32 pair_at = matrix / 2 * kPlaneBytes + octet_at;
   Ring<kStages> ring;
+  Ring<kChanges> changes;
 #pragma unroll 1
-  for (int tile = 0; tile < block.num_tiles; ++tile, ring.next()) {
-    const u32 stage = block.stage(ring.slot), notes = block.notes(ring.slot);
+  for (int tile = 0; tile < block.num_tiles; ++tile, ring.next(), changes.next()) {
+    const u32 stage = block.stage(ring.slot), change = block.change(changes.slot);
+    const u32 notes = block.notes(ring.slot);
     if (warp == 0 && lane == 0) {
       arrive_and_expect(block.barrier(kAnswerFull, ring.slot), kTileTokens * kHRes);
     }
     wait(block.barrier(kFull, ring.slot), ring.parity);
     wait(block.barrier(kTableFull, ring.slot), ring.parity);
+    wait(block.barrier(kChangeFull, changes.slot), changes.parity);
     wait_for_cluster(block.barrier(kAnswerFull, ring.slot), ring.parity);
 
     // r dm and the rest of it: as B of phi dm (k is a column), and of X^T dm (k is a token).
@@ -449,8 +467,8 @@ __device__ inline void differentiate_tiles(const Block& block, const float* phi,
       const u32 step = unit * kUnitStep;
       u32 d_u[2], d_x_in[2][4];
       read_transposed(d_u, stage + kDU + octet_at + step);
-      read_transposed(d_x_in[0], stage + kDX + pair_at + step);
-      read_transposed(d_x_in[1], stage + kDX + 2 * kPlaneBytes + pair_at + step);
+      read_transposed(d_x_in[0], change + pair_at + step);
+      read_transposed(d_x_in[1], change + 2 * kPlaneBytes + pair_at + step);
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
         u32 x[4], d_x[4];
@@ -490,7 +508,7 @@ __device__ inline void differentiate_tiles(const Block& block, const float* phi,
           d_x[2 * s] = pair_of((Stream*)nullptr, sums[0], sums[1]);
           d_x[2 * s + 1] = pair_of((Stream*)nullptr, sums[2], sums[3]);
         }
-        write_transposed(stage + kDX + 2 * pair * kPlaneBytes + pair_at + step, d_x);
+        write_transposed(change + 2 * pair * kPlaneBytes + pair_at + step, d_x);
       }
     }
     fence_for_copies();
@@ -527,11 +545,11 @@ KERNEL(pre_bwd_one_pass, kThreads, 1)
     for (int s = 0; s < kStages; ++s) {
       init_barrier(block.barrier(kFull, s), 1);
       init_barrier(block.barrier(kDone, s), kMainWarps);
-      init_barrier(block.barrier(kEmpty, s), 1);
       init_barrier(block.barrier(kPartsFull, s), 1);
       init_barrier(block.barrier(kAnswerFull, s), 1);
       init_barrier(block.barrier(kTableFull, s), 1);
     }
+    for (int s = 0; s < kChanges; ++s) init_barrier(block.barrier(kChangeFull, s), 1);
     init_barrier(block.barrier(kPhiRead, 0), kMainWarps);
     publish_barriers();
   }
@@ -552,8 +570,8 @@ KERNEL(pre_bwd_one_pass, kThreads, 1)
   } else {
     give_registers<kOtherRegisters>();
     cluster_wait();
-    if (warp == kLoader && lane == 0) load_tiles(block, x, d_u, d_x_in);
-    if (warp == kStorer && lane == 0) store_tiles(block, d_x);
+    if (warp == kLoader && lane == 0) load_tiles(block, x, d_u);
+    if (warp == kChanger && lane == 0) change_tiles(block, d_x_in, d_x);
     if (warp == kTableWarp) write_tables(block, h_res, tokens, deferred, lane);
     if (warp == kOwner) {
       answer(block, {alpha, bias, m, r, d_h_pre, d_z, gate_sums}, tokens, hidden, settings, lane);
