@@ -20,9 +20,11 @@ from jax_mhc._ops.pre import pre
 from jax_mhc._ops.seam import post_pre
 from jax_mhc._ops.sinkhorn import sinkhorn
 from jax_mhc._residual import expand, mhc_residual, reduce
-from jax_mhc._types import HeadParams, MHCConfig, MHCParams
+from jax_mhc._stack import stack
+from jax_mhc._types import Context, HeadParams, MHCConfig, MHCParams
 
 __all__ = [
+    "Context",
     "HeadParams",
     "MHCConfig",
     "MHCParams",
@@ -40,6 +42,7 @@ __all__ = [
     "reduce",
     "reference",
     "sinkhorn",
+    "stack",
 ]
 
 

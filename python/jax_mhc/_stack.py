@@ -1,0 +1,310 @@
+"""A stack of sublayers, joined by seams."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from jax_mhc import _check, _errors
+from jax_mhc._dispatch import Implementation
+from jax_mhc._ops.deferred import streams
+from jax_mhc._ops.post import post
+from jax_mhc._ops.pre import pre
+from jax_mhc._ops.seam import post_pre
+from jax_mhc._types import Context, MHCConfig, MHCParams
+from jax_mhc.presets import PAPER
+
+_OP = "stack"
+
+
+def stack(
+    layers: Sequence[Callable[..., Any]],
+    x: jax.Array,
+    params: Sequence[MHCParams],
+    *,
+    xs: Any = None,
+    config: MHCConfig = PAPER,
+    implementation: Implementation = None,
+    keep_streams_every: int = 1,
+    policy: Callable[..., Any] | None = None,
+    unroll: int | bool = 1,
+) -> jax.Array:
+    """Sublayers one after the other, each with its hyper-connection (equation 3).
+
+    Without xs this is, to rounding,
+
+        for layer, p in zip(layers, params, strict=True):
+            x = mhc_residual(layer, x, p, config=config)
+
+    and with xs, for the sublayers of one block and parameters stacked over the blocks,
+
+        def block(x, slices):
+            block_params, s = slices
+            for layer, p in zip(layers, block_params, strict=True):
+                x = mhc_residual(lambda u: layer(u, s), x, p, config=config)
+            return x, None
+
+        x, _ = jax.lax.scan(block, x, (params, xs))
+
+    but from one sublayer to the next, blocks included, the streams are read and written once, by
+    `post_pre`, and not twice, by `post` and `pre`. The scan carries what the post of a block's last
+    sublayer needs; that before the first block is one of y = 0, h_post = 0 and h_res = I.
+    Source: arXiv 2512.24880.
+
+    See `pre` for dtypes, derivatives and batching. Beside what the layers keep, the backward pass
+    keeps of each sublayer the streams before it, its y, and 2 (n² + 2n) + 1 numbers a token. With
+    `keep_streams_every` above 1 the sublayers are run in stretches of that many. Of the streams
+    those before a stretch are kept, and the others are computed again in the backward pass, a
+    stretch at a time (section 4.3.2). Then, and with a `policy`, each stretch is a
+    `jax.checkpoint`, whose policy JAX applies to what layers have wrapped in one of their own, too.
+    Names for policies: those of `post_pre` and "mhc_layer_output" (y).
+
+    Args:
+        layers: the sublayers, functions `[..., C] -> [..., C]` that keep the dtype; with xs those
+            of one block, `(u, s) -> y`, where s is the block's slice of xs.
+        x: the streams `[..., n, C]`.
+        params: one for each of `layers`, from `init_params`; with xs stacked over the blocks.
+        xs: the layers' parameters, a pytree of arrays `[num_blocks, ...]`.
+        config: settings of all sublayers.
+        implementation: None, "fused" or "reference"; see `pre`.
+        keep_streams_every: the sublayers of a stretch. With xs a divisor of those of a block, or
+            those of several blocks that divide num_blocks.
+        policy: what of a stretch is kept beside the streams before it, as for `jax.checkpoint`.
+            None: everything.
+        unroll: as for `jax.lax.scan`, whose steps are blocks, or stretches of several blocks.
+
+    Returns:
+        The new streams `[..., n, C]`.
+
+    Raises:
+        ValueError, TypeError: what `pre` raises; numbers of layers, parameters or blocks that
+            differ; a stretch that does not fit; a layer that returns another shape or dtype.
+    """
+    x = _check.streams(_OP, "x", x)
+    config = _check.config(_OP, config)
+    layers = _elements("layers", layers, "functions, one for each sublayer")
+    params = _elements("params", params, "jax_mhc.MHCParams, one for each of layers")
+    _check_layers(layers, params)
+    every = _errors.integer(
+        _OP, "keep_streams_every", keep_streams_every, 1, None,
+        "1 keeps the streams before every sublayer.",
+    )  # fmt: skip
+    if not isinstance(unroll, bool):
+        unroll = _errors.integer(_OP, "unroll", unroll, 1, None, "1 does not unroll the loop.")
+    if xs is None and unroll not in (False, 1):
+        _errors.fail(
+            ValueError, _OP, "unroll", "1 where there is no xs", unroll,
+            "Without xs there is no loop; leave unroll out.",
+        )  # fmt: skip
+    options: dict[str, Any] = {"config": config, "implementation": implementation}
+
+    def advance(before: jax.Array | _Pending, sublayers: list[_Sublayer]) -> _Pending:
+        for i, layer, p in sublayers:
+            _check.params(
+                _OP, p, x, config, f"params[{i}]" if xs is None else f"a slice of params[{i}]"
+            )
+            if isinstance(before, _Pending):
+                u, ctx = post_pre(*before.operands(), p, **options)
+            else:
+                u, ctx = pre(before, p, **options)
+            y = checkpoint_name(_layer_output(i, layer(u), x), "mhc_layer_output")
+            before = _Pending(streams(ctx)[1], y, ctx.h_post, ctx.h_res)
+        return before
+
+    def run(before: Any, sublayers: list[_Sublayer], **checkpoint_options: bool) -> Any:
+        if every == 1 and policy is None:
+            return advance(before, sublayers)
+        for start in range(0, len(sublayers), every):
+            stretch = partial(advance, sublayers=sublayers[start : start + every])
+            before = jax.checkpoint(
+                stretch, policy=policy or _all_but_streams(x.shape), **checkpoint_options
+            )(before)
+        return before
+
+    if xs is None:
+        sublayers = [_Sublayer(i, *pair) for i, pair in enumerate(zip(layers, params, strict=True))]
+        before = run(x, sublayers)
+    else:
+        before = _scan(run, layers, x, params, xs, every, unroll)
+    if not isinstance(before, _Pending):
+        return before  # there was no sublayer
+    return post(*before.operands(), implementation=implementation)
+
+
+class _Pending(NamedTuple):
+    """What the post of a sublayer needs; its context has more, which a loop should not carry.
+
+    The cotangent of x is deferred where the ops are fused (_ops/deferred.py).
+    """
+
+    x: jax.Array
+    y: jax.Array
+    h_post: jax.Array
+    h_res: jax.Array
+
+    def operands(self) -> tuple[jax.Array, Context]:
+        """The first operands of post and of post_pre, which do not read h_pre."""
+        h_pre = self.h_post
+        return self.y, Context._of(self.x, self.x, h_pre, self.h_post, self.h_res)
+
+
+class _Sublayer(NamedTuple):
+    """One step of the stack; its index is that in `layers`."""
+
+    index: int
+    layer: Callable[[jax.Array], Any]
+    params: MHCParams
+
+
+def _scan(
+    run: Callable[..., _Pending],
+    layers: Sequence[Callable[..., Any]],
+    x: jax.Array,
+    params: Sequence[MHCParams],
+    xs: Any,
+    every: int,
+    unroll: int,
+) -> _Pending:
+    """Runs all blocks; returns the pending post of the last sublayer."""
+    num_blocks = _num_blocks(params, xs)
+    num_together = _num_together(every, len(layers), num_blocks)
+    num_steps = num_blocks // num_together
+
+    def step(before: _Pending, slices: Any) -> tuple[_Pending, None]:
+        blocks = [slices]
+        if num_together > 1:
+            blocks = [jax.tree.map(itemgetter(b), slices) for b in range(num_together)]
+        sublayers = [
+            _Sublayer(i, partial(_with_slice, layer, s), p)
+            for block_params, s in blocks
+            for i, (layer, p) in enumerate(zip(layers, block_params, strict=True))
+        ]
+        # XLA could merge the two passes again only where no loop is left of them.
+        return run(before, sublayers, prevent_cse=unroll is True or unroll >= num_steps), None
+
+    stacked = (tuple(params), xs)
+    if num_together > 1:
+        stacked = jax.tree.map(
+            lambda leaf: leaf.reshape(num_steps, num_together, *leaf.shape[1:]), stacked
+        )
+    *tokens, n, _ = x.shape
+    wide = _check.accumulation_dtype(x.dtype)
+    # The post of these gives back x, and the cotangent of x, exactly.
+    first = _Pending(
+        x=x,
+        y=jnp.zeros_like(x[..., 0, :]),
+        h_post=jnp.zeros((*tokens, n), wide),
+        h_res=jnp.broadcast_to(jnp.eye(n, dtype=wide), (*tokens, n, n)),
+    )
+    return jax.lax.scan(step, first, stacked, unroll=unroll)[0]
+
+
+def _with_slice(layer: Callable[..., Any], s: Any, u: jax.Array) -> Any:
+    return layer(u, s)
+
+
+@functools.cache
+def _all_but_streams(shape: tuple[int, ...]) -> Callable[..., bool]:
+    """A policy: everything is kept but streams of `shape` and what is computed from them.
+
+    Of the latter what has a name is kept. A policy is not told whose values it decides about, hence
+    the shape, in front of which vmap may have put axes.
+    """
+
+    def is_streams(other: Any) -> bool:
+        return tuple(other)[-len(shape) :] == shape
+
+    def keep(primitive: Any, *avals: Any, **options: Any) -> bool:
+        if primitive.name == "name":
+            return options["name"] != "mhc_streams"
+        shapes = [getattr(aval, "shape", ()) for aval in avals]
+        # Our identities too, which would only be copies.
+        return not (
+            primitive.name.startswith("mhc_")
+            or any(map(is_streams, [*shapes, options.get("shape") or ()]))
+        )
+
+    return keep
+
+
+# ---- checks -------------------------------------------------------------------------------------
+
+
+def _elements(argument: str, value: Any, expected: str) -> tuple[Any, ...]:
+    if not isinstance(value, Iterable):
+        _errors.fail(
+            TypeError, _OP, argument, f"a sequence of {expected}", type(value).__name__,
+            f"Put it into a list; {argument} stacked over blocks are given as one for each sublayer"
+            " of a block, with xs.",
+        )  # fmt: skip
+    return tuple(value)
+
+
+def _check_layers(layers: tuple[Any, ...], params: tuple[Any, ...]) -> None:
+    for i, layer in enumerate(layers):
+        if not callable(layer):
+            _errors.fail(
+                TypeError, _OP, f"layers[{i}]", "a function", type(layer).__name__,
+                "Pass the sublayers themselves: stack([attention, mlp], x, params).",
+            )  # fmt: skip
+    if len(params) != len(layers):
+        _errors.fail(
+            ValueError, _OP, "params", f"{len(layers)} MHCParams, one for each of layers",
+            len(params), "Every sublayer has its own; attention and MLP are two.",
+        )  # fmt: skip
+
+
+def _layer_output(i: int, y: Any, x: jax.Array) -> jax.Array:
+    argument = f"the result of layers[{i}]"
+    if isinstance(y, tuple | list):
+        _errors.fail(
+            TypeError, _OP, argument, "one array", f"a {type(y).__name__} of {len(y)}",
+            "For layers that return more, call jax_mhc.pre, post_pre and post in a loop.",
+        )  # fmt: skip
+    return _check.layer_output(_OP, argument, y, x)
+
+
+def _num_blocks(params: tuple[MHCParams, ...], xs: Any) -> int:
+    """The common length of the leading axes."""
+    num_blocks, first = None, ""
+    for argument, tree in (("params", params), ("xs", xs)):
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            name, shape = argument + jax.tree_util.keystr(path), np.shape(leaf)
+            if num_blocks is None and shape:
+                num_blocks, first = shape[0], name
+            elif shape[:1] != (num_blocks,):
+                expected = "a leading axis of blocks"
+                if first:
+                    expected += f" of length {num_blocks}, as {first} has"
+                _errors.fail(
+                    ValueError, _OP, name, expected, f"shape {list(shape)}",
+                    "With xs, all leaves of params and xs are stacked over the blocks, for "
+                    "example by jax.vmap(init)(keys).",
+                )  # fmt: skip
+    if num_blocks is None:
+        _errors.fail(
+            ValueError, _OP, "xs", "an array with a leading axis of blocks", "none, nor any params",
+            "Leave xs out where there is nothing to loop over.",
+        )  # fmt: skip
+    return num_blocks
+
+
+def _num_together(every: int, num_layers: int, num_blocks: int) -> int:
+    """The number of blocks in a step of the scan: those of a stretch, at least one."""
+    if not num_layers or num_layers % every == 0:
+        return 1
+    if every % num_layers == 0 and num_blocks % (every // num_layers) == 0:
+        return every // num_layers
+    _errors.fail(
+        ValueError, _OP, "keep_streams_every",
+        f"a divisor of {num_layers}, the sublayers of a block, or {num_layers} times a divisor of "
+        f"{num_blocks}, the blocks", every, "All stretches of a scan are of the same length.",
+    )  # fmt: skip
