@@ -1,0 +1,900 @@
+// The seam's backward pass with one pass over the streams: the gradient of X', and from it those of post's
+// operands and of pre's parameters.
+//
+//   X'      = H_res X + h_post y, again                               rounded where d_phi reads it
+//   d_h_pre = <d_u, X'[i]> + d_h_pre                                  by way of <d_u, X[j]> and <d_u, y>
+//   d_X'    = H_res_new^T d_X'_in + h_pre d_u + phi (r dm) - f X'     with the dm and f of pre's backward
+//   d_y = sum over i of h_post[i] d_X'[i],  d_H_res[i, j] = <d_X'[i], X[j]>,  d_h_post[i] = <d_X'[i], y>
+//   d_phi   = X'^T (r dm)
+//
+// A token's <d_u, .> has to come from all blocks before any of them can go on. So a tile passes through
+//
+//   load -> dots of d_u -> owner of the token -> main warps -> dots of d_X' -> owner; store
+//
+// with several tiles under way, and the blocks of a cluster share the tokens among their owners. The main warps
+// keep their part of d_phi in registers until the end.
+//
+// Tensor cores mix the streams of four tokens at once and multiply those of the other three by zero:
+// an infinity or NaN in one token's X or d_X' reaches the gradients of its neighbours.
+
+#include "coefficients.cuh"
+#include "one_pass.cuh"
+
+constexpr int N = 4;
+constexpr int kColumns = N * (N + 2);
+constexpr int kStages = 4;
+
+// Warps and their tasks.
+constexpr int kMainWarps = SIZE / 32;  // 32 channels each
+constexpr int kDotWarps = 2;
+constexpr int kDotsOfInput = kMainWarps;
+constexpr int kDotsOfStreams = kDotsOfInput + kDotWarps;
+constexpr int kLoad = kDotsOfStreams + kDotWarps;
+constexpr int kStore = kLoad + 1;
+constexpr int kFirstOwner = kLoad + 2;
+constexpr int kOwnerWarps = 2;
+constexpr int kThreads = 32 * (kFirstOwner + kOwnerWarps);
+constexpr int kMainRegisters = 184;
+constexpr int kOtherRegisters = 72;
+static_assert(SIZE == 256, "d_phi fits into the registers of 8 main warps");
+
+// ---- shared memory ----------------------------------------------------------------------------------
+
+// Barriers, of 8 bytes each.
+enum Barrier : u32 {
+  kInputFull = 0,                             // x, y and d_u of a stage are there
+  kGradientFull = kInputFull + kStages,       // d_X'_in
+  kEmpty = kGradientFull + kStages,           // nobody needs the stage any more
+  kDotsFull = kEmpty + kStages,               // all blocks' dots of d_u, at the owner
+  kAnswersFull = kDotsFull + kStages,         // the owners' answers
+  kDone = kAnswersFull + kStages,             // d_X' and d_y lie in the place of d_X'_in and d_u
+  kSumsFull = kDone + kStages,                // all blocks' dots of d_X', at the owner
+  kTablesFull = kSumsFull + 8,                // tables of the mixing
+  kPhiThere = kTablesFull + 2,
+  kNumBarriers,
+};
+
+// To the owner of a token from each of a block's two warps: <d_u, X[j]>, <d_u, y>.
+constexpr u32 kDotsBytes = 32;
+constexpr u32 kDotsSent = 5 * 4;
+// From the owner to all blocks: r dm as bfloat16 (48 bytes), the rest of it as bfloat16, h_pre, -f. Rows are
+// read as matrices: 16 bytes more keep them apart.
+constexpr u32 kAnswerBytes = 128;
+constexpr u32 kAnswerStride = kAnswerBytes + 16;
+constexpr u32 kAnswerLow = kColumns * 2;
+constexpr u32 kAnswerGates = 2 * kAnswerLow;
+constexpr u32 kAnswerNorm = kAnswerGates + N * 4;
+// To the owner again: the block's parts of d_H_res and d_h_post, in the order of `sum_entry`.
+constexpr u32 kSumsBytes = 96;
+// Of a block: what comes in for the tokens that it owns, in the worst case (16 blocks).
+constexpr u32 kDotsRing = kStages * 8 * kDotWarps * kDotsBytes;
+constexpr u32 kSumsRing = 8 * 8 * kSumsBytes;
+
+// A tile's matrices for the mixing (`TableReader`), and h_post.
+constexpr u32 kTableBytes = kTileTokens * N * N * 4;
+constexpr u32 kTablesBytes = 2 * kTableBytes + kTileTokens * N * 4;
+
+// phi of 16 channels of a stream, as A fragments of 16 and of 8 columns.
+constexpr u32 kPhiBytes = 768;
+
+// One stream of a tile.
+constexpr u32 kPlane = kTileTokens * SIZE * 2;
+constexpr u32 kBox = kTileTokens * kRowBytes;
+// A stage has two parts, with a copied box of each pair: streams 0 and 2 of X, the same of d_X', y, d_u; and
+// the streams 1 and 3. Main warps read two neighbouring streams at once: half a swizzled box between them
+// keeps those in different banks.
+constexpr u32 kEvenBytes = 6 * kPlane;
+constexpr u32 kOddBytes = 4 * kPlane;
+constexpr u32 kGradient = 2 * kPlane;
+constexpr u32 kY = 4 * kPlane;
+constexpr u32 kInput = 5 * kPlane;
+constexpr u32 kOddShift = 512;
+constexpr u32 kOddSwizzle = kOddShift / kRowBytes;
+
+constexpr u32 kDots = 512;
+constexpr u32 kAnswers = kDots + kDotsRing;
+constexpr u32 kSums = kAnswers + kStages * kTileTokens * kAnswerStride;
+constexpr u32 kTableSlots = kSums + kSumsRing;
+constexpr u32 kPhi = kTableSlots + 2 * kTablesBytes;
+constexpr u32 kEven = (kPhi + SIZE / 16 * N * kPhiBytes + 1023) / 1024 * 1024;
+constexpr u32 kOdd = kEven + kStages * kEvenBytes + kOddShift;
+constexpr u32 kSharedBytes = kOdd + kStages * kOddBytes;
+static_assert(8 * kNumBarriers <= kDots && kSharedBytes <= 232448, "");
+
+// ---- what all warps know -------------------------------------------------------------------------------
+
+struct Operands {
+  const float *h_post, *h_res, *phi, *alpha, *bias, *m, *r, *h_res_new, *d_h_pre, *d_z;
+  float *d_h_post, *d_h_res, *d_phi, *gate_sums;
+  int tokens, deferred;
+};
+
+struct Block {
+  u32 base;  // of shared memory
+  u32 rank, ranks;
+  int cluster, clusters;
+  int num_tiles;  // of this cluster
+  // Of a tile's tokens a block owns 2^owned_shift; where there are more blocks than tokens, it does so every
+  // 2^turns_shift tiles.
+  int owned_shift, turns_shift;
+
+  __device__ Block(u32 base, int tokens) : base(base), rank(cluster_rank()), ranks(cluster_size()) {
+    const int log_ranks = 31 - __clz(ranks), log_tokens = 31 - __clz(kTileTokens);
+    cluster = blockIdx.x >> log_ranks;
+    clusters = gridDim.x >> log_ranks;
+    const int tiles = (tokens + kTileTokens - 1) / kTileTokens;
+    num_tiles = (tiles - cluster + clusters - 1) / clusters;
+    owned_shift = max(0, log_tokens - log_ranks);
+    turns_shift = max(0, log_ranks - log_tokens);
+  }
+  __device__ int tokens_owned() const { return 1 << owned_shift; }
+  __device__ int turns() const { return 1 << turns_shift; }
+  __device__ int first_token(int tile) const { return (cluster + tile * clusters) * int(kTileTokens); }
+  // Where the first box of this block's channels lies.
+  __device__ int first_box() const { return rank * (SIZE / kBoxChannels); }
+  __device__ int hidden() const { return ranks * SIZE; }
+
+  __device__ u32 barrier(Barrier first, u32 slot) const { return base + 8 * (first + slot); }
+  __device__ u32 even(u32 slot) const { return base + kEven + slot * kEvenBytes; }
+  __device__ u32 odd(u32 slot) const { return base + kOdd + slot * kOddBytes; }
+  __device__ u32 tables(int tile) const { return base + kTableSlots + tile % 2 * kTablesBytes; }
+  __device__ u32 answer(u32 slot, u32 token) const {
+    return base + kAnswers + (slot * kTileTokens + token) * kAnswerStride;
+  }
+
+  __device__ u32 owner(u32 token, int tile) const {
+    return (token >> owned_shift << turns_shift) + (tile & (turns() - 1));
+  }
+  // At the owner: what comes from a warp of a block for a token, and from a block.
+  __device__ u32 dots(u32 slot, u32 token, u32 from) const {
+    const u32 of_block = token & (tokens_owned() - 1);
+    const u32 row = ((slot >> turns_shift << owned_shift) + of_block) * ranks * kDotWarps + from;
+    return base + kDots + row * kDotsBytes;
+  }
+  __device__ u32 sums_slots() const { return 8 >> turns_shift; }
+  __device__ u32 sums(u32 slot, u32 token, u32 from) const {
+    const u32 row = ((slot << owned_shift) + (token & (tokens_owned() - 1))) * ranks + from;
+    return base + kSums + row * kSumsBytes;
+  }
+};
+
+__device__ inline void mma_k8(float (&d)[4], u32 a0, u32 a1, u32 b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(b));
+}
+__device__ inline u32 pair(float a, float b) { return pair_of((bf16*)nullptr, a, b); }
+__device__ inline float low_half(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ inline float high_half(u32 pair) { return __uint_as_float(pair & 0xffff0000); }
+
+// ---- main warps -----------------------------------------------------------------------------------------
+
+// A main warp has 32 channels of all streams, in two units of 16.
+constexpr int kUnits = 2;
+
+// Its fragments of 16 channels and 8 tokens have the channels g and g + 8, and in neighbouring columns the
+// tokens q and q + 4: so those of two products with four tokens each make one for eight.
+__device__ inline u32 token_of_column(u32 column) { return column / 2 + 4 * (column % 2); }
+
+struct MainWarp {
+  const Block& block;
+  u32 phi;            // this lane's fragment of the first unit
+  u32 streams;        // ldmatrix address, within a stage, of the tokens 0 to 3
+  u32 stream_stage;   // bytes from stage to stage there
+  u32 vectors;        // of y and d_u; the first two of the four matrices are y's
+  u32 outputs;        // stmatrix addresses of d_X'
+  u32 output_stage;
+  u32 dm_rows, dm_columns;  // ldmatrix addresses within the answers
+  u32 table;          // of this lane in a table
+  u32 take_high, take_low;
+  float d_phi[N][kUnits][3][4];
+
+  __device__ MainWarp(const Block& block, int warp, int lane) : block(block) {
+    const u32 row = lane % 8, matrix_of_lane = lane / 8;
+    const u32 first_unit = warp % 2 * 4, box = warp / 2 * kBox;  // 16 bytes are 8 channels
+    phi = block.base + kPhi + warp * (N * kUnits) * kPhiBytes;
+
+    // Rows (k) are stream * 4 + token % 4; matrices go over the channels first.
+    const u32 k = lane / 16 * 8 + row, stream = k / 4, odd = stream % 2;
+    const u32 unit = first_unit + matrix_of_lane % 2;
+    stream_stage = odd ? kOddBytes : kEvenBytes;
+    streams = (odd ? block.odd(0) : block.even(0)) + stream / 2 * kPlane + box +
+              swizzled(k % 4, unit ^ odd * kOddSwizzle);
+
+    const u32 token = token_of_column(row);
+    vectors = block.even(0) + (matrix_of_lane / 2 ? kInput : kY) + box + swizzled(token, unit);
+    const u32 odd_output = matrix_of_lane / 2;
+    output_stage = odd_output ? kOddBytes : kEvenBytes;
+    outputs = (odd_output ? block.odd(0) : block.even(0)) + kGradient + box +
+              swizzled(token, unit ^ odd_output * kOddSwizzle);
+    dm_rows = token * kAnswerStride + matrix_of_lane % 2 * 16 + matrix_of_lane / 2 * kAnswerLow;
+    dm_columns = token * kAnswerStride + matrix_of_lane / 2 * 16 + matrix_of_lane % 2 * kAnswerLow;
+
+    // B fragments for the mixing: column g is token g / 2 (of 4) of the stream g % 2 (of 2), rows 2q and 2q + 1
+    // are two tokens of a stream. So at most one of both rows has the column's token.
+    const u32 g = lane / 4, q = lane % 4;
+    table = ((g / 2 * 2 + g % 2) * 2 + q / 2) * 16;
+    const bool has_token = g / 4 == q % 2, upper = g / 2 % 2;
+    take_high = !has_token ? 0x4444 : upper ? 0x1044 : 0x4410;
+    take_low = !has_token ? 0x4444 : upper ? 0x3244 : 0x4432;
+  }
+
+  // phi as fragments, into shared memory.
+  __device__ void load_phi(const float* phi_of_block, int lane) {
+    const int g = lane / 4, q = lane % 4;
+#pragma unroll
+    for (int j = 0; j < N * kUnits; ++j) {
+      u32 parts[6];
+#pragma unroll
+      for (int p = 0; p < 6; ++p) {
+        const int row = j / kUnits * block.hidden() + j % kUnits * 16 + p % 2 * 8 + g;
+        const float2 v = __ldg(reinterpret_cast<const float2*>(phi_of_block + row * kColumns + p / 2 * 8) + q);
+        parts[p] = pair(v.x, v.y);
+      }
+      write4(phi + j * kPhiBytes + lane * 16, {parts[0], parts[1], parts[2], parts[3]});
+      write2(phi + j * kPhiBytes + 512 + lane * 8, {parts[4], parts[5]});
+#pragma unroll
+      for (int c = 0; c < 12; ++c) d_phi[j / kUnits][j % kUnits][c / 4][c % 4] = 0.f;
+    }
+  }
+
+  // Four streams of the tokens 0 to 3 and 4 to 7.
+  __device__ static void read_streams(u32 (&fragments)[2][4], u32 at, u32 flip) {
+    read_transposed(fragments[0], at ^ flip);
+    read_transposed(fragments[1], (at ^ flip ^ 4 * 16) + 4 * kRowBytes);
+  }
+
+  // sum over j of matrix[i, j] streams[j] for the streams i = 2 * pr and 2 * pr + 1: values (channel g, i),
+  // (g, i + 1), (g + 8, i), (g + 8, i + 1) of the token q (or q + 4).
+  // `first` and `second` have the entries of two of the streams j each, as high and low parts.
+  __device__ void mix(float (&mixed)[4], const u32 (&streams)[4], u32 first, u32 second) const {
+    mma(mixed, streams[0], streams[1], streams[2], streams[3],
+        {__byte_perm(first, 0, take_high), __byte_perm(second, 0, take_high)});
+    mma(mixed, streams[0], streams[1], streams[2], streams[3],
+        {__byte_perm(first, 0, take_low), __byte_perm(second, 0, take_low)});
+  }
+
+  // H_post of the tokens q and q + 4.
+  __device__ static void read_h_post(float (&h_post)[2][N], u32 tables, int q) {
+#pragma unroll
+    for (u32 e = 0; e < 2; ++e) {
+      const float4 h = read_float4(tables + 2 * kTableBytes + (q + 4 * e) * N * 4);
+      h_post[e][0] = h.x, h_post[e][1] = h.y, h_post[e][2] = h.z, h_post[e][3] = h.w;
+    }
+  }
+
+  // X' of a unit as A fragments: channels g and g + 8.
+  __device__ void mix_x(u32 (&x_new)[N][2], const u32 (&y)[2], u32 at, u32 flip, const uint4 (&h_res)[2],
+                        const float (&h_post)[2][N]) const {
+    u32 x[2][4];
+    read_streams(x, at, flip);
+    float values[N][4];
+#pragma unroll
+    for (u32 e = 0; e < 2; ++e) {
+#pragma unroll
+      for (u32 pr = 0; pr < 2; ++pr) {
+        float mixed[4] = {};
+        mix(mixed, x[e], pr ? h_res[e].z : h_res[e].x, pr ? h_res[e].w : h_res[e].y);
+#pragma unroll
+        for (u32 v = 0; v < 4; ++v) {
+          const float y_v = e ? high_half(y[v / 2]) : low_half(y[v / 2]);
+          values[2 * pr + v % 2][v / 2 * 2 + e] = fmaf(h_post[e][2 * pr + v % 2], y_v, mixed[v]);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      x_new[i][0] = pair(values[i][0], values[i][1]);
+      x_new[i][1] = pair(values[i][2], values[i][3]);
+    }
+  }
+
+  __device__ void tile(int tile, Ring<kStages> ring, int lane) {
+    const u32 slot = ring.slot;
+    const int q = lane % 4;
+    const u32 tables = block.tables(tile);
+    wait(block.barrier(kInputFull, slot), ring.parity);
+    wait(block.barrier(kTablesFull, tile % 2), tile / 2 % 2);
+
+    u32 x_new[kUnits][N][2], d_u[kUnits][2];
+    {
+      const uint4 h_res[2] = {read4(tables + table), read4(tables + table + kTableBytes / 2)};
+      float h_post[2][N];
+      read_h_post(h_post, tables, q);
+#pragma unroll
+      for (u32 unit = 0; unit < kUnits; ++unit) {
+        u32 y_and_d_u[4];
+        read_transposed(y_and_d_u, (vectors + slot * kEvenBytes) ^ unit * 32);
+        const u32 y[2] = {y_and_d_u[0], y_and_d_u[1]};
+        d_u[unit][0] = y_and_d_u[2], d_u[unit][1] = y_and_d_u[3];
+        mix_x(x_new[unit], y, streams + slot * stream_stage, unit * 32, h_res, h_post);
+      }
+    }
+
+    wait(block.barrier(kGradientFull, slot), ring.parity);
+    wait_for_cluster(block.barrier(kAnswersFull, slot), ring.parity);
+    const u32 answers = block.answer(slot, 0);
+    {
+      // r dm, high and low parts of an octet of columns side by side: rows 8 to 15 of the tokens are the same
+      // again, for the low parts.
+      u32 dm[4], dm_end[2];
+      read_transposed(dm, answers + dm_columns);
+      read_transposed(dm_end, answers + dm_columns + 32);
+#pragma unroll
+      for (u32 unit = 0; unit < kUnits; ++unit) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          const u32 a0 = x_new[unit][i][0], a1 = x_new[unit][i][1];
+          mma_k8(d_phi[i][unit][0], a0, a1, dm[0]);
+          mma_k8(d_phi[i][unit][0], a0, a1, dm[1]);
+          mma_k8(d_phi[i][unit][1], a0, a1, dm[2]);
+          mma_k8(d_phi[i][unit][1], a0, a1, dm[3]);
+          mma_k8(d_phi[i][unit][2], a0, a1, dm_end[0]);
+          mma_k8(d_phi[i][unit][2], a0, a1, dm_end[1]);
+        }
+      }
+    }
+
+    u32 gradient[kUnits][2][4];
+#pragma unroll
+    for (u32 unit = 0; unit < kUnits; ++unit) {
+      read_streams(gradient[unit], streams + slot * stream_stage + kGradient, unit * 32);
+    }
+#pragma unroll
+    for (u32 unit = 0; unit < kUnits; ++unit) {
+      const u32 flip = unit * 32;
+      // d_X' but for phi (r dm): channel g of the tokens q and q + 4, channel g + 8 of these
+      float values[N][4];
+#pragma unroll
+      for (u32 e = 0; e < 2; ++e) {
+        const u32 answer = block.answer(slot, q + 4 * e);
+        const float4 gates = read_float4(answer + kAnswerGates);
+        const float h_pre[N] = {gates.x, gates.y, gates.z, gates.w};
+        const float norm = read_float(answer + kAnswerNorm);
+        const uint4 h_res = read4(tables + kTableBytes + table + e * kTableBytes / 2);
+#pragma unroll
+        for (u32 pr = 0; pr < 2; ++pr) {
+          float mixed[4] = {};
+          mix(mixed, gradient[unit][e], pr ? h_res.z : h_res.x, pr ? h_res.w : h_res.y);
+#pragma unroll
+          for (u32 v = 0; v < 4; ++v) {
+            const u32 i = 2 * pr + v % 2, d_u_pair = d_u[unit][v / 2], x_pair = x_new[unit][i][v / 2];
+            const float d_u_v = e ? high_half(d_u_pair) : low_half(d_u_pair);
+            const float x_v = e ? high_half(x_pair) : low_half(x_pair);
+            values[i][v / 2 * 2 + e] = fmaf(norm, x_v, fmaf(h_pre[i], d_u_v, mixed[v]));
+          }
+        }
+      }
+
+      // r dm: high 0 and 1, low 0 and 1, high and low 2
+      u32 dm[4], dm_end[2];
+      read_matrices(dm, answers + dm_rows);
+      read_matrices(dm_end, answers + dm_columns + 32);
+      float h_post[2][N];
+      read_h_post(h_post, tables, q);
+      float d_y[4] = {};
+      u32 rounded[2][4];
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const u32 fragment = phi + (i * kUnits + unit) * kPhiBytes;
+        const uint4 a = read4(fragment + lane * 16);
+        const uint2 b = read2(fragment + 512 + lane * 8);
+        mma(values[i], a.x, a.y, a.z, a.w, {dm[0], dm[1]});
+        mma(values[i], a.x, a.y, a.z, a.w, {dm[2], dm[3]});
+        mma_k8(values[i], b.x, b.y, dm_end[0]);
+        mma_k8(values[i], b.x, b.y, dm_end[1]);
+#pragma unroll
+        for (int v = 0; v < 4; ++v) d_y[v] = fmaf(h_post[v % 2][i], values[i][v], d_y[v]);
+        rounded[i / 2][i % 2 * 2] = pair(values[i][0], values[i][1]);
+        rounded[i / 2][i % 2 * 2 + 1] = pair(values[i][2], values[i][3]);
+      }
+      write_transposed((outputs + slot * output_stage) ^ flip, rounded[0]);
+      write_transposed((outputs + kPlane + slot * output_stage) ^ flip, rounded[1]);
+      const u32 rounded_d_y[2] = {pair(d_y[0], d_y[1]), pair(d_y[2], d_y[3])};
+      write_transposed((vectors + kPlane + slot * kEvenBytes) ^ flip, rounded_d_y);
+    }
+    fence_for_copies();
+    __syncwarp();
+    if (lane == 0) arrive(block.barrier(kDone, slot));
+  }
+
+  __device__ void store_d_phi(float* d_phi_of_block) const {
+    // Asked for again, or the addresses of phi would be kept until here: registers are few on the way.
+    u32 lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    const int g = lane / 4, q = lane % 4;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+#pragma unroll
+      for (int p = 0; p < kUnits * 3 * 2; ++p) {
+        const int unit = p / 6, octet = p / 2 % 3, half = p % 2;
+        const float* sums = d_phi[i][unit][octet] + half * 2;
+        const int row = i * block.hidden() + unit * 16 + half * 8 + g;
+        reinterpret_cast<float2*>(d_phi_of_block + row * kColumns + octet * 8)[q] = {sums[0], sums[1]};
+      }
+    }
+  }
+};
+
+__device__ inline void main_warps(const Block& block, const Operands& to, int warp, int lane) {
+  MainWarp self(block, warp, lane);
+  const int row = block.rank * SIZE + warp * 32;
+  self.load_phi(to.phi + row * kColumns, lane);
+  __syncwarp();
+  if (lane == 0) arrive(block.barrier(kPhiThere, 0));
+  cluster_wait();
+  Ring<kStages> ring;
+  for (int tile = 0; tile < block.num_tiles; ++tile, ring.next()) {
+    if (warp == 0 && lane == 0) {
+      arrive_and_expect(block.barrier(kAnswersFull, ring.slot), kTileTokens * kAnswerBytes);
+    }
+    self.tile(tile, ring, lane);
+  }
+  const int of_cluster = block.cluster * N * block.hidden();
+  self.store_d_phi(to.d_phi + (of_cluster + row) * kColumns);
+}
+
+// ---- dots of d_u ------------------------------------------------------------------------------------------
+
+// <d_u, X[j]> and <d_u, y> over half of the channels, as diagonals of products of all tokens with all; to the
+// owners.
+__device__ inline void dots_of_input(const Block& block, int half, int lane) {
+  const u32 row = lane % 8, matrix = lane / 8, odd = matrix % 2;
+  constexpr int kHalf = SIZE / 2;
+  const u32 box = half * (kHalf / kBoxChannels) * kBox + row * kRowBytes;
+  const u32 x_first = (odd ? block.odd(0) : block.even(0)) + box;
+  const u32 x_stage = odd ? kOddBytes : kEvenBytes;
+  const u32 vectors = block.even(0) + (matrix / 2 ? kInput : kY) + box;
+  const u32 g = lane / 4;
+  Ring<kStages> ring;
+  for (int tile = 0; tile < block.num_tiles; ++tile, ring.next()) {
+    const u32 slot = ring.slot;
+    wait(block.barrier(kInputFull, slot), ring.parity);
+    float x01[4] = {}, x23[4] = {}, y[4] = {};
+#pragma unroll
+    for (u32 step = 0; step < kHalf / 16; ++step) {
+      const u32 at = step / 4 * kBox, unit = step % 4 * 2;
+      const u32 from = x_first + slot * x_stage + at +
+                       ((unit + matrix / 2) ^ row ^ odd * kOddSwizzle) * 16;
+      u32 a[4], b[4], v[4];  // v: y, d_u
+      read_matrices(a, from);
+      read_matrices(b, from + kPlane);
+      read_matrices(v, vectors + slot * kEvenBytes + at + ((unit + matrix % 2) ^ row) * 16);
+      mma(x01, a[0], a[1], a[2], a[3], {v[2], v[3]});
+      mma(x23, b[0], b[1], b[2], b[3], {v[2], v[3]});
+      mma(y, v[0], v[0], v[1], v[1], {v[2], v[3]});
+    }
+    // The owner has read what was here before once its answer is there.
+    if (tile >= kStages) wait_for_cluster(block.barrier(kAnswersFull, slot), ring.parity ^ 1);
+    if (lane % 4 == g / 2) {
+      const bool b = g % 2;
+      const u32 owner = block.owner(g, tile);
+      const u32 to = in_block(block.dots(slot, g, block.rank * kDotWarps + half), owner);
+      const u32 barrier = in_block(block.barrier(kDotsFull, slot), owner);
+      send(to, {b ? x01[1] : x01[0], b ? x01[3] : x01[2], b ? x23[1] : x23[0], b ? x23[3] : x23[2]},
+           barrier);
+      send(to + 16, b ? y[1] : y[0], barrier);
+    }
+    __syncwarp();
+  }
+}
+
+// ---- dots of d_X' -------------------------------------------------------------------------------------------
+
+// Where the owner finds (i, j) of d_H_res, and i of d_h_post behind them: see the sends below.
+__device__ inline int sum_entry(int i, int j) {
+  return (i % 2 * 2 + j % 2) * 4 + i / 2 * 2 + j / 2;
+}
+__device__ inline int sum_entry(int i) { return (4 + i % 2) * 4 + i / 2; }
+
+// d_X' [X, y]^T of four tokens, to the owners. Rows of the products are stream * 4 + token, of which only
+// those with the same token in both factors are wanted.
+__device__ inline void dots_of_streams(const Block& block, int half, int lane) {
+  const u32 row = lane % 8, matrix = lane / 8, odd = row / 4, token = 4 * half + row % 4;
+  const u32 first = (odd ? block.odd(0) : block.even(0)) + token * kRowBytes;
+  const u32 stage = odd ? kOddBytes : kEvenBytes;
+  const u32 y_first = block.even(0) + kY + token * kRowBytes;
+  const u32 swizzle = token ^ odd * kOddSwizzle;
+  const u32 g = lane / 4, q = lane % 4;
+  Ring<kStages> ring;
+  for (int tile = 0; tile < block.num_tiles; ++tile, ring.next()) {
+    const u32 slot = ring.slot;
+    wait(block.barrier(kDone, slot), ring.parity);
+    float x01[4] = {}, x23[4] = {}, y[4] = {};
+    const u32 from = first + slot * stage;
+#pragma unroll
+    for (u32 at = 0; at < SIZE / kBoxChannels * kBox; at += kBox) {
+#pragma unroll
+      for (u32 unit = 0; unit < 8; unit += 4) {
+        u32 y_part[4];
+        read_matrices(y_part, y_first + slot * kEvenBytes + at + ((unit + matrix) ^ token) * 16);
+#pragma unroll
+        for (u32 h = 0; h < 2; ++h) {
+          u32 a[4], x[4];
+          read_matrices(a, from + kGradient + matrix % 2 * kPlane + at +
+                               ((unit + 2 * h + matrix / 2) ^ swizzle) * 16);
+          read_matrices(x, from + matrix / 2 * kPlane + at +
+                               ((unit + 2 * h + matrix % 2) ^ swizzle) * 16);
+          mma(x01, a[0], a[1], a[2], a[3], {x[0], x[1]});
+          mma(x23, a[0], a[1], a[2], a[3], {x[2], x[3]});
+          mma(y, a[0], a[1], a[2], a[3], {y_part[2 * h], y_part[2 * h + 1]});
+        }
+      }
+    }
+    __syncwarp();
+    if (lane == 0) arrive(block.barrier(kEmpty, slot));
+    if (g % 4 / 2 == q % 2) {
+      const bool b = g % 2;
+      const u32 own = 4 * half + g % 4, owner = block.owner(own, tile);
+      const u32 sums_slot = (tile >> block.turns_shift) & (block.sums_slots() - 1);
+      const u32 to = in_block(block.sums(sums_slot, own, block.rank), owner);
+      const u32 barrier = in_block(block.barrier(kSumsFull, sums_slot), owner);
+      send(to + (g / 4 * 2 + q / 2) * 16,
+           {b ? x01[1] : x01[0], b ? x23[1] : x23[0], b ? x01[3] : x01[2], b ? x23[3] : x23[2]}, barrier);
+      if (q < 2) {
+        send(to + (4 + g / 4) * 16, {b ? y[1] : y[0], b ? y[3] : y[2], 0.f, 0.f}, barrier);
+      }
+    }
+    __syncwarp();
+  }
+}
+
+// ---- copies -------------------------------------------------------------------------------------------------
+
+struct Maps {
+  const TensorMap &x_even, &x_odd, &y, &d_u, &in_even, &in_odd, &out_even, &out_odd, &d_y;
+};
+
+__device__ inline void load_tiles(const Block& block, const Maps& maps) {
+  const u64 policy = evict_first();
+  const int box = block.first_box();
+  Ring<kStages> ring;
+  for (int tile = 0; tile < block.num_tiles; ++tile, ring.next()) {
+    // phi first: all wait for it.
+    if (tile == 1) wait(block.barrier(kPhiThere, 0), 0);
+    const u32 slot = ring.slot, even = block.even(slot), odd = block.odd(slot);
+    const int token = block.first_token(tile);
+    wait(block.barrier(kEmpty, slot), ring.parity ^ 1);
+    u32 full = block.barrier(kInputFull, slot);
+    arrive_and_expect(full, 6 * kPlane);
+    copy_in(even, maps.x_even, token, box, 0, full, policy);
+    copy_in(odd, maps.x_odd, token, box, 0, full, policy);
+    copy_in(even + kY, maps.y, token, box, 0, full, policy);
+    copy_in(even + kInput, maps.d_u, token, box, 0, full, policy);
+    full = block.barrier(kGradientFull, slot);
+    arrive_and_expect(full, 4 * kPlane);
+    copy_in(even + kGradient, maps.in_even, token, box, 0, full, policy);
+    copy_in(odd + kGradient, maps.in_odd, token, box, 0, full, policy);
+  }
+}
+
+// ---- tables and copies out ----------------------------------------------------------------------------------
+
+// What the main warps mix by. A lane has a token's row i of H_res (for X'[i]) and column i of H_res_new (for
+// d_X'[i]), as bfloat16 high and low parts in one word. The words of the streams j and j + 2 lie side by side,
+// and so do those of i and i + 2: see `MainWarp::table`.
+struct Tables {
+  const Block& block;
+  const Operands& from;
+  const int lane;
+  float row[N], column[N];
+  float4 h_post;
+
+  __device__ void load(int tile) {
+    const int t = lane / N, i = lane % N;
+    const long long token = block.first_token(tile) + t, whole = block.first_token(tile) + lane;
+    const bool exists = tile < block.num_tiles && token < from.tokens;
+    const float4 v = exists ? __ldg(reinterpret_cast<const float4*>(from.h_res) + token * N + i) : float4{};
+    row[0] = v.x, row[1] = v.y, row[2] = v.z, row[3] = v.w;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      column[k] = k == i;
+      if (from.deferred) column[k] = exists ? __ldg(from.h_res_new + (token * N + k) * N + i) : 0.f;
+    }
+    const bool has_h_post = lane < kTileTokens && tile < block.num_tiles && whole < from.tokens;
+    h_post = has_h_post ? __ldg(reinterpret_cast<const float4*>(from.h_post) + whole) : float4{};
+  }
+
+  __device__ static void write(u32 at, const float (&values)[N]) {
+    u32 words[N];
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      u32 parts[2];
+      split(values[k], 0.f, parts);
+      words[k] = (parts[0] & 0xffff) | parts[1] << 16;
+    }
+    write2(at, {words[0], words[2]});
+    write2(at + 16, {words[1], words[3]});
+  }
+
+  __device__ void write(int tile) const {
+    if (tile >= block.num_tiles) return;
+    const u32 t = lane / N, i = lane % N;
+    const u32 tables = block.tables(tile), at = (t * 2 + i % 2) * 32 + i / 2 * 8;
+    write(tables + at, row);
+    write(tables + kTableBytes + at, column);
+    if (lane < kTileTokens) write_float4(tables + 2 * kTableBytes + lane * N * 4, h_post);
+    __syncwarp();
+    if (lane == 0) arrive(block.barrier(kTablesFull, tile % 2));
+  }
+};
+
+// The tables of two tiles are there at once: a finished tile makes room for the one after the next.
+__device__ inline void finish_tiles(const Block& block, const Operands& from, const Maps& maps, int lane) {
+  const int box = block.first_box();
+  Tables tables{block, from, lane};
+  for (int tile = 0; tile < 2; ++tile) {
+    tables.load(tile);
+    tables.write(tile);
+  }
+  tables.load(2);
+  Ring<kStages> ring;
+  for (int tile = 0; tile < block.num_tiles; ++tile, ring.next()) {
+    const u32 slot = ring.slot, even = block.even(slot), odd = block.odd(slot);
+    const int token = block.first_token(tile);
+    wait(block.barrier(kDone, slot), ring.parity);
+    if (lane == 0) {
+      copy_out(maps.out_even, token, box, 0, even + kGradient);
+      copy_out(maps.out_odd, token, box, 0, odd + kGradient);
+      copy_out(maps.d_y, token, box, 0, even + kInput);
+      commit_copies();
+    }
+    tables.write(tile + 2);
+    if (lane == 0) {
+      wait_for_reads<0>();
+      arrive(block.barrier(kEmpty, slot));
+    }
+    __syncwarp();
+    tables.load(tile + 3);
+  }
+  if (lane == 0) finish_copies();
+}
+
+// ---- owner --------------------------------------------------------------------------------------------------
+
+// The tokens of a block: from the dots of d_u to r dm, and the sums of the dots of d_X'.
+struct Owner {
+  const Block& block;
+  const Operands& with;
+  const Settings& settings;
+  const int which, lane;
+  float alpha;                // of column `lane`
+  float alpha_pre, bias_pre;  // of column lane % 4
+  float sum_d_z = 0.f, sum_d_z_m = 0.f;
+
+  // What a token's lanes have, zero behind the last token: of column `lane` m and d_z, of stream lane % 4 the others.
+  struct Token {
+    float m, r, d_z, d_h_pre, h_post;
+    float4 h_res;
+  };
+
+  __device__ Owner(const Block& block, const Operands& with, const Settings& settings, int which,
+                   int lane)
+      : block(block), with(with), settings(settings), which(which), lane(lane) {
+    alpha_pre = with.alpha[0];
+    alpha = lane >= kColumns ? 0.f : with.alpha[lane < N ? 0 : lane < 2 * N ? 1 : 2];
+    bias_pre = with.bias[lane % N];
+  }
+
+  __device__ int tile(int owned) const { return (owned << block.turns_shift) + (block.rank & (block.turns() - 1)); }
+  // Where one of the block's tokens stands in a tile.
+  __device__ u32 in_tile(int t) const {
+    return (block.rank >> block.turns_shift << block.owned_shift) + t;
+  }
+
+  __device__ Token load(int tile, int t) const {
+    Token token = {};
+    const long long at = block.first_token(tile) + in_tile(t);
+    if (tile >= block.num_tiles || at >= with.tokens) return token;
+    const int i = lane % N;
+    if (lane < kColumns) token.m = __ldg(with.m + at * kColumns + lane);
+    if (lane >= N && lane < kColumns) token.d_z = __ldg(with.d_z + at * kColumns + lane);
+    token.r = __ldg(with.r + at);
+    token.d_h_pre = __ldg(with.d_h_pre + at * N + i);
+    token.h_post = __ldg(with.h_post + at * N + i);
+    token.h_res = __ldg(reinterpret_cast<const float4*>(with.h_res) + at * N + i);
+    return token;
+  }
+
+  // The lanes' values of an answer: 16 bytes, those of part lane % 8. The parts 0, 3 and 7 begin with what
+  // hangs on h_pre's gradient.
+  __device__ float4 begin_answer(const Token& token, float h_pre) const {
+    const float dm = lane < N ? 0.f : token.r * alpha * token.d_z;
+    const int first = lane % (kColumns / 2) * 2;
+    u32 parts[2];
+    split(__shfl_sync(kAllLanes, dm, first), __shfl_sync(kAllLanes, dm, first + 1), parts);
+    float word = 0.f;
+    if (lane < kColumns) {
+      word = __uint_as_float(lane < kColumns / 2 ? parts[0] : parts[1]);
+    } else if (lane < kColumns + N) {
+      word = h_pre;
+    }
+    const int from = lane % 8 * 4;
+    return {__shfl_sync(kAllLanes, word, from), __shfl_sync(kAllLanes, word, from + 1),
+            __shfl_sync(kAllLanes, word, from + 2), __shfl_sync(kAllLanes, word, from + 3)};
+  }
+
+  // The sum of entry lane % 8 over all that sent.
+  __device__ float sum_dots(u32 slot, int t) const {
+    float sum = 0.f;
+    const u32 first = block.dots(slot, t, 0) + lane % 8 * 4;
+#pragma unroll
+    for (u32 k = 0; k < 8; ++k) {
+      const u32 from = k * 4 + lane / 8;
+      if (from < block.ranks * kDotWarps) sum += read_float(first + from * kDotsBytes);
+    }
+    sum += __shfl_xor_sync(kAllLanes, sum, 8);
+    return sum + __shfl_xor_sync(kAllLanes, sum, 16);
+  }
+
+  __device__ void answer(int tile, u32 slot, u32 parity, int t, const Token& token) {
+    const float m_pre = __shfl_sync(kAllLanes, token.m, lane % N);
+    const float z = alpha_pre * m_pre + bias_pre, s = sigmoid(z);
+    const float d_sigmoid = s * sigmoid(-z);
+    const float f = norm_factor(settings, token.r, N * block.hidden());
+    const float others = warp_sum(lane < N ? 0.f : alpha * token.d_z * token.m);
+    float4 answer = begin_answer(token, s + settings.pre_eps);
+
+    // All this belongs before the wait.
+    asm volatile("" ::"f"(d_sigmoid), "f"(f), "f"(others), "f"(answer.w));
+    if (t == 0) wait_for_cluster(block.barrier(kDotsFull, slot), parity);
+    const float dot = sum_dots(slot, t);
+    float d_h = token.d_h_pre + token.h_post * __shfl_sync(kAllLanes, dot, N);
+    d_h = fmaf(token.h_res.x, __shfl_sync(kAllLanes, dot, 0), d_h);
+    d_h = fmaf(token.h_res.y, __shfl_sync(kAllLanes, dot, 1), d_h);
+    d_h = fmaf(token.h_res.z, __shfl_sync(kAllLanes, dot, 2), d_h);
+    d_h = fmaf(token.h_res.w, __shfl_sync(kAllLanes, dot, 3), d_h);
+    const float d_z_pre = d_h * d_sigmoid;
+
+    const float dm = alpha_pre * d_z_pre;
+    float dm_dot_m = dm * m_pre;
+    dm_dot_m += __shfl_xor_sync(kAllLanes, dm_dot_m, 1);
+    dm_dot_m += __shfl_xor_sync(kAllLanes, dm_dot_m, 2);
+    const float norm = -f * (dm_dot_m + others), scaled = token.r * dm;
+    u32 first[2], second[2];
+    split(__shfl_sync(kAllLanes, scaled, 0), __shfl_sync(kAllLanes, scaled, 1), first);
+    split(__shfl_sync(kAllLanes, scaled, 2), __shfl_sync(kAllLanes, scaled, 3), second);
+    const int part = lane % 8;
+    if (part == 0 || part == 3) {
+      answer.x = __uint_as_float(part ? first[1] : first[0]);
+      answer.y = __uint_as_float(part ? second[1] : second[0]);
+    } else if (part == 7) {
+      answer.x = norm;
+    }
+    const u32 at = block.answer(slot, in_tile(t)) + part * 16;
+    const u32 barrier = block.barrier(kAnswersFull, slot);
+#pragma unroll
+    for (u32 to = 0; to < 16; to += 4) {
+      const u32 rank = to + lane / 8;
+      if (rank < block.ranks) send(in_block(at, rank), answer, in_block(barrier, rank));
+    }
+
+    const float d_z = lane < N ? d_z_pre : token.d_z;
+    sum_d_z += d_z;
+    sum_d_z_m += d_z * token.m;
+  }
+
+  // d_H_res and d_h_post, once all blocks have sent their parts.
+  __device__ void collect(int owned) const {
+    const u32 slots = block.sums_slots(), slot = owned & (slots - 1);
+    const u32 barrier = block.barrier(kSumsFull, slot);
+    if (lane == 0) arrive_and_expect(barrier, block.tokens_owned() * block.ranks * kSumsBytes);
+    wait_for_cluster(barrier, (owned & slots) != 0);
+    for (int t = 0; t < block.tokens_owned(); ++t) {
+      const long long token = block.first_token(tile(owned)) + in_tile(t);
+      if (token >= with.tokens || lane >= N * N + N) continue;
+      const int entry = lane < N * N ? sum_entry(lane / N, lane % N) : sum_entry(lane - N * N);
+      float sum = 0.f;
+#pragma unroll
+      for (u32 rank = 0; rank < 16; ++rank) {
+        if (rank < block.ranks) sum += read_float(block.sums(slot, t, rank) + entry * 4);
+      }
+      if (lane < N * N) {
+        with.d_h_res[token * N * N + lane] = sum;
+      } else {
+        with.d_h_post[token * N + lane - N * N] = sum;
+      }
+    }
+    __syncwarp();
+  }
+
+  // The row of this block for sum_gates.
+  __device__ void store_gate_sums() const {
+    float* row = with.gate_sums + ((long long)blockIdx.x * kOwnerWarps + which) * (kColumns + 3);
+    if (lane < kColumns) row[lane] = sum_d_z;
+#pragma unroll
+    for (int gate = 0; gate < 3; ++gate) {
+      const bool own = lane < kColumns && gate == (lane < N ? 0 : lane < 2 * N ? 1 : 2);
+      const float sum = warp_sum(own ? sum_d_z_m : 0.f);
+      if (lane == 0) row[kColumns + gate] = sum;
+    }
+  }
+
+  __device__ void run() {
+    // A tile's sums come long after its answer. Whoever has the answer of a tile may send its sums: by then
+    // this warp has collected what was in their slot before.
+    const int later = block.sums_slots() - kOwnerWarps;
+    int owned = which;
+    Token next = load(tile(owned), 0);
+    for (; tile(owned) < block.num_tiles; owned += kOwnerWarps) {
+      const int at = tile(owned);
+      const u32 slot = at % kStages, parity = at / kStages % 2;
+      if (lane == 0) {
+        arrive_and_expect(block.barrier(kDotsFull, slot),
+                          block.tokens_owned() * block.ranks * kDotWarps * kDotsSent);
+      }
+      for (int t = 0; t < block.tokens_owned(); ++t) {
+        const Token token = next;
+        const bool last = t + 1 == block.tokens_owned();
+        next = load(tile(last ? owned + kOwnerWarps : owned), last ? 0 : t + 1);
+        answer(at, slot, parity, t, token);
+      }
+      if (owned >= later) collect(owned - later);
+    }
+    for (int old = max(which, owned - later); old < owned; old += kOwnerWarps) collect(old);
+    store_gate_sums();
+  }
+};
+
+// ---- kernel -------------------------------------------------------------------------------------------------
+
+// d_z: the columns of post and res, from gates_bwd. d_phi: [clusters, 4 C, 24] and gate_sums: [2 * blocks, 24 + 3],
+// to be summed. The maps have boxes of kTileTokens tokens and SIZE channels of every second stream, or of y and
+// the like. d_x_new may lie where d_x_new_in does.
+KERNEL(seam_bwd_one_pass, kThreads, 1)
+(const __grid_constant__ TensorMap x_even, const __grid_constant__ TensorMap x_odd,
+ const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap d_u,
+ const __grid_constant__ TensorMap d_x_new_in_even, const __grid_constant__ TensorMap d_x_new_in_odd,
+ const __grid_constant__ TensorMap d_x_new_even, const __grid_constant__ TensorMap d_x_new_odd,
+ const __grid_constant__ TensorMap d_y, const float* h_post, const float* h_res, const float* phi,
+ const float* alpha, const float* bias, const float* m, const float* r, const float* h_res_new,
+ const float* d_h_pre, const float* d_z, float* d_h_post, float* d_h_res, float* d_phi,
+ float* gate_sums, int tokens, int deferred, Settings settings) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const Block block(shared_address(shared), tokens);
+  const Operands operands{h_post, h_res, phi,      alpha,   bias,  m,         r,      h_res_new,
+                          d_h_pre, d_z,  d_h_post, d_h_res, d_phi, gate_sums, tokens, deferred};
+  const Maps maps{x_even,         x_odd,        y,           d_u, d_x_new_in_even,
+                  d_x_new_in_odd, d_x_new_even, d_x_new_odd, d_y};
+  if (threadIdx.x == 0) {
+    for (u32 slot = 0; slot < 8; ++slot) init_barrier(block.barrier(kSumsFull, slot), 1);
+    for (u32 slot = 0; slot < kStages; ++slot) {
+      init_barrier(block.barrier(kInputFull, slot), 1);
+      init_barrier(block.barrier(kGradientFull, slot), 1);
+      init_barrier(block.barrier(kEmpty, slot), kDotWarps + 1);
+      init_barrier(block.barrier(kDotsFull, slot), 1);
+      init_barrier(block.barrier(kAnswersFull, slot), 1);
+      init_barrier(block.barrier(kDone, slot), kMainWarps);
+    }
+    for (u32 slot = 0; slot < 2; ++slot) init_barrier(block.barrier(kTablesFull, slot), 1);
+    init_barrier(block.barrier(kPhiThere, 0), kMainWarps);
+    publish_barriers();
+  }
+  __syncthreads();
+  cluster_arrive();
+
+  if (warp < kMainWarps) {
+    take_registers<kMainRegisters>();
+    main_warps(block, operands, warp, lane);
+  } else {
+    give_registers<kOtherRegisters>();
+    cluster_wait();
+    if (warp < kDotsOfStreams) {
+      dots_of_input(block, warp - kDotsOfInput, lane);
+    } else if (warp < kLoad) {
+      dots_of_streams(block, warp - kDotsOfStreams, lane);
+    } else if (warp == kLoad) {
+      if (lane == 0) load_tiles(block, maps);
+    } else if (warp == kStore) {
+      finish_tiles(block, operands, maps, lane);
+    } else {
+      Owner(block, operands, settings, warp - kFirstOwner, lane).run();
+    }
+  }
+  // A block's shared memory must stay until the last message to it is there.
+  __syncwarp();
+  cluster_arrive();
+  cluster_wait();
+}
