@@ -238,11 +238,10 @@ __device__ inline void copy_in(u32 to, const TensorMap& map, int token, int box,
       : "memory");
 }
 // `bytes` in a row, in multiples of 16.
-__device__ inline void copy_in(u32 to, const void* from, u32 bytes, u32 barrier, u64 policy) {
+__device__ inline void copy_in(u32 to, const void* from, u32 bytes, u32 barrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
-      "%4;" ::"r"(to),
-      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
 }
 // The other way; what lies outside is not written. Wants `fence_for_copies` by all who wrote the box.

@@ -49,18 +49,14 @@ __device__ constexpr Shape shape(bool seam) {
     case 256: return seam ? Shape{8, 8, 0, 168, 88, 88} : Shape{16, 5, 0, 168, 88, 88};
     case 320: return seam ? Shape{8, 6, 0, 192, 64, 64} : Shape{8, 8, 0, 184, 72, 72};
     case 384: return seam ? Shape{8, 5, 0, 208, 48, 48} : Shape{8, 7, 0, 200, 56, 56};
-    default: return seam ? Shape{8, 4, 4, 192, 64, 64} : Shape{8, 6, 0, 208, 48, 48};
+    default: return seam ? Shape{8, 5, 1, 216, 40, 40} : Shape{8, 6, 0, 208, 48, 48};
   }
 }
 
 // kColumns sums, the sum of squares, and padding to a multiple of 16 bytes.
 constexpr int kSumsBytes = 28 * 4;
 constexpr int kSumsParts = kSumsBytes / 16;
-// Matrices for `sinkhorn`, as many at a time as a warp holds; with some space between them against bank
-// conflicts. One in a lane: what counts is how long the last ones take.
-constexpr int kLanes = 1;
-using Matrices = Sinkhorn<N, kLanes>;
-constexpr int kBatch = 32 / kLanes;
+// A matrix for `sinkhorn`, with some space between two of them against bank conflicts.
 constexpr int kMatrixBytes = (N * N + 4) * 4;
 // phi's low part of 16 rows, for a warp.
 constexpr int kLowBytes = 32 * 6 * 4;
@@ -72,6 +68,10 @@ struct Plan {
   static constexpr int kTokens = kShape.tokens;
   static constexpr int kStages = kShape.stages;
   static constexpr int kLow = kShape.low_in_shared;
+  // Of a matrix; a batch for `sinkhorn` is what a warp holds. A matrix in a lane where there are registers for it:
+  // what counts is how long the last ones take.
+  static constexpr int kLanes = kShape.other_registers < 48 ? 2 : 1;
+  static constexpr int kBatch = 32 / kLanes;
 
   // A stage: X as [stream, box, token, 64 channels], then y alike, h_res and h_post.
   static constexpr int kBoxBytes = kTokens * int(kRowBytes);
@@ -92,6 +92,13 @@ struct Plan {
   static constexpr int kStage =
       (kLowParts + kProjectWarps * kLow * 2 * kLowBytes + 1023) / 1024 * 1024;
   static constexpr int kBytes = kStage + kStages * kStageBytes;
+
+  // On its way to registers phi lies where the last stages will be: rows of kColumns float32 by stream.
+  static constexpr int kPhiRowBytes = kColumns * 4;
+  static constexpr int kPhiBytes = SIZE * kPhiRowBytes;
+  static constexpr int kPhi = kBytes - N * kPhiBytes;
+  static constexpr int kFreeStages = (kPhi - kStage) / kStageBytes;
+  static_assert(kPhi >= kStage, "phi lies in stages alone");
   static_assert(kBytes <= 232448, "shared memory of a block");
   static_assert(2 * kShape.project_registers + kShape.apply_registers + kShape.other_registers <= 512,
                 "registers of a block");
@@ -122,7 +129,8 @@ enum Barrier : u32 {
   kPartialEmpty = 66,
   kLogitsFull = 68,
   kLogitsEmpty = 70,
-  kPhiLoaded = 72,
+  kPhiFull = 72,   // two streams of phi
+  kPhiEmpty = 74,
 };
 
 template <bool SEAM>
@@ -133,7 +141,7 @@ struct Block : Plan<SEAM> {
   const Call& call;
   u32 shared, rank, cluster;  // cluster: its number of blocks
   int first_tile, tile_step, num_tiles;
-  int owned;  // tokens of a tile that a block owns, if it owns any
+  int owned, owned_log2;  // tokens of a tile that a block owns, if it owns any
 
   __device__ explicit Block(const Call& c) : call(c) {
     extern __shared__ __align__(1024) unsigned char memory[];
@@ -145,6 +153,7 @@ struct Block : Plan<SEAM> {
     const int tiles = (call.tokens + P::kTokens - 1) / P::kTokens;
     num_tiles = first_tile < tiles ? (tiles - first_tile + tile_step - 1) / tile_step : 0;
     owned = max(P::kTokens / int(cluster), 1);
+    owned_log2 = __ffs(owned) - 1;
   }
 
   __device__ u32 barrier(Barrier which, u32 index = 0) const { return shared + 8 * (which + index); }
@@ -154,20 +163,21 @@ struct Block : Plan<SEAM> {
   __device__ int hidden() const { return SIZE * int(cluster); }
   __device__ bool owns() const { return int(rank) * owned < P::kTokens; }
 
-  __device__ void init_barriers() const {
-    for (int s = 0; s < P::kStages; ++s) {
-      init_barrier(barrier(kFull, s), 1);
-      init_barrier(barrier(kEmpty, s), kApplyWarps);
-      init_barrier(barrier(kSumsFull, s), 1);
-      init_barrier(barrier(kHFull, s), 1);
+  __device__ void init_barriers(int lane) const {
+    if (lane < P::kStages) {
+      init_barrier(barrier(kFull, lane), 1);
+      init_barrier(barrier(kEmpty, lane), kApplyWarps);
+      init_barrier(barrier(kSumsFull, lane), 1);
+      init_barrier(barrier(kHFull, lane), 1);
     }
-    for (int s = 0; s < 2; ++s) {
-      init_barrier(barrier(kPartialFull, s), kProjectWarps);
-      init_barrier(barrier(kPartialEmpty, s), 1);
-      init_barrier(barrier(kLogitsFull, s), 1);
-      init_barrier(barrier(kLogitsEmpty, s), 1);
+    if (lane < 2) {
+      init_barrier(barrier(kPartialFull, lane), kProjectWarps);
+      init_barrier(barrier(kPartialEmpty, lane), 1);
+      init_barrier(barrier(kLogitsFull, lane), 1);
+      init_barrier(barrier(kLogitsEmpty, lane), 1);
+      init_barrier(barrier(kPhiFull, lane), 1);
     }
-    init_barrier(barrier(kPhiLoaded), kProjectWarps);
+    if (lane == 0) init_barrier(barrier(kPhiEmpty), kProjectWarps);
     publish_barriers();
   }
 
@@ -186,14 +196,14 @@ struct Block : Plan<SEAM> {
 // the columns from 8 c on of stream 2 pair + s.
 using Part = u32[3][2];
 
-__device__ inline void load_phi(const float* at, int stream_stride, Part& high, Part& low) {
+__device__ inline void read_phi(u32 at, u32 row_bytes, u32 stream_bytes, Part& high, Part& low) {
 #pragma unroll
   for (int c = 0; c < 3; ++c) {
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-      const float* row = at + s * stream_stride + 8 * c;
+      const u32 word = at + s * stream_bytes + 8 * c * 4;
       u32 parts[2];
-      split(__ldg(row), __ldg(row + kColumns), parts);
+      split(read_float(word), read_float(word + row_bytes), parts);
       high[c][s] = parts[0];
       low[c][s] = parts[1];
     }
@@ -251,18 +261,18 @@ __device__ inline void Block<SEAM>::project(int warp, int lane) const {
 
   Part high[kBoxes][2], low[kBoxes - P::kLow][2];
   const u32 low_parts = shared + P::kLowParts + warp * P::kLow * 2 * kLowBytes;
-  const int stream_stride = hidden() * kColumns;
-  const float* phi = call.phi + size_t(rank * SIZE + warp * 8 + 2 * q) * kColumns + g;
+  const u32 phi = shared + P::kPhi + (8 * warp + 2 * q) * P::kPhiRowBytes + 4 * g;
 #pragma unroll
-  for (int box = 0; box < kBoxes; ++box) {
+  for (int pair = 0; pair < 2; ++pair) {
+    wait(barrier(kPhiFull, pair), 0);
 #pragma unroll
-    for (int pair = 0; pair < 2; ++pair) {
-      const float* at = phi + box * kBoxChannels * kColumns + 2 * pair * size_t(stream_stride);
+    for (int box = 0; box < kBoxes; ++box) {
+      const u32 at = phi + 2 * pair * P::kPhiBytes + box * kBoxChannels * P::kPhiRowBytes;
       if (box < kBoxes - P::kLow) {
-        load_phi(at, stream_stride, high[box][pair], low[box][pair]);
+        read_phi(at, P::kPhiRowBytes, P::kPhiBytes, high[box][pair], low[box][pair]);
       } else {
         Part rest;
-        load_phi(at, stream_stride, high[box][pair], rest);
+        read_phi(at, P::kPhiRowBytes, P::kPhiBytes, high[box][pair], rest);
         const u32 to = low_parts + ((box - kBoxes + P::kLow) * 2 + pair) * kLowBytes;
         write4(to + 16 * lane, {rest[1][0], rest[1][1], rest[2][0], rest[2][1]});
         write2(to + 512 + 8 * lane, {rest[0][0], rest[0][1]});
@@ -270,7 +280,7 @@ __device__ inline void Block<SEAM>::project(int warp, int lane) const {
     }
   }
   __syncwarp();
-  if (lane == 0) arrive(barrier(kPhiLoaded));
+  if (lane == 0) arrive(barrier(kPhiEmpty));
   cluster_wait();
 
   // Lane l points at the 8 channels of token l % 8 of stream l / 8.
@@ -278,6 +288,7 @@ __device__ inline void Block<SEAM>::project(int warp, int lane) const {
   // Two channels of token g.
   const u32 own_y = P::kY + swizzled(g, warp) + 4 * q;
   Ring<P::kStages> ring;
+#pragma unroll 1
   for (int i = 0; i < num_tiles; ++i, ring.next()) {
     wait(barrier(kFull, ring.slot), ring.parity);
     const u32 here = stage(ring.slot);
@@ -344,12 +355,14 @@ __device__ inline void Block<SEAM>::apply(int thread) const {
     give_registers<P::kShape.apply_registers>();
   }
   cluster_wait();
+  constexpr int kUnroll = P::kShape.apply_registers < 64 ? 1 : 2;
   Ring<P::kStages> ring;
+#pragma unroll 1
   for (int i = 0; i < num_tiles; ++i, ring.next()) {
     if (thread == 0) arrive_and_expect(barrier(kHFull, ring.slot), P::kTokens * N * 4);
     wait_for_cluster(barrier(kHFull, ring.slot), ring.parity);
     const u32 h_pre = shared + P::kHPre + ring.slot * P::kTokens * N * 4;
-#pragma unroll 2
+#pragma unroll kUnroll
     for (int k = thread; k < P::kTokens * kUnits; k += kApplyThreads) {
       const int t = k / kUnits, unit = k % kUnits;
       const float4 hs = read_float4(h_pre + t * N * 4);
@@ -390,11 +403,20 @@ __device__ inline void Block<SEAM>::apply(int thread) const {
 template <bool SEAM>
 __device__ inline void Block<SEAM>::copy(int lane) const {
   if (lane != 0) return;
+  // phi first: nothing can start without it.
+  for (int pair = 0; pair < 2; ++pair) {
+    const u32 full = barrier(kPhiFull, pair);
+    arrive_and_expect(full, 2 * P::kPhiBytes);
+    for (int j = 2 * pair; j < 2 * pair + 2; ++j) {
+      const float* from = call.phi + (size_t(j) * hidden() + rank * SIZE) * kColumns;
+      copy_in(shared + P::kPhi + j * P::kPhiBytes, from, P::kPhiBytes, full);
+    }
+  }
   const u64 policy = evict_first();
   Ring<P::kStages> ring;
+#pragma unroll 1
   for (int i = 0; i < num_tiles; ++i, ring.next()) {
-    // phi first, beside one tile: nothing can start without it.
-    if (i == 1) wait(barrier(kPhiLoaded), 0);
+    if (i == P::kFreeStages) wait(barrier(kPhiEmpty), 0);
     wait(barrier(kEmpty, ring.slot), ring.parity ^ 1);
     const u32 full = barrier(kFull, ring.slot), to = stage(ring.slot);
     const int first = token(i), count = min(P::kTokens, call.tokens - first);
@@ -403,34 +425,43 @@ __device__ inline void Block<SEAM>::copy(int lane) const {
     copy_in(to, *call.x_map, first, rank * kBoxes, 0, full, policy);
     if constexpr (SEAM) {
       copy_in(to + P::kY, *call.y_map, first, rank * kBoxes, 0, full, policy);
-      copy_in(to + P::kHRes, call.h_res_in + size_t(first) * N * N, count * N * N * 4, full, policy);
-      copy_in(to + P::kHPost, call.h_post_in + size_t(first) * N, count * N * 4, full, policy);
+      copy_in(to + P::kHRes, call.h_res_in + size_t(first) * N * N, count * N * N * 4, full);
+      copy_in(to + P::kHPost, call.h_post_in + size_t(first) * N, count * N * 4, full);
     }
   }
 }
 
 template <bool SEAM>
 __device__ inline void Block<SEAM>::send_sums(int lane) const {
+  // A lane has the same four sums of the same token in every tile.
+  constexpr int kItems = P::kTokens * kSumsParts, kRounds = (kItems + 31) / 32;
+  u32 from[kRounds], to[kRounds], full[kRounds];
+#pragma unroll
+  for (int k = 0; k < kRounds; ++k) {
+    const int item = lane + 32 * k, t = item / kSumsParts, part = item % kSumsParts;
+    const u32 owner = t >> owned_log2, row = rank * owned + t % owned;
+    from[k] = shared + P::kPartials + t * kSumsBytes + part * 16;
+    to[k] = in_block(shared + P::kOwn + row * kSumsBytes + part * 16, owner);
+    full[k] = in_block(barrier(kSumsFull), owner);
+  }
   Ring<P::kStages> ring;
+#pragma unroll 1
   for (int i = 0; i < num_tiles; ++i, ring.next()) {
     const u32 slot = i % 2;
     wait(barrier(kPartialFull, slot), i / 2 & 1);
     // The owners have read what this slot of theirs held before once they have answered to it.
     if (i >= P::kStages) wait_for_cluster(barrier(kHFull, ring.slot), ring.parity ^ 1);
 #pragma unroll
-    for (int k = lane; k < P::kTokens * kSumsParts; k += 32) {
-      const int t = k / kSumsParts, part = k % kSumsParts;
-      const u32 from = shared + P::kPartials + slot * P::kPartialBytes + t * kSumsBytes + part * 16;
-      float4 sum = read_float4(from);
+    for (int k = 0; k < kRounds; ++k) {
+      if (lane + 32 * k >= kItems) break;
+      float4 sum = {};
 #pragma unroll
-      for (int w = 1; w < kProjectWarps; ++w) {
-        const float4 v = read_float4(from + w * P::kTokens * kSumsBytes);
+      for (int w = 0; w < kProjectWarps; ++w) {
+        const u32 at = from[k] + slot * P::kPartialBytes + w * P::kTokens * kSumsBytes;
+        const float4 v = read_float4(at);
         sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
       }
-      const u32 owner = t / owned;
-      const u32 to = shared + P::kOwn + ring.slot * P::kOwnBytes +
-                     (rank * owned + t % owned) * kSumsBytes + part * 16;
-      send(in_block(to, owner), sum, in_block(barrier(kSumsFull, ring.slot), owner));
+      send(to[k] + ring.slot * P::kOwnBytes, sum, full[k] + 8 * ring.slot);
     }
     __syncwarp();
     if (lane == 0) arrive(barrier(kPartialEmpty, slot));
@@ -447,11 +478,15 @@ __device__ inline void Block<SEAM>::own(int lane) const {
   const float alpha = is_column ? call.alpha[(c >= N) + (c >= 2 * N)] : 0.f;
   const float bias = is_column ? call.bias[c] : 0.f;
   const u32 stride = owned * kSumsBytes;
+  const u32 h_pre_there = in_block(shared + P::kHPre, lane % kMaxCluster);
+  const u32 h_full_there = in_block(barrier(kHFull), lane % kMaxCluster);
   int count = 0;
   Ring<P::kStages> ring;
+#pragma unroll 1
   for (int i = 0; i < num_tiles; ++i, ring.next()) {
     if (lane == 0) arrive_and_expect(barrier(kSumsFull, ring.slot), cluster * stride);
     wait_for_cluster(barrier(kSumsFull, ring.slot), ring.parity);
+#pragma unroll 1
     for (int o = 0; o < owned; ++o, ++count) {
       const u32 from = shared + P::kOwn + ring.slot * P::kOwnBytes + o * kSumsBytes + 4 * c;
       float sum = 0.f;
@@ -464,17 +499,17 @@ __device__ inline void Block<SEAM>::own(int lane) const {
                             __shfl_sync(kAllLanes, h, 2), __shfl_sync(kAllLanes, h, 3)};
       const int t = rank * owned + o;
       if (lane < int(cluster)) {
-        const u32 to = shared + P::kHPre + (ring.slot * P::kTokens + t) * N * 4;
-        send(in_block(to, lane), h_pre, in_block(barrier(kHFull, ring.slot), lane));
+        const u32 row = ring.slot * P::kTokens + t;
+        send(h_pre_there + row * N * 4, h_pre, h_full_there + 8 * ring.slot);
       }
 
-      const u32 batch = count / kBatch, slot = batch % 2;
-      if (count % kBatch == 0) wait(barrier(kLogitsEmpty, slot), (batch / 2 & 1) ^ 1);
+      const u32 batch = count / P::kBatch, slot = batch % 2;
+      if (count % P::kBatch == 0) wait(barrier(kLogitsEmpty, slot), (batch / 2 & 1) ^ 1);
       if (is_column && c >= 2 * N) {
-        const u32 matrix = slot * kBatch + count % kBatch;
+        const u32 matrix = slot * P::kBatch + count % P::kBatch;
         write_float(shared + P::kLogits + matrix * kMatrixBytes + 4 * (c - 2 * N), z);
       }
-      if (count % kBatch == kBatch - 1 || count == num_tiles * owned - 1) {
+      if (count % P::kBatch == P::kBatch - 1 || count == num_tiles * owned - 1) {
         __syncwarp();
         if (lane == 0) arrive(barrier(kLogitsFull, slot));
       }
@@ -495,20 +530,22 @@ __device__ inline void Block<SEAM>::own(int lane) const {
 template <bool SEAM>
 __device__ inline void Block<SEAM>::sinkhorn(int lane) const {
   if (!owns()) return;
-  const Matrices matrices{*call.settings, N, lane % kLanes};
-  const int matrix = lane / kLanes;
-  for (int batch = 0; batch * kBatch < num_tiles * owned; ++batch) {
+  using Matrices = Sinkhorn<N, P::kLanes>;
+  const Matrices matrices{*call.settings, N, lane % P::kLanes};
+  const int matrix = lane / P::kLanes;
+#pragma unroll 1
+  for (int batch = 0; batch * P::kBatch < num_tiles * owned; ++batch) {
     const u32 slot = batch % 2;
     wait(barrier(kLogitsFull, slot), batch / 2 & 1);
-    Matrices::Matrix z, h;
+    typename Matrices::Matrix z, h;
     matrices.for_each([&](int k, int i) {
-      const u32 from = shared + P::kLogits + (slot * kBatch + matrix) * kMatrixBytes;
+      const u32 from = shared + P::kLogits + (slot * P::kBatch + matrix) * kMatrixBytes;
       h[k][i] = z[k][i] = read_float(from + 4 * matrices.at(k, i));
     });
     __syncwarp();
     if (lane == 0) arrive(barrier(kLogitsEmpty, slot));
     if (call.settings->constraint == 0) matrices.forward(z, h, nullptr, 0);
-    const int count = batch * kBatch + matrix, i = count / owned;
+    const int count = batch * P::kBatch + matrix, i = count >> owned_log2;
     const size_t at = size_t(token(i)) + rank * owned + count % owned;
     if (i >= num_tiles || at >= call.tokens) continue;
     matrices.for_each([&](int k, int j) { call.h_res[at * N * N + matrices.at(k, j)] = h[k][j]; });
@@ -520,8 +557,9 @@ __device__ inline void Block<SEAM>::sinkhorn(int lane) const {
 template <bool SEAM>
 __device__ inline void run(const Call& call) {
   const Block<SEAM> block(call);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (threadIdx.x == 0) block.init_barriers();
+  // The same in all lanes, and by this the compiler knows it.
+  const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  if (warp == 0) block.init_barriers(lane);
   __syncthreads();
   // No block may send to another before that one's barriers are there: everybody waits for the others, first
   // thing in its role.
@@ -540,10 +578,7 @@ __device__ inline void run(const Call& call) {
       default: block.sinkhorn(lane);
     }
   }
-  // Nor may it go while others send to it.
-  __syncwarp();
-  cluster_arrive();
-  cluster_wait();
+  // A block may go before the others: it has waited for all that they send to it.
 }
 
 KERNEL(pre_fwd_one_pass, kThreads, 1)
