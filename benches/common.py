@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
+import platform
+import re
 import statistics
 import subprocess
 import time
 import types
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_mhc as mhc
+from jax_mhc import info
+from jax_mhc._types import Context
 
 STREAMS = 4
 
@@ -51,16 +56,21 @@ def inputs(
 def forward(ops: Any, x: Any, y: Any, params: Any) -> tuple[Any, Any]:
     """pre and post of a sublayer whose layer returns y whatever it reads."""
     u, ctx = ops.pre(x, params)
-    # Where the layer would be, so that XLA does not fuse across it.
-    u, y, ctx = jax.lax.optimization_barrier((u, y, ctx))
-    return u, ops.post(y, ctx)
+    # Where the layer would be, so that XLA does not fuse across it. Without the streams, or their
+    # gradients that are missing would be arrays of zeros.
+    coefficients = ctx.h_pre, ctx.h_post, ctx.h_res
+    u, y, coefficients = jax.lax.optimization_barrier((u, y, coefficients))
+    return u, ops.post(y, Context._of(ctx.x, ctx._deferred, *coefficients))
 
 
-def gradients(ops: Any, x: Any, y: Any, params: Any, d_u: Any, d_x_new: Any) -> tuple[Any, Any]:
-    """The same, and the gradients of x, y and params."""
+def gradients(ops: Any, x: Any, y: Any, params: Any, d_u: Any, d_x_new: Any) -> dict[str, Any]:
+    """The same, and the gradients of x, y and params.
+
+    These come first, so that a d_x_new that is donated becomes d_x.
+    """
     results, vjp = jax.vjp(functools.partial(forward, ops), x, y, params)
     results, d_u, d_x_new = jax.lax.optimization_barrier((results, d_u, d_x_new))
-    return results, vjp((d_u, d_x_new))
+    return {"gradients": vjp((d_u, d_x_new)), "results": results}
 
 
 def relative_error(got: Any, exact: Any) -> float:
@@ -69,14 +79,49 @@ def relative_error(got: Any, exact: Any) -> float:
     return float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
 
 
-def median_us(run: Callable[[], Any], repeats: int) -> float:
-    run()
+def median_us(
+    run: Callable[..., Any], repeats: int, prepare: Callable[[], Any] | None = None
+) -> float:
+    """Median time of run(), or of run(prepare()) without the time to prepare."""
     times = []
-    for _ in range(repeats):
+    for _ in range(repeats + 1):
+        prepared = () if prepare is None else (prepare(),)
         start = time.perf_counter()
-        run()
+        run(*prepared)
         times.append(time.perf_counter() - start)
-    return statistics.median(times) * 1e6
+    return statistics.median(times[1:]) * 1e6
+
+
+def memory(program: Any) -> dict[str, int]:
+    """What the compiled program needs, in bytes."""
+    analysis = program.memory_analysis()
+    sizes = {
+        name: getattr(analysis, f"{name}_size_in_bytes")
+        for name in ("argument", "output", "alias", "temp")
+    }
+    peak = sizes["argument"] + sizes["output"] - sizes["alias"] + sizes["temp"]
+    return {**{f"{name}_bytes": size for name, size in sizes.items()}, "peak_bytes": peak}
+
+
+def versions() -> dict[str, Any]:
+    """The machine with an accelerator and what is installed on it."""
+    installed = {d.name: d.version for d in metadata.distributions()}
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError):
+        driver = None
+    return {
+        "gpu": jax.devices()[0].device_kind,
+        "driver": driver,
+        "jax": jax.__version__,
+        "plugin": next(
+            (f"{n} {v}" for n, v in installed.items() if re.fullmatch(r"jax-cuda\d+-plugin", n)),
+            None,
+        ),
+        "python": platform.python_version(),
+        "library_commit": info.collect()["library"]["commit"],
+    }
 
 
 def commit() -> str:
@@ -88,10 +133,15 @@ def commit() -> str:
         return ""
 
 
-def write(record: dict[str, Any], text: str, folder: Path) -> None:
-    """Writes <date>.json and <date>.md."""
+def gpu_folder(record: dict[str, Any]) -> str:
+    """The name of its GPU's folder in benches/results."""
+    return "-".join(record["gpu"].lower().removeprefix("nvidia ").split())
+
+
+def write(record: dict[str, Any], text: str, folder: Path, suffix: str = "") -> None:
+    """Writes <date><suffix>.json and .md."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{record['date']}.json"
+    path = folder / f"{record['date']}{suffix}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     path.with_suffix(".md").write_text(text)
     print(f"Written to {path} and {path.with_suffix('.md').name}.")

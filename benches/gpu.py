@@ -3,12 +3,16 @@
 `make bench-gpu` runs this and writes benches/results/<gpu>/<date>.json and .md; where a check fails
 it prints them, writes nothing and exits with 1. It takes some minutes.
 
-- pre, post, seam (post and the next pre), sinkhorn, head: the forward pass. fb: pre and post of a
-  sublayer whose layer's output y is an independent input, and the gradients of x, y, phi, alpha and
-  bias, with cotangents on both results.
+- pre, post, seam (post and the next pre), sinkhorn, head: the forward pass. post_bwd, pre_bwd,
+  seam_bwd: the backward pass alone, as a chain of sublayers runs it (backward.py). fb: pre and
+  post of a sublayer whose layer's output y is an independent input, and the gradients of x, y, phi,
+  alpha and bias, with cotangents on both results. fb_seams: seam and seam_bwd, which is what a
+  sublayer in the middle of a chain costs.
 - Kernel time: what the GPU's profiler sums up over all kernels of a call. Wall time: of calls
   queued one after the other. Both go round several sets of inputs, so that none is in the L2
-  cache.
+  cache. Gradients that a kernel overwrites are donated, as they are inside a model.
+- Decode: pre of few tokens, with the wall time of a call among many in one CUDA graph, each with
+  streams and parameters of its own.
 - Floor: the bytes that must move (docs/performance.md) at the bandwidth of a copy on the device,
   measured in the same run.
 - Plain JAX: plain.py. Other libraries: peers.py. First call of a process: first_call.py.
@@ -23,7 +27,6 @@ import functools
 import itertools
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -32,10 +35,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
+import backward
 import common
 import jax
 import jax.numpy as jnp
@@ -49,13 +52,12 @@ from rich.progress import Progress
 from tabulate import tabulate
 
 import jax_mhc as mhc
-from jax_mhc import info
 from jax_mhc._types import Context
 
 DTYPE = "bfloat16"
 IMPLEMENTATIONS = {"fused": common.FUSED, "plain": plain}
 SIGMAS = (1.0, 3.0, 6.0, 10.0)
-PEAKED_OPS = ("pre", "fb")  # what is checked at these deviations of the logits of h_res
+PEAKED_OPS = ("pre", "fb", "seam_bwd")  # what is checked at these deviations of the logits of h_res
 # Every set of inputs is used again only after so many bytes: four times the L2 cache of an H200.
 ROTATED_BYTES = 240e6
 
@@ -65,10 +67,13 @@ LIMITS = {
     "u": _ROUNDING,
     "x_new": _ROUNDING,
     "d_y": _ROUNDING,
-    "d_x": 2**0.5 * _ROUNDING,  # post rounds it and pre, which adds to it, once more
+    "d_x": _ROUNDING,
+    "d_x_new": _ROUNDING,
     "h_pre": 2e-6,
     "h_post": 2e-6,
     "h_res": 2e-6,
+    "d_h_post": _ROUNDING,  # the seam's are sums of products with the rounded d_x_new
+    "d_h_res": _ROUNDING,
     "d_phi": 3e-4,
     "d_alpha": 1e-4,
     "d_bias": 1e-4,
@@ -77,17 +82,24 @@ LIMITS = {
 PARAMETER_GRADIENTS = ("d_phi", "d_alpha", "d_bias")
 
 
+OpName = Literal[
+    "pre", "post", "seam", "sinkhorn", "head", "post_bwd", "pre_bwd", "seam_bwd", "fb", "fb_seams"
+]
+
+
 @dataclasses.dataclass
 class Options:
     """What to run."""
 
-    shapes: tuple[tuple[int, int], ...] = ((8192, 4096), (4096, 2560), (4096, 7168), (16384, 2560))
-    """Tokens and hidden width, in pairs."""
-    ops: tuple[Literal["pre", "post", "seam", "sinkhorn", "head", "fb"], ...] = (
-        "pre", "post", "seam", "sinkhorn", "head", "fb",
+    shapes: tuple[tuple[int, int], ...] = (
+        (8192, 4096), (4096, 2560), (4096, 7168), (16384, 2560), (8192, 2048),
     )  # fmt: skip
+    """Tokens and hidden width, in pairs; sinkhorn and head run at the first alone."""
+    ops: tuple[OpName, ...] = get_args(OpName)
     """Ops to run."""
-    repeats: int = 21
+    decode: tuple[int, ...] = (1, 32, 128)
+    """Numbers of tokens of the calls for decoding; the hidden width is the first."""
+    repeats: int = 11
     """Batches of 20 calls whose median wall time is reported."""
     output: Path | None = None
     """Folder for the records, each in <gpu>/; by default benches/results, and none if quick."""
@@ -102,7 +114,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.quick:
-            self.shapes, self.repeats = ((192, 256),), 3
+            self.shapes, self.decode, self.repeats = ((192, 256),), (1, 8), 3
         elif self.output is None:
             self.output = Path("benches/results")
 
@@ -115,23 +127,31 @@ class Op:
     """One op.
 
     Attributes:
-        run: `(ops, *arguments) -> results by name`; ops is one of IMPLEMENTATIONS.
+        run: `(ops, *arguments) -> results by name`; ops is one of IMPLEMENTATIONS. None: the
+            backward pass of that name alone, from what its forward pass keeps and the arguments.
         arguments: names of its inputs.
         calls: the custom calls of its fused form.
         streams: streams of C elements that it must read or write for a token.
         numbers: float32 numbers that it must read or write for a token, where no streams move.
-        goal_us: kernel time to reach at 8192 x 4096.
+        goals_us: kernel time to reach by shape.
+        first_shape: whether only the first shape tells anything.
+        donated: names of the arguments that it may overwrite, as a model would let it.
     """
 
-    run: Callable[..., dict[str, Any]]
+    run: Callable[..., dict[str, Any]] | None
     arguments: tuple[str, ...]
     calls: tuple[str, ...]
     streams: int
     numbers: int = 0
-    goal_us: float | None = None
+    goals_us: tuple[float, ...] = ()
+    first_shape: bool = False
+    donated: tuple[str, ...] = ()
 
     def floor_bytes(self, tokens: int, hidden: int) -> float:
         return tokens * (self.streams * hidden * jnp.dtype(DTYPE).itemsize + 4 * self.numbers)
+
+    def goal_us(self, tokens: int, hidden: int) -> float | None:
+        return dict(zip(GOAL_SHAPES, self.goals_us, strict=False)).get((tokens, hidden))
 
 
 def _named(u: Any, ctx: Any) -> dict[str, Any]:
@@ -160,37 +180,63 @@ def _head(ops: Any, x: Any, head_params: Any) -> dict[str, Any]:
 
 
 def _fb(ops: Any, *args: Any) -> dict[str, Any]:
-    (u, x_new), (d_x, d_y, d_params) = common.gradients(ops, *args)
+    found = common.gradients(ops, *args)
+    (u, x_new), (d_x, d_y, d_params) = found["results"], found["gradients"]
     return {
         "u": u, "x_new": x_new, "d_x": d_x, "d_y": d_y,
         "d_phi": d_params.phi, "d_alpha": d_params.alpha, "d_bias": d_params.bias,
     }  # fmt: skip
 
 
+def _fb_seams(ops: Any, y: Any, ctx: Any, params: Any, *cotangents: Any) -> dict[str, Any]:
+    named = {"y": y, "ctx": ctx, "params": params}
+    given = dict(zip(_COTANGENTS, cotangents, strict=True))
+    return backward.gradients(backward.passes(ops)["seam_bwd"], named, given)
+
+
 _SUBLAYER = ("x", "y", "params", "d_u", "d_x_new")
+_COTANGENTS = ("d_u", "d_h_pre", "d_h_post", "d_h_res", "d_x_new")
 _n = STREAMS
+GOAL_SHAPES = ((8192, 4096), (4096, 7168), (16384, 2560), (4096, 2560))
 OPS = {
-    "pre": Op(_pre, ("x", "params"), ("pre_fwd",), _n + 1, goal_us=175),
-    "post": Op(_post, ("y", "ctx"), ("post_fwd",), 2 * _n + 1, goal_us=150),
-    "seam": Op(_seam, ("y", "ctx", "params"), ("seam_fwd",), 2 * _n + 2),
-    "sinkhorn": Op(_sinkhorn, ("z",), ("sinkhorn_fwd",), 0, numbers=2 * _n**2),
-    "head": Op(_head, ("x", "head_params"), ("head_fwd",), _n + 1),
+    "pre": Op(_pre, ("x", "params"), ("pre_fwd",), _n + 1, goals_us=(92, 83, 112, 33)),
+    "post": Op(_post, ("y", "ctx"), ("post_fwd",), 2 * _n + 1, goals_us=(147, 129, 183, 48)),
+    "seam": Op(
+        _seam, ("y", "ctx", "params"), ("seam_fwd",), 2 * _n + 2, goals_us=(180, 165, 222, 62)
+    ),
+    "sinkhorn": Op(_sinkhorn, ("z",), ("sinkhorn_fwd",), 0, numbers=2 * _n**2, first_shape=True),
+    "head": Op(_head, ("x", "head_params"), ("head_fwd",), _n + 1, first_shape=True),
+    # The gradient of x is left to pre's.
+    "post_bwd": Op(None, ("d_x_new",), ("post_bwd",), 2 * _n + 2),
+    "pre_bwd": Op(None, _COTANGENTS, ("pre_bwd",), 3 * _n + 1, donated=("d_x_new",)),
+    "seam_bwd": Op(
+        None, _COTANGENTS, ("seam_bwd",), 3 * _n + 3, goals_us=(315,), donated=("d_x_new",)
+    ),
     "fb": Op(
         _fb,
         _SUBLAYER,
         ("post_bwd", "post_fwd", "pre_bwd", "pre_fwd"),
-        # pre, post, and their backward passes, where pre's adds to the d_x of post.
+        # pre, post, and their backward passes.
         (_n + 1) + (2 * _n + 1) + (2 * _n + 2) + (3 * _n + 1),
-        goal_us=1100,
+        goals_us=(680, 644, 920, 276),
+        donated=("d_x_new",),
+    ),
+    "fb_seams": Op(
+        _fb_seams,
+        ("y", "ctx", "params", *_COTANGENTS),
+        ("seam_bwd", "seam_fwd"),
+        (2 * _n + 2) + (3 * _n + 3),
+        goals_us=(500,),
+        donated=("d_x_new",),
     ),
 }
-GOAL_SHAPE = (8192, 4096)
+DECODE_GOAL_US = 8
 
 
 @functools.partial(jax.jit, static_argnames=("tokens", "hidden"))
 def make_inputs(key: jax.Array, tokens: int, hidden: int, sigma: float = 1.2) -> dict[str, Any]:
     """Random inputs of all ops by name."""
-    keys = jax.random.split(key, 8)
+    keys = jax.random.split(key, 9)
     named = dict(zip(_SUBLAYER, common.inputs(keys[0], tokens, hidden, DTYPE, sigma), strict=True))
     z = jax.random.normal(keys[1], (tokens, STREAMS, STREAMS))
     named["z"] = z
@@ -206,74 +252,128 @@ def make_inputs(key: jax.Array, tokens: int, hidden: int, sigma: float = 1.2) ->
         alpha=jnp.ones((1,)),
         bias=0.5 * jax.random.normal(keys[5], (STREAMS,)),
     )
+    named["d_h_pre"] = jax.random.normal(keys[6], (tokens, STREAMS))
+    named["d_h_post"] = jax.random.normal(keys[7], (tokens, STREAMS))
+    named["d_h_res"] = jax.random.normal(keys[8], (tokens, STREAMS, STREAMS))
     return named
-
-
-def arguments(op: str, named: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(named[name] for name in OPS[op].arguments)
-
-
-def rotation(op: str, first: dict[str, Any], tokens: int, hidden: int) -> Iterator[Any]:
-    """Endless sets of arguments; the first is `first`."""
-    set_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(arguments(op, first)))
-    num = min(max(2, -int(-ROTATED_BYTES // set_bytes)), 1000)
-    if op == "sinkhorn":  # one array for its many small sets
-        many = jax.random.normal(jax.random.key(1), (num, *first["z"].shape))
-        return itertools.cycle([(z,) for z in many])
-    others = [make_inputs(jax.random.key(i), tokens, hidden) for i in range(1, num)]
-    return itertools.cycle([arguments(op, named) for named in (first, *others)])
 
 
 # ---- compilation --------------------------------------------------------------------------------
 
 
-def compile_op(op: str, implementation: str, tokens: int, hidden: int) -> tuple[Any, float]:
-    """The compiled program and its compile time in seconds.
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """An op of one implementation, compiled for a shape.
+
+    Attributes:
+        op: the name of the op.
+        compiled: takes what `arguments` returns.
+        compile_s: compile time in seconds.
+        keep: from all inputs by name to what the op's forward pass keeps, if it is a backward pass.
+    """
+
+    op: str
+    compiled: Any
+    compile_s: float
+    keep: Any = None
+
+    def arguments(self, named: dict[str, Any]) -> tuple[Any, ...]:
+        given = tuple(named[name] for name in OPS[self.op].arguments)
+        return (self.keep(named), *given) if self.keep else given
+
+    def __call__(self, arguments: tuple[Any, ...]) -> dict[str, Any]:
+        """Overwrites what is donated."""
+        return self.compiled(*arguments)
+
+    def copied(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments with copies of those which the program overwrites."""
+        names = ("kept",) * (self.keep is not None) + OPS[self.op].arguments
+        return tuple(
+            jnp.copy(argument) if name in OPS[self.op].donated else argument
+            for name, argument in zip(names, arguments, strict=True)
+        )
+
+    def rotation(self, first: dict[str, Any], tokens: int, hidden: int) -> Iterator[Any]:
+        """Endless sets of arguments; the first is that of the inputs `first`."""
+        arguments = self.arguments(first)
+        set_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(arguments))
+        num = min(max(2, -int(-ROTATED_BYTES // set_bytes)), 1000)
+        if self.op == "sinkhorn":  # one array for its many small sets
+            many = jax.random.normal(jax.random.key(1), (num, *first["z"].shape))
+            return itertools.cycle([(z,) for z in many])
+        others = (make_inputs(jax.random.key(i), tokens, hidden) for i in range(1, num))
+        return itertools.cycle([arguments, *map(self.arguments, others)])
+
+
+def compile_op(name: str, implementation: str, tokens: int, hidden: int) -> Program:
+    """Compiles an op.
 
     Raises:
         SystemExit: the program holds other custom calls than it should.
     """
-    abstract = jax.eval_shape(
+    op, ops = OPS[name], IMPLEMENTATIONS[implementation]
+    named = jax.eval_shape(
         functools.partial(make_inputs, tokens=tokens, hidden=hidden), jax.random.key(0)
     )
-    run = functools.partial(OPS[op].run, IMPLEMENTATIONS[implementation])
+    given = [named[argument] for argument in op.arguments]
+    keep, run = None, op.run and functools.partial(op.run, ops)
+    if run is None:
+        one = backward.passes(ops)[name]
+        kept = jax.eval_shape(lambda named: one.keep(named)[1], named)
+        leaves, structure = jax.tree.flatten(kept)
+        given = [leaves, *given]
+        keep = jax.jit(lambda named: jax.tree.leaves(one.keep(named)[1])).lower(named).compile()
+
+        def run(leaves: list[Any], *cotangents: Any) -> dict[str, Any]:
+            kept = jax.tree.unflatten(structure, leaves)
+            return one.run(kept, dict(zip(op.arguments, cotangents, strict=True)))
+
+    donated = [len(given) - len(op.arguments) + op.arguments.index(n) for n in op.donated]
     start = time.perf_counter()
-    program = jax.jit(run).lower(*arguments(op, abstract)).compile()
+    compiled = jax.jit(run, donate_argnums=donated).lower(*given).compile()
     seconds = time.perf_counter() - start
-    found = sorted(re.findall(r'custom_call_target="jax_mhc_(\w+)_v\d+"', program.as_text()))
-    expected = list(OPS[op].calls) if implementation == "fused" else []
+    found = sorted(re.findall(r'custom_call_target="jax_mhc_(\w+)_v\d+"', compiled.as_text()))
+    expected = list(op.calls) if implementation == "fused" else []
     if found != expected:
-        raise SystemExit(f"{op}, {implementation}: custom calls {found}, expected {expected}")
-    return program, seconds
+        raise SystemExit(f"{name}, {implementation}: custom calls {found}, expected {expected}")
+    return Program(name, compiled, seconds, keep)
 
 
 # ---- checks -------------------------------------------------------------------------------------
 
 
-def exact(op: str, args: tuple[Any, ...], x_new: Any = None) -> dict[str, Any]:
+def exact(op: str, named: dict[str, Any], x_new: Any = None) -> dict[str, Any]:
     """The op in float64 on the CPU; for the seam, pre of its `x_new`, which was rounded."""
     with jax.default_device(jax.devices("cpu")[0]), jax.enable_x64(True):
         wide, x_new = jax.tree.map(
-            lambda array: jnp.asarray(np.asarray(array).astype(np.float64)), (args, x_new)
+            lambda array: jnp.asarray(np.asarray(array).astype(np.float64)), (named, x_new)
         )
-        values = _exact(op)(*wide)
+        values = _exact(op)(wide)
         if op == "seam":
-            values |= _exact("pre")(x_new, wide[OPS[op].arguments.index("params")])
+            values |= _exact("pre")({**wide, "x": x_new})
         return jax.tree.map(np.asarray, values)
 
 
 @functools.cache
-def _exact(op: str) -> Callable[..., dict[str, Any]]:
-    return jax.jit(
-        functools.partial(OPS[op].run, mhc.reference),
-        compiler_options={"xla_backend_optimization_level": 0},  # compiles in half the time
-    )
+def _exact(name: str) -> Callable[..., dict[str, Any]]:
+    op = OPS[name]
+
+    def run(named: dict[str, Any]) -> dict[str, Any]:
+        if op.run is not None and name != "fb_seams":
+            return op.run(mhc.reference, *(named[argument] for argument in op.arguments))
+        # Rounded where the two halves of a seam meet, as the kernels do.
+        one = backward.passes(mhc.reference, DTYPE)["seam_bwd" if name == "fb_seams" else name]
+        return backward.gradients(one, named, {key: named[key] for key in _COTANGENTS})
+
+    # Without optimizations: compiles in half the time.
+    return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def some_tokens(named: dict[str, Any], tokens: int, num: int = 64) -> dict[str, Any]:
     """Inputs or results of `num` random tokens, the first and the last among them."""
     chosen = np.random.default_rng(0).choice(tokens, min(num, tokens), replace=False)
-    chosen[:2] = 0, tokens - 1
+    if tokens > num:
+        chosen[:2] = 0, tokens - 1
     return {
         name: value if name.endswith("params") else jax.tree.map(lambda a: a[chosen], value)
         for name, value in named.items()
@@ -298,20 +398,18 @@ def above_limits(what: str, found: dict[str, float], sigma: float = 1.0) -> list
 
 
 def check_peaked(
-    programs: dict[tuple[str, str], Any], tokens: int, hidden: int
+    programs: dict[tuple[str, str], Program], tokens: int, hidden: int, sigma: float
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Errors of all results, on all tokens, from smooth to peaked logits of h_res."""
+    """Errors of all results, on all tokens, for logits of h_res of deviation sigma."""
     rows, complaints = [], []
-    for sigma in SIGMAS:
-        named = make_inputs(jax.random.key(0), tokens, hidden, sigma)
-        row: dict[str, Any] = {"tokens": tokens, "hidden": hidden, "sigma": sigma}
-        for op in PEAKED_OPS:
-            args = arguments(op, named)
-            wanted = exact(op, args)
-            for implementation in IMPLEMENTATIONS:
-                program, _ = programs[op, implementation]
-                row.setdefault(implementation, {}).update(errors(program(*args), wanted))
-        complaints += above_limits(f"{tokens}x{hidden} sigma {sigma:.0f}", row["fused"], sigma)
+    named = make_inputs(jax.random.key(0), tokens, hidden, sigma)
+    for op in (op for op in PEAKED_OPS if (op, "fused") in programs):
+        row: dict[str, Any] = {"tokens": tokens, "hidden": hidden, "sigma": sigma, "op": op}
+        wanted = exact(op, named)
+        for implementation in IMPLEMENTATIONS:
+            program = programs[op, implementation]
+            row[implementation] = errors(program(program.copied(program.arguments(named))), wanted)
+        complaints += above_limits(f"{op} {tokens}x{hidden} sigma {sigma:.0f}", row["fused"], sigma)
         rows.append(row)
     return rows, complaints
 
@@ -319,39 +417,92 @@ def check_peaked(
 # ---- measurements -------------------------------------------------------------------------------
 
 
-def kernel_times(program: Any, sets: Iterator[Any], runs: int = 20) -> dict[str, dict[str, float]]:
-    """Launches and microseconds of each kernel in one call, by the GPU's profiler."""
+class Event(NamedTuple):
+    plane: str
+    line: str
+    name: str
+    us: float
+
+
+def profiled(run: Callable[[], Any]) -> list[Event]:
+    """What the profiler saw of a run, on the host and on the GPU."""
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, profiler_options=options):
-            for _ in range(runs):
-                result = program(*next(sets))
-            jax.block_until_ready(result)
+            jax.block_until_ready(run())
         (path,) = Path(folder).rglob("*.xplane.pb")
-        planes = list(ProfileData.from_file(str(path)).planes)
+        profile = ProfileData.from_file(str(path))
+        return [
+            Event(plane.name, line.name, event.name, event.duration_ns / 1e3)
+            for plane in profile.planes
+            for line in plane.lines
+            for event in line.events
+        ]
+
+
+def kernel_times(run: Callable[[], Any], calls: int) -> dict[str, dict[str, float]]:
+    """Launches and microseconds of each kernel in one of the calls that run makes."""
     kernels: dict[str, dict[str, float]] = {}
-    lines = (line for plane in planes if "/device:GPU" in plane.name for line in plane.lines)
-    # The other lines group the same time by module, operation or step.
-    for event in (e for line in lines if line.name.startswith("Stream") for e in line.events):
-        kernel = kernels.setdefault(event.name, {"launches": 0.0, "us": 0.0})
-        kernel["launches"] += 1 / runs
-        kernel["us"] += event.duration_ns / 1e3 / runs
+    for event in profiled(run):
+        # The other lines group the same time by module, operation or step.
+        if "/device:GPU" in event.plane and event.line.startswith("Stream"):
+            kernel = kernels.setdefault(event.name, {"launches": 0.0, "us": 0.0})
+            kernel["launches"] += 1 / calls
+            kernel["us"] += event.us / calls
     return dict(sorted(kernels.items(), key=lambda item: -item[1]["us"]))
 
 
-def measure(program: Any, sets: Iterator[Any], repeats: int, calls: int = 20) -> dict[str, Any]:
+def measure(
+    program: Callable[[Any], Any],
+    sets: Iterator[Any],
+    repeats: int,
+    calls: int = 20,
+    copied: Callable[[Any], Any] = lambda arguments: arguments,
+) -> dict[str, Any]:
     """Kernel and wall time of a call, and the time of each kernel."""
 
-    def batch() -> None:
-        for _ in range(calls):
-            result = program(*next(sets))
-        jax.block_until_ready(result)
+    def prepare() -> list[Any]:
+        return jax.block_until_ready([copied(next(sets)) for _ in range(calls)])
 
-    wall_us = common.median_us(batch, repeats) / calls
-    kernels = kernel_times(program, sets)
+    def batch(prepared: list[Any]) -> Any:
+        for arguments in prepared:
+            result = program(arguments)
+        return jax.block_until_ready(result)
+
+    wall_us = common.median_us(batch, repeats, prepare) / calls
+    kernels = kernel_times(functools.partial(batch, prepare()), calls)
     kernel_us = sum(kernel["us"] for kernel in kernels.values()) or None
     return {"kernel_us": kernel_us, "wall_us": wall_us, "kernels": kernels}
+
+
+def graph_us(tokens: int, hidden: int, repeats: int, calls: int = 150) -> dict[str, float | None]:
+    """Time of a fused pre among many in one CUDA graph, each with its own streams and parameters.
+
+    The time of the launch is in it, divided by the number of calls. Also the number of graphs
+    launched in a run as the profiler saw them, None where there is no GPU.
+    """
+
+    def run(sets: list[Any]) -> jax.Array:
+        results = [OPS["pre"].run(common.FUSED, *arguments)["u"] for arguments in sets]
+        return sum(u[0] for u in results)
+
+    inputs = [make_inputs(jax.random.key(i), tokens, hidden) for i in range(calls)]
+    sets = [[named[argument] for argument in OPS["pre"].arguments] for named in inputs]
+    graph_options = {
+        "xla_gpu_enable_command_buffer": "FUSION,CUSTOM_CALL",
+        "xla_gpu_graph_min_graph_size": 1,
+        "xla_gpu_command_buffer_scheduling_mode": "SERIALIZE",
+        "xla_enable_command_buffers_during_profiling": True,
+    }
+    program = jax.jit(run, compiler_options=graph_options).lower(sets).compile()
+    for _ in range(3):  # recorded in the first runs
+        jax.block_until_ready(program(sets))
+    wall_us = common.median_us(lambda: jax.block_until_ready(program(sets)), repeats) / calls
+    events = profiled(lambda: program(sets))
+    launches = sum("GraphLaunch" in event.name for event in events)
+    on_gpu = any("/device:GPU" in event.plane for event in events)
+    return {"us": wall_us, "calls": calls, "launches": launches if on_gpu else None}
 
 
 def copy_gb_per_s(quick: bool) -> dict[str, float]:
@@ -360,7 +511,12 @@ def copy_gb_per_s(quick: bool) -> dict[str, float]:
     rates = {}
     for name, function in {"copy": jnp.copy, "negative": jnp.negative}.items():
         program = jax.jit(function).lower(source).compile()
-        times = measure(program, itertools.cycle([(source,)]), repeats=5, calls=5)
+        times = measure(
+            lambda source, program=program: program(*source),
+            itertools.cycle([(source,)]),
+            repeats=5,
+            calls=5,
+        )
         rates[name] = 2 * source.nbytes / (times["kernel_us"] or times["wall_us"]) / 1e3
     return rates
 
@@ -383,17 +539,6 @@ def saved_bytes(ops: Any, tokens: int, hidden: int) -> int:
     kept = {value for value in program.outvars if not isinstance(value, core.Literal)}
     kept -= {*program.invars, *program.constvars}
     return sum(value.aval.size * value.aval.dtype.itemsize for value in kept)
-
-
-def memory(program: Any) -> dict[str, int]:
-    """What the compiled program needs, in bytes."""
-    analysis = program.memory_analysis()
-    sizes = {
-        name: getattr(analysis, f"{name}_size_in_bytes")
-        for name in ("argument", "output", "alias", "temp")
-    }
-    peak = sizes["argument"] + sizes["output"] - sizes["alias"] + sizes["temp"]
-    return {**{f"{name}_bytes": size for name, size in sizes.items()}, "peak_bytes": peak}
 
 
 def _script(name: str, *arguments: str, timeout: float, **environment: str) -> list[Any]:
@@ -433,37 +578,44 @@ def first_call(platform: str, processes: int) -> dict[str, Any]:
 
 
 def bench_shape(
-    programs: dict[tuple[str, str], Any], tokens: int, hidden: int, options: Options, tick: Any
+    programs: dict[tuple[str, str], Program],
+    tokens: int,
+    hidden: int,
+    options: Options,
+    tick: Callable[[], None],
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """One row an op, and what is wrong with them."""
     named = make_inputs(jax.random.key(0), tokens, hidden)
     rows, complaints = [], []
-    for op in options.ops:
+    for op in dict.fromkeys(op for op, _ in programs):
         row: dict[str, Any] = {"op": op, "tokens": tokens, "hidden": hidden, "dtype": DTYPE}
         row["floor_bytes"] = OPS[op].floor_bytes(tokens, hidden)
-        row["goal_us"] = OPS[op].goal_us if (tokens, hidden) == GOAL_SHAPE else None
-        sets = rotation(op, named, tokens, hidden)
+        row["goal_us"] = OPS[op].goal_us(tokens, hidden)
         for implementation in IMPLEMENTATIONS:
-            program, compile_s = programs[op, implementation]
+            program = programs[op, implementation]
+            sets = program.rotation(named, tokens, hidden)
+            arguments = program.copied(program.arguments(named))
             start = time.perf_counter()
-            results = jax.block_until_ready(program(*arguments(op, named)))
+            results = jax.block_until_ready(program(arguments))
             first_us = (time.perf_counter() - start) * 1e6
+            del arguments
             some_results = some_tokens(results, tokens)
             del results
-            some_args = arguments(op, some_tokens(named, tokens))
-            found = errors(some_results, exact(op, some_args, some_results.get("x_new")))
+            wanted = exact(op, some_tokens(named, tokens), some_results.get("x_new"))
+            found = errors(some_results, wanted)
             if implementation == "fused":
                 complaints += above_limits(f"{op} {tokens}x{hidden}", found)
             row[implementation] = {
-                "compile_s": compile_s,
+                "compile_s": program.compile_s,
                 "first_us": first_us,
                 "errors": found,
-                "memory": memory(program),
-                **measure(program, sets, options.repeats),
+                "memory": common.memory(program.compiled),
+                **measure(program, sets, options.repeats, copied=program.copied),
             }
             if op == "fb":
                 kept = saved_bytes(IMPLEMENTATIONS[implementation], tokens, hidden)
                 row[implementation]["memory"]["saved_bytes"] = kept
+            del sets
             tick()
         rows.append(row)
     return rows, complaints
@@ -486,49 +638,64 @@ def run_all(options: Options, progress: Progress) -> tuple[dict[str, Any], list[
 
     check_tokens = 96 if options.quick else 1024
     hiddens = sorted({hidden for _, hidden in options.shapes})
-    cases = [
+    decode = [(tokens, options.shapes[0][1]) for tokens in options.decode]
+    cases = {
         (op, implementation, *shape)
-        for shape in options.shapes
         for op in options.ops
         for implementation in IMPLEMENTATIONS
-    ] + [
-        (op, implementation, check_tokens, hidden)
-        for hidden in hiddens
-        for op in PEAKED_OPS
-        for implementation in IMPLEMENTATIONS
-    ]
+        for shape in [
+            *options.shapes[: 1 if OPS[op].first_shape else None],
+            *(decode if op == "pre" else ()),
+            *((check_tokens, hidden) for hidden in hiddens if op in PEAKED_OPS),
+        ]
+    }
+    # What takes longest to compile first, so that no thread ends long after the others.
+    cases = sorted(cases, key=lambda case: -OPS[case[0]].streams)
     with phase("compilation", len(cases)) as tick, ThreadPoolExecutor() as pool:
 
-        def compile_case(case: Any) -> Any:
+        def compile_case(case: Any) -> Program:
             program = compile_op(*case)
             tick()
             return program
 
         programs = dict(zip(cases, pool.map(compile_case, cases), strict=True))
 
-    def compiled_for(tokens: int, hidden: int) -> dict[tuple[str, str], Any]:
-        return {case[:2]: programs[case] for case in cases if case[2:] == (tokens, hidden)}
+    def compiled_for(tokens: int, hidden: int) -> dict[tuple[str, str], Program]:
+        return {
+            (op, implementation): programs[op, implementation, tokens, hidden]
+            for op in options.ops
+            for implementation in IMPLEMENTATIONS
+            if (op, implementation, tokens, hidden) in programs
+        }
 
     peaked, rows, complaints = [], [], []
-    with phase("peaked logits against float64", len(hiddens)) as tick, ThreadPoolExecutor() as pool:
+    checks = list(itertools.product(hiddens, SIGMAS))
+    with (
+        phase("peaked logits against float64", len(checks)) as tick,
+        ThreadPoolExecutor() as pool,
+    ):
 
-        def check(hidden: int) -> Any:
-            found = check_peaked(compiled_for(check_tokens, hidden), check_tokens, hidden)
+        def check(case: tuple[int, float]) -> Any:
+            hidden, sigma = case
+            found = check_peaked(compiled_for(check_tokens, hidden), check_tokens, hidden, sigma)
             tick()
             return found
 
-        for checked, wrong in pool.map(check, hiddens):
+        for checked, wrong in pool.map(check, checks):
             peaked += checked
             complaints += wrong
     with phase("copy bandwidth"):
         bandwidth = copy_gb_per_s(options.quick)
-    for tokens, hidden in options.shapes:
-        total = len(options.ops) * len(IMPLEMENTATIONS)
-        with phase(f"timing {tokens} x {hidden}", total) as tick:
-            here = compiled_for(tokens, hidden)
+    for tokens, hidden in [*options.shapes, *decode]:
+        here = compiled_for(tokens, hidden)
+        with phase(f"timing {tokens} x {hidden}", len(here)) as tick:
             shape_rows, wrong = bench_shape(here, tokens, hidden, options, tick)
             rows += shape_rows
             complaints += wrong
+            if (tokens, hidden) in decode and shape_rows:
+                (row,) = shape_rows
+                graph = graph_us(tokens, hidden, options.repeats)
+                row["graph"] = {**graph, "goal_us": DECODE_GOAL_US}
     for row in rows:
         row["floor_us"] = row["floor_bytes"] / max(bandwidth.values()) / 1e3
     others = []
@@ -540,7 +707,7 @@ def run_all(options: Options, progress: Progress) -> tuple[dict[str, Any], list[
     record = {
         "date": datetime.date.today().isoformat(),
         "commit": options.commit or common.commit(),
-        **versions(),
+        **common.versions(),
         "copy_gb_per_s": bandwidth,
         "repeats": options.repeats,
         "rows": rows,
@@ -550,27 +717,6 @@ def run_all(options: Options, progress: Progress) -> tuple[dict[str, Any], list[
         "seconds": seconds,
     }
     return record, complaints
-
-
-def versions() -> dict[str, Any]:
-    """The machine and what is installed on it."""
-    installed = {d.name: d.version for d in metadata.distributions()}
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError):
-        driver = None
-    return {
-        "gpu": jax.devices()[0].device_kind,
-        "driver": driver,
-        "jax": jax.__version__,
-        "plugin": next(
-            (f"{n} {v}" for n, v in installed.items() if re.fullmatch(r"jax-cuda\d+-plugin", n)),
-            None,
-        ),
-        "python": platform.python_version(),
-        "library_commit": info.collect()["library"]["commit"],
-    }
 
 
 # ---- the report ---------------------------------------------------------------------------------
@@ -629,12 +775,30 @@ def markdown(record: dict[str, Any]) -> str:
         "plain JAX, µs", "faster by", *(f"{library}, µs" for library in libraries),
         "error", "error of h", "plain JAX error", "of h",
     ]  # fmt: skip
+    results = list(dict.fromkeys(name for row in record["peaked"] for name in row["fused"]))
     peaked = [
-        [row["hidden"], f"{row['sigma']:.0f}", name, *(f"{e:.1e}" for e in row[name].values())]
+        [
+            row["hidden"], row["op"], f"{row['sigma']:.0f}", name,
+            *(f"{row[name][key]:.1e}" if key in row[name] else "" for key in results),
+        ]
         for row in record["peaked"]
         for name in IMPLEMENTATIONS
-    ]
-    peaked_headers = ["C", "σ", "", *record["peaked"][0]["fused"]]
+    ]  # fmt: skip
+    decode = [
+        [
+            shape(row), _us(row["graph"]["us"]), _us(row["graph"]["goal_us"]),
+            "?" if row["graph"]["launches"] is None else row["graph"]["launches"],
+            _us(_kernel_us(row, "fused")), _us(_kernel_us(row, "plain")),
+            sum(kernel["launches"] for kernel in row["plain"]["kernels"].values()),
+            _us(row["plain"]["wall_us"]),
+        ]
+        for row in rows
+        if "graph" in row
+    ]  # fmt: skip
+    decode_headers = [
+        "T × C", "fused in a graph, µs", "goal, µs", "graphs", "fused, µs of kernels",
+        "plain JAX, µs of kernels", "its kernels", "its wall time, µs",
+    ]  # fmt: skip
     memories = [[shape(row), row["op"], *memory_in_streams(row)] for row in rows]
     memory_headers = [
         f"{what}, {name}"
@@ -673,11 +837,17 @@ def markdown(record: dict[str, Any]) -> str:
             + (f"Other libraries ({names}): CUDA graph replay." if names else "")
             + (f" Not timed: {'; '.join(failed)}." if failed else ""),
             "",
-            "## Errors of pre and fb, by the deviation σ of the logits of h_res",
+            "## Decode: pre of few tokens",
+            "",
+            "In a graph: wall time of a call among 150 in one program; graphs: that it launches.",
+            "",
+            table(decode, decode_headers),
+            "",
+            "## Errors by the deviation σ of the logits of h_res",
             "",
             f"On all of {record['peaked'][0]['tokens']} tokens.",
             "",
-            table(peaked, peaked_headers),
+            table(peaked, ["C", "op", "σ", "", *results]),
             "",
             "## Memory, in streams (u = 2·C bytes a token)",
             "",
@@ -713,8 +883,7 @@ def main(options: Options) -> None:
     if complaints:
         raise SystemExit("Nothing is written: wrong fused results.\n" + "\n".join(complaints))
     if options.output is not None:
-        gpu = "-".join(record["gpu"].lower().removeprefix("nvidia ").split())
-        common.write(record, text, options.output / gpu)
+        common.write(record, text, options.output / common.gpu_folder(record))
 
 
 if __name__ == "__main__":

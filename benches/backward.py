@@ -1,0 +1,175 @@
+"""The backward passes of post, pre and the seam by themselves.
+
+Inside a chain of sublayers the gradient of X is handed back as G, the gradient of the X' that post
+makes of it, before the transposed h_res is applied (docs/architecture.md). Each pass here takes and
+returns what it takes and returns there:
+
+- post_bwd: from d_x_new to d_y, d_h_post and d_h_res;
+- pre_bwd: from d_u, the gradients of the coefficients and G to d_x and those of the parameters;
+- seam_bwd: the same for x_new, then post's of the sublayer before.
+
+They come in two steps: `keep` runs the forward pass and returns what the backward pass needs, `run`
+is the backward pass. For the fused kernels these are their calls, for any other module with
+`pre` and `post` they are `jax.vjp` of these; all compute the same.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import common
+import jax
+import jax.numpy as jnp
+
+from jax_mhc import MHCParams
+from jax_mhc._dispatch import fused_call
+from jax_mhc._types import Context
+from jax_mhc.presets import PAPER
+
+
+class Pass(NamedTuple):
+    """A backward pass.
+
+    Attributes:
+        keep: from the op's inputs by name to the results of its forward pass by name, and what is
+            kept.
+        run: from what is kept and the gradients of the results to the gradients of the inputs.
+    """
+
+    keep: Callable[[dict[str, Any]], tuple[dict[str, Any], Any]]
+    run: Callable[[Any, dict[str, Any]], dict[str, Any]]
+
+
+def passes(ops: Any, rounded: Any = None) -> dict[str, Pass]:
+    """The three passes of `ops`, which are `common.FUSED` or a module.
+
+    With `rounded`, a dtype, what the kernels hand from one half of the seam to the other is rounded
+    to it, although the module computes in a wider one.
+    """
+    if ops is common.FUSED:
+        return {
+            name: Pass(functools.partial(_keep_fused, name), functools.partial(_run_fused, name))
+            for name in _KEPT
+        }
+    seam = functools.partial(_keep_seam, ops, rounded), functools.partial(_run_seam, rounded)
+    return {
+        "post_bwd": Pass(functools.partial(_keep_post, ops), _run_post),
+        "pre_bwd": Pass(functools.partial(_keep_pre, ops), _run_pre),
+        "seam_bwd": Pass(*seam),
+    }
+
+
+def gradients(backward: Pass, named: dict[str, Any], cotangents: dict[str, Any]) -> dict[str, Any]:
+    """Forward and backward pass in one program: the results of both."""
+    results, kept = backward.keep(named)
+    # Where the rest of the model would be.
+    results, kept, cotangents = jax.lax.optimization_barrier((results, kept, cotangents))
+    return results | backward.run(kept, cotangents)
+
+
+# ---- the fused kernels --------------------------------------------------------------------------
+
+# What the calls of docs/architecture.md take, in order, before the gradients.
+_KEPT = {
+    "post_bwd": "x y h_post h_res",
+    "pre_bwd": "x phi alpha bias m r h_res",
+    "seam_bwd": "x y h_post h_res phi alpha bias m r h_res_new",
+}
+_COTANGENTS = {
+    "post_bwd": "d_x_new",
+    "pre_bwd": "d_u d_h_pre d_h_post d_h_res d_x_new",
+    "seam_bwd": "d_u d_h_pre d_h_post d_h_res d_x_new",
+}
+_RESULTS = {
+    "post_bwd": "d_y d_h_post d_h_res",
+    "pre_bwd": "d_x d_phi d_alpha d_bias",
+    "seam_bwd": "d_x_new d_y d_h_post d_h_res d_phi d_alpha d_bias",
+}
+
+
+def _keep_fused(name: str, named: dict[str, Any]) -> Any:
+    x, ctx, params = (named.get(key) for key in ("x", "ctx", "params"))
+    if name == "post_bwd":
+        operands = (ctx.x, named["y"], ctx.h_post, ctx.h_res)
+        return {"x_new": fused_call("post_fwd", None, *operands)[0]}, operands
+    operands = params.phi, params.alpha, params.bias
+    if name == "pre_bwd":
+        operands = x, *operands
+        u, h_pre, h_post, h_res, m, r = fused_call("pre_fwd", PAPER, *operands)
+        results = {}
+    else:
+        operands = ctx.x, named["y"], ctx.h_post, ctx.h_res, *operands
+        x_new, u, h_pre, h_post, h_res, m, r = fused_call("seam_fwd", PAPER, *operands)
+        results = {"x_new": x_new}
+    results |= {"u": u, "h_pre": h_pre, "h_post": h_post, "h_res": h_res}
+    return results, (*operands, m, r, h_res)
+
+
+def _run_fused(name: str, kept: Any, cotangents: dict[str, Any]) -> dict[str, Any]:
+    given = (cotangents[key] for key in _COTANGENTS[name].split())
+    config = None if name == "post_bwd" else PAPER
+    results = fused_call(name, config, *kept, *given, deferred=name != "post_bwd")
+    return dict(zip(_RESULTS[name].split(), results, strict=True))
+
+
+# ---- plain JAX ----------------------------------------------------------------------------------
+
+
+def _keep_post(ops: Any, named: dict[str, Any]) -> Any:
+    ctx = named["ctx"]
+
+    def post(y: jax.Array, h_post: jax.Array, h_res: jax.Array) -> jax.Array:
+        return ops.post(y, Context(ctx.x, ctx.h_pre, h_post, h_res))
+
+    x_new, vjp = jax.vjp(post, named["y"], ctx.h_post, ctx.h_res)
+    return {"x_new": x_new}, vjp
+
+
+def _run_post(vjp: Any, cotangents: dict[str, Any]) -> dict[str, Any]:
+    d_y, d_h_post, d_h_res = vjp(cotangents["d_x_new"])
+    return {"d_y": d_y, "d_h_post": d_h_post, "d_h_res": d_h_res}
+
+
+def _keep_pre(ops: Any, named: dict[str, Any]) -> Any:
+    def pre(x: jax.Array, params: MHCParams) -> Any:
+        u, ctx = ops.pre(x, params)
+        return u, x, ctx.h_pre, ctx.h_post, ctx.h_res
+
+    (u, _, h_pre, h_post, h_res), vjp = jax.vjp(pre, named["x"], named["params"])
+    return {"u": u, "h_pre": h_pre, "h_post": h_post, "h_res": h_res}, (vjp, h_res)
+
+
+def _run_pre(kept: Any, cotangents: dict[str, Any]) -> dict[str, Any]:
+    vjp, h_res = kept
+    g = cotangents["d_x_new"]
+    wide = [g[:, i].astype(h_res.dtype) for i in range(g.shape[1])]
+    mixed = [
+        sum(h_res[:, i, j, None] * stream for i, stream in enumerate(wide)).astype(g.dtype)
+        for j in range(len(wide))
+    ]
+    given = (cotangents[f"d_{key}"] for key in ("h_pre", "h_post", "h_res"))
+    d_x, d_params = vjp((cotangents["d_u"], jnp.stack(mixed, 1), *given))
+    return {
+        "d_x": d_x, "d_phi": d_params.phi, "d_alpha": d_params.alpha, "d_bias": d_params.bias,
+    }  # fmt: skip
+
+
+def _keep_seam(ops: Any, rounded: Any, named: dict[str, Any]) -> Any:
+    results, of_post = _keep_post(ops, named)
+    x_new = _round(results["x_new"], rounded)
+    coefficients, of_pre = _keep_pre(ops, {"x": x_new, "params": named["params"]})
+    return results | coefficients, (of_post, of_pre)
+
+
+def _run_seam(rounded: Any, kept: Any, cotangents: dict[str, Any]) -> dict[str, Any]:
+    of_post, of_pre = kept
+    results = _run_pre(of_pre, cotangents)
+    d_x_new = results.pop("d_x")
+    behind = _run_post(of_post, {"d_x_new": _round(d_x_new, rounded)})
+    return {"d_x_new": d_x_new, **results, **behind}
+
+
+def _round(array: jax.Array, dtype: Any) -> jax.Array:
+    return array if dtype is None else array.astype(dtype).astype(array.dtype)

@@ -1,0 +1,403 @@
+"""Times a training step of a language model with each residual connection, and tells its memory.
+
+`make bench-gpu` runs this and writes benches/results/<gpu>/<date>-train-step.json and .md. The
+model: 12 layers of attention (cuDNN) and SwiGLU, C = 2048, 16 heads, 4 x 2048 tokens, vocabulary
+32768, bfloat16 over float32 parameters, AdamW, one scan over the layers. n = 4, with the initial
+parameters of `init_params`, with which every connection computes what the plain residual one does;
+where the losses of the first steps say otherwise it writes nothing and exits with 1.
+
+- Time: after three steps of warm-up each connection in turn runs a few steps that are queued one
+  after the other, and so on round after round, so that a drift of the clocks meets them all.
+  Median over the rounds; the spread is that between the slowest and the fastest round.
+- Memory: peak of the compiled step as XLA planned it: arguments, results that overwrite none of
+  them, and its one block of temporaries. All connections run in one process, where the
+  allocator's own peak would be that of the largest.
+- Plain JAX: plain.py, also with `jax.checkpoint` around pre and post.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import re
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import common
+import jax
+import jax.numpy as jnp
+import optax
+import plain
+import tyro
+from common import STREAMS
+from tabulate import tabulate
+
+import jax_mhc as mhc
+
+Connection = Literal["residual", "plain", "plain-checkpoint", "mhc", "seams", "seams-checkpoint"]
+
+LABELS: dict[Connection, str] = {
+    "residual": "plain residual",
+    "plain": "mHC, plain JAX",
+    "plain-checkpoint": "mHC, plain JAX, recomputed",
+    "mhc": "mHC, fused",
+    "seams": "mHC, fused with seams",
+    "seams-checkpoint": "mHC, fused with seams, recomputed",
+}
+FUSED = ("mhc", "seams", "seams-checkpoint")
+WARM_UP = 3
+# Sublayers for which seams-checkpoint keeps the streams once: sqrt(n L / (n + 2)) of L = 24, as the
+# paper derives.
+KEPT_EVERY = 4
+
+# Largest difference of the losses in the warm-up, which start at log(vocabulary), 10.4 or, tiny,
+# 4.9. At first all connections compute the same up to rounding to bfloat16; then those with streams
+# learn the parameters of theirs too.
+FIRST_LOSS = 2e-3
+LATER_LOSSES = 1e-2
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Sizes of the language model."""
+
+    layers: int = 12
+    hidden: int = 2048
+    heads: int = 16
+    mlp: int = 5632
+    batch: int = 4
+    length: int = 2048
+    vocabulary: int = 32768
+    attention: Literal["cudnn", "xla"] = "cudnn"
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+
+TINY = Model(
+    layers=4, hidden=64, heads=2, mlp=176, batch=2, length=32, vocabulary=128, attention="xla"
+)
+
+
+@dataclasses.dataclass
+class Options:
+    """What to run."""
+
+    connections: tuple[Connection, ...] = tuple(LABELS)
+    """Residual connections, the first the one that the others are compared with."""
+    steps: int = 20
+    """Timed steps of each, in five rounds."""
+    output: Path | None = None
+    """Folder for the records, each in <gpu>/; by default benches/results, and none if tiny."""
+    commit: str | None = None
+    """Commit to name in the record where there is no repository."""
+    tiny: bool = False
+    """A tiny model on the CPU that tries every path; its times mean nothing."""
+
+    def __post_init__(self) -> None:
+        if self.tiny:
+            self.steps = 5
+        elif self.output is None:
+            self.output = Path("benches/results")
+
+
+# ---- the model ----------------------------------------------------------------------------------
+
+
+def init(key: jax.Array, model: Model, streams: bool) -> dict[str, Any]:
+    """Parameters, those of the layers stacked; the same ones with and without streams."""
+    keys = iter(jax.random.split(key, 10))
+
+    def normal(*shape: int) -> jax.Array:
+        return 0.02 * jax.random.normal(next(keys), shape)
+
+    num, hidden = model.layers, model.hidden
+    params: dict[str, Any] = {
+        "embedding": normal(model.vocabulary, hidden),
+        "logits": normal(hidden, model.vocabulary),
+        "norm": jnp.ones(hidden),
+        "layers": {
+            "attention": {
+                "norm": jnp.ones((num, hidden)),
+                "qkv": normal(num, hidden, 3 * hidden),
+                "out": normal(num, hidden, hidden),
+            },
+            "mlp": {
+                "norm": jnp.ones((num, hidden)),
+                "gate": normal(num, hidden, model.mlp),
+                "up": normal(num, hidden, model.mlp),
+                "down": normal(num, model.mlp, hidden),
+            },
+        },
+    }
+    if streams:
+        make = functools.partial(mhc.init_params, streams=STREAMS, hidden=hidden)
+        params["connections"] = {
+            layer: jax.vmap(make)(jax.random.split(next(keys), num)) for layer in params["layers"]
+        }
+    return params
+
+
+def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(wide), -1, keepdims=True)
+    return (wide * jax.lax.rsqrt(mean_square + 1e-6) * scale).astype(x.dtype)
+
+
+def attention(model: Model, u: jax.Array, params: Any) -> jax.Array:
+    u = rms_norm(u, params["norm"])
+    qkv = u @ params["qkv"].astype(u.dtype)
+    q, k, v = jnp.split(qkv.reshape(model.batch, model.length, 3 * model.heads, -1), 3, axis=2)
+    mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=model.attention)
+    return mixed.reshape(u.shape) @ params["out"].astype(u.dtype)
+
+
+def mlp(u: jax.Array, params: Any) -> jax.Array:
+    u = rms_norm(u, params["norm"])
+    gate, up = (u @ params[name].astype(u.dtype) for name in ("gate", "up"))
+    return (jax.nn.silu(gate) * up) @ params["down"].astype(u.dtype)
+
+
+def run_layers(connection: Connection, model: Model, x: jax.Array, params: Any) -> jax.Array:
+    """The layers on hidden states `[tokens, C]`."""
+    layers = {"attention": functools.partial(attention, model), "mlp": mlp}
+    if connection == "residual":
+
+        def residual(x: jax.Array, params: Any) -> Any:
+            for name, layer in layers.items():
+                x = x + layer(x, params[name])
+            return x, None
+
+        return jax.lax.scan(residual, x, params["layers"])[0]
+
+    x = mhc.expand(x, streams=STREAMS)
+    if connection.startswith("seams"):
+        x = mhc.stack(
+            [lambda u, p, name=name: layers[name](u, params=p[name]) for name in layers],
+            x,
+            [params["connections"][name] for name in layers],
+            xs=params["layers"],
+            implementation="fused",
+            keep_streams_every=KEPT_EVERY if connection == "seams-checkpoint" else 1,
+        )
+        return mhc.reduce(x)
+    pre, post = plain.pre, plain.post
+    if connection == "plain-checkpoint":
+        pre, post = jax.checkpoint(pre), jax.checkpoint(post)
+
+    def streams(x: jax.Array, params: Any) -> Any:
+        layer_params, connections = params
+        for name, layer in layers.items():
+            call = functools.partial(layer, params=layer_params[name])
+            if connection == "mhc":
+                x = mhc.mhc_residual(call, x, connections[name], implementation="fused")
+            else:
+                u, ctx = pre(x, connections[name])
+                x = post(call(u), ctx)
+        return x, None
+
+    x, _ = jax.lax.scan(streams, x, (params["layers"], params["connections"]))
+    return mhc.reduce(x)
+
+
+def loss(connection: Connection, model: Model, params: Any, tokens: jax.Array) -> jax.Array:
+    """Mean cross entropy of the next of tokens `[batch, length]`."""
+    x = params["embedding"].astype(jnp.bfloat16)[tokens.reshape(-1)]
+    x = rms_norm(run_layers(connection, model, x, params), params["norm"])
+    logits = (x @ params["logits"].astype(x.dtype)).astype(jnp.float32)
+    next_tokens = jnp.roll(tokens, -1, 1).reshape(-1)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, next_tokens).mean()
+
+
+# ---- the step -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The steps of all connections; a state is the parameters and what AdamW keeps."""
+
+    model: Model
+    optimizer: optax.GradientTransformation = dataclasses.field(
+        default_factory=lambda: optax.adamw(3e-4)
+    )
+
+    def state(self, streams: bool) -> Any:
+        params = init(jax.random.key(0), self.model, streams)
+        return params, self.optimizer.init(params)
+
+    def tokens(self) -> jax.Array:
+        shape = self.model.batch, self.model.length
+        return jax.random.randint(jax.random.key(1), shape, 0, self.model.vocabulary)
+
+    def compile(self, connection: Connection) -> tuple[Any, float]:
+        """The compiled step, and its compile time in seconds.
+
+        Raises:
+            SystemExit: the program holds custom calls where it should not, or none where it should.
+        """
+
+        def step(state: Any, tokens: jax.Array) -> Any:
+            params, optimizer_state = state
+            value, d_params = jax.value_and_grad(functools.partial(loss, connection, self.model))(
+                params, tokens
+            )
+            updates, optimizer_state = self.optimizer.update(d_params, optimizer_state, params)
+            return (optax.apply_updates(params, updates), optimizer_state), value
+
+        state = jax.eval_shape(functools.partial(self.state, connection != "residual"))
+        start = time.perf_counter()
+        tokens = jax.eval_shape(self.tokens)
+        program = jax.jit(step, donate_argnums=0).lower(state, tokens).compile()
+        seconds = time.perf_counter() - start
+        calls = len(re.findall(r'custom_call_target="jax_mhc_', program.as_text()))
+        if (calls > 0) != (connection in FUSED):
+            raise SystemExit(f"train_step.py: {connection}: {calls} custom calls in the program")
+        return program, seconds
+
+
+def run(steps: Steps, options: Options) -> list[dict[str, Any]]:
+    """A row for each connection."""
+    first, *others = options.connections
+    # The first alone: XLA chooses matrix products by timing them, and keeps these choices.
+    compiled = {first: steps.compile(first)}
+    print(f"{first}: compiled in {compiled[first][1]:.0f} s", flush=True)
+    with ThreadPoolExecutor() as pool:
+        for name, result in zip(others, pool.map(steps.compile, others), strict=True):
+            compiled[name] = result
+            print(f"{name}: compiled in {result[1]:.0f} s", flush=True)
+
+    tokens = jax.jit(steps.tokens)()
+    new_state = jax.jit(steps.state, static_argnums=0)
+    rows: dict[Connection, dict[str, Any]] = {}
+    for name, (program, seconds) in compiled.items():
+        state, losses = new_state(name != "residual"), []
+        for _ in range(WARM_UP):
+            state, value = program(state, tokens)
+            losses.append(float(value))
+        del state
+        rows[name] = {
+            "connection": name,
+            "losses": losses,
+            "compile_s": seconds,
+            "memory": common.memory(program),
+            "round_ms": [],
+        }
+        gb = rows[name]["memory"]["peak_bytes"] / 1e9
+        print(f"{name}: losses {losses}, peak {gb:.2f} GB", flush=True)
+
+    # One state for all connections with streams: it makes no difference whose step comes next.
+    states = {streams: new_state(streams) for streams in {n != "residual" for n in compiled}}
+    rounds = min(5, options.steps)
+    for _ in range(rounds):
+        for name, (program, _) in compiled.items():
+            state = jax.block_until_ready(states.pop(name != "residual"))
+            start = time.perf_counter()
+            for _ in range(options.steps // rounds):
+                state, value = program(state, tokens)
+            jax.block_until_ready((state, value))
+            milliseconds = (time.perf_counter() - start) * 1e3 / (options.steps // rounds)
+            rows[name]["round_ms"].append(milliseconds)
+            states[name != "residual"] = state
+        latest = (f"{name} {row['round_ms'][-1]:.1f}" for name, row in rows.items())
+        print("ms a step: " + ", ".join(latest), flush=True)
+
+    for row in rows.values():
+        row["ms"] = statistics.median(row["round_ms"])
+        row["spread_ms"] = max(row["round_ms"]) - min(row["round_ms"])
+        row["overhead"] = row["ms"] / rows[first]["ms"] - 1
+        row["tokens_per_s"] = steps.model.tokens / row["ms"] * 1e3
+    return list(rows.values())
+
+
+def wrong_losses(rows: list[dict[str, Any]]) -> list[str]:
+    """Complaints about losses that are not what they must be; NaN is never what it must be."""
+    complaints = []
+    with_streams = [row for row in rows if row["connection"] != "residual"]
+    for rows_alike, limit, compared in (
+        (rows, FIRST_LOSS, slice(1)),
+        (with_streams, LATER_LOSSES, slice(None)),
+    ):
+        for row in rows_alike[1:]:
+            pairs = zip(row["losses"][compared], rows_alike[0]["losses"][compared], strict=True)
+            if not all(abs(one - other) <= limit for one, other in pairs):
+                complaints.append(
+                    f"{row['connection']}: losses {row['losses'][compared]}, "
+                    f"{rows_alike[0]['connection']}: {rows_alike[0]['losses'][compared]}"
+                )
+    return complaints
+
+
+# ---- the report ---------------------------------------------------------------------------------
+
+
+def markdown(record: dict[str, Any]) -> str:
+    table = [
+        [
+            LABELS[row["connection"]],
+            f"{row['ms']:.1f}",
+            f"{row['spread_ms']:.1f}",
+            f"{100 * row['overhead']:+.1f} %",
+            f"{row['tokens_per_s']:.0f}",
+            f"{row['memory']['peak_bytes'] / 1e9:.1f}",
+            f"{row['compile_s']:.0f}",
+            ", ".join(f"{value:.4f}" for value in row["losses"]),
+        ]
+        for row in record["rows"]
+    ]
+    headers = [
+        "connection", "ms a step", "spread", "overhead", "tokens/s", "peak, GB", "compiled in, s",
+        "first losses",
+    ]  # fmt: skip
+    sizes = ", ".join(f"{name} {value}" for name, value in record["model"].items())
+    return "\n".join(
+        [
+            f"# Training step, {record['gpu']}, {record['date']}",
+            "",
+            f"{record['gpu']}, driver {record['driver']}, jax {record['jax']}, {record['plugin']}, "
+            f"Python {record['python']}, commit {record['commit']} (library: "
+            f"{record['library_commit']}). n = {STREAMS}, bfloat16, AdamW, "
+            f"{record['parameters'] / 1e6:.0f} M parameters; {sizes}. Medians of "
+            f"{len(record['rows'][0]['round_ms'])} rounds of {record['steps_a_round']} steps.",
+            "",
+            tabulate(table, headers, tablefmt="github", disable_numparse=True),
+            "",
+        ]
+    )
+
+
+def main(options: Options) -> None:
+    if options.tiny:
+        jax.config.update("jax_platforms", "cpu")
+    if not (options.commit or common.commit()):
+        raise SystemExit("train_step.py: expected a git repository, got none; give --commit")
+    start = time.perf_counter()
+    steps = Steps(TINY if options.tiny else Model())
+    rows = run(steps, options)
+    shapes = jax.eval_shape(
+        functools.partial(init, model=steps.model, streams=False), jax.random.key(0)
+    )
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "commit": options.commit or common.commit(),
+        **common.versions(),
+        "model": dataclasses.asdict(steps.model),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(shapes)),
+        "steps_a_round": options.steps // len(rows[0]["round_ms"]),
+        "rows": rows,
+        "seconds": time.perf_counter() - start,
+    }
+    text = markdown(record)
+    print(text)
+    if complaints := wrong_losses(rows):
+        raise SystemExit("Nothing is written: wrong losses.\n" + "\n".join(complaints))
+    if options.output is not None:
+        common.write(record, text, options.output / common.gpu_folder(record), "-train-step")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
