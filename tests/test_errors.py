@@ -138,6 +138,10 @@ ERRORS = [
     (post(Y.astype(jnp.bfloat16)), TypeError, "post", "y", "bfloat16"),
     (post(zeros(4, C)), ValueError, "post", "y", "[4, 3]"),
     (post(X), ValueError, "post", "y", "[5, 2, 3]"),
+    (
+        post(ctx=Context._of(X, X[:4], H, H, Z)),
+        ValueError, "post", "ctx", "one for float32[4, 2, 3]",
+    ),
     (post(ctx=X), TypeError, "post", "ctx", type(X).__name__),
     (post(ctx=with_(CTX, x=zeros(5, 3, C))), ValueError, "post", "ctx.h_pre", "[5, 2]"),
     (post(ctx=with_(CTX, h_post=zeros(4, N))), ValueError, "post", "ctx.h_post", "[4, 2]"),

@@ -217,11 +217,11 @@ class TestUnusableLibrary:
 
     def test_of_another_version(self, monkeypatch):
         monkeypatch.setattr(metadata, "version", lambda name: "9.8.7")
-        check_unusable(r"expected version 9\.8\.7 with calls of version 1, got version \d")
+        check_unusable(r"expected version 9\.8\.7 with calls of version 2, got version \d")
 
     def test_with_other_calls(self, monkeypatch):
         monkeypatch.setattr(_library, "TARGET_VERSION", 7)
-        check_unusable(r"with calls of version 7, got version .* with calls of version 1")
+        check_unusable(r"with calls of version 7, got version .* with calls of version 2")
 
     @pytest.mark.parametrize("version", ["0.8.3", "0.4.38", "?"])
     def test_jaxlib_too_old(self, monkeypatch, version):
