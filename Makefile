@@ -31,7 +31,7 @@ test: lint  ## run all checks and tests of Rust and Python
 	$(BIN)/python -m pytest
 	@echo "All tests passed. Next: make demo, or docs/architecture.md for how it works."
 
-lint: .venv/installed-test,dev,examples  ## run the formatters' and linters' checks and the type checker
+lint: .venv/installed-test,dev,examples,bench  ## run the formatters' and linters' checks and the type checker
 	cargo fmt --check
 	CXXFLAGS=-Werror cargo clippy --locked --workspace --all-targets -- -D warnings
 	$(BIN)/ruff check
@@ -41,8 +41,10 @@ lint: .venv/installed-test,dev,examples  ## run the formatters' and linters' che
 bench: .venv/installed-bench  ## compare the fused kernels with plain JAX; writes benches/results/
 	$(BIN)/python benches/cpu.py
 
-bench-gpu: .venv/installed-bench,cuda13  ## the same on an NVIDIA GPU with a driver for CUDA 13; some minutes
+bench-gpu: .venv/installed-bench,cuda13  ## the same, and a training step, on an NVIDIA GPU with a driver for CUDA 13
 	$(BIN)/python benches/gpu.py
+	$(BIN)/python benches/train_step.py
+	$(BIN)/python benches/plots.py
 
 clean:  ## remove everything that these targets made
 	rm -rf .venv .build target demo .mypy_cache .pytest_cache .ruff_cache .hypothesis

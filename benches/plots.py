@@ -1,0 +1,338 @@
+"""Draws the figures of docs/performance.md and writes its tables, from the newest records of a GPU.
+
+`make bench-gpu` runs this last. Every number there that a benchmark measured stands between two
+comments, `<!-- name -->` and `<!-- /name -->`, and is written here; the text around them is not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import train_step
+import tyro
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+# Okabe-Ito: told apart by colour-blind readers too; the markers differ as well.
+FUSED, PLAIN, OTHER = "#0072B2", "#E69F00", "#999999"
+
+OPS = {
+    "pre": "pre",
+    "post": "post",
+    "seam": "seam (post, next pre)",
+    "fb": "fb: a sublayer and its gradients",
+    "pre_bwd": "backward of pre",
+    "post_bwd": "backward of post",
+    "seam_bwd": "backward of the seam",
+    "fb_seams": "fb with both seams",
+}
+
+
+@dataclasses.dataclass
+class Options:
+    """Where to read and write."""
+
+    results: Path = Path("benches/results/h200")
+    """Folder with the records of one GPU."""
+    docs: Path = Path("docs")
+    """Folder of performance.md and images/."""
+
+
+def newest(results: Path, suffix: str) -> tuple[Path, dict[str, Any]] | None:
+    """The newest record `<date><suffix>.json` and where it is."""
+    names = re.compile(rf"\d{{4}}-\d\d-\d\d{suffix}\.json")
+    paths = sorted(path for path in results.glob("*.json") if names.fullmatch(path.name))
+    return (paths[-1], json.loads(paths[-1].read_text())) if paths else None
+
+
+def machine(record: dict[str, Any], path: Path, docs: Path) -> str:
+    link = Path(os.path.relpath(path.with_suffix(".md"), docs))
+    return (
+        f"{record['gpu']}, driver {record['driver']}, jax {record['jax']} "
+        f"({record['plugin']}), commit {record['commit']} ([record]({link.as_posix()}))"
+    )
+
+
+def table(rows: list[list[Any]], headers: list[str]) -> str:
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def us(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
+# ---- kernels ------------------------------------------------------------------------------------
+
+
+def kernel_rows(record: dict[str, Any]) -> dict[tuple[int, int], dict[str, dict[str, Any]]]:
+    """Rows by shape and op, in the order of OPS."""
+    shapes: dict[tuple[int, int], dict[str, Any]] = {}
+    for row in record["rows"]:
+        if row["op"] in OPS and "graph" not in row:
+            shapes.setdefault((row["tokens"], row["hidden"]), {})[row["op"]] = row
+    return {
+        shape: {op: ops[op] for op in OPS if op in ops} for shape, ops in sorted(shapes.items())
+    }
+
+
+def time_us(row: dict[str, Any], implementation: str) -> float:
+    """Kernel time; wall time where there is no profile."""
+    return row[implementation]["kernel_us"] or row[implementation]["wall_us"]
+
+
+def draw_kernels(record: dict[str, Any], path: Path) -> None:
+    shapes = kernel_rows(record)
+    ops = [op for op in OPS if any(op in rows for rows in shapes.values())]
+    num_columns = min(4, len(ops))
+    num_rows = -(-len(ops) // num_columns)
+    figure = Figure(figsize=(11, 0.9 + num_rows * (0.9 + 0.27 * len(shapes))), layout="constrained")
+    panels = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False)
+    for panel in panels.flat[len(ops) :]:
+        panel.set_axis_off()
+    for op, panel in zip(ops, panels.flat, strict=False):
+        panel.axvline(1, color="black", linewidth=1)
+        for height, rows in enumerate(shapes.values()):
+            if op not in rows:
+                continue
+            row = rows[op]
+            fused, plain = (time_us(row, name) / row["floor_us"] for name in ("fused", "plain"))
+            panel.plot([fused, plain], [height, height], color=OTHER, linewidth=1.5, zorder=1)
+            panel.scatter(plain, height, color=PLAIN, marker="s", s=34, label="plain JAX")
+            panel.scatter(fused, height, color=FUSED, marker="o", s=34, label="fused")
+            panel.annotate(
+                f"{fused:.2f}", (fused, height), (0, 5), textcoords="offset points",
+                ha="center", fontsize=7.5, color=FUSED,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4},
+            )  # fmt: skip
+        panel.set_title(OPS[op], fontsize=10, loc="left")
+        panel.grid(axis="x", color="#dddddd", linewidth=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].set_yticks(range(len(shapes)), [f"{t} × {c}" for t, c in shapes])
+    panels[0, 0].set_ylim(len(shapes) - 0.5, -0.6)
+    panels[0, 0].set_xlim(left=0)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    named = dict(zip(labels, handles, strict=True))
+    figure.legend(named.values(), named, loc="outside lower right", ncols=2, frameon=False)
+    figure.supxlabel("kernel time / time to copy the bytes that must move", fontsize=10)
+    figure.supylabel("tokens × hidden width", fontsize=10)
+    save(figure, path)
+
+
+def kernel_section(record: dict[str, Any], path: Path, docs: Path) -> str:
+    shapes = kernel_rows(record)
+    peers = {
+        (found["library"], found["version"], found["tokens"], found["hidden"]): found["us"]
+        for found in record["peers"]
+        if "us" in found
+    }
+    libraries = sorted({key[:2] for key in peers})
+    rows = [
+        [
+            f"{shape[0]} × {shape[1]}" if op == next(iter(ops)) else "",
+            op,
+            us(time_us(row, "plain")),
+            *(us(peers.get((*library, *shape), {}).get(op)) for library in libraries),
+            us(time_us(row, "fused")),
+            f"{time_us(row, 'plain') / time_us(row, 'fused'):.1f}",
+            us(row["floor_us"]),
+            f"{row['floor_us'] / time_us(row, 'fused'):.2f}",
+        ]
+        for shape, ops in shapes.items()
+        for op, row in ops.items()
+    ]
+    headers = [
+        "T × C", "op", "plain JAX", *(" ".join(library).capitalize() for library in libraries),
+        "fused", "faster by", "floor", "floor / fused",
+    ]  # fmt: skip
+    parts = [
+        f"{machine(record, path, docs)}; copy {max(record['copy_gb_per_s'].values()) / 1e3:.2f} "
+        "TB/s.",
+        table(rows, headers),
+    ]
+    decode = [row for row in record["rows"] if "graph" in row]
+    if decode:
+        decode_rows = [
+            [
+                row["tokens"], us(row["graph"]["us"]), us(time_us(row, "fused")),
+                us(time_us(row, "plain")),
+                f"{sum(kernel['launches'] for kernel in row['plain']['kernels'].values()):.0f}",
+                us(row["plain"]["wall_us"]),
+            ]
+            for row in decode
+        ]  # fmt: skip
+        parts += [
+            f"**Decode**: pre of few tokens, C = {decode[0]['hidden']}. In a graph: a call among "
+            f"{decode[0]['graph']['calls']} in one CUDA graph, each with its own parameters.",
+            table(
+                decode_rows,
+                ["T", "fused, in a graph", "fused, kernel", "plain JAX, kernels", "its kernels",
+                 "plain JAX, wall time"],
+            ),
+        ]  # fmt: skip
+    parts += [error_text(record), memory_text(record), fixed_cost_text(record)]
+    return "\n\n".join(parts)
+
+
+def error_text(record: dict[str, Any]) -> str:
+    """Largest errors against float64, for the smoothest and the most peaked logits."""
+    largest: dict[str, dict[float, dict[str, float]]] = {"fused": {}, "plain": {}}
+    for row in record["peaked"]:
+        for implementation, sigmas in largest.items():
+            found = sigmas.setdefault(row["sigma"], {})
+            for name, error in row[implementation].items():
+                found[name] = max(found.get(name, 0.0), error)
+    sigmas = min(largest["fused"]), max(largest["fused"])
+    rows = [
+        [name, *(f"{largest[i][sigma][name]:.1e}" for i in largest for sigma in sigmas)]
+        for name in largest["fused"][sigmas[0]]
+    ]
+    headers = [
+        "result",
+        *(f"{i}, σ = {sigma:.0f}" for i in ("fused", "plain JAX") for sigma in sigmas),
+    ]
+    text = (
+        "**Errors**: the largest relative L2 errors against float64, for logits of h_res of "
+        f"deviation σ, on {record['peaked'][0]['tokens']} tokens of every width above. "
+        "One rounding to bfloat16 is 1.7e-3."
+    )
+    return f"{text}\n\n{table(rows, headers)}"
+
+
+def memory_text(record: dict[str, Any]) -> str:
+    def streams(op: str, implementation: str, what: str) -> str:
+        sizes = [
+            row[implementation]["memory"][f"{what}_bytes"] / (2 * row["tokens"] * row["hidden"])
+            for ops in kernel_rows(record).values()
+            for name, row in ops.items()
+            if name == op
+        ]
+        low, high = f"{min(sizes):.2g}", f"{max(sizes):.2g}"
+        return low if low == high else f"{low} to {high}"
+
+    scratch = ", ".join(
+        f"{op} {streams(op, 'fused', 'temp')} (plain JAX: {streams(op, 'plain', 'temp')})"
+        for op in ("pre", "seam", "seam_bwd", "fb")
+        if any(op in ops for ops in kernel_rows(record).values())
+    )
+    return (
+        f"**Memory**, in u = 2·C bytes a token: between forward and backward a sublayer keeps "
+        f"{streams('fb', 'fused', 'saved')} u beyond x and y (plain JAX: "
+        f"{streams('fb', 'plain', 'saved')} u). Temporary memory: {scratch}."
+    )
+
+
+def fixed_cost_text(record: dict[str, Any]) -> str:
+    above = [
+        row["fused"]["wall_us"] - row["fused"]["kernel_us"]
+        for ops in kernel_rows(record).values()
+        for row in ops.values()
+        if row["fused"]["kernel_us"]
+    ]
+    text = (
+        f"**Fixed costs**: the first call of a process takes "
+        f"{record['first_call_ms']['beyond_compile_ms']:.1f} ms more than that of `x + 1`, XLA's "
+        "compilation left out."
+    )
+    if above:
+        text += (
+            f" Wall time of calls queued one after the other is {min(above):.0f} to "
+            f"{max(above):.0f} µs above the sum of the kernels."
+        )
+    return text
+
+
+# ---- the training step --------------------------------------------------------------------------
+
+
+def draw_train_step(record: dict[str, Any], path: Path) -> None:
+    rows = record["rows"]
+    colors = [
+        OTHER if row["connection"] == "residual"
+        else FUSED if row["connection"] in train_step.FUSED else PLAIN
+        for row in rows
+    ]  # fmt: skip
+    figure = Figure(figsize=(10, 0.9 + 0.42 * len(rows)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    times = [row["ms"] for row in rows]
+    peaks = [row["memory"]["peak_bytes"] / 1e9 for row in rows]
+    for panel, values, title in (
+        (left, times, "a training step, ms"),
+        (right, peaks, "peak memory, GB"),
+    ):
+        bars = panel.barh(range(len(rows)), values, color=colors, height=0.7)
+        labels = [
+            f"{value:.1f}" + (f"  ({100 * (value / values[0] - 1):+.1f} %)" if i else "")
+            for i, value in enumerate(values)
+        ]
+        panel.bar_label(bars, labels, padding=3, fontsize=9)
+        panel.set_title(title, fontsize=10, loc="left")
+        panel.set_xlim(0, 1.35 * max(values))
+        panel.spines[["top", "right"]].set_visible(False)
+    left.set_yticks(range(len(rows)), [train_step.LABELS[row["connection"]] for row in rows])
+    left.invert_yaxis()
+    save(figure, path)
+
+
+def train_step_section(record: dict[str, Any], path: Path, docs: Path) -> str:
+    rows = [
+        [
+            train_step.LABELS[row["connection"]], f"{row['ms']:.1f}", f"{row['spread_ms']:.1f}",
+            f"{100 * row['overhead']:+.1f} %" if row["overhead"] else "",
+            f"{row['tokens_per_s'] / 1e3:.1f}", f"{row['memory']['peak_bytes'] / 1e9:.1f}",
+        ]
+        for row in record["rows"]
+    ]  # fmt: skip
+    headers = ["connection", "ms a step", "spread", "overhead", "1000 tokens/s", "peak, GB"]
+    return "\n\n".join(
+        [
+            f"{machine(record, path, docs)}; {record['parameters'] / 1e6:.0f} M parameters.",
+            "![Time and peak memory of a training step by connection](images/train_step.svg)",
+            table(rows, headers),
+        ]
+    )
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+def save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": path.stem}):  # the same file for the same record
+        figure.savefig(path, facecolor="white", metadata={"Date": None})
+    print(f"Written to {path}.")
+
+
+def replace(page: Path, name: str, text: str) -> None:
+    """Puts the text between the page's comments of that name."""
+    before, start, rest = page.read_text().partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- /{name} -->")
+    if not end:
+        raise SystemExit(f"plots.py: {page} has no section <!-- {name} --> ... <!-- /{name} -->")
+    page.write_text(f"{before}{start}{text}\n{end}{after}")
+    print(f"Written to {page}: {name}.")
+
+
+def main(options: Options) -> None:
+    parts: dict[str, tuple[str, Callable[..., None], Callable[..., str]]] = {
+        "kernels": ("", draw_kernels, kernel_section),
+        "train_step": ("-train-step", draw_train_step, train_step_section),
+    }
+    for name, (suffix, draw, section) in parts.items():
+        found = newest(options.results, suffix)
+        if found is None:
+            print(f"No record <date>{suffix}.json in {options.results}.")
+            continue
+        path, record = found
+        draw(record, options.docs / "images" / f"{name}.svg")
+        replace(options.docs / "performance.md", name, section(record, path, options.docs))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

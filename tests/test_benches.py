@@ -1,0 +1,65 @@
+"""The benchmarks that `make bench-gpu` runs, where there is no GPU."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(script, *options, cwd=ROOT):
+    """Run a benchmark; return its exit status and everything that it printed."""
+    command = [sys.executable, ROOT / "benches" / script, *map(str, options)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=900)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.cpu("its tiny model is for the CPU")
+def test_train_step(tmp_path):
+    connections = "residual", "mhc", "seams-checkpoint"
+    status, output = run(
+        "train_step.py",
+        "--tiny",
+        "--connections",
+        *connections,
+        "--commit",
+        "0",
+        "--output",
+        tmp_path,
+    )
+    assert status == 0, output
+    (path,) = tmp_path.rglob("*.json")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d-train-step\.json", path.name)
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["connection"] for row in rows] == list(connections)
+    residual, mhc, seams = (np.array(row["losses"]) for row in rows)
+    assert residual[0] == pytest.approx(mhc[0], abs=2e-3)
+    assert residual[-1] < residual[0] - 0.1
+    np.testing.assert_allclose(mhc, seams, atol=1e-3)
+    assert all(row["ms"] > 0 and row["memory"]["peak_bytes"] > 0 for row in rows)
+    assert path.with_suffix(".md").read_text() in output
+
+
+def test_the_page_and_its_figures_come_from_the_records(tmp_path):
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    shutil.copy(ROOT / "docs" / "performance.md", docs)
+    results = ROOT / "benches" / "results" / "h200"
+    # The links in the page are those of its own folder.
+    (tmp_path / "benches").symlink_to(ROOT / "benches")
+    status, output = run(
+        "plots.py", "--results", "benches/results/h200", "--docs", "docs", cwd=tmp_path
+    )
+    assert status == 0, output
+    assert (docs / "performance.md").read_text() == (ROOT / "docs" / "performance.md").read_text()
+    drawn = {path.name for path in (docs / "images").iterdir()}
+    assert "kernels.svg" in drawn
+    assert ("train_step.svg" in drawn) == any(results.glob("*-train-step.json"))
+    for name in drawn:
+        assert (ROOT / "docs" / "images" / name).stat().st_size < 150_000
