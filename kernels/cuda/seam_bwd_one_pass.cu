@@ -1,21 +1,29 @@
-// The seam's backward pass with one pass over the streams: the gradient of X', and from it those of post's
-// operands and of pre's parameters.
+// The backward pass of the seam in one pass over X, y, d_u and the cotangent of the X' handed on (n = 4):
 //
-//   X'      = H_res X + h_post y, again                               rounded where d_phi reads it
-//   d_h_pre = <d_u, X'[i]> + d_h_pre                                  by way of <d_u, X[j]> and <d_u, y>
-//   d_X'    = H_res_new^T d_X'_in + h_pre d_u + phi (r dm) - f X'     with the dm and f of pre's backward
-//   d_y = sum over i of h_post[i] d_X'[i],  d_H_res[i, j] = <d_X'[i], X[j]>,  d_h_post[i] = <d_X'[i], y>
-//   d_phi   = X'^T (r dm)
+//   X'          = H_res X + h_post y, again
+//   d_h_pre[i] += <d_u, X'[i]>, from <d_u, X[j]> and <d_u, y>
+//   d_z          from d_h_pre; that of the other coefficients is there already (gates_bwd.cu)
+//   dm           = alpha d_z
+//   d_X'[j]      = sum over i of H_res_new[i, j] d_X'_in[i] + h_pre[j] d_u + (r dm) phi^T - f X'[j]
+//   d_y          = sum over i of h_post[i] d_X'[i]
+//   d_h_post[i]  = <d_X'[i], y>,  d_H_res[i, j] = <d_X'[i], X[j]>
+//   d_phi        = sum over tokens of vec(X')^T (r dm)
 //
-// A token's <d_u, .> has to come from all blocks before any of them can go on. So a tile passes through
+// The tasks of the warps, and the order in which a tile meets them:
 //
-//   load -> dots of d_u -> owner of the token -> main warps -> dots of d_X' -> owner; store
+//   loader           all that comes in, to a stage
+//   input dots       this block's part of <d_u, X[j]> and <d_u, y>, to the block that owns the token
+//   owners           the sum of these parts; r dm, h_pre and f, to all blocks
+//   main warps       X'; d_X' in place of d_X'_in, d_y in place of d_u, and the sums for d_phi, which stay in
+//                    registers until the end
+//   stream dots      this block's part of d_h_post and d_H_res, to the owner, who adds them some tiles later
+//   finisher         d_X' and d_y to memory; what the main warps mix streams with, for the tile after the next
 //
-// with several tiles under way, and the blocks of a cluster share the tokens among their owners. The main warps
-// keep their part of d_phi in registers until the end.
+// Shared memory is the limit: its bandwidth by the main warps, its size by what is on the way. Hence fragments
+// that are read once, tables without their zeros, and stages that are used in place.
 //
-// Tensor cores mix the streams of four tokens at once and multiply those of the other three by zero:
-// an infinity or NaN in one token's X or d_X' reaches the gradients of its neighbours.
+// The products that mix streams take four tokens at once and multiply those of the other three by zero: an
+// infinity or NaN in the streams of a token, or in their cotangents, reaches the gradients of its neighbours.
 
 #include "coefficients.cuh"
 #include "one_pass.cuh"
@@ -27,16 +35,18 @@ constexpr int kStages = 4;
 // Warps and their tasks.
 constexpr int kMainWarps = SIZE / 32;  // 32 channels each
 constexpr int kDotWarps = 2;
-constexpr int kDotsOfInput = kMainWarps;
-constexpr int kDotsOfStreams = kDotsOfInput + kDotWarps;
-constexpr int kLoad = kDotsOfStreams + kDotWarps;
-constexpr int kStore = kLoad + 1;
-constexpr int kFirstOwner = kLoad + 2;
+constexpr int kInputDots = kMainWarps;
+constexpr int kStreamDots = kInputDots + kDotWarps;
+constexpr int kLoader = kStreamDots + kDotWarps;
+constexpr int kFinisher = kLoader + 1;
+constexpr int kFirstOwner = kLoader + 2;
 constexpr int kOwnerWarps = 2;
 constexpr int kThreads = 32 * (kFirstOwner + kOwnerWarps);
+// 96 of them are sums for d_phi. With 320 channels these would be 120, and no more than 48 be left to the other
+// warps, who need 72; with 384 there are not enough for the sums and the rest of a main warp.
 constexpr int kMainRegisters = 184;
 constexpr int kOtherRegisters = 72;
-static_assert(SIZE == 256, "d_phi fits into the registers of 8 main warps");
+static_assert(SIZE == 256, "");
 
 // ---- shared memory ----------------------------------------------------------------------------------
 
@@ -70,7 +80,7 @@ constexpr u32 kSumsBytes = 96;
 constexpr u32 kDotsRing = kStages * 8 * kDotWarps * kDotsBytes;
 constexpr u32 kSumsRing = 8 * 8 * kSumsBytes;
 
-// A tile's matrices for the mixing (`TableReader`), and h_post.
+// Of a tile H_res and the transposed H_res_new for the products that mix (`Tables`), and h_post.
 constexpr u32 kTableBytes = kTileTokens * N * N * 4;
 constexpr u32 kTablesBytes = 2 * kTableBytes + kTileTokens * N * 4;
 
@@ -101,7 +111,7 @@ constexpr u32 kOdd = kEven + kStages * kEvenBytes + kOddShift;
 constexpr u32 kSharedBytes = kOdd + kStages * kOddBytes;
 static_assert(8 * kNumBarriers <= kDots && kSharedBytes <= 232448, "");
 
-// ---- what all warps know -------------------------------------------------------------------------------
+// ---- what all warps know ----------------------------------------------------------------------------
 
 struct Operands {
   const float *h_post, *h_res, *phi, *alpha, *bias, *m, *r, *h_res_new, *d_h_pre, *d_z;
@@ -168,7 +178,7 @@ __device__ inline u32 pair(float a, float b) { return pair_of((bf16*)nullptr, a,
 __device__ inline float low_half(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ inline float high_half(u32 pair) { return __uint_as_float(pair & 0xffff0000); }
 
-// ---- main warps -----------------------------------------------------------------------------------------
+// ---- main warps -------------------------------------------------------------------------------------
 
 // A main warp has 32 channels of all streams, in two units of 16.
 constexpr int kUnits = 2;
@@ -186,8 +196,8 @@ struct MainWarp {
   u32 outputs;        // stmatrix addresses of d_X'
   u32 output_stage;
   u32 dm_rows, dm_columns;  // ldmatrix addresses within the answers
-  u32 table;          // of this lane in a table
-  u32 take_high, take_low;
+  u32 table;                // where the words of this lane lie in a table
+  u32 take_high, take_low;  // what makes fragments of them
   float d_phi[N][kUnits][3][4];
 
   __device__ MainWarp(const Block& block, int warp, int lane) : block(block) {
@@ -211,8 +221,8 @@ struct MainWarp {
     dm_rows = token * kAnswerStride + matrix_of_lane % 2 * 16 + matrix_of_lane / 2 * kAnswerLow;
     dm_columns = token * kAnswerStride + matrix_of_lane / 2 * 16 + matrix_of_lane % 2 * kAnswerLow;
 
-    // B fragments for the mixing: column g is token g / 2 (of 4) of the stream g % 2 (of 2), rows 2q and 2q + 1
-    // are two tokens of a stream. So at most one of both rows has the column's token.
+    // A fragment that mixes has token g / 2 of stream g % 2 in column g, and in the rows 2q and 2q + 1 two
+    // tokens of another stream: at most one of both is the column's, and the rest is zero.
     const u32 g = lane / 4, q = lane % 4;
     table = ((g / 2 * 2 + g % 2) * 2 + q / 2) * 16;
     const bool has_token = g / 4 == q % 2, upper = g / 2 % 2;
@@ -245,9 +255,8 @@ struct MainWarp {
     read_transposed(fragments[1], (at ^ flip ^ 4 * 16) + 4 * kRowBytes);
   }
 
-  // sum over j of matrix[i, j] streams[j] for the streams i = 2 * pr and 2 * pr + 1: values (channel g, i),
-  // (g, i + 1), (g + 8, i), (g + 8, i + 1) of the token q (or q + 4).
-  // `first` and `second` have the entries of two of the streams j each, as high and low parts.
+  // Mixes four streams of four tokens to the streams i and i + 1: (channel g, i), (g, i + 1), (g + 8, i),
+  // (g + 8, i + 1) of the token q. `first` and `second` are words of a table, for two of the four each.
   __device__ void mix(float (&mixed)[4], const u32 (&streams)[4], u32 first, u32 second) const {
     mma(mixed, streams[0], streams[1], streams[2], streams[3],
         {__byte_perm(first, 0, take_high), __byte_perm(second, 0, take_high)});
@@ -273,13 +282,13 @@ struct MainWarp {
 #pragma unroll
     for (u32 e = 0; e < 2; ++e) {
 #pragma unroll
-      for (u32 pr = 0; pr < 2; ++pr) {
+      for (u32 i = 0; i < N; i += 2) {
         float mixed[4] = {};
-        mix(mixed, x[e], pr ? h_res[e].z : h_res[e].x, pr ? h_res[e].w : h_res[e].y);
+        mix(mixed, x[e], i ? h_res[e].z : h_res[e].x, i ? h_res[e].w : h_res[e].y);
 #pragma unroll
         for (u32 v = 0; v < 4; ++v) {
           const float y_v = e ? high_half(y[v / 2]) : low_half(y[v / 2]);
-          values[2 * pr + v % 2][v / 2 * 2 + e] = fmaf(h_post[e][2 * pr + v % 2], y_v, mixed[v]);
+          values[i + v % 2][v / 2 * 2 + e] = fmaf(h_post[e][i + v % 2], y_v, mixed[v]);
         }
       }
     }
@@ -354,15 +363,16 @@ struct MainWarp {
         const float norm = read_float(answer + kAnswerNorm);
         const uint4 h_res = read4(tables + kTableBytes + table + e * kTableBytes / 2);
 #pragma unroll
-        for (u32 pr = 0; pr < 2; ++pr) {
+        for (u32 i = 0; i < N; i += 2) {
           float mixed[4] = {};
-          mix(mixed, gradient[unit][e], pr ? h_res.z : h_res.x, pr ? h_res.w : h_res.y);
+          mix(mixed, gradient[unit][e], i ? h_res.z : h_res.x, i ? h_res.w : h_res.y);
 #pragma unroll
           for (u32 v = 0; v < 4; ++v) {
-            const u32 i = 2 * pr + v % 2, d_u_pair = d_u[unit][v / 2], x_pair = x_new[unit][i][v / 2];
+            const u32 d_u_pair = d_u[unit][v / 2], x_pair = x_new[unit][i + v % 2][v / 2];
             const float d_u_v = e ? high_half(d_u_pair) : low_half(d_u_pair);
             const float x_v = e ? high_half(x_pair) : low_half(x_pair);
-            values[i][v / 2 * 2 + e] = fmaf(norm, x_v, fmaf(h_pre[i], d_u_v, mixed[v]));
+            const float collapsed = fmaf(h_pre[i + v % 2], d_u_v, mixed[v]);
+            values[i + v % 2][v / 2 * 2 + e] = fmaf(norm, x_v, collapsed);
           }
         }
       }
@@ -435,11 +445,10 @@ __device__ inline void main_warps(const Block& block, const Operands& to, int wa
   self.store_d_phi(to.d_phi + (of_cluster + row) * kColumns);
 }
 
-// ---- dots of d_u ------------------------------------------------------------------------------------------
+// ---- input dots -------------------------------------------------------------------------------------
 
-// <d_u, X[j]> and <d_u, y> over half of the channels, as diagonals of products of all tokens with all; to the
-// owners.
-__device__ inline void dots_of_input(const Block& block, int half, int lane) {
+// <d_u, X[j]> and <d_u, y> over half of the channels, as diagonals of products of all tokens with all.
+__device__ inline void input_dots(const Block& block, int half, int lane) {
   const u32 row = lane % 8, matrix = lane / 8, odd = matrix % 2;
   constexpr int kHalf = SIZE / 2;
   const u32 box = half * (kHalf / kBoxChannels) * kBox + row * kRowBytes;
@@ -480,7 +489,7 @@ __device__ inline void dots_of_input(const Block& block, int half, int lane) {
   }
 }
 
-// ---- dots of d_X' -------------------------------------------------------------------------------------------
+// ---- stream dots ------------------------------------------------------------------------------------
 
 // Where the owner finds (i, j) of d_H_res, and i of d_h_post behind them: see the sends below.
 __device__ inline int sum_entry(int i, int j) {
@@ -488,9 +497,9 @@ __device__ inline int sum_entry(int i, int j) {
 }
 __device__ inline int sum_entry(int i) { return (4 + i % 2) * 4 + i / 2; }
 
-// d_X' [X, y]^T of four tokens, to the owners. Rows of the products are stream * 4 + token, of which only
-// those with the same token in both factors are wanted.
-__device__ inline void dots_of_streams(const Block& block, int half, int lane) {
+// d_X' [X, y]^T of four tokens. Rows and columns of the products are stream * 4 + token, and only entries with
+// the same token in both are wanted.
+__device__ inline void stream_dots(const Block& block, int half, int lane) {
   const u32 row = lane % 8, matrix = lane / 8, odd = row / 4, token = 4 * half + row % 4;
   const u32 first = (odd ? block.odd(0) : block.even(0)) + token * kRowBytes;
   const u32 stage = odd ? kOddBytes : kEvenBytes;
@@ -503,7 +512,7 @@ __device__ inline void dots_of_streams(const Block& block, int half, int lane) {
     wait(block.barrier(kDone, slot), ring.parity);
     float x01[4] = {}, x23[4] = {}, y[4] = {};
     const u32 from = first + slot * stage;
-#pragma unroll
+#pragma unroll 2
     for (u32 at = 0; at < SIZE / kBoxChannels * kBox; at += kBox) {
 #pragma unroll
       for (u32 unit = 0; unit < 8; unit += 4) {
@@ -540,7 +549,7 @@ __device__ inline void dots_of_streams(const Block& block, int half, int lane) {
   }
 }
 
-// ---- copies -------------------------------------------------------------------------------------------------
+// ---- loader -----------------------------------------------------------------------------------------
 
 struct Maps {
   const TensorMap &x_even, &x_odd, &y, &d_u, &in_even, &in_odd, &out_even, &out_odd, &d_y;
@@ -569,7 +578,7 @@ __device__ inline void load_tiles(const Block& block, const Maps& maps) {
   }
 }
 
-// ---- tables and copies out ----------------------------------------------------------------------------------
+// ---- finisher ---------------------------------------------------------------------------------------
 
 // What the main warps mix by. A lane has a token's row i of H_res (for X'[i]) and column i of H_res_new (for
 // d_X'[i]), as bfloat16 high and low parts in one word. The words of the streams j and j + 2 lie side by side,
@@ -651,7 +660,7 @@ __device__ inline void finish_tiles(const Block& block, const Operands& from, co
   if (lane == 0) finish_copies();
 }
 
-// ---- owner --------------------------------------------------------------------------------------------------
+// ---- owners -----------------------------------------------------------------------------------------
 
 // The tokens of a block: from the dots of d_u to r dm, and the sums of the dots of d_X'.
 struct Owner {
@@ -663,7 +672,8 @@ struct Owner {
   float alpha_pre, bias_pre;  // of column lane % 4
   float sum_d_z = 0.f, sum_d_z_m = 0.f;
 
-  // What a token's lanes have, zero behind the last token: of column `lane` m and d_z, of stream lane % 4 the others.
+  // What a token's lanes have, zero behind the last token: of column `lane` m and d_z, of stream lane % 4
+  // the others.
   struct Token {
     float m, r, d_z, d_h_pre, h_post;
     float4 h_res;
@@ -677,7 +687,9 @@ struct Owner {
     bias_pre = with.bias[lane % N];
   }
 
-  __device__ int tile(int owned) const { return (owned << block.turns_shift) + (block.rank & (block.turns() - 1)); }
+  __device__ int tile(int owned) const {
+    return (owned << block.turns_shift) + (block.rank & (block.turns() - 1));
+  }
   // Where one of the block's tokens stands in a tile.
   __device__ u32 in_tile(int t) const {
     return (block.rank >> block.turns_shift << block.owned_shift) + t;
@@ -718,11 +730,12 @@ struct Owner {
   // The sum of entry lane % 8 over all that sent.
   __device__ float sum_dots(u32 slot, int t) const {
     float sum = 0.f;
-    const u32 first = block.dots(slot, t, 0) + lane % 8 * 4;
+    const u32 first = block.dots(slot, t, lane / 8) + lane % 8 * 4;
+    // Without branches all reads are under way at once; those behind the last block's are for nothing.
 #pragma unroll
     for (u32 k = 0; k < 8; ++k) {
-      const u32 from = k * 4 + lane / 8;
-      if (from < block.ranks * kDotWarps) sum += read_float(first + from * kDotsBytes);
+      const float v = read_float(first + k * 4 * kDotsBytes);
+      sum += k * 4 < block.ranks * kDotWarps ? v : 0.f;
     }
     sum += __shfl_xor_sync(kAllLanes, sum, 8);
     return sum + __shfl_xor_sync(kAllLanes, sum, 16);
@@ -781,27 +794,26 @@ struct Owner {
     const u32 barrier = block.barrier(kSumsFull, slot);
     if (lane == 0) arrive_and_expect(barrier, block.tokens_owned() * block.ranks * kSumsBytes);
     wait_for_cluster(barrier, (owned & slots) != 0);
+#pragma unroll 1
     for (int t = 0; t < block.tokens_owned(); ++t) {
       const long long token = block.first_token(tile(owned)) + in_tile(t);
-      if (token >= with.tokens || lane >= N * N + N) continue;
-      const int entry = lane < N * N ? sum_entry(lane / N, lane % N) : sum_entry(lane - N * N);
+      const int entry = lane < N * N ? sum_entry(lane / N, lane % N) : sum_entry(lane % N);
+      const u32 first = block.sums(slot, t, 0) + entry * 4;
       float sum = 0.f;
 #pragma unroll
       for (u32 rank = 0; rank < 16; ++rank) {
-        if (rank < block.ranks) sum += read_float(block.sums(slot, t, rank) + entry * 4);
+        const float v = read_float(first + rank * kSumsBytes);
+        sum += rank < block.ranks ? v : 0.f;
       }
-      if (lane < N * N) {
-        with.d_h_res[token * N * N + lane] = sum;
-      } else {
-        with.d_h_post[token * N + lane - N * N] = sum;
-      }
+      if (token < with.tokens && lane < N * N) with.d_h_res[token * N * N + lane] = sum;
+      if (token < with.tokens && lane / N == N) with.d_h_post[token * N + lane % N] = sum;
     }
     __syncwarp();
   }
 
   // The row of this block for sum_gates.
   __device__ void store_gate_sums() const {
-    float* row = with.gate_sums + ((long long)blockIdx.x * kOwnerWarps + which) * (kColumns + 3);
+    float* row = with.gate_sums + (blockIdx.x * kOwnerWarps + which) * (kColumns + 3);
     if (lane < kColumns) row[lane] = sum_d_z;
 #pragma unroll
     for (int gate = 0; gate < 3; ++gate) {
@@ -815,32 +827,34 @@ struct Owner {
     // A tile's sums come long after its answer. Whoever has the answer of a tile may send its sums: by then
     // this warp has collected what was in their slot before.
     const int later = block.sums_slots() - kOwnerWarps;
-    int owned = which;
-    Token next = load(tile(owned), 0);
-    for (; tile(owned) < block.num_tiles; owned += kOwnerWarps) {
+    Token next = load(tile(which), 0);
+#pragma unroll 1
+    for (int owned = which; tile(owned - later) < block.num_tiles; owned += kOwnerWarps) {
       const int at = tile(owned);
-      const u32 slot = at % kStages, parity = at / kStages % 2;
-      if (lane == 0) {
-        arrive_and_expect(block.barrier(kDotsFull, slot),
-                          block.tokens_owned() * block.ranks * kDotWarps * kDotsSent);
-      }
-      for (int t = 0; t < block.tokens_owned(); ++t) {
-        const Token token = next;
-        const bool last = t + 1 == block.tokens_owned();
-        next = load(tile(last ? owned + kOwnerWarps : owned), last ? 0 : t + 1);
-        answer(at, slot, parity, t, token);
+      if (at < block.num_tiles) {
+        const u32 slot = at % kStages, parity = at / kStages % 2;
+        if (lane == 0) {
+          arrive_and_expect(block.barrier(kDotsFull, slot),
+                            block.tokens_owned() * block.ranks * kDotWarps * kDotsSent);
+        }
+#pragma unroll 1
+        for (int t = 0; t < block.tokens_owned(); ++t) {
+          const Token token = next;
+          const bool last = t + 1 == block.tokens_owned();
+          next = load(tile(last ? owned + kOwnerWarps : owned), last ? 0 : t + 1);
+          answer(at, slot, parity, t, token);
+        }
       }
       if (owned >= later) collect(owned - later);
     }
-    for (int old = max(which, owned - later); old < owned; old += kOwnerWarps) collect(old);
     store_gate_sums();
   }
 };
 
-// ---- kernel -------------------------------------------------------------------------------------------------
+// ---- kernel -----------------------------------------------------------------------------------------
 
-// d_z: the columns of post and res, from gates_bwd. d_phi: [clusters, 4 C, 24] and gate_sums: [2 * blocks, 24 + 3],
-// to be summed. The maps have boxes of kTileTokens tokens and SIZE channels of every second stream, or of y and
+// d_z: [tokens, 24], of which those of h_pre are not read. d_phi: [clusters, 4 C, 24] and gate_sums:
+// [2 * blocks, 24 + 3], to be summed. The maps have boxes of kTileTokens tokens and SIZE channels of every second stream, or of y and
 // the like. d_x_new may lie where d_x_new_in does.
 KERNEL(seam_bwd_one_pass, kThreads, 1)
 (const __grid_constant__ TensorMap x_even, const __grid_constant__ TensorMap x_odd,
@@ -881,13 +895,13 @@ KERNEL(seam_bwd_one_pass, kThreads, 1)
   } else {
     give_registers<kOtherRegisters>();
     cluster_wait();
-    if (warp < kDotsOfStreams) {
-      dots_of_input(block, warp - kDotsOfInput, lane);
-    } else if (warp < kLoad) {
-      dots_of_streams(block, warp - kDotsOfStreams, lane);
-    } else if (warp == kLoad) {
+    if (warp < kStreamDots) {
+      input_dots(block, warp - kInputDots, lane);
+    } else if (warp < kLoader) {
+      stream_dots(block, warp - kStreamDots, lane);
+    } else if (warp == kLoader) {
       if (lane == 0) load_tiles(block, maps);
-    } else if (warp == kStore) {
+    } else if (warp == kFinisher) {
       finish_tiles(block, operands, maps, lane);
     } else {
       Owner(block, operands, settings, warp - kFirstOwner, lane).run();
