@@ -8,16 +8,18 @@ import platform
 import re
 import statistics
 import subprocess
+import tempfile
 import time
 import types
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.profiler import ProfileData
 
 import jax_mhc as mhc
 from jax_mhc import info
@@ -90,6 +92,42 @@ def median_us(
         run(*prepared)
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:]) * 1e6
+
+
+class Event(NamedTuple):
+    plane: str
+    line: str
+    name: str
+    us: float
+
+
+def profiled(run: Callable[[], Any]) -> list[Event]:
+    """What the profiler saw of a run, on the host and on the GPU."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            jax.block_until_ready(run())
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        profile = ProfileData.from_file(str(path))
+        return [
+            Event(plane.name, line.name, event.name, event.duration_ns / 1e3)
+            for plane in profile.planes
+            for line in plane.lines
+            for event in line.events
+        ]
+
+
+def kernel_times(run: Callable[[], Any], calls: int) -> dict[str, dict[str, float]]:
+    """Launches and microseconds of each kernel in one of the calls that run makes."""
+    kernels: dict[str, dict[str, float]] = {}
+    for event in profiled(run):
+        # The other lines group the same time by module, operation or step.
+        if "/device:GPU" in event.plane and event.line.startswith("Stream"):
+            kernel = kernels.setdefault(event.name, {"launches": 0.0, "us": 0.0})
+            kernel["launches"] += 1 / calls
+            kernel["us"] += event.us / calls
+    return dict(sorted(kernels.items(), key=lambda item: -item[1]["us"]))
 
 
 def memory(program: Any) -> dict[str, int]:

@@ -31,12 +31,11 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import backward
 import common
@@ -47,7 +46,6 @@ import plain
 import tyro
 from common import STREAMS
 from jax.extend import core
-from jax.profiler import ProfileData
 from rich.progress import Progress
 from tabulate import tabulate
 
@@ -417,42 +415,6 @@ def check_peaked(
 # ---- measurements -------------------------------------------------------------------------------
 
 
-class Event(NamedTuple):
-    plane: str
-    line: str
-    name: str
-    us: float
-
-
-def profiled(run: Callable[[], Any]) -> list[Event]:
-    """What the profiler saw of a run, on the host and on the GPU."""
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder, profiler_options=options):
-            jax.block_until_ready(run())
-        (path,) = Path(folder).rglob("*.xplane.pb")
-        profile = ProfileData.from_file(str(path))
-        return [
-            Event(plane.name, line.name, event.name, event.duration_ns / 1e3)
-            for plane in profile.planes
-            for line in plane.lines
-            for event in line.events
-        ]
-
-
-def kernel_times(run: Callable[[], Any], calls: int) -> dict[str, dict[str, float]]:
-    """Launches and microseconds of each kernel in one of the calls that run makes."""
-    kernels: dict[str, dict[str, float]] = {}
-    for event in profiled(run):
-        # The other lines group the same time by module, operation or step.
-        if "/device:GPU" in event.plane and event.line.startswith("Stream"):
-            kernel = kernels.setdefault(event.name, {"launches": 0.0, "us": 0.0})
-            kernel["launches"] += 1 / calls
-            kernel["us"] += event.us / calls
-    return dict(sorted(kernels.items(), key=lambda item: -item[1]["us"]))
-
-
 def measure(
     program: Callable[[Any], Any],
     sets: Iterator[Any],
@@ -471,7 +433,7 @@ def measure(
         return jax.block_until_ready(result)
 
     wall_us = common.median_us(batch, repeats, prepare) / calls
-    kernels = kernel_times(functools.partial(batch, prepare()), calls)
+    kernels = common.kernel_times(functools.partial(batch, prepare()), calls)
     kernel_us = sum(kernel["us"] for kernel in kernels.values()) or None
     return {"kernel_us": kernel_us, "wall_us": wall_us, "kernels": kernels}
 
@@ -499,7 +461,7 @@ def graph_us(tokens: int, hidden: int, repeats: int, calls: int = 150) -> dict[s
     for _ in range(3):  # recorded in the first runs
         jax.block_until_ready(program(sets))
     wall_us = common.median_us(lambda: jax.block_until_ready(program(sets)), repeats) / calls
-    events = profiled(lambda: program(sets))
+    events = common.profiled(lambda: program(sets))
     launches = sum("GraphLaunch" in event.name for event in events)
     on_gpu = any("/device:GPU" in event.plane for event in events)
     return {"us": wall_us, "calls": calls, "launches": launches if on_gpu else None}

@@ -306,6 +306,15 @@ def run(steps: Steps, options: Options) -> list[dict[str, Any]]:
         latest = (f"{name} {row['round_ms'][-1]:.1f}" for name, row in rows.items())
         print("ms a step: " + ", ".join(latest), flush=True)
 
+    for name, (program, _) in compiled.items():
+
+        def step(name: Connection = name, program: Any = program) -> Any:
+            streams = name != "residual"
+            states[streams], value = program(states[streams], tokens)
+            return value
+
+        rows[name]["kernels"] = common.kernel_times(step, calls=1)
+
     for row in rows.values():
         row["ms"] = statistics.median(row["round_ms"])
         row["spread_ms"] = max(row["round_ms"]) - min(row["round_ms"])
@@ -335,6 +344,12 @@ def wrong_losses(rows: list[dict[str, Any]]) -> list[str]:
 # ---- the report ---------------------------------------------------------------------------------
 
 
+def kernels_ms(row: dict[str, Any], prefix: str) -> float:
+    """Time in the kernels whose names begin so, in the one step that was profiled."""
+    times = (kernel["us"] for name, kernel in row["kernels"].items() if name.startswith(prefix))
+    return sum(times) / 1e3
+
+
 def markdown(record: dict[str, Any]) -> str:
     table = [
         [
@@ -345,13 +360,20 @@ def markdown(record: dict[str, Any]) -> str:
             f"{row['tokens_per_s']:.0f}",
             f"{row['memory']['peak_bytes'] / 1e9:.1f}",
             f"{row['compile_s']:.0f}",
+            f"{kernels_ms(row, 'mhc_'):.1f}",
+            f"{kernels_ms(row, ''):.1f}",
             ", ".join(f"{value:.4f}" for value in row["losses"]),
         ]
         for row in record["rows"]
     ]
+    kernels = [
+        [LABELS[row["connection"]], name, f"{kernel['launches']:.0f}", f"{kernel['us'] / 1e3:.2f}"]
+        for row in record["rows"]
+        for name, kernel in list(row["kernels"].items())[:25]
+    ]
     headers = [
         "connection", "ms a step", "spread", "overhead", "tokens/s", "peak, GB", "compiled in, s",
-        "first losses",
+        "mHC kernels, ms", "all kernels, ms", "first losses",
     ]  # fmt: skip
     sizes = ", ".join(f"{name} {value}" for name, value in record["model"].items())
     return "\n".join(
@@ -365,6 +387,15 @@ def markdown(record: dict[str, Any]) -> str:
             f"{len(record['rows'][0]['round_ms'])} rounds of {record['steps_a_round']} steps.",
             "",
             tabulate(table, headers, tablefmt="github", disable_numparse=True),
+            "",
+            "## The longest kernels of a step",
+            "",
+            tabulate(
+                kernels,
+                ["connection", "kernel", "launches", "ms"],
+                tablefmt="github",
+                disable_numparse=True,
+            ),
             "",
         ]
     )
