@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_mhc import MHCParams
-from jax_mhc._dispatch import fused_call
+from jax_mhc._dispatch import fused_call, use_fused
 from jax_mhc._types import Context
 from jax_mhc.presets import PAPER
 
@@ -49,6 +49,7 @@ def passes(ops: Any, rounded: Any = None) -> dict[str, Pass]:
     to it, although the module computes in a wider one.
     """
     if ops is common.FUSED:
+        use_fused("backward", "fused", jnp.dtype("bfloat16"))  # makes the kernels known to XLA
         return {
             name: Pass(functools.partial(_keep_fused, name), functools.partial(_run_fused, name))
             for name in _KEPT
