@@ -145,7 +145,8 @@ def init(key: jax.Array, model: Model, streams: bool) -> dict[str, Any]:
 
 def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
     wide = x.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(wide), -1, keepdims=True)
+    # Not jnp.square, whose derivative keeps an array of its own.
+    mean_square = jnp.mean(wide * wide, -1, keepdims=True)
     return (wide * jax.lax.rsqrt(mean_square + 1e-6) * scale).astype(x.dtype)
 
 
