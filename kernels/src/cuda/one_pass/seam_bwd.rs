@@ -1,0 +1,99 @@
+//! Launches of `seam_bwd` in one pass over the streams (seam_bwd_one_pass.cu).
+
+use super::pre_bwd::{self, Parts};
+use super::{COLUMNS, STREAMS, Shape};
+use crate::cuda::launch::{Arg, Device, Kernel, Launch, Problem, Tensor, Workspace};
+use crate::cuda::memory::{Memory, room};
+use crate::signature::Call;
+
+/// Tokens of a tile (`kTileTokens`), and threads of a block.
+const TILE: usize = 8;
+const THREADS: u32 = 512;
+/// Channels that a block owns. The sums for d_phi of more do not fit into its registers beside the rest:
+/// of 320 they would take 120 of the 208 of each thread of the main warps, and leave 48 to the other threads.
+const CHANNELS: usize = 256;
+/// Warps of a block that write sums of the gates' gradients.
+const OWNER_WARPS: u32 = 2;
+
+/// How a block divides its shared memory: the constants of the same names in the kernel.
+const SHARED_BYTES: usize = {
+    const STAGES: usize = 4;
+    let barriers = 512;
+    let dots_ring = STAGES * 8 * 2 * 32;
+    let answers = STAGES * TILE * (128 + 16);
+    let sums_ring = 8 * 8 * 96;
+    let tables = TILE * STREAMS * STREAMS * 4;
+    let tables = 2 * (2 * tables + TILE * STREAMS * 4);
+    let phi = CHANNELS * STREAMS * COLUMNS * 2;
+    let small = barriers + dots_ring + answers + sums_ring + tables + phi;
+    let odd_shift = 512;
+    let stage = (2 * STREAMS + 2) * TILE * CHANNELS * 2;
+    small.next_multiple_of(1024) + odd_shift + STAGES * stage
+};
+
+/// The shape of a problem, whatever the GPU, where there is a kernel for it.
+fn shape(problem: &Problem) -> Option<Shape> {
+    pre_bwd::shape(problem).filter(|shape| shape.channels == CHANNELS)
+}
+
+/// What `seam_bwd` needs in one pass.
+pub fn workspace(problem: &Problem) -> Workspace {
+    shape(problem).map_or(Workspace::default(), |shape| {
+        room(&Parts::of(problem, shape).all())
+    })
+}
+
+/// The launches of `seam_bwd` in one pass, where there is a kernel for it.
+pub fn plan(call: &Call, device: &Device, memory: &mut Memory) -> Option<Vec<Launch>> {
+    let problem = call.problem();
+    let shape = shape(&problem).filter(|shape| shape.runs_on(device))?;
+    let [d_z, gate_sums, d_phi] = Parts::of(&problem, shape)
+        .all()
+        .map(|part| memory.take(part));
+    let operand = |name| call.operand(name).data as u64;
+    let result = |name| call.result(name).data as u64;
+    let tensor = |address, num_streams| {
+        let dims = [call.tokens, num_streams, call.c];
+        Tensor::new(address, dims, [TILE, CHANNELS])
+    };
+    let vector = |address| Arg::TensorMap(tensor(address, 1));
+    let streams = |address| {
+        [0, 1].map(|first| Arg::TensorMap(tensor(address, STREAMS).every_second(first)))
+    };
+    let mut args = streams(operand("x")).to_vec();
+    args.extend([vector(operand("y")), vector(operand("d_u"))]);
+    args.extend(streams(operand("d_x_new_in")));
+    args.extend(streams(result("d_x_new")));
+    args.push(vector(result("d_y")));
+    let names = [
+        "h_post", "h_res", "phi", "alpha", "bias", "m", "r", "h_res_new", "d_h_pre",
+    ];
+    args.extend(names.map(|name| Arg::Pointer(operand(name))));
+    args.push(Arg::Pointer(d_z));
+    args.extend(["d_h_post", "d_h_res"].map(|name| Arg::Pointer(result(name))));
+    args.extend([
+        Arg::Pointer(d_phi),
+        Arg::Pointer(gate_sums),
+        Arg::I32(call.tokens as i32),
+        Arg::I32(i32::from(call.config.deferred)),
+        Arg::Settings(call.config.into()),
+    ]);
+    let grid = shape.grid(device, call.tokens, TILE);
+    let main = Launch {
+        kernel: Kernel {
+            file: "seam_bwd_one_pass",
+            function: "seam_bwd_one_pass",
+            size: shape.size,
+            dtype: call.dtype,
+        },
+        grid,
+        block: THREADS,
+        cluster: shape.cluster,
+        shared_bytes: SHARED_BYTES as u32,
+        args,
+    };
+    let clusters = grid[0] / shape.cluster;
+    let rows = OWNER_WARPS * grid[0];
+    let sums = pre_bwd::sum_gradients(call, d_phi, gate_sums, clusters, rows);
+    Some(vec![pre_bwd::gates(call, d_z), main, sums])
+}
