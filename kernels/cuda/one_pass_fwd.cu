@@ -12,9 +12,9 @@
 //   apply (4)     u from h_pre, once that is there; in the seam X' on its way out
 //   copy          X (and y, h_post, h_res) from memory
 //   send          the sum of the 8 warps' partial sums, to the block that owns the token
-//   own           the sum over the cluster, in the order of its blocks, and all coefficients but H_res; h_pre to
-//                 every block
-//   sinkhorn      H_res of 8 owned tokens at a time. Nobody waits for it
+//   own           the sum over the cluster, in the order of its blocks, r and m of the tokens that this block owns;
+//                 h_pre to every block
+//   finish        all coefficients of owned tokens, many at a time, for H_res takes long. Nobody waits for it
 //
 // A token's sums are cut by C alone: they do not depend on the other tokens or on how many there are.
 
@@ -32,6 +32,8 @@ constexpr int kMaxCluster = 16;
 // 8 channels, what a lane of `apply` takes at once.
 constexpr int kUnits = SIZE / 8;
 constexpr int kBoxes = SIZE / kBoxChannels;
+// Of phi for a warp: the same 8 channels of two streams.
+constexpr int kSlices = 2 * kBoxes;
 static_assert(SIZE % kBoxChannels == 0, "whole boxes");
 
 // ---- sizes ------------------------------------------------------------------------------------------
@@ -41,7 +43,7 @@ static_assert(SIZE % kBoxChannels == 0, "whole boxes");
 // are registers for two accumulators (92 us, not 95, at 8192 x 4096).
 struct Shape {
   int tokens, stages;
-  int low_in_shared;  // of the kBoxes slices of phi, how many have their low part in shared memory
+  int in_shared;  // of the kSlices of phi, how many lie in shared memory but for their first fragment
   int project_registers, apply_registers, other_registers;
 };
 __device__ constexpr Shape shape(bool seam) {
@@ -49,17 +51,17 @@ __device__ constexpr Shape shape(bool seam) {
     case 256: return seam ? Shape{8, 8, 0, 168, 88, 88} : Shape{16, 5, 0, 168, 88, 88};
     case 320: return seam ? Shape{8, 6, 0, 192, 64, 64} : Shape{8, 8, 0, 184, 72, 72};
     case 384: return seam ? Shape{8, 5, 0, 208, 48, 48} : Shape{8, 7, 0, 200, 56, 56};
-    default: return seam ? Shape{8, 5, 1, 216, 40, 40} : Shape{8, 6, 0, 208, 48, 48};
+    default: return seam ? Shape{8, 5, 2, 208, 48, 48} : Shape{8, 6, 0, 208, 48, 48};
   }
 }
 
 // kColumns sums, the sum of squares, and padding to a multiple of 16 bytes.
 constexpr int kSumsBytes = 28 * 4;
 constexpr int kSumsParts = kSumsBytes / 16;
-// A matrix for `sinkhorn`, with some space between two of them against bank conflicts.
-constexpr int kMatrixBytes = (N * N + 4) * 4;
-// phi's low part of 16 rows, for a warp.
-constexpr int kLowBytes = 32 * 6 * 4;
+// Tokens that `finish` takes at a time: as many as a warp has matrices.
+constexpr int kBatch = 32 / N;
+// Of a slice of phi, what may lie in shared memory.
+constexpr int kSliceBytes = 2 * 32 * kProjectWarps * 16;
 
 // Where things lie in shared memory.
 template <bool SEAM>
@@ -67,12 +69,7 @@ struct Plan {
   static constexpr Shape kShape = shape(SEAM);
   static constexpr int kTokens = kShape.tokens;
   static constexpr int kStages = kShape.stages;
-  static constexpr int kLow = kShape.low_in_shared;
-  // Of a matrix; a batch for `sinkhorn` is what a warp holds. A matrix in a lane where there are registers for it:
-  // what counts is how long the last ones take.
-  static constexpr int kLanes = kShape.other_registers < 48 ? 2 : 1;
-  static constexpr int kBatch = 32 / kLanes;
-
+  static constexpr int kSharedSlices = kShape.in_shared;
   // A stage: X as [stream, box, token, 64 channels], then y alike, h_res and h_post.
   static constexpr int kBoxBytes = kTokens * int(kRowBytes);
   static constexpr int kStreamBytes = kBoxes * kBoxBytes;
@@ -87,10 +84,10 @@ struct Plan {
   static constexpr int kPartials = 1024;  // behind the barriers
   static constexpr int kOwn = kPartials + 2 * kPartialBytes;
   static constexpr int kHPre = kOwn + kStages * kOwnBytes;
-  static constexpr int kLogits = kHPre + kStages * kTokens * N * 4;
-  static constexpr int kLowParts = kLogits + 2 * kBatch * kMatrixBytes;
+  static constexpr int kFinish = kHPre + kStages * kTokens * N * 4;
+  static constexpr int kSlicesAt = kFinish + 2 * kBatch * kSumsBytes;
   static constexpr int kStage =
-      (kLowParts + kProjectWarps * kLow * 2 * kLowBytes + 1023) / 1024 * 1024;
+      (kSlicesAt + kSharedSlices * kSliceBytes + 1023) / 1024 * 1024;
   static constexpr int kBytes = kStage + kStages * kStageBytes;
 
   // On its way to registers phi lies where the last stages will be: rows of kColumns float32 by stream.
@@ -127,11 +124,16 @@ enum Barrier : u32 {
   kHFull = 48,     // h_pre of a stage's tokens
   kPartialFull = 64,
   kPartialEmpty = 66,
-  kLogitsFull = 68,
-  kLogitsEmpty = 70,
+  kFinishFull = 68,  // a batch: m and r of its tokens, in rows like the sums
+  kFinishEmpty = 70,
   kPhiFull = 72,   // two streams of phi
   kPhiEmpty = 74,
 };
+
+__device__ inline void read_floats(float (&values)[4], u32 at) {
+  const float4 v = read_float4(at);
+  values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
+}
 
 template <bool SEAM>
 struct Block : Plan<SEAM> {
@@ -173,8 +175,8 @@ struct Block : Plan<SEAM> {
     if (lane < 2) {
       init_barrier(barrier(kPartialFull, lane), kProjectWarps);
       init_barrier(barrier(kPartialEmpty, lane), 1);
-      init_barrier(barrier(kLogitsFull, lane), 1);
-      init_barrier(barrier(kLogitsEmpty, lane), 1);
+      init_barrier(barrier(kFinishFull, lane), 1);
+      init_barrier(barrier(kFinishEmpty, lane), 1);
       init_barrier(barrier(kPhiFull, lane), 1);
     }
     if (lane == 0) init_barrier(barrier(kPhiEmpty), kProjectWarps);
@@ -183,20 +185,25 @@ struct Block : Plan<SEAM> {
 
   __device__ void project(int warp, int lane) const;
   __device__ void apply(int thread) const;
-  __device__ void copy(int lane) const;
+  __device__ void copy() const;
   __device__ void send_sums(int lane) const;
   __device__ void own(int lane) const;
-  __device__ void sinkhorn(int lane) const;
+  __device__ void finish(int lane) const;
+  __device__ void store_others(u32 row, size_t token, int lane) const;
 };
 
 // ---- project ------------------------------------------------------------------------------------------
 
-// A fragments of phi transposed, with phi = high + low: rows are columns of phi, of which there are 24 + 24, and
-// 16 rows of phi are channels w of box `box` of the streams 2 pair and 2 pair + 1. Word [c][s] has
-// the columns from 8 c on of stream 2 pair + s.
-using Part = u32[3][2];
+// A fragments of phi transposed, with phi = high + low, for 16 rows of phi: 8 channels of two streams. Of the 48
+// rows that columns of phi make in two parts, first has the columns 0 to 15 of high, second 16 to 23 of
+// high and 0 to 7 of low, third the rest of low.
+struct Slice {
+  uint4 first, second, third;
+};
 
-__device__ inline void read_phi(u32 at, u32 row_bytes, u32 stream_bytes, Part& high, Part& low) {
+// at: this lane's words, columns g, g + 8 and g + 16 of two rows each.
+__device__ inline Slice read_phi(u32 at, u32 row_bytes, u32 stream_bytes) {
+  u32 high[3][2], low[3][2];
 #pragma unroll
   for (int c = 0; c < 3; ++c) {
 #pragma unroll
@@ -208,19 +215,24 @@ __device__ inline void read_phi(u32 at, u32 row_bytes, u32 stream_bytes, Part& h
       low[c][s] = parts[1];
     }
   }
+  return {{high[0][0], high[1][0], high[0][1], high[1][1]},
+          {high[2][0], low[0][0], high[2][1], low[0][1]},
+          {low[1][0], low[2][0], low[1][1], low[2][1]}};
 }
 
-// 8 tokens' sums as the tensor cores leave them: rows of sums[0] are the columns 0 to 15 of high, of sums[1]
-// 16 to 23 of high and 0 to 7 of low, of sums[2] the rest of low. The squares are on the diagonal.
+__device__ inline void mma(float (&d)[4], uint4 a, uint2 b) { mma(d, a.x, a.y, a.z, a.w, b); }
+
+// 8 tokens' sums as the tensor cores leave them: their rows are those of a `Slice`. The squares are on the
+// diagonal.
 struct Sums {
   float sums[3][4] = {};
   float squares[4] = {};
 
-  __device__ void add(const Part& high, const Part& low, uint2 x) {
-    mma(sums[0], high[0][0], high[1][0], high[0][1], high[1][1], x);
-    mma(sums[1], high[2][0], low[0][0], high[2][1], low[0][1], x);
-    mma(sums[2], low[1][0], low[2][0], low[1][1], low[2][1], x);
-    mma(squares, x.x, 0, x.y, 0, x);
+  __device__ void add(const Slice& phi, uint2 x) {
+    mma(sums[0], phi.first, x);
+    mma(sums[1], phi.second, x);
+    mma(sums[2], phi.third, x);
+    mma(squares, {x.x, 0, x.y, 0}, x);
   }
 
   __device__ void store(u32 at, int lane) const {
@@ -236,22 +248,26 @@ struct Sums {
   }
 };
 
-// X'[i] = h_post[i] y + sum over j of H_res[i, j] X[j], for two channels of a token; h[i] is H_res[i, :],
-// h_post[i].
-__device__ inline void mix(u32 (&x)[N], u32 y, const float (&h)[N][N + 1]) {
-  float sums[N][2];
+// X'[i] = h_post[i] y + sum over j of H_res[i, j] X[j], for two channels of a token.
+__device__ inline void mix(u32 (&x)[N], u32 y, const float (&h_post)[N], const float (&h_res)[N][N]) {
+  float values[N + 1][2];
 #pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    const auto value = [e](u32 word) { return wide(bf16{u16(word >> 16 * e)}); };
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      sums[i][e] = h[i][N] * value(y);
-#pragma unroll
-      for (int j = 0; j < N; ++j) sums[i][e] += h[i][j] * value(x[j]);
-    }
+  for (int j = 0; j <= N; ++j) {
+    const u32 word = j < N ? x[j] : y;
+    values[j][0] = wide(bf16{u16(word)});
+    values[j][1] = wide(bf16{u16(word >> 16)});
   }
 #pragma unroll
-  for (int i = 0; i < N; ++i) x[i] = pair_of((bf16*)nullptr, sums[i][0], sums[i][1]);
+  for (int i = 0; i < N; ++i) {
+    float sums[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      sums[e] = h_post[i] * values[N][e];
+#pragma unroll
+      for (int j = 0; j < N; ++j) sums[e] += h_res[i][j] * values[j][e];
+    }
+    x[i] = pair_of((bf16*)nullptr, sums[0], sums[1]);
+  }
 }
 
 template <bool SEAM>
@@ -259,8 +275,16 @@ __device__ inline void Block<SEAM>::project(int warp, int lane) const {
   take_registers<P::kShape.project_registers>();
   const int g = lane / 4, q = lane % 4;
 
-  Part high[kBoxes][2], low[kBoxes - P::kLow][2];
-  const u32 low_parts = shared + P::kLowParts + warp * P::kLow * 2 * kLowBytes;
+  // What lies in registers.
+  constexpr int kOwnSlices = kSlices - P::kSharedSlices;
+  Slice slices[kSlices];
+  const auto shared_slice = [&](int slice) {
+    u32 thread;  // asked for every time: to keep it would take a register too many
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return shared + P::kSlicesAt + (slice - kOwnSlices) * kSliceBytes + 16 * thread;
+  };
+  // Whether there are registers left for what can as well be read when it is needed.
+  constexpr bool kSpare = P::kSharedSlices == 0;
   const u32 phi = shared + P::kPhi + (8 * warp + 2 * q) * P::kPhiRowBytes + 4 * g;
 #pragma unroll
   for (int pair = 0; pair < 2; ++pair) {
@@ -268,14 +292,11 @@ __device__ inline void Block<SEAM>::project(int warp, int lane) const {
 #pragma unroll
     for (int box = 0; box < kBoxes; ++box) {
       const u32 at = phi + 2 * pair * P::kPhiBytes + box * kBoxChannels * P::kPhiRowBytes;
-      if (box < kBoxes - P::kLow) {
-        read_phi(at, P::kPhiRowBytes, P::kPhiBytes, high[box][pair], low[box][pair]);
-      } else {
-        Part rest;
-        read_phi(at, P::kPhiRowBytes, P::kPhiBytes, high[box][pair], rest);
-        const u32 to = low_parts + ((box - kBoxes + P::kLow) * 2 + pair) * kLowBytes;
-        write4(to + 16 * lane, {rest[1][0], rest[1][1], rest[2][0], rest[2][1]});
-        write2(to + 512 + 8 * lane, {rest[0][0], rest[0][1]});
+      const int slice = 2 * box + pair;
+      slices[slice] = read_phi(at, P::kPhiRowBytes, P::kPhiBytes);
+      if (slice >= kOwnSlices) {
+        write4(shared_slice(slice), slices[slice].second);
+        write4(shared_slice(slice) + kSliceBytes / 2, slices[slice].third);
       }
     }
   }
@@ -292,47 +313,49 @@ __device__ inline void Block<SEAM>::project(int warp, int lane) const {
   for (int i = 0; i < num_tiles; ++i, ring.next()) {
     wait(barrier(kFull, ring.slot), ring.parity);
     const u32 here = stage(ring.slot);
-    float h[N][N + 1];
+    float h_post[N], h_res[N][N];
+    const auto read_h_post = [&] { read_floats(h_post, here + P::kHPost + g * N * 4); };
     if constexpr (SEAM) {
-      const float4 post = read_float4(here + P::kHPost + g * N * 4);
-      const float posts[N] = {post.x, post.y, post.z, post.w};
 #pragma unroll
-      for (int k = 0; k < N; ++k) {
-        const float4 row = read_float4(here + P::kHRes + (g * N + k) * N * 4);
-        h[k][0] = row.x, h[k][1] = row.y, h[k][2] = row.z, h[k][3] = row.w, h[k][N] = posts[k];
-      }
+      for (int j = 0; j < N; ++j) read_floats(h_res[j], here + P::kHRes + (g * N + j) * N * 4);
+      if (kSpare) read_h_post();
     }
 
-    Sums sums[P::kTokens / 8];
+    constexpr int kOctets = P::kTokens / 8, kSteps = kBoxes * kOctets;
+    // In the seam the next box is on its way to registers while this one is mixed.
+    constexpr bool kAhead = SEAM && kSpare;
+    Sums sums[kOctets];
+    u32 next[N], next_y = 0;
+    const auto address = [&](int step) {
+      return here + matrices + step / kOctets * P::kBoxBytes + step % kOctets * 8 * kRowBytes;
+    };
+    const auto read = [&](int step) {
+      read_matrices(next, address(step));
+      if constexpr (SEAM) next_y = read1(here + own_y + step * P::kBoxBytes);
+    };
+    if (kAhead) read(0);
 #pragma unroll
-    for (int box = 0; box < kBoxes; ++box) {
+    for (int step = 0; step < kSteps; ++step) {
+      if (!kAhead) read(step);
+      u32 x[N] = {next[0], next[1], next[2], next[3]};
+      const u32 y = next_y;
+      if (kAhead && step + 1 < kSteps) read(step + 1);
+      if constexpr (SEAM) {
+        if (!kSpare) read_h_post();
+        mix(x, y, h_post, h_res);
+        write_matrices(address(step), x);
+      }
 #pragma unroll
-      for (int octet = 0; octet < P::kTokens / 8; ++octet) {
-        const u32 at = here + matrices + box * P::kBoxBytes + octet * 8 * kRowBytes;
-        u32 x[N];
-        read_matrices(x, at);
-        if constexpr (SEAM) {
-          mix(x, read1(here + own_y + box * P::kBoxBytes), h);
-          write_matrices(at, x);
+      for (int pair = 0; pair < 2; ++pair) {
+        const int slice = step / kOctets * 2 + pair;
+        Slice phi = slices[slice];
+        if (slice >= kOwnSlices) {
+          phi.second = read4(shared_slice(slice));
+          phi.third = read4(shared_slice(slice) + kSliceBytes / 2);
         }
-#pragma unroll
-        for (int pair = 0; pair < 2; ++pair) {
-          const uint2 x_pair = {x[2 * pair], x[2 * pair + 1]};
-          if (box < kBoxes - P::kLow) {
-            sums[octet].add(high[box][pair], low[box][pair], x_pair);
-          } else {
-            const u32 from = low_parts + ((box - kBoxes + P::kLow) * 2 + pair) * kLowBytes;
-            const uint4 others = read4(from + 16 * lane);
-            const uint2 first = read2(from + 512 + 8 * lane);
-            const Part rest = {{first.x, first.y}, {others.x, others.y}, {others.z, others.w}};
-            sums[octet].add(high[box][pair], rest, x_pair);
-          }
-        }
+        sums[step % kOctets].add(phi, {x[2 * pair], x[2 * pair + 1]});
       }
     }
-    // The copy engine will write where X' is.
-    if constexpr (SEAM) fence_for_copies();
-
     const u32 slot = i % 2;
     wait(barrier(kPartialEmpty, slot), (i / 2 & 1) ^ 1);
 #pragma unroll
@@ -365,8 +388,8 @@ __device__ inline void Block<SEAM>::apply(int thread) const {
 #pragma unroll kUnroll
     for (int k = thread; k < P::kTokens * kUnits; k += kApplyThreads) {
       const int t = k / kUnits, unit = k % kUnits;
-      const float4 hs = read_float4(h_pre + t * N * 4);
-      const float h[N] = {hs.x, hs.y, hs.z, hs.w};
+      float h[N];
+      read_floats(h, h_pre + t * N * 4);
       const u32 at = stage(ring.slot) + unit / 8 * P::kBoxBytes + swizzled(t, unit % 8);
       Pack<bf16, 8> x[N];
       float sums[8] = {};
@@ -400,9 +423,9 @@ __device__ inline void Block<SEAM>::apply(int thread) const {
 
 // ---- one warp each --------------------------------------------------------------------------------------
 
+// By one lane. It has nothing to do with other blocks, and does not wait for them to start.
 template <bool SEAM>
-__device__ inline void Block<SEAM>::copy(int lane) const {
-  if (lane != 0) return;
+__device__ inline void Block<SEAM>::copy() const {
   // phi first: nothing can start without it.
   for (int pair = 0; pair < 2; ++pair) {
     const u32 full = barrier(kPhiFull, pair);
@@ -418,6 +441,8 @@ __device__ inline void Block<SEAM>::copy(int lane) const {
   for (int i = 0; i < num_tiles; ++i, ring.next()) {
     if (i == P::kFreeStages) wait(barrier(kPhiEmpty), 0);
     wait(barrier(kEmpty, ring.slot), ring.parity ^ 1);
+    // X' was written there, and not by the copy engine.
+    if constexpr (SEAM) fence_for_copies();
     const u32 full = barrier(kFull, ring.slot), to = stage(ring.slot);
     const int first = token(i), count = min(P::kTokens, call.tokens - first);
     const int coefficients = SEAM ? count * (N * N + N) * 4 : 0;
@@ -468,15 +493,27 @@ __device__ inline void Block<SEAM>::send_sums(int lane) const {
   }
 }
 
-// Lane c has column c, and lane kColumns the sum of squares.
+// The sum of the values at `from`, one of each block of the cluster.
+template <u32 CLUSTER>
+__device__ inline float sum_of_blocks(u32 from, u32 stride) {
+  float values[CLUSTER];
+#pragma unroll
+  for (u32 b = 0; b < CLUSTER; ++b) values[b] = read_float(from + b * stride);
+  float sums[2] = {values[0], values[1]};
+#pragma unroll
+  for (u32 b = 2; b < CLUSTER; ++b) sums[b % 2] += values[b];
+  return sums[0] + sums[1];
+}
+
+// Lane c has column c, and lane kColumns the sum of squares. All blocks wait for this warp: what they do not
+// wait for is left to `finish`.
 template <bool SEAM>
 __device__ inline void Block<SEAM>::own(int lane) const {
   if (!owns()) return;
   const Settings& settings = *call.settings;
   const int c = min(lane, kColumns);
-  const bool is_column = lane < kColumns;
-  const float alpha = is_column ? call.alpha[(c >= N) + (c >= 2 * N)] : 0.f;
-  const float bias = is_column ? call.bias[c] : 0.f;
+  // The other lanes send alike, and what is not h_pre reaches nobody.
+  const float alpha = call.alpha[0], bias = call.bias[c % N];
   const u32 stride = owned * kSumsBytes;
   const u32 h_pre_there = in_block(shared + P::kHPre, lane % kMaxCluster);
   const u32 h_full_there = in_block(barrier(kHFull), lane % kMaxCluster);
@@ -489,66 +526,81 @@ __device__ inline void Block<SEAM>::own(int lane) const {
 #pragma unroll 1
     for (int o = 0; o < owned; ++o, ++count) {
       const u32 from = shared + P::kOwn + ring.slot * P::kOwnBytes + o * kSumsBytes + 4 * c;
-      float sum = 0.f;
-#pragma unroll
-      for (u32 b = 0; b < kMaxCluster; ++b) sum += b < cluster ? read_float(from + b * stride) : 0.f;
+      const float sum = cluster == 16  ? sum_of_blocks<16>(from, stride)
+                        : cluster == 8 ? sum_of_blocks<8>(from, stride)
+                        : cluster == 4 ? sum_of_blocks<4>(from, stride)
+                                       : sum_of_blocks<2>(from, stride);
       const float r = inverse_norm(settings, __shfl_sync(kAllLanes, sum, kColumns), N * hidden());
-      const float m = r * sum, z = bias + alpha * m;
-      const float s = sigmoid(z), h = s + settings.pre_eps;
+      const float m = r * sum, h = sigmoid(alpha * m + bias) + settings.pre_eps;
       const float4 h_pre = {__shfl_sync(kAllLanes, h, 0), __shfl_sync(kAllLanes, h, 1),
                             __shfl_sync(kAllLanes, h, 2), __shfl_sync(kAllLanes, h, 3)};
-      const int t = rank * owned + o;
       if (lane < int(cluster)) {
-        const u32 row = ring.slot * P::kTokens + t;
+        const u32 row = ring.slot * P::kTokens + rank * owned + o;
         send(h_pre_there + row * N * 4, h_pre, h_full_there + 8 * ring.slot);
       }
 
-      const u32 batch = count / P::kBatch, slot = batch % 2;
-      if (count % P::kBatch == 0) wait(barrier(kLogitsEmpty, slot), (batch / 2 & 1) ^ 1);
-      if (is_column && c >= 2 * N) {
-        const u32 matrix = slot * P::kBatch + count % P::kBatch;
-        write_float(shared + P::kLogits + matrix * kMatrixBytes + 4 * (c - 2 * N), z);
-      }
-      if (count % P::kBatch == P::kBatch - 1 || count == num_tiles * owned - 1) {
-        __syncwarp();
-        if (lane == 0) arrive(barrier(kLogitsFull, slot));
-      }
-
-      const size_t at = size_t(token(i)) + t;
-      if (at >= call.tokens) continue;
-      if (is_column) call.m[at * kColumns + c] = m;
-      if (lane == kColumns) call.r[at] = r;
-      if (c < N) {
-        call.h_pre[at * N + c] = h;
-      } else if (c < 2 * N) {
-        call.h_post[at * N + c - N] = settings.post_scale * s;
-      }
+      const u32 batch = count / kBatch, slot = batch % 2, t = count % kBatch;
+      if (t == 0) wait(barrier(kFinishEmpty, slot), (batch / 2 & 1) ^ 1);
+      const u32 row = shared + P::kFinish + (slot * kBatch + t) * kSumsBytes;
+      if (lane <= kColumns) write_float(row + 4 * c, c < kColumns ? m : r);
+      __syncwarp();
+      const bool is_last = t == kBatch - 1 || count == num_tiles * owned - 1;
+      if (is_last && lane == 0) arrive(barrier(kFinishFull, slot));
     }
   }
 }
 
+// What there is of a token besides H_res, by four lanes: m four columns at a time, and r. The first has h_pre
+// among its columns, the second h_post.
 template <bool SEAM>
-__device__ inline void Block<SEAM>::sinkhorn(int lane) const {
+__device__ inline void Block<SEAM>::store_others(u32 row, size_t token, int lane) const {
+  float4* m = reinterpret_cast<float4*>(call.m + token * kColumns);
+  float own[N];
+  read_floats(own, row + lane * N * 4);
+  m[lane] = {own[0], own[1], own[2], own[3]};
+  if (lane >= 2) {
+    m[lane + 2] = read_float4(row + (lane + 2) * N * 4);
+    if (lane == 2) call.r[token] = read_float(row + 4 * kColumns);
+    return;
+  }
+  const bool is_pre = lane == 0;
+  const Settings& settings = *call.settings;
+  const float scale = is_pre ? 1.f : settings.post_scale, offset = is_pre ? settings.pre_eps : 0.f;
+  float h[N];
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    h[k] = scale * sigmoid(call.alpha[lane] * own[k] + call.bias[lane * N + k]) + offset;
+  }
+  reinterpret_cast<float4*>(is_pre ? call.h_pre : call.h_post)[token] = {h[0], h[1], h[2], h[3]};
+}
+
+// Four lanes have a token.
+template <bool SEAM>
+__device__ inline void Block<SEAM>::finish(int lane) const {
   if (!owns()) return;
-  using Matrices = Sinkhorn<N, P::kLanes>;
-  const Matrices matrices{*call.settings, N, lane % P::kLanes};
-  const int matrix = lane / P::kLanes;
+  const Settings& settings = *call.settings;
+  const Sinkhorn<N> matrix{settings, N, lane % N};
+  const int t = lane / N;
 #pragma unroll 1
-  for (int batch = 0; batch * P::kBatch < num_tiles * owned; ++batch) {
+  for (int batch = 0; batch * kBatch < num_tiles * owned; ++batch) {
     const u32 slot = batch % 2;
-    wait(barrier(kLogitsFull, slot), batch / 2 & 1);
-    typename Matrices::Matrix z, h;
-    matrices.for_each([&](int k, int i) {
-      const u32 from = shared + P::kLogits + (slot * P::kBatch + matrix) * kMatrixBytes;
-      h[k][i] = z[k][i] = read_float(from + 4 * matrices.at(k, i));
-    });
-    __syncwarp();
-    if (lane == 0) arrive(barrier(kLogitsEmpty, slot));
-    if (call.settings->constraint == 0) matrices.forward(z, h, nullptr, 0);
-    const int count = batch * P::kBatch + matrix, i = count >> owned_log2;
+    wait(barrier(kFinishFull, slot), batch / 2 & 1);
+    const u32 row = shared + P::kFinish + (slot * kBatch + t) * kSumsBytes;
+    const int count = batch * kBatch + t, i = count >> owned_log2;
     const size_t at = size_t(token(i)) + rank * owned + count % owned;
-    if (i >= num_tiles || at >= call.tokens) continue;
-    matrices.for_each([&](int k, int j) { call.h_res[at * N * N + matrices.at(k, j)] = h[k][j]; });
+    const bool exists = i < num_tiles && at < call.tokens;
+    Sinkhorn<N>::Matrix z, h_res;
+    matrix.for_each([&](int k, int j) {
+      const int c = 2 * N + matrix.at(k, j);
+      h_res[k][j] = z[k][j] = call.alpha[2] * read_float(row + 4 * c) + call.bias[c];
+    });
+    if (settings.constraint == 0) matrix.forward(z, h_res, nullptr, 0);
+    if (exists) {
+      matrix.for_each([&](int k, int j) { call.h_res[at * N * N + matrix.at(k, j)] = h_res[k][j]; });
+      store_others(row, at, matrix.lane);
+    }
+    __syncwarp();
+    if (lane == 0) arrive(barrier(kFinishEmpty, slot));
   }
 }
 
@@ -570,12 +622,14 @@ __device__ inline void run(const Call& call) {
     block.apply(threadIdx.x - 32 * kProjectWarps);
   } else {
     give_registers<Plan<SEAM>::kShape.other_registers>();
+    const int role = warp - kProjectWarps - kApplyWarps;
+    if (role == 0 && lane == 0) block.copy();
+    __syncwarp();
     cluster_wait();
-    switch (warp - kProjectWarps - kApplyWarps) {
-      case 0: block.copy(lane); break;
+    switch (role) {
       case 1: block.send_sums(lane); break;
       case 2: block.own(lane); break;
-      default: block.sinkhorn(lane);
+      case 3: block.finish(lane); break;
     }
   }
   // A block may go before the others: it has waited for all that they send to it.
