@@ -57,16 +57,23 @@ pub fn plan(call: &Call, device: &Device, memory: &mut Memory) -> Option<Vec<Lau
         Tensor::new(address, dims, [TILE, CHANNELS])
     };
     let vector = |address| Arg::TensorMap(tensor(address, 1));
-    let streams = |address| {
-        [0, 1].map(|first| Arg::TensorMap(tensor(address, STREAMS).every_second(first)))
-    };
+    let streams =
+        |address| [0, 1].map(|first| Arg::TensorMap(tensor(address, STREAMS).every_second(first)));
     let mut args = streams(operand("x")).to_vec();
     args.extend([vector(operand("y")), vector(operand("d_u"))]);
     args.extend(streams(operand("d_x_new_in")));
     args.extend(streams(result("d_x_new")));
     args.push(vector(result("d_y")));
     let names = [
-        "h_post", "h_res", "phi", "alpha", "bias", "m", "r", "h_res_new", "d_h_pre",
+        "h_post",
+        "h_res",
+        "phi",
+        "alpha",
+        "bias",
+        "m",
+        "r",
+        "h_res_new",
+        "d_h_pre",
     ];
     args.extend(names.map(|name| Arg::Pointer(operand(name))));
     args.push(Arg::Pointer(d_z));
