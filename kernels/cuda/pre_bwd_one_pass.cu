@@ -9,9 +9,8 @@
 // The tasks of the warps, and the order in which a tile meets them:
 //
 //   loader        X and d_u, to a buffer
-//   dot warps     this block's part of <d_u, X[i]>, to the block that owns the token
+//   dot warps     this block's part of <d_u, X[i]>, to the block that owns the token; h_res as main warps want it
 //   owner         the sum of these parts; r dm, h_pre and f, to all blocks
-//   table warp    h_res as the main warps want it
 //   main warps    d_x in place of d_x_in, and the sums for d_phi, which stay in registers until the end
 //   changer       d_x to memory, d_x_in of a later tile to where it was
 //
@@ -24,30 +23,38 @@
 
 constexpr int N = 4;
 constexpr int kColumns = N * (N + 2);
-// Main warps take turns at units of 16 channels of all streams.
-constexpr int kUnits = SIZE / 16;
-
-#ifndef STAGES
-#define STAGES 5
-#define CHANGES 5
-#define HELD 8
-#define REGS_MAIN 208
-#define REGS_DOTS 48
-#define REGS_AUX 48
-#endif
-// Buffers for X and d_u, and for d_x_in.
-constexpr int kStages = STAGES, kChanges = CHANGES;
+// Main warps take turns at units of 16 channels of all streams. Where four units are left, two warps share one of
+// them: two streams for each.
 constexpr int kMainWarps = 8;
-// The first warps have one more where they do not share the units evenly.
-constexpr int kWarpUnits = kUnits / kMainWarps, kLongWarps = kUnits % kMainWarps;
-// Fragments of phi (a unit of one stream) that a main warp keeps in registers; the others are in shared memory.
-constexpr int kHeld = HELD;
-constexpr int kMainRegisters = REGS_MAIN, kDotRegisters = REGS_DOTS, kOtherRegisters = REGS_AUX;
+constexpr int kUnits = SIZE / 16, kTurns = kUnits / kMainWarps;
+constexpr bool kShared = kUnits % kMainWarps > 0;
+static_assert(kUnits % kMainWarps == 0 || kUnits % kMainWarps * 2 == kMainWarps);
+// A fragment of phi or d_phi is what a unit has of a stream. Those of a main warp: of its turns, then what it shares.
+constexpr int kFragments = N * kTurns + (kShared ? 2 : 0);
 
-constexpr int kDotWarps = 4;
-constexpr int kLoader = kMainWarps + kDotWarps, kChanger = kLoader + 1, kTableWarp = kLoader + 2,
-              kOwner = kLoader + 3;
-constexpr int kThreads = 32 * (kOwner + 1);
+struct Plan {
+  // Buffers for X and d_u, and for d_x_in.
+  int stages, changes;
+  // Fragments of phi that a main warp keeps in registers; the others are in shared memory.
+  int held;
+  int dot_warps;
+  // Of a thread of the main warps, of the dot warps where these are four, of the others.
+  int main_registers, dot_registers, other_registers;
+};
+#ifdef PLAN
+constexpr Plan kPlan{PLAN};
+#else
+constexpr Plan kPlan = SIZE == 256   ? Plan{5, 5, 4, 4, 200, 48, 64}
+                       : SIZE == 320 ? Plan{3, 3, 0, 4, 200, 48, 64}
+                       : SIZE == 384 ? Plan{3, 2, 0, 4, 200, 48, 64}
+                                     : Plan{2, 2, 0, 1, 224, 56, 56};
+#endif
+constexpr int kStages = kPlan.stages, kChanges = kPlan.changes, kHeld = kPlan.held;
+constexpr int kDotWarps = kPlan.dot_warps;
+
+// Registers are handed on by groups of four warps, so that each kind of warp has a group of its own if it can.
+constexpr int kLoader = kMainWarps + kDotWarps, kChanger = kLoader + 1, kOwner = kLoader + 2;
+constexpr int kThreads = 32 * (kMainWarps + (kDotWarps + 3 + 3) / 4 * 4);
 
 // ---- shared memory ----------------------------------------------------------------------------------
 
@@ -56,14 +63,10 @@ constexpr u32 kPlaneBytes = SIZE * kTileTokens * sizeof(Stream);
 constexpr u32 kBoxBytes = kTileTokens * kRowBytes;
 constexpr u32 kDU = N * kPlaneBytes, kStageBytes = kDU + kPlaneBytes;
 constexpr u32 kChangeBytes = N * kPlaneBytes;
+constexpr u32 kBoxUnits = kBoxChannels / 16, kUnitBytes = 32;
 // Of one fragment of phi.
 constexpr u32 kFragmentBytes = 32 * 24;
-// Those of all warps before fragment f of each warp.
-__device__ constexpr int fragments_before(int f) {
-  const int unit = f / N, last = kUnits - unit * kMainWarps;
-  return unit * N * kMainWarps + f % N * (last < kMainWarps ? last : kMainWarps);
-}
-constexpr u32 kPhiBytes = (N * kUnits - fragments_before(kHeld)) * kFragmentBytes;
+constexpr u32 kPhiBytes = kMainWarps * (kFragments - kHeld) * kFragmentBytes;
 // What main warps want to know of a tile, a row a token: r dm, what r dm lost by rounding (bf16, 24 each), h_pre, -f,
 // all of these from the owner; the transpose of h_res. The padding keeps the rows in different banks.
 constexpr u32 kHPre = 96, kMinusF = 112, kHRes = 128;
@@ -131,6 +134,9 @@ struct PartsRing {
   }
 };
 
+__device__ inline void prefetch(const TensorMap& map, int token, int box, int stream) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(&map), "r"(0), "r"(token), "r"(box), "r"(stream) : "memory");
+}
 // ---- loader, changer --------------------------------------------------------------------------------
 
 __device__ inline void load_tiles(const Block& block, const TensorMap& x, const TensorMap& d_u) {
@@ -147,6 +153,12 @@ __device__ inline void load_tiles(const Block& block, const TensorMap& x, const 
     arrive_and_expect(full, kStageBytes);
     copy_in(stage, x, token, box, 0, full, policy);
     copy_in(stage + kDU, d_u, token, box, 0, full, policy);
+#ifdef PREFETCH
+    if (tile + PREFETCH < block.num_tiles) {
+      prefetch(x, block.first_token(tile + PREFETCH), box, 0);
+      prefetch(d_u, block.first_token(tile + PREFETCH), box, 0);
+    }
+#endif
   }
 }
 
@@ -171,22 +183,46 @@ __device__ inline void change_tiles(const Block& block, const TensorMap& d_x_in,
     commit_copies();
     wait_for_reads<0>();
     if (tile + kChanges < block.num_tiles) load(tile + kChanges, changes.slot);
+#ifdef PREFETCH
+    if (tile + kChanges + PREFETCH - kStages < block.num_tiles) {
+      prefetch(d_x_in, block.first_token(tile + kChanges + PREFETCH - kStages), box, 0);
+    }
+#endif
   }
   finish_copies();
 }
 
 // ---- dot warps --------------------------------------------------------------------------------------
 
-// <d_u, X[i]> is the diagonal of the product of both tiles. A dot warp has 16 channels of every box.
-__device__ inline void multiply_tiles(const Block& block, int warp, int lane) {
+// <d_u, X[i]> is the diagonal of the product of both tiles. A dot warp has some units of every box, and h_res of some
+// tokens: its transpose, or the unit matrix where d_x_in is not to be mixed.
+__device__ inline void multiply_tiles(const Block& block, const float* h_res, int tokens, bool deferred,
+                                      int warp, int lane) {
+  cluster_wait();
   const u32 matrix = lane / 8, row = lane % 8;
-  const u32 x_at = matrix % 2 * kPlaneBytes + swizzled(row, 2 * warp + matrix / 2);
-  const u32 d_u_at = kDU + swizzled(row, 2 * warp + matrix % 2);
+  const u32 first_unit = warp * (kBoxUnits / kDotWarps);
+  const u32 x_at = matrix % 2 * kPlaneBytes + swizzled(row, 2 * first_unit + matrix / 2);
+  const u32 d_u_at = kDU + swizzled(row, 2 * first_unit + matrix % 2);
   // The token whose diagonal element this lane has, if any.
   const u32 token = lane / 4;
   const bool on_diagonal = token / 2 == lane % 4;
   const u32 owner = token % block.cluster;
   const u32 part = (token / block.cluster * block.cluster + block.rank) * kPartBytes + warp * 16;
+
+  // Neighbours in row j of the transpose.
+  constexpr int kOwn = N * N * int(kTileTokens) / (32 * kDotWarps);
+  const int first = (warp * 32 + lane) * kOwn, h_token = first / (N * N), j = first / N % N, i = first % N;
+  float h[kOwn];
+  const auto load_h = [&](int tile) {
+    const long long of = block.first_token(tile) + h_token;
+    const bool mixes = deferred && tile < block.num_tiles && of < tokens;
+#pragma unroll
+    for (int k = 0; k < kOwn; ++k) {
+      h[k] = mixes ? h_res[(of * N + i + k) * N + j] : float(i + k == j);
+    }
+  };
+  load_h(0);
+
   Ring<kStages> ring;
   PartsRing parts(block);
   int group = 0;
@@ -197,16 +233,21 @@ __device__ inline void multiply_tiles(const Block& block, int warp, int lane) {
     float dots[2][4] = {};
 #pragma unroll
     for (int box = 0; box < SIZE / kBoxChannels; ++box) {
-      u32 d_u[2];
-      read_matrices(d_u, stage + d_u_at + box * kBoxBytes);
 #pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
-        u32 x[4];
-        read_matrices(x, stage + x_at + 2 * pair * kPlaneBytes + box * kBoxBytes);
-        mma(dots[pair], x[0], x[1], x[2], x[3], {d_u[0], d_u[1]});
+      for (int unit = 0; unit < kBoxUnits / kDotWarps; ++unit) {
+        // Swizzling is an exclusive or.
+        const u32 from = stage + box * kBoxBytes, flip = unit * kUnitBytes;
+        u32 d_u[2];
+        read_matrices(d_u, from + (d_u_at ^ flip));
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+          u32 x[4];
+          read_matrices(x, from + (x_at ^ flip) + 2 * pair * kPlaneBytes);
+          mma(dots[pair], x[0], x[1], x[2], x[3], {d_u[0], d_u[1]});
+        }
       }
     }
-    // The buffer for parts is free: whoever fills this stage again has seen the answer to what was in it.
+    // The buffers for parts and notes are free: whoever fills this stage again has seen the answer to what was in it.
     if (on_diagonal) {
       const bool odd = token % 2;
       const float4 v = {odd ? dots[0][1] : dots[0][0], odd ? dots[0][3] : dots[0][2],
@@ -214,34 +255,16 @@ __device__ inline void multiply_tiles(const Block& block, int warp, int lane) {
       const u32 to = owner + group * kTileTokens;
       send(in_block(parts.at(block) + part, to), v, in_block(block.barrier(kPartsFull, parts.slot), to));
     }
+    const u32 at = block.notes(ring.slot) + h_token * kNoteRow + kHRes + (j * N + i) * sizeof(float);
+#pragma unroll
+    for (int k = 0; k < kOwn; ++k) write_float(at + k * sizeof(float), h[k]);
+    load_h(tile + 1);
     __syncwarp();
+    if (lane == 0) arrive(block.barrier(kTableFull, ring.slot));
     if (++group == block.owner_groups()) {
       group = 0;
       parts.next();
     }
-  }
-}
-
-// ---- table warp -------------------------------------------------------------------------------------
-
-// A lane has row j of the transpose of h_res of a token; of the unit matrix where d_x_in is not to be mixed.
-__device__ inline void write_tables(const Block& block, const float* h_res, int tokens, bool deferred,
-                                    int lane) {
-  const int j = lane % N;
-  Ring<kStages> ring;
-#pragma unroll 1
-  for (int tile = 0; tile < block.num_tiles; ++tile, ring.next()) {
-    const long long token = block.first_token(tile) + lane / N;
-    float h[N];
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      h[i] = deferred && token < tokens ? h_res[(token * N + i) * N + j] : float(i == j);
-    }
-    wait(block.barrier(kDone, ring.slot), ring.parity ^ 1);
-    write_float4(block.notes(ring.slot) + lane / N * kNoteRow + kHRes + j * 16,
-                 {h[0], h[1], h[2], h[3]});
-    __syncwarp();
-    if (lane == 0) arrive(block.barrier(kTableFull, ring.slot));
   }
 }
 
@@ -397,45 +420,151 @@ __device__ inline float high(u32 pair) { return __uint_as_float(pair & 0xffff000
 __device__ inline int fragment_at(int f, int hidden) {
   u32 thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  const int channel = cluster_rank() * SIZE + thread / 32 * 16 + thread % 32 / 4;
-  return (f % N * hidden + f / N * kMainWarps * 16 + channel) * kColumns + thread % 4 * 2;
+  const int warp = thread / 32, turn = f / N;
+  const int unit = turn * kMainWarps + (turn < kTurns ? warp : warp / 2);
+  const int stream = f % N + (turn < kTurns ? 0 : warp % 2 * 2);
+  const int channel = cluster_rank() * SIZE + unit * 16 + thread % 32 / 4;
+  return (stream * hidden + channel) * kColumns + thread % 4 * 2;
 }
 
-// UNITS: of this warp. Lane 4 g + q has the channels g and g + 8 of a unit, and the tokens 2 q and 2 q + 1.
-template <int UNITS>
+// A main warp. Lane 4 g + q has the channels g and g + 8 of a unit, and the tokens 2 q and 2 q + 1.
+struct Differentiation {
+  // Fragments of phi; from this warp's first one in shared memory on.
+  PhiFragment held[kHeld > 0 ? kHeld : 1];
+  u32 phi_at;
+  float d_phi[kFragments][3][4];
+  // Of the tile: X and d_u, d_x_in; the notes from matrix rows of this lane on, and from its first token on.
+  u32 stage, change, row_notes, own_notes;
+  float minus_f[2];
+
+  // A unit, or two streams of it from `first` on, whose fragments are those from F on. `at`: of this lane's matrix
+  // row in a pair of streams; where only one is read, of a lane whose row is wanted it is in the first.
+  template <int F, int STREAMS>
+  __device__ void differentiate(u32 at, int first) {
+    // r dm and the rest of it as B of phi dm: k is a column.
+    u32 dm[4], more_dm[2];
+    read_matrices(dm, row_notes);
+    read_matrices(more_dm, row_notes + 64);
+    u32 d_u[2], d_x_in[2][4];
+    read_transposed(d_u, stage + kDU + at);
+    read_transposed(d_x_in[0], change + at);
+    read_transposed(d_x_in[1], change + 2 * kPlaneBytes + at);
+    // The other warp of a shared unit writes what this one reads.
+    if constexpr (STREAMS < N) wait_for_partner();
+    const u32 first_at = at + first * kPlaneBytes;
+    const u32 first_notes = own_notes + first * sizeof(float), first_h = own_notes + kHRes + first * 16;
+#pragma unroll
+    for (int s = 0; s < STREAMS; s += 2) {
+      u32 x[4], d_x[4];
+      read_transposed(x, stage + first_at + s * kPlaneBytes);
+#pragma unroll
+      for (int j = s; j < s + 2; ++j) {
+        const u32 x0 = x[j % 2 * 2], x1 = x[j % 2 * 2 + 1];
+        float sums[4];
+#pragma unroll
+        for (int t = 0; t < 2; ++t) {
+          const auto of = [&](u32 v) { return t == 0 ? low(v) : high(v); };
+          const float h_pre = read_float(first_notes + t * kNoteRow + kHPre + 4 * j);
+          const float4 h = read_float4(first_h + t * kNoteRow + j * 16);
+          sums[t] = h_pre * of(d_u[0]) + minus_f[t] * of(x0);
+          sums[2 + t] = h_pre * of(d_u[1]) + minus_f[t] * of(x1);
+          const float hs[N] = {h.x, h.y, h.z, h.w};
+#pragma unroll
+          for (int i = 0; i < N; ++i) {
+            sums[t] += hs[i] * of(d_x_in[i / 2][i % 2 * 2]);
+            sums[2 + t] += hs[i] * of(d_x_in[i / 2][i % 2 * 2 + 1]);
+          }
+        }
+        PhiFragment p;
+        if (F + j < kHeld) {
+          p = held[F + j < kHeld ? F + j : 0];
+        } else {
+          p.read(phi_at + (F + j - kHeld) * kMainWarps * kFragmentBytes);
+        }
+        mma(sums, p.words[0], p.words[1], p.words[2], p.words[3], {dm[0], dm[1]});
+        mma(sums, p.words[4], p.words[5], p.words[0], p.words[1], {dm[2], dm[3]});
+        mma(sums, p.words[2], p.words[3], p.words[4], p.words[5], {more_dm[0], more_dm[1]});
+        d_x[j % 2 * 2] = pair_of((Stream*)nullptr, sums[0], sums[1]);
+        d_x[j % 2 * 2 + 1] = pair_of((Stream*)nullptr, sums[2], sums[3]);
+      }
+      write_transposed(change + first_at + s * kPlaneBytes, d_x);
+    }
+    // The same as B of X^T dm: k is a token. X is read again, which takes fewer registers.
+    read_transposed(dm, row_notes);
+    read_transposed(more_dm, row_notes + 64);
+#pragma unroll
+    for (int s = 0; s < STREAMS; s += 2) {
+      u32 x[4];
+      read_transposed(x, stage + first_at + s * kPlaneBytes);
+#pragma unroll
+      for (int j = s; j < s + 2; ++j) {
+        const u32 x0 = x[j % 2 * 2], x1 = x[j % 2 * 2 + 1];
+        mma(d_phi[F + j][0], x0, x1, x0, x1, {dm[0], dm[3]});
+        mma(d_phi[F + j][1], x0, x1, x0, x1, {dm[1], more_dm[0]});
+        mma(d_phi[F + j][2], x0, x1, x0, x1, {dm[2], more_dm[1]});
+      }
+    }
+  }
+
+  __device__ static void wait_for_partner() {
+    asm volatile("bar.sync %0, 64;" ::"r"(1 + threadIdx.x / 64) : "memory");
+  }
+
+  template <int TURN>
+  __device__ void take_turns(u32 at) {
+    constexpr u32 kTurnBytes = kMainWarps / kBoxUnits * kBoxBytes;
+    if constexpr (TURN < kTurns) {
+      differentiate<TURN * N, N>(at + TURN * kTurnBytes, 0);
+      take_turns<TURN + 1>(at);
+    }
+  }
+};
+
+// One ring is enough for two that have the same length.
+template <int A, int B>
+__device__ inline const auto& choose_ring(const Ring<A>& a, const Ring<B>& b) {
+  if constexpr (A == B) {
+    return a;
+  } else {
+    return b;
+  }
+}
+
 __device__ inline void differentiate_tiles(const Block& block, const float* phi, float* d_phi_partial,
                                            int hidden, int warp, int lane) {
   const u32 q = lane % 4, matrix = lane / 8, row = lane % 8;
-  const u32 own_phi = block.shared + kPhi + warp * kFragmentBytes + lane * 8;
-  constexpr int kFragments = N * UNITS;
-  PhiFragment held[kHeld > 0 ? kHeld : 1];
-  float d_phi[kFragments][3][4];
+  Differentiation main;
+  main.phi_at = block.shared + kPhi + warp * kFragmentBytes + lane * 8;
 #pragma unroll
   for (int f = 0; f < kFragments; ++f) {
     PhiFragment fragment;
     fragment.load(phi + fragment_at(f, hidden));
     if (f < kHeld) {
-      held[f < kHeld ? f : 0] = fragment;
+      main.held[f < kHeld ? f : 0] = fragment;
     } else {
-      fragment.write(own_phi + (fragments_before(f) - fragments_before(kHeld)) * kFragmentBytes);
+      fragment.write(main.phi_at + (f - kHeld) * kMainWarps * kFragmentBytes);
     }
 #pragma unroll
-    for (int e = 0; e < 12; ++e) d_phi[f][e / 4][e % 4] = 0.f;
+    for (int e = 0; e < 12; ++e) main.d_phi[f][e / 4][e % 4] = 0.f;
   }
   __syncwarp();
   if (lane == 0) arrive(block.barrier(kPhiRead, 0));
   cluster_wait();
 
-  // Of a pair of streams: the matrices of stream 0, then those of stream 1.
-  constexpr u32 kBoxUnits = kBoxChannels / 16, kUnitStep = kMainWarps / kBoxUnits * kBoxBytes;
-  const u32 octet_at = swizzled(row, warp % kBoxUnits * 2 + matrix % 2) + warp / kBoxUnits * kBoxBytes;
-  const u32 pair_at = matrix / 2 * kPlaneBytes + octet_at;
+  // Of a pair of streams: the matrices of the first, then those of the second.
+  const auto pair_at = [&](int unit) {
+    return matrix / 2 * kPlaneBytes + swizzled(row, unit % kBoxUnits * 2 + matrix % 2) +
+           unit / kBoxUnits * kBoxBytes;
+  };
+  const u32 turns_at = pair_at(warp), shared_at = pair_at(kTurns * kMainWarps + warp / 2);
   Ring<kStages> ring;
-  Ring<kChanges> changes;
+  Ring<kChanges> other_changes;
 #pragma unroll 1
-  for (int tile = 0; tile < block.num_tiles; ++tile, ring.next(), changes.next()) {
-    const u32 stage = block.stage(ring.slot), change = block.change(changes.slot);
+  for (int left = block.num_tiles; left > 0; --left) {
+    const auto& changes = choose_ring(ring, other_changes);
+    main.stage = block.stage(ring.slot), main.change = block.change(changes.slot);
     const u32 notes = block.notes(ring.slot);
+    main.row_notes = notes + row * kNoteRow + matrix * 16, main.own_notes = notes + 2 * q * kNoteRow;
     if (warp == 0 && lane == 0) {
       arrive_and_expect(block.barrier(kAnswerFull, ring.slot), kTileTokens * kHRes);
     }
@@ -443,87 +572,27 @@ __device__ inline void differentiate_tiles(const Block& block, const float* phi,
     wait(block.barrier(kTableFull, ring.slot), ring.parity);
     wait(block.barrier(kChangeFull, changes.slot), changes.parity);
     wait_for_cluster(block.barrier(kAnswerFull, ring.slot), ring.parity);
-
-    // r dm and the rest of it: as B of phi dm (k is a column), and of X^T dm (k is a token).
-    u32 back[6], forth[6];
-    {
-      u32 four[4], two[2];
-      const u32 at = notes + row * kNoteRow + matrix * 16;
-      read_matrices(four, at);
-      read_matrices(two, at + 64);
-      back[0] = four[0], back[1] = four[1], back[2] = four[2], back[3] = four[3];
-      back[4] = two[0], back[5] = two[1];
-      read_transposed(four, at);
-      read_transposed(two, at + 64);
-      forth[0] = four[0], forth[1] = four[1], forth[2] = four[2], forth[3] = four[3];
-      forth[4] = two[0], forth[5] = two[1];
+#pragma unroll
+    for (int t = 0; t < 2; ++t) main.minus_f[t] = read_float(main.own_notes + t * kNoteRow + kMinusF);
+    if constexpr (kShared) {
+      main.differentiate<kTurns * N, 2>(shared_at, warp % 2 * 2);
     }
-    const u32 own_notes = notes + 2 * q * kNoteRow;
-    const float minus_f[2] = {read_float(own_notes + kMinusF),
-                              read_float(own_notes + kNoteRow + kMinusF)};
-
-#pragma unroll
-    for (int unit = 0; unit < UNITS; ++unit) {
-      const u32 step = unit * kUnitStep;
-      u32 d_u[2], d_x_in[2][4];
-      read_transposed(d_u, stage + kDU + octet_at + step);
-      read_transposed(d_x_in[0], change + pair_at + step);
-      read_transposed(d_x_in[1], change + 2 * kPlaneBytes + pair_at + step);
-#pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
-        u32 x[4], d_x[4];
-        read_transposed(x, stage + 2 * pair * kPlaneBytes + pair_at + step);
-#pragma unroll
-        for (int s = 0; s < 2; ++s) {
-          const int j = 2 * pair + s, f = unit * N + j;
-          const u32 x0 = x[2 * s], x1 = x[2 * s + 1];
-          float sums[4];
-#pragma unroll
-          for (int t = 0; t < 2; ++t) {
-            const auto of = [&](u32 v) { return t == 0 ? low(v) : high(v); };
-            const float h_pre = read_float(own_notes + t * kNoteRow + kHPre + 4 * j);
-            const float4 h = read_float4(own_notes + t * kNoteRow + kHRes + j * 16);
-            sums[t] = h_pre * of(d_u[0]) + minus_f[t] * of(x0);
-            sums[2 + t] = h_pre * of(d_u[1]) + minus_f[t] * of(x1);
-            const float hs[N] = {h.x, h.y, h.z, h.w};
-#pragma unroll
-            for (int i = 0; i < N; ++i) {
-              sums[t] += hs[i] * of(d_x_in[i / 2][i % 2 * 2]);
-              sums[2 + t] += hs[i] * of(d_x_in[i / 2][i % 2 * 2 + 1]);
-            }
-          }
-          PhiFragment p;
-          if (f < kHeld) {
-            p = held[f < kHeld ? f : 0];
-          } else {
-            p.read(own_phi + (fragments_before(f) - fragments_before(kHeld)) * kFragmentBytes);
-          }
-          mma(sums, p.words[0], p.words[1], p.words[2], p.words[3], {back[0], back[1]});
-          mma(sums, p.words[4], p.words[5], p.words[0], p.words[1], {back[2], back[3]});
-          mma(sums, p.words[2], p.words[3], p.words[4], p.words[5], {back[4], back[5]});
-#pragma unroll
-          for (int octet = 0; octet < 3; ++octet) {
-            mma(d_phi[f][octet], x0, x1, x0, x1, {forth[octet], forth[octet + 3]});
-          }
-          d_x[2 * s] = pair_of((Stream*)nullptr, sums[0], sums[1]);
-          d_x[2 * s + 1] = pair_of((Stream*)nullptr, sums[2], sums[3]);
-        }
-        write_transposed(change + 2 * pair * kPlaneBytes + pair_at + step, d_x);
-      }
-    }
+    main.take_turns<0>(turns_at);
     fence_for_copies();
     __syncwarp();
     if (lane == 0) arrive(block.barrier(kDone, ring.slot));
+    ring.next();
+    if constexpr (kChanges != kStages) other_changes.next();
   }
 
-  // [clusters, n C, kColumns], for sum_d_phi
+  // [clusters, n C, kColumns], for sum_gradients
   float* partial = d_phi_partial + (long long)block.first_tile * N * hidden * kColumns;
 #pragma unroll
   for (int f = 0; f < kFragments; ++f) {
     float* out = partial + fragment_at(f, hidden);
 #pragma unroll
     for (int octet = 0; octet < 3; ++octet) {
-      const float(&d)[4] = d_phi[f][octet];
+      const float(&d)[4] = main.d_phi[f][octet];
       *reinterpret_cast<float2*>(out + octet * 8) = {d[0], d[1]};
       *reinterpret_cast<float2*>(out + 8 * kColumns + octet * 8) = {d[2], d[3]};
     }
@@ -547,7 +616,7 @@ KERNEL(pre_bwd_one_pass, kThreads, 1)
       init_barrier(block.barrier(kDone, s), kMainWarps);
       init_barrier(block.barrier(kPartsFull, s), 1);
       init_barrier(block.barrier(kAnswerFull, s), 1);
-      init_barrier(block.barrier(kTableFull, s), 1);
+      init_barrier(block.barrier(kTableFull, s), kDotWarps);
     }
     for (int s = 0; s < kChanges; ++s) init_barrier(block.barrier(kChangeFull, s), 1);
     init_barrier(block.barrier(kPhiRead, 0), kMainWarps);
@@ -557,22 +626,20 @@ KERNEL(pre_bwd_one_pass, kThreads, 1)
   cluster_arrive();
 
   if (warp < kMainWarps) {
-    take_registers<kMainRegisters>();
-    if (warp < kLongWarps) {
-      differentiate_tiles<kWarpUnits + 1>(block, phi, d_phi_partial, hidden, warp, lane);
-    } else {
-      differentiate_tiles<kWarpUnits>(block, phi, d_phi_partial, hidden, warp, lane);
-    }
-  } else if (warp < kLoader) {
-    give_registers<kDotRegisters>();
-    cluster_wait();
-    multiply_tiles(block, warp - kMainWarps, lane);
+    take_registers<kPlan.main_registers>();
+    differentiate_tiles(block, phi, d_phi_partial, hidden, warp, lane);
+  } else if (kDotWarps % 4 == 0 && warp < kLoader) {
+    give_registers<kPlan.dot_registers>();
+    multiply_tiles(block, h_res, tokens, deferred, warp - kMainWarps, lane);
   } else {
-    give_registers<kOtherRegisters>();
-    cluster_wait();
+    give_registers<kPlan.other_registers>();
+    if (warp < kLoader) {
+      multiply_tiles(block, h_res, tokens, deferred, warp - kMainWarps, lane);
+    } else {
+      cluster_wait();
+    }
     if (warp == kLoader && lane == 0) load_tiles(block, x, d_u);
     if (warp == kChanger && lane == 0) change_tiles(block, d_x_in, d_x);
-    if (warp == kTableWarp) write_tables(block, h_res, tokens, deferred, lane);
     if (warp == kOwner) {
       answer(block, {alpha, bias, m, r, d_h_pre, d_z, gate_sums}, tokens, hidden, settings, lane);
     }
