@@ -79,6 +79,33 @@ def test_every_dtype_is_fused(op, dtype):
     assert custom_calls(text) == forward(op) + backward(op)
 
 
+@pytest.mark.parametrize("with_seams", [False, True])
+def test_a_scan_runs_every_call_once(with_seams):
+    """XLA may make two of a call whose results are stacked for the backward pass and used at once."""
+    tokens, streams, hidden, layers = 64, 4, 256, 3
+    keys = jax.random.split(jax.random.key(0), layers)
+    make = functools.partial(jax_mhc.init_params, streams=streams, hidden=hidden)
+    params, weights = jax.vmap(make)(keys), jnp.ones((layers, hidden, hidden), jnp.bfloat16)
+    x = jnp.ones((tokens, streams, hidden), jnp.bfloat16)
+
+    def loss(x, params, weights):
+        if with_seams:
+            return jax_mhc.stack([lambda u, w: jnp.tanh(u @ w)], x, [params], xs=weights).sum()
+
+        def body(x, slices):
+            params, w = slices
+            return jax_mhc.mhc_residual(lambda u: jnp.tanh(u @ w), x, params), None
+
+        return jax.lax.scan(body, x, (params, weights))[0].sum()
+
+    counts = custom_calls(compiled_text(jax.grad(loss, argnums=(0, 1, 2)), x, params, weights))
+    if with_seams:
+        expected = {"seam_fwd": 1, "seam_bwd": 1, "post_bwd": 1}
+    else:
+        expected = {"pre_fwd": 1, "post_fwd": 1, "pre_bwd": 1, "post_bwd": 1}
+    assert counts == expected
+
+
 # ---- shapes -------------------------------------------------------------------------------------
 
 

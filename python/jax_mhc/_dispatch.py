@@ -182,7 +182,17 @@ def fused_call(
     op = name.split("_")[0]
     first_order = _primitives().first_order
     call = _call(name, config, deferred)
-    return call(*(first_order.bind(operand, op=op) for operand in operands))
+    results = call(*(first_order.bind(operand, op=op) for operand in operands))
+    if not name.endswith("_fwd"):
+        return results
+    # Where a scan stacks a result, XLA for GPUs lets the call write it to its place (dynamic-slice
+    # fusion). If somebody else in the loop reads that result, the versions of JAX 0.11 leave a
+    # second call for him (openxla/xla#45799). Nobody else reads what the backward pass alone needs.
+    names = _CALLS[name][1].split()
+    return [
+        result if result_name in ("m", "r") else jax.lax.optimization_barrier(result)
+        for result_name, result in zip(names, results, strict=True)
+    ]
 
 
 @functools.cache
