@@ -81,7 +81,7 @@ def test_every_dtype_is_fused(op, dtype):
 
 @pytest.mark.parametrize("with_seams", [False, True])
 def test_a_scan_runs_every_call_once(with_seams):
-    """XLA may make two of a call whose results are stacked for the backward pass and used at once."""
+    """XLA may make two of a call whose results are stacked for later and used at once."""
     tokens, streams, hidden, layers = 64, 4, 256, 3
     keys = jax.random.split(jax.random.key(0), layers)
     make = functools.partial(jax_mhc.init_params, streams=streams, hidden=hidden)
