@@ -44,6 +44,15 @@ def sublayer(layer, **options):
     return mhc.mhc_residual(layer, X, PARAMS, **options)
 
 
+def stack(layers=(jnp.tanh,), params=(PARAMS,), **options):
+    return lambda: mhc.stack(layers, X, params, **options)
+
+
+def stack_in_scan(num_params=4, num_xs=4, params=PARAMS, layers=(lambda u, s: s * u,), **options):
+    stacked = jax.tree.map(lambda leaf: jnp.stack(num_params * [leaf]), params)
+    return stack(layers, len(layers) * [stacked], xs={"w": zeros(num_xs)}, **options)
+
+
 def config(**settings):
     return lambda: MHCConfig(**settings)
 
@@ -279,6 +288,36 @@ ERRORS = [
         ),
         ValueError, "convert.to_deepseek_v4", "params.phi.T", "[6, 9]",
     ),
+    # Stacks.
+    (lambda: mhc.stack([], Y[0], []), ValueError, "stack", "x", "[3]"),
+    (stack(config={}), TypeError, "stack", "config", "dict"),
+    (stack(lambda u: u), TypeError, "stack", "layers", "function"),
+    (stack(params=PARAMS), TypeError, "stack", "params", "MHCParams"),
+    (stack([jnp.tanh, 3], 2 * [PARAMS]), TypeError, "stack", "layers[1]", "int"),
+    (stack(2 * [jnp.tanh]), ValueError, "stack", "params", "1"),
+    (stack(2 * [jnp.tanh], [PARAMS, HEAD]), TypeError, "stack", "params[1]", "HeadParams"),
+    (
+        stack(params=[with_(PARAMS, phi=zeros(6, 7))]),
+        ValueError, "stack", "params[0].phi", "[6, 7]",
+    ),
+    (stack([lambda u: u[:4]]), ValueError, "stack", "the result of layers[0]", "[4, 3]"),
+    (stack([lambda u: (u, 0)]), TypeError, "stack", "the result of layers[0]", "a tuple of 2"),
+    (stack(keep_streams_every=0), ValueError, "stack", "keep_streams_every", "0"),
+    (stack(unroll=2), ValueError, "stack", "unroll", "2"),
+    (stack_in_scan(unroll=0), ValueError, "stack", "unroll", "0"),
+    (stack_in_scan(num_xs=3), ValueError, "stack", "params[0].phi", "shape [4, 6, 8]"),
+    (stack(xs=[zeros(2), zeros(3)]), ValueError, "stack", "xs[1]", "shape [3]"),
+    (stack([], [], xs=0.0), ValueError, "stack", "xs", "shape []"),
+    (stack([], [], xs=()), ValueError, "stack", "xs", "none, nor any params"),
+    (
+        stack_in_scan(params=with_(PARAMS, alpha=zeros(2))),
+        ValueError, "stack", "a slice of params[0].alpha", "[2]",
+    ),
+    (
+        stack_in_scan(layers=2 * [lambda u, s: u], keep_streams_every=3),
+        ValueError, "stack", "keep_streams_every", "3",
+    ),
+    (stack_in_scan(keep_streams_every=3), ValueError, "stack", "keep_streams_every", "3"),
 ]  # fmt: skip
 
 # Raised under conditions that the tests below make.

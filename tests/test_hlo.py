@@ -132,7 +132,6 @@ def residuals(function, *arrays):
         for line in lines
         if "from the argument" not in line
     ]
-    assert len(shapes) < len(lines)
     return [math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes]
 
 

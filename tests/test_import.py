@@ -10,9 +10,9 @@ import pytest
 import jax_mhc
 
 PUBLIC = {
-    "MHCParams", "MHCConfig", "HeadParams", "init_params", "init_head", "expand", "reduce", "head",
-    "pre", "post", "post_pre", "sinkhorn", "mhc_residual", "presets", "convert", "reference",
-    "info",
+    "Context", "MHCParams", "MHCConfig", "HeadParams", "init_params", "init_head", "expand",
+    "reduce", "head", "pre", "post", "post_pre", "sinkhorn", "mhc_residual", "stack", "presets",
+    "convert", "reference", "info",
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, _errors
 from jax_mhc._dispatch import Implementation
@@ -73,7 +74,8 @@ def mhc_residual(
 
     the counterpart of `x + layer(x)`. `h_res[i, j]` is the weight of stream j in new stream i.
     Source: arXiv 2512.24880. It is `pre`, `layer` and `post`, which see for dtypes, gradients and
-    batching; where one sublayer follows another, `post_pre` saves a pass over the streams.
+    batching; where one sublayer follows another, `stack` saves a pass over the streams. For
+    `jax.checkpoint` policies the layer's output is named "mhc_layer_output".
 
     Args:
         layer: a function `[..., C] -> [..., C]` that keeps the dtype: attention or MLP with its own
@@ -111,6 +113,6 @@ def mhc_residual(
             TypeError, op, "layer's result", "one array", f"a tuple of {len(y)}",
             "Set has_aux=True for a layer that returns (y, aux).",
         )  # fmt: skip
-    y = _check.layer_output(op, "layer's result", y, ctx.x)
+    y = checkpoint_name(_check.layer_output(op, "layer's result", y, ctx.x), "mhc_layer_output")
     x_new = post(y, ctx, implementation=implementation)
     return (x_new, aux) if has_aux else x_new

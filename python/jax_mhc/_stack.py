@@ -54,18 +54,18 @@ def stack(
 
         x, _ = jax.lax.scan(block, x, (params, xs))
 
-    but from one sublayer to the next, blocks included, the streams are read and written once, by
-    `post_pre`, and not twice, by `post` and `pre`. The scan carries what the post of a block's last
-    sublayer needs; that before the first block is one of y = 0, h_post = 0 and h_res = I.
-    Source: arXiv 2512.24880.
+    but from one sublayer to the next, from block to block too, the streams are read and written
+    once, by `post_pre`, and not twice, by `post` and `pre`. The scan carries what the post of a
+    block's last sublayer needs: x, y, h_post and h_res. Before the first block these are x, 0, 0
+    and I. Source: arXiv 2512.24880.
 
     See `pre` for dtypes, derivatives and batching. Beside what the layers keep, the backward pass
-    keeps of each sublayer the streams before it, its y, and 2 (n² + 2n) + 1 numbers a token. With
-    `keep_streams_every` above 1 the sublayers are run in stretches of that many. Of the streams
-    those before a stretch are kept, and the others are computed again in the backward pass, a
-    stretch at a time (section 4.3.2). Then, and with a `policy`, each stretch is a
-    `jax.checkpoint`, whose policy JAX applies to what layers have wrapped in one of their own, too.
-    Names for policies: those of `post_pre` and "mhc_layer_output" (y).
+    keeps of each sublayer the streams before it, y, and about 2 (n² + 2n) numbers a token. With
+    `keep_streams_every` above 1 the sublayers are run in stretches of that many: only the streams
+    before a stretch are kept, and the backward pass computes the others again, a stretch at a time
+    (section 4.3.2). Then, and with a `policy`, each stretch is one `jax.checkpoint`. JAX applies
+    its policy to the insides of layers that are wrapped in `jax.checkpoint` themselves, too. Names
+    for policies: those of `post_pre`, and "mhc_layer_output" (y).
 
     Args:
         layers: the sublayers, functions `[..., C] -> [..., C]` that keep the dtype; with xs those
@@ -95,10 +95,10 @@ def stack(
     _check_layers(layers, params)
     every = _errors.integer(
         _OP, "keep_streams_every", keep_streams_every, 1, None,
-        "1 keeps the streams before every sublayer.",
+        "Give 1 to keep the streams before every sublayer.",
     )  # fmt: skip
     if not isinstance(unroll, bool):
-        unroll = _errors.integer(_OP, "unroll", unroll, 1, None, "1 does not unroll the loop.")
+        unroll = _errors.integer(_OP, "unroll", unroll, 1, None, "Give 1 to unroll nothing.")
     if xs is None and unroll not in (False, 1):
         _errors.fail(
             ValueError, _OP, "unroll", "1 where there is no xs", unroll,
@@ -106,7 +106,7 @@ def stack(
         )  # fmt: skip
     options: dict[str, Any] = {"config": config, "implementation": implementation}
 
-    def advance(before: jax.Array | _Pending, sublayers: list[_Sublayer]) -> _Pending:
+    def advance(before: Any, sublayers: list[_Sublayer]) -> Any:
         for i, layer, p in sublayers:
             _check.params(
                 _OP, p, x, config, f"params[{i}]" if xs is None else f"a slice of params[{i}]"
@@ -119,14 +119,13 @@ def stack(
             before = _Pending(streams(ctx)[1], y, ctx.h_post, ctx.h_res)
         return before
 
-    def run(before: Any, sublayers: list[_Sublayer], **checkpoint_options: bool) -> Any:
+    def run(before: Any, sublayers: list[_Sublayer], prevent_cse: bool = True) -> Any:
         if every == 1 and policy is None:
             return advance(before, sublayers)
         for start in range(0, len(sublayers), every):
             stretch = partial(advance, sublayers=sublayers[start : start + every])
-            before = jax.checkpoint(
-                stretch, policy=policy or _all_but_streams(x.shape), **checkpoint_options
-            )(before)
+            what = policy or _all_but_streams(x.shape)
+            before = jax.checkpoint(stretch, policy=what, prevent_cse=prevent_cse)(before)
         return before
 
     if xs is None:
@@ -157,18 +156,18 @@ class _Pending(NamedTuple):
 
 
 class _Sublayer(NamedTuple):
-    """One step of the stack; its index is that in `layers`."""
+    """A sublayer and its place in `layers`."""
 
-    index: int
+    place: int
     layer: Callable[[jax.Array], Any]
     params: MHCParams
 
 
 def _scan(
     run: Callable[..., _Pending],
-    layers: Sequence[Callable[..., Any]],
+    layers: tuple[Callable[..., Any], ...],
     x: jax.Array,
-    params: Sequence[MHCParams],
+    params: tuple[MHCParams, ...],
     xs: Any,
     every: int,
     unroll: int,
@@ -190,7 +189,7 @@ def _scan(
         # XLA could merge the two passes again only where no loop is left of them.
         return run(before, sublayers, prevent_cse=unroll is True or unroll >= num_steps), None
 
-    stacked = (tuple(params), xs)
+    stacked = (params, xs)
     if num_together > 1:
         stacked = jax.tree.map(
             lambda leaf: leaf.reshape(num_steps, num_together, *leaf.shape[1:]), stacked
@@ -225,8 +224,10 @@ def _all_but_streams(shape: tuple[int, ...]) -> Callable[..., bool]:
     def keep(primitive: Any, *avals: Any, **options: Any) -> bool:
         if primitive.name == "name":
             return options["name"] != "mhc_streams"
-        shapes = [getattr(aval, "shape", ()) for aval in avals]
-        # Our identities too, which would only be copies.
+        # Of the reference, what a product that JAX differentiates by our rule gives, too.
+        results = getattr(options.get("call_jaxpr"), "out_avals", ())
+        shapes = [getattr(aval, "shape", ()) for aval in (*avals, *results)]
+        # And our identities, which would only be copies.
         return not (
             primitive.name.startswith("mhc_")
             or any(map(is_streams, [*shapes, options.get("shape") or ()]))
@@ -275,7 +276,7 @@ def _layer_output(i: int, y: Any, x: jax.Array) -> jax.Array:
 def _num_blocks(params: tuple[MHCParams, ...], xs: Any) -> int:
     """The common length of the leading axes."""
     num_blocks, first = None, ""
-    for argument, tree in (("params", params), ("xs", xs)):
+    for argument, tree in (("xs", xs), ("params", params)):
         for path, leaf in jax.tree.leaves_with_path(tree):
             name, shape = argument + jax.tree_util.keystr(path), np.shape(leaf)
             if num_blocks is None and shape:

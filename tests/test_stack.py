@@ -1,0 +1,326 @@
+"""A stack of sublayers: what it computes, what is compiled, and what its backward pass keeps."""
+
+import collections
+import functools
+import math
+import operator
+import re
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import (
+    AS_WRITTEN,
+    FAST_COMPILATION,
+    PLATFORM,
+    WIDEST,
+    Case,
+    assert_trees_close,
+    implemented,
+    in_float64,
+    relative_error,
+    variant,
+)
+from jax import checkpoint_policies
+from test_hlo import compiled_text, custom_calls, residuals
+
+from jax_mhc import mhc_residual, presets, stack
+
+CASE = Case((3, 5), 4, 16)
+
+
+# ---- one model in three forms -------------------------------------------------------------------
+
+
+def operands(num_blocks, num_sublayers, dtype=WIDEST, case=CASE):
+    """Streams, weights [num_blocks, num_sublayers, C, C], and stacked params of each sublayer."""
+    rng = np.random.default_rng(0)
+    draw = functools.partial(cases.params, case, rng, dtype)
+    params = [[draw() for _ in range(num_blocks)] for _ in range(num_sublayers)]
+    weights = rng.normal(size=(num_blocks, num_sublayers, case.hidden, case.hidden))
+    return {
+        "x": jnp.asarray(cases.streams(case, rng, dtype)),
+        "weights": jnp.asarray((weights / math.sqrt(case.hidden)).astype(dtype)),
+        "params": tuple(jax.tree.map(lambda *leaves: jnp.stack(leaves), *p) for p in params),
+    }
+
+
+def layers(num_sublayers):
+    def layer(u, weights, i):
+        return jnp.tanh(jnp.matmul(u, weights[i], precision="highest"))
+
+    return [functools.partial(layer, i=i) for i in range(num_sublayers)]
+
+
+def by_sublayers(o, **options):
+    """What the docstring of `stack` says it is."""
+
+    def block(x, slices):
+        params, weights = slices
+        for layer, p in zip(layers(len(params)), params, strict=True):
+            x = mhc_residual(lambda u, layer=layer: layer(u, weights), x, p, **options)
+        return x, None
+
+    return jax.lax.scan(block, o["x"], (o["params"], o["weights"]))[0]
+
+
+def scanned(o, **options):
+    return stack(layers(len(o["params"])), o["x"], o["params"], xs=o["weights"], **options)
+
+
+def in_a_row(o, **options):
+    functions, params = [], []
+    for b, weights in enumerate(o["weights"]):
+        functions += [functools.partial(f, weights=weights) for f in layers(len(o["params"]))]
+        params += [jax.tree.map(operator.itemgetter(b), p) for p in o["params"]]
+    return stack(functions, o["x"], params, **options)
+
+
+def value_and_gradients(form, o, **options):
+    x_new, vjp = jax.vjp(functools.partial(form, **options), o)
+    return x_new, vjp(jnp.sin(jnp.arange(x_new.size)).reshape(x_new.shape).astype(x_new.dtype))[0]
+
+
+def compiled(form, compiler_options, **options):
+    function = functools.partial(value_and_gradients, form, **options)
+    return jax.jit(function, compiler_options=compiler_options)
+
+
+@functools.cache
+def exact(*size, dtype=WIDEST, case=CASE):
+    """Sublayer by sublayer, in float64 on the CPU."""
+    options = {"config": case.config, "implementation": "reference"}
+    return in_float64(
+        compiled(by_sublayers, FAST_COMPILATION, **options), operands(*size, dtype, case)
+    )
+
+
+# ---- values and gradients -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype, implementation", implemented("float32", "bfloat16"))
+@pytest.mark.parametrize(
+    "size, forms",
+    [
+        ((1, 1), (in_a_row,)),
+        ((1, 3), (in_a_row, scanned)),
+        ((2, 1), (in_a_row, scanned)),
+        ((5, 3), (scanned,)),
+    ],
+)
+def test_is_the_sublayers_one_after_the_other(size, forms, dtype, implementation):
+    """Its rounding errors are those of `mhc_residual`, in all values and gradients."""
+    dtype = jnp.dtype(dtype)
+    o, wanted = operands(*size, dtype), exact(*size, dtype=dtype)
+
+    def errors(form):
+        actual = compiled(form, AS_WRITTEN, implementation=implementation)(o)
+        assert jax.tree.map(jnp.result_type, actual) == jax.tree.map(jnp.result_type, (o["x"], o))
+        return jax.tree.leaves(jax.tree.map(relative_error, actual, wanted))
+
+    plain = errors(by_sublayers)
+    for form in forms:
+        for error, other in zip(errors(form), plain, strict=True):
+            assert error <= 3 * other + 4 * float(jnp.finfo(dtype).eps)
+
+
+def check(form, size, implementation, case=CASE, **options):
+    """Compares with what is exact in the widest dtype, where all roundings are small."""
+    options |= {"config": case.config, "implementation": implementation}
+    quick = FAST_COMPILATION if PLATFORM == "cpu" else AS_WRITTEN
+    actual = compiled(form, quick, **options)(operands(*size, case=case))
+    assert_trees_close(actual, exact(*size, case=case), 1e3 * float(jnp.finfo(WIDEST).eps))
+
+
+@pytest.mark.parametrize(
+    "form, size, options",
+    [
+        (in_a_row, (2, 2), {"keep_streams_every": 3}),  # the last stretch is shorter
+        (scanned, (4, 2), {"keep_streams_every": 2}),
+        (scanned, (2, 4), {"keep_streams_every": 2}),
+        (scanned, (4, 2), {"keep_streams_every": 4}),
+        (scanned, (4, 2), {"keep_streams_every": 8}),
+        (scanned, (4, 2), {"unroll": 2}),
+        (scanned, (4, 2), {"unroll": True, "keep_streams_every": 2}),
+        (scanned, (4, 2), {"policy": checkpoint_policies.nothing_saveable}),
+        (in_a_row, (2, 2), {"policy": checkpoint_policies.nothing_saveable}),
+    ],
+)
+def test_what_is_kept_does_not_change_the_result(form, size, options):
+    check(form, size, "fused", **options)
+
+
+@pytest.mark.parametrize("form, size", [(in_a_row, (2, 2)), (scanned, (4, 2))])
+def test_the_reference_computes_again_what_it_has_not_kept(form, size):
+    check(form, size, "reference", keep_streams_every=2)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((5,), 3, 7, config=presets.DEEPSEEK_V4),
+        Case((5,), 4, 16, config=variant(norm_eps=0.5, pre_eps=0.25, post_scale=0.7)),
+        Case((3,), 1, 5, config=variant(constraint="identity")),
+        Case((2, 0, 3), 4, 16),
+        Case((), 2, 5),
+        Case((3,), 4, 16, static=True),
+    ],
+)
+def test_settings_and_shapes(case, implementation):
+    check(scanned, (2, 1), implementation, case)
+
+
+def test_settings_of_a_row():
+    check(in_a_row, (2, 1), "fused", Case((5,), 3, 7, config=presets.DEEPSEEK_V4))
+
+
+def test_no_sublayers(implementation):
+    o = operands(2, 1)
+    for xs in (None, o["weights"]):
+        out = stack([], o["x"], [], xs=xs, implementation=implementation)
+        np.testing.assert_array_equal(out, o["x"])
+
+
+def vmapped(o, **options):
+    axes = (dict.fromkeys(o) | {"x": 0},)
+    return jax.vmap(functools.partial(scanned, **options), in_axes=axes)(o)
+
+
+def looped_over(o, **options):
+    return jax.lax.map(lambda x: scanned(o | {"x": x}, **options), o["x"])
+
+
+def checkpointed(o, **options):
+    policy = checkpoint_policies.save_only_these_names("mhc_layer_output", "mhc_coefficients")
+    return jax.checkpoint(functools.partial(scanned, **options), policy=policy)(o)
+
+
+@pytest.mark.parametrize("form", [vmapped, looped_over, checkpointed])
+def test_transformations(form):
+    for options in ({}, {"keep_streams_every": 2}):
+        check(form, (2, 2), "fused", **options)
+
+
+# ---- what is compiled ---------------------------------------------------------------------------
+
+
+def calls(form, size, **options):
+    """The custom calls of a model's forward pass, and those that its gradient adds."""
+    o = operands(*size)
+    options["implementation"] = "fused"
+    forward = custom_calls(compiled_text(functools.partial(form, **options), o))
+    # As handed to XLA, which may merge what is computed twice.
+    program = jax.jit(functools.partial(value_and_gradients, form, **options)).lower(o).as_text()
+    both = collections.Counter(re.findall(r"custom_call @jax_mhc_(\w+)_v\d+", program))
+    return forward, both - forward
+
+
+def test_a_row_is_joined_by_seams():
+    forward, backward = calls(in_a_row, (2, 3))
+    assert forward == {"pre_fwd": 1, "seam_fwd": 5, "post_fwd": 1}
+    assert backward == {"pre_bwd": 1, "seam_bwd": 5, "post_bwd": 1}
+
+
+def test_a_block_begins_with_a_seam():
+    """There is no pre, and one post after the loop."""
+    forward, backward = calls(scanned, (4, 3))
+    assert forward == {"seam_fwd": 3, "post_fwd": 1}
+    assert backward == {"seam_bwd": 3, "post_bwd": 1}
+
+
+def test_streams_are_computed_again_by_seams_alone():
+    """Those between the first and the last of a stretch, whose layers do not run again."""
+    forward, backward = calls(scanned, (4, 3), keep_streams_every=3)
+    assert forward == {"seam_fwd": 3, "post_fwd": 1}
+    assert backward == {"seam_fwd": 2, "seam_bwd": 3, "post_bwd": 1}
+    forward, backward = calls(scanned, (4, 1), keep_streams_every=2)
+    assert forward == {"seam_fwd": 2, "post_fwd": 1}
+    assert backward == {"seam_fwd": 1, "seam_bwd": 2, "post_bwd": 1}
+
+
+def test_unroll():
+    forward, _ = calls(scanned, (4, 1), unroll=2)
+    assert forward == {"seam_fwd": 2, "post_fwd": 1}
+
+
+def test_reference_has_no_custom_call():
+    text = compiled_text(functools.partial(scanned, implementation="reference"), operands(2, 1))
+    assert not custom_calls(text)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_loop_carries_the_streams_once(every, implementation):
+    """Beside them y, h_post and h_res; the rest is what it loops over."""
+    o = operands(3, 2)
+    form = functools.partial(scanned, implementation=implementation, keep_streams_every=every)
+    program = jax.jit(form).lower(o).as_text()
+    loop = re.search(r"stablehlo.while\(.*?\) : (.*)", program).group(1)
+    carried = re.findall(rf"tensor<([\dx]+)xf{8 * WIDEST.itemsize}>", loop)
+    looped_over = [
+        "x".join(map(str, leaf.shape)) for leaf in jax.tree.leaves((o["params"], o["weights"]))
+    ]
+    assert sorted(carried) == sorted([*looped_over, "3x5x4x16", "3x5x16", "3x5x4", "3x5x4x4"])
+
+
+# ---- what the backward pass keeps ---------------------------------------------------------------
+
+# Arrays of T · C and of T · n · C numbers are as large as no other.
+KEPT = Case((3, 7), 3, 16)
+T = math.prod(KEPT.tokens)
+
+
+def num_kept(form, size, num_steps, **options):
+    """How many streams and hidden states each step of the model keeps beside its operands."""
+    o = operands(*size, case=KEPT)
+    kept = collections.Counter(
+        residuals(functools.partial(form, implementation="fused", **options), o)
+    )
+    hidden = num_steps * T * KEPT.hidden
+    return kept[hidden * KEPT.streams], kept[hidden]
+
+
+# Of each sublayer the layer keeps u and the derivative of tanh, the seam y and the streams.
+@pytest.mark.parametrize(
+    "size, num_steps, options, streams, states",
+    [
+        ((5, 2), 5, {}, 2, 6),
+        ((5, 2), 5, {"keep_streams_every": 2}, 1, 6),
+        ((5, 4), 5, {"keep_streams_every": 2}, 2, 12),
+        ((4, 2), 2, {"keep_streams_every": 4}, 1, 12),
+        # The streams and the y before each sublayer or block: all that enters it.
+        ((5, 2), 5, {"policy": checkpoint_policies.nothing_saveable}, 2, 2),
+        (
+            (5, 2), 5,
+            {"policy": checkpoint_policies.nothing_saveable, "keep_streams_every": 2}, 1, 1,
+        ),
+        (
+            (5, 2), 5,
+            {
+                "policy": checkpoint_policies.save_only_these_names("mhc_layer_output"),
+                "keep_streams_every": 2,
+            },
+            1, 2,
+        ),
+    ],
+)  # fmt: skip
+def test_a_block_keeps(size, num_steps, options, streams, states):
+    assert num_kept(scanned, size, num_steps, **options) == (streams, states)
+
+
+@pytest.mark.parametrize("every, streams", [(1, 5), (2, 3), (3, 2), (6, 1)])
+def test_a_row_keeps(every, streams):
+    """The streams before each stretch, the first of which are an operand, and before the end."""
+    kept, states = num_kept(in_a_row, (2, 3), 1, keep_streams_every=every)
+    assert (kept, states) == (streams, 18)
+
+
+def test_the_reference_computes_streams_again():
+    o = operands(5, 2, case=KEPT)
+
+    def num_streams(every):
+        form = functools.partial(scanned, implementation="reference", keep_streams_every=every)
+        return collections.Counter(residuals(form, o))[5 * T * KEPT.streams * KEPT.hidden]
+
+    assert num_streams(2) == 1 < num_streams(1)
