@@ -98,7 +98,13 @@ class Event(NamedTuple):
     plane: str
     line: str
     name: str
+    start_us: float
     us: float
+
+    @property
+    def is_kernel(self) -> bool:
+        # The other lines group the same time by module, operation or step.
+        return "/device:GPU" in self.plane and self.line.startswith("Stream")
 
 
 def profiled(run: Callable[[], Any]) -> list[Event]:
@@ -111,7 +117,7 @@ def profiled(run: Callable[[], Any]) -> list[Event]:
         (path,) = Path(folder).rglob("*.xplane.pb")
         profile = ProfileData.from_file(str(path))
         return [
-            Event(plane.name, line.name, event.name, event.duration_ns / 1e3)
+            Event(plane.name, line.name, event.name, event.start_ns / 1e3, event.duration_ns / 1e3)
             for plane in profile.planes
             for line in plane.lines
             for event in line.events
@@ -122,8 +128,7 @@ def kernel_times(run: Callable[[], Any], calls: int) -> dict[str, dict[str, floa
     """Launches and microseconds of each kernel in one of the calls that run makes."""
     kernels: dict[str, dict[str, float]] = {}
     for event in profiled(run):
-        # The other lines group the same time by module, operation or step.
-        if "/device:GPU" in event.plane and event.line.startswith("Stream"):
+        if event.is_kernel:
             kernel = kernels.setdefault(event.name, {"launches": 0.0, "us": 0.0})
             kernel["launches"] += 1 / calls
             kernel["us"] += event.us / calls
