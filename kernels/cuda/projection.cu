@@ -232,66 +232,92 @@ __device__ inline void phi_fragment(uint4 (&parts)[kWeight], const float* phi, i
 // registers than there are for that.
 constexpr bool kTwoHexets = kOctets < 10 && !(kRounded && __CUDA_ARCH__ >= 1000);
 
-// The warps of a block that have the same channels, one for each stream, hand each other a tile of d_x_in: as
-// each lane needs of the other streams what the same lane of their warps has.
+// Streams whose deferred cotangents are mixed here: those that have so many columns. Any number where the
+// number of columns is not known.
+constexpr int kMixed = !EXACT ? 0 : kOctets == 1 ? 2 : kOctets == 3 ? 4 : 8;
+
+// The warps of a block that have the same channels, one for each stream, hand each other a tile of d_x_in: a
+// lane needs of the other streams what the same lane of their warps has.
 struct Exchange {
-  static constexpr int kWords = Pack<Stream, 8>::kWords;
-  static constexpr int kParts = kWords / 4;
-  uint4* packs;      // [2][warps][4 tokens of a lane][kParts][lane]
-  float* h;          // [n][16 tokens]: the column of H_res that belongs to the warp's stream
+  static constexpr int kParts = Pack<Stream, 8>::kWords / 4;
+  uint4* packs;  // [2][warps][4 tokens of a lane][kParts][lane]
+  float* h;      // [16 tokens][n]: the column of H_res that belongs to the warp's stream
   int warp, stream, n, lane;
 
-  __device__ Exchange(void* shared, int warp, int stream, int n, int lane)
-      : packs(static_cast<uint4*>(shared)), warp(warp), stream(stream), n(n), lane(lane) {
+  __device__ Exchange(uint4* shared, int warp, int stream, int num_streams, int lane)
+      : packs(shared + lane),
+        warp(warp),
+        stream(stream),
+        n(kMixed ? kMixed : num_streams),
+        lane(lane) {
     const int warps = blockDim.x / 32;
-    h = reinterpret_cast<float*>(packs + 2 * warps * 4 * kParts * 32) + warp * n * kTile;
+    h = reinterpret_cast<float*>(shared + 2 * warps * 4 * kParts * 32) + warp * n * kTile;
   }
 
-  __device__ uint4* at(bool second, int of_warp) const {
-    return packs + ((second ? blockDim.x / 32 : 0) + of_warp) * 4 * kParts * 32 + lane;
+  __device__ uint4& at(bool second, int of_warp, int r, int part) const {
+    const int warps = blockDim.x / 32;
+    return packs[(((second ? warps : 0) + of_warp) * 4 + r) * kParts * 32 + part * 32];
   }
 
+  // Nobody waits for it before `wait_for_all`.
   __device__ void load_h(const float* h_res, int tile, int tokens) const {
     __syncwarp();  // other lanes may still need the last tile's
     for (int c = lane; c < n * kTile; c += 32) {
-      const long long token = min(tile * kTile + c % kTile, tokens - 1);
-      h[c] = h_res[(token * n + c / kTile) * n + stream];
+      const long long token = min(tile * kTile + c / n, tokens - 1);
+      const u32 to = u32(__cvta_generic_to_shared(h + c));
+      const float* from = h_res + (token * n + c % n) * n + stream;
+      asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+    }
+  }
+
+  // The lane's values of its token r, from row + first on; zero from row + end on. Nobody waits either.
+  template <bool ALIGNED>
+  __device__ void load_own(bool second, int r, const Stream* row, int first, int end) const {
+    if constexpr (ALIGNED) {
+#pragma unroll
+      for (int p = 0; p < kParts; ++p) {
+        const u32 to = u32(__cvta_generic_to_shared(&at(second, warp, r, p)));
+        const Stream* from = row + (first < end ? first + 8 / kParts * p : 0);
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+                     "r"(first < end ? 16 : 0)
+                     : "memory");
+      }
+    } else {
+      Pack<Stream, 8> own;
+      load<false>(own, row, first, end);
+#pragma unroll
+      for (int p = 0; p < kParts; ++p) {
+        at(second, warp, r, p) = *reinterpret_cast<const uint4*>(&own.words[4 * p]);
+      }
     }
   }
 
   // A buffer is written again two tiles later, when all have come by this barrier once more.
-  __device__ void give(bool second, const Pack<Stream, 8> (&own)[4]) const {
-    uint4* out = at(second, warp);
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-#pragma unroll
-      for (int p = 0; p < kParts; ++p) {
-        out[(r * kParts + p) * 32] = *reinterpret_cast<const uint4*>(&own[r].words[4 * p]);
-      }
-    }
+  __device__ void wait_for_all() const {
+    asm volatile("cp.async.wait_all;" ::: "memory");
     asm volatile("bar.sync %0, %1;" ::"r"(1 + warp / n), "r"(32 * n) : "memory");
   }
 
-  // The streams' values of token r of the lane, times H_res^T.
+  // H_res^T times all streams, at the lane's token r.
   __device__ void add_mixed(bool second, int r, int token, float (&values)[8]) const {
+#pragma unroll(kMixed ? kMixed : 1)
     for (int i = 0; i < n; ++i) {
-      const uint4* in = at(second, warp - stream + i);
       Pack<Stream, 8> pack;
 #pragma unroll
       for (int p = 0; p < kParts; ++p) {
-        *reinterpret_cast<uint4*>(&pack.words[4 * p]) = in[(r * kParts + p) * 32];
+        *reinterpret_cast<uint4*>(&pack.words[4 * p]) = at(second, warp - stream + i, r, p);
       }
-      const float weight = h[i * kTile + token];
+      const float weight = h[token * n + i];
 #pragma unroll
       for (int v = 0; v < 8; ++v) values[v] += weight * pack[v];
     }
   }
 };
 
-// Grid: groups of warps, groups of tiles. d_x_in: null for none, or d_x itself. h_res: null unless d_x_in is
-// deferred; then a block has warps for all streams of its channels. STAGED: phi stays in shared memory; where
+// Grid: groups of warps, groups of tiles. d_x_in: null for none, or d_x itself. MIXES: it is deferred; then a
+// block has warps for all streams of its channels, and phi is staged. STAGED: phi stays in shared memory; where
 // it is too large for that, it is read again for every tile.
-template <bool ALIGNED>
+template <bool ALIGNED, bool MIXES>
 __device__ inline void project_back(const Stream* x, const float* phi, Fragments dm,
                                     const float* h_pre, const float* norm, const Stream* d_u,
                                     const Stream* d_x_in, const float* h_res, Stream* d_x,
@@ -327,7 +353,9 @@ __device__ inline void project_back(const Stream* x, const float* phi, Fragments
       const long long row = (token * n + stream) * hidden;
       load<ALIGNED>(xs[r], x + row, at, hidden);
       load<ALIGNED>(d_us[r], d_u + token * hidden, at, hidden);
-      if (d_x_in) {
+      if (MIXES) {
+        exchange.load_own<ALIGNED>(second, r, d_x_in + row, at, hidden);
+      } else if (d_x_in) {
         load<ALIGNED>(d_xs[r], d_x_in + row, at, hidden);
       } else {
         d_xs[r] = {};
@@ -335,7 +363,7 @@ __device__ inline void project_back(const Stream* x, const float* phi, Fragments
       h[r] = h_pre[token * n + stream];
       f[r] = norm[token];
     }
-    if (h_res) exchange.load_h(h_res, tile, tokens);
+    if (MIXES) exchange.load_h(h_res, tile, tokens);
 
     float sums[2][4][4] = {};  // [half of the tile][j]
 #pragma unroll(kTwoHexets ? 2 : 1)
@@ -372,25 +400,31 @@ __device__ inline void project_back(const Stream* x, const float* phi, Fragments
       }
     }
 
-    if (h_res) exchange.give(second, d_xs);
+    float values[4][8];
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+#pragma unroll
+      for (int v = 0; v < 8; ++v) {
+        values[r][v] = sums[r / 2][v / 2][v % 2 * 2 + r % 2] + h[r] * d_us[r][v];
+        values[r][v] -= f[r] * xs[r][v];
+      }
+    }
+    if (MIXES) exchange.wait_for_all();
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      if (MIXES) {
+        exchange.add_mixed(second, r, token_of(r, q), values[r]);
+      } else {
+#pragma unroll
+        for (int v = 0; v < 8; ++v) values[r][v] += d_xs[r][v];
+      }
+    }
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const long long token = tile * kTile + token_of(r, q);
       if (token >= tokens) continue;
-      float values[8];
-#pragma unroll
-      for (int v = 0; v < 8; ++v) {
-        values[v] = sums[r / 2][v / 2][v % 2 * 2 + r % 2] + h[r] * d_us[r][v];
-        values[v] -= f[r] * xs[r][v];
-      }
-      if (h_res) {
-        exchange.add_mixed(second, r, token_of(r, q), values);
-      } else {
-#pragma unroll
-        for (int v = 0; v < 8; ++v) values[v] += d_xs[r][v];
-      }
       Pack<Stream, 8> result;
-      result.set(values);
+      result.set(values[r]);
       store<ALIGNED>(result, d_x + (token * n + stream) * hidden, at, hidden);
     }
     second = !second;
@@ -401,22 +435,21 @@ __device__ inline void project_back(const Stream* x, const float* phi, Fragments
 constexpr int kBackBlocks =
     sizeof(Stream) == 2 && EXACT && SIZE < 10 && __CUDA_ARCH__ < 1000 ? 2 : 1;
 
-KERNEL(project_back, kThreads, kBackBlocks)
-(const Stream* x, const float* phi, u32* rows, u32* columns, int num_columns, const float* h_pre,
- const float* norm, const Stream* d_u, const Stream* d_x_in, const float* h_res, Stream* d_x,
- int tokens, int n, int hidden, int staged) {
-  project_back<true>(x, phi, {rows, columns, num_columns}, h_pre, norm, d_u, d_x_in, h_res, d_x,
-                     tokens, n, hidden, staged);
-}
+#define BACK(name, aligned, mixes)                                                              \
+  KERNEL(name, kThreads, kBackBlocks)                                                           \
+  (const Stream* x, const float* phi, u32* rows, u32* columns, int num_columns,                 \
+   const float* h_pre, const float* norm, const Stream* d_u, const Stream* d_x_in,              \
+   const float* h_res, Stream* d_x, int tokens, int n, int hidden, int staged) {                \
+    project_back<aligned, mixes>(x, phi, {rows, columns, num_columns}, h_pre, norm, d_u, d_x_in, \
+                                 h_res, d_x, tokens, n, hidden, staged);                        \
+  }
+BACK(project_back, true, false)
+BACK(project_back_mixing, true, true)
 #if !EXACT
-KERNEL(project_back_unaligned, kThreads)
-(const Stream* x, const float* phi, u32* rows, u32* columns, int num_columns, const float* h_pre,
- const float* norm, const Stream* d_u, const Stream* d_x_in, const float* h_res, Stream* d_x,
- int tokens, int n, int hidden, int staged) {
-  project_back<false>(x, phi, {rows, columns, num_columns}, h_pre, norm, d_u, d_x_in, h_res, d_x,
-                      tokens, n, hidden, staged);
-}
+BACK(project_back_unaligned, false, false)
+BACK(project_back_mixing_unaligned, false, true)
 #endif
+#undef BACK
 
 // ---- d_phi --------------------------------------------------------------------------------------
 

@@ -214,18 +214,26 @@ impl Shape {
     }
 
     /// The same with warps for all streams of some channels, that hand each other d_x_in (`Exchange` of
-    /// projection.cu). None where that does not fit.
+    /// projection.cu). None where that does not fit, or the kernels expect other streams for so many columns.
     fn mixing_block(&self, device: &Device) -> Option<BackBlock> {
+        let expected = match self.size().0 {
+            "k8" => 2,
+            "k24" => 4,
+            "k80" => 8,
+            _ => self.n,
+        };
         let exchange = 2 * TILE * CHANNELS * self.dtype.num_bytes();
         let h_res = self.n * TILE * size_of::<f32>();
         let group_bytes = self.n * (self.warp_phi_bytes() + exchange + h_res);
-        let most = (WARPS / self.n).min(SHARED_BYTES / group_bytes);
         // A single group may have all that the GPU has.
-        let fits = self.n <= WARPS && group_bytes <= device.max_shared_bytes as usize;
-        fits.then(|| BackBlock {
-            warps: self.n * most.max(1),
+        let fits = self.n == expected
+            && self.n <= WARPS
+            && group_bytes <= device.max_shared_bytes as usize;
+        let groups = (WARPS / self.n).min(SHARED_BYTES / group_bytes).max(1);
+        fits.then_some(BackBlock {
+            warps: self.n * groups,
             staged: true,
-            shared_bytes: group_bytes * most.max(1),
+            shared_bytes: group_bytes * groups,
         })
     }
 }
@@ -249,19 +257,17 @@ pub fn project_back(
     handed_on: HandedOn,
 ) -> Vec<Launch> {
     let d_x = call.result(call.op.results()[0]).data as u64;
-    let mixing = handed_on.h_res.and_then(|h_res| {
-        let block = shape.mixing_block(device)?;
-        Some((block, h_res))
-    });
-    // Where it does not fit, d_x_in is mixed beforehand.
-    let (mix, block, d_x_in, h_res) = match (mixing, handed_on.h_res) {
-        (Some((block, h_res)), _) => (None, block, handed_on.d_x_in, h_res),
-        (None, None) => (None, shape.back_block(), handed_on.d_x_in, 0),
-        (None, Some(h_res)) => {
-            let mix = post::mix(call, handed_on.d_x_in, h_res, d_x);
-            (Some(mix), shape.back_block(), d_x, 0)
-        }
+    // H_res^T is applied on the way where that fits, and beforehand where not.
+    let mixing = handed_on.h_res.and_then(|_| shape.mixing_block(device));
+    let mix = (handed_on.h_res)
+        .filter(|_| mixing.is_none())
+        .map(|h_res| post::mix(call, handed_on.d_x_in, h_res, d_x));
+    let d_x_in = if mix.is_some() { d_x } else { handed_on.d_x_in };
+    let functions = match mixing {
+        Some(_) => ["project_back_mixing", "project_back_mixing_unaligned"],
+        None => ["project_back", "project_back_unaligned"],
     };
+    let block = mixing.unwrap_or_else(|| shape.back_block());
     let BackBlock {
         warps,
         staged,
@@ -272,9 +278,8 @@ pub fn project_back(
     let shared_allows = device.max_shared_bytes as usize / shared_bytes.max(1);
     let slots = device.num_sms as usize * registers_allow.min(shared_allows).max(1);
     let groups = (slots / blocks).clamp(1, call.tokens.div_ceil(TILE).max(1));
-    let function = for_rows(shape.c, ["project_back", "project_back_unaligned"]);
     let back = Launch {
-        kernel: shape.kernel(function),
+        kernel: shape.kernel(for_rows(shape.c, functions)),
         grid: [blocks as u32, groups as u32, 1],
         block: (32 * warps) as u32,
         cluster: 1,
@@ -289,7 +294,7 @@ pub fn project_back(
             Arg::Pointer(factors.norm),
             Arg::of(call.operand("d_u")),
             Arg::Pointer(d_x_in),
-            Arg::Pointer(h_res),
+            Arg::Pointer(handed_on.h_res.unwrap_or(0)),
             Arg::Pointer(d_x),
             Arg::I32(call.tokens as i32),
             Arg::I32(shape.n as i32),
