@@ -324,3 +324,24 @@ def test_the_reference_computes_streams_again():
         return collections.Counter(residuals(form, o))[5 * T * KEPT.streams * KEPT.hidden]
 
     assert num_streams(2) == 1 < num_streams(1)
+
+
+def test_wider_copies_are_not_kept_beside_what_they_copy():
+    """Such as the float32 that a norm makes of half precision."""
+
+    def layer(u, weights):
+        wide = u.astype(jnp.float32)
+        return u * (wide * wide).astype(u.dtype)
+
+    def form(o, **options):
+        return stack(2 * [layer], o["x"], o["params"], xs=o["weights"], **options)
+
+    o = operands(5, 2, jnp.bfloat16, KEPT)
+
+    def num_states(every):
+        run = functools.partial(form, implementation="fused", keep_streams_every=every)
+        return collections.Counter(residuals(run, o))[5 * T * KEPT.hidden]
+
+    # y, u, its square and, in the first case, the wide u.
+    assert num_states(1) == 2 * 4
+    assert num_states(2) == 2 * 3

@@ -78,7 +78,7 @@ def stack(
         keep_streams_every: the sublayers of a stretch. With xs a divisor of those of a block, or
             those of several blocks that divide num_blocks.
         policy: what of a stretch is kept beside the streams before it, as for `jax.checkpoint`.
-            None: everything.
+            None: everything but float32 copies of values in half precision.
         unroll: as for `jax.lax.scan`, whose steps are blocks, or stretches of several blocks.
 
     Returns:
@@ -212,10 +212,10 @@ def _with_slice(layer: Callable[..., Any], s: Any, u: jax.Array) -> Any:
 
 @functools.cache
 def _all_but_streams(shape: tuple[int, ...]) -> Callable[..., bool]:
-    """A policy: everything is kept but streams of `shape` and what is computed from them.
+    """A policy: all is kept but streams of `shape`, what is computed from them, and wider copies.
 
-    Of the latter what has a name is kept. A policy is not told whose values it decides about, hence
-    the shape, in front of which vmap may have put axes.
+    Of what is computed from streams, that is kept which has a name. A policy is not told whose
+    values it decides about, hence the shape, in front of which vmap may have put axes.
     """
 
     def is_streams(other: Any) -> bool:
@@ -224,6 +224,10 @@ def _all_but_streams(shape: tuple[int, ...]) -> Callable[..., bool]:
     def keep(primitive: Any, *avals: Any, **options: Any) -> bool:
         if primitive.name == "name":
             return options["name"] != "mhc_streams"
+        if primitive.name == "convert_element_type":
+            # Norms begin with one to float32; half precision is half as large.
+            if options["new_dtype"].itemsize > avals[0].dtype.itemsize:
+                return False
         # Of the reference, what a product that JAX differentiates by our rule gives, too.
         results = getattr(options.get("call_jaxpr"), "out_avals", ())
         shapes = [getattr(aval, "shape", ()) for aval in (*avals, *results)]
