@@ -46,7 +46,6 @@ constexpr int kThreads = 32 * (kFirstOwner + kOwnerWarps);
 // warps, who need 72; with 384 there are not enough for the sums and the rest of a main warp.
 constexpr int kMainRegisters = 184;
 constexpr int kOtherRegisters = 72;
-static_assert(SIZE == 256, "");
 
 // ---- shared memory ----------------------------------------------------------------------------------
 
@@ -109,7 +108,9 @@ constexpr u32 kPhi = kTableSlots + 2 * kTablesBytes;
 constexpr u32 kEven = (kPhi + SIZE / 16 * N * kPhiBytes + 1023) / 1024 * 1024;
 constexpr u32 kOdd = kEven + kStages * kEvenBytes + kOddShift;
 constexpr u32 kSharedBytes = kOdd + kStages * kOddBytes;
-static_assert(8 * kNumBarriers <= kDots && kSharedBytes <= 232448, "");
+// The launch says the same.
+static_assert(kSharedBytes == 229888 && kThreads == 512 && SIZE == 256, "");
+static_assert(8 * kNumBarriers <= kDots, "");
 
 // ---- what all warps know ----------------------------------------------------------------------------
 

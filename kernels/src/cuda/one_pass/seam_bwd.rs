@@ -1,7 +1,7 @@
 //! Launches of `seam_bwd` in one pass over the streams (seam_bwd_one_pass.cu).
 
 use super::pre_bwd::{self, Parts};
-use super::{COLUMNS, STREAMS, Shape};
+use super::{STREAMS, Shape};
 use crate::cuda::launch::{Arg, Device, Kernel, Launch, Problem, Tensor, Workspace};
 use crate::cuda::memory::{Memory, room};
 use crate::signature::Call;
@@ -15,21 +15,8 @@ const CHANNELS: usize = 256;
 /// Warps of a block that write sums of the gates' gradients.
 const OWNER_WARPS: u32 = 2;
 
-/// How a block divides its shared memory: the constants of the same names in the kernel.
-const SHARED_BYTES: usize = {
-    const STAGES: usize = 4;
-    let barriers = 512;
-    let dots_ring = STAGES * 8 * 2 * 32;
-    let answers = STAGES * TILE * (128 + 16);
-    let sums_ring = 8 * 8 * 96;
-    let tables = TILE * STREAMS * STREAMS * 4;
-    let tables = 2 * (2 * tables + TILE * STREAMS * 4);
-    let phi = CHANNELS * STREAMS * COLUMNS * 2;
-    let small = barriers + dots_ring + answers + sums_ring + tables + phi;
-    let odd_shift = 512;
-    let stage = (2 * STREAMS + 2) * TILE * CHANNELS * 2;
-    small.next_multiple_of(1024) + odd_shift + STAGES * stage
-};
+/// `kSharedBytes`.
+const SHARED_BYTES: u32 = 229_888;
 
 /// The shape of a problem, whatever the GPU, where there is a kernel for it.
 fn shape(problem: &Problem) -> Option<Shape> {
@@ -96,11 +83,26 @@ pub fn plan(call: &Call, device: &Device, memory: &mut Memory) -> Option<Vec<Lau
         grid,
         block: THREADS,
         cluster: shape.cluster,
-        shared_bytes: SHARED_BYTES as u32,
+        shared_bytes: SHARED_BYTES,
         args,
     };
     let clusters = grid[0] / shape.cluster;
     let rows = OWNER_WARPS * grid[0];
     let sums = pre_bwd::sum_gradients(call, d_phi, gate_sums, clusters, rows);
     Some(vec![pre_bwd::gates(call, d_z), main, sums])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_says_the_same() {
+        let source = include_str!("../../../cuda/seam_bwd_one_pass.cu");
+        let says = |text: &str| assert!(source.contains(text), "{text}");
+        says(&format!("kSharedBytes == {SHARED_BYTES}"));
+        says(&format!("SIZE == {CHANNELS}"));
+        says(&format!("kOwnerWarps = {OWNER_WARPS};"));
+        says(&format!("kThreads == {THREADS}"));
+    }
 }
