@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use miniz_oxide::deflate::compress_to_vec;
 
 /// Every file with the sizes and dtypes that have code of their own, and what it is compiled for.
-const FILES: [(&str, &[Size], &[&str], Target); 4] = [
+const FILES: [(&str, &[Size], &[&str], Target); 9] = [
     ("sinkhorn", &STREAMS, &["f32"], Target::Every),
     ("pre", &STREAMS, &["bf16", "f16", "f32"], Target::Every),
     ("post", &STREAMS, &["bf16", "f16", "f32"], Target::Every),
@@ -26,6 +26,11 @@ const FILES: [(&str, &[Size], &[&str], Target); 4] = [
         &["bf16", "f16", "f32"],
         Target::Every,
     ),
+    ("one_pass_fwd", &CHANNELS, &["bf16"], Target::Clusters),
+    ("pre_bwd_one_pass", &CHANNELS, &["bf16"], Target::Clusters),
+    ("seam_bwd_one_pass", &[W256], &["bf16"], Target::Clusters),
+    ("gates_bwd", &[N4], &["f32"], Target::Clusters),
+    ("sum_gradients", &[N4], &["f32"], Target::Clusters),
 ];
 
 /// Of the architectures that a build is for.
@@ -33,17 +38,19 @@ enum Target {
     /// All of them.
     Every,
     /// Those with clusters of blocks and registers that warps hand to each other, see [`CLUSTERS`].
-    #[allow(dead_code)] // until the first such file is there
     Clusters,
 }
 
 /// Its name in symbols, its number, and whether that is the number itself and not its bound.
 type Size = (&'static str, u32, bool);
 
+/// The paper's number of streams.
+const N4: Size = ("n4", 4, true);
+
 /// Streams.
 const STREAMS: [Size; 4] = [
     ("n2", 2, true),
-    ("n4", 4, true),
+    N4,
     ("n8", 8, true),
     ("any", 16, false),
 ];
@@ -56,10 +63,12 @@ const COLUMNS: [Size; 4] = [
     ("any", 12, false),
 ];
 
+/// What most kernels for clusters are at their best with.
+const W256: Size = ("w256", 256, true);
+
 /// Channels of a stream that a block owns.
-#[allow(dead_code)] // until the first file for clusters is there
 const CHANNELS: [Size; 4] = [
-    ("w256", 256, true),
+    W256,
     ("w320", 320, true),
     ("w384", 384, true),
     ("w448", 448, true),

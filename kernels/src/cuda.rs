@@ -9,6 +9,7 @@ mod images;
 mod launch;
 mod memory;
 mod modules;
+mod one_pass;
 mod post;
 mod pre;
 mod projection;

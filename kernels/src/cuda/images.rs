@@ -176,18 +176,29 @@ mod tests {
         }
         let build = build().expect("NVRTC to build with");
         let all = [DType::Bf16, DType::F16, DType::F32];
-        let files: [(_, [_; 4], &[DType]); 4] = [
-            ("sinkhorn", ["n2", "n4", "n8", "any"], &all[2..]),
-            ("pre", ["n2", "n4", "n8", "any"], &all),
-            ("post", ["n2", "n4", "n8", "any"], &all),
-            ("projection", ["k8", "k24", "k80", "any"], &all),
+        let streams: &[_] = &["n2", "n4", "n8", "any"];
+        let every: [(_, &[_], &[DType]); 4] = [
+            ("sinkhorn", streams, &all[2..]),
+            ("pre", streams, &all),
+            ("post", streams, &all),
+            ("projection", &["k8", "k24", "k80", "any"], &all),
+        ];
+        let channels: &[_] = &["w256", "w320", "w384", "w448"];
+        let clusters: [(_, &[_], &[DType]); 5] = [
+            ("one_pass_fwd", channels, &all[..1]),
+            ("pre_bwd_one_pass", channels, &all[..1]),
+            ("seam_bwd_one_pass", &channels[..1], &all[..1]),
+            ("gates_bwd", &streams[1..2], &all[2..]),
+            ("sum_gradients", &streams[1..2], &all[2..]),
         ];
         for architecture in build.architectures {
             let (_, number) = architecture.split_once('_').unwrap();
             let number: u32 = number.parse().unwrap();
-            for (file, sizes, dtypes) in files {
-                for size in sizes {
-                    for &dtype in dtypes {
+            let has_clusters = matches!(*architecture, "sm_90" | "sm_100");
+            let clusters = clusters.iter().filter(|_| has_clusters);
+            for (file, sizes, dtypes) in every.iter().chain(clusters) {
+                for size in *sizes {
+                    for &dtype in *dtypes {
                         let kernel = Kernel {
                             file,
                             function: "",
@@ -203,6 +214,7 @@ mod tests {
                 }
             }
         }
+        assert!(image(&PROBE, (12, 0)).is_none());
     }
 
     #[test]

@@ -45,7 +45,6 @@ pub enum Arg {
     /// `Layout`
     Layout(DeviceLayout),
     /// `TensorMap`
-    #[allow(dead_code)] // until the first kernel for clusters is there
     TensorMap(Tensor),
 }
 
@@ -89,7 +88,6 @@ pub struct Tensor {
     pub box_dims: [usize; 3],
 }
 
-#[allow(dead_code)] // until the first kernel for clusters is there
 impl Tensor {
     /// All streams of an operand or a result, or what is like one, in boxes with all of them.
     pub fn new(
@@ -243,13 +241,11 @@ pub const CLUSTER_SIZES: [u32; 4] = [2, 4, 8, 16];
 
 /// More blocks than this do not run at once in clusters, whatever the GPU: workspaces have room for
 /// partial sums of as many.
-#[allow(dead_code)] // until the first kernel for clusters is there
 pub const MAX_CLUSTER_BLOCKS: u32 = 160;
 
 impl Device {
     /// Clusters of `size` blocks for a kernel that works on `tiles` in turn: as many as run at once. None
     /// where there are no kernels for them, or no room for a single one.
-    #[allow(dead_code)] // until the first kernel for clusters is there
     pub fn num_clusters(&self, size: u32, tiles: usize) -> Option<u32> {
         let at = CLUSTER_SIZES.iter().position(|known| *known == size)?;
         let most = self.max_clusters[at].min(MAX_CLUSTER_BLOCKS / size);
@@ -303,8 +299,15 @@ pub struct Workspace {
 }
 
 impl Workspace {
+    /// Room for both.
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            per_token: self.per_token + other.per_token,
+            fixed: self.fixed + other.fixed,
+        }
+    }
+
     /// Room for either of two.
-    #[allow(dead_code)] // until the first kernel for clusters is there
     pub fn max(self, other: Self) -> Self {
         Self {
             per_token: self.per_token.max(other.per_token),

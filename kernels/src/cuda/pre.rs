@@ -2,6 +2,7 @@
 
 use super::launch::{Arg, Device, Kernel, Launch, Problem, Workspace};
 use super::memory::{Memory, Part, room};
+use super::one_pass;
 use super::projection::{self, Factors, HandedOn, Shape};
 use super::sizes::{is_aligned, streams_size};
 use crate::signature::{Call, Op};
@@ -14,6 +15,11 @@ const HISTORY_BYTES: usize = 32 << 10;
 
 /// The launches of a call, in their order.
 pub fn plan(call: &Call, device: &Device) -> Vec<Launch> {
+    if call.op == Op::PreFwd
+        && let Some(launch) = one_pass::forward(call, device)
+    {
+        return vec![launch];
+    }
     let memory = &mut Memory::of(call);
     let x = call.operand("x").data as u64;
     match call.op {
@@ -28,9 +34,14 @@ pub fn plan(call: &Call, device: &Device) -> Vec<Launch> {
 /// What the call needs.
 pub fn workspace(problem: &Problem) -> Workspace {
     match problem.op {
-        Op::PreBwd => room(&Parts::of(problem).all()),
+        Op::PreBwd => backward_workspace(problem),
         _ => room(&[Shape::of(problem).partial()]),
     }
+}
+
+/// What the backward pass needs. Which of both it is depends on the GPU.
+pub fn backward_workspace(problem: &Problem) -> Workspace {
+    room(&Parts::of(problem).all()).max(one_pass::pre_bwd::workspace(problem))
 }
 
 /// The cotangent of the streams at the operand `d_x_in`, deferred or not.
@@ -167,6 +178,9 @@ pub fn backward(
     x: u64,
     handed_on: HandedOn,
 ) -> Vec<Launch> {
+    if let Some(launches) = one_pass::pre_bwd::plan(call, device, memory, x, handed_on) {
+        return launches;
+    }
     let problem = call.problem();
     let shape = Shape::of(&problem);
     let parts = Parts::of(&problem).all().map(|part| memory.take(part));

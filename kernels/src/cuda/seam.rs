@@ -2,18 +2,23 @@
 
 use super::launch::{Device, Launch, Problem, Workspace};
 use super::memory::{Memory, Part, room};
-use super::pre::Parts;
 use super::projection::Shape;
-use super::{post, pre};
+use super::{one_pass, post, pre};
 use crate::signature::{Call, Op};
 
 /// The launches of a call, in their order.
 pub fn plan(call: &Call, device: &Device) -> Vec<Launch> {
     let memory = &mut Memory::of(call);
     if call.op == Op::SeamFwd {
+        if let Some(launch) = one_pass::forward(call, device) {
+            return vec![launch];
+        }
         let x_new = call.result("x_new").data as u64;
         let mut launches = vec![post::forward(call, x_new)];
         launches.extend(pre::forward(call, device, memory, x_new));
+        return launches;
+    }
+    if let Some(launches) = one_pass::seam_bwd::plan(call, device, memory) {
         return launches;
     }
     // X' is computed again. Its gradient grows where d_x_new_in lies.
@@ -30,9 +35,10 @@ pub fn workspace(problem: &Problem) -> Workspace {
     if problem.op == Op::SeamFwd {
         return room(&[Shape::of(problem).partial()]);
     }
-    let mut parts = vec![x_new(problem)];
-    parts.extend(Parts::of(problem).all());
-    room(&parts)
+    // Which of both it is depends on the GPU.
+    room(&[x_new(problem)])
+        .and(pre::backward_workspace(problem))
+        .max(one_pass::seam_bwd::workspace(problem))
 }
 
 /// X', in the dtype of the streams.

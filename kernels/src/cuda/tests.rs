@@ -166,6 +166,38 @@ fn deferred_cotangents_are_mixed_on_their_way_where_that_fits() {
 }
 
 #[test]
+fn the_seam_reads_the_streams_once_where_a_kernel_does() {
+    let functions = |device: &Device, dtype, c| -> Vec<&str> {
+        let example = Example::new(Op::SeamBwd, dtype, 17, [4, c], Config::default());
+        let needed = example.check(|call| workspace(&call.unwrap().problem()).len(17));
+        let launches = (example.with_workspace(needed)).check(|call| plan(&call.unwrap(), device));
+        launches
+            .iter()
+            .map(|launch| launch.kernel.function)
+            .collect()
+    };
+    let once = ["gates_bwd", "seam_bwd_one_pass", "sum_gradients"];
+    assert_eq!(functions(&H100, DType::Bf16, 4096), once);
+    assert_eq!(functions(&H100, DType::Bf16, 1024), once);
+    let pre_once = [
+        "post_fwd",
+        "gates_bwd",
+        "pre_bwd_one_pass",
+        "sum_gradients",
+        "post_bwd",
+    ];
+    assert_eq!(functions(&H100, DType::Bf16, 2560), pre_once);
+    for (device, dtype, c) in [
+        (L4, DType::Bf16, 4096),
+        (H100, DType::F32, 4096),
+        (H100, DType::Bf16, 4160),
+    ] {
+        let functions = functions(&device, dtype, c);
+        assert!(!functions.iter().any(|name| name.ends_with("one_pass")));
+    }
+}
+
+#[test]
 fn every_call_does_something() {
     for (name, example) in examples() {
         let needed = example.check(|call| {

@@ -6,6 +6,7 @@ use crate::cuda::launch::{
     Arg, Device, Kernel, Launch, MAX_CLUSTER_BLOCKS, Problem, Tensor, Workspace,
 };
 use crate::cuda::memory::{Memory, Part, room};
+use crate::cuda::projection::HandedOn;
 use crate::signature::Call;
 use crate::view::DType;
 
@@ -104,8 +105,15 @@ impl Block {
     }
 }
 
-/// The launches of `pre_bwd` in one pass, where there is a kernel for it.
-pub fn plan(call: &Call, device: &Device, memory: &mut Memory) -> Option<Vec<Launch>> {
+/// The backward pass from the streams at `x` to d_x and the parameters in one pass, where there is a kernel
+/// for it.
+pub fn plan(
+    call: &Call,
+    device: &Device,
+    memory: &mut Memory,
+    x: u64,
+    handed_on: HandedOn,
+) -> Option<Vec<Launch>> {
     let problem = call.problem();
     let shape = shape(&problem).filter(|shape| shape.runs_on(device))?;
     let block = Block::of(shape);
@@ -122,20 +130,21 @@ pub fn plan(call: &Call, device: &Device, memory: &mut Memory) -> Option<Vec<Lau
     let operand = |name| call.operand(name).data as u64;
     let grid = shape.grid(device, call.tokens, TILE);
     let mut args = vec![
-        tensor(operand("x"), STREAMS),
+        tensor(x, STREAMS),
         tensor(operand("d_u"), 1),
-        tensor(operand("d_x_in"), STREAMS),
-        tensor(call.result("d_x").data as u64, STREAMS),
+        tensor(handed_on.d_x_in, STREAMS),
+        tensor(call.result(call.op.results()[0]).data as u64, STREAMS),
     ];
-    let pointers = ["phi", "alpha", "bias", "m", "r", "h_res", "d_h_pre"];
-    args.extend(pointers.map(|name| Arg::Pointer(operand(name))));
+    args.extend(["phi", "alpha", "bias", "m", "r"].map(|name| Arg::Pointer(operand(name))));
     args.extend([
+        Arg::Pointer(handed_on.h_res.unwrap_or(0)),
+        Arg::Pointer(operand("d_h_pre")),
         Arg::Pointer(d_z),
         Arg::Pointer(d_phi),
         Arg::Pointer(gate_sums),
         Arg::I32(call.tokens as i32),
         Arg::I32(call.c as i32),
-        Arg::I32(i32::from(call.config.deferred)),
+        Arg::I32(i32::from(handed_on.h_res.is_some())),
         Arg::Settings(call.config.into()),
     ]);
     let main = Launch {
