@@ -8,12 +8,18 @@ import jax_mhc as mhc
 STREAMS, HIDDEN, DEPTH, BATCH = 4, 64, 6, 256
 
 
+def layer(v, w):
+    """One layer of the network: v [batch, hidden] -> [batch, hidden]."""
+    w_in, w_out = w
+    return jnp.tanh(v @ w_in) @ w_out
+
+
 def forward(weights, u):
     """Run the residual network: u [batch, hidden] -> [batch, hidden]."""
+    layers, connections = weights
     x = mhc.expand(u, streams=STREAMS)
-    for (w_in, w_out), connection in weights:
-        # The plain residual network would say: x = x + jnp.tanh(x @ w_in) @ w_out
-        x = mhc.mhc_residual(lambda v, a=w_in, b=w_out: jnp.tanh(v @ a) @ b, x, connection)
+    # The plain residual network would say, for each w in a jax.lax.scan: x = x + layer(x, w)
+    x = mhc.stack([layer], x, [connections], xs=layers)
     return mhc.reduce(x)
 
 
@@ -24,14 +30,14 @@ def train_step(weights, u, target):
     return jax.tree.map(lambda w, g: w - 0.3 * g, weights, grads), loss
 
 
+@jax.vmap
 def init(key):
-    """Weights of each layer, and parameters of the hyper-connection around it."""
-    for layer in jax.random.split(key, DEPTH):
-        w_in, w_out = 0.1 * jax.random.normal(layer, (2, HIDDEN, HIDDEN))
-        yield (w_in, w_out), mhc.init_params(layer, streams=STREAMS, hidden=HIDDEN)
+    """Weights of a layer, and parameters of the hyper-connection around it."""
+    w_in, w_out = 0.1 * jax.random.normal(key, (2, HIDDEN, HIDDEN))
+    return (w_in, w_out), mhc.init_params(key, streams=STREAMS, hidden=HIDDEN)
 
 
-weights = list(init(jax.random.key(0)))
+weights = init(jax.random.split(jax.random.key(0), DEPTH))
 for step in range(201):
     u = jax.random.normal(jax.random.fold_in(jax.random.key(1), step), (BATCH, HIDDEN))
     weights, loss = train_step(weights, u, jnp.sin(2 * jnp.roll(u, 1, axis=-1)))

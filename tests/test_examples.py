@@ -181,7 +181,7 @@ def default_dtypes():
 @pytest.mark.usefixtures("default_dtypes")
 def test_code_in_the_readme_runs():
     code = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(code) == 2
+    assert len(code) == 3
     variables = {}
     exec("\n".join(code), variables)
     assert variables["x"].shape == (8, 128, 4, 64)
