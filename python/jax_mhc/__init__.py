@@ -7,10 +7,10 @@
     x = mhc.mhc_residual(layer, x, params)               # in place of x + layer(x)
     u = mhc.reduce(x)                                    # or mhc.head(x, head_params)
 
-`stack` runs many sublayers, in a scan too. `pre`, `post` and `post_pre` are the pieces for blocks of
-your own, `sinkhorn` is the projection alone.
-`MHCConfig` and `presets` hold the settings, `convert` reads parameters of other implementations,
-`reference` is the same in plain JAX, and `python -m jax_mhc.info` describes the installation.
+`stack` runs many sublayers, in a scan too; `pre`, `post` and `post_pre` are the pieces for blocks
+of your own, and `sinkhorn` is the projection alone. `MHCConfig` and `presets` hold the settings,
+`convert` reads parameters of other implementations, `reference` is the same in plain JAX, and
+`python -m jax_mhc.info` describes the installation.
 """
 
 from jax_mhc import convert, presets, reference
