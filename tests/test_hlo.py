@@ -154,15 +154,16 @@ def test_backward_keeps_m_r_and_h_res_alone(op, static):
 
 
 def test_a_sublayer_keeps_what_its_layer_keeps():
-    """Beside its operands: what tanh and post read, and the coefficients."""
+    """Beside its operands: what sin and post read, and the coefficients."""
     x, params = model_operands()
 
+    # Not tanh: its gradient reads its own result, which `checkpoint_name` tells from the named y.
     def sublayer(x, params):
-        return jax_mhc.mhc_residual(jnp.tanh, x, params, implementation="fused")
+        return jax_mhc.mhc_residual(jnp.sin, x, params, implementation="fused")
 
     tokens, n = math.prod(CASE.tokens), CASE.streams
     kept = residuals(sublayer, x, params[0])
-    # y for post, and 1 - tanh(u)² for tanh.
+    # y for post, and cos(u) for sin.
     assert sum(size for size in kept if size >= tokens * CASE.hidden) == 2 * tokens * CASE.hidden
     coefficients = n * (n + 2) + 1 + n + n * n
     assert sum(size for size in kept if size < tokens * CASE.hidden) == tokens * coefficients
