@@ -62,6 +62,9 @@ def dtypes_of(op):
     return ["float32"] if op == "sinkhorn" else DTYPES
 
 
+# The same where a cluster of blocks shares the width.
+SHARED_CASE = Case((2053,), 4, 1024, 3.0)
+
 OP_DTYPES = [(op, dtype) for op in (*KERNELS, "two_sublayers") for dtype in dtypes_of(op)]
 
 
@@ -135,6 +138,19 @@ def test_any_width(op, hidden):
     check(op, Case((19,), 4, hidden), ("bfloat16", "float16", "float32")[hidden % 3])
 
 
+# What 2, 4, 8 or 16 blocks share, each with 256, 320, 384 or 448 channels.
+SHARED_WIDTHS = (512, 1024, 1280, 2048, 2560, 3072, 4096, 7168)
+
+
+@pytest.mark.parametrize("op", ["pre", "post_pre", "two_sublayers"])
+@pytest.mark.parametrize("hidden", SHARED_WIDTHS)
+@pytest.mark.parametrize("tokens", [0, 1, 8, 203])
+def test_widths_that_clusters_of_blocks_share(op, hidden, tokens):
+    """Where the streams are read once; whatever was in the memory of results and workspaces."""
+    poison()
+    check(op, Case((tokens,), 4, hidden, 3.0), "bfloat16")
+
+
 @pytest.mark.parametrize("op, dtype", OP_DTYPES)
 @pytest.mark.parametrize("tokens", [0, 1, 2, 17, 127, 1009])
 def test_any_number_of_tokens(op, dtype, tokens):
@@ -171,27 +187,33 @@ def poison():
     jax.block_until_ready([jnp.full((1 << size,), jnp.nan, jnp.float32) for size in range(8, 26)])
 
 
-@pytest.mark.parametrize("op, dtype", OP_DTYPES)
-def test_same_bits_in_every_run(op, dtype):
+OP_DTYPE_CASES = [
+    *[(op, dtype, CASE) for op, dtype in OP_DTYPES],
+    *[(op, "bfloat16", SHARED_CASE) for op in ("pre", "post_pre", "two_sublayers")],
+]
+
+
+@pytest.mark.parametrize("op, dtype, case", OP_DTYPE_CASES)
+def test_same_bits_in_every_run(op, dtype, case):
     """Outputs and all gradients, whatever was in the memory of results and workspaces."""
     digests = set()
     for _ in range(10):
         poison()
-        digests.add(digest(run(op, CASE, dtype)))
+        digests.add(digest(run(op, case, dtype)))
     assert len(digests) == 1
 
 
-@pytest.mark.parametrize("op, dtype", OP_DTYPES)
-def test_a_token_does_not_depend_on_the_others(op, dtype):
+@pytest.mark.parametrize("op, dtype, case", OP_DTYPE_CASES)
+def test_a_token_does_not_depend_on_the_others(op, dtype, case):
     """Forward: alone, in part of the batch, and elsewhere in it."""
-    operands, _ = arrays(op, CASE, dtype)
-    function = jax.jit(functools.partial(OPS[op].run, config=CASE.config, implementation="fused"))
+    operands, _ = arrays(op, case, dtype)
+    function = jax.jit(functools.partial(OPS[op].run, config=case.config, implementation="fused"))
 
     def select(tree, tokens):
         return jax.tree.map(lambda leaf: leaf[tokens], tree)
 
     everything = function(operands)
-    (num_tokens,) = CASE.tokens
+    (num_tokens,) = case.tokens
     random = np.random.default_rng(0).permutation(num_tokens)
     for tokens in (
         random, random[:1], random[:17], random[:1000], np.arange(5, 6), np.arange(1000, 1017),
