@@ -48,12 +48,7 @@ type Size = (&'static str, u32, bool);
 const N4: Size = ("n4", 4, true);
 
 /// Streams.
-const STREAMS: [Size; 4] = [
-    ("n2", 2, true),
-    N4,
-    ("n8", 8, true),
-    ("any", 16, false),
-];
+const STREAMS: [Size; 4] = [("n2", 2, true), N4, ("n8", 8, true), ("any", 16, false)];
 
 /// Columns of phi, in groups of 8.
 const COLUMNS: [Size; 4] = [
