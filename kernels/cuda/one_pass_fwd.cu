@@ -6,14 +6,14 @@
 //
 // A block's warps, by what they do with each tile of tokens:
 //
-//   project (8)   the slice of vec(X) phi and of the sum of squares, with phi in registers all the time; before
-//                 that, in the seam, X' in place of X. Warp w owns the 8 channels w of every 64, in all
-//                 streams, so that X' goes from its registers to the tensor cores
+//   project (8)   the slice of vec(X) phi and of the sum of squares, with phi in registers all the time; in the
+//                 seam X' before that, in place of X. Warp w owns the 8 channels w of every 64, in all streams,
+//                 so that X' goes from its registers to the tensor cores
 //   apply (4)     u from h_pre, once that is there; in the seam X' on its way out
 //   copy          X (and y, h_post, h_res) from memory
 //   send          the sum of the 8 warps' partial sums, to the block that owns the token
-//   own           the sum over the cluster, in the order of its blocks, r and m of the tokens that this block owns;
-//                 h_pre to every block
+//   own           the sum over the cluster, in the order of its blocks, r and m of the tokens that this block
+//                 owns; h_pre to every block
 //   finish        all coefficients of owned tokens, many at a time, for H_res takes long. Nobody waits for it
 //
 // A token's sums are cut by C alone: they do not depend on the other tokens or on how many there are.
@@ -38,9 +38,10 @@ static_assert(SIZE % kBoxChannels == 0, "whole boxes");
 
 // ---- sizes ------------------------------------------------------------------------------------------
 
-// Of a block of SIZE channels. As many stages as shared memory holds, and registers such that nothing spills:
-// the three numbers twice the first, and the others, are no more than 512. Tiles of 16 tokens pay where there
-// are registers for two accumulators (92 us, not 95, at 8192 x 4096).
+// Of a block of SIZE channels. Tiles of 16 tokens halve the exchange, where there are registers for two
+// accumulators and each tile is read and projected at once; stages are as many as shared memory holds, and
+// registers such that nothing spills: the three numbers and once more the first are no more than 512. Of what
+// these leave open it is what was fastest on an H200.
 struct Shape {
   int tokens, stages;
   int in_shared;  // of the kSlices of phi, how many lie in shared memory but for their first fragment
@@ -48,11 +49,12 @@ struct Shape {
 };
 __device__ constexpr Shape shape(bool seam) {
   switch (SIZE) {
-    case 256: return seam ? Shape{8, 8, 0, 168, 88, 88} : Shape{16, 5, 0, 168, 88, 88};
-    case 320: return seam ? Shape{8, 6, 0, 192, 64, 64} : Shape{8, 8, 0, 184, 72, 72};
-    case 384: return seam ? Shape{8, 5, 0, 208, 48, 48} : Shape{8, 7, 0, 200, 56, 56};
-    default: return seam ? Shape{8, 5, 2, 208, 48, 48} : Shape{8, 6, 0, 208, 48, 48};
+    case 256: return seam ? Shape{8, 8, 0, 168, 104, 72} : Shape{16, 5, 0, 176, 80, 80};
+    case 320: return seam ? Shape{8, 7, 0, 192, 72, 56} : Shape{8, 8, 0, 176, 88, 72};
+    case 384: return seam ? Shape{8, 6, 0, 208, 48, 48} : Shape{8, 7, 0, 200, 56, 56};
+    case 448: return seam ? Shape{8, 5, 2, 208, 40, 56} : Shape{8, 6, 0, 208, 40, 56};
   }
+  return {};
 }
 
 // kColumns sums, the sum of squares, and padding to a multiple of 16 bytes.
@@ -68,6 +70,7 @@ template <bool SEAM>
 struct Plan {
   static constexpr Shape kShape = shape(SEAM);
   static constexpr int kTokens = kShape.tokens;
+  static constexpr int kTokensLog2 = kTokens == 16 ? 4 : 3;
   static constexpr int kStages = kShape.stages;
   static constexpr int kSharedSlices = kShape.in_shared;
   // A stage: X as [stream, box, token, 64 channels], then y alike, h_res and h_post.
@@ -150,12 +153,14 @@ struct Block : Plan<SEAM> {
     shared = shared_address(memory);
     rank = cluster_rank();
     cluster = cluster_size();
-    first_tile = blockIdx.x / cluster;
-    tile_step = gridDim.x / cluster;
+    // Powers of two: a division takes as long as the exchange between two blocks.
+    const int cluster_log2 = __ffs(cluster) - 1;
+    first_tile = blockIdx.x >> cluster_log2;
+    tile_step = gridDim.x >> cluster_log2;
     const int tiles = (call.tokens + P::kTokens - 1) / P::kTokens;
     num_tiles = first_tile < tiles ? (tiles - first_tile + tile_step - 1) / tile_step : 0;
-    owned = max(P::kTokens / int(cluster), 1);
-    owned_log2 = __ffs(owned) - 1;
+    owned_log2 = max(P::kTokensLog2 - cluster_log2, 0);
+    owned = 1 << owned_log2;
   }
 
   __device__ u32 barrier(Barrier which, u32 index = 0) const { return shared + 8 * (which + index); }
@@ -194,8 +199,8 @@ struct Block : Plan<SEAM> {
 
 // ---- project ------------------------------------------------------------------------------------------
 
-// A fragments of phi transposed, with phi = high + low, for 16 rows of phi: 8 channels of two streams. Of the 48
-// rows that columns of phi make in two parts, first has the columns 0 to 15 of high, second 16 to 23 of
+// A fragments of phi transposed, with phi = high + low, for 16 rows of phi: 8 channels of two streams. Of the
+// 48 rows that columns of phi make in two parts, first has the columns 0 to 15 of high, second 16 to 23 of
 // high and 0 to 7 of low, third the rest of low.
 struct Slice {
   uint4 first, second, third;
@@ -464,7 +469,7 @@ __device__ inline void Block<SEAM>::send_sums(int lane) const {
 #pragma unroll
   for (int k = 0; k < kRounds; ++k) {
     const int item = lane + 32 * k, t = item / kSumsParts, part = item % kSumsParts;
-    const u32 owner = t >> owned_log2, row = rank * owned + t % owned;
+    const u32 owner = t >> owned_log2, row = rank * owned + (t & (owned - 1));
     from[k] = shared + P::kPartials + t * kSumsBytes + part * 16;
     to[k] = in_block(shared + P::kOwn + row * kSumsBytes + part * 16, owner);
     full[k] = in_block(barrier(kSumsFull), owner);
@@ -587,7 +592,7 @@ __device__ inline void Block<SEAM>::finish(int lane) const {
     wait(barrier(kFinishFull, slot), batch / 2 & 1);
     const u32 row = shared + P::kFinish + (slot * kBatch + t) * kSumsBytes;
     const int count = batch * kBatch + t, i = count >> owned_log2;
-    const size_t at = size_t(token(i)) + rank * owned + count % owned;
+    const size_t at = size_t(token(i)) + rank * owned + (count & (owned - 1));
     const bool exists = i < num_tiles && at < call.tokens;
     Sinkhorn<N>::Matrix z, h_res;
     matrix.for_each([&](int k, int j) {

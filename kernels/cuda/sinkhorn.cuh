@@ -97,11 +97,12 @@ struct Sinkhorn {
   // small that it has lost its digits counts as the smallest that has them all.
   __device__ float scale_of(float sum) const {
     constexpr float kSmallest = 1.17549435e-38f;
-    const float d = fmaxf(sum + (settings.clamp ? 0.f : settings.sinkhorn_eps),
-                          settings.clamp ? fmaxf(settings.sinkhorn_eps, kSmallest) : kSmallest);
+    const float clamp = settings.clamp, eps = settings.sinkhorn_eps;
     float result;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(d));
-    return fmaf(result, fmaf(-d, result, 1.f), result);
+    asm("rcp.approx.ftz.f32 %0, %1;"
+        : "=f"(result)
+        : "f"(fmaxf(sum + (1.f - clamp) * eps, fmaxf(clamp * eps, kSmallest))));
+    return result;
   }
 
   // M after the first half step: softmax over the first axis.
