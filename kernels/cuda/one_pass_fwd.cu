@@ -49,10 +49,10 @@ struct Shape {
 };
 __device__ constexpr Shape shape(bool seam) {
   switch (SIZE) {
-    case 256: return seam ? Shape{8, 8, 0, 168, 104, 72} : Shape{16, 5, 0, 176, 80, 80};
-    case 320: return seam ? Shape{8, 7, 0, 192, 72, 56} : Shape{8, 8, 0, 176, 88, 72};
+    case 256: return seam ? Shape{8, 8, 0, 168, 104, 72} : Shape{16, 5, 0, 176, 88, 72};
+    case 320: return seam ? Shape{8, 7, 0, 192, 72, 56} : Shape{8, 8, 0, 168, 104, 72};
     case 384: return seam ? Shape{8, 6, 0, 208, 48, 48} : Shape{8, 7, 0, 200, 56, 56};
-    case 448: return seam ? Shape{8, 5, 2, 208, 40, 56} : Shape{8, 6, 0, 208, 40, 56};
+    case 448: return seam ? Shape{8, 5, 2, 208, 48, 48} : Shape{8, 6, 0, 208, 40, 56};
   }
   return {};
 }
