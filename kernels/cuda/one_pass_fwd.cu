@@ -361,6 +361,7 @@ __device__ inline void Block<SEAM>::project(int warp, int lane) const {
         sums[step % kOctets].add(phi, {x[2 * pair], x[2 * pair + 1]});
       }
     }
+
     const u32 slot = i % 2;
     wait(barrier(kPartialEmpty, slot), (i / 2 & 1) ^ 1);
 #pragma unroll
@@ -377,11 +378,7 @@ __device__ inline void Block<SEAM>::project(int warp, int lane) const {
 
 template <bool SEAM>
 __device__ inline void Block<SEAM>::apply(int thread) const {
-  if constexpr (P::kShape.apply_registers > 128) {
-    take_registers<P::kShape.apply_registers>();
-  } else {
-    give_registers<P::kShape.apply_registers>();
-  }
+  give_registers<P::kShape.apply_registers>();
   cluster_wait();
   constexpr int kUnroll = P::kShape.apply_registers < 64 ? 1 : 2;
   Ring<P::kStages> ring;
