@@ -244,6 +244,13 @@ __device__ inline void copy_in(u32 to, const void* from, u32 bytes, u32 barrier)
       "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
 }
+// A box to the L2 cache, for `copy_in` to find it there.
+__device__ inline void prefetch(const TensorMap& map, int token, int box, int stream) {
+  asm volatile(
+      "cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(&map), "r"(0),
+      "r"(token), "r"(box), "r"(stream)
+      : "memory");
+}
 // The other way; what lies outside is not written. Wants `fence_for_copies` by all who wrote the box.
 __device__ inline void copy_out(const TensorMap& map, int token, int box, int stream, u32 from) {
   asm volatile(

@@ -565,6 +565,15 @@ __device__ inline void load_tiles(const Block& block, const Maps& maps) {
     if (tile == 1) wait(block.barrier(kPhiThere, 0), 0);
     const u32 slot = ring.slot, even = block.even(slot), odd = block.odd(slot);
     const int token = block.first_token(tile);
+    if (tile >= kStages) {
+      // Until there is room for it, the tile comes as far as the L2 cache.
+      prefetch(maps.x_even, token, box, 0);
+      prefetch(maps.x_odd, token, box, 0);
+      prefetch(maps.y, token, box, 0);
+      prefetch(maps.d_u, token, box, 0);
+      prefetch(maps.in_even, token, box, 0);
+      prefetch(maps.in_odd, token, box, 0);
+    }
     wait(block.barrier(kEmpty, slot), ring.parity ^ 1);
     u32 full = block.barrier(kInputFull, slot);
     arrive_and_expect(full, 6 * kPlane);
