@@ -8,13 +8,13 @@
 //
 // The tasks of the warps, and the order in which a tile meets them:
 //
-//   loader        X and d_u, to a buffer
+//   copier        X and d_u to a buffer, and d_x_in to another one
 //   dot warps     this block's part of <d_u, X[i]>, to the block that owns the token; h_res as main warps want it
 //   owner         the sum of these parts; r dm, h_pre and f, to all blocks
-//   main warps    d_x in place of d_x_in, and the sums for d_phi, which stay in registers until the end
-//   changer       d_x to memory, d_x_in of a later tile to where it was
+//   main warps    d_x in place of d_x_in, and the sums for d_phi, which stay where they are until the end
+//   copier        d_x to memory
 //
-// X has more buffers than d_x_in, which is not wanted before the answer is there.
+// X may have more buffers than d_x_in, which is not wanted before the answer is there.
 //
 // Whatever belongs to a token stays within it, so that one with no number in it does not spoil others.
 
@@ -35,26 +35,26 @@ constexpr int kFragments = N * kTurns + (kShared ? 2 : 0);
 struct Plan {
   // Buffers for X and d_u, and for d_x_in.
   int stages, changes;
-  // Fragments of phi that a main warp keeps in registers; the others are in shared memory.
+  // Fragments of phi that a main warp has in registers; the others are in shared memory.
   int held;
-  int dot_warps;
-  // Of a thread of the main warps, of the dot warps where these are four, of the others.
-  int main_registers, dot_registers, other_registers;
 };
-#ifdef PLAN
-constexpr Plan kPlan{PLAN};
-#else
-constexpr Plan kPlan = SIZE == 256   ? Plan{5, 5, 4, 4, 200, 48, 64}
-                       : SIZE == 320 ? Plan{3, 3, 0, 4, 200, 48, 64}
-                       : SIZE == 384 ? Plan{3, 2, 0, 4, 200, 48, 64}
-                                     : Plan{2, 2, 0, 1, 224, 56, 56};
-#endif
+constexpr Plan kPlan = SIZE == 256   ? Plan{5, 5, 4}
+                       : SIZE == 320 ? Plan{3, 3, 0}
+                       : SIZE == 384 ? Plan{3, 2, 0}
+                                     : Plan{2, 2, 0};
 constexpr int kStages = kPlan.stages, kChanges = kPlan.changes, kHeld = kPlan.held;
-constexpr int kDotWarps = kPlan.dot_warps;
+// Two buffers are too few to hide how long memory takes. Then a tile goes to the L2 cache before there is room for it.
+constexpr bool kPrefetch = kStages < 3;
+// Fragments of d_phi whose sums a main warp has in shared memory, as 14 do not fit into its registers.
+constexpr int kSumsInShared = SIZE == 448 ? 1 : 0, kSums = kFragments - kSumsInShared;
 
-// Registers are handed on by groups of four warps, so that each kind of warp has a group of its own if it can.
-constexpr int kLoader = kMainWarps + kDotWarps, kChanger = kLoader + 1, kOwner = kLoader + 2;
-constexpr int kThreads = 32 * (kMainWarps + (kDotWarps + 3 + 3) / 4 * 4);
+// Registers are handed on by groups of four warps. Two dot warps take longer than four, but leave more registers to
+// the main warps.
+constexpr int kDotWarps = SIZE == 256 ? 4 : 2;
+constexpr int kMainRegisters = kDotWarps == 2 ? 216 : 200;
+constexpr int kDotRegisters = kDotWarps == 2 ? 72 : 48, kOtherRegisters = kDotWarps == 2 ? 72 : 64;
+constexpr int kCopier = kMainWarps + kDotWarps, kOwner = kCopier + 1;
+constexpr int kThreads = 32 * (kMainWarps + (kDotWarps + 2 + 3) / 4 * 4);
 
 // ---- shared memory ----------------------------------------------------------------------------------
 
@@ -64,8 +64,8 @@ constexpr u32 kBoxBytes = kTileTokens * kRowBytes;
 constexpr u32 kDU = N * kPlaneBytes, kStageBytes = kDU + kPlaneBytes;
 constexpr u32 kChangeBytes = N * kPlaneBytes;
 constexpr u32 kBoxUnits = kBoxChannels / 16, kUnitBytes = 32;
-// Of one fragment of phi.
-constexpr u32 kFragmentBytes = 32 * 24;
+// Of one fragment of phi (bf16), and of d_phi.
+constexpr u32 kFragmentBytes = 32 * 24, kSumsBytes = 32 * 48;
 constexpr u32 kPhiBytes = kMainWarps * (kFragments - kHeld) * kFragmentBytes;
 // What main warps want to know of a tile, a row a token: r dm, what r dm lost by rounding (bf16, 24 each), h_pre, -f,
 // all of these from the owner; the transpose of h_res. The padding keeps the rows in different banks.
@@ -77,9 +77,11 @@ constexpr u32 kPartBytes = kDotWarps * 16;
 // Clusters of 16 have owners for two tiles, so that half as many buffers do.
 constexpr u32 kPartsBytes = (kStages + 1) / 2 * 16 * kPartBytes;
 
+// As many buffers for d_x_in as for X lie among these: one address is enough.
 constexpr u32 kChange = kStages * kStageBytes;
 constexpr u32 kPhi = kChange + kChanges * kChangeBytes;
-constexpr u32 kNotes = kPhi + kPhiBytes;
+constexpr u32 kSumsAt = kPhi + kPhiBytes;
+constexpr u32 kNotes = kSumsAt + kMainWarps * kSumsInShared * kSumsBytes;
 constexpr u32 kParts = kNotes + kStages * kNotesBytes;
 constexpr u32 kBarriers = kParts + kPartsBytes;
 // Barriers: of each buffer, and that phi has been read.
@@ -87,7 +89,11 @@ constexpr u32 kFull = kBarriers, kDone = kFull + 8 * kStages, kPartsFull = kDone
               kAnswerFull = kPartsFull + 8 * kStages, kTableFull = kAnswerFull + 8 * kStages,
               kChangeFull = kTableFull + 8 * kStages, kPhiRead = kChangeFull + 8 * kChanges;
 constexpr u32 kSharedBytes = kPhiRead + 8;
-static_assert(kSharedBytes <= 227 * 1024);
+// The plan of a call (one_pass/pre_bwd.rs) has the same numbers.
+static_assert(SIZE != 256 || (kSharedBytes == 220536 && kThreads == 512));
+static_assert(SIZE != 320 || (kSharedBytes == 205848 && kThreads == 384));
+static_assert(SIZE != 384 || (kSharedBytes == 221200 && kThreads == 384));
+static_assert(SIZE != 448 || (kSharedBytes == 231272 && kThreads == 384));
 
 // What all warps of a block know.
 struct Block {
@@ -106,8 +112,12 @@ struct Block {
   __device__ int first_token(int tile) const {
     return (first_tile + tile * tile_step) * int(kTileTokens);
   }
-  __device__ u32 stage(u32 slot) const { return shared + slot * kStageBytes; }
-  __device__ u32 change(u32 slot) const { return shared + kChange + slot * kChangeBytes; }
+  __device__ u32 stage(u32 slot) const {
+    return shared + slot * (kStages == kChanges ? kStageBytes + kChangeBytes : kStageBytes);
+  }
+  __device__ u32 change(u32 slot) const {
+    return kStages == kChanges ? stage(slot) + kStageBytes : shared + kChange + slot * kChangeBytes;
+  }
   __device__ u32 notes(u32 slot) const { return shared + kNotes + slot * kNotesBytes; }
   __device__ u32 barrier(u32 which, u32 slot) const { return shared + which + 8 * slot; }
 
@@ -134,60 +144,53 @@ struct PartsRing {
   }
 };
 
-__device__ inline void prefetch(const TensorMap& map, int token, int box, int stream) {
-  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(&map), "r"(0), "r"(token), "r"(box), "r"(stream) : "memory");
-}
-// ---- loader, changer --------------------------------------------------------------------------------
+// ---- copier -----------------------------------------------------------------------------------------
 
-__device__ inline void load_tiles(const Block& block, const TensorMap& x, const TensorMap& d_u) {
+__device__ inline void copy_tiles(const Block& block, const TensorMap& x, const TensorMap& d_u,
+                                  const TensorMap& d_x_in, const TensorMap& d_x) {
   const u64 policy = evict_first();
   const int box = block.rank * (SIZE / kBoxChannels);
-  Ring<kStages> ring;
-#pragma unroll 1
-  for (int tile = 0; tile < block.num_tiles; ++tile, ring.next()) {
-    // phi comes first: everybody waits for it.
-    if (tile == 1) wait(block.barrier(kPhiRead, 0), 0);
-    wait(block.barrier(kDone, ring.slot), ring.parity ^ 1);
-    const u32 stage = block.stage(ring.slot), full = block.barrier(kFull, ring.slot);
+  const auto load = [&](int tile, u32 slot) {
+    if (tile >= block.num_tiles) return;
+    const u32 stage = block.stage(slot), full = block.barrier(kFull, slot);
     const int token = block.first_token(tile);
     arrive_and_expect(full, kStageBytes);
     copy_in(stage, x, token, box, 0, full, policy);
     copy_in(stage + kDU, d_u, token, box, 0, full, policy);
-#ifdef PREFETCH
-    if (tile + PREFETCH < block.num_tiles) {
-      prefetch(x, block.first_token(tile + PREFETCH), box, 0);
-      prefetch(d_u, block.first_token(tile + PREFETCH), box, 0);
+    if (kPrefetch && tile + kStages < block.num_tiles) {
+      const int later = block.first_token(tile + kStages);
+      prefetch(x, later, box, 0);
+      prefetch(d_u, later, box, 0);
     }
-#endif
-  }
-}
-
-__device__ inline void change_tiles(const Block& block, const TensorMap& d_x_in,
-                                    const TensorMap& d_x) {
-  const u64 policy = evict_first();
-  const int box = block.rank * (SIZE / kBoxChannels);
-  const auto load = [&](int tile, u32 slot) {
+  };
+  const auto load_change = [&](int tile, u32 slot) {
+    if (tile >= block.num_tiles) return;
     const u32 full = block.barrier(kChangeFull, slot);
     arrive_and_expect(full, kChangeBytes);
     copy_in(block.change(slot), d_x_in, block.first_token(tile), box, 0, full, policy);
+    if (kPrefetch && tile + kChanges < block.num_tiles) {
+      prefetch(d_x_in, block.first_token(tile + kChanges), box, 0);
+    }
   };
+  load(0, 0);
+  // phi comes next: everybody waits for it.
   wait(block.barrier(kPhiRead, 0), 0);
+  load_change(0, 0);
 #pragma unroll 1
-  for (int tile = 0; tile < min(kChanges, block.num_tiles); ++tile) load(tile, tile);
+  for (int tile = 1; tile < kStages; ++tile) {
+    load(tile, tile);
+    if (tile < kChanges) load_change(tile, tile);
+  }
   Ring<kStages> ring;
   Ring<kChanges> changes;
 #pragma unroll 1
   for (int tile = 0; tile < block.num_tiles; ++tile, ring.next(), changes.next()) {
     wait(block.barrier(kDone, ring.slot), ring.parity);
+    load(tile + kStages, ring.slot);
     copy_out(d_x, block.first_token(tile), box, 0, block.change(changes.slot));
     commit_copies();
     wait_for_reads<0>();
-    if (tile + kChanges < block.num_tiles) load(tile + kChanges, changes.slot);
-#ifdef PREFETCH
-    if (tile + kChanges + PREFETCH - kStages < block.num_tiles) {
-      prefetch(d_x_in, block.first_token(tile + kChanges + PREFETCH - kStages), box, 0);
-    }
-#endif
+    load_change(tile + kChanges, changes.slot);
   }
   finish_copies();
 }
@@ -272,7 +275,7 @@ __device__ inline void multiply_tiles(const Block& block, const float* h_res, in
 
 struct Gates {
   const float *alpha, *bias, *m, *r, *d_h_pre, *d_z;
-  // [blocks, kColumns + 3], for sum_gates
+  // [blocks, kColumns + 3], for sum_gradients
   float* sums;
 };
 
@@ -290,13 +293,14 @@ __device__ inline float sum_components(float4 v, int lane) {
 
 // What is known of a token beforehand; lane c has column c.
 struct OwnToken {
-  float m, r, d_h, d_z;
+  float m, r, given;
 
   __device__ OwnToken(const Gates& gates, long long token, bool exists, int lane) {
     m = exists && lane < kColumns ? gates.m[token * kColumns + lane] : 0.f;
     r = exists ? gates.r[token] : 0.f;
-    d_h = exists && lane < N ? gates.d_h_pre[token * N + lane] : 0.f;
-    d_z = exists && lane >= N && lane < kColumns ? gates.d_z[token * kColumns + lane] : 0.f;
+    given = 0.f;
+    if (exists && lane < N) given = gates.d_h_pre[token * N + lane];
+    if (exists && lane >= N && lane < kColumns) given = gates.d_z[token * kColumns + lane];
   }
 };
 
@@ -340,7 +344,7 @@ __device__ inline void answer(const Block& block, const Gates& gates, int tokens
         dots = {dots.x + v.x, dots.y + v.y, dots.z + v.z, dots.w + v.w};
       }
       const float dot = __shfl_sync(kAllLanes, sum_components(dots, lane), lane % N * 8);
-      const float d_z = lane < N ? (dot + own.d_h) * slope : own.d_z;
+      const float d_z = lane < N ? (dot + own.given) * slope : own.given;
       const float dm = alpha * d_z;
       const float f = norm * warp_sum(dm * own.m);
       sum_d_z += d_z;
@@ -432,10 +436,10 @@ struct Differentiation {
   // Fragments of phi; from this warp's first one in shared memory on.
   PhiFragment held[kHeld > 0 ? kHeld : 1];
   u32 phi_at;
-  float d_phi[kFragments][3][4];
+  float d_phi[kSums][3][4];
+  u32 sums_at;
   // Of the tile: X and d_u, d_x_in; the notes from matrix rows of this lane on, and from its first token on.
   u32 stage, change, row_notes, own_notes;
-  float minus_f[2];
 
   // A unit, or two streams of it from `first` on, whose fragments are those from F on. `at`: of this lane's matrix
   // row in a pair of streams; where only one is read, of a lane whose row is wanted it is in the first.
@@ -465,9 +469,10 @@ struct Differentiation {
         for (int t = 0; t < 2; ++t) {
           const auto of = [&](u32 v) { return t == 0 ? low(v) : high(v); };
           const float h_pre = read_float(first_notes + t * kNoteRow + kHPre + 4 * j);
+          const float minus_f = read_float(own_notes + t * kNoteRow + kMinusF);
           const float4 h = read_float4(first_h + t * kNoteRow + j * 16);
-          sums[t] = h_pre * of(d_u[0]) + minus_f[t] * of(x0);
-          sums[2 + t] = h_pre * of(d_u[1]) + minus_f[t] * of(x1);
+          sums[t] = h_pre * of(d_u[0]) + minus_f * of(x0);
+          sums[2 + t] = h_pre * of(d_u[1]) + minus_f * of(x1);
           const float hs[N] = {h.x, h.y, h.z, h.w};
 #pragma unroll
           for (int i = 0; i < N; ++i) {
@@ -499,10 +504,35 @@ struct Differentiation {
 #pragma unroll
       for (int j = s; j < s + 2; ++j) {
         const u32 x0 = x[j % 2 * 2], x1 = x[j % 2 * 2 + 1];
-        mma(d_phi[F + j][0], x0, x1, x0, x1, {dm[0], dm[3]});
-        mma(d_phi[F + j][1], x0, x1, x0, x1, {dm[1], more_dm[0]});
-        mma(d_phi[F + j][2], x0, x1, x0, x1, {dm[2], more_dm[1]});
+        const auto add = [&](float(&sums)[3][4]) {
+          mma(sums[0], x0, x1, x0, x1, {dm[0], dm[3]});
+          mma(sums[1], x0, x1, x0, x1, {dm[1], more_dm[0]});
+          mma(sums[2], x0, x1, x0, x1, {dm[2], more_dm[1]});
+        };
+        if (F + j < kSums) {
+          add(d_phi[F + j < kSums ? F + j : 0]);
+        } else {
+          float sums[3][4];
+          read_sums(sums);
+          add(sums);
+          write_sums(sums);
+        }
       }
+    }
+  }
+
+  __device__ void read_sums(float (&sums)[3][4]) const {
+#pragma unroll
+    for (int octet = 0; octet < 3; ++octet) {
+      const float4 v = read_float4(sums_at + octet * 512);
+      sums[octet][0] = v.x, sums[octet][1] = v.y, sums[octet][2] = v.z, sums[octet][3] = v.w;
+    }
+  }
+  __device__ void write_sums(const float (&sums)[3][4]) const {
+#pragma unroll
+    for (int octet = 0; octet < 3; ++octet) {
+      const float(&s)[4] = sums[octet];
+      write_float4(sums_at + octet * 512, {s[0], s[1], s[2], s[3]});
     }
   }
 
@@ -520,16 +550,6 @@ struct Differentiation {
   }
 };
 
-// One ring is enough for two that have the same length.
-template <int A, int B>
-__device__ inline const auto& choose_ring(const Ring<A>& a, const Ring<B>& b) {
-  if constexpr (A == B) {
-    return a;
-  } else {
-    return b;
-  }
-}
-
 __device__ inline void differentiate_tiles(const Block& block, const float* phi, float* d_phi_partial,
                                            int hidden, int warp, int lane) {
   const u32 q = lane % 4, matrix = lane / 8, row = lane % 8;
@@ -544,9 +564,11 @@ __device__ inline void differentiate_tiles(const Block& block, const float* phi,
     } else {
       fragment.write(main.phi_at + (f - kHeld) * kMainWarps * kFragmentBytes);
     }
-#pragma unroll
-    for (int e = 0; e < 12; ++e) main.d_phi[f][e / 4][e % 4] = 0.f;
   }
+#pragma unroll
+  for (int e = 0; e < kSums * 12; ++e) main.d_phi[e / 12][e / 4 % 3][e % 4] = 0.f;
+  main.sums_at = block.shared + kSumsAt + warp * kSumsBytes + lane * 16;
+  if constexpr (kSumsInShared > 0) main.write_sums({});
   __syncwarp();
   if (lane == 0) arrive(block.barrier(kPhiRead, 0));
   cluster_wait();
@@ -557,42 +579,40 @@ __device__ inline void differentiate_tiles(const Block& block, const float* phi,
            unit / kBoxUnits * kBoxBytes;
   };
   const u32 turns_at = pair_at(warp), shared_at = pair_at(kTurns * kMainWarps + warp / 2);
-  Ring<kStages> ring;
-  Ring<kChanges> other_changes;
 #pragma unroll 1
-  for (int left = block.num_tiles; left > 0; --left) {
-    const auto& changes = choose_ring(ring, other_changes);
-    main.stage = block.stage(ring.slot), main.change = block.change(changes.slot);
-    const u32 notes = block.notes(ring.slot);
-    main.row_notes = notes + row * kNoteRow + matrix * 16, main.own_notes = notes + 2 * q * kNoteRow;
+  for (int tile = 0; tile < block.num_tiles; ++tile) {
+    // From the number of the tile, so that it is all that has to be kept.
+    const u32 slot = tile % kStages, parity = tile / kStages % 2;
+    const u32 change_slot = tile % kChanges, change_parity = tile / kChanges % 2;
     if (warp == 0 && lane == 0) {
-      arrive_and_expect(block.barrier(kAnswerFull, ring.slot), kTileTokens * kHRes);
+      arrive_and_expect(block.barrier(kAnswerFull, slot), kTileTokens * kHRes);
     }
-    wait(block.barrier(kFull, ring.slot), ring.parity);
-    wait(block.barrier(kTableFull, ring.slot), ring.parity);
-    wait(block.barrier(kChangeFull, changes.slot), changes.parity);
-    wait_for_cluster(block.barrier(kAnswerFull, ring.slot), ring.parity);
-#pragma unroll
-    for (int t = 0; t < 2; ++t) main.minus_f[t] = read_float(main.own_notes + t * kNoteRow + kMinusF);
+    wait(block.barrier(kFull, slot), parity);
+    wait(block.barrier(kTableFull, slot), parity);
+    wait(block.barrier(kChangeFull, change_slot), change_parity);
+    wait_for_cluster(block.barrier(kAnswerFull, slot), parity);
+    main.stage = block.stage(slot), main.change = block.change(change_slot);
+    const u32 notes = block.notes(slot);
+    main.row_notes = notes + row * kNoteRow + matrix * 16, main.own_notes = notes + 2 * q * kNoteRow;
+    main.take_turns<0>(turns_at);
     if constexpr (kShared) {
       main.differentiate<kTurns * N, 2>(shared_at, warp % 2 * 2);
     }
-    main.take_turns<0>(turns_at);
     fence_for_copies();
     __syncwarp();
-    if (lane == 0) arrive(block.barrier(kDone, ring.slot));
-    ring.next();
-    if constexpr (kChanges != kStages) other_changes.next();
+    if (lane == 0) arrive(block.barrier(kDone, slot));
   }
 
   // [clusters, n C, kColumns], for sum_gradients
   float* partial = d_phi_partial + (long long)block.first_tile * N * hidden * kColumns;
+  float last[3][4] = {};
+  if constexpr (kSumsInShared > 0) main.read_sums(last);
 #pragma unroll
   for (int f = 0; f < kFragments; ++f) {
     float* out = partial + fragment_at(f, hidden);
 #pragma unroll
     for (int octet = 0; octet < 3; ++octet) {
-      const float(&d)[4] = main.d_phi[f][octet];
+      const float(&d)[4] = (f < kSums ? main.d_phi[f < kSums ? f : 0] : last)[octet];
       *reinterpret_cast<float2*>(out + octet * 8) = {d[0], d[1]};
       *reinterpret_cast<float2*>(out + 8 * kColumns + octet * 8) = {d[2], d[3]};
     }
@@ -626,22 +646,28 @@ KERNEL(pre_bwd_one_pass, kThreads, 1)
   cluster_arrive();
 
   if (warp < kMainWarps) {
-    take_registers<kPlan.main_registers>();
+    take_registers<kMainRegisters>();
+    const Block block(shared, tokens);
     differentiate_tiles(block, phi, d_phi_partial, hidden, warp, lane);
-  } else if (kDotWarps % 4 == 0 && warp < kLoader) {
-    give_registers<kPlan.dot_registers>();
-    multiply_tiles(block, h_res, tokens, deferred, warp - kMainWarps, lane);
   } else {
-    give_registers<kPlan.other_registers>();
-    if (warp < kLoader) {
+    // The dot warps may be a group of their own.
+    if (kDotWarps % 4 == 0 && warp < kCopier) {
+      give_registers<kDotRegisters>();
+      const Block block(shared, tokens);
       multiply_tiles(block, h_res, tokens, deferred, warp - kMainWarps, lane);
     } else {
-      cluster_wait();
-    }
-    if (warp == kLoader && lane == 0) load_tiles(block, x, d_u);
-    if (warp == kChanger && lane == 0) change_tiles(block, d_x_in, d_x);
-    if (warp == kOwner) {
-      answer(block, {alpha, bias, m, r, d_h_pre, d_z, gate_sums}, tokens, hidden, settings, lane);
+      give_registers<kOtherRegisters>();
+      const Block block(shared, tokens);
+      if (warp < kCopier) {
+        multiply_tiles(block, h_res, tokens, deferred, warp - kMainWarps, lane);
+      } else {
+        cluster_wait();
+      }
+      if (warp == kOwner) {
+        answer(block, {alpha, bias, m, r, d_h_pre, d_z, gate_sums}, tokens, hidden, settings, lane);
+      } else if (warp == kCopier && lane == 0) {
+        copy_tiles(block, x, d_u, d_x_in, d_x);
+      }
     }
   }
   // What others sent may still be on its way to a block.

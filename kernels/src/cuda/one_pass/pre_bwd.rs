@@ -56,14 +56,15 @@ pub fn workspace(problem: &Problem) -> Workspace {
     })
 }
 
-/// How a block is divided (`Plan` of pre_bwd_one_pass.cu).
+/// How a block is divided (the constants at the head of pre_bwd_one_pass.cu).
 struct Block {
     channels: usize,
     /// Buffers for X and d_u, and for d_x_in.
     stages: usize,
     changes: usize,
-    /// Fragments of phi that a main warp has in shared memory.
+    /// Fragments of phi, and of the sums for d_phi, that a main warp has in shared memory.
     fragments: usize,
+    sums: usize,
     dot_warps: usize,
 }
 
@@ -72,24 +73,25 @@ impl Block {
 
     fn of(shape: Shape) -> Self {
         let channels = shape.channels;
-        let (stages, changes, fragments, dot_warps) = match channels {
-            256 => (5, 5, 4, 4),
-            320 => (3, 3, 10, 4),
-            384 => (3, 2, 12, 4),
-            _ => (2, 2, 14, 1),
+        let (stages, changes, fragments, sums, dot_warps) = match channels {
+            256 => (5, 5, 4, 0, 4),
+            320 => (3, 3, 10, 0, 2),
+            384 => (3, 2, 12, 0, 2),
+            _ => (2, 2, 14, 1, 2),
         };
         Self {
             channels,
             stages,
             changes,
             fragments,
+            sums,
             dot_warps,
         }
     }
 
     fn threads(&self) -> usize {
-        // Besides these a loader, a changer and an owner.
-        32 * (Self::MAIN_WARPS + (self.dot_warps + 3).next_multiple_of(4))
+        // Besides these a copier and an owner.
+        32 * (Self::MAIN_WARPS + (self.dot_warps + 2).next_multiple_of(4))
     }
 
     fn shared_bytes(&self) -> usize {
@@ -99,7 +101,7 @@ impl Block {
         let barriers = 8 * (5 * self.stages + self.changes + 1);
         self.stages * ((STREAMS + 1) * stream + notes)
             + self.changes * STREAMS * stream
-            + Self::MAIN_WARPS * self.fragments * 32 * 24
+            + Self::MAIN_WARPS * 32 * (24 * self.fragments + 48 * self.sums)
             + self.stages.div_ceil(2) * parts
             + barriers
     }
@@ -215,5 +217,27 @@ pub fn sum_gradients(call: &Call, d_phi: u64, gate_sums: u64, clusters: u32, row
             Arg::I32(rows as i32),
             Arg::I32(size as i32),
         ],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_says_the_same() {
+        let source = include_str!("../../../cuda/pre_bwd_one_pass.cu");
+        for (channels, size) in super::super::CHANNELS {
+            let cluster = 16;
+            let block = Block::of(Shape {
+                channels,
+                size,
+                cluster,
+            });
+            let (bytes, threads) = (block.shared_bytes(), block.threads());
+            let text =
+                format!("SIZE != {channels} || (kSharedBytes == {bytes} && kThreads == {threads})");
+            assert!(source.contains(&text), "{text}");
+        }
     }
 }
