@@ -645,6 +645,7 @@ KERNEL(pre_bwd_one_pass, kThreads, 1)
   __syncthreads();
   cluster_arrive();
 
+  // Each task asks for its block again, so that none keeps in registers what only others want.
   if (warp < kMainWarps) {
     take_registers<kMainRegisters>();
     const Block block(shared, tokens);
