@@ -1,7 +1,7 @@
 """Times the fused CUDA kernels beside the fastest plain JAX, after checking both against float64.
 
 `make bench-gpu` runs this and writes benches/results/<gpu>/<date>.json and .md; where a check fails
-it prints them, writes nothing and exits with 1. It takes some minutes.
+they are called <date>-wrong and it exits with 1. It takes some minutes.
 
 - pre, post, seam (post and the next pre), sinkhorn, head: the forward pass. post_bwd, pre_bwd,
   seam_bwd: the backward pass alone, as a chain of sublayers runs it (backward.py). fb: pre and
@@ -70,12 +70,15 @@ LIMITS = {
     "h_pre": 2e-6,
     "h_post": 2e-6,
     "h_res": 2e-6,
-    "d_h_post": _ROUNDING,  # the seam's are sums of products with the rounded d_x_new
-    "d_h_res": _ROUNDING,
+    "d_h_post": 2**0.5 * _ROUNDING,  # the seam's are sums of products with the rounded d_x_new
+    "d_h_res": 2**0.5 * _ROUNDING,
     "d_phi": 3e-4,
     "d_alpha": 1e-4,
     "d_bias": 1e-4,
 }
+# The seam's backward pass takes the gradient of h_pre from an X' that is not rounded, the exact one
+# from one that is (docs/architecture.md).
+SEAM_LIMITS = {"d_phi": 1e-2, "d_alpha": 1e-2, "d_bias": 1e-2}
 # These sum over all tokens and are checked for few of them, the others for some tokens of many.
 PARAMETER_GRADIENTS = ("d_phi", "d_alpha", "d_bias")
 
@@ -379,13 +382,17 @@ def errors(results: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float]:
     return {name: common.relative_error(results[name], wanted[name]) for name in results}
 
 
-def above_limits(what: str, found: dict[str, float], sigma: float = 1.0) -> list[str]:
+def above_limits(
+    op: str, tokens: int, hidden: int, found: dict[str, float], sigma: float = 1.0
+) -> list[str]:
     """Complaints about errors above the limits; NaN is above every limit."""
     complaints = []
+    limits = LIMITS | (SEAM_LIMITS if "seam" in op else {})
     for name, error in found.items():
         # The logits of h_res are sigma times as large, and so is what rounding moves them by.
-        limit = LIMITS[name] * (max(1.0, sigma) if name.startswith("h_") else 1.0)
+        limit = limits[name] * (max(1.0, sigma) if name.startswith("h_") else 1.0)
         if not error <= limit:
+            what = f"{op} {tokens}x{hidden}, sigma {sigma:.1f}"
             complaints.append(f"{what}: error of {name} is {error:.2e}, limit {limit:.1e}")
     return complaints
 
@@ -402,7 +409,7 @@ def check_peaked(
         for implementation in IMPLEMENTATIONS:
             program = programs[op, implementation]
             row[implementation] = errors(program(program.copied(program.arguments(named))), wanted)
-        complaints += above_limits(f"{op} {tokens}x{hidden} sigma {sigma:.0f}", row["fused"], sigma)
+        complaints += above_limits(op, tokens, hidden, row["fused"], sigma)
         rows.append(row)
     return rows, complaints
 
@@ -570,7 +577,7 @@ def bench_shape(
                 exact_values[op] |= exact("pre", {**some_named, "x": some_results["x_new"]})
             found = errors(some_results, exact_values[op])
             if implementation == "fused":
-                complaints += above_limits(f"{op} {tokens}x{hidden}", found)
+                complaints += above_limits(op, tokens, hidden, found)
             row[implementation] = {
                 "compile_s": program.compile_s,
                 "first_us": first_us,
@@ -848,10 +855,11 @@ def main(options: Options) -> None:
         record, complaints = run_all(options, progress)
     text = markdown(record)
     print(text)
-    if complaints:
-        raise SystemExit("Nothing is written: wrong fused results.\n" + "\n".join(complaints))
     if options.output is not None:
-        common.write(record, text, options.output / common.gpu_folder(record))
+        suffix = "-wrong" if complaints else ""
+        common.write(record, text, options.output / common.gpu_folder(record), suffix)
+    if complaints:
+        raise SystemExit("Wrong fused results.\n" + "\n".join(complaints))
 
 
 if __name__ == "__main__":

@@ -187,6 +187,8 @@ def error_text(record: dict[str, Any]) -> str:
         for implementation, sigmas in largest.items():
             found = sigmas.setdefault(row["sigma"], {})
             for name, error in row[implementation].items():
+                if row.get("op") == "seam_bwd":
+                    name = f"{name} of seam_bwd"
                 found[name] = max(found.get(name, 0.0), error)
     sigmas = min(largest["fused"]), max(largest["fused"])
     rows = [
@@ -286,10 +288,14 @@ def train_step_section(record: dict[str, Any], path: Path, docs: Path) -> str:
             train_step.LABELS[row["connection"]], f"{row['ms']:.1f}", f"{row['spread_ms']:.1f}",
             f"{100 * row['overhead']:+.1f} %" if row["overhead"] else "",
             f"{row['tokens_per_s'] / 1e3:.1f}", f"{row['memory']['peak_bytes'] / 1e9:.1f}",
+            f"{train_step.kernels_ms(row, 'mhc_'):.1f}", f"{train_step.kernels_ms(row, ''):.1f}",
         ]
         for row in record["rows"]
     ]  # fmt: skip
-    headers = ["connection", "ms a step", "spread", "overhead", "1000 tokens/s", "peak, GB"]
+    headers = [
+        "connection", "ms a step", "spread", "overhead", "1000 tokens/s", "peak, GB",
+        "fused kernels, ms", "all kernels, ms",
+    ]  # fmt: skip
     return "\n\n".join(
         [
             f"{machine(record, path, docs)}; {record['parameters'] / 1e6:.0f} M parameters.",
