@@ -28,7 +28,7 @@ const FILES: [(&str, &[Size], &[&str], Target); 9] = [
     ),
     ("one_pass_fwd", &CHANNELS, &["bf16"], Target::Clusters),
     ("pre_bwd_one_pass", &CHANNELS, &["bf16"], Target::Clusters),
-    ("seam_bwd_one_pass", &[W256], &["bf16"], Target::Clusters),
+    ("seam_bwd_one_pass", &[W256], &["bf16"], Target::Hopper),
     ("gates_bwd", &[N4], &["f32"], Target::Clusters),
     ("sum_gradients", &[N4], &["f32"], Target::Clusters),
 ];
@@ -39,6 +39,8 @@ enum Target {
     Every,
     /// Those with clusters of blocks and registers that warps hand to each other, see [`CLUSTERS`].
     Clusters,
+    /// The first of these: on the other the kernel would spill registers.
+    Hopper,
 }
 
 /// Its name in symbols, its number, and whether that is the number itself and not its bound.
@@ -158,6 +160,11 @@ fn architectures() -> Result<Vec<&'static str>, String> {
     Ok(named.collect())
 }
 
+fn with_suffix(names: &[(&str, &'static str)], architecture: &'static str) -> Option<&'static str> {
+    let mut names = names.iter().filter(|(of, _)| *of == architecture);
+    names.next().map(|(_, with_suffix)| *with_suffix)
+}
+
 fn units(architectures: &[&'static str]) -> Vec<Unit> {
     let mut units = Vec::new();
     for (at, &architecture) in architectures.iter().enumerate() {
@@ -169,9 +176,8 @@ fn units(architectures: &[&'static str]) -> Vec<Unit> {
         for (file, sizes, dtypes, target) in FILES {
             let architecture = match target {
                 Target::Every => Some(architecture),
-                Target::Clusters => (CLUSTERS.iter())
-                    .find(|(of, _)| *of == architecture)
-                    .map(|(_, with_suffix)| *with_suffix),
+                Target::Clusters => with_suffix(&CLUSTERS, architecture),
+                Target::Hopper => with_suffix(&CLUSTERS[..1], architecture),
             };
             let Some(architecture) = architecture else {
                 continue;

@@ -15,6 +15,13 @@ const H100: Device = Device {
     max_clusters: [66, 30, 15, 7],
 };
 
+const B200: Device = Device {
+    capability: (10, 0),
+    num_sms: 148,
+    max_clusters: [74, 36, 18, 8],
+    ..H100
+};
+
 /// Ada: the least shared memory of all that there are kernels for.
 const L4: Device = Device {
     ordinal: 0,
@@ -102,7 +109,7 @@ fn plans_name_kernels_that_exist_and_fit_the_gpu() {
             workspace(&call.problem()).len(call.tokens)
         });
         let example = example.with_workspace(needed);
-        for device in [H100, L4] {
+        for device in [H100, B200, L4] {
             let launches = example.check(|call| plan(&call.unwrap(), &device));
             for launch in launches {
                 assert!(launch.block <= 1024 && launch.block % 32 == 0, "{name}");
@@ -187,6 +194,7 @@ fn the_seam_reads_the_streams_once_where_a_kernel_does() {
         "post_bwd",
     ];
     assert_eq!(functions(&H100, DType::Bf16, 2560), pre_once);
+    assert_eq!(functions(&B200, DType::Bf16, 4096), pre_once);
     for (device, dtype, c) in [
         (L4, DType::Bf16, 4096),
         (H100, DType::F32, 4096),

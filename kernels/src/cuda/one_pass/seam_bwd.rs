@@ -33,7 +33,9 @@ pub fn workspace(problem: &Problem) -> Workspace {
 /// The launches of `seam_bwd` in one pass, where there is a kernel for it.
 pub fn plan(call: &Call, device: &Device, memory: &mut Memory) -> Option<Vec<Launch>> {
     let problem = call.problem();
-    let shape = shape(&problem).filter(|shape| shape.runs_on(device))?;
+    // On later chips the kernel would spill registers.
+    let is_hopper = device.capability.0 == 9;
+    let shape = shape(&problem).filter(|shape| is_hopper && shape.runs_on(device))?;
     let [d_z, gate_sums, d_phi] = Parts::of(&problem, shape)
         .all()
         .map(|part| memory.take(part));
