@@ -60,7 +60,7 @@ PEAKED_OPS = ("pre", "fb", "seam_bwd")  # what is checked at these deviations of
 ROTATED_BYTES = 240e6
 
 # Largest relative L2 error of the fused kernels against float64. 1.8e-3: one rounding to bfloat16.
-# Phi enters the gradients of streams rounded to bfloat16, too: that shows where its product is large.
+# Phi enters the gradients of streams rounded to bfloat16, too, and shows where its part is large.
 _ROUNDING = 1.8e-3
 _ROUNDED_PHI = 2.3e-3
 LIMITS = {
