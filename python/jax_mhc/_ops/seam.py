@@ -31,6 +31,9 @@ def post_pre(
 
     with the new streams rounded to their dtype before pre reads them, so that it computes
     what `post` and `pre` compute one after the other, without reading them from memory again.
+    On GPUs the backward pass may take an X' that is not rounded for the gradients of the
+    parameters, and an infinity or NaN in one token may reach the gradients of x and y of the
+    three tokens beside it (docs/architecture.md).
 
     Differentiable as the two are. The backward pass keeps x, y and the coefficients of both
     sublayers, and computes X' again inside its kernel. Names for `jax.checkpoint` policies:
