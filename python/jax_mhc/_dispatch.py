@@ -176,9 +176,16 @@ def _workspace(name: str, config: MHCConfig | None, operands: Sequence[Any]) -> 
 
 
 def fused_call(
-    name: str, config: MHCConfig | None, *operands: jax.Array, deferred: bool = False
+    name: str,
+    config: MHCConfig | None,
+    *operands: jax.Array,
+    deferred: bool = False,
+    kept_alone: Sequence[str] = ("m", "r"),
 ) -> Sequence[jax.Array]:
-    """Runs the call `name` of docs/architecture.md. It cannot be differentiated."""
+    """Runs the call `name` of docs/architecture.md. It cannot be differentiated.
+
+    kept_alone: the results that nothing reads but what keeps them for the backward pass.
+    """
     op = name.split("_")[0]
     first_order = _primitives().first_order
     call = _call(name, config, deferred)
@@ -187,10 +194,10 @@ def fused_call(
         return results
     # Where a scan stacks a result, XLA for GPUs lets the call write it to its place (dynamic-slice
     # fusion). If somebody else in the loop reads that result, the versions of JAX 0.11 leave a
-    # second call for him (openxla/xla#45799). Nobody else reads what the backward pass alone needs.
+    # second call for him (openxla/xla#45799).
     names = _CALLS[name][1].split()
     return [
-        result if result_name in ("m", "r") else jax.lax.optimization_barrier(result)
+        result if result_name in kept_alone else jax.lax.optimization_barrier(result)
         for result_name, result in zip(names, results, strict=True)
     ]
 

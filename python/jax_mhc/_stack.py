@@ -14,10 +14,11 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, _errors
-from jax_mhc._dispatch import Implementation
+from jax_mhc._dispatch import Implementation, use_fused
 from jax_mhc._ops.deferred import streams
 from jax_mhc._ops.post import post
 from jax_mhc._ops.pre import pre
+from jax_mhc._ops.scan import no_sublayer, scan_of_seams
 from jax_mhc._ops.seam import post_pre
 from jax_mhc._types import Context, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
@@ -132,7 +133,11 @@ def stack(
         sublayers = [_Sublayer(i, *pair) for i, pair in enumerate(zip(layers, params, strict=True))]
         before = run(x, sublayers)
     else:
-        before = _scan(run, layers, x, params, xs, every, unroll)
+        num_blocks = _num_blocks(params, xs)
+        keeps_all = every == 1 and policy is None and unroll in (False, 1) and unroll is not True
+        if keeps_all and _seams_alone(layers, x, params, num_blocks, implementation):
+            return _scan_of_seams(layers, x, params, xs, config)
+        before = _scan(run, layers, x, params, xs, num_blocks, every, unroll)
     if not isinstance(before, _Pending):
         return before  # there was no sublayer
     return post(*before.operands(), implementation=implementation)
@@ -169,11 +174,11 @@ def _scan(
     x: jax.Array,
     params: tuple[MHCParams, ...],
     xs: Any,
+    num_blocks: int,
     every: int,
     unroll: int,
 ) -> _Pending:
     """Runs all blocks; returns the pending post of the last sublayer."""
-    num_blocks = _num_blocks(params, xs)
     num_together = _num_together(every, len(layers), num_blocks)
     num_steps = num_blocks // num_together
 
@@ -194,16 +199,45 @@ def _scan(
         stacked = jax.tree.map(
             lambda leaf: leaf.reshape(num_steps, num_together, *leaf.shape[1:]), stacked
         )
-    *tokens, n, _ = x.shape
-    wide = _check.accumulation_dtype(x.dtype)
-    # The post of these gives back x, and the cotangent of x, exactly.
-    first = _Pending(
-        x=x,
-        y=jnp.zeros_like(x[..., 0, :]),
-        h_post=jnp.zeros((*tokens, n), wide),
-        h_res=jnp.broadcast_to(jnp.eye(n, dtype=wide), (*tokens, n, n)),
-    )
+    first = _Pending(x, *no_sublayer(x))
     return jax.lax.scan(step, first, stacked, unroll=unroll)[0]
+
+
+def _seams_alone(
+    layers: tuple[Callable[..., Any], ...],
+    x: jax.Array,
+    params: tuple[MHCParams, ...],
+    num_blocks: int,
+    implementation: Implementation,
+) -> bool:
+    """Whether `scan_of_seams` takes these sublayers."""
+    return (
+        len(layers) > 1
+        and num_blocks > 0
+        and all(isinstance(p, MHCParams) and p.phi is not None for p in params)
+        and use_fused(_OP, implementation, x.dtype)
+    )
+
+
+def _scan_of_seams(
+    layers: tuple[Callable[..., Any], ...],
+    x: jax.Array,
+    params: tuple[MHCParams, ...],
+    xs: Any,
+    config: MHCConfig,
+) -> jax.Array:
+    def checked(i: int, u: jax.Array, block_params: Any, s: Any) -> jax.Array:
+        _check.params(_OP, MHCParams(*block_params), x, config, f"a slice of params[{i}]")
+        return _layer_output(i, layers[i](u, s), x)
+
+    with jax.named_scope("mhc_stack"):
+        return scan_of_seams(
+            [partial(checked, i) for i in range(len(layers))],
+            x,
+            [(p.phi, p.alpha, p.bias) for p in params],
+            xs,
+            config=config,
+        )
 
 
 def _with_slice(layer: Callable[..., Any], s: Any, u: jax.Array) -> Any:

@@ -1,0 +1,252 @@
+"""A scan over blocks of sublayers that are joined by seams, with a backward pass of its own.
+
+JAX's derivative of a scan copies what an iteration keeps for the backward pass into an array over
+all iterations, and fills that array with zeros beforehand: of the streams, 3 n·C values a token
+for every sublayer. Here the loop carries the arrays of streams. A seam writes its streams to their
+place there, and the next one reads them from there; on GPUs XLA hands the kernels these places
+themselves (dynamic-slice fusion), and nothing is filled.
+
+Each sublayer keeps what JAX's derivative of its layer does, but for what the layer got from
+outside: its slices of xs and what it closes over are at hand in the backward pass anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_mhc._check import accumulation_dtype
+from jax_mhc._dispatch import fused_call, reverse_mode_only
+from jax_mhc._types import MHCConfig
+
+
+def scan_of_seams(
+    layers: Sequence[Callable[..., Any]],
+    x: Any,
+    params: Sequence[tuple[Any, Any, Any]],
+    xs: Any,
+    *,
+    config: MHCConfig,
+) -> Any:
+    """The streams `[..., n, C]` after all blocks.
+
+    Args:
+        layers: the sublayers of a block, at least two (one alone would read from the array that it
+            writes to), `(u, p, s) -> y`. They are traced once and may close over arrays.
+        x: the streams.
+        params: phi, alpha and bias of each of layers, stacked over the blocks, of which there is at
+            least one.
+        xs: a pytree of arrays, stacked too.
+        config: settings of all sublayers.
+    """
+    params, xs = jax.tree.map(jnp.asarray, (tuple(params), xs))
+    u, slices, s = jax.eval_shape(
+        lambda: (x[..., 0, :], *jax.tree.map(lambda leaf: leaf[0], (params, xs)))
+    )
+    traced = [jax.make_jaxpr(f)(u, p, s) for f, p in zip(layers, slices, strict=True)]
+    xs, other_xs = _partition(jax.tree.leaves(xs), _is_inexact)
+    # Only what is being traced can have a gradient.
+    constants, other_constants = _partition(
+        [value for layer in traced for value in layer.consts],
+        lambda value: isinstance(value, jax.core.Tracer) and _is_inexact(value),
+    )
+    operands, treedef = jax.tree.flatten((x, params, xs, constants))
+    operands = jax.tree.unflatten(treedef, reverse_mode_only("stack", *operands))
+
+    scan = _Scan(traced, config)
+    run = jax.custom_vjp(scan.forward)
+    run.defvjp(scan.forward_and_keep, scan.backward)
+    return run(*operands, other_xs, other_constants)
+
+
+class _Scan:
+    """What is the same in all passes."""
+
+    def __init__(self, traced: Sequence[Any], config: MHCConfig):
+        self.traced, self.config = traced, config
+        # How the residuals of each sublayer make up its backward pass: known once it is traced.
+        self.residuals: list[Any] = [None] * len(traced)
+
+    def layer(self, j: int, u: Any, block_params: Any, s: list[Any], constants: list[Any]) -> Any:
+        """The output of sublayer j."""
+        start = sum(len(layer.consts) for layer in self.traced[:j])
+        jaxpr = self.traced[j].jaxpr
+        own = constants[start : start + len(jaxpr.constvars)]
+        return jax.core.eval_jaxpr(jaxpr, own, u, *block_params[j], *s)[0]
+
+    def forward(
+        self, x: Any, params: Any, xs: Any, constants: Any, other_xs: Any, other_constants: Any
+    ) -> Any:
+        constants = _merge(constants, other_constants)
+
+        def step(pending: Any, slices: Any) -> tuple[Any, None]:
+            block_params, s, other_s = slices
+            for j, p in enumerate(block_params):
+                x_new, u, _, h_post, h_res, *_ = fused_call("seam_fwd", self.config, *pending, *p)
+                y = self.layer(j, u, block_params, _merge(s, other_s), constants)
+                pending = x_new, y, h_post, h_res
+            return pending, None
+
+        pending, _ = jax.lax.scan(step, (x, *no_sublayer(x)), (params, xs, other_xs))
+        return fused_call("post_fwd", None, *pending)[0]
+
+    def forward_and_keep(
+        self, x: Any, params: Any, xs: Any, constants: Any, other_xs: Any, other_constants: Any
+    ) -> tuple[Any, Any]:
+        num_blocks, last = params[0][0].shape[0], len(params) - 1
+        # streams[j][i]: those after the seam before sublayer j of block i. Of the last sublayer
+        # they are one further, behind the first of all.
+        streams = [
+            jax.lax.empty((num_blocks + (j == last), *x.shape), x.dtype) for j in range(last + 1)
+        ]
+        streams[last] = _put(streams[last], x, 0)
+
+        def step(i: Any, carry: Any, slices: Any) -> tuple[Any, Any]:
+            streams, pending = carry
+            block_params, s, other_s = slices
+            streams, kept = list(streams), []
+            for j, p in enumerate(block_params):
+                x_new, u, _, h_post, h_res, m, r = fused_call(
+                    "seam_fwd", self.config, _at(streams[j - 1], i), *pending, *p,
+                    kept_alone=("x_new", "m", "r"),
+                )  # fmt: skip
+                streams[j] = _put(streams[j], x_new, i + 1 if j == last else i)
+
+                def layer(u: Any, s: Any, constants: Any, j: int = j) -> Any:
+                    own, shared = _merge(s, other_s), _merge(constants, other_constants)
+                    return self.layer(j, u, block_params, own, shared)
+
+                y, backward = jax.vjp(layer, u, s, constants)
+                given = (s, constants, other_s, other_constants)
+                self.residuals[j], new = _Residuals.split(backward, given)
+                kept.append((*pending, m, r, new))
+                pending = y, h_post, h_res
+            return (tuple(streams), pending), kept
+
+        carry = tuple(streams), no_sublayer(x)
+        (streams, pending), kept = _loop(step, num_blocks, carry, (params, xs, other_xs))
+        x_new = fused_call("post_fwd", None, streams[last][-1], *pending)[0]
+        given = params, xs, constants, other_xs, other_constants
+        return x_new, (streams, pending, kept, given)
+
+    def backward(self, saved: Any, d_x_new: Any) -> Any:
+        streams, pending, kept, (params, xs, constants, other_xs, other_constants) = saved
+        y, h_post, h_res = pending
+        d_pending = fused_call("post_bwd", None, streams[-1][-1], *pending, d_x_new)
+        d_h_pre = jnp.zeros_like(h_post)
+
+        def step(i: Any, carry: Any, slices: Any) -> tuple[Any, Any]:
+            # The streams' cotangent is deferred all along, and so is that of the seam before.
+            d_x, d_y, d_h_post, d_h_res, h_res_new, d_constants = carry
+            block_params, s, other_s, block_kept = slices
+            given = (s, constants, other_s, other_constants)
+            d_s, d_params = jax.tree.map(jnp.zeros_like, s), []
+            for j in reversed(range(len(block_params))):
+                *pending, m, r, new = block_kept[j]
+                d_u, *d_given = self.residuals[j].join(new, given)(d_y)
+                d_s, d_constants = jax.tree.map(jnp.add, [d_s, d_constants], d_given)
+                d_x, d_y, d_h_post, d_h_res, *d_p = fused_call(
+                    "seam_bwd", self.config, _at(streams[j - 1], i), *pending, *block_params[j],
+                    m, r, h_res_new, d_u, d_h_pre, d_h_post, d_h_res, d_x, deferred=True,
+                )  # fmt: skip
+                d_params.insert(0, tuple(d_p))
+                h_res_new = pending[-1]
+            return (d_x, d_y, d_h_post, d_h_res, h_res_new, d_constants), (tuple(d_params), d_s)
+
+        carry = (d_x_new, *d_pending, h_res, jax.tree.map(jnp.zeros_like, constants))
+        (d_x, *_, d_constants), (d_params, d_xs) = _loop(
+            step, params[0][0].shape[0], carry, (params, xs, other_xs, kept), reverse=True
+        )
+        # The first seam's h_res is I, so that what is deferred is the gradient itself.
+        return d_x, d_params, d_xs, d_constants, None, None
+
+
+def no_sublayer(x: Any) -> tuple[Any, Any, Any]:
+    """y, h_post and h_res of a post that gives back x, and the cotangent of x, exactly."""
+    *tokens, n, _ = x.shape
+    wide = accumulation_dtype(x.dtype)
+    h_res = jnp.broadcast_to(jnp.eye(n, dtype=wide), (*tokens, n, n))
+    return jnp.zeros_like(x[..., 0, :]), jnp.zeros((*tokens, n), wide), h_res
+
+
+# ---- what a layer keeps -------------------------------------------------------------------------
+
+
+class _Residuals:
+    """The residuals of a layer, without those that are its inputs and without repetitions."""
+
+    def __init__(self, treedef: Any, places: list[tuple[bool, int]]):
+        self.treedef, self.places = treedef, places
+
+    @classmethod
+    def split(cls, backward: Any, given: Any) -> tuple[_Residuals, list[Any]]:
+        """From what jax.vjp returned: a pytree, whose leaves are the residuals."""
+        leaves, treedef = jax.tree.flatten(backward)
+        known = {id(leaf): (True, place) for place, leaf in enumerate(jax.tree.leaves(given))}
+        new = []
+        for leaf in leaves:
+            if id(leaf) not in known:
+                known[id(leaf)] = False, len(new)
+                new.append(leaf)
+        return cls(treedef, [known[id(leaf)] for leaf in leaves]), new
+
+    def join(self, new: list[Any], given: Any) -> Any:
+        known = jax.tree.leaves(given)
+        leaves = [known[place] if is_given else new[place] for is_given, place in self.places]
+        return jax.tree.unflatten(self.treedef, leaves)
+
+
+def _is_inexact(value: Any) -> bool:
+    return jnp.issubdtype(value.dtype, jnp.inexact)
+
+
+def _partition(values: list[Any], condition: Callable[[Any], bool]) -> tuple[list[Any], list[Any]]:
+    """Those that meet the condition and the others, each with None in place of the rest."""
+    chosen = list(map(condition, values))
+    return (
+        [value if c else None for value, c in zip(values, chosen, strict=True)],
+        [None if c else value for value, c in zip(values, chosen, strict=True)],
+    )
+
+
+def _merge(values: list[Any], others: list[Any]) -> list[Any]:
+    return [b if a is None else a for a, b in zip(values, others, strict=True)]
+
+
+# ---- the loop -----------------------------------------------------------------------------------
+
+
+def _loop(step: Any, num: int, carry: Any, xs: Any, *, reverse: bool = False) -> tuple[Any, Any]:
+    """A scan whose step is told its place, `step(i, carry, slices) -> carry, results`.
+
+    XLA uses the places in arrays where they lie if they follow from the loop's own counter.
+    """
+
+    def one(i: Any, carry: Any) -> tuple[Any, Any]:
+        return step(i, carry, jax.tree.map(lambda array: _at(array, i), xs))
+
+    _, result = jax.eval_shape(one, jnp.int32(0), carry)
+    # Every place is written once, and read by none but what comes after the loop.
+    results = jax.tree.map(lambda leaf: jax.lax.empty((num, *leaf.shape), leaf.dtype), result)
+
+    def body(state: Any) -> Any:
+        count, carry, results = state
+        i = num - 1 - count if reverse else count
+        carry, result = one(i, carry)
+        results = jax.tree.map(lambda array, value: _put(array, value, i), results, result)
+        return count + 1, carry, results
+
+    start = (jnp.int32(0), carry, results)
+    _, carry, results = jax.lax.while_loop(lambda state: state[0] < num, body, start)
+    return carry, results
+
+
+def _at(array: Any, i: Any) -> Any:
+    return jax.lax.dynamic_index_in_dim(array, i, keepdims=False, allow_negative_indices=False)
+
+
+def _put(array: Any, value: Any, i: Any) -> Any:
+    return jax.lax.dynamic_update_index_in_dim(array, value, i, 0, allow_negative_indices=False)
