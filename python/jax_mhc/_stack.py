@@ -226,8 +226,13 @@ def _scan_of_seams(
     xs: Any,
     config: MHCConfig,
 ) -> jax.Array:
-    def checked(i: int, u: jax.Array, block_params: Any, s: Any) -> jax.Array:
-        _check.params(_OP, MHCParams(*block_params), x, config, f"a slice of params[{i}]")
+    def first_block(p: MHCParams, argument: str) -> Any:
+        return _check.params(_OP, jax.tree.map(itemgetter(0), p), x, config, argument)
+
+    for i, p in enumerate(params):
+        jax.eval_shape(partial(first_block, argument=f"a slice of params[{i}]"), p)
+
+    def checked(i: int, u: jax.Array, s: Any) -> jax.Array:
         return _layer_output(i, layers[i](u, s), x)
 
     with jax.named_scope("mhc_stack"):

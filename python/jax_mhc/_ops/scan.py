@@ -6,13 +6,14 @@ for every sublayer. Here the loop carries the arrays of streams. A seam writes i
 place there, and the next one reads them from there; on GPUs XLA hands the kernels these places
 themselves (dynamic-slice fusion), and nothing is filled.
 
-Each sublayer keeps what JAX's derivative of its layer does, but for what the layer got from
-outside: its slices of xs and what it closes over are at hand in the backward pass anyway.
+Each sublayer keeps what JAX's derivative of its layer does, but for what the backward pass has
+anyway (slices of xs, what the layer closes over) and what follows from the latter alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -35,7 +36,7 @@ def scan_of_seams(
 
     Args:
         layers: the sublayers of a block, at least two (one alone would read from the array that it
-            writes to), `(u, p, s) -> y`. They are traced once and may close over arrays.
+            writes to), `(u, s) -> y`. They are traced once and may close over arrays.
         x: the streams.
         params: phi, alpha and bias of each of layers, stacked over the blocks, of which there is at
             least one.
@@ -43,10 +44,8 @@ def scan_of_seams(
         config: settings of all sublayers.
     """
     params, xs = jax.tree.map(jnp.asarray, (tuple(params), xs))
-    u, slices, s = jax.eval_shape(
-        lambda: (x[..., 0, :], *jax.tree.map(lambda leaf: leaf[0], (params, xs)))
-    )
-    traced = [jax.make_jaxpr(f)(u, p, s) for f, p in zip(layers, slices, strict=True)]
+    u, s = jax.eval_shape(lambda: (x[..., 0, :], _first(xs)))
+    traced = [jax.make_jaxpr(layer)(u, s) for layer in layers]
     xs, other_xs = _partition(jax.tree.leaves(xs), _is_inexact)
     # Only what is being traced can have a gradient.
     constants, other_constants = _partition(
@@ -67,15 +66,15 @@ class _Scan:
 
     def __init__(self, traced: Sequence[Any], config: MHCConfig):
         self.traced, self.config = traced, config
-        # How the residuals of each sublayer make up its backward pass: known once it is traced.
-        self.residuals: list[Any] = [None] * len(traced)
+        # The layers' forward and backward passes: known once there is a backward pass.
+        self.layers: list[_Layer] = []
 
-    def layer(self, j: int, u: Any, block_params: Any, s: list[Any], constants: list[Any]) -> Any:
+    def layer(self, j: int, u: Any, s: list[Any], constants: list[Any]) -> Any:
         """The output of sublayer j."""
         start = sum(len(layer.consts) for layer in self.traced[:j])
         jaxpr = self.traced[j].jaxpr
         own = constants[start : start + len(jaxpr.constvars)]
-        return jax.core.eval_jaxpr(jaxpr, own, u, *block_params[j], *s)[0]
+        return jax.core.eval_jaxpr(jaxpr, own, u, *s)[0]
 
     def forward(
         self, x: Any, params: Any, xs: Any, constants: Any, other_xs: Any, other_constants: Any
@@ -86,7 +85,7 @@ class _Scan:
             block_params, s, other_s = slices
             for j, p in enumerate(block_params):
                 x_new, u, _, h_post, h_res, *_ = fused_call("seam_fwd", self.config, *pending, *p)
-                y = self.layer(j, u, block_params, _merge(s, other_s), constants)
+                y = self.layer(j, u, _merge(s, other_s), constants)
                 pending = x_new, y, h_post, h_res
             return pending, None
 
@@ -103,6 +102,11 @@ class _Scan:
             jax.lax.empty((num_blocks + (j == last), *x.shape), x.dtype) for j in range(last + 1)
         ]
         streams[last] = _put(streams[last], x, 0)
+        given = jax.eval_shape(lambda: (*_first((xs, other_xs)), constants, other_constants))
+        self.layers = [
+            _Layer(partial(self.layer, j), layer.in_avals[0], given)
+            for j, layer in enumerate(self.traced)
+        ]
 
         def step(i: Any, carry: Any, slices: Any) -> tuple[Any, Any]:
             streams, pending = carry
@@ -114,14 +118,8 @@ class _Scan:
                     kept_alone=("x_new", "m", "r"),
                 )  # fmt: skip
                 streams[j] = _put(streams[j], x_new, i + 1 if j == last else i)
-
-                def layer(u: Any, s: Any, constants: Any, j: int = j) -> Any:
-                    own, shared = _merge(s, other_s), _merge(constants, other_constants)
-                    return self.layer(j, u, block_params, own, shared)
-
-                y, backward = jax.vjp(layer, u, s, constants)
-                given = (s, constants, other_s, other_constants)
-                self.residuals[j], new = _Residuals.split(backward, given)
+                given = (s, other_s, constants, other_constants)
+                y, new = self.layers[j].forward(u, given)
                 kept.append((*pending, m, r, new))
                 pending = y, h_post, h_res
             return (tuple(streams), pending), kept
@@ -142,11 +140,11 @@ class _Scan:
             # The streams' cotangent is deferred all along, and so is that of the seam before.
             d_x, d_y, d_h_post, d_h_res, h_res_new, d_constants = carry
             block_params, s, other_s, block_kept = slices
-            given = (s, constants, other_s, other_constants)
+            given = (s, other_s, constants, other_constants)
             d_s, d_params = jax.tree.map(jnp.zeros_like, s), []
             for j in reversed(range(len(block_params))):
                 *pending, m, r, new = block_kept[j]
-                d_u, *d_given = self.residuals[j].join(new, given)(d_y)
+                d_u, *d_given = self.layers[j].backward(new, given)(d_y)
                 d_s, d_constants = jax.tree.map(jnp.add, [d_s, d_constants], d_given)
                 d_x, d_y, d_h_post, d_h_res, *d_p = fused_call(
                     "seam_bwd", self.config, _at(streams[j - 1], i), *pending, *block_params[j],
@@ -175,28 +173,60 @@ def no_sublayer(x: Any) -> tuple[Any, Any, Any]:
 # ---- what a layer keeps -------------------------------------------------------------------------
 
 
-class _Residuals:
-    """The residuals of a layer, without those that are its inputs and without repetitions."""
+class _Layer:
+    """The forward and the backward pass of a layer `(u, s, constants) -> y`.
 
-    def __init__(self, treedef: Any, places: list[tuple[bool, int]]):
-        self.treedef, self.places = treedef, places
+    `given` is (s, other_s, constants, other_constants), of which each pair makes up the layer's
+    s and constants; those without a name have no gradient.
+    """
 
-    @classmethod
-    def split(cls, backward: Any, given: Any) -> tuple[_Residuals, list[Any]]:
-        """From what jax.vjp returned: a pytree, whose leaves are the residuals."""
-        leaves, treedef = jax.tree.flatten(backward)
-        known = {id(leaf): (True, place) for place, leaf in enumerate(jax.tree.leaves(given))}
-        new = []
-        for leaf in leaves:
-            if id(leaf) not in known:
-                known[id(leaf)] = False, len(new)
-                new.append(leaf)
-        return cls(treedef, [known[id(leaf)] for leaf in leaves]), new
+    def __init__(self, layer: Callable[..., Any], u: Any, given: Any):
+        def passes(u: Any, given: Any) -> Any:
+            s, other_s, constants, other_constants = given
 
-    def join(self, new: list[Any], given: Any) -> Any:
-        known = jax.tree.leaves(given)
-        leaves = [known[place] if is_given else new[place] for is_given, place in self.places]
-        return jax.tree.unflatten(self.treedef, leaves)
+            def of_differentiable(u: Any, s: Any, constants: Any) -> Any:
+                return layer(u, _merge(s, other_s), _merge(constants, other_constants))
+
+            y, backward = jax.vjp(of_differentiable, u, s, constants)
+            # A pytree, whose leaves are the residuals.
+            residuals, self.treedef = jax.tree.flatten(backward)
+            return y, residuals
+
+        closed = jax.make_jaxpr(passes)(u, given)
+        self.consts, self.jaxpr = closed.consts, closed.jaxpr
+        _, *self.residuals = self.jaxpr.outvars
+        # What follows from constants is computed again: it would be kept for every block.
+        _, *at_hand = self.jaxpr.invars
+        varying = set(map(id, self.jaxpr.invars[: 1 + len(jax.tree.leaves(given[:2]))]))
+        again = []
+        for eqn in self.jaxpr.eqns:
+            if eqn.effects or not varying.isdisjoint(map(id, eqn.invars)):
+                varying.update(map(id, eqn.outvars))
+            else:
+                again.append(eqn)
+        new = varying.difference(map(id, at_hand))
+        self.kept = {id(v): v for v in self.residuals if id(v) in new}
+        self.others = {id(v): v for v in self.residuals if id(v) not in new}
+        self.again = self.jaxpr.replace(
+            invars=at_hand, eqns=again, outvars=list(self.others.values())
+        )
+
+    def forward(self, u: Any, given: Any) -> tuple[Any, list[Any]]:
+        """The output, and what the backward pass needs beside what is given."""
+        y, *residuals = jax.core.eval_jaxpr(self.jaxpr, self.consts, u, *jax.tree.leaves(given))
+        values = dict(zip(map(id, self.residuals), residuals, strict=True))
+        return y, [values[variable] for variable in self.kept]
+
+    def backward(self, kept: list[Any], given: Any) -> Any:
+        """The function from d_y to d_u, d_s and d_constants."""
+        others = jax.core.eval_jaxpr(self.again, self.consts, *jax.tree.leaves(given))
+        values = dict(zip([*self.kept, *self.others], [*kept, *others], strict=True))
+        return jax.tree.unflatten(self.treedef, [values[id(v)] for v in self.residuals])
+
+
+def _first(stacked: Any) -> Any:
+    """The slices of the first block."""
+    return jax.tree.map(lambda leaf: leaf[0], stacked)
 
 
 def _is_inexact(value: Any) -> bool:
