@@ -203,6 +203,100 @@ def test_transformations(form):
         check(form, (2, 2), "fused", **options)
 
 
+# ---- the scan with a backward pass of its own ---------------------------------------------------
+
+
+def with_all_kinds_of_values(o, scale, table, **options):
+    """Layers with slices that have no gradient, and with arrays from outside."""
+    numbers = jnp.arange(table.size)[::-1]
+    num_blocks = len(o["weights"])
+    xs = {
+        "weights": o["weights"],
+        "shift": np.arange(num_blocks),
+        "key": jax.random.split(jax.random.key(0), num_blocks),
+    }
+
+    def first(u, s):
+        mixed = jnp.tanh(jnp.matmul(u, s["weights"][0], precision="highest"))
+        dropped = jax.random.bernoulli(s["key"], 0.5, u.shape)
+        return jnp.where(dropped, 0, mixed[..., numbers] * scale * table)
+
+    @jax.checkpoint
+    def second(u, s):
+        return jnp.sin(jnp.roll(u, s["shift"], -1) * scale) + u
+
+    return stack([first, second], o["x"], o["params"], xs=xs, implementation="fused", **options)
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint, lambda f: f])
+def test_has_the_gradients_of_a_scan(transform):
+    """To the bit, but for sums over the blocks of the gradient of what a layer closes over."""
+    o = operands(3, 2, np.dtype("float32"))
+    scale, table = jnp.float32(1.3), jnp.linspace(0, 1, CASE.hidden, dtype="float32")
+
+    def run(**options):
+        function = transform(functools.partial(with_all_kinds_of_values, **options))
+        x_new, vjp = jax.vjp(function, o, scale, table)
+        return x_new, vjp(jnp.sin(x_new))
+
+    x_new, (d_o, *d_others) = run()
+    # A policy is for jax.checkpoint, in JAX's own scan.
+    expected, (d_o_expected, *d_others_expected) = run(
+        policy=checkpoint_policies.everything_saveable
+    )
+    jax.tree.map(np.testing.assert_array_equal, (x_new, d_o), (expected, d_o_expected))
+    assert_trees_close(d_others, d_others_expected, 1e-5, jnp.float32)
+
+
+def test_two_gradients_of_one_program():
+    """Its forward pass is traced for each."""
+    o = operands(2, 2)
+    scale, table = jnp.ones((), WIDEST), jnp.ones(CASE.hidden, WIDEST)
+    function = jax.jit(lambda *args: with_all_kinds_of_values(*args).sum())
+    _, of_scale = jax.vjp(lambda scale: function(o, scale, table), scale)
+    _, of_table = jax.vjp(lambda table: function(o, scale, table), table)
+    both = jax.grad(function, argnums=(1, 2))(o, scale, table)
+    one = jnp.ones((), WIDEST)
+    np.testing.assert_array_equal(of_scale(one)[0], both[0])
+    np.testing.assert_array_equal(of_table(one)[0], both[1])
+
+
+def test_what_layers_get_is_not_kept():
+    """Neither the weights nor what layers close over, or compute from that alone."""
+    mask = jnp.ones((19, 23), WIDEST)
+
+    def layer(u, weights):
+        return u * jnp.tril(mask).sum() * jnp.cos(mask)[:1, :1].sum() + u @ weights
+
+    def form(o, mask_scale):
+        own = mask * mask_scale
+
+        def other(u, weights):
+            return jnp.where(own.sum() > 0, u, 0) * jnp.exp(own)[0, 0]
+
+        weights = o["weights"][:, 0]
+        return stack([layer, other], o["x"], o["params"], xs=weights, implementation="fused")
+
+    o = operands(5, 2, case=KEPT)
+    sizes = residuals(form, o, jnp.ones((), WIDEST))
+    assert 5 * mask.size not in sizes
+    # The weights themselves, which were cut out of an argument.
+    assert sizes.count(5 * KEPT.hidden**2) == 1
+
+
+@pytest.mark.parametrize(
+    "derivative, message",
+    [
+        (lambda f: lambda x: jax.jvp(f, (x,), (x,)), "stack: derivative: expected reverse mode"),
+        (lambda f: jax.grad(lambda x: jax.grad(f)(x).sum()), "derivative of the derivative"),
+    ],
+)
+def test_has_a_reverse_mode_of_first_order(derivative, message):
+    o = operands(2, 2)
+    with pytest.raises(TypeError, match=message):
+        derivative(lambda x: scanned(o | {"x": x}, implementation="fused").sum())(o["x"])
+
+
 # ---- what is compiled ---------------------------------------------------------------------------
 
 
@@ -278,7 +372,9 @@ def num_kept(form, size, num_steps, **options):
         residuals(functools.partial(form, implementation="fused", **options), o)
     )
     hidden = num_steps * T * KEPT.hidden
-    return kept[hidden * KEPT.streams], kept[hidden]
+    # The streams after all blocks lie behind those before each.
+    streams = kept[hidden * KEPT.streams] + kept[(hidden + T * KEPT.hidden) * KEPT.streams]
+    return streams, kept[hidden]
 
 
 # Of each sublayer the layer keeps u and a cosine, the seam y and the streams.
