@@ -141,7 +141,8 @@ class _Scan:
             d_x, d_y, d_h_post, d_h_res, h_res_new, d_constants = carry
             block_params, s, other_s, block_kept = slices
             given = (s, other_s, constants, other_constants)
-            d_s, d_params = jax.tree.map(jnp.zeros_like, s), []
+            d_s = jax.tree.map(jnp.zeros_like, s)
+            d_params: list[Any] = []
             for j in reversed(range(len(block_params))):
                 *pending, m, r, new = block_kept[j]
                 d_u, *d_given = self.layers[j].backward(new, given)(d_y)
