@@ -65,6 +65,41 @@ __device__ inline void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b.x), "r"(b.y));
 }
 
+// ---- products in float16 ---------------------------------------------------------------------------
+
+// float16 has 11 bits of a number where bfloat16 has 8, and little range: a power of two brings the largest of
+// some numbers to its upper end, and the others keep their bits down to 2^-29 of that.
+
+// The inverse of this power for numbers up to `largest`, given as the bits of its magnitude; inverses are of
+// normal numbers, whatever the largest is.
+__device__ inline float half_unit(u32 largest) {
+  return __uint_as_float(max(int(largest >> 23) - 14, 1) << 23);
+}
+__device__ inline float inverse_of_unit(float unit) {
+  return __uint_as_float((254u << 23) - __float_as_uint(unit));
+}
+__device__ inline u32 magnitude(float v) { return __float_as_uint(v) & 0x7fffffff; }
+
+__device__ inline u32 half_pair(float a, float b) { return pair_of((f16*)nullptr, a, b); }
+
+// Of pairs of numbers in two bfloat16 parts.
+__device__ inline u32 half_pair(u32 high, u32 low, float scale) {
+  const float a = __uint_as_float(high << 16) + __uint_as_float(low << 16);
+  const float b = __uint_as_float(high & 0xffff0000) + __uint_as_float(low & 0xffff0000);
+  return half_pair(a * scale, b * scale);
+}
+
+// The fragments of `mma`, with 24 columns of A.
+__device__ inline void mma_half(float (&d)[4], const u32 (&a)[6], const u32 (&b)[3]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[4]), "r"(a[5]), "r"(b[2]));
+}
+
 // ---- the gradient of m, handed from pre's backward to the two products ----------------------------
 
 constexpr int kTile = 16;  // tokens

@@ -64,12 +64,12 @@ constexpr u32 kBoxBytes = kTileTokens * kRowBytes;
 constexpr u32 kDU = N * kPlaneBytes, kStageBytes = kDU + kPlaneBytes;
 constexpr u32 kChangeBytes = N * kPlaneBytes;
 constexpr u32 kBoxUnits = kBoxChannels / 16, kUnitBytes = 32;
-// Of one fragment of phi (bf16), and of d_phi.
+// Of one fragment of phi (f16), and of d_phi.
 constexpr u32 kFragmentBytes = 32 * 24, kSumsBytes = 32 * 48;
 constexpr u32 kPhiBytes = kMainWarps * (kFragments - kHeld) * kFragmentBytes;
-// What main warps want to know of a tile, a row a token: r dm, what r dm lost by rounding (bf16, 24 each), h_pre, -f,
-// all of these from the owner; the transpose of h_res. The padding keeps the rows in different banks.
-constexpr u32 kHPre = 96, kMinusF = 112, kHRes = 128;
+// What main warps want to know of a tile, a row a token: r dm, what r dm lost by rounding (bf16, 24 each), h_pre, -f
+// and the unit of r dm (`half_unit`), all of these from the owner; the transpose of h_res. The padding keeps the rows in different banks.
+constexpr u32 kHPre = 96, kMinusF = 112, kUnit = kMinusF + 4, kHRes = 128;
 constexpr u32 kNoteRow = kHRes + N * N * sizeof(float) + 16;
 constexpr u32 kNotesBytes = kTileTokens * kNoteRow;
 // The parts of the dot products of one token from one block: a float4 a dot warp.
@@ -88,12 +88,16 @@ constexpr u32 kBarriers = kParts + kPartsBytes;
 constexpr u32 kFull = kBarriers, kDone = kFull + 8 * kStages, kPartsFull = kDone + 8 * kStages,
               kAnswerFull = kPartsFull + 8 * kStages, kTableFull = kAnswerFull + 8 * kStages,
               kChangeFull = kTableFull + 8 * kStages, kPhiRead = kChangeFull + 8 * kChanges;
-constexpr u32 kSharedBytes = kPhiRead + 8;
+// Of phi in a main warp's fragments (`half_unit`).
+constexpr u32 kPhiUnits = kPhiRead + 8;
+constexpr u32 kSharedBytes = kPhiUnits + kMainWarps * sizeof(float);
 // The plan of a call (one_pass/pre_bwd.rs) has the same numbers.
-static_assert(SIZE != 256 || (kSharedBytes == 220536 && kThreads == 512));
-static_assert(SIZE != 320 || (kSharedBytes == 205848 && kThreads == 384));
-static_assert(SIZE != 384 || (kSharedBytes == 221200 && kThreads == 384));
-static_assert(SIZE != 448 || (kSharedBytes == 231272 && kThreads == 384));
+static_assert(SIZE != 256 || (kSharedBytes == 220568 && kThreads == 512));
+static_assert(SIZE != 320 || (kSharedBytes == 205880 && kThreads == 384));
+static_assert(SIZE != 384 || (kSharedBytes == 221232 && kThreads == 384));
+static_assert(SIZE != 448 || (kSharedBytes == 231304 && kThreads == 384));
+
+extern __shared__ __align__(1024) unsigned char shared[];
 
 // What all warps of a block know.
 struct Block {
@@ -352,6 +356,7 @@ __device__ inline void answer(const Block& block, const Gates& gates, int tokens
 
       // r dm and what it lost by rounding, in one word, then as pairs of columns.
       const float rdm = own.r * dm;
+      const float unit = half_unit(__reduce_max_sync(kAllLanes, magnitude(rdm)));
       u32 rounded[2];
       split(rdm, 0.f, rounded);
       const u32 both = __byte_perm(rounded[0], rounded[1], 0x5410);
@@ -359,7 +364,7 @@ __device__ inline void answer(const Block& block, const Gates& gates, int tokens
       const u32 right = __shfl_sync(kAllLanes, both, pair + 1);
       const u32 h_pre = __shfl_sync(kAllLanes, __float_as_uint(h + settings.pre_eps), lane % N);
       u32 word = __byte_perm(left, right, lane < 12 ? 0x5410 : 0x7632);
-      if (lane >= 24) word = lane < 28 ? h_pre : lane == 28 ? __float_as_uint(-f) : 0;
+      if (lane >= 24) word = lane < 28 ? h_pre : __float_as_uint(lane == 28 ? -f : unit);
       float words[4];
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
@@ -387,21 +392,21 @@ __device__ inline void answer(const Block& block, const Gates& gates, int tokens
 
 // ---- main warps -------------------------------------------------------------------------------------
 
-// A fragment of phi: 16 channels and 24 columns, as A of the products.
+// A fragment of phi: 16 channels and 24 columns, as A of the products. In float16 one part of phi and one of r dm are
+// as near as d_x in bfloat16 wants them, and bfloat16 would take two of each.
 struct PhiFragment {
   u32 words[6];
 
   // This lane's elements, from the first on.
-  __device__ void load(const float* first) {
+  __device__ static void load(float2 (&values)[6], const float* first) {
 #pragma unroll
-    for (int octet = 0; octet < 3; ++octet) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float2 v =
-            *reinterpret_cast<const float2*>(first + half * 8 * kColumns + octet * 8);
-        words[2 * octet + half] = pair_of((Stream*)nullptr, v.x, v.y);
-      }
+    for (int w = 0; w < 6; ++w) {
+      values[w] = *reinterpret_cast<const float2*>(first + w % 2 * 8 * kColumns + w / 2 * 8);
     }
+  }
+  __device__ void set(const float2 (&values)[6], float scale) {
+#pragma unroll
+    for (int w = 0; w < 6; ++w) words[w] = half_pair(values[w].x * scale, values[w].y * scale);
   }
   __device__ void write(u32 at) const {
 #pragma unroll
@@ -415,6 +420,13 @@ struct PhiFragment {
     }
   }
 };
+
+// Asks for it, so that it need not be kept in a register meanwhile.
+__device__ inline u32 lane_id() {
+  u32 lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
 
 __device__ inline float low(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ inline float high(u32 pair) { return __uint_as_float(pair & 0xffff0000); }
@@ -437,7 +449,6 @@ struct Differentiation {
   PhiFragment held[kHeld > 0 ? kHeld : 1];
   u32 phi_at;
   float d_phi[kSums][3][4];
-  u32 sums_at;
   // Of the tile: X and d_u, d_x_in; the notes from matrix rows of this lane on, and from its first token on.
   u32 stage, change, row_notes, own_notes;
 
@@ -445,10 +456,15 @@ struct Differentiation {
   // row in a pair of streams; where only one is read, of a lane whose row is wanted it is in the first.
   template <int F, int STREAMS>
   __device__ void differentiate(u32 at, int first) {
-    // r dm and the rest of it as B of phi dm: k is a column.
+    // r dm and the rest of it; and both in one as B of phi dm: k is a column.
     u32 dm[4], more_dm[2];
     read_matrices(dm, row_notes);
     read_matrices(more_dm, row_notes + 64);
+    const u32 column_notes = own_notes + (lane_id() / 4 - lane_id() % 4 * 2) * kNoteRow;
+    const float scale = inverse_of_unit(read_float(column_notes + kUnit));
+    const u32 half_dm[3] = {half_pair(dm[0], dm[3], scale), half_pair(dm[1], more_dm[0], scale),
+                            half_pair(dm[2], more_dm[1], scale)};
+    const float unit_of_phi = read_float(phi_unit());
     u32 d_u[2], d_x_in[2][4];
     read_transposed(d_u, stage + kDU + at);
     read_transposed(d_x_in[0], change + at);
@@ -464,15 +480,23 @@ struct Differentiation {
 #pragma unroll
       for (int j = s; j < s + 2; ++j) {
         const u32 x0 = x[j % 2 * 2], x1 = x[j % 2 * 2 + 1];
-        float sums[4];
+        PhiFragment p;
+        if (F + j < kHeld) {
+          p = held[F + j < kHeld ? F + j : 0];
+        } else {
+          p.read(phi_at + (F + j - kHeld) * kMainWarps * kFragmentBytes);
+        }
+        float sums[4] = {};
+        mma_half(sums, p.words, half_dm);
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
           const auto of = [&](u32 v) { return t == 0 ? low(v) : high(v); };
           const float h_pre = read_float(first_notes + t * kNoteRow + kHPre + 4 * j);
-          const float minus_f = read_float(own_notes + t * kNoteRow + kMinusF);
+          const uint2 factors = read2(own_notes + t * kNoteRow + kMinusF);
+          const float minus_f = __uint_as_float(factors.x), unit = unit_of_phi * __uint_as_float(factors.y);
           const float4 h = read_float4(first_h + t * kNoteRow + j * 16);
-          sums[t] = h_pre * of(d_u[0]) + minus_f * of(x0);
-          sums[2 + t] = h_pre * of(d_u[1]) + minus_f * of(x1);
+          sums[t] = unit * sums[t] + h_pre * of(d_u[0]) + minus_f * of(x0);
+          sums[2 + t] = unit * sums[2 + t] + h_pre * of(d_u[1]) + minus_f * of(x1);
           const float hs[N] = {h.x, h.y, h.z, h.w};
 #pragma unroll
           for (int i = 0; i < N; ++i) {
@@ -480,15 +504,6 @@ struct Differentiation {
             sums[2 + t] += hs[i] * of(d_x_in[i / 2][i % 2 * 2 + 1]);
           }
         }
-        PhiFragment p;
-        if (F + j < kHeld) {
-          p = held[F + j < kHeld ? F + j : 0];
-        } else {
-          p.read(phi_at + (F + j - kHeld) * kMainWarps * kFragmentBytes);
-        }
-        mma(sums, p.words[0], p.words[1], p.words[2], p.words[3], {dm[0], dm[1]});
-        mma(sums, p.words[4], p.words[5], p.words[0], p.words[1], {dm[2], dm[3]});
-        mma(sums, p.words[2], p.words[3], p.words[4], p.words[5], {more_dm[0], more_dm[1]});
         d_x[j % 2 * 2] = pair_of((Stream*)nullptr, sums[0], sums[1]);
         d_x[j % 2 * 2 + 1] = pair_of((Stream*)nullptr, sums[2], sums[3]);
       }
@@ -521,18 +536,33 @@ struct Differentiation {
     }
   }
 
-  __device__ void read_sums(float (&sums)[3][4]) const {
+  // Asks for its place like `fragment_at`.
+  __device__ static u32 phi_unit() {
+    u32 thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return shared_address(shared) + kPhiUnits + thread / 32 * sizeof(float);
+  }
+
+  // Asks for its place like `fragment_at`.
+  __device__ static u32 sums_at() {
+    u32 thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return shared_address(shared) + kSumsAt + thread / 32 * kSumsBytes + thread % 32 * 16;
+  }
+  __device__ static void read_sums(float (&sums)[3][4]) {
+    const u32 at = sums_at();
 #pragma unroll
     for (int octet = 0; octet < 3; ++octet) {
-      const float4 v = read_float4(sums_at + octet * 512);
+      const float4 v = read_float4(at + octet * 512);
       sums[octet][0] = v.x, sums[octet][1] = v.y, sums[octet][2] = v.z, sums[octet][3] = v.w;
     }
   }
-  __device__ void write_sums(const float (&sums)[3][4]) const {
+  __device__ static void write_sums(const float (&sums)[3][4]) {
+    const u32 at = sums_at();
 #pragma unroll
     for (int octet = 0; octet < 3; ++octet) {
       const float(&s)[4] = sums[octet];
-      write_float4(sums_at + octet * 512, {s[0], s[1], s[2], s[3]});
+      write_float4(at + octet * 512, {s[0], s[1], s[2], s[3]});
     }
   }
 
@@ -555,10 +585,22 @@ __device__ inline void differentiate_tiles(const Block& block, const float* phi,
   const u32 q = lane % 4, matrix = lane / 8, row = lane % 8;
   Differentiation main;
   main.phi_at = block.shared + kPhi + warp * kFragmentBytes + lane * 8;
+  // All of it at once, before the sums need the registers.
+  float2 values[kFragments][6];
+  u32 largest = 0;
+#pragma unroll
+  for (int f = 0; f < kFragments; ++f) PhiFragment::load(values[f], phi + fragment_at(f, hidden));
+#pragma unroll
+  for (int w = 0; w < kFragments * 6; ++w) {
+    const float2 v = values[w / 6][w % 6];
+    largest = max(largest, max(magnitude(v.x), magnitude(v.y)));
+  }
+  const float unit = half_unit(__reduce_max_sync(kAllLanes, largest)), scale = inverse_of_unit(unit);
+  write_float(main.phi_unit(), unit);
 #pragma unroll
   for (int f = 0; f < kFragments; ++f) {
     PhiFragment fragment;
-    fragment.load(phi + fragment_at(f, hidden));
+    fragment.set(values[f], scale);
     if (f < kHeld) {
       main.held[f < kHeld ? f : 0] = fragment;
     } else {
@@ -567,7 +609,6 @@ __device__ inline void differentiate_tiles(const Block& block, const float* phi,
   }
 #pragma unroll
   for (int e = 0; e < kSums * 12; ++e) main.d_phi[e / 12][e / 4 % 3][e % 4] = 0.f;
-  main.sums_at = block.shared + kSumsAt + warp * kSumsBytes + lane * 16;
   if constexpr (kSumsInShared > 0) main.write_sums({});
   __syncwarp();
   if (lane == 0) arrive(block.barrier(kPhiRead, 0));
@@ -626,7 +667,6 @@ KERNEL(pre_bwd_one_pass, kThreads, 1)
  const float* alpha, const float* bias, const float* m, const float* r, const float* h_res,
  const float* d_h_pre, const float* d_z, float* d_phi_partial, float* gate_sums, int tokens,
  int hidden, int deferred, Settings settings) {
-  extern __shared__ __align__(1024) unsigned char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Block block(shared, tokens);
 

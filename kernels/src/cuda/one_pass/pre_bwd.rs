@@ -99,11 +99,13 @@ impl Block {
         let notes = TILE * (128 + STREAMS * STREAMS * 4 + 16);
         let parts = 16 * self.dot_warps * 16;
         let barriers = 8 * (5 * self.stages + self.changes + 1);
+        let units = Self::MAIN_WARPS * size_of::<f32>();
         self.stages * ((STREAMS + 1) * stream + notes)
             + self.changes * STREAMS * stream
             + Self::MAIN_WARPS * 32 * (24 * self.fragments + 48 * self.sums)
             + self.stages.div_ceil(2) * parts
             + barriers
+            + units
     }
 }
 
