@@ -582,7 +582,6 @@ struct Differentiation {
 
 __device__ inline void differentiate_tiles(const Block& block, const float* phi, float* d_phi_partial,
                                            int hidden, int warp, int lane) {
-  const u32 q = lane % 4, matrix = lane / 8, row = lane % 8;
   Differentiation main;
   main.phi_at = block.shared + kPhi + warp * kFragmentBytes + lane * 8;
   // All of it at once, before the sums need the registers.
@@ -614,12 +613,6 @@ __device__ inline void differentiate_tiles(const Block& block, const float* phi,
   if (lane == 0) arrive(block.barrier(kPhiRead, 0));
   cluster_wait();
 
-  // Of a pair of streams: the matrices of the first, then those of the second.
-  const auto pair_at = [&](int unit) {
-    return matrix / 2 * kPlaneBytes + swizzled(row, unit % kBoxUnits * 2 + matrix % 2) +
-           unit / kBoxUnits * kBoxBytes;
-  };
-  const u32 turns_at = pair_at(warp), shared_at = pair_at(kTurns * kMainWarps + warp / 2);
 #pragma unroll 1
   for (int tile = 0; tile < block.num_tiles; ++tile) {
     // From the number of the tile, so that it is all that has to be kept.
@@ -634,10 +627,17 @@ __device__ inline void differentiate_tiles(const Block& block, const float* phi,
     wait_for_cluster(block.barrier(kAnswerFull, slot), parity);
     main.stage = block.stage(slot), main.change = block.change(change_slot);
     const u32 notes = block.notes(slot);
+    // Asked for again, like all that can be.
+    const u32 lane = lane_id(), q = lane % 4, matrix = lane / 8, row = lane % 8;
     main.row_notes = notes + row * kNoteRow + matrix * 16, main.own_notes = notes + 2 * q * kNoteRow;
-    main.take_turns<0>(turns_at);
+    // Of a pair of streams: the matrices of the first, then those of the second.
+    const auto pair_at = [&](int unit) {
+      return matrix / 2 * kPlaneBytes + swizzled(row, unit % kBoxUnits * 2 + matrix % 2) +
+             unit / kBoxUnits * kBoxBytes;
+    };
+    main.take_turns<0>(pair_at(warp));
     if constexpr (kShared) {
-      main.differentiate<kTurns * N, 2>(shared_at, warp % 2 * 2);
+      main.differentiate<kTurns * N, 2>(pair_at(kTurns * kMainWarps + warp / 2), warp % 2 * 2);
     }
     fence_for_copies();
     __syncwarp();
