@@ -66,13 +66,14 @@ enum Barrier : u32 {
 // To the owner of a token from each of a block's two warps: <d_u, X[j]>, <d_u, y>.
 constexpr u32 kDotsBytes = 32;
 constexpr u32 kDotsSent = 5 * 4;
-// From the owner to all blocks: r dm as bfloat16 (48 bytes), the rest of it as bfloat16, h_pre, -f. Rows are
-// read as matrices: 16 bytes more keep them apart.
+// From the owner to all blocks: r dm as bfloat16 (48 bytes), the rest of it as bfloat16, h_pre, -f, the unit of
+// r dm (`half_unit`). Rows are read as matrices: 16 bytes more keep them apart.
 constexpr u32 kAnswerBytes = 128;
 constexpr u32 kAnswerStride = kAnswerBytes + 16;
 constexpr u32 kAnswerLow = kColumns * 2;
 constexpr u32 kAnswerGates = 2 * kAnswerLow;
 constexpr u32 kAnswerNorm = kAnswerGates + N * 4;
+constexpr u32 kAnswerUnit = kAnswerNorm + 4;
 // To the owner again: the block's parts of d_H_res and d_h_post, in the order of `sum_entry`.
 constexpr u32 kSumsBytes = 96;
 // Of a block: what comes in for the tokens that it owns, in the worst case (16 blocks).
@@ -83,7 +84,8 @@ constexpr u32 kSumsRing = 8 * 8 * kSumsBytes;
 constexpr u32 kTableBytes = kTileTokens * N * N * 4;
 constexpr u32 kTablesBytes = 2 * kTableBytes + kTileTokens * N * 4;
 
-// phi of 16 channels of a stream, as A fragments of 16 and of 8 columns.
+// phi of 16 channels of a stream, as A fragments of 16 and of 8 columns. In float16 one part of phi and one of
+// r dm are as near as d_X' in bfloat16 wants them, and bfloat16 would take two of each.
 constexpr u32 kPhiBytes = 768;
 
 // One stream of a tile.
@@ -196,7 +198,9 @@ struct MainWarp {
   u32 vectors;        // of y and d_u; the first two of the four matrices are y's
   u32 outputs;        // stmatrix addresses of d_X'
   u32 output_stage;
+  float phi_unit;
   u32 dm_rows, dm_columns;  // ldmatrix addresses within the answers
+  u32 dm_unit;              // of the token of this lane's column
   u32 table;                // where the words of this lane lie in a table
   u32 take_high, take_low;  // what makes fragments of them
   float d_phi[N][kUnits][3][4];
@@ -221,6 +225,7 @@ struct MainWarp {
               swizzled(token, unit ^ odd_output * kOddSwizzle);
     dm_rows = token * kAnswerStride + matrix_of_lane % 2 * 16 + matrix_of_lane / 2 * kAnswerLow;
     dm_columns = token * kAnswerStride + matrix_of_lane / 2 * 16 + matrix_of_lane % 2 * kAnswerLow;
+    dm_unit = token_of_column(lane / 4) * kAnswerStride + kAnswerUnit;
 
     // A fragment that mixes has token g / 2 of stream g % 2 in column g, and in the rows 2q and 2q + 1 two
     // tokens of another stream: at most one of both is the column's, and the rest is zero.
@@ -234,17 +239,25 @@ struct MainWarp {
   // phi as fragments, into shared memory.
   __device__ void load_phi(const float* phi_of_block, int lane) {
     const int g = lane / 4, q = lane % 4;
+    float2 values[N * kUnits][6];
+    u32 largest = 0;
+#pragma unroll
+    for (int e = 0; e < N * kUnits * 6; ++e) {
+      const int j = e / 6, p = e % 6;
+      const int row = j / kUnits * block.hidden() + j % kUnits * 16 + p % 2 * 8 + g;
+      const float2 v = __ldg(reinterpret_cast<const float2*>(phi_of_block + row * kColumns + p / 2 * 8) + q);
+      largest = max(largest, max(magnitude(v.x), magnitude(v.y)));
+      values[j][p] = v;
+    }
+    phi_unit = half_unit(__reduce_max_sync(kAllLanes, largest));
+    const float scale = inverse_of_unit(phi_unit);
 #pragma unroll
     for (int j = 0; j < N * kUnits; ++j) {
-      u32 parts[6];
+      u32 words[6];
 #pragma unroll
-      for (int p = 0; p < 6; ++p) {
-        const int row = j / kUnits * block.hidden() + j % kUnits * 16 + p % 2 * 8 + g;
-        const float2 v = __ldg(reinterpret_cast<const float2*>(phi_of_block + row * kColumns + p / 2 * 8) + q);
-        parts[p] = pair(v.x, v.y);
-      }
-      write4(phi + j * kPhiBytes + lane * 16, {parts[0], parts[1], parts[2], parts[3]});
-      write2(phi + j * kPhiBytes + 512 + lane * 8, {parts[4], parts[5]});
+      for (int p = 0; p < 6; ++p) words[p] = half_pair(values[j][p].x * scale, values[j][p].y * scale);
+      write4(phi + j * kPhiBytes + lane * 16, {words[0], words[1], words[2], words[3]});
+      write2(phi + j * kPhiBytes + 512 + lane * 8, {words[4], words[5]});
 #pragma unroll
       for (int c = 0; c < 12; ++c) d_phi[j / kUnits][j % kUnits][c / 4][c % 4] = 0.f;
     }
@@ -355,13 +368,14 @@ struct MainWarp {
     for (u32 unit = 0; unit < kUnits; ++unit) {
       const u32 flip = unit * 32;
       // d_X' but for phi (r dm): channel g of the tokens q and q + 4, channel g + 8 of these
-      float values[N][4];
+      float values[N][4], units[2];
 #pragma unroll
       for (u32 e = 0; e < 2; ++e) {
         const u32 answer = block.answer(slot, q + 4 * e);
         const float4 gates = read_float4(answer + kAnswerGates);
         const float h_pre[N] = {gates.x, gates.y, gates.z, gates.w};
         const float norm = read_float(answer + kAnswerNorm);
+        units[e] = phi_unit * read_float(answer + kAnswerUnit);
         const uint4 h_res = read4(tables + kTableBytes + table + e * kTableBytes / 2);
 #pragma unroll
         for (u32 i = 0; i < N; i += 2) {
@@ -382,6 +396,9 @@ struct MainWarp {
       u32 dm[4], dm_end[2];
       read_matrices(dm, answers + dm_rows);
       read_matrices(dm_end, answers + dm_columns + 32);
+      const float scale = inverse_of_unit(read_float(answers + dm_unit));
+      const u32 half_dm[3] = {half_pair(dm[0], dm[2], scale), half_pair(dm[1], dm[3], scale),
+                              half_pair(dm_end[0], dm_end[1], scale)};
       float h_post[2][N];
       read_h_post(h_post, tables, q);
       float d_y[4] = {};
@@ -391,10 +408,10 @@ struct MainWarp {
         const u32 fragment = phi + (i * kUnits + unit) * kPhiBytes;
         const uint4 a = read4(fragment + lane * 16);
         const uint2 b = read2(fragment + 512 + lane * 8);
-        mma(values[i], a.x, a.y, a.z, a.w, {dm[0], dm[1]});
-        mma(values[i], a.x, a.y, a.z, a.w, {dm[2], dm[3]});
-        mma_k8(values[i], b.x, b.y, dm_end[0]);
-        mma_k8(values[i], b.x, b.y, dm_end[1]);
+        float products[4] = {};
+        mma_half(products, {a.x, a.y, a.z, a.w, b.x, b.y}, half_dm);
+#pragma unroll
+        for (int v = 0; v < 4; ++v) values[i][v] = fmaf(units[v % 2], products[v], values[i][v]);
 #pragma unroll
         for (int v = 0; v < 4; ++v) d_y[v] = fmaf(h_post[v % 2][i], values[i][v], d_y[v]);
         rounded[i / 2][i % 2 * 2] = pair(values[i][0], values[i][1]);
@@ -721,8 +738,7 @@ struct Owner {
 
   // The lanes' values of an answer: 16 bytes, those of part lane % 8. The parts 0, 3 and 7 begin with what
   // hangs on h_pre's gradient.
-  __device__ float4 begin_answer(const Token& token, float h_pre) const {
-    const float dm = lane < N ? 0.f : token.r * alpha * token.d_z;
+  __device__ float4 begin_answer(const Token& token, float dm, float h_pre) const {
     const int first = lane % (kColumns / 2) * 2;
     u32 parts[2];
     split(__shfl_sync(kAllLanes, dm, first), __shfl_sync(kAllLanes, dm, first + 1), parts);
@@ -757,7 +773,8 @@ struct Owner {
     const float d_sigmoid = s * sigmoid(-z);
     const float f = norm_factor(settings, token.r, N * block.hidden());
     const float others = warp_sum(lane < N ? 0.f : alpha * token.d_z * token.m);
-    float4 answer = begin_answer(token, s + settings.pre_eps);
+    const float scaled_others = lane < N ? 0.f : token.r * alpha * token.d_z;
+    float4 answer = begin_answer(token, scaled_others, s + settings.pre_eps);
 
     // All this belongs before the wait.
     asm volatile("" ::"f"(d_sigmoid), "f"(f), "f"(others), "f"(answer.w));
@@ -775,6 +792,8 @@ struct Owner {
     dm_dot_m += __shfl_xor_sync(kAllLanes, dm_dot_m, 1);
     dm_dot_m += __shfl_xor_sync(kAllLanes, dm_dot_m, 2);
     const float norm = -f * (dm_dot_m + others), scaled = token.r * dm;
+    const u32 largest = max(magnitude(scaled), magnitude(scaled_others));
+    const float unit = half_unit(__reduce_max_sync(kAllLanes, largest));
     u32 first[2], second[2];
     split(__shfl_sync(kAllLanes, scaled, 0), __shfl_sync(kAllLanes, scaled, 1), first);
     split(__shfl_sync(kAllLanes, scaled, 2), __shfl_sync(kAllLanes, scaled, 3), second);
@@ -783,7 +802,7 @@ struct Owner {
       answer.x = __uint_as_float(part ? first[1] : first[0]);
       answer.y = __uint_as_float(part ? second[1] : second[0]);
     } else if (part == 7) {
-      answer.x = norm;
+      answer.x = norm, answer.y = unit;
     }
     const u32 at = block.answer(slot, in_tile(t)) + part * 16;
     const u32 barrier = block.barrier(kAnswersFull, slot);
