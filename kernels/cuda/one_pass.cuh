@@ -244,6 +244,10 @@ __device__ inline void copy_in(u32 to, const void* from, u32 bytes, u32 barrier)
       "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
 }
+// A map itself, for the first copy not to wait for it.
+__device__ inline void prefetch(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
 // A box to the L2 cache, for `copy_in` to find it there.
 __device__ inline void prefetch(const TensorMap& map, int token, int box, int stream) {
   asm volatile(

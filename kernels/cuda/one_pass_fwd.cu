@@ -170,7 +170,14 @@ struct Block : Plan<SEAM> {
   __device__ int hidden() const { return SIZE * int(cluster); }
   __device__ bool owns() const { return int(rank) * owned < P::kTokens; }
 
+  // Asks for phi first: nothing can start without it.
   __device__ void init_barriers(int lane) const {
+    if (lane == 0) {
+      for (int pair = 0; pair < 2; ++pair) init_barrier(barrier(kPhiFull, pair), 1);
+      publish_barriers();
+      fence_for_copies();
+      copy_phi();
+    }
     if (lane < P::kStages) {
       init_barrier(barrier(kFull, lane), 1);
       init_barrier(barrier(kEmpty, lane), kApplyWarps);
@@ -182,7 +189,6 @@ struct Block : Plan<SEAM> {
       init_barrier(barrier(kPartialEmpty, lane), 1);
       init_barrier(barrier(kFinishFull, lane), 1);
       init_barrier(barrier(kFinishEmpty, lane), 1);
-      init_barrier(barrier(kPhiFull, lane), 1);
     }
     if (lane == 0) init_barrier(barrier(kPhiEmpty), kProjectWarps);
     publish_barriers();
@@ -190,6 +196,7 @@ struct Block : Plan<SEAM> {
 
   __device__ void project(int warp, int lane) const;
   __device__ void apply(int thread) const;
+  __device__ void copy_phi() const;
   __device__ void copy() const;
   __device__ void send_sums(int lane) const;
   __device__ void own(int lane) const;
@@ -425,10 +432,9 @@ __device__ inline void Block<SEAM>::apply(int thread) const {
 
 // ---- one warp each --------------------------------------------------------------------------------------
 
-// By one lane. It has nothing to do with other blocks, and does not wait for them to start.
+// By one lane.
 template <bool SEAM>
-__device__ inline void Block<SEAM>::copy() const {
-  // phi first: nothing can start without it.
+__device__ inline void Block<SEAM>::copy_phi() const {
   for (int pair = 0; pair < 2; ++pair) {
     const u32 full = barrier(kPhiFull, pair);
     arrive_and_expect(full, 2 * P::kPhiBytes);
@@ -437,6 +443,13 @@ __device__ inline void Block<SEAM>::copy() const {
       copy_in(shared + P::kPhi + j * P::kPhiBytes, from, P::kPhiBytes, full);
     }
   }
+  prefetch(*call.x_map);
+  if constexpr (SEAM) prefetch(*call.y_map);
+}
+
+// By one lane. It has nothing to do with other blocks, and does not wait for them to start.
+template <bool SEAM>
+__device__ inline void Block<SEAM>::copy() const {
   const u64 policy = evict_first();
   Ring<P::kStages> ring;
 #pragma unroll 1
