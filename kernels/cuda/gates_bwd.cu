@@ -6,23 +6,25 @@
 
 constexpr int N = SIZE;
 constexpr int kColumns = N * (N + 2);
-using Matrices = Sinkhorn<N>;
+// Lanes of a matrix: fewer of them make the chain of waits shorter, and more have more warps at it.
+constexpr int kLanes = 2;
+using Matrices = Sinkhorn<N, kLanes>;
 // Of a warp, which is a block: there are few tokens, and each of them takes long.
-constexpr int kTokens = 32 / N;
+constexpr int kTokens = 32 / kLanes;
 
 // d_z: [tokens, kColumns] in the order pre, post, res, of which the columns of pre are left alone. Shared memory:
-// 2 * sinkhorn_iters * 32 floats, for what Sinkhorn's forward pass records.
+// 2 * sinkhorn_iters * 32 floats for each of a lane's columns, for what Sinkhorn's forward pass records.
 KERNEL(gates_bwd, 32)
 (const float* m, const float* alpha, const float* bias, const float* d_h_post, const float* d_h_res,
  float* d_z, int tokens, Settings settings) {
   extern __shared__ float history[];
   const int lane = threadIdx.x;
-  const long long own = (long long)blockIdx.x * kTokens + lane / N;
+  const long long own = (long long)blockIdx.x * kTokens + lane / kLanes;
   // Lanes without a token repeat the last one.
   const long long token = min(own, (long long)tokens - 1);
   const float* m_token = m + token * kColumns;
   float* d_z_token = d_z + token * kColumns;
-  const Matrices matrices{settings, N, lane % N};
+  const Matrices matrices{settings, N, lane % kLanes};
 
   Matrices::Matrix z, h, g;
   matrices.for_each([&](int k, int i) {

@@ -181,7 +181,9 @@ fn small_kernel(function: &'static str) -> Kernel {
 
 /// d_z of h_post and H_res, at `d_z`.
 pub fn gates(call: &Call, d_z: u64) -> Launch {
-    const TOKENS: usize = 8;
+    // Lanes of a matrix (`kLanes`), of the 32 of a block.
+    const LANES: usize = 2;
+    const TOKENS: usize = 32 / LANES;
     let names = ["m", "alpha", "bias", "d_h_post", "d_h_res"];
     let mut args = names.map(|name| Arg::of(call.operand(name))).to_vec();
     args.extend([
@@ -194,7 +196,7 @@ pub fn gates(call: &Call, d_z: u64) -> Launch {
         grid: [call.tokens.div_ceil(TOKENS) as u32, 1, 1],
         block: 32,
         cluster: 1,
-        shared_bytes: (2 * call.config.sinkhorn_iters * 32 * size_of::<f32>()) as u32,
+        shared_bytes: (2 * call.config.sinkhorn_iters * TOKENS * STREAMS * size_of::<f32>()) as u32,
         args,
     }
 }
