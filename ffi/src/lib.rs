@@ -198,7 +198,8 @@ fn overlap(a: &Range<usize>, b: &Range<usize>) -> bool {
 }
 
 /// The attributes of a call: the fields of [`Config`] by their names, or none. Only calls that
-/// [`Op::can_defer`] have `deferred`, 0 or 1.
+/// [`Op::can_defer`] have `deferred`, 0 or 1, and only those that [`Op::can_normalize`] have
+/// `norm_scale_eps`.
 fn config(op: Op, call: &bridge::Call) -> Result<Config, String> {
     let check_num = |expected: usize| match call.num_attributes() {
         got if got == expected => Ok(()),
@@ -233,9 +234,14 @@ fn config(op: Op, call: &bridge::Call) -> Result<Config, String> {
         norm_eps_mode: text("norm_eps_mode")?.parse()?,
         pre_eps: number("pre_eps")?,
         post_scale: number("post_scale")?,
+        norm_scale_eps: if op.can_normalize() {
+            number("norm_scale_eps")?
+        } else {
+            0.0
+        },
         deferred: op.can_defer() && flag("deferred")?,
     };
-    check_num(9 + usize::from(op.can_defer()))?;
+    check_num(9 + usize::from(op.can_defer()) + usize::from(op.can_normalize()))?;
     Ok(config)
 }
 

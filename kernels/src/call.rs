@@ -120,7 +120,11 @@ fn run<S: Stream>(mut memory: Memory, pool: &dyn Pool) {
 
 fn params<'a, R: Real>(memory: &Memory<'a>) -> Params<'a, R> {
     let Call {
-        config, layout, c, ..
+        op,
+        config,
+        layout,
+        c,
+        ..
     } = memory.call();
     Params {
         c,
@@ -130,6 +134,11 @@ fn params<'a, R: Real>(memory: &Memory<'a>) -> Params<'a, R> {
             layout,
             alpha: memory.slice("alpha"),
             bias: memory.slice("bias"),
+        },
+        norm_scale: if op.can_normalize() {
+            memory.slice("norm_scale")
+        } else {
+            &[]
         },
     }
 }
@@ -144,6 +153,7 @@ fn outputs<'a, S: Stream>(memory: &mut Memory<'a>) -> pre::Outputs<'a, S> {
         },
         m: memory.rows_mut("m"),
         r: memory.rows_mut("r"),
+        rho: memory.rows_mut("rho"),
     }
 }
 
@@ -151,6 +161,7 @@ fn backward_inputs<'a, S: Stream>(memory: &Memory<'a>) -> pre::BackwardInputs<'a
     pre::BackwardInputs {
         m: memory.rows("m"),
         r: memory.rows("r"),
+        rho: memory.rows("rho"),
         d_u: memory.rows("d_u"),
         d_h: Cotangents {
             h_pre: memory.rows("d_h_pre"),
@@ -174,6 +185,11 @@ fn param_gradients<'a, R: Real>(memory: &mut Memory<'a>) -> pre::ParamGradients<
         d_phi: memory.slice_mut("d_phi"),
         d_alpha: memory.slice_mut("d_alpha"),
         d_bias: memory.slice_mut("d_bias"),
+        d_norm_scale: if memory.call().op.can_normalize() {
+            memory.slice_mut("d_norm_scale")
+        } else {
+            &mut []
+        },
     }
 }
 

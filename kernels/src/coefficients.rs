@@ -249,6 +249,47 @@ fn forward_with<V: Vector, const N: usize>(
     }
 }
 
+/// h_pre alone of `tokens` tokens from their m [17].
+pub fn h_pre<R: Real, I: Isa>(
+    gates: &Gates<R>,
+    m: Rows<R>,
+    tokens: usize,
+    out: RowsMut<R>,
+    scratch: &mut Scratch<R::Vector<I>>,
+) {
+    I::enter(HPre::<R, I> {
+        gates,
+        m,
+        tokens,
+        out,
+        scratch,
+    });
+}
+
+struct HPre<'a, R: Real, I: Isa> {
+    gates: &'a Gates<'a, R>,
+    m: Rows<'a, R>,
+    tokens: usize,
+    out: RowsMut<'a, R>,
+    scratch: &'a mut Scratch<R::Vector<I>>,
+}
+
+impl<R: Real, I: Isa> Kernel<I> for HPre<'_, R, I> {
+    #[inline(always)]
+    fn run(mut self) {
+        let Gates { config, layout, .. } = *self.gates;
+        let z = &mut self.scratch.z[..layout.n];
+        for first in (0..self.tokens).step_by(R::Vector::<I>::LANES) {
+            let count = (self.tokens - first).min(R::Vector::<I>::LANES);
+            logits(self.gates, &self.m, first, count, z);
+            for z in z.iter_mut() {
+                *z = sigmoid(*z) + constant(config.pre_eps);
+            }
+            scatter(z, first, count, &mut self.out);
+        }
+    }
+}
+
 /// Sums over tokens of the gradients of alpha and bias.
 #[derive(Clone)]
 pub struct GateSums {

@@ -1,4 +1,5 @@
-//! The settings of one call: the fields of `MHCConfig` under their own names, and `deferred`.
+//! The settings of one call: the fields of `MHCConfig` under their own names, and what else a call
+//! carries.
 
 /// Which set the matrix H_res is kept on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,6 +63,10 @@ pub struct Config {
     pub pre_eps: f64,
     /// h_post = post_scale * sigmoid(z_post).
     pub post_scale: f64,
+    /// Added to mean(u²) where the layer's input is normalised ([`Op::can_normalize`]).
+    ///
+    /// [`Op::can_normalize`]: crate::Op::can_normalize
+    pub norm_scale_eps: f64,
     /// Whether the cotangent that a call adds to ([`Op::can_defer`]) is that of the streams which post
     /// made, so that the transposed h_res has yet to be applied.
     ///
@@ -81,6 +86,7 @@ impl Default for Config {
             norm_eps_mode: NormEpsMode::Inside,
             pre_eps: 0.0,
             post_scale: 2.0,
+            norm_scale_eps: 1e-6,
             deferred: false,
         }
     }

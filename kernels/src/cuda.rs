@@ -156,6 +156,11 @@ fn check_device_call(call: &Call) -> Result<(), Error> {
         let expected = "float32, bfloat16 or float16 (no CUDA kernels for others)";
         return Err(op.error(op.operands()[0], expected, call.dtype.name()));
     }
+    if call.norm_width > 0 {
+        let expected = "no values (no CUDA kernels that normalise the layer's input)";
+        let got = format!("{} values", call.norm_width);
+        return Err(op.error("norm_scale", expected, &got));
+    }
     let (tokens, width) = (call.tokens, call.n * call.c);
     if tokens > MAX_COUNT || width > MAX_COUNT {
         let expected = format!("at most {MAX_COUNT} tokens and as many values a token");

@@ -46,7 +46,13 @@ pub fn forward<S: Stream>(call: Forward<S>) {
     pre::forward(pre::Forward {
         params,
         x,
-        out: Outputs { u, h, m, r },
+        out: Outputs {
+            u,
+            h,
+            m,
+            r,
+            rho: RowsMut::new(&mut [], 0),
+        },
         tokens,
         pool,
     });
@@ -94,7 +100,13 @@ pub fn backward<S: Stream>(call: Backward<S>) {
         h_post: Rows::new(&[], 0),
         h_res: Rows::new(&[], 0),
     };
-    let inputs = BackwardInputs { m, r, d_u, d_h };
+    let inputs = BackwardInputs {
+        m,
+        r,
+        rho: Rows::new(&[], 0),
+        d_u,
+        d_h,
+    };
     pre::backward(pre::Backward {
         params,
         x,

@@ -1,8 +1,9 @@
-//! The width connection: r, m, the coefficients and the layer's input (equations 14 to 18), and the
-//! same with h_pre alone (the head).
+//! The width connection: r, m, the coefficients and the layer's input (equations 14 to 18), its
+//! norm, and the same with h_pre alone (the head).
 
 mod backward;
 mod forward;
+mod norm;
 mod param_sums;
 
 use crate::coefficients::{Gates, Layout};
@@ -25,6 +26,8 @@ pub struct Params<'a, R> {
     pub phi: &'a [R],
     /// alpha, bias, settings.
     pub gates: Gates<'a, R>,
+    /// w of the norm of the layer's input `[C]`, or empty for none.
+    pub norm_scale: &'a [R],
 }
 
 impl<R: Real> Params<'_, R> {

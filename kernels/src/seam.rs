@@ -44,7 +44,7 @@ impl<S: Stream> Call for Forward<'_, S> {
         for_each(
             self.pool,
             chunks,
-            || pre::ForwardScratch::new::<_, I>(&self.params, self.tokens),
+            || pre::ForwardScratch::new::<I>(&self.params, self.tokens),
             |scratch, _, (tokens, inputs, mut x_new, mut out)| {
                 post::forward_chunk::<S, I>(inputs, tokens, x_new.reborrow());
                 let x_new = x_new.as_rows();
@@ -107,7 +107,7 @@ impl<S: Stream> Call for Backward<'_, S> {
         for_each(
             self.pool,
             groups,
-            || Scratch::<S, I>::new(params, shape),
+            || Scratch::<S, I>::new(params),
             |scratch, _, group| group.run(shape, scratch),
         );
         self.d_params.write::<I>(params, sums, self.pool);
@@ -121,12 +121,11 @@ struct Scratch<S: Stream, I: Isa> {
 }
 
 impl<S: Stream, I: Isa> Scratch<S, I> {
-    fn new(params: &Params<S::Real>, shape: Shape) -> Self {
-        let gates = params.gates;
-        let len = CHUNK * gates.layout.n * params.c;
+    fn new(params: &Params<S::Real>) -> Self {
+        let len = CHUNK * params.gates.layout.n * params.c;
         Self {
             x_new: vec![S::default(); len],
-            pre: pre::BackwardScratch::new(gates.config, gates.layout, shape),
+            pre: pre::BackwardScratch::new::<I>(params),
         }
     }
 }

@@ -69,14 +69,14 @@ impl Op {
         match self {
             Op::PreFwd => (
                 "pre_fwd",
-                &["x", "phi", "alpha", "bias"],
-                &["u", "h_pre", "h_post", "h_res", "m", "r"],
+                &["x", "phi", "alpha", "bias", "norm_scale"],
+                &["u", "h_pre", "h_post", "h_res", "m", "r", "rho"],
             ),
             Op::PreBwd => (
                 "pre_bwd",
-                &["x", "phi", "alpha", "bias", "m", "r", "h_res",
+                &["x", "phi", "alpha", "bias", "norm_scale", "m", "r", "rho", "h_res",
                   "d_u", "d_h_pre", "d_h_post", "d_h_res", "d_x_in"],
-                &["d_x", "d_phi", "d_alpha", "d_bias"],
+                &["d_x", "d_phi", "d_alpha", "d_bias", "d_norm_scale"],
             ),
             Op::PostFwd => ("post_fwd", &["x", "y", "h_post", "h_res"], &["x_new"]),
             Op::PostBwd => (
@@ -86,14 +86,15 @@ impl Op {
             ),
             Op::SeamFwd => (
                 "seam_fwd",
-                &["x", "y", "h_post", "h_res", "phi", "alpha", "bias"],
-                &["x_new", "u", "h_pre", "h_post", "h_res", "m", "r"],
+                &["x", "y", "h_post", "h_res", "phi", "alpha", "bias", "norm_scale"],
+                &["x_new", "u", "h_pre", "h_post", "h_res", "m", "r", "rho"],
             ),
             Op::SeamBwd => (
                 "seam_bwd",
-                &["x", "y", "h_post", "h_res", "phi", "alpha", "bias", "m", "r", "h_res_new",
-                  "d_u", "d_h_pre", "d_h_post", "d_h_res", "d_x_new_in"],
-                &["d_x_new", "d_y", "d_h_post", "d_h_res", "d_phi", "d_alpha", "d_bias"],
+                &["x", "y", "h_post", "h_res", "phi", "alpha", "bias", "norm_scale",
+                  "m", "r", "rho", "h_res_new", "d_u", "d_h_pre", "d_h_post", "d_h_res", "d_x_new_in"],
+                &["d_x_new", "d_y", "d_h_post", "d_h_res", "d_phi", "d_alpha", "d_bias",
+                  "d_norm_scale"],
             ),
             Op::SinkhornFwd => ("sinkhorn_fwd", &["z"], &["h_res"]),
             Op::SinkhornBwd => ("sinkhorn_bwd", &["z", "d_h_res"], &["d_z"]),
@@ -114,6 +115,12 @@ impl Op {
     /// Whether the call carries a [`Config`].
     pub const fn has_config(self) -> bool {
         !matches!(self, Op::PostFwd | Op::PostBwd)
+    }
+
+    /// Whether it can normalise the layer's input, or can be the backward pass of that: the attribute
+    /// `norm_scale_eps`.
+    pub const fn can_normalize(self) -> bool {
+        matches!(self, Op::PreFwd | Op::PreBwd | Op::SeamFwd | Op::SeamBwd)
     }
 
     /// Whether the cotangent that it adds to can be deferred: the attribute `deferred`.
@@ -153,6 +160,8 @@ pub struct Call<'a> {
     pub c: usize,
     /// Columns of phi and m: all coefficients, or 0 for static ones and where there is no phi.
     pub columns: usize,
+    /// Values of norm_scale: C, or 0 where the layer's input is not normalised.
+    pub norm_width: usize,
     /// Which coefficients there are.
     pub layout: Layout,
     lead: &'a [i64],
@@ -214,7 +223,7 @@ impl<'a> Call<'a> {
         Err(op.error("operands and results", "no more", &got))
     }
 
-    /// Takes the sizes from the first operand and from phi.
+    /// Takes the sizes from the first operand, from phi and from norm_scale.
     fn sizes(
         op: Op,
         args: &'a [View<'a>],
@@ -247,11 +256,18 @@ impl<'a> Call<'a> {
         };
         let (n, c) = (*n as usize, *c as usize);
         let layout = op.layout(n, config);
-        let phi = op.operands().iter().position(|name| *name == "phi");
-        let columns = match phi.and_then(|at| args.get(at)).map(|view| view.dims) {
+        let dims = |name| {
+            let at = op.operands().iter().position(|other| *other == name)?;
+            args.get(at).map(|view| view.dims)
+        };
+        let columns = match dims("phi") {
             None => 0,
             Some([_, 0]) if layout.num_post > 0 => 0,
             Some(_) => layout.num(),
+        };
+        let norm_width = match dims("norm_scale") {
+            None | Some([0]) => 0,
+            Some(_) => c,
         };
         Ok(Self {
             op,
@@ -261,6 +277,7 @@ impl<'a> Call<'a> {
             n,
             c,
             columns,
+            norm_width,
             layout,
             lead,
             args,
@@ -312,6 +329,8 @@ impl<'a> Call<'a> {
             "h_res" | "h_res_new" | "z" => (wide, true, [n, n], 2),
             "m" => (wide, true, [self.columns, 0], 1),
             "r" => (wide, true, [0, 0], 0),
+            "rho" => (wide, true, [self.norm_width.min(1), 0], 1),
+            "norm_scale" => (wide, false, [self.norm_width, 0], 1),
             "phi" => (wide, false, [n * c, self.columns], 2),
             "alpha" => (wide, false, [num_alpha, 0], 1),
             "bias" => (wide, false, [self.layout.num(), 0], 1),
@@ -401,6 +420,7 @@ impl Example {
             n,
             c,
             columns: layout.num(),
+            norm_width: 0,
             layout,
             lead: &lead,
             args: &[],
@@ -435,6 +455,24 @@ impl Example {
             for (name, (_, dims)) in names.iter().zip(types) {
                 if matches!(*name, "phi" | "m" | "d_phi") {
                     *dims.last_mut().unwrap() = 0;
+                }
+            }
+        }
+        self
+    }
+
+    /// The same with a norm of the layer's input, where there can be.
+    pub fn with_norm(mut self) -> Self {
+        let hidden = *self.args[0].1.last().unwrap();
+        for (names, types) in [
+            (self.op.operands(), &mut self.args),
+            (self.op.results(), &mut self.rets),
+        ] {
+            for (name, (_, dims)) in names.iter().zip(types) {
+                match *name {
+                    "norm_scale" | "d_norm_scale" => *dims.last_mut().unwrap() = hidden,
+                    "rho" => *dims.last_mut().unwrap() = 1,
+                    _ => {}
                 }
             }
         }
@@ -482,6 +520,13 @@ mod tests {
             example.check(|call| assert_eq!(call.unwrap().tokens, 3));
             let example = example.with_workspace(7);
             example.check(|call| assert_eq!(call.unwrap().workspace().unwrap().1, 7));
+        }
+        for example in examples() {
+            example.with_norm().check(|call| {
+                let call = call.unwrap();
+                let width = if call.op.can_normalize() { call.c } else { 0 };
+                assert_eq!(call.norm_width, width);
+            });
         }
         for example in examples() {
             example.into_static().check(|call| {

@@ -39,6 +39,8 @@ struct Case {
     c: usize,
     config: Config,
     is_static: bool,
+    /// Whether the layer's input is normalised.
+    has_norm: bool,
     /// Size of the logits.
     peak: f64,
     /// Whether pre's backward gets the cotangent of x from post deferred.
@@ -55,6 +57,10 @@ impl Case {
         } else {
             self.layout().num()
         }
+    }
+    /// C, or 0 without a norm of the layer's input.
+    fn norm_width(&self) -> usize {
+        if self.has_norm { self.c } else { 0 }
     }
     /// How pre's backward reads the cotangent of the x that was handed on.
     fn handed_on<'a, R>(&self, h_res: &'a [R]) -> HandedOn<'a, R> {
@@ -92,15 +98,29 @@ fn cases() -> Vec<Case> {
         c,
         config,
         is_static: false,
+        has_norm: false,
         peak,
         deferred: true,
+    };
+    // An eps that matters.
+    let with_norm = |case: Case| Case {
+        has_norm: true,
+        config: Config {
+            norm_scale_eps: 0.25,
+            ..case.config
+        },
+        ..case
     };
     let few = Config {
         sinkhorn_iters: 2,
         ..paper
     };
     if cfg!(miri) {
-        vec![with(3, 2, 9, few, 1.0), with(2, 3, 5, few, 1.0)]
+        vec![
+            with(3, 2, 9, few, 1.0),
+            with(2, 3, 5, few, 1.0),
+            with_norm(with(2, 2, 9, few, 1.0)),
+        ]
     } else {
         vec![
             with(35, 4, 100, paper, 1.0),
@@ -157,6 +177,16 @@ fn cases() -> Vec<Case> {
                 ..with(4, 4, 20, paper, 3.0)
             },
             with(0, 4, 20, paper, 1.0),
+            with_norm(with(35, 4, 100, paper, 1.0)),
+            with_norm(with(150, 2, 33, paper, 1.0)),
+            with_norm(with(3, 3, 1, paper, 1.0)),
+            with_norm(with(2, 16, 5, deepseek, 3.0)),
+            with_norm(with(7, 4, 450, deepseek, 6.0)),
+            with_norm(Case {
+                is_static: true,
+                ..with(4, 4, 20, paper, 3.0)
+            }),
+            with_norm(with(0, 4, 20, paper, 1.0)),
         ]
     }
 }
@@ -169,6 +199,7 @@ struct Data {
     phi: Vec<f64>,
     alpha: Vec<f64>,
     bias: Vec<f64>,
+    norm_scale: Vec<f64>,
     d_u: Vec<f64>,
     d_h: [Vec<f64>; 3],
     d_x_new: Vec<f64>,
@@ -190,6 +221,7 @@ impl Data {
             phi: real(n * c * case.columns(), scale),
             alpha: vec![1.0, 0.75, 1.25],
             bias: real(case.layout().num(), case.peak),
+            norm_scale: real(case.norm_width(), 1.5),
             d_u,
             d_h: [
                 real(tokens * n, 1.0),
@@ -199,13 +231,14 @@ impl Data {
             d_x_new,
         }
     }
-    fn operands(&mut self) -> [&mut Vec<f64>; 5] {
+    fn operands(&mut self) -> [&mut Vec<f64>; 6] {
         [
             &mut self.x,
             &mut self.y,
             &mut self.phi,
             &mut self.alpha,
             &mut self.bias,
+            &mut self.norm_scale,
         ]
     }
 }
@@ -227,6 +260,7 @@ struct Room<S: Stream> {
     h: [Vec<S::Real>; 3],
     m: Vec<S::Real>,
     r: Vec<S::Real>,
+    rho: Vec<S::Real>,
 }
 
 impl<S: Stream> Room<S> {
@@ -239,6 +273,7 @@ impl<S: Stream> Room<S> {
             h: [nan(tokens * n), nan(tokens * n), nan(tokens * n * n)],
             m: nan(tokens * case.columns()),
             r: nan(tokens),
+            rho: nan(tokens * case.norm_width().min(1)),
         }
     }
     fn outputs(&mut self, case: &Case) -> Outputs<'_, S> {
@@ -252,6 +287,7 @@ impl<S: Stream> Room<S> {
             },
             m: RowsMut::new(&mut self.m, case.columns()),
             r: RowsMut::new(&mut self.r, 1),
+            rho: RowsMut::new(&mut self.rho, case.norm_width().min(1)),
         }
     }
     fn post_inputs<'a>(&'a self, case: &Case, x: &'a [S], y: &'a [S]) -> post::Inputs<'a, S> {

@@ -1,8 +1,8 @@
 //! The backward pass.
 
+use super::norm::{self, CollapseNormalizedBackward};
 use super::{CHUNK, ParamGradients, ParamSums, Params, group_tokens};
-use crate::coefficients::{self, Cotangents, Layout, StreamFactors};
-use crate::config::Config;
+use crate::coefficients::{self, Cotangents, Gates, StreamFactors};
 use crate::parallel::{Pool, for_each};
 use crate::projection::{
     Packed, STAGE, Shape, Staged, accumulate_d_phi, project_back, stage, stages,
@@ -17,6 +17,8 @@ pub struct BackwardInputs<'a, S: Stream> {
     pub m: Rows<'a, S::Real>,
     /// From the forward pass.
     pub r: Rows<'a, S::Real>,
+    /// From the forward pass; empty where the layer's input is not normalised.
+    pub rho: Rows<'a, S::Real>,
     /// Cotangent of the layer input.
     pub d_u: Rows<'a, S>,
     /// Cotangents of the coefficients.
@@ -29,6 +31,7 @@ impl<S: Stream> BackwardInputs<'_, S> {
         Self {
             m: self.m.split_off(tokens),
             r: self.r.split_off(tokens),
+            rho: self.rho.split_off(tokens),
             d_u: self.d_u.split_off(tokens),
             d_h: self.d_h.split_off(tokens),
         }
@@ -43,12 +46,20 @@ pub struct BackwardScratch<V: Vector> {
     r_dm: Vec<V::Real>,
     norm: Vec<V::Real>,
     h_pre: Vec<V::Real>,
+    norm_scale: Vec<V>,
+    d_sum: Vec<V>,
     coefficients: coefficients::Scratch<V>,
 }
 
 impl<V: Vector> BackwardScratch<V> {
     /// For chunks of up to [`CHUNK`] tokens.
-    pub fn new(config: &Config, layout: Layout, shape: Shape) -> Self {
+    pub fn new<I: Isa>(params: &Params<V::Real>) -> Self
+    where
+        V::Real: Real<Vector<I> = V>,
+    {
+        let Gates { config, layout, .. } = params.gates;
+        let shape = params.shape::<I>();
+        let norm_scale: Vec<V> = norm::pack(params.norm_scale);
         let zeros = |width: usize| vec![V::Real::default(); CHUNK * width];
         Self {
             staged: vec![[V::zero(); STAGE]; CHUNK],
@@ -57,6 +68,8 @@ impl<V: Vector> BackwardScratch<V> {
             r_dm: zeros(shape.padded_columns()),
             norm: zeros(1),
             h_pre: zeros(layout.n),
+            d_sum: vec![V::zero(); CHUNK * norm_scale.len()],
+            norm_scale,
             coefficients: coefficients::Scratch::new(config, layout, true),
         }
     }
@@ -104,7 +117,13 @@ pub fn backward_chunk<S: Stream, I: Isa>(
 ) {
     let gates = &params.gates;
     let n = gates.layout.n;
-    let BackwardInputs { m, r, d_u, d_h } = *inputs;
+    let BackwardInputs {
+        m,
+        r,
+        rho,
+        d_u,
+        d_h,
+    } = *inputs;
     let BackwardScratch {
         staged,
         mixed,
@@ -112,14 +131,35 @@ pub fn backward_chunk<S: Stream, I: Isa>(
         r_dm,
         norm,
         h_pre,
+        norm_scale,
+        d_sum,
         coefficients,
     } = scratch;
 
     let from_u = RowsMut::new(d_h_pre, n);
     let from_h = d_h.h_pre;
-    for_streams!(n, N => {
-        I::enter(CollapseBackward::<_, N> { x, d_u, from_h, tokens, d_h_pre: from_u });
-    });
+    if norm_scale.is_empty() {
+        for_streams!(n, N => {
+            I::enter(CollapseBackward::<_, N> { x, d_u, from_h, tokens, d_h_pre: from_u });
+        });
+    } else {
+        let rows = RowsMut::new(h_pre, n);
+        coefficients::h_pre::<_, I>(gates, m, tokens, rows, coefficients);
+        for_streams!(n, N => {
+            I::enter(CollapseNormalizedBackward::<S, I, N> {
+                x,
+                h_pre: Rows::new(h_pre, n),
+                norm_scale,
+                rho,
+                d_u,
+                from_h,
+                tokens,
+                d_h_pre: from_u,
+                d_sum,
+                d_norm_scale: &mut sums.d_norm_scale,
+            });
+        });
+    }
     let inputs = coefficients::BackwardInputs {
         gates,
         m,
@@ -145,6 +185,7 @@ pub fn backward_chunk<S: Stream, I: Isa>(
         x,
         handed_on,
         d_u,
+        d_sum,
         tokens,
         r_dm,
         norm,
@@ -199,6 +240,8 @@ struct StreamsBackward<'a, S: Stream, I: Isa> {
     x: Rows<'a, S>,
     handed_on: HandedOn<'a, S::Real>,
     d_u: Rows<'a, S>,
+    /// The cotangent of u before its norm, if it has one.
+    d_sum: &'a [Acc<S, I>],
     tokens: usize,
     r_dm: &'a [S::Real],
     norm: &'a [S::Real],
@@ -338,7 +381,12 @@ impl<S: Stream, I: Isa> StreamsBackward<'_, S, I> {
             let d_x = &mut self.d_x.row(token)[stream * c..][..c];
             for (b, sum) in sums.into_iter().enumerate() {
                 let at = (first + block + b) * Acc::<S, I>::LANES;
-                let sum = h_pre.mul_add(S::load::<I, WHOLE>(&d_u[at..]), sum);
+                let d_u = if self.d_sum.is_empty() {
+                    S::load::<I, WHOLE>(&d_u[at..])
+                } else {
+                    self.d_sum[token * self.shape.blocks + first + block + b]
+                };
+                let sum = h_pre.mul_add(d_u, sum);
                 let mut sum = norm.mul_add(self.staged[token][block + b], sum);
                 match self.handed_on {
                     HandedOn::Nothing => {}
@@ -380,7 +428,6 @@ pub fn backward<S: Stream>(call: Backward<S>) {
 
 impl<S: Stream> Call for Backward<'_, S> {
     fn run<I: Isa>(mut self) {
-        let Params { gates, .. } = self.params;
         let shape = self.params.shape::<I>();
         let phi = Packed::pack::<I>(self.params.phi, shape, self.pool);
         let step = group_tokens(self.tokens);
@@ -403,7 +450,7 @@ impl<S: Stream> Call for Backward<'_, S> {
         for_each(
             self.pool,
             groups,
-            || BackwardScratch::new(gates.config, gates.layout, shape),
+            || BackwardScratch::new::<I>(&self.params),
             |scratch, _, group| group.run(shape, scratch),
         );
         self.d_params.write::<I>(&self.params, sums, self.pool);

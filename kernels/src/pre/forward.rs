@@ -1,5 +1,6 @@
 //! The forward pass.
 
+use super::norm::{self, CollapseNormalized};
 use super::{CHUNK, Params};
 use crate::coefficients::{self, CoefficientsMut, Gates};
 use crate::config::{Config, NormEpsMode};
@@ -18,6 +19,8 @@ pub struct Outputs<'a, S: Stream> {
     pub m: RowsMut<'a, S::Real>,
     /// `[1]` a token.
     pub r: RowsMut<'a, S::Real>,
+    /// 1 / rms(u) `[1]` a token; empty where the layer's input is not normalised.
+    pub rho: RowsMut<'a, S::Real>,
 }
 
 impl<S: Stream> Outputs<'_, S> {
@@ -28,6 +31,7 @@ impl<S: Stream> Outputs<'_, S> {
             h: self.h.split_off(tokens),
             m: self.m.split_off(tokens),
             r: self.r.split_off(tokens),
+            rho: self.rho.split_off(tokens),
         }
     }
 }
@@ -37,15 +41,23 @@ pub struct ForwardScratch<V> {
     staged: Vec<Staged<V>>,
     totals: Vec<V>,
     squares: Vec<V>,
+    norm_scale: Vec<V>,
+    sums: Vec<V>,
     coefficients: coefficients::Scratch<V>,
 }
 
 impl<V: Vector> ForwardScratch<V> {
     /// For the chunks of a call with `tokens` tokens.
-    pub fn new<R: Real<Vector<I> = V>, I: Isa>(params: &Params<R>, tokens: usize) -> Self {
+    pub fn new<I: Isa>(params: &Params<V::Real>, tokens: usize) -> Self
+    where
+        V::Real: Real<Vector<I> = V>,
+    {
         let Gates { config, layout, .. } = params.gates;
         let (chunk, columns) = (tokens.min(CHUNK), params.shape::<I>().padded_columns());
+        let norm_scale: Vec<V> = norm::pack(params.norm_scale);
         Self {
+            sums: vec![V::zero(); norm_scale.len()],
+            norm_scale,
             staged: vec![[V::zero(); STAGE]; chunk],
             totals: vec![V::zero(); chunk * columns],
             squares: vec![V::zero(); chunk],
@@ -92,7 +104,17 @@ pub fn forward_chunk<S: Stream, I: Isa>(
     let m = out.m.as_rows();
     coefficients::forward::<_, I>(gates, m, tokens, &mut out.h, &mut scratch.coefficients);
     let (h_pre, u) = (out.h.h_pre.as_rows(), out.u.reborrow());
-    for_streams!(gates.layout.n, N => I::enter(Collapse::<_, N> { x, h_pre, tokens, u }));
+    if params.norm_scale.is_empty() {
+        for_streams!(gates.layout.n, N => I::enter(Collapse::<_, N> { x, h_pre, tokens, u }));
+        return;
+    }
+    let ForwardScratch {
+        norm_scale, sums, ..
+    } = scratch;
+    for_streams!(gates.layout.n, N => {
+        let (rho, eps) = (out.rho.reborrow(), gates.config.norm_scale_eps);
+        I::enter(CollapseNormalized::<S, I, N> { x, h_pre, norm_scale, eps, tokens, u, rho, sums });
+    });
 }
 
 /// r and m [14, 15].
@@ -227,7 +249,7 @@ impl<S: Stream> Call for Forward<'_, S> {
         for_each(
             self.pool,
             chunks,
-            || ForwardScratch::new::<_, I>(&self.params, self.tokens),
+            || ForwardScratch::new::<I>(&self.params, self.tokens),
             |scratch, _, (tokens, x, mut out)| {
                 forward_chunk::<S, I>(&self.params, &phi, x, tokens, &mut out, scratch);
             },

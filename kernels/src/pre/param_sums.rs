@@ -1,5 +1,6 @@
 //! Gradients of the parameters: sums over tokens in an order that no number of threads changes.
 
+use super::norm::SumPacked;
 use super::{CHUNK, Params};
 use crate::coefficients::{GateSums, Gates};
 use crate::parallel::Pool;
@@ -29,6 +30,8 @@ pub struct ParamSums<V> {
     pub d_phi: Packed<V>,
     /// Of alpha and bias.
     pub gates: GateSums,
+    /// Of w of the norm, in vectors; empty where there is none.
+    pub d_norm_scale: Vec<V>,
 }
 
 impl<V: Vector> ParamSums<V> {
@@ -38,6 +41,7 @@ impl<V: Vector> ParamSums<V> {
         Self {
             d_phi: Packed::zeros(shape),
             gates: GateSums::new(alpha.len(), layout),
+            d_norm_scale: vec![V::zero(); params.norm_scale.len().div_ceil(V::LANES)],
         }
     }
 }
@@ -50,6 +54,8 @@ pub struct ParamGradients<'a, R> {
     pub d_alpha: &'a mut [R],
     /// `[K]`
     pub d_bias: &'a mut [R],
+    /// `[C]`, or empty.
+    pub d_norm_scale: &'a mut [R],
 }
 
 impl<R: Real> ParamGradients<'_, R> {
@@ -62,11 +68,17 @@ impl<R: Real> ParamGradients<'_, R> {
     ) {
         let mut gates = GateSums::new(self.d_alpha.len(), params.gates.layout);
         let mut parts = Vec::with_capacity(groups.len());
+        let mut norm_parts = Vec::with_capacity(groups.len());
         for group in groups.into_iter().flatten() {
             gates.add(&group.gates);
             parts.push(group.d_phi);
+            norm_parts.push(group.d_norm_scale);
         }
         Packed::unpack_sum::<I>(&parts, params.shape::<I>(), self.d_phi, pool);
+        I::enter(SumPacked {
+            parts: &norm_parts,
+            to: self.d_norm_scale,
+        });
         for (to, from) in self.d_alpha.iter_mut().zip(gates.d_alpha) {
             *to = R::from_f64(from);
         }

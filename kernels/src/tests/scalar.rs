@@ -92,7 +92,16 @@ pub fn sublayer(case: &Case, data: &Data) -> [Vec<f64>; 5] {
                 .collect(),
         };
         let y = &data.y[token * c..][..c];
-        out[0].extend((0..c).map(|k| (0..n).map(|i| h_pre[i] * x[i * c + k]).sum::<f64>()));
+        let mut u: Vec<f64> = (0..c)
+            .map(|k| (0..n).map(|i| h_pre[i] * x[i * c + k]).sum())
+            .collect();
+        if case.has_norm {
+            let mean = dot(&u, &u) / c as f64;
+            for (u, w) in u.iter_mut().zip(&data.norm_scale) {
+                *u *= w / (mean + config.norm_scale_eps).sqrt();
+            }
+        }
+        out[0].extend(u);
         for i in 0..n {
             out[4].extend((0..c).map(|k| {
                 (0..n).map(|j| h_res[i * n + j] * x[j * c + k]).sum::<f64>() + h_post[i] * y[k]

@@ -32,6 +32,7 @@ fn seam_is_post_then_pre<S: Stream>(isa: &str, case: &Case) {
     let (x, y) = (from_f64::<S>(&data.x), from_f64::<S>(&data.y));
     let real = |values: &[f64]| from_f64::<S::Real>(values);
     let (phi, alpha, bias) = (real(&data.phi), real(&data.alpha), real(&data.bias));
+    let norm_scale = real(&data.norm_scale);
     let gates = Gates {
         config,
         layout: case.layout(),
@@ -42,6 +43,7 @@ fn seam_is_post_then_pre<S: Stream>(isa: &str, case: &Case) {
         c,
         phi: &phi,
         gates,
+        norm_scale: &norm_scale,
     };
     let mut before = Room::<S>::new(case);
     before.h = [0, 1, 2].map(|at| real(&data.d_h[at]));
@@ -104,6 +106,7 @@ fn seam_is_post_then_pre<S: Stream>(isa: &str, case: &Case) {
     let pre_inputs = BackwardInputs {
         m: Rows::new(&want.m, case.columns()),
         r: Rows::new(&want.r, 1),
+        rho: Rows::new(&want.rho, case.norm_width().min(1)),
         d_u: Rows::new(&d_u, c),
         d_h: Cotangents {
             h_pre: Rows::new(&d_h[0], n),
@@ -116,10 +119,12 @@ fn seam_is_post_then_pre<S: Stream>(isa: &str, case: &Case) {
         let handed_on = case.handed_on(&want.h[2]);
         let (mut d_y, mut d_h) = (y.clone(), before.h.clone());
         let [mut d_phi, mut d_alpha, mut d_bias] = [phi.clone(), alpha.clone(), bias.clone()];
+        let mut d_norm_scale = norm_scale.clone();
         let d_params = ParamGradients {
             d_phi: &mut d_phi,
             d_alpha: &mut d_alpha,
             d_bias: &mut d_bias,
+            d_norm_scale: &mut d_norm_scale,
         };
         let [_, d_h_post, d_h_res] = &mut d_h;
         let out = post::Gradients {
@@ -161,7 +166,11 @@ fn seam_is_post_then_pre<S: Stream>(isa: &str, case: &Case) {
             };
             dispatch_to(isa, call);
         }
-        let reals = [&d_h[1], &d_h[2], &d_phi, &d_alpha, &d_bias].map(|a| to_f64(a));
+        let params = [&d_phi, &d_alpha, &d_bias, &d_norm_scale];
+        let reals = [&d_h[1], &d_h[2]]
+            .into_iter()
+            .chain(params)
+            .map(|a| to_f64(a));
         [to_f64(&d_x_new), to_f64(&d_y)]
             .into_iter()
             .chain(reals)

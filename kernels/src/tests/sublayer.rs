@@ -23,7 +23,8 @@ impl Pool for Threads {
     }
 }
 
-/// Results of one sublayer: as `scalar::sublayer`, then the gradients of x, y, phi, alpha and bias.
+/// Results of one sublayer: as `scalar::sublayer`, then the gradients of x, y, phi, alpha,
+/// bias and norm_scale.
 type Results = Vec<Vec<f64>>;
 
 /// pre, post and their backward passes.
@@ -38,6 +39,7 @@ fn sublayer<S: Stream>(isa: &str, case: &Case, data: &Data, pool: &dyn Pool) -> 
     let (x, y) = (from_f64::<S>(&data.x), from_f64::<S>(&data.y));
     let real = |values: &[f64]| from_f64::<S::Real>(values);
     let (phi, alpha, bias) = (real(&data.phi), real(&data.alpha), real(&data.bias));
+    let norm_scale = real(&data.norm_scale);
     let gates = Gates {
         config,
         layout: case.layout(),
@@ -48,6 +50,7 @@ fn sublayer<S: Stream>(isa: &str, case: &Case, data: &Data, pool: &dyn Pool) -> 
         c,
         phi: &phi,
         gates,
+        norm_scale: &norm_scale,
     };
     let mut room = Room::<S>::new(case);
     let x_rows = Rows::new(&x[..], n * c);
@@ -109,6 +112,7 @@ fn sublayer<S: Stream>(isa: &str, case: &Case, data: &Data, pool: &dyn Pool) -> 
     }
     let d_u = from_f64::<S>(&data.d_u);
     let [mut d_phi, mut d_alpha, mut d_bias] = [phi.clone(), alpha.clone(), bias.clone()];
+    let mut d_norm_scale = norm_scale.clone();
     dispatch_to(
         isa,
         pre::Backward {
@@ -117,6 +121,7 @@ fn sublayer<S: Stream>(isa: &str, case: &Case, data: &Data, pool: &dyn Pool) -> 
             inputs: BackwardInputs {
                 m: Rows::new(&room.m, case.columns()),
                 r: Rows::new(&room.r, 1),
+                rho: Rows::new(&room.rho, case.norm_width().min(1)),
                 d_u: Rows::new(&d_u, c),
                 d_h: Cotangents {
                     h_pre: Rows::new(&d_h[0], n),
@@ -130,6 +135,7 @@ fn sublayer<S: Stream>(isa: &str, case: &Case, data: &Data, pool: &dyn Pool) -> 
                 d_phi: &mut d_phi,
                 d_alpha: &mut d_alpha,
                 d_bias: &mut d_bias,
+                d_norm_scale: &mut d_norm_scale,
             },
             tokens,
             pool,
@@ -140,7 +146,7 @@ fn sublayer<S: Stream>(isa: &str, case: &Case, data: &Data, pool: &dyn Pool) -> 
     let mut results = vec![to_f64(&room.u)];
     results.extend(reals);
     results.extend([&x_new, &d_x, &d_y].map(|a| to_f64(a)));
-    results.extend([&d_phi, &d_alpha, &d_bias].map(|a| to_f64(a)));
+    results.extend([&d_phi, &d_alpha, &d_bias, &d_norm_scale].map(|a| to_f64(a)));
     results
 }
 
@@ -159,8 +165,18 @@ fn error(got: &[f64], want: &[f64]) -> f64 {
     got.iter().zip(want).map(difference).fold(0.0, f64::max) / largest
 }
 
-const NAMES: [&str; 10] = [
-    "u", "h_pre", "h_post", "h_res", "x_new", "d_x", "d_y", "d_phi", "d_alpha", "d_bias",
+const NAMES: [&str; 11] = [
+    "u",
+    "h_pre",
+    "h_post",
+    "h_res",
+    "x_new",
+    "d_x",
+    "d_y",
+    "d_phi",
+    "d_alpha",
+    "d_bias",
+    "d_norm_scale",
 ];
 
 #[test]
@@ -183,7 +199,7 @@ fn float64_gradients_are_central_differences() {
     for case in cases.flat_map(Case::both_ways) {
         let data = Data::new::<f64>(&case);
         let results = sublayer::<f64>("portable", &case, &data, &Serial);
-        for operand in 0..5 {
+        for operand in 0..6 {
             let mut random = Random(operand as u64);
             let len = data.clone().operands()[operand].len();
             let direction = random.vec(len, 1.0);
@@ -256,7 +272,15 @@ fn float16_agrees_with_float64() {
 
 #[test]
 fn threads_and_neighbours_change_no_bits() {
-    let case = cases()[0];
+    for has_norm in [false, true] {
+        threads_and_neighbours_change_no_bits_of(Case {
+            has_norm,
+            ..cases()[0]
+        });
+    }
+}
+
+fn threads_and_neighbours_change_no_bits_of(case: Case) {
     let data = Data::new::<bf16>(&case);
     let alone = Case { tokens: 1, ..case };
     let Case { n, c, .. } = case;
@@ -297,9 +321,10 @@ fn threads_and_neighbours_change_no_bits() {
 
 #[test]
 fn not_a_number_stays_in_its_token() {
-    let case = cases()[0];
-    let clean = Data::new::<f32>(&case);
-    for bad in [f64::NAN, f64::INFINITY] {
+    let first = cases()[0];
+    for (bad, has_norm) in [(f64::NAN, false), (f64::INFINITY, false), (f64::NAN, true)] {
+        let case = Case { has_norm, ..first };
+        let clean = Data::new::<f32>(&case);
         let mut data = clean.clone();
         data.x[5] = bad;
         for isa in instruction_sets() {
