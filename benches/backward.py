@@ -95,23 +95,27 @@ def _keep_fused(name: str, named: dict[str, Any]) -> Any:
     if name == "post_bwd":
         operands = (ctx.x, named["y"], ctx.h_post, ctx.h_res)
         return {"x_new": fused_call("post_fwd", None, *operands)[0]}, operands
-    operands = params.phi, params.alpha, params.bias
+    no_norm = jnp.zeros((0,), jnp.float32)
+    operands = params.phi, params.alpha, params.bias, no_norm
+    options = {"norm_scale_eps": 0.0}
     if name == "pre_bwd":
         operands = x, *operands
-        u, h_pre, h_post, h_res, m, r = fused_call("pre_fwd", PAPER, *operands)
+        u, h_pre, h_post, h_res, m, r, rho = fused_call("pre_fwd", PAPER, *operands, **options)
         results = {}
     else:
         operands = ctx.x, named["y"], ctx.h_post, ctx.h_res, *operands
-        x_new, u, h_pre, h_post, h_res, m, r = fused_call("seam_fwd", PAPER, *operands)
+        results = fused_call("seam_fwd", PAPER, *operands, **options)
+        x_new, u, h_pre, h_post, h_res, m, r, rho = results
         results = {"x_new": x_new}
     results |= {"u": u, "h_pre": h_pre, "h_post": h_post, "h_res": h_res}
-    return results, (*operands, m, r, h_res)
+    return results, (*operands, m, r, rho, h_res)
 
 
 def _run_fused(name: str, kept: Any, cotangents: dict[str, Any]) -> dict[str, Any]:
     given = (cotangents[key] for key in _COTANGENTS[name].split())
     config = None if name == "post_bwd" else PAPER
-    results = fused_call(name, config, *kept, *given, deferred=name != "post_bwd")
+    options = {} if name == "post_bwd" else {"deferred": True, "norm_scale_eps": 0.0}
+    results = fused_call(name, config, *kept, *given, **options)
     return dict(zip(_RESULTS[name].split(), results, strict=True))
 
 

@@ -47,7 +47,10 @@ def implemented(*dtypes: str) -> list[tuple[str, str]]:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A shape with settings. `sigma` is the standard deviation of the logits of h_res."""
+    """A shape with settings. `sigma` is the standard deviation of the logits of h_res.
+
+    `norm`: the layer's input is normalised.
+    """
 
     tokens: tuple[int, ...]
     streams: int
@@ -55,6 +58,7 @@ class Case:
     sigma: float = 1.0
     config: MHCConfig = presets.PAPER
     static: bool = False
+    norm: bool = False
 
 
 def variant(**settings: Any) -> MHCConfig:
@@ -111,19 +115,38 @@ CASES = {
     "eps_outside": Case((5,), 4, 33, 1, variant(norm_eps=0.5, norm_eps_mode="outside")),
 }
 
+# A norm of the layer's input; there are no kernels for GPUs yet.
+NORMALIZED = {
+    "normalized": Case((2, 3), 4, 16, norm=True),
+    "normalized_many_tokens": Case((2, 3, 67), 4, 7, norm=True),
+    "normalized_no_tokens": Case((2, 0, 3), 4, 16, norm=True),
+    "normalized_width_1": Case((5,), 3, 1, norm=True),
+    "normalized_width_257": Case((3, 1), 4, 257, norm=True),
+    "normalized_one_stream": Case((), 1, 33, norm=True),
+    "normalized_sixteen_streams": Case((2,), 16, 7, norm=True),
+    "normalized_peaked": Case((5,), 4, 33, 6, presets.DEEPSEEK_V4, norm=True),
+    "normalized_static": Case((5,), 4, 33, 3, static=True, norm=True),
+}
+if PLATFORM == "cpu":
+    CASES |= NORMALIZED
+# Large enough to show.
+NORM_SCALE_EPS = 0.25
+
 # Enough for what is made of other ops: shapes that have a path of their own, kinds of settings.
 _COMPOSED = (
     "paper", "no_leading_axes", "no_tokens", "many_tokens", "width_257", "one_stream",
     "two_streams", "eight_streams", "peaked_3", "peaked_6", "peaked_10", "deepseek_v4_peaked",
-    "megatron_peaked", "unconstrained", "identity", "static", "large_eps",
+    "megatron_peaked", "unconstrained", "identity", "static", "large_eps", *NORMALIZED,
 )  # fmt: skip
 _SHAPES = _COMPOSED[:8]
 
 # The error in lower precision is compared where it can grow: peaked logits, many tokens, wide sums.
 _PRECISION = {
     "float32": ("peaked_3", "peaked_6", "peaked_10", "many_tokens", "eight_streams", "width_257",
-                "deepseek_v4_peaked", "megatron_peaked"),
-    "bfloat16": ("peaked_3", "peaked_6", "peaked_10", "many_tokens", "two_streams"),
+                "deepseek_v4_peaked", "megatron_peaked", "normalized_many_tokens",
+                "normalized_width_257"),
+    "bfloat16": ("peaked_3", "peaked_6", "peaked_10", "many_tokens", "two_streams",
+                 "normalized_many_tokens", "normalized_width_257"),
     "float16": ("peaked_3", "peaked_6", "peaked_10"),
 }  # fmt: skip
 
@@ -190,6 +213,16 @@ def gain(case: Case, rng: np.random.Generator, dtype: Any) -> np.ndarray:
     return _normal(rng, accumulation(dtype), case.hidden)
 
 
+def norm_scale(case: Case, rng: np.random.Generator, dtype: Any) -> np.ndarray | None:
+    """The parameter of the norm of the layer's input [C], or None."""
+    return gain(case, rng, dtype) if case.norm else None
+
+
+def norm(o: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the norm."""
+    return {"norm_scale": o["norm_scale"], "norm_scale_eps": NORM_SCALE_EPS}
+
+
 @dataclasses.dataclass(frozen=True)
 class Op:
     """One op under test.
@@ -217,12 +250,13 @@ def public(ctx: Context) -> Context:
 
 
 def _run_pre(o, config, implementation):
-    u, ctx = jax_mhc.pre(o["x"], o["params"], config=config, implementation=implementation)
+    options = {"config": config, "implementation": implementation}
+    u, ctx = jax_mhc.pre(o["x"], o["params"], **options, **norm(o))
     return {"u": u, "ctx": public(ctx)}
 
 
 def _oracle_pre(o, config):
-    u, *coefficients = oracle.pre(o["x"], o["params"], config)
+    u, *coefficients = oracle.pre(o["x"], o["params"], config, **norm(o))
     return {"u": u, "ctx": Context(o["x"], *coefficients)}
 
 
@@ -236,14 +270,13 @@ def _oracle_post(o, config):
 
 
 def _run_post_pre(o, config, implementation):
-    u, ctx = jax_mhc.post_pre(
-        o["y"], o["ctx"], o["params"], config=config, implementation=implementation
-    )
+    options = {"config": config, "implementation": implementation}
+    u, ctx = jax_mhc.post_pre(o["y"], o["ctx"], o["params"], **options, **norm(o))
     return {"u": u, "ctx": public(ctx)}
 
 
 def _oracle_post_pre(o, config):
-    return _oracle_pre({"x": _oracle_post(o, config)["x_new"], "params": o["params"]}, config)
+    return _oracle_pre({**o, "x": _oracle_post(o, config)["x_new"]}, config)
 
 
 def _run_sinkhorn(o, config, implementation):
@@ -261,38 +294,45 @@ def _run_residual(o, config, implementation):
         wide = u.astype(o["gain"].dtype)
         return jnp.tanh(wide * o["gain"]).astype(u.dtype), jnp.mean(wide**2, axis=-1)
 
-    options = {"config": config, "implementation": implementation, "has_aux": True}
+    options = {"config": config, "implementation": implementation, "has_aux": True, **norm(o)}
     x_new, aux = jax_mhc.mhc_residual(layer, o["x"], o["params"], **options)
     return {"x_new": x_new, "aux": aux}
 
 
 def _oracle_residual(o, config):
-    u, _, h_post, h_res = oracle.pre(o["x"], o["params"], config)
+    u, _, h_post, h_res = oracle.pre(o["x"], o["params"], config, **norm(o))
     x_new = oracle.post(np.tanh(u * o["gain"]), o["x"], h_post, h_res)
     return {"x_new": x_new, "aux": np.mean(u**2, axis=-1)}
 
 
 def _run_two_sublayers(o, config, implementation):
     """Joined by the seam: its kernels, and pre's, get the cotangents of their streams deferred."""
-    options = {"config": config, "implementation": implementation}
+    options = {"config": config, "implementation": implementation, **norm(o)}
     u, ctx = jax_mhc.pre(o["x"], o["params"], **options)
     u, ctx = jax_mhc.post_pre(jnp.tanh(u), ctx, o["params"], **options)
     return {"u": u, "x_new": jax_mhc.post(o["y"], ctx, implementation=implementation)}
 
 
 def _oracle_two_sublayers(o, config):
-    u, _, *h = oracle.pre(o["x"], o["params"], config)
+    u, _, *h = oracle.pre(o["x"], o["params"], config, **norm(o))
     x = oracle.post(np.tanh(u), o["x"], *h)
-    u, _, *h = oracle.pre(x, o["params"], config)
+    u, _, *h = oracle.pre(x, o["params"], config, **norm(o))
     return {"u": u, "x_new": oracle.post(o["y"], x, *h)}
 
 
 def _is_birkhoff(case: str) -> bool:
-    return CASES[case].config.constraint == "birkhoff" and not CASES[case].static
+    case = CASES[case]
+    return case.config.constraint == "birkhoff" and not case.static and not case.norm
 
 
 OPS = {
-    "pre": Op({"x": streams, "params": params}, _run_pre, _oracle_pre, ("pre",), ("x",)),
+    "pre": Op(
+        {"x": streams, "params": params, "norm_scale": norm_scale},
+        _run_pre,
+        _oracle_pre,
+        ("pre",),
+        ("x",),
+    ),
     "post": Op(
         {"y": layer_output, "ctx": context},
         _run_post,
@@ -300,10 +340,13 @@ OPS = {
         ("post",),
         ("y", "ctx"),
         # It has no settings.
-        lambda case: CASES[case].config in (presets.PAPER, variant(constraint="none")),
+        lambda case: (
+            CASES[case].config in (presets.PAPER, variant(constraint="none"))
+            and not CASES[case].norm
+        ),
     ),
     "post_pre": Op(
-        {"y": layer_output, "ctx": context, "params": params},
+        {"y": layer_output, "ctx": context, "params": params, "norm_scale": norm_scale},
         _run_post_pre,
         _oracle_post_pre,
         ("seam",),
@@ -327,20 +370,24 @@ OPS = {
         lambda case: case in (*_SHAPES, "sixteen_streams", "large_eps", "eps_outside"),
     ),
     "mhc_residual": Op(
-        {"x": streams, "params": params, "gain": gain},
+        {"x": streams, "params": params, "gain": gain, "norm_scale": norm_scale},
         _run_residual,
         _oracle_residual,
         ("pre", "post"),
         ("x",),
-        lambda case: case in (*_SHAPES, "sixteen_streams", "peaked_10", "identity", "static"),
+        lambda case: (
+            case in (*_SHAPES, "sixteen_streams", "peaked_10", "identity", "static", "normalized")
+        ),
     ),
     "two_sublayers": Op(
-        {"x": streams, "params": params, "y": layer_output},
+        {"x": streams, "params": params, "y": layer_output, "norm_scale": norm_scale},
         _run_two_sublayers,
         _oracle_two_sublayers,
         ("pre", "seam", "post"),
         ("x", "y"),
-        lambda case: case in (*_SHAPES, "sixteen_streams", "peaked_3", "identity", "static"),
+        lambda case: (
+            case in (*_SHAPES, "sixteen_streams", "peaked_3", "identity", "static", *NORMALIZED)
+        ),
     ),
 }
 

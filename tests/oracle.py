@@ -94,7 +94,12 @@ def project(x, phi, config):
     return inverse_rms(x, config)[..., None] * (flat @ phi)
 
 
-def pre(x, params, config):
+def rms_norm(u, scale, eps):
+    """w u / sqrt(mean(u^2) + eps) for u [..., C]."""
+    return scale * u / np.sqrt(np.mean(u**2, axis=-1, keepdims=True) + eps)
+
+
+def pre(x, params, config, norm_scale=None, norm_scale_eps=None):
     """Width connection, equations 14 to 19, for x [..., n, C]; params.phi may be None (static)."""
     x = np.asarray(x, np.float64)
     bias = np.asarray(params.bias, np.float64)
@@ -115,7 +120,10 @@ def pre(x, params, config):
         h_res = z_res.reshape(*tokens, n, n)
     else:
         h_res = sinkhorn(z_res.reshape(*tokens, n, n), config)
-    return Pre(np.einsum("...i,...ic->...c", h_pre, x), h_pre, h_post, h_res)
+    u = np.einsum("...i,...ic->...c", h_pre, x)
+    if norm_scale is not None:
+        u = rms_norm(u, np.asarray(norm_scale, np.float64), norm_scale_eps)
+    return Pre(u, h_pre, h_post, h_res)
 
 
 def post(y, x, h_post, h_res):

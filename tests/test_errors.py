@@ -143,6 +143,24 @@ ERRORS = [
         lambda: mhc.head(X, with_(HEAD, bias=zeros(2, dtype=jnp.float16))),
         TypeError, "head", "params.bias", "float16",
     ),
+    # The norm of the layer's input.
+    (pre(norm_scale=zeros(4)), ValueError, "pre", "norm_scale", "[4]"),
+    (pre(norm_scale=[1.0] * C), TypeError, "pre", "norm_scale", "list"),
+    (pre(norm_scale=zeros(C, dtype=jnp.bfloat16)), TypeError, "pre", "norm_scale", "bfloat16"),
+    (pre(norm_scale_eps=-1.0), ValueError, "pre", "norm_scale_eps", "-1.0"),
+    (pre(norm_scale_eps="0"), TypeError, "pre", "norm_scale_eps", "'0' (str)"),
+    (
+        lambda: mhc.post_pre(Y, CTX, PARAMS, norm_scale=X),
+        ValueError, "post_pre", "norm_scale", "[5, 2, 3]",
+    ),
+    (
+        lambda: mhc.stack([jnp.sin], X, [PARAMS], norm_scale=[]),
+        ValueError, "stack", "norm_scale", "0",
+    ),
+    (
+        lambda: mhc.stack([jnp.sin], X, [PARAMS], norm_scale=[zeros(4)]),
+        ValueError, "stack", "norm_scale[0]", "[4]",
+    ),
     # Layer outputs and contexts.
     (post(Y.astype(jnp.bfloat16)), TypeError, "post", "y", "bfloat16"),
     (post(zeros(4, C)), ValueError, "post", "y", "[4, 3]"),

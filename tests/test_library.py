@@ -104,12 +104,21 @@ MALFORMED = {
         "expected 9 attributes, got 10",
     ),
     "a cotangent of unknown kind": (
-        "pre_bwd", [Z], [Z], {"attributes": ATTRIBUTES},
+        "pre_bwd", [Z], [Z], {"attributes": ATTRIBUTES | {"norm_scale_eps": np.float64(0)}},
         "attribute `deferred`: expected an int64, got none",
     ),
     "a cotangent of another kind": (
-        "seam_bwd", [Z], [Z], {"attributes": ATTRIBUTES | {"deferred": np.int64(2)}},
+        "seam_bwd", [Z], [Z],
+        {"attributes": ATTRIBUTES | {"norm_scale_eps": np.float64(0), "deferred": np.int64(2)}},
         "attribute `deferred`: expected 0 or 1, got 2",
+    ),
+    "no eps of the norm": (
+        "pre_fwd", [Z], [Z], {"attributes": ATTRIBUTES},
+        "attribute `norm_scale_eps`: expected a float64, got none",
+    ),
+    "a norm where there is none": (
+        "sinkhorn_fwd", [Z], [Z], {"attributes": ATTRIBUTES | {"norm_scale_eps": np.float64(1)}},
+        "expected 9 attributes, got 10",
     ),
     "a cotangent where there is none": (
         "sinkhorn_bwd", [Z, Z], [Z], {"attributes": ATTRIBUTES | {"deferred": np.int64(1)}},

@@ -39,11 +39,13 @@ def operands(num_blocks, num_sublayers, dtype=WIDEST, case=CASE):
     rng = np.random.default_rng(0)
     draw = functools.partial(cases.params, case, rng, dtype)
     params = [[draw() for _ in range(num_blocks)] for _ in range(num_sublayers)]
+    scales = [[cases.norm_scale(case, rng, dtype) for _ in row] for row in params]
     weights = rng.normal(size=(num_blocks, num_sublayers, case.hidden, case.hidden))
     return {
         "x": jnp.asarray(cases.streams(case, rng, dtype)),
         "weights": jnp.asarray((weights / math.sqrt(case.hidden)).astype(dtype)),
         "params": tuple(jax.tree.map(lambda *leaves: jnp.stack(leaves), *p) for p in params),
+        "norm_scale": tuple(jnp.stack(s) if case.norm else None for s in scales),
     }
 
 
@@ -58,24 +60,27 @@ def by_sublayers(o, **options):
     """What the docstring of `stack` says it is."""
 
     def block(x, slices):
-        params, weights = slices
-        for layer, p in zip(layers(len(params)), params, strict=True):
-            x = mhc_residual(lambda u, layer=layer: layer(u, weights), x, p, **options)
+        params, scales, weights = slices
+        for layer, p, scale in zip(layers(len(params)), params, scales, strict=True):
+            sublayer = functools.partial(layer, weights=weights)
+            x = mhc_residual(sublayer, x, p, norm_scale=scale, **options)
         return x, None
 
-    return jax.lax.scan(block, o["x"], (o["params"], o["weights"]))[0]
+    return jax.lax.scan(block, o["x"], (o["params"], o["norm_scale"], o["weights"]))[0]
 
 
 def scanned(o, **options):
-    return stack(layers(len(o["params"])), o["x"], o["params"], xs=o["weights"], **options)
+    options |= {"xs": o["weights"], "norm_scale": o["norm_scale"]}
+    return stack(layers(len(o["params"])), o["x"], o["params"], **options)
 
 
 def in_a_row(o, **options):
-    functions, params = [], []
+    functions, params, scales = [], [], []
     for b, weights in enumerate(o["weights"]):
         functions += [functools.partial(f, weights=weights) for f in layers(len(o["params"]))]
         params += [jax.tree.map(operator.itemgetter(b), p) for p in o["params"]]
-    return stack(functions, o["x"], params, **options)
+        scales += [scale if scale is None else scale[b] for scale in o["norm_scale"]]
+    return stack(functions, o["x"], params, norm_scale=scales, **options)
 
 
 def value_and_gradients(form, o, **options):
@@ -89,9 +94,10 @@ def compiled(form, compiler_options, **options):
 
 
 @functools.cache
-def exact(*size, dtype=WIDEST, case=CASE):
+def exact(*size, dtype=WIDEST, case=CASE, norm_scale_eps=1e-6):
     """Sublayer by sublayer, in float64 on the CPU."""
     options = {"config": case.config, "implementation": "reference"}
+    options["norm_scale_eps"] = norm_scale_eps
     return in_float64(
         compiled(by_sublayers, FAST_COMPILATION, **options), operands(*size, dtype, case)
     )
@@ -131,7 +137,9 @@ def check(form, size, implementation, case=CASE, **options):
     options |= {"config": case.config, "implementation": implementation}
     quick = FAST_COMPILATION if PLATFORM == "cpu" else AS_WRITTEN
     actual = compiled(form, quick, **options)(operands(*size, case=case))
-    assert_trees_close(actual, exact(*size, case=case), 1e3 * float(jnp.finfo(WIDEST).eps))
+    eps = options.get("norm_scale_eps", 1e-6)
+    wanted = exact(*size, case=case, norm_scale_eps=eps)
+    assert_trees_close(actual, wanted, 1e3 * float(jnp.finfo(WIDEST).eps))
 
 
 @pytest.mark.parametrize(
@@ -170,6 +178,13 @@ def test_the_reference_computes_again_what_it_has_not_kept(form, size):
 )
 def test_settings_and_shapes(case, implementation):
     check(scanned, (2, 1), implementation, case)
+
+
+@pytest.mark.cpu("there are no kernels for GPUs yet")
+@pytest.mark.parametrize("form", [in_a_row, scanned])
+def test_norms(form, implementation):
+    case = Case((5,), 4, 16, norm=True)
+    check(form, (2, 2), implementation, case, norm_scale_eps=0.25)
 
 
 def test_settings_of_a_row():

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_mhc._errors import MAX_STREAMS, fail
+from jax_mhc._errors import MAX_STREAMS, fail, number
 from jax_mhc._types import Context, HeadParams, MHCConfig, MHCParams
 
 STREAM_DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -132,6 +132,18 @@ def params(
     phi = _parameter(op, f"{argument}.phi", params.phi, (n * hidden, num), dtype, remedy)
     alpha = _parameter(op, f"{argument}.alpha", params.alpha, (3,), dtype, remedy)
     return phi, alpha, bias
+
+
+def norm_scale(
+    op: str, scale: Any, eps: Any, x: jax.Array, argument: str = "norm_scale"
+) -> tuple[jax.Array | None, float]:
+    """The norm of the layer's input: its parameter, checked against the streams, and its eps."""
+    eps = number(op, "norm_scale_eps", eps)
+    if scale is None:
+        return None, eps
+    remedy = f"It has one value for each channel of the streams {list(x.shape)}."
+    dtype = accumulation_dtype(x.dtype)
+    return _parameter(op, argument, scale, x.shape[-1:], dtype, remedy), eps
 
 
 def head_params(

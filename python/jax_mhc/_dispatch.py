@@ -116,17 +116,21 @@ def _log_once(level: int, message: str) -> None:
 # d_x_new_in are cotangents that the kernel adds to, in the memory that becomes d_x or d_x_new. The
 # attribute `deferred` of these calls says whether the transposed h_res has yet to be applied.
 _CALLS = {
-    "pre_fwd": ("x phi alpha bias", "u h_pre h_post h_res m r"),
+    "pre_fwd": ("x phi alpha bias norm_scale", "u h_pre h_post h_res m r rho"),
     "pre_bwd": (
-        "x phi alpha bias m r h_res d_u d_h_pre d_h_post d_h_res d_x_in",
-        "d_x d_phi d_alpha d_bias",
+        "x phi alpha bias norm_scale m r rho h_res d_u d_h_pre d_h_post d_h_res d_x_in",
+        "d_x d_phi d_alpha d_bias d_norm_scale",
     ),
     "post_fwd": ("x y h_post h_res", "x_new"),
     "post_bwd": ("x y h_post h_res d_x_new", "d_y d_h_post d_h_res"),
-    "seam_fwd": ("x y h_post h_res phi alpha bias", "x_new u h_pre h_post h_res m r"),
+    "seam_fwd": (
+        "x y h_post h_res phi alpha bias norm_scale",
+        "x_new u h_pre h_post h_res m r rho",
+    ),
     "seam_bwd": (
-        "x y h_post h_res phi alpha bias m r h_res_new d_u d_h_pre d_h_post d_h_res d_x_new_in",
-        "d_x_new d_y d_h_post d_h_res d_phi d_alpha d_bias",
+        "x y h_post h_res phi alpha bias norm_scale m r rho h_res_new "
+        "d_u d_h_pre d_h_post d_h_res d_x_new_in",
+        "d_x_new d_y d_h_post d_h_res d_phi d_alpha d_bias d_norm_scale",
     ),
     "sinkhorn_fwd": ("z", "h_res"),
     "sinkhorn_bwd": ("z d_h_res", "d_z"),
@@ -137,7 +141,9 @@ _CALLS = {
 _IN_PLACE = {"d_x_in": "d_x", "d_x_new_in": "d_x_new"}
 
 # Everything else has the tokens as leading dimensions.
-_PARAMETERS = frozenset(["phi", "alpha", "bias", "d_phi", "d_alpha", "d_bias"])
+_PARAMETERS = frozenset(
+    prefix + name for prefix in ("", "d_") for name in ("phi", "alpha", "bias", "norm_scale")
+)
 
 
 def _result_types(name: str, operands: Sequence[Any]) -> list[jax.core.ShapedArray]:
@@ -159,6 +165,8 @@ def _result_types(name: str, operands: Sequence[Any]) -> list[jax.core.ShapedArr
     }
     if "phi" in given:
         types["m"] = ((*tokens, given["phi"].shape[1]), wide)
+    if "norm_scale" in given:
+        types["rho"] = ((*tokens, min(given["norm_scale"].shape[0], 1)), wide)
     return [jax.core.ShapedArray(*types[result]) for result in result_names]
 
 
@@ -179,16 +187,17 @@ def fused_call(
     name: str,
     config: MHCConfig | None,
     *operands: jax.Array,
-    deferred: bool = False,
-    kept_alone: Sequence[str] = ("m", "r"),
+    kept_alone: Sequence[str] = ("m", "r", "rho"),
+    **attributes: bool | float,
 ) -> Sequence[jax.Array]:
     """Runs the call `name` of docs/architecture.md. It cannot be differentiated.
 
     kept_alone: the results that nothing reads but what keeps them for the backward pass.
+    attributes: those that the call has beside the config's.
     """
     op = name.split("_")[0]
     first_order = _primitives().first_order
-    call = _call(name, config, deferred)
+    call = _call(name, config, tuple(attributes.items()))
     results = call(*(first_order.bind(operand, op=op) for operand in operands))
     if not name.endswith("_fwd"):
         return results
@@ -204,13 +213,13 @@ def fused_call(
 
 @functools.cache
 def _call(
-    name: str, config: MHCConfig | None, deferred: bool
+    name: str, config: MHCConfig | None, attributes: tuple[tuple[str, bool | float], ...]
 ) -> Callable[..., Sequence[jax.Array]]:
     operand_names, result_names = (names.split() for names in _CALLS[name])
 
     @custom_vmap
     def call(*operands: jax.Array) -> Sequence[jax.Array]:
-        return _primitives().call.bind(*operands, name=name, config=config, deferred=deferred)
+        return _primitives().call.bind(*operands, name=name, config=config, attributes=attributes)
 
     @call.def_vmap
     def _(axis_size: int, batched: list[bool], *operands: jax.Array) -> Any:
@@ -251,7 +260,7 @@ def _lower(
     *operands: Any,
     name: str,
     config: MHCConfig | None,
-    deferred: bool,
+    attributes: tuple[tuple[str, bool | float], ...],
 ) -> Sequence[Any]:
     """The custom call of `name`."""
     operand_names, result_names = (names.split() for names in _CALLS[name])
@@ -260,11 +269,8 @@ def _lower(
         for operand, result in _IN_PLACE.items()
         if operand in operand_names
     }
-    attributes = _attributes(config)
-    if aliases:
-        attributes["deferred"] = np.int64(deferred)
     lower = jax.ffi.ffi_lowering(_library.target_name(name), operand_output_aliases=aliases)
-    return lower(context, *operands, **attributes)
+    return lower(context, *operands, **_attributes(config), **_typed(dict(attributes)))
 
 
 def _lower_cuda(
@@ -272,22 +278,25 @@ def _lower_cuda(
     *operands: Any,
     name: str,
     config: MHCConfig | None,
-    deferred: bool,
+    attributes: tuple[tuple[str, bool | float], ...],
 ) -> Sequence[Any]:
     """The same with the workspace, which XLA then owns as it owns every result."""
     workspace = _workspace(name, config, context.avals_in)
     if workspace.shape == (0,):
-        return _lower(context, *operands, name=name, config=config, deferred=deferred)
+        return _lower(context, *operands, name=name, config=config, attributes=attributes)
     context = context.replace(avals_out=[*context.avals_out, workspace])
-    return _lower(context, *operands, name=name, config=config, deferred=deferred)[:-1]
+    return _lower(context, *operands, name=name, config=config, attributes=attributes)[:-1]
 
 
 def _attributes(config: MHCConfig | None) -> dict[str, Any]:
-    """The config as attributes of fixed width, whatever the x64 setting is."""
-    if config is None:
-        return {}
-    fixed = {int: np.int64, float: np.float64, str: str}
-    return {name: fixed[type(v)](v) for name, v in dataclasses.asdict(config).items()}
+    """The config as attributes."""
+    return {} if config is None else _typed(dataclasses.asdict(config))
+
+
+def _typed(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Attributes of fixed width, whatever the x64 setting is."""
+    fixed = {bool: np.int64, int: np.int64, float: np.float64, str: str}
+    return {name: fixed[type(value)](value) for name, value in attributes.items()}
 
 
 # ---- derivatives that the kernels do not have ---------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NoReturn
 
 import numpy as np
@@ -26,6 +27,18 @@ def integer(op: str, argument: str, value: Any, low: int, high: int | None, reme
         bounds = f"an int of at least {low}" if high is None else f"an int from {low} to {high}"
         fail(ValueError, op, argument, bounds, int(value), remedy)
     return int(value)
+
+
+def number(op: str, argument: str, value: Any, *, positive: bool = False) -> float:
+    """`value` as a finite float of at least 0, or above 0."""
+    remedy = "Settings are compiled in: pass a Python number."
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        fail(TypeError, op, argument, "a float", f"{value!r} ({type(value).__name__})", remedy)
+    value = float(value)
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        expected = "a finite number above 0" if positive else "a finite number of at least 0"
+        fail(ValueError, op, argument, expected, value, remedy)
+    return value
 
 
 def num_streams(op: str, argument: str, value: Any) -> int:

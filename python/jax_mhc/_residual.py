@@ -64,6 +64,8 @@ def mhc_residual(
     params: MHCParams,
     *,
     config: MHCConfig = PAPER,
+    norm_scale: jax.Array | None = None,
+    norm_scale_eps: float = 1e-6,
     implementation: Implementation = None,
     has_aux: bool = False,
 ) -> Any:
@@ -79,10 +81,12 @@ def mhc_residual(
 
     Args:
         layer: a function `[..., C] -> [..., C]` that keeps the dtype: attention or MLP with its own
-            norm in front.
+            norm in front, or without it where norm_scale is given.
         x: the streams `[..., n, C]`.
         params: from `init_params`.
         config: settings.
+        norm_scale: of an RMSNorm of u `[C]`, which pre then computes; see `pre`.
+        norm_scale_eps: its eps.
         implementation: None, "fused" or "reference"; see `pre`.
         has_aux: layer returns `(y, aux)`.
 
@@ -98,7 +102,8 @@ def mhc_residual(
             TypeError, op, "layer", "a function from [..., C] to [..., C]", type(layer).__name__,
             "Pass the sublayer itself: mhc_residual(layer, x, params).",
         )  # fmt: skip
-    u, ctx = pre(x, params, config=config, implementation=implementation)
+    norm: dict[str, Any] = {"norm_scale": norm_scale, "norm_scale_eps": norm_scale_eps}
+    u, ctx = pre(x, params, config=config, implementation=implementation, **norm)
     y, aux = layer(u), None
     if has_aux:
         if not isinstance(y, tuple) or len(y) != 2:

@@ -16,7 +16,7 @@ from jax_mhc import _check, _errors
 from jax_mhc._dispatch import Implementation, use_fused
 from jax_mhc._ops.deferred import streams
 from jax_mhc._ops.post import post
-from jax_mhc._ops.pre import pre
+from jax_mhc._ops.pre import dense, pre
 from jax_mhc._ops.scan import no_sublayer, scan_of_seams
 from jax_mhc._ops.seam import post_pre
 from jax_mhc._types import Context, MHCConfig, MHCParams
@@ -32,6 +32,8 @@ def stack(
     *,
     xs: Any = None,
     config: MHCConfig = PAPER,
+    norm_scale: Sequence[jax.Array | None] | None = None,
+    norm_scale_eps: float = 1e-6,
     implementation: Implementation = None,
     keep_streams_every: int = 1,
     policy: Callable[..., Any] | None = None,
@@ -74,6 +76,9 @@ def stack(
         params: one for each of `layers`, from `init_params`; with xs stacked over the blocks.
         xs: the layers' parameters, a pytree of arrays `[num_blocks, ...]`.
         config: settings of all sublayers.
+        norm_scale: one for each of `layers`, of the norm that the layer begins with `[C]`, or None;
+            with xs stacked over the blocks. None for no norms; see `pre`.
+        norm_scale_eps: the eps of all of them.
         implementation: None, "fused" or "reference"; see `pre`.
         keep_streams_every: the sublayers of a stretch. With xs a divisor of those of a block, or
             those of several blocks that divide num_blocks.
@@ -92,7 +97,10 @@ def stack(
     config = _check.config(_OP, config)
     layers = _elements("layers", layers, "functions, one for each sublayer")
     params = _elements("params", params, "jax_mhc.MHCParams, one for each of layers")
-    _check_layers(layers, params)
+    scales: tuple[Any, ...] = (None,) * len(layers)
+    if norm_scale is not None:
+        scales = _elements("norm_scale", norm_scale, "arrays, one for each of layers")
+    _check_layers(layers, params, scales)
     every = _errors.integer(
         _OP, "keep_streams_every", keep_streams_every, 1, None,
         "Give 1 to keep the streams before every sublayer.",
@@ -104,17 +112,19 @@ def stack(
             ValueError, _OP, "unroll", "1 where there is no xs", unroll,
             "Without xs there is no loop; leave unroll out.",
         )  # fmt: skip
-    options: dict[str, Any] = {"config": config, "implementation": implementation}
+    options: dict[str, Any] = {
+        "config": config, "implementation": implementation, "norm_scale_eps": norm_scale_eps
+    }  # fmt: skip
+    of_slices = "" if xs is None else "a slice of "
 
     def advance(before: Any, sublayers: list[_Sublayer]) -> Any:
-        for i, layer, p in sublayers:
-            _check.params(
-                _OP, p, x, config, f"params[{i}]" if xs is None else f"a slice of params[{i}]"
-            )
+        for i, layer, p, scale in sublayers:
+            _check.params(_OP, p, x, config, f"{of_slices}params[{i}]")
+            _check.norm_scale(_OP, scale, norm_scale_eps, x, f"{of_slices}norm_scale[{i}]")
             if isinstance(before, _Pending):
-                u, ctx = post_pre(*before.operands(), p, **options)
+                u, ctx = post_pre(*before.operands(), p, norm_scale=scale, **options)
             else:
-                u, ctx = pre(before, p, **options)
+                u, ctx = pre(before, p, norm_scale=scale, **options)
             y = checkpoint_name(_layer_output(i, layer(u), x), "mhc_layer_output")
             before = _Pending(streams(ctx)[1], y, ctx.h_post, ctx.h_res)
         return before
@@ -129,14 +139,16 @@ def stack(
         return before
 
     if xs is None:
-        sublayers = [_Sublayer(i, *pair) for i, pair in enumerate(zip(layers, params, strict=True))]
+        each = zip(layers, params, scales, strict=True)
+        sublayers = [_Sublayer(i, *of_one) for i, of_one in enumerate(each)]
         before = run(x, sublayers)
     else:
-        num_blocks = _num_blocks(params, xs)
+        num_blocks = _num_blocks(params, scales, xs)
         keeps_all = every == 1 and policy is None and unroll in (False, 1) and unroll is not True
         if keeps_all and _seams_alone(layers, x, params, num_blocks, implementation):
-            return _scan_of_seams(layers, x, params, xs, config)
-        before = _scan(run, layers, x, params, xs, num_blocks, every, unroll)
+            return _scan_of_seams(layers, x, params, scales, xs, config, norm_scale_eps)
+        stacked = params, scales, xs
+        before = _scan(run, layers, x, stacked, num_blocks, every, unroll)
     if not isinstance(before, _Pending):
         return before  # there was no sublayer
     return post(*before.operands(), implementation=implementation)
@@ -165,14 +177,14 @@ class _Sublayer(NamedTuple):
     place: int
     layer: Callable[[jax.Array], Any]
     params: MHCParams
+    norm_scale: jax.Array | None
 
 
 def _scan(
     run: Callable[..., _Pending],
     layers: tuple[Callable[..., Any], ...],
     x: jax.Array,
-    params: tuple[MHCParams, ...],
-    xs: Any,
+    stacked: tuple[tuple[MHCParams, ...], tuple[Any, ...], Any],
     num_blocks: int,
     every: int,
     unroll: int,
@@ -186,14 +198,13 @@ def _scan(
         if num_together > 1:
             blocks = [jax.tree.map(itemgetter(b), slices) for b in range(num_together)]
         sublayers = [
-            _Sublayer(i, partial(_with_slice, layer, s), p)
-            for block_params, s in blocks
-            for i, (layer, p) in enumerate(zip(layers, block_params, strict=True))
+            _Sublayer(i, partial(_with_slice, layer, s), p, scale)
+            for block_params, scales, s in blocks
+            for i, (layer, p, scale) in enumerate(zip(layers, block_params, scales, strict=True))
         ]
         # XLA could merge the two passes again only where no loop is left of them.
         return run(before, sublayers, prevent_cse=unroll is True or unroll >= num_steps), None
 
-    stacked = (params, xs)
     if num_together > 1:
         stacked = jax.tree.map(
             lambda leaf: leaf.reshape(num_steps, num_together, *leaf.shape[1:]), stacked
@@ -222,14 +233,15 @@ def _scan_of_seams(
     layers: tuple[Callable[..., Any], ...],
     x: jax.Array,
     params: tuple[MHCParams, ...],
+    scales: tuple[Any, ...],
     xs: Any,
     config: MHCConfig,
+    eps: float,
 ) -> jax.Array:
-    def first_block(p: MHCParams, argument: str) -> Any:
-        return _check.params(_OP, jax.tree.map(itemgetter(0), p), x, config, argument)
-
-    for i, p in enumerate(params):
-        jax.eval_shape(partial(first_block, argument=f"a slice of params[{i}]"), p)
+    def of_block(i: int, p: MHCParams, scale: Any) -> tuple[jax.Array, ...]:
+        p = _check.params(_OP, p, x, config, f"a slice of params[{i}]")
+        scale, _ = _check.norm_scale(_OP, scale, eps, x, f"a slice of norm_scale[{i}]")
+        return dense(*p, scale, x)
 
     def checked(i: int, u: jax.Array, s: Any) -> jax.Array:
         return _layer_output(i, layers[i](u, s), x)
@@ -238,9 +250,13 @@ def _scan_of_seams(
         return scan_of_seams(
             [partial(checked, i) for i in range(len(layers))],
             x,
-            [(p.phi, p.alpha, p.bias) for p in params],
+            [
+                jax.vmap(partial(of_block, i))(*of_all)
+                for i, of_all in enumerate(zip(params, scales, strict=True))
+            ],
             xs,
             config=config,
+            norm_scale_eps=float(eps),
         )
 
 
@@ -291,7 +307,9 @@ def _elements(argument: str, value: Any, expected: str) -> tuple[Any, ...]:
     return tuple(value)
 
 
-def _check_layers(layers: tuple[Any, ...], params: tuple[Any, ...]) -> None:
+def _check_layers(
+    layers: tuple[Any, ...], params: tuple[Any, ...], scales: tuple[Any, ...]
+) -> None:
     for i, layer in enumerate(layers):
         if not callable(layer):
             _errors.fail(
@@ -302,6 +320,11 @@ def _check_layers(layers: tuple[Any, ...], params: tuple[Any, ...]) -> None:
         _errors.fail(
             ValueError, _OP, "params", f"{len(layers)} MHCParams, one for each of layers",
             len(params), "Every sublayer has its own; attention and MLP are two.",
+        )  # fmt: skip
+    if len(scales) != len(layers):
+        _errors.fail(
+            ValueError, _OP, "norm_scale", f"{len(layers)} arrays or None, one for each of layers",
+            len(scales), "Give None for a layer whose input is not to be normalised.",
         )  # fmt: skip
 
 
@@ -315,10 +338,10 @@ def _layer_output(i: int, y: Any, x: jax.Array) -> jax.Array:
     return _check.layer_output(_OP, argument, y, x)
 
 
-def _num_blocks(params: tuple[MHCParams, ...], xs: Any) -> int:
+def _num_blocks(params: tuple[MHCParams, ...], scales: tuple[Any, ...], xs: Any) -> int:
     """The common length of the leading axes."""
     num_blocks, first = None, ""
-    for argument, tree in (("xs", xs), ("params", params)):
+    for argument, tree in (("xs", xs), ("params", params), ("norm_scale", scales)):
         for path, leaf in jax.tree.leaves_with_path(tree):
             name, shape = argument + jax.tree_util.keystr(path), np.shape(leaf)
             if num_blocks is None and shape:

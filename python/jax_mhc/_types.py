@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Literal
 
 import jax
 import jax.export
-import numpy as np
 
 from jax_mhc import _errors
 
@@ -65,20 +63,8 @@ class MHCConfig:
         )
         object.__setattr__(self, "sinkhorn_iters", iters)
         for field in ("sinkhorn_eps", "norm_eps", "pre_eps", "post_scale"):
-            object.__setattr__(self, field, self._number(field))
-
-    def _number(self, field: str) -> float:
-        value: Any = getattr(self, field)
-        positive = field == "post_scale"
-        remedy = "Settings are compiled in: pass a Python number."
-        if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-            got = f"{value!r} ({type(value).__name__})"
-            _errors.fail(TypeError, "MHCConfig", field, "a float", got, remedy)
-        value = float(value)
-        if not math.isfinite(value) or value < 0 or (positive and value == 0):
-            expected = "a finite number above 0" if positive else "a finite number of at least 0"
-            _errors.fail(ValueError, "MHCConfig", field, expected, value, remedy)
-        return value
+            value = _errors.number(op, field, getattr(self, field), positive=field == "post_scale")
+            object.__setattr__(self, field, value)
 
     def num_coefficients(self, streams: int) -> int:
         """K, the number of coefficients of a token: 2n + n², or 2n where H_res is fixed."""

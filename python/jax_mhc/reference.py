@@ -116,7 +116,14 @@ def _coefficients(
     return h_pre, h_post, h_res
 
 
-def pre(x: jax.Array, params: MHCParams, *, config: MHCConfig = PAPER) -> tuple[jax.Array, Context]:
+def pre(
+    x: jax.Array,
+    params: MHCParams,
+    *,
+    config: MHCConfig = PAPER,
+    norm_scale: jax.Array | None = None,
+    norm_scale_eps: float = 1e-6,
+) -> tuple[jax.Array, Context]:
     """The layer's input and the context for `post`; see `jax_mhc.pre`."""
     n = x.shape[-2]
     wide = x.astype(accumulation_dtype(x.dtype))
@@ -132,7 +139,11 @@ def pre(x: jax.Array, params: MHCParams, *, config: MHCConfig = PAPER) -> tuple[
         alpha = jnp.concatenate([jnp.broadcast_to(gate, size) for gate, size in groups])
         h_pre, h_post, h_res = _coefficients(alpha * m + params.bias, n, config)
     h_pre, h_post, h_res = checkpoint_name((h_pre, h_post, h_res), "mhc_coefficients")
-    u = checkpoint_name(_weighted_sum(h_pre, wide).astype(x.dtype), "mhc_layer_input")
+    u = _weighted_sum(h_pre, wide)
+    if norm_scale is not None:
+        mean_square = jnp.mean(jnp.square(u), axis=-1, keepdims=True)
+        u = norm_scale * (u * lax.rsqrt(mean_square + norm_scale_eps))
+    u = checkpoint_name(u.astype(x.dtype), "mhc_layer_input")
     return u, Context(x=x, h_pre=h_pre, h_post=h_post, h_res=h_res)
 
 
@@ -145,10 +156,17 @@ def post(y: jax.Array, ctx: Context) -> jax.Array:
 
 
 def post_pre(
-    y: jax.Array, ctx: Context, params: MHCParams, *, config: MHCConfig = PAPER
+    y: jax.Array,
+    ctx: Context,
+    params: MHCParams,
+    *,
+    config: MHCConfig = PAPER,
+    norm_scale: jax.Array | None = None,
+    norm_scale_eps: float = 1e-6,
 ) -> tuple[jax.Array, Context]:
     """`post` of one sublayer, then `pre` of the next; see `jax_mhc.post_pre`."""
-    return pre(post(y, ctx), params, config=config)
+    options: dict[str, Any] = {"norm_scale": norm_scale, "norm_scale_eps": norm_scale_eps}
+    return pre(post(y, ctx), params, config=config, **options)
 
 
 def head(x: jax.Array, params: HeadParams, *, config: MHCConfig = PAPER) -> jax.Array:

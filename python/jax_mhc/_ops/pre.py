@@ -21,6 +21,8 @@ def pre(
     params: MHCParams,
     *,
     config: MHCConfig = PAPER,
+    norm_scale: jax.Array | None = None,
+    norm_scale_eps: float = 1e-6,
     implementation: Implementation = None,
 ) -> tuple[jax.Array, Context]:
     """The layer's input and the coefficients of one sublayer (equations 14 to 19).
@@ -32,6 +34,7 @@ def pre(
         h_post = post_scale · sigmoid(z_post)
         h_res  = sinkhorn(z_res)                        or as config.constraint says
         u      = Σ_i h_pre[i] X[i]
+        u      = norm_scale · u / sqrt(mean(u²) + norm_scale_eps)    where norm_scale is given
 
     `h_res[i, j]` is the weight of stream j in new stream i. Source: arXiv 2512.24880;
     docs/mathematics.md has the settings and the gradients.
@@ -39,12 +42,12 @@ def pre(
     Coefficients and sums are float32 (float64 for float64 streams); u is rounded once, to the
     dtype of x.
 
-    Differentiable with respect to x and all parameters, in reverse mode of first order (the
-    reference: in every mode). The backward pass keeps x, the parameters, h_res and K + 1 numbers a
-    token, and repeats Sinkhorn's iterations. For `jax.checkpoint` policies such as
-    `jax.checkpoint_policies.save_only_these_names`, u is named "mhc_layer_input", and
-    h_pre, h_post, h_res and the K + 1 numbers are named "mhc_coefficients": with both saved, the
-    op does not run again.
+    Differentiable with respect to x, all parameters and norm_scale, in reverse mode of first order
+    (the reference: in every mode). The backward pass keeps x, the parameters, h_res and K + 1
+    numbers a token (K + 2 with norm_scale), and repeats Sinkhorn's iterations. For `jax.checkpoint`
+    policies such as `jax.checkpoint_policies.save_only_these_names`, u is named "mhc_layer_input",
+    and h_pre, h_post, h_res and these numbers are named "mhc_coefficients": with both saved, the op
+    does not run again.
 
     Under `jax.vmap` a mapped x makes one call with one more leading dimension; mapped parameters,
     and the backward pass of a mapped call (whose parameter gradients differ from element to
@@ -56,6 +59,10 @@ def pre(
         params: from `init_params`; float32, or float64 for float64 streams. phi = None: static
             coefficients, the same for all tokens.
         config: settings.
+        norm_scale: w `[C]` of the RMSNorm that the layer begins with, of the parameters' dtype; the
+            norm then costs no pass over u of its own, and u is rounded once, after it. None: u is
+            not normalised. No kernels for NVIDIA GPUs have it yet: use the reference there.
+        norm_scale_eps: added to mean(u²) in it.
         implementation: "fused": the kernels. "reference": plain JAX. None: the kernels on
             platforms that have them (CPU, NVIDIA GPUs), plain JAX elsewhere, for float64 streams on
             a GPU, and on GPUs that cannot be used (older than compute capability 8.0, a driver
@@ -79,45 +86,60 @@ def pre(
     x = _check.streams(op, "x", x)
     config = _check.config(op, config)
     phi, alpha, bias = _check.params(op, params, x, config)
+    norm_scale, eps = _check.norm_scale(op, norm_scale, norm_scale_eps, x)
     with jax.named_scope("mhc_pre"):
         if not use_fused(op, implementation, x.dtype):
-            return reference.pre(x, MHCParams(phi, alpha, bias), config=config)
-        phi, alpha = dense(phi, alpha, x)
-        u, *context = _pre(config, *reverse_mode_only(op, x, phi, alpha, bias))
+            return reference.pre(
+                x, MHCParams(phi, alpha, bias), config=config,
+                norm_scale=norm_scale, norm_scale_eps=eps,
+            )  # fmt: skip
+        operands = (x, *dense(phi, alpha, bias, norm_scale, x))
+        u, *context = _pre(config, eps, *reverse_mode_only(op, *operands))
         return u, Context._of(*context)
 
 
 def dense(
-    phi: jax.Array | None, alpha: jax.Array | None, x: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The form that the kernels take: static coefficients are a phi without columns."""
-    if phi is not None and alpha is not None:
-        return phi, alpha
+    phi: jax.Array | None,
+    alpha: jax.Array | None,
+    bias: jax.Array,
+    norm_scale: jax.Array | None,
+    x: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """The form that the kernels take: what is not there has no values.
+
+    Static coefficients are a phi without columns.
+    """
     dtype = _check.accumulation_dtype(x.dtype)
-    return jnp.zeros((x.shape[-2] * x.shape[-1], 0), dtype), jnp.zeros((3,), dtype)
+    if phi is None or alpha is None:
+        phi = jnp.zeros((x.shape[-2] * x.shape[-1], 0), dtype)
+        alpha = jnp.zeros((3,), dtype)
+    if norm_scale is None:
+        norm_scale = jnp.zeros((0,), dtype)
+    return phi, alpha, bias, norm_scale
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _pre(config: MHCConfig, *operands: Any) -> Any:
-    return _run(config, *operands)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _pre(config: MHCConfig, eps: float, *operands: Any) -> Any:
+    return _run(config, eps, *operands)[0]
 
 
-def _run(config: MHCConfig, x: Any, *params: Any) -> Any:
-    u, *coefficients = fused_call("pre_fwd", config, x, *params)
+def _run(config: MHCConfig, eps: float, x: Any, *params: Any) -> Any:
+    u, *coefficients = fused_call("pre_fwd", config, x, *params, norm_scale_eps=eps)
     u = checkpoint_name(u, "mhc_layer_input")
-    h_pre, h_post, h_res, m, r = checkpoint_name(coefficients, "mhc_coefficients")
-    return (u, x, x, h_pre, h_post, h_res), (x, *params, m, r, h_res)
+    h_pre, h_post, h_res, *others = checkpoint_name(coefficients, "mhc_coefficients")
+    return (u, x, x, h_pre, h_post, h_res), (x, *params, *others, h_res)
 
 
-def _pre_fwd(config: MHCConfig, *operands: Any) -> Any:
-    return _run(config, *(operand.value for operand in operands))
+def _pre_fwd(config: MHCConfig, eps: float, *operands: Any) -> Any:
+    return _run(config, eps, *(operand.value for operand in operands))
 
 
-def _pre_bwd(config: MHCConfig, saved: Any, cotangents: Any) -> Any:
+def _pre_bwd(config: MHCConfig, eps: float, saved: Any, cotangents: Any) -> Any:
     d_u, d_x, d_deferred, *d_h = cotangents
     d_x_in, deferred = handed_on(d_x, d_deferred, h_res=saved[-1])
     others = map(instantiate, (d_u, *d_h))
-    return tuple(fused_call("pre_bwd", config, *saved, *others, d_x_in, deferred=deferred))
+    attributes: dict[str, Any] = {"deferred": deferred, "norm_scale_eps": eps}
+    return tuple(fused_call("pre_bwd", config, *saved, *others, d_x_in, **attributes))
 
 
 _pre.defvjp(_pre_fwd, _pre_bwd, symbolic_zeros=True)

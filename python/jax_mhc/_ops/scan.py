@@ -27,10 +27,11 @@ from jax_mhc._types import MHCConfig
 def scan_of_seams(
     layers: Sequence[Callable[..., Any]],
     x: Any,
-    params: Sequence[tuple[Any, Any, Any]],
+    params: Sequence[tuple[Any, ...]],
     xs: Any,
     *,
     config: MHCConfig,
+    norm_scale_eps: float,
 ) -> Any:
     """The streams `[..., n, C]` after all blocks.
 
@@ -38,10 +39,11 @@ def scan_of_seams(
         layers: the sublayers of a block, at least two (one alone would read from the array that it
             writes to), `(u, s) -> y`. They are traced once and may close over arrays.
         x: the streams.
-        params: phi, alpha and bias of each of layers, stacked over the blocks, of which there is at
+        params: what `dense` gives for each of layers, stacked over the blocks, of which there is at
             least one.
         xs: a pytree of arrays, stacked too.
         config: settings of all sublayers.
+        norm_scale_eps: the eps of all norms.
     """
     params, xs = jax.tree.map(jnp.asarray, (tuple(params), xs))
     u, s = jax.eval_shape(lambda: (x[..., 0, :], _first(xs)))
@@ -55,7 +57,7 @@ def scan_of_seams(
     operands, treedef = jax.tree.flatten((x, params, xs, constants))
     operands = jax.tree.unflatten(treedef, reverse_mode_only("stack", *operands))
 
-    scan = _Scan(traced, config)
+    scan = _Scan(traced, config, norm_scale_eps)
     run = jax.custom_vjp(scan.forward)
     run.defvjp(scan.forward_and_keep, scan.backward)
     return run(*operands, other_xs, other_constants)
@@ -64,8 +66,8 @@ def scan_of_seams(
 class _Scan:
     """What is the same in all passes."""
 
-    def __init__(self, traced: Sequence[Any], config: MHCConfig):
-        self.traced, self.config = traced, config
+    def __init__(self, traced: Sequence[Any], config: MHCConfig, norm_scale_eps: float):
+        self.traced, self.config, self.eps = traced, config, norm_scale_eps
         # The layers' forward and backward passes: known once there is a backward pass.
         self.layers: list[_Layer] = []
 
@@ -84,7 +86,9 @@ class _Scan:
         def step(pending: Any, slices: Any) -> tuple[Any, None]:
             block_params, s, other_s = slices
             for j, p in enumerate(block_params):
-                x_new, u, _, h_post, h_res, *_ = fused_call("seam_fwd", self.config, *pending, *p)
+                x_new, u, _, h_post, h_res, *_ = fused_call(
+                    "seam_fwd", self.config, *pending, *p, norm_scale_eps=self.eps
+                )
                 y = self.layer(j, u, _merge(s, other_s), constants)
                 pending = x_new, y, h_post, h_res
             return pending, None
@@ -113,14 +117,14 @@ class _Scan:
             block_params, s, other_s = slices
             streams, kept = list(streams), []
             for j, p in enumerate(block_params):
-                x_new, u, _, h_post, h_res, m, r = fused_call(
+                x_new, u, _, h_post, h_res, *m_r_rho = fused_call(
                     "seam_fwd", self.config, _at(streams[j - 1], i), *pending, *p,
-                    kept_alone=("x_new", "m", "r"),
+                    norm_scale_eps=self.eps, kept_alone=("x_new", "m", "r", "rho"),
                 )  # fmt: skip
                 streams[j] = _put(streams[j], x_new, i + 1 if j == last else i)
                 given = (s, other_s, constants, other_constants)
                 y, new = self.layers[j].forward(u, given)
-                kept.append((*pending, m, r, new))
+                kept.append((pending, m_r_rho, new))
                 pending = y, h_post, h_res
             return (tuple(streams), pending), kept
 
@@ -144,12 +148,13 @@ class _Scan:
             d_s = jax.tree.map(jnp.zeros_like, s)
             d_params: list[Any] = []
             for j in reversed(range(len(block_params))):
-                *pending, m, r, new = block_kept[j]
+                pending, m_r_rho, new = block_kept[j]
                 d_u, *d_given = self.layers[j].backward(new, given)(d_y)
                 d_s, d_constants = jax.tree.map(jnp.add, [d_s, d_constants], d_given)
                 d_x, d_y, d_h_post, d_h_res, *d_p = fused_call(
                     "seam_bwd", self.config, _at(streams[j - 1], i), *pending, *block_params[j],
-                    m, r, h_res_new, d_u, d_h_pre, d_h_post, d_h_res, d_x, deferred=True,
+                    *m_r_rho, h_res_new, d_u, d_h_pre, d_h_post, d_h_res, d_x,
+                    norm_scale_eps=self.eps, deferred=True,
                 )  # fmt: skip
                 d_params.insert(0, tuple(d_p))
                 h_res_new = pending[-1]

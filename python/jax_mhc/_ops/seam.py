@@ -22,6 +22,8 @@ def post_pre(
     params: MHCParams,
     *,
     config: MHCConfig = PAPER,
+    norm_scale: jax.Array | None = None,
+    norm_scale_eps: float = 1e-6,
     implementation: Implementation = None,
 ) -> tuple[jax.Array, Context]:
     """The seam between two sublayers: `post` of one, then `pre` of the next.
@@ -44,6 +46,8 @@ def post_pre(
         ctx: the context of the sublayer that y comes from.
         params: parameters of the next sublayer.
         config: settings of the next sublayer.
+        norm_scale: of the norm that the next layer begins with `[C]`, or None; see `pre`.
+        norm_scale_eps: its eps.
         implementation: None, "fused" or "reference"; see `pre`.
 
     Returns:
@@ -57,41 +61,44 @@ def post_pre(
     y = _check.layer_output(op, "y", y, ctx.x)
     config = _check.config(op, config)
     phi, alpha, bias = _check.params(op, params, ctx.x, config)
+    norm_scale, eps = _check.norm_scale(op, norm_scale, norm_scale_eps, ctx.x)
     with jax.named_scope("mhc_seam"):
         if not use_fused(op, implementation, ctx.x.dtype):
-            return reference.post_pre(y, ctx, MHCParams(phi, alpha, bias), config=config)
-        phi, alpha = dense(phi, alpha, ctx.x)
+            return reference.post_pre(
+                y, ctx, MHCParams(phi, alpha, bias), config=config,
+                norm_scale=norm_scale, norm_scale_eps=eps,
+            )  # fmt: skip
         deferred, x = streams(ctx)
-        operands = (x, y, ctx.h_post, ctx.h_res, phi, alpha, bias)
-        u, *context = _seam(config, deferred, *reverse_mode_only(op, *operands))
+        params_and_scale = dense(phi, alpha, bias, norm_scale, x)
+        operands = (x, y, ctx.h_post, ctx.h_res, *params_and_scale)
+        u, *context = _seam(config, eps, deferred, *reverse_mode_only(op, *operands))
         return u, Context._of(*context)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _seam(config: MHCConfig, deferred: bool, *operands: Any) -> Any:
-    return _run(config, *operands)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _seam(config: MHCConfig, eps: float, deferred: bool, *operands: Any) -> Any:
+    return _run(config, eps, *operands)[0]
 
 
-def _run(config: MHCConfig, *operands: Any) -> Any:
-    x_new, u, *coefficients = fused_call("seam_fwd", config, *operands)
+def _run(config: MHCConfig, eps: float, *operands: Any) -> Any:
+    x_new, u, *coefficients = fused_call("seam_fwd", config, *operands, norm_scale_eps=eps)
     x_new = checkpoint_name(x_new, "mhc_streams")
     u = checkpoint_name(u, "mhc_layer_input")
-    h_pre, h_post, h_res, m, r = checkpoint_name(coefficients, "mhc_coefficients")
-    return (u, x_new, x_new, h_pre, h_post, h_res), (*operands, m, r, h_res)
+    h_pre, h_post, h_res, *others = checkpoint_name(coefficients, "mhc_coefficients")
+    return (u, x_new, x_new, h_pre, h_post, h_res), (*operands, *others, h_res)
 
 
-def _seam_fwd(config: MHCConfig, deferred: bool, *operands: Any) -> Any:
-    return _run(config, *(operand.value for operand in operands))
+def _seam_fwd(config: MHCConfig, eps: float, deferred: bool, *operands: Any) -> Any:
+    return _run(config, eps, *(operand.value for operand in operands))
 
 
-def _seam_bwd(config: MHCConfig, deferred: bool, saved: Any, cotangents: Any) -> Any:
+def _seam_bwd(config: MHCConfig, eps: float, deferred: bool, saved: Any, cotangents: Any) -> Any:
     d_u, d_x_new, d_deferred, *d_h = cotangents
     _, _, _, h_res, *_, h_res_new = saved
     d_x_new_in, deferred_new = handed_on(d_x_new, d_deferred, h_res_new)
     others = map(instantiate, (d_u, *d_h))
-    d_x_new, *gradients = fused_call(
-        "seam_bwd", config, *saved, *others, d_x_new_in, deferred=deferred_new
-    )
+    attributes: dict[str, Any] = {"deferred": deferred_new, "norm_scale_eps": eps}
+    d_x_new, *gradients = fused_call("seam_bwd", config, *saved, *others, d_x_new_in, **attributes)
     return gradient(deferred, d_x_new, h_res), *gradients
 
 
