@@ -115,7 +115,7 @@ CASES = {
     "eps_outside": Case((5,), 4, 33, 1, variant(norm_eps=0.5, norm_eps_mode="outside")),
 }
 
-# A norm of the layer's input; there are no kernels for GPUs yet.
+# A norm of the layer's input.
 NORMALIZED = {
     "normalized": Case((2, 3), 4, 16, norm=True),
     "normalized_many_tokens": Case((2, 3, 67), 4, 7, norm=True),
@@ -127,8 +127,7 @@ NORMALIZED = {
     "normalized_peaked": Case((5,), 4, 33, 6, presets.DEEPSEEK_V4, norm=True),
     "normalized_static": Case((5,), 4, 33, 3, static=True, norm=True),
 }
-if PLATFORM == "cpu":
-    CASES |= NORMALIZED
+CASES |= NORMALIZED
 # Large enough to show.
 NORM_SCALE_EPS = 0.25
 

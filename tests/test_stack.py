@@ -180,7 +180,6 @@ def test_settings_and_shapes(case, implementation):
     check(scanned, (2, 1), implementation, case)
 
 
-@pytest.mark.cpu("there are no kernels for GPUs yet")
 @pytest.mark.parametrize("form", [in_a_row, scanned])
 def test_norms(form, implementation):
     case = Case((5,), 4, 16, norm=True)

@@ -55,10 +55,10 @@ def test_the_call_on_a_gpu_has_it_as_its_last_result(workspace, op):
     assert calls(op, "cuda") == with_workspace
     (name,) = OPS[op].calls
     if op == "sinkhorn":
-        problem = (4, 4, 4, 0, 20)
+        problem = (4, 4, 4, 0, 20, 0)
     else:
         columns = {"post": 0, "head": 4}.get(op, 24)
-        problem = (2, 4, 64, columns, 0 if op == "post" else 20)
+        problem = (2, 4, 64, columns, 0 if op == "post" else 20, 0)
     assert asked == [(f"{name}_fwd", *problem), (f"{name}_bwd", *problem)]
 
 
@@ -70,7 +70,7 @@ def test_an_empty_one_is_left_out(workspace):
 def test_its_size_follows_a_symbolic_batch(workspace):
     workspace(PER_TOKEN, FIXED)
     tokens, more = export.symbolic_shape("tokens, more")
-    config, shapes = presets.PAPER, [(tokens, more, 4, 64), (256, 24), (3,), (24,)]
+    config, shapes = presets.PAPER, [(tokens, more, 4, 64), (256, 24), (3,), (24,), (0,)]
     operands = [jax.ShapeDtypeStruct(shape, np.dtype(np.float32)) for shape in shapes]
     assert _dispatch._workspace("pre_fwd", config, operands).shape == (
         PER_TOKEN * tokens * more + FIXED,
@@ -99,10 +99,11 @@ def test_export_for_gpus_from_any_machine(workspace, platforms):
 def test_sizes_are_those_of_the_library(name, element_bytes):
     for streams, hidden in ((1, 1), (4, 4096), (16, 7)):
         columns = streams if name.startswith("head") else streams * (streams + 2)
-        sizes = _library.workspace(name, element_bytes, streams, hidden, columns, 20)
+        problem = (element_bytes, streams, hidden, columns, 20, hidden)
+        sizes = _library.workspace(name, *problem)
         assert all(type(size) is int and size >= 0 for size in sizes)
 
 
 def test_an_unknown_call_has_none():
     with pytest.raises(RuntimeError, match="the shared library knows no such CUDA call"):
-        _library.workspace("other", 2, 4, 64, 24, 20)
+        _library.workspace("other", 2, 4, 64, 24, 20, 0)

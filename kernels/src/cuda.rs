@@ -9,6 +9,7 @@ mod images;
 mod launch;
 mod memory;
 mod modules;
+mod norm;
 mod one_pass;
 mod post;
 mod pre;
@@ -155,11 +156,6 @@ fn check_device_call(call: &Call) -> Result<(), Error> {
     if call.dtype == DType::F64 {
         let expected = "float32, bfloat16 or float16 (no CUDA kernels for others)";
         return Err(op.error(op.operands()[0], expected, call.dtype.name()));
-    }
-    if call.norm_width > 0 {
-        let expected = "no values (no CUDA kernels that normalise the layer's input)";
-        let got = format!("{} values", call.norm_width);
-        return Err(op.error("norm_scale", expected, &got));
     }
     let (tokens, width) = (call.tokens, call.n * call.c);
     if tokens > MAX_COUNT || width > MAX_COUNT {

@@ -178,7 +178,9 @@ def _workspace(name: str, config: MHCConfig | None, operands: Sequence[Any]) -> 
     columns = given["phi"].shape[1] if "phi" in given else 0
     iters = config.sinkhorn_iters if config else 0
     element_bytes = streams.dtype.itemsize
-    per_token, fixed = _library.workspace(name, element_bytes, n, last, columns, iters)
+    norm_width = given["norm_scale"].shape[0] if "norm_scale" in given else 0
+    sizes = (element_bytes, n, last, columns, iters, norm_width)
+    per_token, fixed = _library.workspace(name, *sizes)
     # Linear in the tokens, whose number may be a symbol.
     return jax.core.ShapedArray((per_token * math.prod(tokens) + fixed,), np.dtype(np.float32))
 

@@ -118,7 +118,13 @@ def cuda_status() -> dict[str, Any]:
 
 @functools.cache
 def workspace(
-    call: str, element_bytes: int, streams: int, hidden: int, columns: int, sinkhorn_iters: int
+    call: str,
+    element_bytes: int,
+    streams: int,
+    hidden: int,
+    columns: int,
+    sinkhorn_iters: int,
+    norm_width: int,
 ) -> tuple[int, int]:
     """Scratch memory of a call on an NVIDIA GPU: float32 numbers for each token, and beside them.
 
@@ -131,13 +137,14 @@ def workspace(
         hidden: C; n for a call that takes logits alone.
         columns: of phi; 0 where there is none.
         sinkhorn_iters: of the config; 0 where there is none.
+        norm_width: values of norm_scale; 0 where there are none.
 
     Raises:
         RuntimeError: the library knows no such call.
     """
     get_workspace = ctypes.CDLL(str(_PATH)).jax_mhc_workspace
     get_workspace.restype = ctypes.c_bool
-    numbers = (element_bytes, streams, hidden, columns, sinkhorn_iters)
+    numbers = (element_bytes, streams, hidden, columns, sinkhorn_iters, norm_width)
     out = (ctypes.c_int64 * 2)()
     if not get_workspace(call.encode(), *map(ctypes.c_int64, numbers), out):
         raise RuntimeError(f"jax_mhc: {call}{numbers}: the shared library knows no such CUDA call")

@@ -138,6 +138,7 @@ pub unsafe extern "C" fn jax_mhc_workspace(
     hidden: i64,
     columns: i64,
     sinkhorn_iters: i64,
+    norm_width: i64,
     out: *mut i64,
 ) -> bool {
     // SAFETY: promised by the caller.
@@ -157,6 +158,7 @@ pub unsafe extern "C" fn jax_mhc_workspace(
             c: count(hidden)?,
             columns: count(columns)?,
             sinkhorn_iters: count(sinkhorn_iters)?,
+            norm_width: count(norm_width)?,
         });
         let number = |count: usize| i64::try_from(count).ok();
         Some([number(workspace.per_token)?, number(workspace.fixed)?])

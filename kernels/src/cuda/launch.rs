@@ -38,6 +38,8 @@ pub enum Arg {
     Pointer(u64),
     /// `int`
     I32(i32),
+    /// `float`
+    F32(f32),
     /// `long long`
     I64(i64),
     /// `Settings`
@@ -59,6 +61,7 @@ impl Arg {
         Some(match self {
             Self::Pointer(value) => std::ptr::from_ref(value).cast(),
             Self::I32(value) => std::ptr::from_ref(value).cast(),
+            Self::F32(value) => std::ptr::from_ref(value).cast(),
             Self::I64(value) => std::ptr::from_ref(value).cast(),
             Self::Settings(value) => std::ptr::from_ref(value).cast(),
             Self::Layout(value) => std::ptr::from_ref(value).cast(),
@@ -268,6 +271,8 @@ pub struct Problem {
     pub columns: usize,
     /// Of the configuration; 0 where there is none.
     pub sinkhorn_iters: usize,
+    /// Values of norm_scale; 0 where there are none.
+    pub norm_width: usize,
 }
 
 impl Call<'_> {
@@ -284,6 +289,7 @@ impl Call<'_> {
             } else {
                 0
             },
+            norm_width: self.norm_width,
         }
     }
 }

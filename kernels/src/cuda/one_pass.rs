@@ -207,6 +207,7 @@ mod tests {
                 c,
                 columns: n * (n + 2),
                 sinkhorn_iters: 20,
+                norm_width: 0,
             };
             Shape::wanted(&problem).map(|shape| (shape.channels, shape.cluster))
         };

@@ -2,9 +2,9 @@
 
 use super::launch::{Arg, Device, Kernel, Launch, Problem, Workspace};
 use super::memory::{Memory, Part, room};
-use super::one_pass;
 use super::projection::{self, Factors, HandedOn, Shape};
 use super::sizes::{is_aligned, streams_size};
+use super::{norm, one_pass};
 use crate::signature::{Call, Op};
 
 /// Tokens and threads of a block (`kTokens`, `kThreads` of pre.cu).
@@ -18,7 +18,8 @@ pub fn plan(call: &Call, device: &Device) -> Vec<Launch> {
     if call.op == Op::PreFwd
         && let Some(launch) = one_pass::forward(call, device)
     {
-        return vec![launch];
+        let x = call.operand("x").data as u64;
+        return [launch].into_iter().chain(norm::forward(call, x)).collect();
     }
     let memory = &mut Memory::of(call);
     let x = call.operand("x").data as u64;
@@ -41,7 +42,8 @@ pub fn workspace(problem: &Problem) -> Workspace {
 
 /// What the backward pass needs. Which of both it is depends on the GPU.
 pub fn backward_workspace(problem: &Problem) -> Workspace {
-    room(&Parts::of(problem).all()).max(one_pass::pre_bwd::workspace(problem))
+    norm::workspace(problem)
+        .and(room(&Parts::of(problem).all()).max(one_pass::pre_bwd::workspace(problem)))
 }
 
 /// The cotangent of the streams at the operand `d_x_in`, deferred or not.
@@ -111,6 +113,7 @@ pub fn forward(call: &Call, device: &Device, memory: &mut Memory, x: u64) -> Vec
     projection::project(call, device, shape, x, partial)
         .into_iter()
         .chain([collapse])
+        .chain(norm::forward(call, x))
         .collect()
 }
 
@@ -178,7 +181,9 @@ pub fn backward(
     x: u64,
     handed_on: HandedOn,
 ) -> Vec<Launch> {
-    if let Some(launches) = one_pass::pre_bwd::plan(call, device, memory, x, handed_on) {
+    let (d_u, mut launches) = norm::backward(call, memory, x);
+    if let Some(others) = one_pass::pre_bwd::plan(call, device, memory, x, d_u, handed_on) {
+        launches.extend(others);
         return launches;
     }
     let problem = call.problem();
@@ -201,7 +206,7 @@ pub fn backward(
             Arg::of(call.operand("bias")),
             Arg::of(call.operand("m")),
             Arg::of(call.operand("r")),
-            Arg::of(call.operand("d_u")),
+            Arg::Pointer(d_u),
             optional_operand(call, "d_h_pre"),
             optional_operand(call, "d_h_post"),
             optional_operand(call, "d_h_res"),
@@ -235,8 +240,13 @@ pub fn backward(
     };
     let dm = [dm_rows, dm_columns];
     // d_x_in may lie where d_x does, and x never does: the products are free to run in this order.
-    let factors = Factors { dm, h_pre, norm };
-    let mut launches = vec![coefficients];
+    let factors = Factors {
+        dm,
+        h_pre,
+        norm,
+        d_u,
+    };
+    launches.push(coefficients);
     launches.extend(projection::project_back(
         call, device, shape, x, &factors, handed_on,
     ));

@@ -182,6 +182,8 @@ pub struct Factors {
     pub h_pre: u64,
     /// Factor of -X in d_x.
     pub norm: u64,
+    /// The cotangent of the sum over streams.
+    pub d_u: u64,
 }
 
 /// The warps of a block of `project_back`, and what it keeps in shared memory.
@@ -292,7 +294,7 @@ pub fn project_back(
             Arg::I32(shape.columns as i32),
             Arg::Pointer(factors.h_pre),
             Arg::Pointer(factors.norm),
-            Arg::of(call.operand("d_u")),
+            Arg::Pointer(factors.d_u),
             Arg::Pointer(d_x_in),
             Arg::Pointer(handed_on.h_res.unwrap_or(0)),
             Arg::Pointer(d_x),

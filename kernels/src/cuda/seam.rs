@@ -3,7 +3,7 @@
 use super::launch::{Device, Launch, Problem, Workspace};
 use super::memory::{Memory, Part, room};
 use super::projection::Shape;
-use super::{one_pass, post, pre};
+use super::{norm, one_pass, post, pre};
 use crate::signature::{Call, Op};
 
 /// The launches of a call, in their order.
@@ -11,14 +11,21 @@ pub fn plan(call: &Call, device: &Device) -> Vec<Launch> {
     let memory = &mut Memory::of(call);
     if call.op == Op::SeamFwd {
         if let Some(launch) = one_pass::forward(call, device) {
-            return vec![launch];
+            let x_new = call.result("x_new").data as u64;
+            return [launch]
+                .into_iter()
+                .chain(norm::forward(call, x_new))
+                .collect();
         }
         let x_new = call.result("x_new").data as u64;
         let mut launches = vec![post::forward(call, x_new)];
         launches.extend(pre::forward(call, device, memory, x_new));
         return launches;
     }
-    if let Some(launches) = one_pass::seam_bwd::plan(call, device, memory) {
+    // A norm's backward pass reads X' before.
+    if call.norm_width == 0
+        && let Some(launches) = one_pass::seam_bwd::plan(call, device, memory)
+    {
         return launches;
     }
     // X' is computed again. Its gradient grows where d_x_new_in lies.

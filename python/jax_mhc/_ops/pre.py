@@ -59,9 +59,8 @@ def pre(
         params: from `init_params`; float32, or float64 for float64 streams. phi = None: static
             coefficients, the same for all tokens.
         config: settings.
-        norm_scale: w `[C]` of the RMSNorm that the layer begins with, of the parameters' dtype; the
-            norm then costs no pass over u of its own, and u is rounded once, after it. None: u is
-            not normalised. No kernels for NVIDIA GPUs have it yet: use the reference there.
+        norm_scale: w `[C]` of the RMSNorm that the layer begins with, of the parameters' dtype; u
+            is then rounded once, after the norm. None: u is not normalised.
         norm_scale_eps: added to mean(u²) in it.
         implementation: "fused": the kernels. "reference": plain JAX. None: the kernels on
             platforms that have them (CPU, NVIDIA GPUs), plain JAX elsewhere, for float64 streams on

@@ -109,13 +109,14 @@ impl Block {
     }
 }
 
-/// The backward pass from the streams at `x` to d_x and the parameters in one pass, where there is a kernel
+/// The backward pass from the streams at `x` and the cotangent of their sum at `d_u` to d_x and the parameters in one pass, where there is a kernel
 /// for it.
 pub fn plan(
     call: &Call,
     device: &Device,
     memory: &mut Memory,
     x: u64,
+    d_u: u64,
     handed_on: HandedOn,
 ) -> Option<Vec<Launch>> {
     let problem = call.problem();
@@ -135,7 +136,7 @@ pub fn plan(
     let grid = shape.grid(device, call.tokens, TILE);
     let mut args = vec![
         tensor(x, STREAMS),
-        tensor(operand("d_u"), 1),
+        tensor(d_u, 1),
         tensor(handed_on.d_x_in, STREAMS),
         tensor(call.result(call.op.results()[0]).data as u64, STREAMS),
     ];

@@ -1,0 +1,166 @@
+// The RMSNorm of the layer's input, around the launches of pre and of the seam:
+//
+//   norm_fwd        u and rho of the normalised input, from X and h_pre
+//   norm_bwd        from the cotangent g of that to du, the cotangent of u before the norm, and sums over a
+//                   block's tokens for the gradient of w
+//   sum_norm_scale  that gradient, from these sums
+//
+//   v = w g      du = rho v - (rho^3 <v, u> / C) u      dw = sum over tokens of g rho u
+//
+// u is summed up again from X and so is never rounded in between. A block has one token at a time; a
+// thread the same channels of each.
+
+#include "coefficients.cuh"
+#include "common.cuh"
+
+constexpr int N = SIZE;
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+// Channels that a thread takes at once.
+constexpr int V = N <= 4 ? 8 : 4;
+
+// The same sum in all threads. `sums` is one of two that are used in turn.
+__device__ inline float block_sum(float v, float (&sums)[kWarps]) {
+  v = warp_sum(v);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = v;
+  __syncthreads();
+  float sum = 0.f;
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) sum += sums[warp];
+  return sum;
+}
+
+// u = sum over i of h[i] X[i], V channels of it
+template <bool ALIGNED>
+__device__ inline void collapse(const Stream* row, const float (&h)[N], int n, int hidden, int at,
+                                float (&u)[V]) {
+  Pack<Stream, V> pack[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (i < n) load<ALIGNED>(pack[i], row + (long long)i * hidden, at, hidden);
+  }
+#pragma unroll
+  for (int v = 0; v < V; ++v) u[v] = 0.f;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (i >= n) break;
+#pragma unroll
+    for (int v = 0; v < V; ++v) u[v] += h[i] * pack[i][v];
+  }
+}
+
+__device__ inline float at_or_zero(const float* values, int at, int hidden) {
+  return at < hidden ? values[at] : 0.f;
+}
+
+template <bool ALIGNED>
+__device__ inline void forward(const Stream* row, const float (&h)[N], const float* norm_scale, Stream* u,
+                               float* rho, float eps, int n, int hidden, float (&sums)[kWarps]) {
+  float squares = 0.f;
+  for (int at = threadIdx.x * V; at < hidden; at += kThreads * V) {
+    float values[V];
+    collapse<ALIGNED>(row, h, n, hidden, at, values);
+#pragma unroll
+    for (int v = 0; v < V; ++v) squares += values[v] * values[v];
+  }
+  const float mean = block_sum(squares, sums) / hidden;
+  const float r = reciprocal(square_root(mean + eps));
+  if (threadIdx.x == 0) *rho = r;
+  for (int at = threadIdx.x * V; at < hidden; at += kThreads * V) {
+    float values[V];
+    collapse<ALIGNED>(row, h, n, hidden, at, values);
+#pragma unroll
+    for (int v = 0; v < V; ++v) values[v] *= r * at_or_zero(norm_scale, at + v, hidden);
+    Pack<Stream, V> pack;
+    pack.set(values);
+    store<ALIGNED>(pack, u, at, hidden);
+  }
+}
+
+KERNEL(norm_fwd, kThreads)
+(const Stream* x, const float* h_pre, const float* norm_scale, Stream* u, float* rho, float eps_in,
+ int tokens, int hidden, int streams) {
+  __shared__ float sums[2][kWarps];
+  const int n = EXACT ? N : streams;
+  for (long long token = blockIdx.x, turn = 0; token < tokens; token += gridDim.x, ++turn) {
+    float h[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) h[i] = i < n ? h_pre[token * n + i] : 0.f;
+    const Stream* row = x + token * n * hidden;
+    if (EXACT || aligned(hidden)) {
+      forward<true>(row, h, norm_scale, u + token * hidden, rho + token, eps_in, n, hidden, sums[turn % 2]);
+    } else {
+      forward<false>(row, h, norm_scale, u + token * hidden, rho + token, eps_in, n, hidden, sums[turn % 2]);
+    }
+  }
+}
+
+// d_w: this block's sums, which a thread alone reads and writes; `first`: they hold nothing yet.
+template <bool ALIGNED>
+__device__ inline void backward(const Stream* row, const float (&h)[N], const float* norm_scale, float rho,
+                                const Stream* d_u, Stream* d_sum, float* d_w, bool first, int n,
+                                int hidden, float (&sums)[kWarps]) {
+  float dot = 0.f;
+  for (int at = threadIdx.x * V; at < hidden; at += kThreads * V) {
+    float u[V];
+    collapse<ALIGNED>(row, h, n, hidden, at, u);
+    Pack<Stream, V> g;
+    load<ALIGNED>(g, d_u, at, hidden);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      if (at + v >= hidden) break;
+      dot += norm_scale[at + v] * g[v] * u[v];
+      d_w[at + v] = (first ? 0.f : d_w[at + v]) + g[v] * (rho * u[v]);
+    }
+  }
+  const float factor = rho * rho * rho * (block_sum(dot, sums) / hidden);
+  for (int at = threadIdx.x * V; at < hidden; at += kThreads * V) {
+    float u[V];
+    collapse<ALIGNED>(row, h, n, hidden, at, u);
+    Pack<Stream, V> g;
+    load<ALIGNED>(g, d_u, at, hidden);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      u[v] = rho * at_or_zero(norm_scale, at + v, hidden) * g[v] - factor * u[v];
+    }
+    g.set(u);
+    store<ALIGNED>(g, d_sum, at, hidden);
+  }
+}
+
+// d_w: [blocks, hidden]. Every block has a token.
+KERNEL(norm_bwd, kThreads)
+(const Stream* x, const float* alpha, const float* bias, const float* m, const float* norm_scale,
+ const float* rho, const Stream* d_u, Stream* d_sum, float* d_w, int tokens, int hidden, int columns,
+ Layout layout, Settings settings) {
+  __shared__ float sums[2][kWarps];
+  const int n = EXACT ? N : layout.n;
+  for (long long token = blockIdx.x, turn = 0; token < tokens; token += gridDim.x, ++turn) {
+    float h[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float z = i >= n ? 0.f : columns > 0 ? alpha[0] * m[token * columns + i] + bias[i] : bias[i];
+      h[i] = i < n ? sigmoid(z) + settings.pre_eps : 0.f;
+    }
+    const Stream* row = x + token * n * hidden;
+    const long long at = token * hidden;
+    float* own = d_w + (long long)blockIdx.x * hidden;
+    if (EXACT || aligned(hidden)) {
+      backward<true>(row, h, norm_scale, rho[token], d_u + at, d_sum + at, own, turn == 0, n, hidden,
+                     sums[turn % 2]);
+    } else {
+      backward<false>(row, h, norm_scale, rho[token], d_u + at, d_sum + at, own, turn == 0, n, hidden,
+                      sums[turn % 2]);
+    }
+  }
+}
+
+KERNEL(sum_norm_scale, kThreads)
+(const float* d_w, float* d_norm_scale, int blocks, int hidden) {
+  const int at = blockIdx.x * kThreads + threadIdx.x;
+  if (at >= hidden) return;
+  float sum = 0.f;
+#pragma unroll 8
+  for (int block = 0; block < blocks; ++block) sum += d_w[(long long)block * hidden + at];
+  d_norm_scale[at] = sum;
+}

@@ -1,0 +1,98 @@
+//! Launches around those of pre and of the seam where the layer's input is normalised (norm.cu).
+
+use super::launch::{Arg, Kernel, Launch, Problem, Workspace};
+use super::memory::{Memory, Part, room};
+use super::sizes::{is_aligned, streams_size};
+use crate::signature::Call;
+
+/// `kThreads`
+const THREADS: u32 = 256;
+/// Blocks of the backward pass, each with a sum over its tokens; a number that no GPU has a say in.
+const MAX_BLOCKS: usize = 512;
+
+/// What the backward pass keeps in the workspace: du, in the dtype of the streams, and sums for dw.
+fn parts(problem: &Problem) -> [Part; 2] {
+    let row_bytes = problem.norm_width * problem.dtype.num_bytes();
+    let sums = Part {
+        per_token: 0,
+        fixed: MAX_BLOCKS * problem.norm_width,
+    };
+    [Part::per_token(row_bytes.div_ceil(size_of::<f32>())), sums]
+}
+
+/// What the backward pass needs.
+pub fn workspace(problem: &Problem) -> Workspace {
+    if problem.norm_width == 0 {
+        return Workspace::default();
+    }
+    room(&parts(problem))
+}
+
+fn launch(call: &Call, function: &'static str, blocks: usize, args: Vec<Arg>) -> Launch {
+    Launch {
+        kernel: Kernel {
+            file: "norm",
+            function,
+            size: streams_size(call.n, is_aligned(call.c)),
+            dtype: call.dtype,
+        },
+        grid: [blocks as u32, 1, 1],
+        block: THREADS,
+        cluster: 1,
+        shared_bytes: 0,
+        args,
+    }
+}
+
+/// The normalised input in place of u, from the streams at `x`; nothing where there is no norm.
+pub fn forward(call: &Call, x: u64) -> Option<Launch> {
+    let args = || {
+        vec![
+            Arg::Pointer(x),
+            Arg::of(call.result("h_pre")),
+            Arg::of(call.operand("norm_scale")),
+            Arg::of(call.result("u")),
+            Arg::of(call.result("rho")),
+            Arg::F32(call.config.norm_scale_eps as f32),
+            Arg::I32(call.tokens as i32),
+            Arg::I32(call.c as i32),
+            Arg::I32(call.n as i32),
+        ]
+    };
+    (call.norm_width > 0).then(|| launch(call, "norm_fwd", call.tokens, args()))
+}
+
+/// Where the cotangent of the sum over the streams at `x` lies, and what makes it: d_u itself and nothing
+/// where there is no norm.
+pub fn backward(call: &Call, memory: &mut Memory, x: u64) -> (u64, Vec<Launch>) {
+    if call.norm_width == 0 {
+        return (call.operand("d_u").data as u64, vec![]);
+    }
+    let [d_sum, d_w] = parts(&call.problem()).map(|part| memory.take(part));
+    let blocks = call.tokens.min(MAX_BLOCKS);
+    let mut args = vec![Arg::Pointer(x)];
+    args.extend(
+        ["alpha", "bias", "m", "norm_scale", "rho", "d_u"].map(|name| Arg::of(call.operand(name))),
+    );
+    args.extend([
+        Arg::Pointer(d_sum),
+        Arg::Pointer(d_w),
+        Arg::I32(call.tokens as i32),
+        Arg::I32(call.c as i32),
+        Arg::I32(call.columns as i32),
+        Arg::Layout(call.layout.into()),
+        Arg::Settings(call.config.into()),
+    ]);
+    let sum_args = vec![
+        Arg::Pointer(d_w),
+        Arg::of(call.result("d_norm_scale")),
+        Arg::I32(blocks as i32),
+        Arg::I32(call.c as i32),
+    ];
+    let sum_blocks = call.c.div_ceil(THREADS as usize);
+    let launches = vec![
+        launch(call, "norm_bwd", blocks, args),
+        launch(call, "sum_norm_scale", sum_blocks, sum_args),
+    ];
+    (d_sum, launches)
+}
