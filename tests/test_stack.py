@@ -369,7 +369,9 @@ def test_the_loop_carries_the_streams_once(every, implementation):
     looped_over = [
         "x".join(map(str, leaf.shape)) for leaf in jax.tree.leaves((o["params"], o["weights"]))
     ]
-    assert sorted(carried) == sorted([*looped_over, "3x5x4x16", "3x5x16", "3x5x4", "3x5x4x4"])
+    # A norm_scale that is not there has no values.
+    carried = sorted(shape for shape in carried if not shape.endswith("x0"))
+    assert carried == sorted([*looped_over, "3x5x4x16", "3x5x16", "3x5x4", "3x5x4x4"])
 
 
 # ---- what the backward pass keeps ---------------------------------------------------------------
