@@ -150,7 +150,7 @@ def test_static_coefficients_are_those_of_a_phi_of_zeros(implementation):
     run = jax.jit(
         functools.partial(OPS["pre"].run, config=case.config, implementation=implementation)
     )
-    results = run(operands), run({"x": operands["x"], "params": dense})
+    results = run(operands), run(operands | {"params": dense})
     assert_trees_close(*results, limit(case, gradient=False))
 
 
