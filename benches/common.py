@@ -55,9 +55,9 @@ def inputs(
     return x, y, params, d_u, d_x_new
 
 
-def forward(ops: Any, x: Any, y: Any, params: Any) -> tuple[Any, Any]:
-    """pre and post of a sublayer whose layer returns y whatever it reads."""
-    u, ctx = ops.pre(x, params)
+def forward(ops: Any, x: Any, y: Any, params: Any, **options: Any) -> tuple[Any, Any]:
+    """pre, with its options, and post of a sublayer whose layer returns y whatever it reads."""
+    u, ctx = ops.pre(x, params, **options)
     # Where the layer would be, so that XLA does not fuse across it. Without the streams, or their
     # gradients that are missing would be arrays of zeros.
     coefficients = ctx.h_pre, ctx.h_post, ctx.h_res
@@ -65,12 +65,16 @@ def forward(ops: Any, x: Any, y: Any, params: Any) -> tuple[Any, Any]:
     return u, ops.post(y, Context._of(ctx.x, ctx._deferred, *coefficients))
 
 
-def gradients(ops: Any, x: Any, y: Any, params: Any, d_u: Any, d_x_new: Any) -> dict[str, Any]:
-    """The same, and the gradients of x, y and params.
+def gradients(
+    ops: Any, x: Any, y: Any, params: Any, d_u: Any, d_x_new: Any, **options: Any
+) -> dict[str, Any]:
+    """The same, and the gradients of x, y, params and the options.
 
     These come first, so that a d_x_new that is donated becomes d_x.
     """
-    results, vjp = jax.vjp(functools.partial(forward, ops), x, y, params)
+    results, vjp = jax.vjp(
+        lambda x, y, params, options: forward(ops, x, y, params, **options), x, y, params, options
+    )
     results, d_u, d_x_new = jax.lax.optimization_barrier((results, d_u, d_x_new))
     return {"gradients": vjp((d_u, d_x_new)), "results": results}
 

@@ -46,7 +46,15 @@ def _weighted_sum(weights: jax.Array, x: jax.Array) -> jax.Array:
     return sum(terms[1:], terms[0]).astype(x.dtype)
 
 
-def pre(x: jax.Array, params: MHCParams) -> tuple[jax.Array, Context]:
+def _normalized(u: jax.Array, scale: jax.Array) -> jax.Array:
+    wide = u.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(wide), -1, keepdims=True)
+    return (wide * lax.rsqrt(mean_square + 1e-6) * scale).astype(u.dtype)
+
+
+def pre(
+    x: jax.Array, params: MHCParams, norm_scale: jax.Array | None = None
+) -> tuple[jax.Array, Context]:
     n, m = x.shape[1], _project(x, params.phi)
     z_pre, z_post, z_res = (
         gate * columns + bias
@@ -60,7 +68,10 @@ def pre(x: jax.Array, params: MHCParams) -> tuple[jax.Array, Context]:
     h_pre = jax.nn.sigmoid(z_pre)
     h_post = PAPER.post_scale * jax.nn.sigmoid(z_post)
     h_res = sinkhorn(z_res.reshape(-1, n, n))
-    return _weighted_sum(h_pre, x), Context(x, h_pre, h_post, h_res)
+    u = _weighted_sum(h_pre, x)
+    if norm_scale is not None:
+        u = _normalized(u, norm_scale)
+    return u, Context(x, h_pre, h_post, h_res)
 
 
 def post(y: jax.Array, ctx: Context) -> jax.Array:
@@ -74,8 +85,10 @@ def post(y: jax.Array, ctx: Context) -> jax.Array:
     return jnp.stack(new, 1)
 
 
-def post_pre(y: jax.Array, ctx: Context, params: MHCParams) -> tuple[jax.Array, Context]:
-    return pre(post(y, ctx), params)
+def post_pre(
+    y: jax.Array, ctx: Context, params: MHCParams, norm_scale: jax.Array | None = None
+) -> tuple[jax.Array, Context]:
+    return pre(post(y, ctx), params, norm_scale)
 
 
 def head(x: jax.Array, params: HeadParams) -> jax.Array:

@@ -1,0 +1,366 @@
+"""The ops that gpu.py times, compiled, and what their results are checked against."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import backward
+import common
+import jax
+import jax.numpy as jnp
+import numpy as np
+import plain
+from common import STREAMS
+
+import jax_mhc as mhc
+from jax_mhc._types import Context
+
+DTYPE = "bfloat16"
+IMPLEMENTATIONS = {"fused": common.FUSED, "plain": plain}
+SIGMAS = (1.0, 3.0, 6.0, 10.0)
+PEAKED_OPS = ("pre", "fb", "seam_bwd")  # what is checked at these deviations of the logits of h_res
+# Every set of inputs is used again only after so many bytes: four times the L2 cache of an H200.
+ROTATED_BYTES = 240e6
+
+# Largest relative L2 error of the fused kernels against float64. 1.8e-3: one rounding to bfloat16.
+# Phi enters the gradients of streams rounded to bfloat16, too, and shows where its part is large.
+_ROUNDING = 1.8e-3
+_ROUNDED_PHI = 2.3e-3
+LIMITS = {
+    "u": _ROUNDING,
+    "x_new": _ROUNDING,
+    "d_y": _ROUNDING,
+    "d_x": _ROUNDED_PHI,
+    "d_x_new": _ROUNDED_PHI,
+    "h_pre": 2e-6,
+    "h_post": 2e-6,
+    "h_res": 2e-6,
+    "d_h_post": 2**0.5 * _ROUNDING,  # the seam's are sums of products with the rounded d_x_new
+    "d_h_res": 2**0.5 * _ROUNDING,
+    "d_phi": 3e-4,
+    "d_alpha": 1e-4,
+    "d_bias": 1e-4,
+    "d_norm_scale": 1e-4,
+}
+# The seam's backward pass takes the gradient of h_pre from an X' that is not rounded, the exact one
+# from one that is (docs/architecture.md).
+SEAM_LIMITS = {"d_phi": 1e-2, "d_alpha": 1e-2, "d_bias": 1e-2, "d_y": _ROUNDED_PHI}
+_PARAMETERS = ("params", "head_params", "norm_scale")
+# These sum over all tokens and are checked for few of them, the others for some tokens of many.
+PARAMETER_GRADIENTS = ("d_phi", "d_alpha", "d_bias", "d_norm_scale")
+
+
+# ---- the ops ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """One op.
+
+    Attributes:
+        run: `(ops, *arguments) -> results by name`; ops is one of IMPLEMENTATIONS. None: the
+            backward pass of that name alone, from what its forward pass keeps and the arguments.
+        arguments: names of its inputs.
+        calls: the custom calls of its fused form.
+        streams: streams of C elements that it must read or write for a token.
+        numbers: float32 numbers that it must read or write for a token, where no streams move.
+        goals_us: kernel time to reach by shape.
+        first_shape: whether only the first shape tells anything.
+        donated: names of the arguments that it may overwrite, as a model would let it.
+    """
+
+    run: Callable[..., dict[str, Any]] | None
+    arguments: tuple[str, ...]
+    calls: tuple[str, ...]
+    streams: int
+    numbers: int = 0
+    goals_us: tuple[float, ...] = ()
+    first_shape: bool = False
+    donated: tuple[str, ...] = ()
+
+    def floor_bytes(self, tokens: int, hidden: int) -> float:
+        return tokens * (self.streams * hidden * jnp.dtype(DTYPE).itemsize + 4 * self.numbers)
+
+    def goal_us(self, tokens: int, hidden: int) -> float | None:
+        return dict(zip(GOAL_SHAPES, self.goals_us, strict=False)).get((tokens, hidden))
+
+
+def _named(u: Any, ctx: Any) -> dict[str, Any]:
+    return {"u": u, "h_pre": ctx.h_pre, "h_post": ctx.h_post, "h_res": ctx.h_res}
+
+
+def _pre(ops: Any, x: Any, params: Any, norm_scale: Any = None) -> dict[str, Any]:
+    return _named(*ops.pre(x, params, norm_scale=norm_scale))
+
+
+def _post(ops: Any, y: Any, ctx: Any) -> dict[str, Any]:
+    return {"x_new": ops.post(y, ctx)}
+
+
+def _seam(ops: Any, y: Any, ctx: Any, params: Any, norm_scale: Any = None) -> dict[str, Any]:
+    u, ctx = ops.post_pre(y, ctx, params, norm_scale=norm_scale)
+    return {"x_new": ctx.x, **_named(u, ctx)}
+
+
+def _sinkhorn(ops: Any, z: Any) -> dict[str, Any]:
+    return {"h_res": ops.sinkhorn(z)}
+
+
+def _head(ops: Any, x: Any, head_params: Any) -> dict[str, Any]:
+    return {"u": ops.head(x, head_params)}
+
+
+def _fb(ops: Any, *args: Any, **options: Any) -> dict[str, Any]:
+    found = common.gradients(ops, *args, **options)
+    (u, x_new), (d_x, d_y, d_params, d_options) = found["results"], found["gradients"]
+    return {
+        "u": u, "x_new": x_new, "d_x": d_x, "d_y": d_y,
+        "d_phi": d_params.phi, "d_alpha": d_params.alpha, "d_bias": d_params.bias,
+        **{f"d_{name}": gradient for name, gradient in d_options.items()},
+    }  # fmt: skip
+
+
+def _fb_norm(ops: Any, norm_scale: Any, *args: Any) -> dict[str, Any]:
+    return _fb(ops, *args, norm_scale=norm_scale)
+
+
+def _fb_seams(ops: Any, y: Any, ctx: Any, params: Any, *cotangents: Any) -> dict[str, Any]:
+    named = {"y": y, "ctx": ctx, "params": params}
+    given = dict(zip(_COTANGENTS, cotangents, strict=True))
+    return backward.gradients(backward.passes(ops)["seam_bwd"], named, given)
+
+
+_SUBLAYER = ("x", "y", "params", "d_u", "d_x_new")
+_COTANGENTS = ("d_u", "d_h_pre", "d_h_post", "d_h_res", "d_x_new")
+_n = STREAMS
+GOAL_SHAPES = ((8192, 4096), (4096, 7168), (16384, 2560), (4096, 2560))
+OPS = {
+    "pre": Op(_pre, ("x", "params"), ("pre_fwd",), _n + 1, goals_us=(92, 83, 112, 33)),
+    "post": Op(_post, ("y", "ctx"), ("post_fwd",), 2 * _n + 1, goals_us=(147, 129, 183, 48)),
+    "seam": Op(
+        _seam, ("y", "ctx", "params"), ("seam_fwd",), 2 * _n + 2, goals_us=(180, 165, 222, 62)
+    ),
+    "sinkhorn": Op(_sinkhorn, ("z",), ("sinkhorn_fwd",), 0, numbers=2 * _n**2, first_shape=True),
+    "head": Op(_head, ("x", "head_params"), ("head_fwd",), _n + 1, first_shape=True),
+    # The gradient of x is left to pre's.
+    "post_bwd": Op(None, ("d_x_new",), ("post_bwd",), 2 * _n + 2),
+    "pre_bwd": Op(None, _COTANGENTS, ("pre_bwd",), 3 * _n + 1, donated=("d_x_new",)),
+    "seam_bwd": Op(
+        None, _COTANGENTS, ("seam_bwd",), 3 * _n + 3, goals_us=(315,), donated=("d_x_new",)
+    ),
+    "fb": Op(
+        _fb,
+        _SUBLAYER,
+        ("post_bwd", "post_fwd", "pre_bwd", "pre_fwd"),
+        # pre, post, and their backward passes.
+        (_n + 1) + (2 * _n + 1) + (2 * _n + 2) + (3 * _n + 1),
+        goals_us=(680, 644, 920, 276),
+        donated=("d_x_new",),
+    ),
+    # With a norm of the layer's input, for which nothing more has to move.
+    "pre_norm": Op(_pre, ("x", "params", "norm_scale"), ("pre_fwd",), _n + 1),
+    "seam_norm": Op(_seam, ("y", "ctx", "params", "norm_scale"), ("seam_fwd",), 2 * _n + 2),
+    "fb_norm": Op(
+        _fb_norm,
+        ("norm_scale", *_SUBLAYER),
+        ("post_bwd", "post_fwd", "pre_bwd", "pre_fwd"),
+        8 * _n + 5,
+        donated=("d_x_new",),
+    ),
+    "fb_seams": Op(
+        _fb_seams,
+        ("y", "ctx", "params", *_COTANGENTS),
+        ("seam_bwd", "seam_fwd"),
+        (2 * _n + 2) + (3 * _n + 3),
+        goals_us=(500,),
+        donated=("d_x_new",),
+    ),
+}
+DECODE_GOAL_US = 8
+
+
+@functools.partial(jax.jit, static_argnames=("tokens", "hidden"))
+def make_inputs(key: jax.Array, tokens: int, hidden: int, sigma: float = 1.2) -> dict[str, Any]:
+    """Random inputs of all ops by name."""
+    keys = jax.random.split(key, 9)
+    named = dict(zip(_SUBLAYER, common.inputs(keys[0], tokens, hidden, DTYPE, sigma), strict=True))
+    z = jax.random.normal(keys[1], (tokens, STREAMS, STREAMS))
+    named["z"] = z
+    named["ctx"] = Context(
+        x=named["x"],
+        h_pre=jax.random.uniform(keys[2], (tokens, STREAMS)),
+        h_post=jax.random.uniform(keys[3], (tokens, STREAMS)),
+        h_res=jax.nn.softmax(z, -1),
+    )
+    scale = float((STREAMS * hidden) ** -0.5)
+    named["head_params"] = mhc.HeadParams(
+        phi=scale * jax.random.normal(keys[4], (STREAMS * hidden, STREAMS)),
+        alpha=jnp.ones((1,)),
+        bias=0.5 * jax.random.normal(keys[5], (STREAMS,)),
+    )
+    named["norm_scale"] = jax.random.uniform(keys[5], (hidden,), minval=0.5, maxval=1.5)
+    named["d_h_pre"] = jax.random.normal(keys[6], (tokens, STREAMS))
+    named["d_h_post"] = jax.random.normal(keys[7], (tokens, STREAMS))
+    named["d_h_res"] = jax.random.normal(keys[8], (tokens, STREAMS, STREAMS))
+    return named
+
+
+# ---- compilation --------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """An op of one implementation, compiled for a shape.
+
+    Attributes:
+        op: the name of the op.
+        compiled: takes what `arguments` returns.
+        compile_s: compile time in seconds.
+        keep: from all inputs by name to what the op's forward pass keeps, if it is a backward pass.
+    """
+
+    op: str
+    compiled: Any
+    compile_s: float
+    keep: Any = None
+
+    def arguments(self, named: dict[str, Any]) -> tuple[Any, ...]:
+        given = tuple(named[name] for name in OPS[self.op].arguments)
+        return (self.keep(named), *given) if self.keep else given
+
+    def __call__(self, arguments: tuple[Any, ...]) -> dict[str, Any]:
+        """Overwrites what is donated."""
+        return self.compiled(*arguments)
+
+    def copied(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments with copies of those which the program overwrites."""
+        names = ("kept",) * (self.keep is not None) + OPS[self.op].arguments
+        return tuple(
+            jnp.copy(argument) if name in OPS[self.op].donated else argument
+            for name, argument in zip(names, arguments, strict=True)
+        )
+
+    def rotation(self, first: dict[str, Any], tokens: int, hidden: int) -> Iterator[Any]:
+        """Endless sets of arguments; the first is that of the inputs `first`."""
+        arguments = self.arguments(first)
+        set_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(arguments))
+        num = min(max(2, -int(-ROTATED_BYTES // set_bytes)), 1000)
+        if self.op == "sinkhorn":  # one array for its many small sets
+            many = jax.random.normal(jax.random.key(1), (num, *first["z"].shape))
+            return itertools.cycle([(z,) for z in many])
+        others = (make_inputs(jax.random.key(i), tokens, hidden) for i in range(1, num))
+        return itertools.cycle([arguments, *map(self.arguments, others)])
+
+
+def compile_op(name: str, implementation: str, tokens: int, hidden: int) -> Program:
+    """Compiles an op.
+
+    Raises:
+        SystemExit: the program holds other custom calls than it should.
+    """
+    op, ops = OPS[name], IMPLEMENTATIONS[implementation]
+    named = jax.eval_shape(
+        functools.partial(make_inputs, tokens=tokens, hidden=hidden), jax.random.key(0)
+    )
+    given = [named[argument] for argument in op.arguments]
+    keep, run = None, op.run and functools.partial(op.run, ops)
+    if run is None:
+        one = backward.passes(ops)[name]
+        kept = jax.eval_shape(lambda named: one.keep(named)[1], named)
+        leaves, structure = jax.tree.flatten(kept)
+        given = [leaves, *given]
+        keep = jax.jit(lambda named: jax.tree.leaves(one.keep(named)[1])).lower(named).compile()
+
+        def run(leaves: list[Any], *cotangents: Any) -> dict[str, Any]:
+            kept = jax.tree.unflatten(structure, leaves)
+            return one.run(kept, dict(zip(op.arguments, cotangents, strict=True)))
+
+    donated = [len(given) - len(op.arguments) + op.arguments.index(n) for n in op.donated]
+    start = time.perf_counter()
+    compiled = jax.jit(run, donate_argnums=donated).lower(*given).compile()
+    seconds = time.perf_counter() - start
+    found = sorted(re.findall(r'custom_call_target="jax_mhc_(\w+)_v\d+"', compiled.as_text()))
+    expected = list(op.calls) if implementation == "fused" else []
+    if found != expected:
+        raise SystemExit(f"{name}, {implementation}: custom calls {found}, expected {expected}")
+    return Program(name, compiled, seconds, keep)
+
+
+# ---- checks -------------------------------------------------------------------------------------
+
+
+def exact(op: str, named: dict[str, Any]) -> dict[str, Any]:
+    """The op in float64 on the CPU."""
+    with jax.default_device(jax.devices("cpu")[0]), jax.enable_x64(True):
+        wide = jax.tree.map(lambda array: jnp.asarray(np.asarray(array).astype(np.float64)), named)
+        return jax.tree.map(np.asarray, _exact(op)(wide))
+
+
+@functools.cache
+def _exact(name: str) -> Callable[..., dict[str, Any]]:
+    op = OPS[name]
+
+    def run(named: dict[str, Any]) -> dict[str, Any]:
+        if op.run is not None and name != "fb_seams":
+            return op.run(mhc.reference, *(named[argument] for argument in op.arguments))
+        # Rounded where the two halves of a seam meet, as the kernels do.
+        one = backward.passes(mhc.reference, DTYPE)["seam_bwd" if name == "fb_seams" else name]
+        return backward.gradients(one, named, {key: named[key] for key in _COTANGENTS})
+
+    # Without optimizations: compiles in half the time.
+    return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def some_tokens(named: dict[str, Any], tokens: int, num: int = 64) -> dict[str, Any]:
+    """Inputs or results of `num` random tokens, the first and the last among them."""
+    chosen = np.random.default_rng(0).choice(tokens, min(num, tokens), replace=False)
+    if tokens > num:
+        chosen[:2] = 0, tokens - 1
+    return {
+        name: value if name in _PARAMETERS else jax.tree.map(lambda a: a[chosen], value)
+        for name, value in named.items()
+        if name not in PARAMETER_GRADIENTS
+    }
+
+
+def errors(results: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float]:
+    """Relative L2 error of each result."""
+    return {name: common.relative_error(results[name], wanted[name]) for name in results}
+
+
+def above_limits(
+    op: str, tokens: int, hidden: int, found: dict[str, float], sigma: float = 1.0
+) -> list[str]:
+    """Complaints about errors above the limits; NaN is above every limit."""
+    complaints = []
+    limits = LIMITS | (SEAM_LIMITS if "seam" in op else {})
+    for name, error in found.items():
+        # The logits of h_res are sigma times as large, and so is what rounding moves them by.
+        limit = limits[name] * (max(1.0, sigma) if name.startswith("h_") else 1.0)
+        if not error <= limit:
+            what = f"{op} {tokens}x{hidden}, sigma {sigma:.1f}"
+            complaints.append(f"{what}: error of {name} is {error:.2e}, limit {limit:.1e}")
+    return complaints
+
+
+def check_peaked(
+    programs: dict[tuple[str, str], Program], tokens: int, hidden: int, sigma: float
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Errors of all results, on all tokens, for logits of h_res of deviation sigma."""
+    rows, complaints = [], []
+    named = make_inputs(jax.random.key(0), tokens, hidden, sigma)
+    for op in (op for op in PEAKED_OPS if (op, "fused") in programs):
+        row: dict[str, Any] = {"tokens": tokens, "hidden": hidden, "sigma": sigma, "op": op}
+        wanted = exact(op, named)
+        for implementation in IMPLEMENTATIONS:
+            program = programs[op, implementation]
+            row[implementation] = errors(program(program.copied(program.arguments(named))), wanted)
+        complaints += above_limits(op, tokens, hidden, row["fused"], sigma)
+        rows.append(row)
+    return rows, complaints
