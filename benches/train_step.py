@@ -39,7 +39,9 @@ from tabulate import tabulate
 
 import jax_mhc as mhc
 
-Connection = Literal["residual", "plain", "plain-checkpoint", "mhc", "seams", "seams-checkpoint"]
+Connection = Literal[
+    "residual", "plain", "plain-checkpoint", "mhc", "seams", "seams-norms", "seams-checkpoint"
+]
 
 LABELS: dict[Connection, str] = {
     "residual": "plain residual",
@@ -47,9 +49,10 @@ LABELS: dict[Connection, str] = {
     "plain-checkpoint": "mHC, plain JAX, recomputed",
     "mhc": "mHC, fused",
     "seams": "mHC, fused with seams",
+    "seams-norms": "mHC, fused with seams and the layers' norms",
     "seams-checkpoint": "mHC, fused with seams, recomputed",
 }
-FUSED = ("mhc", "seams", "seams-checkpoint")
+FUSED = ("mhc", "seams", "seams-norms", "seams-checkpoint")
 WARM_UP = 3
 # Sublayers for which seams-checkpoint keeps the streams once. With 4, which the paper derives as
 # sqrt(n L / (n + 2)) of L = 24, the peak is the same: what two layers need at once takes the rest.
@@ -152,7 +155,6 @@ def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def attention(model: Model, u: jax.Array, params: Any) -> jax.Array:
-    u = rms_norm(u, params["norm"])
     qkv = u @ params["qkv"].astype(u.dtype)
     q, k, v = jnp.split(qkv.reshape(model.batch, model.length, 3 * model.heads, -1), 3, axis=2)
     mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=model.attention)
@@ -160,14 +162,18 @@ def attention(model: Model, u: jax.Array, params: Any) -> jax.Array:
 
 
 def mlp(u: jax.Array, params: Any) -> jax.Array:
-    u = rms_norm(u, params["norm"])
     gate, up = (u @ params[name].astype(u.dtype) for name in ("gate", "up"))
     return (jax.nn.silu(gate) * up) @ params["down"].astype(u.dtype)
 
 
 def run_layers(connection: Connection, model: Model, x: jax.Array, params: Any) -> jax.Array:
     """The layers on hidden states `[tokens, C]`."""
-    layers = {"attention": functools.partial(attention, model), "mlp": mlp}
+    behind_norms = {"attention": functools.partial(attention, model), "mlp": mlp}
+
+    def with_norm(name: str, u: jax.Array, params: Any) -> jax.Array:
+        return behind_norms[name](rms_norm(u, params["norm"]), params)
+
+    layers = {name: functools.partial(with_norm, name) for name in behind_norms}
     if connection == "residual":
 
         def residual(x: jax.Array, params: Any) -> Any:
@@ -179,11 +185,15 @@ def run_layers(connection: Connection, model: Model, x: jax.Array, params: Any) 
 
     x = mhc.expand(x, streams=STREAMS)
     if connection.startswith("seams"):
+        norm_scale = None
+        if connection == "seams-norms":
+            layers, norm_scale = behind_norms, [params["layers"][name]["norm"] for name in layers]
         x = mhc.stack(
             [lambda u, p, name=name: layers[name](u, params=p[name]) for name in layers],
             x,
             [params["connections"][name] for name in layers],
             xs=params["layers"],
+            norm_scale=norm_scale,
             implementation="fused",
             keep_streams_every=KEPT_EVERY if connection == "seams-checkpoint" else 1,
         )
