@@ -239,9 +239,9 @@ def _scan_of_seams(
     eps: float,
 ) -> jax.Array:
     def of_block(i: int, p: MHCParams, scale: Any) -> tuple[jax.Array, ...]:
-        p = _check.params(_OP, p, x, config, f"a slice of params[{i}]")
+        phi_alpha_bias = _check.params(_OP, p, x, config, f"a slice of params[{i}]")
         scale, _ = _check.norm_scale(_OP, scale, eps, x, f"a slice of norm_scale[{i}]")
-        return dense(*p, scale, x)
+        return dense(*phi_alpha_bias, scale, x)
 
     def checked(i: int, u: jax.Array, s: Any) -> jax.Array:
         return _layer_output(i, layers[i](u, s), x)
