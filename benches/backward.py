@@ -108,7 +108,8 @@ def _keep_fused(name: str, named: dict[str, Any]) -> Any:
         x_new, u, h_pre, h_post, h_res, m, r, rho = results
         results = {"x_new": x_new}
     results |= {"u": u, "h_pre": h_pre, "h_post": h_post, "h_res": h_res}
-    return results, (*operands, m, r, rho, h_res)
+    of_norm = (rho,) if name == "pre_bwd" else (rho, u[..., :0])
+    return results, (*operands, m, r, *of_norm, h_res)
 
 
 def _run_fused(name: str, kept: Any, cotangents: dict[str, Any]) -> dict[str, Any]:

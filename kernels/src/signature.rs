@@ -92,7 +92,8 @@ impl Op {
             Op::SeamBwd => (
                 "seam_bwd",
                 &["x", "y", "h_post", "h_res", "phi", "alpha", "bias", "norm_scale",
-                  "m", "r", "rho", "h_res_new", "d_u", "d_h_pre", "d_h_post", "d_h_res", "d_x_new_in"],
+                  "m", "r", "rho", "u_norm", "h_res_new",
+                  "d_u", "d_h_pre", "d_h_post", "d_h_res", "d_x_new_in"],
                 &["d_x_new", "d_y", "d_h_post", "d_h_res", "d_phi", "d_alpha", "d_bias",
                   "d_norm_scale"],
             ),
@@ -330,6 +331,7 @@ impl<'a> Call<'a> {
             "m" => (wide, true, [self.columns, 0], 1),
             "r" => (wide, true, [0, 0], 0),
             "rho" => (wide, true, [self.norm_width.min(1), 0], 1),
+            "u_norm" => (streams, true, [self.norm_width, 0], 1),
             "norm_scale" => (wide, false, [self.norm_width, 0], 1),
             "phi" => (wide, false, [n * c, self.columns], 2),
             "alpha" => (wide, false, [num_alpha, 0], 1),
@@ -470,7 +472,7 @@ impl Example {
         ] {
             for (name, (_, dims)) in names.iter().zip(types) {
                 match *name {
-                    "norm_scale" | "d_norm_scale" => *dims.last_mut().unwrap() = hidden,
+                    "norm_scale" | "d_norm_scale" | "u_norm" => *dims.last_mut().unwrap() = hidden,
                     "rho" => *dims.last_mut().unwrap() = 1,
                     _ => {}
                 }

@@ -128,7 +128,7 @@ _CALLS = {
         "x_new u h_pre h_post h_res m r rho",
     ),
     "seam_bwd": (
-        "x y h_post h_res phi alpha bias norm_scale m r rho h_res_new "
+        "x y h_post h_res phi alpha bias norm_scale m r rho u_norm h_res_new "
         "d_u d_h_pre d_h_post d_h_res d_x_new_in",
         "d_x_new d_y d_h_post d_h_res d_phi d_alpha d_bias d_norm_scale",
     ),

@@ -108,8 +108,8 @@ class _Scan:
         streams[last] = _put(streams[last], x, 0)
         given = jax.eval_shape(lambda: (*_first((xs, other_xs)), constants, other_constants))
         self.layers = [
-            _Layer(partial(self.layer, j), layer.in_avals[0], given)
-            for j, layer in enumerate(self.traced)
+            _Layer(partial(self.layer, j), layer.in_avals[0], given, norm_scale.shape[1] > 0)
+            for j, (layer, (*_, norm_scale)) in enumerate(zip(self.traced, params, strict=True))
         ]
 
         def step(i: Any, carry: Any, slices: Any) -> tuple[Any, Any]:
@@ -149,11 +149,12 @@ class _Scan:
             d_params: list[Any] = []
             for j in reversed(range(len(block_params))):
                 pending, m_r_rho, new = block_kept[j]
+                u = self.layers[j].input(new, d_y)
                 d_u, *d_given = self.layers[j].backward(new, given)(d_y)
                 d_s, d_constants = jax.tree.map(jnp.add, [d_s, d_constants], d_given)
                 d_x, d_y, d_h_post, d_h_res, *d_p = fused_call(
                     "seam_bwd", self.config, _at(streams[j - 1], i), *pending, *block_params[j],
-                    *m_r_rho, h_res_new, d_u, d_h_pre, d_h_post, d_h_res, d_x,
+                    *m_r_rho, u, h_res_new, d_u, d_h_pre, d_h_post, d_h_res, d_x,
                     norm_scale_eps=self.eps, deferred=True,
                 )  # fmt: skip
                 d_params.insert(0, tuple(d_p))
@@ -182,11 +183,13 @@ def no_sublayer(x: Any) -> tuple[Any, Any, Any]:
 class _Layer:
     """The forward and the backward pass of a layer `(u, s, constants) -> y`.
 
+    keeps_input: whether u is kept in any case.
+
     `given` is (s, other_s, constants, other_constants), of which each pair makes up the layer's
     s and constants; those without a name have no gradient.
     """
 
-    def __init__(self, layer: Callable[..., Any], u: Any, given: Any):
+    def __init__(self, layer: Callable[..., Any], u: Any, given: Any, keeps_input: bool):
         def passes(u: Any, given: Any) -> Any:
             s, other_s, constants, other_constants = given
 
@@ -202,7 +205,8 @@ class _Layer:
         self.consts, self.jaxpr = closed.consts, closed.jaxpr
         _, *self.residuals = self.jaxpr.outvars
         # What follows from constants is computed again: it would be kept for every block.
-        _, *at_hand = self.jaxpr.invars
+        self.u, *at_hand = self.jaxpr.invars
+        self.keeps_input = keeps_input
         varying = set(map(id, self.jaxpr.invars[: 1 + len(jax.tree.leaves(given[:2]))]))
         again = []
         for eqn in self.jaxpr.eqns:
@@ -211,7 +215,8 @@ class _Layer:
             else:
                 again.append(eqn)
         new = varying.difference(map(id, at_hand))
-        self.kept = {id(v): v for v in self.residuals if id(v) in new}
+        inputs = [self.u] if keeps_input else []
+        self.kept = {id(v): v for v in [*inputs, *self.residuals] if id(v) in new}
         self.others = {id(v): v for v in self.residuals if id(v) not in new}
         self.again = self.jaxpr.replace(
             invars=at_hand, eqns=again, outvars=list(self.others.values())
@@ -220,8 +225,13 @@ class _Layer:
     def forward(self, u: Any, given: Any) -> tuple[Any, list[Any]]:
         """The output, and what the backward pass needs beside what is given."""
         y, *residuals = jax.core.eval_jaxpr(self.jaxpr, self.consts, u, *jax.tree.leaves(given))
-        values = dict(zip(map(id, self.residuals), residuals, strict=True))
+        values = dict(zip(map(id, self.residuals), residuals, strict=True)) | {id(self.u): u}
         return y, [values[variable] for variable in self.kept]
+
+    def input(self, kept: list[Any], like: Any) -> Any:
+        """u, or where that is not always kept, nothing of `like`."""
+        values = dict(zip(self.kept, kept, strict=True))
+        return values[id(self.u)] if self.keeps_input else like[..., :0]
 
     def backward(self, kept: list[Any], given: Any) -> Any:
         """The function from d_y to d_u, d_s and d_constants."""

@@ -85,7 +85,14 @@ def _run(config: MHCConfig, eps: float, *operands: Any) -> Any:
     x_new = checkpoint_name(x_new, "mhc_streams")
     u = checkpoint_name(u, "mhc_layer_input")
     h_pre, h_post, h_res, *others = checkpoint_name(coefficients, "mhc_coefficients")
-    return (u, x_new, x_new, h_pre, h_post, h_res), (*operands, *others, h_res)
+    *_, norm_scale = operands
+    kept = (*operands, *others, u_norm(u, norm_scale), h_res)
+    return (u, x_new, x_new, h_pre, h_post, h_res), kept
+
+
+def u_norm(u: Any, norm_scale: Any) -> Any:
+    """What the backward pass wants of u, which the layer keeps too: all, if there is a norm."""
+    return u if norm_scale.shape[0] else u[..., :0]
 
 
 def _seam_fwd(config: MHCConfig, eps: float, deferred: bool, *operands: Any) -> Any:
