@@ -65,6 +65,17 @@ __device__ inline void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b.x), "r"(b.y));
 }
 
+// The same with 8 columns of A, and with two values of a stream in a word.
+__device__ inline void mma_k8(float (&d)[4], u32 a0, u32 a1, u32 b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(b));
+}
+__device__ inline u32 pair(float a, float b) { return pair_of((bf16*)nullptr, a, b); }
+__device__ inline float low_half(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ inline float high_half(u32 pair) { return __uint_as_float(pair & 0xffff0000); }
+
 // ---- products in float16 ---------------------------------------------------------------------------
 
 // float16 has 11 bits of a number where bfloat16 has 8, and little range: a power of two brings the largest of
