@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use miniz_oxide::deflate::compress_to_vec;
 
 /// Every file with the sizes and dtypes that have code of their own, and what it is compiled for.
-const FILES: [(&str, &[Size], &[&str], Target); 10] = [
+const FILES: [(&str, &[Size], &[&str], Target); 11] = [
     ("sinkhorn", &STREAMS, &["f32"], Target::Every),
     ("pre", &STREAMS, &["bf16", "f16", "f32"], Target::Every),
     ("norm", &STREAMS, &["bf16", "f16", "f32"], Target::Every),
@@ -29,7 +29,8 @@ const FILES: [(&str, &[Size], &[&str], Target); 10] = [
     ),
     ("one_pass_fwd", &CHANNELS, &["bf16"], Target::Clusters),
     ("pre_bwd_one_pass", &CHANNELS, &["bf16"], Target::Clusters),
-    ("seam_bwd_one_pass", &[W256], &["bf16"], Target::Hopper),
+    ("seam_bwd_one_pass", &CHANNELS, &["bf16"], Target::Hopper),
+    ("phi_bwd", &[W128], &["bf16"], Target::Hopper),
     ("gates_bwd", &[N4], &["f32"], Target::Clusters),
     ("sum_gradients", &[N4], &["f32"], Target::Clusters),
 ];
@@ -61,12 +62,10 @@ const COLUMNS: [Size; 4] = [
     ("any", 12, false),
 ];
 
-/// What most kernels for clusters are at their best with.
-const W256: Size = ("w256", 256, true);
-
-/// Channels of a stream that a block owns.
+/// Channels of a stream that a block owns by itself, and those in a cluster.
+const W128: Size = ("w128", 128, true);
 const CHANNELS: [Size; 4] = [
-    W256,
+    ("w256", 256, true),
     ("w320", 320, true),
     ("w384", 384, true),
     ("w448", 448, true),

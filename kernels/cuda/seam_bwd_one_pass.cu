@@ -15,7 +15,7 @@
 //   input dots       this block's part of <d_u, X[j]> and <d_u, y>, to the block that owns the token
 //   owners           the sum of these parts; r dm, h_pre and f, to all blocks
 //   main warps       X'; d_X' in place of d_X'_in, d_y in place of d_u, and the sums for d_phi, which stay in
-//                    registers until the end
+//                    registers until the end, or phi itself (`kSumsPhi`)
 //   stream dots      this block's part of d_h_post and d_H_res, to the owner, who adds them some tiles later
 //   finisher         d_X' and d_y to memory; what the main warps mix streams with, for the tile after the next
 //
@@ -30,10 +30,16 @@
 
 constexpr int N = 4;
 constexpr int kColumns = N * (N + 2);
-constexpr int kStages = 4;
+
+// The sums for d_phi of 256 channels take 96 registers of each thread of the main warps. Those of 320, 384 and 448
+// would take 120, 144 and 168, which the chip has no room for (docs/architecture.md counts): then phi_bwd.cu computes
+// d_phi, from r dm and another pass over X and y, and the main warps have phi in such registers, at most 96 of them,
+// which leaves shared memory to the stages.
+constexpr bool kSumsPhi = SIZE == 256;
+constexpr int kStages = SIZE <= 320 ? 4 : 3;
 
 // Warps and their tasks.
-constexpr int kMainWarps = SIZE / 32;  // 32 channels each
+constexpr int kMainWarps = 8;
 constexpr int kDotWarps = 2;
 constexpr int kInputDots = kMainWarps;
 constexpr int kStreamDots = kInputDots + kDotWarps;
@@ -42,12 +48,13 @@ constexpr int kFinisher = kLoader + 1;
 constexpr int kFirstOwner = kLoader + 2;
 constexpr int kOwnerWarps = 2;
 constexpr int kThreads = 32 * (kFirstOwner + kOwnerWarps);
-// 96 of them are sums for d_phi. With 320 channels these would be 120, and no more than 48 be left to the other
-// warps, who need 72; with 384 there are not enough for the sums and the rest of a main warp.
 constexpr int kMainRegisters = 184;
 constexpr int kOtherRegisters = 72;
 
 // ---- shared memory ----------------------------------------------------------------------------------
+
+// Slots for dots of d_u, of which an owner has every one or every second: at least as many as stages, and even.
+constexpr int kDotsSlots = 4;
 
 // Barriers, of 8 bytes each.
 enum Barrier : u32 {
@@ -55,7 +62,7 @@ enum Barrier : u32 {
   kGradientFull = kInputFull + kStages,       // d_X'_in
   kEmpty = kGradientFull + kStages,           // nobody needs the stage any more
   kDotsFull = kEmpty + kStages,               // all blocks' dots of d_u, at the owner
-  kAnswersFull = kDotsFull + kStages,         // the owners' answers
+  kAnswersFull = kDotsFull + kDotsSlots,      // the owners' answers
   kDone = kAnswersFull + kStages,             // d_X' and d_y lie in the place of d_X'_in and d_u
   kSumsFull = kDone + kStages,                // all blocks' dots of d_X', at the owner
   kTablesFull = kSumsFull + 8,                // tables of the mixing
@@ -77,7 +84,7 @@ constexpr u32 kAnswerUnit = kAnswerNorm + 4;
 // To the owner again: the block's parts of d_H_res and d_h_post, in the order of `sum_entry`.
 constexpr u32 kSumsBytes = 96;
 // Of a block: what comes in for the tokens that it owns, in the worst case (16 blocks).
-constexpr u32 kDotsRing = kStages * 8 * kDotWarps * kDotsBytes;
+constexpr u32 kDotsRing = kDotsSlots * 8 * kDotWarps * kDotsBytes;
 constexpr u32 kSumsRing = 8 * 8 * kSumsBytes;
 
 // Of a tile H_res and the transposed H_res_new for the products that mix (`Tables`), and h_post.
@@ -87,6 +94,7 @@ constexpr u32 kTablesBytes = 2 * kTableBytes + kTileTokens * N * 4;
 // phi of 16 channels of a stream, as A fragments of 16 and of 8 columns. In float16 one part of phi and one of
 // r dm are as near as d_X' in bfloat16 wants them, and bfloat16 would take two of each.
 constexpr u32 kPhiBytes = 768;
+constexpr u32 kAllPhiBytes = SIZE / 16 * N * kPhiBytes;
 
 // One stream of a tile.
 constexpr u32 kPlane = kTileTokens * SIZE * 2;
@@ -106,19 +114,28 @@ constexpr u32 kDots = 512;
 constexpr u32 kAnswers = kDots + kDotsRing;
 constexpr u32 kSums = kAnswers + kStages * kTileTokens * kAnswerStride;
 constexpr u32 kTableSlots = kSums + kSumsRing;
-constexpr u32 kPhi = kTableSlots + 2 * kTablesBytes;
-constexpr u32 kEven = (kPhi + SIZE / 16 * N * kPhiBytes + 1023) / 1024 * 1024;
+constexpr u32 kAfterTables = kTableSlots + 2 * kTablesBytes;
+constexpr u32 kEven = (kAfterTables + (kSumsPhi ? kAllPhiBytes : 0) + 1023) / 1024 * 1024;
+// On its way to registers phi lies in the stages that are loaded last.
+constexpr u32 kPhi = kSumsPhi ? kAfterTables : kEven + (kStages - 2) * kEvenBytes;
+static_assert(kSumsPhi || kAllPhiBytes == 2 * kEvenBytes, "");
 constexpr u32 kOdd = kEven + kStages * kEvenBytes + kOddShift;
 constexpr u32 kSharedBytes = kOdd + kStages * kOddBytes;
 // The launch says the same.
-static_assert(kSharedBytes == 229888 && kThreads == 512 && SIZE == 256, "");
+static_assert(SIZE != 256 || kSharedBytes == 229888, "");
+static_assert(SIZE != 320 || kSharedBytes == 221696, "");
+static_assert(SIZE != 384 || kSharedBytes == 200192, "");
+static_assert(SIZE != 448 || kSharedBytes == 230912, "");
+static_assert(kThreads == 512, "");
 static_assert(8 * kNumBarriers <= kDots, "");
 
 // ---- what all warps know ----------------------------------------------------------------------------
 
 struct Operands {
   const float *h_post, *h_res, *phi, *alpha, *bias, *m, *r, *h_res_new, *d_h_pre, *d_z;
-  float *d_h_post, *d_h_res, *d_phi, *gate_sums;
+  float *d_h_post, *d_h_res;
+  void* for_phi;  // the sums for d_phi, or r dm
+  float* gate_sums;
   int tokens, deferred;
 };
 
@@ -173,8 +190,18 @@ struct Block {
 
 // ---- main warps -------------------------------------------------------------------------------------
 
-// A main warp has 32 channels of all streams, in two units of 16.
-constexpr int kUnits = 2;
+// A main warp has units of 16 channels of all streams: two neighbours, or every eighth of the block's. In the latter
+// case half of the warps may have one less than the others.
+constexpr int kUnits = (SIZE / 16 + kMainWarps - 1) / kMainWarps;
+constexpr int kLastUnits = SIZE / 16 - (kUnits - 1) * kMainWarps;
+// Units whose X' is there before the answers are: with those of all, 448 channels would take too many registers.
+constexpr int kAhead = SIZE == 448 ? 1 : 2;
+constexpr int kUnitStep = kSumsPhi ? 16 : 16 * kMainWarps;  // channels
+constexpr int kWarpStep = kSumsPhi ? 32 : 16;
+// Where a unit lies, from the address of the warp's first one.
+__device__ inline u32 of_unit(u32 at, u32 unit) {
+  return kSumsPhi ? at ^ unit * 32 : at + unit * (kUnitStep / kBoxChannels) * kBox;
+}
 
 // Its fragments of 16 channels and 8 tokens have the channels g and g + 8, and in neighbouring columns the
 // tokens q and q + 4: so those of two products with four tokens each make one for eight.
@@ -182,23 +209,27 @@ __device__ inline u32 token_of_column(u32 column) { return column / 2 + 4 * (col
 
 struct MainWarp {
   const Block& block;
+  const bool has_last_unit;
   u32 phi;            // this lane's fragment of the first unit
   u32 streams;        // ldmatrix address, within a stage, of the tokens 0 to 3
   u32 stream_stage;   // bytes from stage to stage there
   u32 vectors;        // of y and d_u; the first two of the four matrices are y's
   u32 outputs;        // stmatrix addresses of d_X'
   u32 output_stage;
-  float phi_unit;
+  float phi_units[kUnits];
   u32 dm_rows, dm_columns;  // ldmatrix addresses within the answers
   u32 dm_unit;              // of the token of this lane's column
   u32 table;                // where the words of this lane lie in a table
   u32 take_high, take_low;  // what makes fragments of them
-  float d_phi[N][kUnits][3][4];
+  float d_phi[N][kUnits][3][4];  // where kSumsPhi
+  u32 phi_words[N][kUnits][6];   // elsewhere, beyond a tile
 
-  __device__ MainWarp(const Block& block, int warp, int lane) : block(block) {
+  __device__ MainWarp(const Block& block, int warp, int lane)
+      : block(block), has_last_unit(kLastUnits == kMainWarps || warp < kLastUnits) {
     const u32 row = lane % 8, matrix_of_lane = lane / 8;
-    const u32 first_unit = warp % 2 * 4, box = warp / 2 * kBox;  // 16 bytes are 8 channels
-    phi = block.base + kPhi + warp * (N * kUnits) * kPhiBytes;
+    const u32 first_channel = warp * kWarpStep, box = first_channel / kBoxChannels * kBox;
+    const u32 first_unit = first_channel % kBoxChannels / 8;  // 16 bytes are 8 channels
+    phi = block.base + kPhi + first_channel / 16 * N * kPhiBytes;
 
     // Rows (k) are stream * 4 + token % 4; matrices go over the channels first.
     const u32 k = lane / 16 * 8 + row, stream = k / 4, odd = stream % 2;
@@ -226,37 +257,66 @@ struct MainWarp {
     take_low = !has_token ? 0x4444 : upper ? 0x3244 : 0x4432;
   }
 
-  // phi as fragments, into shared memory.
-  __device__ void load_phi(const float* phi_of_block, int lane) {
+  // phi as fragments, into shared memory and from there into registers if it is kept there. Two units at a
+  // time, which share a scale: there are too few registers for the numbers of all.
+  __device__ void load_phi(const float* phi_of_warp, int lane) {
     const int g = lane / 4, q = lane % 4;
-    float2 values[N * kUnits][6];
-    u32 largest = 0;
+#pragma unroll 1
+    for (int first = 0; first < kUnits; first += 2) {
+      float2 values[N * 2][6];
+      u32 largest = 0;
 #pragma unroll
-    for (int e = 0; e < N * kUnits * 6; ++e) {
-      const int j = e / 6, p = e % 6;
-      const int row = j / kUnits * block.hidden() + j % kUnits * 16 + p % 2 * 8 + g;
-      const float2 v = __ldg(reinterpret_cast<const float2*>(phi_of_block + row * kColumns + p / 2 * 8) + q);
-      largest = max(largest, max(magnitude(v.x), magnitude(v.y)));
-      values[j][p] = v;
+      for (int e = 0; e < N * 2 * 6; ++e) {
+        const int j = e / 6, p = e % 6, unit = first + j % 2;
+        if (!has_unit(unit)) continue;
+        const int row = j / 2 * block.hidden() + unit * kUnitStep + p % 2 * 8 + g;
+        const float2 v = __ldg(reinterpret_cast<const float2*>(phi_of_warp + row * kColumns + p / 2 * 8) + q);
+        largest = max(largest, max(magnitude(v.x), magnitude(v.y)));
+        values[j][p] = v;
+      }
+      const float phi_unit = half_unit(__reduce_max_sync(kAllLanes, largest));
+      const float scale = inverse_of_unit(phi_unit);
+#pragma unroll
+      for (int unit = 0; unit < kUnits; ++unit) {
+        if (unit / 2 == first / 2) phi_units[unit] = phi_unit;
+      }
+#pragma unroll
+      for (int j = 0; j < N * 2; ++j) {
+        const int unit = first + j % 2;
+        if (!has_unit(unit)) continue;
+        u32 words[6];
+#pragma unroll
+        for (int p = 0; p < 6; ++p) words[p] = half_pair(values[j][p].x * scale, values[j][p].y * scale);
+        const u32 at = fragment(j / 2, unit);
+        write4(at + lane * 16, {words[0], words[1], words[2], words[3]});
+        write2(at + 512 + lane * 8, {words[4], words[5]});
+      }
     }
-    phi_unit = half_unit(__reduce_max_sync(kAllLanes, largest));
-    const float scale = inverse_of_unit(phi_unit);
 #pragma unroll
     for (int j = 0; j < N * kUnits; ++j) {
-      u32 words[6];
+      const int i = j / kUnits, unit = j % kUnits;
+      if constexpr (kSumsPhi) {
 #pragma unroll
-      for (int p = 0; p < 6; ++p) words[p] = half_pair(values[j][p].x * scale, values[j][p].y * scale);
-      write4(phi + j * kPhiBytes + lane * 16, {words[0], words[1], words[2], words[3]});
-      write2(phi + j * kPhiBytes + 512 + lane * 8, {words[4], words[5]});
-#pragma unroll
-      for (int c = 0; c < 12; ++c) d_phi[j / kUnits][j % kUnits][c / 4][c % 4] = 0.f;
+        for (int c = 0; c < 12; ++c) d_phi[i][unit][c / 4][c % 4] = 0.f;
+      } else if (has_unit(unit)) {
+        read_phi(phi_words[i][unit], i, unit, lane);
+      }
     }
+  }
+  __device__ u32 fragment(int i, int unit) const { return phi + (unit * (kUnitStep / 16) * N + i) * kPhiBytes; }
+  __device__ void read_phi(u32 (&words)[6], int i, int unit, int lane) const {
+    const uint4 a = read4(fragment(i, unit) + lane * 16);
+    const uint2 b = read2(fragment(i, unit) + 512 + lane * 8);
+    words[0] = a.x, words[1] = a.y, words[2] = a.z, words[3] = a.w, words[4] = b.x, words[5] = b.y;
+  }
+  __device__ bool has_unit(int unit) const {
+    return unit + 1 < kUnits || (unit + 1 == kUnits && has_last_unit);
   }
 
   // Four streams of the tokens 0 to 3 and 4 to 7.
-  __device__ static void read_streams(u32 (&fragments)[2][4], u32 at, u32 flip) {
-    read_transposed(fragments[0], at ^ flip);
-    read_transposed(fragments[1], (at ^ flip ^ 4 * 16) + 4 * kRowBytes);
+  __device__ static void read_streams(u32 (&fragments)[2][4], u32 at) {
+    read_transposed(fragments[0], at);
+    read_transposed(fragments[1], (at ^ 4 * 16) + 4 * kRowBytes);
   }
 
   // Mixes four streams of four tokens to the streams i and i + 1: (channel g, i), (g, i + 1), (g + 8, i),
@@ -278,10 +338,10 @@ struct MainWarp {
   }
 
   // X' of a unit as A fragments: channels g and g + 8.
-  __device__ void mix_x(u32 (&x_new)[N][2], const u32 (&y)[2], u32 at, u32 flip, const uint4 (&h_res)[2],
+  __device__ void mix_x(u32 (&x_new)[N][2], const u32 (&y)[2], u32 at, const uint4 (&h_res)[2],
                         const float (&h_post)[2][N]) const {
     u32 x[2][4];
-    read_streams(x, at, flip);
+    read_streams(x, at);
     float values[N][4];
 #pragma unroll
     for (u32 e = 0; e < 2; ++e) {
@@ -303,6 +363,45 @@ struct MainWarp {
     }
   }
 
+  // X' and d_u of some units.
+  __device__ void begin(u32 first, u32 last, u32 (&x_new)[kUnits][N][2], u32 (&d_u)[kUnits][2],
+                        u32 tables, u32 slot, int q) const {
+    const uint4 h_res[2] = {read4(tables + table), read4(tables + table + kTableBytes / 2)};
+    float h_post[2][N];
+    read_h_post(h_post, tables, q);
+#pragma unroll
+    for (u32 unit = first; unit < last; ++unit) {
+      if (!has_unit(unit)) break;
+      u32 y_and_d_u[4];
+      read_transposed(y_and_d_u, of_unit(vectors + slot * kEvenBytes, unit));
+      const u32 y[2] = {y_and_d_u[0], y_and_d_u[1]};
+      d_u[unit][0] = y_and_d_u[2], d_u[unit][1] = y_and_d_u[3];
+      mix_x(x_new[unit], y, of_unit(streams + slot * stream_stage, unit), h_res, h_post);
+    }
+  }
+
+  // Adds a tile to d_phi.
+  __device__ void sum_phi(const u32 (&x_new)[kUnits][N][2], u32 answers) {
+    // r dm, high and low parts of an octet of columns side by side: rows 8 to 15 of the tokens are the same
+    // again, for the low parts.
+    u32 dm[4], dm_end[2];
+    read_transposed(dm, answers + dm_columns);
+    read_transposed(dm_end, answers + dm_columns + 32);
+#pragma unroll
+    for (u32 unit = 0; unit < kUnits; ++unit) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const u32 a0 = x_new[unit][i][0], a1 = x_new[unit][i][1];
+        mma_k8(d_phi[i][unit][0], a0, a1, dm[0]);
+        mma_k8(d_phi[i][unit][0], a0, a1, dm[1]);
+        mma_k8(d_phi[i][unit][1], a0, a1, dm[2]);
+        mma_k8(d_phi[i][unit][1], a0, a1, dm[3]);
+        mma_k8(d_phi[i][unit][2], a0, a1, dm_end[0]);
+        mma_k8(d_phi[i][unit][2], a0, a1, dm_end[1]);
+      }
+    }
+  }
+
   __device__ void tile(int tile, Ring<kStages> ring, int lane) {
     const u32 slot = ring.slot;
     const int q = lane % 4;
@@ -311,52 +410,24 @@ struct MainWarp {
     wait(block.barrier(kTablesFull, tile % 2), tile / 2 % 2);
 
     u32 x_new[kUnits][N][2], d_u[kUnits][2];
-    {
-      const uint4 h_res[2] = {read4(tables + table), read4(tables + table + kTableBytes / 2)};
-      float h_post[2][N];
-      read_h_post(h_post, tables, q);
-#pragma unroll
-      for (u32 unit = 0; unit < kUnits; ++unit) {
-        u32 y_and_d_u[4];
-        read_transposed(y_and_d_u, (vectors + slot * kEvenBytes) ^ unit * 32);
-        const u32 y[2] = {y_and_d_u[0], y_and_d_u[1]};
-        d_u[unit][0] = y_and_d_u[2], d_u[unit][1] = y_and_d_u[3];
-        mix_x(x_new[unit], y, streams + slot * stream_stage, unit * 32, h_res, h_post);
-      }
-    }
+    begin(0, kAhead, x_new, d_u, tables, slot, q);
 
     wait(block.barrier(kGradientFull, slot), ring.parity);
     wait_for_cluster(block.barrier(kAnswersFull, slot), ring.parity);
     const u32 answers = block.answer(slot, 0);
-    {
-      // r dm, high and low parts of an octet of columns side by side: rows 8 to 15 of the tokens are the same
-      // again, for the low parts.
-      u32 dm[4], dm_end[2];
-      read_transposed(dm, answers + dm_columns);
-      read_transposed(dm_end, answers + dm_columns + 32);
-#pragma unroll
-      for (u32 unit = 0; unit < kUnits; ++unit) {
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-          const u32 a0 = x_new[unit][i][0], a1 = x_new[unit][i][1];
-          mma_k8(d_phi[i][unit][0], a0, a1, dm[0]);
-          mma_k8(d_phi[i][unit][0], a0, a1, dm[1]);
-          mma_k8(d_phi[i][unit][1], a0, a1, dm[2]);
-          mma_k8(d_phi[i][unit][1], a0, a1, dm[3]);
-          mma_k8(d_phi[i][unit][2], a0, a1, dm_end[0]);
-          mma_k8(d_phi[i][unit][2], a0, a1, dm_end[1]);
-        }
-      }
-    }
+    if constexpr (kSumsPhi) sum_phi(x_new, answers);
 
     u32 gradient[kUnits][2][4];
+    const u32 gradients = streams + slot * stream_stage + kGradient;
+    if constexpr (kSumsPhi) {
 #pragma unroll
-    for (u32 unit = 0; unit < kUnits; ++unit) {
-      read_streams(gradient[unit], streams + slot * stream_stage + kGradient, unit * 32);
+      for (u32 unit = 0; unit < kUnits; ++unit) read_streams(gradient[unit], of_unit(gradients, unit));
     }
 #pragma unroll
     for (u32 unit = 0; unit < kUnits; ++unit) {
-      const u32 flip = unit * 32;
+      if (!has_unit(unit)) break;
+      if (unit >= kAhead) begin(unit, unit + 1, x_new, d_u, tables, slot, q);
+      if constexpr (!kSumsPhi) read_streams(gradient[unit], of_unit(gradients, unit));
       // d_X' but for phi (r dm): channel g of the tokens q and q + 4, channel g + 8 of these
       float values[N][4], units[2];
 #pragma unroll
@@ -365,7 +436,7 @@ struct MainWarp {
         const float4 gates = read_float4(answer + kAnswerGates);
         const float h_pre[N] = {gates.x, gates.y, gates.z, gates.w};
         const float norm = read_float(answer + kAnswerNorm);
-        units[e] = phi_unit * read_float(answer + kAnswerUnit);
+        units[e] = phi_units[unit] * read_float(answer + kAnswerUnit);
         const uint4 h_res = read4(tables + kTableBytes + table + e * kTableBytes / 2);
 #pragma unroll
         for (u32 i = 0; i < N; i += 2) {
@@ -395,11 +466,9 @@ struct MainWarp {
       u32 rounded[2][4];
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        const u32 fragment = phi + (i * kUnits + unit) * kPhiBytes;
-        const uint4 a = read4(fragment + lane * 16);
-        const uint2 b = read2(fragment + 512 + lane * 8);
         float products[4] = {};
-        mma_half(products, {a.x, a.y, a.z, a.w, b.x, b.y}, half_dm);
+        if constexpr (kSumsPhi) read_phi(phi_words[i][unit], i, unit, lane);
+        mma_half(products, phi_words[i][unit], half_dm);
 #pragma unroll
         for (int v = 0; v < 4; ++v) values[i][v] = fmaf(units[v % 2], products[v], values[i][v]);
 #pragma unroll
@@ -407,10 +476,10 @@ struct MainWarp {
         rounded[i / 2][i % 2 * 2] = pair(values[i][0], values[i][1]);
         rounded[i / 2][i % 2 * 2 + 1] = pair(values[i][2], values[i][3]);
       }
-      write_transposed((outputs + slot * output_stage) ^ flip, rounded[0]);
-      write_transposed((outputs + kPlane + slot * output_stage) ^ flip, rounded[1]);
+      write_transposed(of_unit(outputs + slot * output_stage, unit), rounded[0]);
+      write_transposed(of_unit(outputs + kPlane + slot * output_stage, unit), rounded[1]);
       const u32 rounded_d_y[2] = {pair(d_y[0], d_y[1]), pair(d_y[2], d_y[3])};
-      write_transposed((vectors + kPlane + slot * kEvenBytes) ^ flip, rounded_d_y);
+      write_transposed(of_unit(vectors + kPlane + slot * kEvenBytes, unit), rounded_d_y);
     }
     fence_for_copies();
     __syncwarp();
@@ -437,8 +506,9 @@ struct MainWarp {
 
 __device__ inline void main_warps(const Block& block, const Operands& to, int warp, int lane) {
   MainWarp self(block, warp, lane);
-  const int row = block.rank * SIZE + warp * 32;
+  const int row = block.rank * SIZE + warp * kWarpStep;
   self.load_phi(to.phi + row * kColumns, lane);
+  fence_for_copies();
   __syncwarp();
   if (lane == 0) arrive(block.barrier(kPhiThere, 0));
   cluster_wait();
@@ -449,8 +519,10 @@ __device__ inline void main_warps(const Block& block, const Operands& to, int wa
     }
     self.tile(tile, ring, lane);
   }
-  const int of_cluster = block.cluster * N * block.hidden();
-  self.store_d_phi(to.d_phi + (of_cluster + row) * kColumns);
+  if constexpr (kSumsPhi) {
+    const int of_cluster = block.cluster * N * block.hidden();
+    self.store_d_phi(static_cast<float*>(to.for_phi) + (of_cluster + row) * kColumns);
+  }
 }
 
 // ---- input dots -------------------------------------------------------------------------------------
@@ -458,8 +530,11 @@ __device__ inline void main_warps(const Block& block, const Operands& to, int wa
 // <d_u, X[j]> and <d_u, y> over half of the channels, as diagonals of products of all tokens with all.
 __device__ inline void input_dots(const Block& block, int half, int lane) {
   const u32 row = lane % 8, matrix = lane / 8, odd = matrix % 2;
-  constexpr int kHalf = SIZE / 2;
-  const u32 box = half * (kHalf / kBoxChannels) * kBox + row * kRowBytes;
+  // Half of the boxes, or of each box where they are not even.
+  constexpr bool kWholeBoxes = SIZE / kBoxChannels % 2 == 0;
+  constexpr u32 kSteps = kWholeBoxes ? 4 : 2;  // in a box
+  const u32 box = (kWholeBoxes ? half * (SIZE / kBoxChannels / 2) * kBox : 0) + row * kRowBytes;
+  const u32 swizzle = kWholeBoxes ? row : row ^ half * 4;
   const u32 x_first = (odd ? block.odd(0) : block.even(0)) + box;
   const u32 x_stage = odd ? kOddBytes : kEvenBytes;
   const u32 vectors = block.even(0) + (matrix / 2 ? kInput : kY) + box;
@@ -470,14 +545,14 @@ __device__ inline void input_dots(const Block& block, int half, int lane) {
     wait(block.barrier(kInputFull, slot), ring.parity);
     float x01[4] = {}, x23[4] = {}, y[4] = {};
 #pragma unroll
-    for (u32 step = 0; step < kHalf / 16; ++step) {
-      const u32 at = step / 4 * kBox, unit = step % 4 * 2;
+    for (u32 step = 0; step < SIZE / 2 / 16; ++step) {
+      const u32 at = step / kSteps * kBox, unit = step % kSteps * 2;
       const u32 from = x_first + slot * x_stage + at +
-                       ((unit + matrix / 2) ^ row ^ odd * kOddSwizzle) * 16;
+                       ((unit + matrix / 2) ^ swizzle ^ odd * kOddSwizzle) * 16;
       u32 a[4], b[4], v[4];  // v: y, d_u
       read_matrices(a, from);
       read_matrices(b, from + kPlane);
-      read_matrices(v, vectors + slot * kEvenBytes + at + ((unit + matrix % 2) ^ row) * 16);
+      read_matrices(v, vectors + slot * kEvenBytes + at + ((unit + matrix % 2) ^ swizzle) * 16);
       mma(x01, a[0], a[1], a[2], a[3], {v[2], v[3]});
       mma(x23, b[0], b[1], b[2], b[3], {v[2], v[3]});
       mma(y, v[0], v[0], v[1], v[1], {v[2], v[3]});
@@ -487,8 +562,9 @@ __device__ inline void input_dots(const Block& block, int half, int lane) {
     if (lane % 4 == g / 2) {
       const bool b = g % 2;
       const u32 owner = block.owner(g, tile);
-      const u32 to = in_block(block.dots(slot, g, block.rank * kDotWarps + half), owner);
-      const u32 barrier = in_block(block.barrier(kDotsFull, slot), owner);
+      const u32 dots_slot = tile % kDotsSlots;
+      const u32 to = in_block(block.dots(dots_slot, g, block.rank * kDotWarps + half), owner);
+      const u32 barrier = in_block(block.barrier(kDotsFull, dots_slot), owner);
       send(to, {b ? x01[1] : x01[0], b ? x01[3] : x01[2], b ? x23[1] : x23[0], b ? x23[3] : x23[2]},
            barrier);
       send(to + 16, b ? y[1] : y[0], barrier);
@@ -757,7 +833,8 @@ struct Owner {
     return sum + __shfl_xor_sync(kAllLanes, sum, 16);
   }
 
-  __device__ void answer(int tile, u32 slot, u32 parity, int t, const Token& token) {
+  __device__ void answer(int tile, int t, const Token& token) {
+    const u32 slot = tile % kDotsSlots;
     const float m_pre = __shfl_sync(kAllLanes, token.m, lane % N);
     const float z = alpha_pre * m_pre + bias_pre, s = sigmoid(z);
     const float d_sigmoid = s * sigmoid(-z);
@@ -768,7 +845,7 @@ struct Owner {
 
     // All this belongs before the wait.
     asm volatile("" ::"f"(d_sigmoid), "f"(f), "f"(others), "f"(answer.w));
-    if (t == 0) wait_for_cluster(block.barrier(kDotsFull, slot), parity);
+    if (t == 0) wait_for_cluster(block.barrier(kDotsFull, slot), tile / kDotsSlots % 2);
     const float dot = sum_dots(slot, t);
     float d_h = token.d_h_pre + token.h_post * __shfl_sync(kAllLanes, dot, N);
     d_h = fmaf(token.h_res.x, __shfl_sync(kAllLanes, dot, 0), d_h);
@@ -794,14 +871,20 @@ struct Owner {
     } else if (part == 7) {
       answer.x = norm, answer.y = unit;
     }
-    const u32 at = block.answer(slot, in_tile(t)) + part * 16;
-    const u32 barrier = block.barrier(kAnswersFull, slot);
+    const u32 stage = tile % kStages;
+    const u32 at = block.answer(stage, in_tile(t)) + part * 16;
+    const u32 barrier = block.barrier(kAnswersFull, stage);
 #pragma unroll
     for (u32 to = 0; to < 16; to += 4) {
       const u32 rank = to + lane / 8;
       if (rank < block.ranks) send(in_block(at, rank), answer, in_block(barrier, rank));
     }
 
+    if constexpr (!kSumsPhi) {
+      const int row = block.first_token(tile) + in_tile(t);
+      const bool stores = row < with.tokens && lane < int(kAnswerGates / 16);
+      if (stores) static_cast<float4*>(with.for_phi)[size_t(row) * (kAnswerGates / 16) + lane] = answer;
+    }
     const float d_z = lane < N ? d_z_pre : token.d_z;
     sum_d_z += d_z;
     sum_d_z_m += d_z * token.m;
@@ -851,9 +934,8 @@ struct Owner {
     for (int owned = which; tile(owned - later) < block.num_tiles; owned += kOwnerWarps) {
       const int at = tile(owned);
       if (at < block.num_tiles) {
-        const u32 slot = at % kStages, parity = at / kStages % 2;
         if (lane == 0) {
-          arrive_and_expect(block.barrier(kDotsFull, slot),
+          arrive_and_expect(block.barrier(kDotsFull, at % kDotsSlots),
                             block.tokens_owned() * block.ranks * kDotWarps * kDotsSent);
         }
 #pragma unroll 1
@@ -861,7 +943,7 @@ struct Owner {
           const Token token = next;
           const bool last = t + 1 == block.tokens_owned();
           next = load(tile(last ? owned + kOwnerWarps : owned), last ? 0 : t + 1);
-          answer(at, slot, parity, t, token);
+          answer(at, t, token);
         }
       }
       if (owned >= later) collect(owned - later);
@@ -872,9 +954,10 @@ struct Owner {
 
 // ---- kernel -----------------------------------------------------------------------------------------
 
-// d_z: [tokens, 24], of which those of h_pre are not read. d_phi: [clusters, 4 C, 24] and gate_sums:
-// [2 * blocks, 24 + 3], to be summed. The maps have boxes of kTileTokens tokens and SIZE channels of every second stream, or of y and
-// the like. d_x_new may lie where d_x_new_in does.
+// d_z: [tokens, 24], of which those of h_pre are not read. gate_sums: [2 * blocks, 24 + 3], to be summed. for_phi:
+// [clusters, 4 C, 24], to be summed for d_phi, or r dm in two bfloat16 parts, [tokens, 2, 24], for phi_bwd.cu. The
+// maps have boxes of kTileTokens tokens and SIZE channels of every second stream, or of y and the like. d_x_new may lie
+// where d_x_new_in does.
 KERNEL(seam_bwd_one_pass, kThreads, 1)
 (const __grid_constant__ TensorMap x_even, const __grid_constant__ TensorMap x_odd,
  const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap d_u,
@@ -882,22 +965,22 @@ KERNEL(seam_bwd_one_pass, kThreads, 1)
  const __grid_constant__ TensorMap d_x_new_even, const __grid_constant__ TensorMap d_x_new_odd,
  const __grid_constant__ TensorMap d_y, const float* h_post, const float* h_res, const float* phi,
  const float* alpha, const float* bias, const float* m, const float* r, const float* h_res_new,
- const float* d_h_pre, const float* d_z, float* d_h_post, float* d_h_res, float* d_phi,
+ const float* d_h_pre, const float* d_z, float* d_h_post, float* d_h_res, void* for_phi,
  float* gate_sums, int tokens, int deferred, Settings settings) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Block block(shared_address(shared), tokens);
-  const Operands operands{h_post, h_res, phi,      alpha,   bias,  m,         r,      h_res_new,
-                          d_h_pre, d_z,  d_h_post, d_h_res, d_phi, gate_sums, tokens, deferred};
+  const Operands operands{h_post,  h_res, phi,      alpha,   bias,    m,         r,      h_res_new,
+                          d_h_pre, d_z,   d_h_post, d_h_res, for_phi, gate_sums, tokens, deferred};
   const Maps maps{x_even,         x_odd,        y,           d_u, d_x_new_in_even,
                   d_x_new_in_odd, d_x_new_even, d_x_new_odd, d_y};
   if (threadIdx.x == 0) {
     for (u32 slot = 0; slot < 8; ++slot) init_barrier(block.barrier(kSumsFull, slot), 1);
+    for (u32 slot = 0; slot < kDotsSlots; ++slot) init_barrier(block.barrier(kDotsFull, slot), 1);
     for (u32 slot = 0; slot < kStages; ++slot) {
       init_barrier(block.barrier(kInputFull, slot), 1);
       init_barrier(block.barrier(kGradientFull, slot), 1);
       init_barrier(block.barrier(kEmpty, slot), kDotWarps + 1);
-      init_barrier(block.barrier(kDotsFull, slot), 1);
       init_barrier(block.barrier(kAnswersFull, slot), 1);
       init_barrier(block.barrier(kDone, slot), kMainWarps);
     }

@@ -184,10 +184,11 @@ mod tests {
             ("projection", &["k8", "k24", "k80", "any"], &all),
         ];
         let channels: &[_] = &["w256", "w320", "w384", "w448"];
-        let clusters: [(_, &[_], &[DType]); 5] = [
+        let clusters: [(_, &[_], &[DType]); 6] = [
             ("one_pass_fwd", channels, &all[..1]),
             ("pre_bwd_one_pass", channels, &all[..1]),
-            ("seam_bwd_one_pass", &channels[..1], &all[..1]),
+            ("seam_bwd_one_pass", channels, &all[..1]),
+            ("phi_bwd", &["w128"], &all[..1]),
             ("gates_bwd", &streams[1..2], &all[2..]),
             ("sum_gradients", &streams[1..2], &all[2..]),
         ];
@@ -195,9 +196,10 @@ mod tests {
             let (_, number) = architecture.split_once('_').unwrap();
             let number: u32 = number.parse().unwrap();
             let has_clusters = matches!(*architecture, "sm_90" | "sm_100");
+            let of_hopper = ["seam_bwd_one_pass", "phi_bwd"];
             let clusters = (clusters.iter())
                 .filter(|_| has_clusters)
-                .filter(|(file, ..)| *architecture == "sm_90" || *file != "seam_bwd_one_pass");
+                .filter(|(file, ..)| *architecture == "sm_90" || !of_hopper.contains(file));
             for (file, sizes, dtypes) in every.iter().chain(clusters) {
                 for size in *sizes {
                     for &dtype in *dtypes {

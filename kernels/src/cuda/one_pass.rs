@@ -4,7 +4,9 @@
 pub mod pre_bwd;
 pub mod seam_bwd;
 
-use super::launch::{Arg, CLUSTER_SIZES, Device, Kernel, Launch, Problem, Tensor};
+use super::launch::{
+    Arg, CLUSTER_SIZES, Device, Kernel, Launch, MAX_CLUSTER_BLOCKS, Problem, Tensor,
+};
 use crate::signature::{Call, Op};
 use crate::view::DType;
 
@@ -44,6 +46,11 @@ impl Shape {
     /// Whether the GPU has room for a cluster, and this build kernels for it.
     pub fn runs_on(self, device: &Device) -> bool {
         device.num_clusters(self.cluster, 1).is_some()
+    }
+
+    /// More clusters than this do not run at once on any GPU.
+    pub fn max_clusters(self) -> u32 {
+        MAX_CLUSTER_BLOCKS / self.cluster
     }
 
     /// The blocks of a kernel that takes tiles of so many tokens in turn.

@@ -70,6 +70,7 @@ fn examples() -> Vec<(String, Example)> {
                 (17, [2, 33]),
                 (1000, [3, 7]),
                 (8192, [4, 4096]),
+                (1000, [4, 2560]),
                 (16, [8, 100]),
                 (300, [8, 4096]),
                 (5, [16, 8]),
@@ -189,6 +190,10 @@ fn the_seam_reads_the_streams_once_where_a_kernel_does() {
     let once = ["gates_bwd", "seam_bwd_one_pass", "sum_gradients"];
     assert_eq!(functions(&H100, DType::Bf16, 4096), once);
     assert_eq!(functions(&H100, DType::Bf16, 1024), once);
+    let but_phi = ["gates_bwd", "seam_bwd_one_pass", "phi_bwd", "sum_gradients"];
+    for c in [640, 2560, 6144, 7168] {
+        assert_eq!(functions(&H100, DType::Bf16, c), but_phi);
+    }
     let pre_once = [
         "post_fwd",
         "gates_bwd",
@@ -196,8 +201,8 @@ fn the_seam_reads_the_streams_once_where_a_kernel_does() {
         "sum_gradients",
         "post_bwd",
     ];
-    assert_eq!(functions(&H100, DType::Bf16, 2560), pre_once);
     assert_eq!(functions(&B200, DType::Bf16, 4096), pre_once);
+    assert_eq!(functions(&B200, DType::Bf16, 2560), pre_once);
     for (device, dtype, c) in [
         (L4, DType::Bf16, 4096),
         (H100, DType::F32, 4096),

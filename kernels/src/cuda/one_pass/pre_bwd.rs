@@ -29,7 +29,7 @@ impl Parts {
             per_token: 0,
             fixed,
         };
-        let clusters = (MAX_CLUSTER_BLOCKS / shape.cluster) as usize;
+        let clusters = shape.max_clusters() as usize;
         Self {
             d_z: Part::per_token(COLUMNS),
             // Of up to two warps a block.

@@ -1,0 +1,232 @@
+// d_phi of the seam's backward pass, where seam_bwd_one_pass.cu has no room for these sums and leaves r dm (n = 4):
+//
+//   X'     = H_res X + h_post y, as the forward pass rounds it
+//   d_phi  = sum over tokens of vec(X')^T (r dm)
+//
+// A block has SIZE channels of all streams and every gridDim.y-th tile of tokens. One warp loads; the main warps have
+// 32 channels each, whose sums stay in their registers until the end. Two blocks share a multiprocessor.
+
+#include "one_pass.cuh"
+
+constexpr int N = 4;
+constexpr int kColumns = N * (N + 2);
+constexpr int kOctets = kColumns / 8;
+constexpr int kTokens = 16;
+constexpr int kStages = 4;
+constexpr int kMainWarps = SIZE / 32;
+// The loader is one warp; registers go from four warps to four.
+constexpr int kThreads = 32 * (kMainWarps + 4);
+constexpr int kMainRegisters = 192;
+constexpr int kLoaderRegisters = 64;
+constexpr int kUnits = 2;  // of 16 channels, of a warp
+
+// ---- shared memory ----------------------------------------------------------------------------------
+
+// A stage: X as [stream, box, token, 64 channels], y alike, and rows of the tokens: H_res and h_post, and r dm in two
+// bfloat16 parts. The strides keep rows in different banks that are read at once.
+constexpr u32 kPlane = kTokens * SIZE * 2;
+constexpr u32 kBox = kTokens * kRowBytes;
+constexpr u32 kY = N * kPlane;
+constexpr u32 kMixing = kY + kPlane;
+constexpr u32 kMixingStride = (N * N + N) * 4;
+constexpr u32 kDm = kMixing + kTokens * kMixingStride;
+constexpr u32 kDmBytes = 2 * kColumns * 2;
+constexpr u32 kDmStride = kDmBytes + 16;
+constexpr u32 kStageBytes = kDm + kTokens * kDmStride;
+constexpr u32 kFirstStage = 1024;  // behind the barriers
+constexpr u32 kSharedBytes = kFirstStage + kStages * kStageBytes;
+static_assert(kStageBytes % 1024 == 0, "");
+// The launch says the same.
+static_assert(kSharedBytes == 95232 && kThreads == 256 && SIZE == 128, "");
+
+struct Stages {
+  u32 base;
+  // Barriers: all copies and the loader's writes are there; no main warp needs the stage any more.
+  __device__ u32 full(u32 slot) const { return base + 8 * slot; }
+  __device__ u32 empty(u32 slot) const { return base + 8 * (kStages + slot); }
+  __device__ u32 at(u32 slot) const { return base + kFirstStage + slot * kStageBytes; }
+};
+
+struct Operands {
+  const float4 *h_post, *h_res;
+  const uint4* r_dm;
+  float* d_phi;
+  int tokens, hidden;
+
+  __device__ int num_tiles() const { return (tokens + kTokens - 1) / kTokens; }
+};
+
+// ---- loader -----------------------------------------------------------------------------------------
+
+// What a lane brings of a tile's tokens, zero behind the last one.
+struct Coefficients {
+  static constexpr int kDmParts = kDmBytes / 16;
+  float4 h_res[2], h_post;
+  uint4 r_dm[kDmParts / 2];
+
+  __device__ void load(const Operands& from, int tile, int lane) {
+    const size_t first = size_t(tile) * kTokens;
+    const int count = from.tokens - tile * kTokens;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int row = k * 32 + lane;
+      h_res[k] = row / N < count ? __ldg(from.h_res + first * N + row) : float4{};
+    }
+    h_post = lane < kTokens && lane < count ? __ldg(from.h_post + first + lane) : float4{};
+#pragma unroll
+    for (int k = 0; k < kDmParts / 2; ++k) {
+      const int part = k * 32 + lane;
+      r_dm[k] = part / kDmParts < count ? __ldg(from.r_dm + first * kDmParts + part) : uint4{};
+    }
+  }
+
+  __device__ void write(u32 stage, int lane) const {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int row = k * 32 + lane;
+      write_float4(stage + kMixing + row / N * kMixingStride + row % N * 16, h_res[k]);
+    }
+    if (lane < kTokens) write_float4(stage + kMixing + lane * kMixingStride + N * N * 4, h_post);
+#pragma unroll
+    for (int k = 0; k < kDmParts / 2; ++k) {
+      const int part = k * 32 + lane;
+      write4(stage + kDm + part / kDmParts * kDmStride + part % kDmParts * 16, r_dm[k]);
+    }
+  }
+};
+
+__device__ inline void load_tiles(const Stages& stages, const TensorMap& x, const TensorMap& y,
+                                  const Operands& from, int lane) {
+  const u64 policy = evict_first();
+  const int box = blockIdx.x * (SIZE / kBoxChannels);
+  Coefficients coefficients;
+  coefficients.load(from, blockIdx.y, lane);
+  Ring<kStages> ring;
+  for (int tile = blockIdx.y; tile < from.num_tiles(); tile += gridDim.y, ring.next()) {
+    const u32 stage = stages.at(ring.slot), full = stages.full(ring.slot);
+    wait(stages.empty(ring.slot), ring.parity ^ 1);
+    if (lane == 0) {
+      arrive_and_expect(full, (N + 1) * kPlane);
+      copy_in(stage, x, tile * kTokens, box, 0, full, policy);
+      copy_in(stage + kY, y, tile * kTokens, box, 0, full, policy);
+    }
+    coefficients.write(stage, lane);
+    __syncwarp();
+    if (lane == 0) arrive(full);
+    coefficients.load(from, tile + gridDim.y, lane);
+  }
+}
+
+// ---- main warps -------------------------------------------------------------------------------------
+
+// X' of two channels and two neighbouring tokens, as A fragments: x[j] and y are channel g and channel g + 8, each
+// with both tokens in a word. The order of the sums is that of the forward pass.
+__device__ inline void mix(u32 (&x_new)[2], int i, const u32 (&x)[N][2], const u32 (&y)[2],
+                           const float (&h_res)[2][N][N], const float (&h_post)[2][N]) {
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    float sums[2] = {h_post[0][i] * low_half(y[c]), h_post[1][i] * high_half(y[c])};
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      sums[0] += h_res[0][i][j] * low_half(x[j][c]);
+      sums[1] += h_res[1][i][j] * high_half(x[j][c]);
+    }
+    x_new[c] = pair(sums[0], sums[1]);
+  }
+}
+
+__device__ inline void read_floats(float (&values)[N], u32 at) {
+  const float4 v = read_float4(at);
+  values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
+}
+
+__device__ inline void sum_tiles(const Stages& stages, const Operands& to, int warp, int lane) {
+  const u32 row = lane % 8, matrix = lane / 8, g = lane / 4, q = lane % 4;
+  // Within a stage, of the first unit and the first eight tokens: 16 bytes are 8 channels.
+  const u32 box = warp / 2 * kBox, first_unit = warp % 2 * 4;
+  const u32 streams = matrix / 2 * kPlane + box + swizzled(row, first_unit + matrix % 2);
+  const u32 y_rows = kY + box + swizzled(row, first_unit + matrix % 2);
+  const u32 dm_rows = kDm + row * kDmStride + matrix * 16;
+
+  float d_phi[kUnits][N][kOctets][4] = {};
+  Ring<kStages> ring;
+  for (int tile = blockIdx.y; tile < to.num_tiles(); tile += gridDim.y, ring.next()) {
+    const u32 stage = stages.at(ring.slot);
+    wait(stages.full(ring.slot), ring.parity);
+#pragma unroll
+    for (u32 eight = 0; eight < kTokens; eight += 8) {
+      const u32 mixing = stage + kMixing + (eight + 2 * q) * kMixingStride;
+      float h_res[2][N][N], h_post[2][N];
+#pragma unroll
+      for (u32 t = 0; t < 2; ++t) {
+#pragma unroll
+        for (u32 i = 0; i < N; ++i) read_floats(h_res[t][i], mixing + t * kMixingStride + i * 16);
+        read_floats(h_post[t], mixing + t * kMixingStride + N * N * 4);
+      }
+      u32 dm[4], dm_end[2];  // the octets of the high parts, then those of the low parts
+      read_transposed(dm, stage + dm_rows + eight * kDmStride);
+      read_transposed(dm_end, stage + dm_rows + 4 * 16 + eight * kDmStride);
+#pragma unroll
+      for (u32 unit = 0; unit < kUnits; ++unit) {
+        u32 x01[4], x23[4], y[2];
+        const u32 at = (stage + streams + eight * kRowBytes) ^ unit * 32;
+        read_transposed(x01, at);
+        read_transposed(x23, at + 2 * kPlane);
+        read_transposed(y, (stage + y_rows + eight * kRowBytes) ^ unit * 32);
+        const u32 x[N][2] = {{x01[0], x01[1]}, {x01[2], x01[3]}, {x23[0], x23[1]}, {x23[2], x23[3]}};
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          u32 x_new[2];
+          mix(x_new, i, x, y, h_res, h_post);
+          float(&sums)[kOctets][4] = d_phi[unit][i];
+          mma_k8(sums[0], x_new[0], x_new[1], dm[0]);
+          mma_k8(sums[1], x_new[0], x_new[1], dm[1]);
+          mma_k8(sums[2], x_new[0], x_new[1], dm[2]);
+          mma_k8(sums[0], x_new[0], x_new[1], dm[3]);
+          mma_k8(sums[1], x_new[0], x_new[1], dm_end[0]);
+          mma_k8(sums[2], x_new[0], x_new[1], dm_end[1]);
+        }
+      }
+    }
+    __syncwarp();
+    if (lane == 0) arrive(stages.empty(ring.slot));
+  }
+
+  const size_t first = size_t(blockIdx.y) * N * to.hidden + blockIdx.x * SIZE + warp * 32 + g;
+#pragma unroll
+  for (int e = 0; e < kUnits * N * kOctets * 2; ++e) {
+    const int unit = e / (N * kOctets * 2), i = e / (kOctets * 2) % N;
+    const int octet = e / 2 % kOctets, half = e % 2;
+    const size_t channel = first + size_t(i) * to.hidden + unit * 16 + half * 8;
+    const float* sums = d_phi[unit][i][octet] + half * 2;
+    reinterpret_cast<float2*>(to.d_phi + channel * kColumns + octet * 8)[q] = {sums[0], sums[1]};
+  }
+}
+
+// ---- kernel -----------------------------------------------------------------------------------------
+
+// r_dm: [tokens, 2, 24], bfloat16. d_phi: [gridDim.y, 4 C, 24], to be summed. The maps have boxes of kTokens tokens and
+// SIZE channels; gridDim.x is C / SIZE.
+KERNEL(phi_bwd, kThreads, 2)
+(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap y, const float4* h_post,
+ const float4* h_res, const uint4* r_dm, float* d_phi, int tokens) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const Stages stages{shared_address(shared)};
+  const Operands operands{h_post, h_res, r_dm, d_phi, tokens, int(gridDim.x) * SIZE};
+  if (threadIdx.x == 0) {
+    for (u32 slot = 0; slot < kStages; ++slot) {
+      init_barrier(stages.full(slot), 2);
+      init_barrier(stages.empty(slot), kMainWarps);
+    }
+    publish_barriers();
+  }
+  __syncthreads();
+  if (warp < kMainWarps) {
+    take_registers<kMainRegisters>();
+    sum_tiles(stages, operands, warp, lane);
+  } else {
+    give_registers<kLoaderRegisters>();
+    if (warp == kMainWarps) load_tiles(stages, x, y, operands, lane);
+  }
+}
