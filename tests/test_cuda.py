@@ -62,8 +62,9 @@ def dtypes_of(op):
     return ["float32"] if op == "sinkhorn" else DTYPES
 
 
-# The same where a cluster of blocks shares the width.
+# The same where a cluster of blocks shares the width, with 256 channels each and with more.
 SHARED_CASE = Case((2053,), 4, 1024, 3.0)
+WIDE_CASE = Case((2053,), 4, 1280, 3.0)
 
 OP_DTYPES = [(op, dtype) for op in (*KERNELS, "two_sublayers") for dtype in dtypes_of(op)]
 
@@ -194,6 +195,7 @@ def poison():
 OP_DTYPE_CASES = [
     *[(op, dtype, CASE) for op, dtype in OP_DTYPES],
     *[(op, "bfloat16", SHARED_CASE) for op in ("pre", "post_pre", "two_sublayers")],
+    ("post_pre", "bfloat16", WIDE_CASE),
 ]
 
 
