@@ -155,12 +155,22 @@ KERNEL(norm_bwd, kThreads)
   }
 }
 
+// Channels of a block, a lane each; its warps share the rows of d_w.
+constexpr int kSumChannels = 32;
+
 KERNEL(sum_norm_scale, kThreads)
 (const float* d_w, float* d_norm_scale, int blocks, int hidden) {
-  const int at = blockIdx.x * kThreads + threadIdx.x;
-  if (at >= hidden) return;
+  __shared__ float sums[kWarps][kSumChannels];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, at = blockIdx.x * kSumChannels + lane;
   float sum = 0.f;
+  if (at < hidden) {
 #pragma unroll 8
-  for (int block = 0; block < blocks; ++block) sum += d_w[(long long)block * hidden + at];
+    for (int block = warp; block < blocks; block += kWarps) sum += d_w[(long long)block * hidden + at];
+  }
+  sums[warp][lane] = sum;
+  __syncthreads();
+  if (warp > 0 || at >= hidden) return;
+#pragma unroll
+  for (int w = 1; w < kWarps; ++w) sum += sums[w][lane];
   d_norm_scale[at] = sum;
 }

@@ -16,6 +16,14 @@
 //
 // X may have more buffers than d_x_in, which is not wanted before the answer is there.
 //
+// Where the layer's input is normalised, d_u is the cotangent g of w rho u, with u = sum over i of h_pre[i] X[i]. In place
+// of d_u stands then the cotangent of u (NORM):
+//
+//   v = w g      du = rho v - f u, f = rho^3 <v, u> / C      dw = sum over tokens of g rho u
+//
+// Neither u nor du is rounded or written anywhere: the dot warps have <v, X[i]> and <X[i], X[j]>, of which the owner makes
+// <u, X[i]>, <v, u> and so f; main warps add up u again.
+//
 // Whatever belongs to a token stays within it, so that one with no number in it does not spoil others.
 
 #include "coefficients.cuh"
@@ -48,13 +56,25 @@ constexpr bool kPrefetch = kStages < 3;
 // Fragments of d_phi whose sums a main warp has in shared memory, as 14 do not fit into its registers.
 constexpr int kSumsInShared = SIZE == 448 ? 1 : 0, kSums = kFragments - kSumsInShared;
 
+// Whether main warps have registers for their sums for the gradient of w.
+constexpr bool kHoldsDW = SIZE <= 320;
+
 // Registers are handed on by groups of four warps. Two dot warps take longer than four, but leave more registers to
 // the main warps.
-constexpr int kDotWarps = SIZE == 256 ? 4 : 2;
-constexpr int kMainRegisters = kDotWarps == 2 ? 216 : 200;
-constexpr int kDotRegisters = kDotWarps == 2 ? 72 : 48, kOtherRegisters = kDotWarps == 2 ? 72 : 64;
-constexpr int kCopier = kMainWarps + kDotWarps, kOwner = kCopier + 1;
-constexpr int kThreads = 32 * (kMainWarps + (kDotWarps + 2 + 3) / 4 * 4);
+template <bool NORM>
+struct Warps {
+  static constexpr int kDot = SIZE == 256 && !NORM ? 4 : 2;
+  static constexpr int kMainRegisters = kDot == 2 ? 216 : 200;
+  static constexpr int kDotRegisters = kDot == 2 ? 72 : 48, kOtherRegisters = kDot == 2 ? 72 : 64;
+  static constexpr int kCopier = kMainWarps + kDot, kOwner = kCopier + 1;
+  static constexpr int kThreads = 32 * (kMainWarps + (kDot + 2 + 3) / 4 * 4);
+  // The parts of the dot products of one token from one block: a float4 a dot warp, and as much again where u is
+  // normalised.
+  static constexpr u32 kPartBytes = kDot * 16;
+};
+// Room for them.
+constexpr u32 kPartBytes = 64;
+static_assert(Warps<false>::kPartBytes <= kPartBytes && 2 * Warps<true>::kPartBytes <= kPartBytes);
 
 // ---- shared memory ----------------------------------------------------------------------------------
 
@@ -68,12 +88,11 @@ constexpr u32 kBoxUnits = kBoxChannels / 16, kUnitBytes = 32;
 constexpr u32 kFragmentBytes = 32 * 24, kSumsBytes = 32 * 48;
 constexpr u32 kPhiBytes = kMainWarps * (kFragments - kHeld) * kFragmentBytes;
 // What main warps want to know of a tile, a row a token: r dm, what r dm lost by rounding (bf16, 24 each), h_pre, -f
-// and the unit of r dm (`half_unit`), all of these from the owner; the transpose of h_res. The padding keeps the rows in different banks.
-constexpr u32 kHPre = 96, kMinusF = 112, kUnit = kMinusF + 4, kHRes = 128;
+// and the unit of r dm (`half_unit`), rho and -f of the norm of u, all of these from the owner; the transpose of h_res. The
+// padding keeps the rows in different banks.
+constexpr u32 kHPre = 96, kMinusF = 112, kUnit = kMinusF + 4, kRho = kUnit + 4, kHRes = 128;
 constexpr u32 kNoteRow = kHRes + N * N * sizeof(float) + 16;
 constexpr u32 kNotesBytes = kTileTokens * kNoteRow;
-// The parts of the dot products of one token from one block: a float4 a dot warp.
-constexpr u32 kPartBytes = kDotWarps * 16;
 // Clusters of 16 have owners for two tiles, so that half as many buffers do.
 constexpr u32 kPartsBytes = (kStages + 1) / 2 * 16 * kPartBytes;
 
@@ -92,10 +111,13 @@ constexpr u32 kFull = kBarriers, kDone = kFull + 8 * kStages, kPartsFull = kDone
 constexpr u32 kPhiUnits = kPhiRead + 8;
 constexpr u32 kSharedBytes = kPhiUnits + kMainWarps * sizeof(float);
 // The plan of a call (one_pass/pre_bwd.rs) has the same numbers.
-static_assert(SIZE != 256 || (kSharedBytes == 220568 && kThreads == 512));
-static_assert(SIZE != 320 || (kSharedBytes == 205880 && kThreads == 384));
-static_assert(SIZE != 384 || (kSharedBytes == 221232 && kThreads == 384));
-static_assert(SIZE != 448 || (kSharedBytes == 231304 && kThreads == 384));
+static_assert(SIZE != 256 || kSharedBytes == 220568);
+static_assert(SIZE != 320 || kSharedBytes == 206904);
+static_assert(SIZE != 384 || kSharedBytes == 222256);
+static_assert(SIZE != 448 || kSharedBytes == 231816);
+static_assert(SIZE != 256 || Warps<false>::kThreads == 512);
+static_assert(SIZE == 256 || Warps<false>::kThreads == 384);
+static_assert(Warps<true>::kThreads == 384);
 
 extern __shared__ __align__(1024) unsigned char shared[];
 
@@ -131,14 +153,16 @@ struct Block {
   __device__ int owner_groups() const { return cluster > kTileTokens ? cluster / kTileTokens : 1; }
 };
 
-// The ring of buffers for parts of the dot products.
+// The ring of buffers for parts of the dot products. A buffer has them one kind after the other.
+template <bool NORM>
 struct PartsRing {
-  u32 slots, slot_bytes;
+  u32 slots, kind_bytes, slot_bytes;
   u32 slot = 0, parity = 0;
 
   __device__ PartsRing(const Block& block)
       : slots(block.owner_groups() > 1 ? (kStages + 1) / 2 : kStages),
-        slot_bytes(block.owned() * block.cluster * kPartBytes) {}
+        kind_bytes(block.owned() * block.cluster * Warps<NORM>::kPartBytes),
+        slot_bytes(NORM ? 2 * kind_bytes : kind_bytes) {}
   __device__ u32 at(const Block& block) const { return block.shared + kParts + slot * slot_bytes; }
   __device__ void next() {
     if (++slot == slots) {
@@ -147,6 +171,41 @@ struct PartsRing {
     }
   }
 };
+
+struct Gates {
+  const float *alpha, *bias, *m, *r, *d_h_pre, *d_z;
+  // [blocks, kColumns + 3], for sum_gradients
+  float* sums;
+};
+
+// Of the norm of u, where there is one.
+struct InputNorm {
+  const float *w, *rho;
+  // [clusters, C], for sum_norm_scale
+  float* d_w;
+};
+
+// Neighbours in a word.
+__device__ inline float low(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ inline float high(u32 pair) { return __uint_as_float(pair & 0xffff0000); }
+
+// The same sum in four neighbouring lanes.
+__device__ inline float sum_of_four(float v) {
+  v += __shfl_xor_sync(kAllLanes, v, 1);
+  return v + __shfl_xor_sync(kAllLanes, v, 2);
+}
+
+// w of neighbours. It stays in the L1 cache, so that it need not be kept in registers: hence volatile.
+__device__ inline float2 load_pair(const float* from) {
+  float2 v;
+  asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(from));
+  return v;
+}
+__device__ inline float load_single(const float* from) {
+  float v;
+  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(from));
+  return v;
+}
 
 // ---- copier -----------------------------------------------------------------------------------------
 
@@ -203,21 +262,24 @@ __device__ inline void copy_tiles(const Block& block, const TensorMap& x, const 
 
 // <d_u, X[i]> is the diagonal of the product of both tiles. A dot warp has some units of every box, and h_res of some
 // tokens: its transpose, or the unit matrix where d_x_in is not to be mixed.
-__device__ inline void multiply_tiles(const Block& block, const float* h_res, int tokens, bool deferred,
+template <bool NORM>
+__device__ inline void multiply_tiles(const Block& block, const float* h_res, const Gates& gates,
+                                      const InputNorm& norm, int tokens, bool deferred, float pre_eps,
                                       int warp, int lane) {
+  constexpr int kWarps = Warps<NORM>::kDot;
   cluster_wait();
   const u32 matrix = lane / 8, row = lane % 8;
-  const u32 first_unit = warp * (kBoxUnits / kDotWarps);
+  const u32 first_unit = warp * (kBoxUnits / kWarps);
   const u32 x_at = matrix % 2 * kPlaneBytes + swizzled(row, 2 * first_unit + matrix / 2);
   const u32 d_u_at = kDU + swizzled(row, 2 * first_unit + matrix % 2);
   // The token whose diagonal element this lane has, if any.
   const u32 token = lane / 4;
   const bool on_diagonal = token / 2 == lane % 4;
   const u32 owner = token % block.cluster;
-  const u32 part = (token / block.cluster * block.cluster + block.rank) * kPartBytes + warp * 16;
+  const u32 part = (token / block.cluster * block.cluster + block.rank) * Warps<NORM>::kPartBytes + warp * 16;
 
   // Neighbours in row j of the transpose.
-  constexpr int kOwn = N * N * int(kTileTokens) / (32 * kDotWarps);
+  constexpr int kOwn = N * N * int(kTileTokens) / (32 * kWarps);
   const int first = (warp * 32 + lane) * kOwn, h_token = first / (N * N), j = first / N % N, i = first % N;
   float h[kOwn];
   const auto load_h = [&](int tile) {
@@ -229,38 +291,101 @@ __device__ inline void multiply_tiles(const Block& block, const float* h_res, in
     }
   };
   load_h(0);
+  // For h_pre of this lane's token and of stream lane % N.
+  const auto load_m = [&](int tile) {
+    const long long of = block.first_token(tile) + int(token);
+    return tile < block.num_tiles && of < tokens ? gates.m[of * kColumns + lane % N] : 0.f;
+  };
+  float m = NORM ? load_m(0) : 0.f;
+
+  // w of this lane's channels of the next unit.
+  constexpr int kWarpUnits = kBoxUnits / kWarps;
+  const float* w_at = norm.w + block.rank * SIZE + first_unit * 16 + lane % 4 * 2;
+  float2 next_w[2];
+  const auto load_w = [&](int unit) {
+    const int next = unit % (kUnits / kWarps);
+    const float* at = w_at + next / kWarpUnits * kBoxChannels + next % kWarpUnits * 16;
+    next_w[0] = load_pair(at);
+    next_w[1] = load_pair(at + 8);
+  };
+  if constexpr (NORM) load_w(0);
 
   Ring<kStages> ring;
-  PartsRing parts(block);
+  PartsRing<NORM> parts(block);
   int group = 0;
 #pragma unroll 1
   for (int tile = 0; tile < block.num_tiles; ++tile, ring.next()) {
     wait(block.barrier(kFull, ring.slot), ring.parity);
     const u32 stage = block.stage(ring.slot);
     float dots[2][4] = {};
+    // <v, X[i]> and <u, X[i]> of this lane's channels.
+    float v_sums[N] = {}, u_sums[N] = {};
+    float h_pre[N];
+    if constexpr (NORM) {
+      const float own = sigmoid(gates.alpha[0] * m + gates.bias[lane % N]) + pre_eps;
+      m = load_m(tile + 1);
+#pragma unroll
+      for (int i = 0; i < N; ++i) h_pre[i] = __shfl_sync(kAllLanes, own, i, N);
+    }
 #pragma unroll
     for (int box = 0; box < SIZE / kBoxChannels; ++box) {
 #pragma unroll
-      for (int unit = 0; unit < kBoxUnits / kDotWarps; ++unit) {
+      for (int unit = 0; unit < kBoxUnits / kWarps; ++unit) {
         // Swizzling is an exclusive or.
         const u32 from = stage + box * kBoxBytes, flip = unit * kUnitBytes;
         u32 d_u[2];
         read_matrices(d_u, from + (d_u_at ^ flip));
+        if constexpr (NORM) {
+          u32 x[2][4];
+          read_matrices(x[0], from + (x_at ^ flip));
+          read_matrices(x[1], from + (x_at ^ flip) + 2 * kPlaneBytes);
+          const float2 w[2] = {next_w[0], next_w[1]};
+          load_w(box * kWarpUnits + unit + 1);
 #pragma unroll
-        for (int pair = 0; pair < 2; ++pair) {
-          u32 x[4];
-          read_matrices(x, from + (x_at ^ flip) + 2 * pair * kPlaneBytes);
-          mma(dots[pair], x[0], x[1], x[2], x[3], {d_u[0], d_u[1]});
+          for (int half = 0; half < 2; ++half) {
+            const float2 scale = w[half];
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              const auto of = [&](u32 v) { return e == 0 ? low(v) : high(v); };
+              const float v = (e == 0 ? scale.x : scale.y) * of(d_u[half]);
+              float u = 0.f;
+#pragma unroll
+              for (int i = 0; i < N; ++i) u += h_pre[i] * of(x[i / 2][half * 2 + i % 2]);
+#pragma unroll
+              for (int i = 0; i < N; ++i) {
+                const float value = of(x[i / 2][half * 2 + i % 2]);
+                v_sums[i] += v * value;
+                u_sums[i] += u * value;
+              }
+            }
+          }
+        } else {
+#pragma unroll
+          for (int pair = 0; pair < 2; ++pair) {
+            u32 x[4];
+            read_matrices(x, from + (x_at ^ flip) + 2 * pair * kPlaneBytes);
+            mma(dots[pair], x[0], x[1], x[2], x[3], {d_u[0], d_u[1]});
+          }
         }
       }
     }
     // The buffers for parts and notes are free: whoever fills this stage again has seen the answer to what was in it.
-    if (on_diagonal) {
+    const u32 to = owner + group * kTileTokens;
+    const u32 there = in_block(parts.at(block) + part, to);
+    const u32 full = in_block(block.barrier(kPartsFull, parts.slot), to);
+    if constexpr (NORM) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        v_sums[i] = sum_of_four(v_sums[i]);
+        u_sums[i] = sum_of_four(u_sums[i]);
+      }
+      if (lane % 4 == 0) send(there, {v_sums[0], v_sums[1], v_sums[2], v_sums[3]}, full);
+      if (lane % 4 == 1) send(there + parts.kind_bytes, {u_sums[0], u_sums[1], u_sums[2], u_sums[3]}, full);
+    } else if (on_diagonal) {
       const bool odd = token % 2;
       const float4 v = {odd ? dots[0][1] : dots[0][0], odd ? dots[0][3] : dots[0][2],
                         odd ? dots[1][1] : dots[1][0], odd ? dots[1][3] : dots[1][2]};
-      const u32 to = owner + group * kTileTokens;
-      send(in_block(parts.at(block) + part, to), v, in_block(block.barrier(kPartsFull, parts.slot), to));
+      send(there, v, full);
     }
     const u32 at = block.notes(ring.slot) + h_token * kNoteRow + kHRes + (j * N + i) * sizeof(float);
 #pragma unroll
@@ -277,12 +402,6 @@ __device__ inline void multiply_tiles(const Block& block, const float* h_res, in
 
 // ---- owner ------------------------------------------------------------------------------------------
 
-struct Gates {
-  const float *alpha, *bias, *m, *r, *d_h_pre, *d_z;
-  // [blocks, kColumns + 3], for sum_gradients
-  float* sums;
-};
-
 // A sum of float4 over the lanes: x in the lanes 0 to 7, y in 8 to 15 and so on.
 __device__ inline float sum_components(float4 v, int lane) {
   const bool upper = lane & 16, odd = lane & 8;
@@ -297,9 +416,10 @@ __device__ inline float sum_components(float4 v, int lane) {
 
 // What is known of a token beforehand; lane c has column c.
 struct OwnToken {
-  float m, r, given;
+  float m, r, rho, given;
 
-  __device__ OwnToken(const Gates& gates, long long token, bool exists, int lane) {
+  __device__ OwnToken(const Gates& gates, const float* rhos, long long token, bool exists, int lane) {
+    rho = rhos && exists ? rhos[token] : 0.f;
     m = exists && lane < kColumns ? gates.m[token * kColumns + lane] : 0.f;
     r = exists ? gates.r[token] : 0.f;
     given = 0.f;
@@ -308,11 +428,13 @@ struct OwnToken {
   }
 };
 
-__device__ inline void answer(const Block& block, const Gates& gates, int tokens, int hidden,
-                              const Settings& settings, int lane) {
+template <bool NORM>
+__device__ inline void answer(const Block& block, const Gates& gates, const InputNorm& norm_of_u,
+                              int tokens, int hidden, const Settings& settings, int lane) {
   const int gate = (lane >= N) + (lane >= 2 * N);
   const float alpha = lane < kColumns ? gates.alpha[gate] : 0.f;
   const float bias = lane < N ? gates.bias[lane] : 0.f;
+  const float over_hidden = reciprocal(hidden);
   const int groups = block.owner_groups(), owned = block.owned();
   const int own_first = block.rank % kTileTokens, own_group = block.rank / kTileTokens;
   // Of the words of an answer lane w makes word w. 0 to 23 are pairs of columns.
@@ -321,9 +443,10 @@ __device__ inline void answer(const Block& block, const Gates& gates, int tokens
 
   const auto load = [&](int tile, int k) {
     const long long token = block.first_token(tile) + own_first + k * int(block.cluster);
-    return OwnToken(gates, token, tile < block.num_tiles && token < tokens, lane);
+    const bool exists = tile < block.num_tiles && token < tokens;
+    return OwnToken(gates, NORM ? norm_of_u.rho : nullptr, token, exists, lane);
   };
-  PartsRing parts(block);
+  PartsRing<NORM> parts(block);
   OwnToken next = load(own_group, 0);
 #pragma unroll 1
   for (int tile = own_group; tile < block.num_tiles; tile += groups, parts.next()) {
@@ -340,14 +463,24 @@ __device__ inline void answer(const Block& block, const Gates& gates, int tokens
       const float norm = norm_factor(settings, own.r, N * hidden);
 
       if (k == 0) wait_for_cluster(full, parts.parity);
-      float4 dots = {};
-      const int num_parts = block.cluster * kDotWarps;
+      // Of stream lane % N.
+      const auto sum_parts = [&](u32 kind) {
+        float4 dots = {};
+        const int num_parts = block.cluster * Warps<NORM>::kDot;
 #pragma unroll 1
-      for (int p = lane; p < num_parts; p += 32) {
-        const float4 v = read_float4(parts.at(block) + (k * num_parts + p) * 16);
-        dots = {dots.x + v.x, dots.y + v.y, dots.z + v.z, dots.w + v.w};
+        for (int p = lane; p < num_parts; p += 32) {
+          const float4 v = read_float4(parts.at(block) + kind * parts.kind_bytes + (k * num_parts + p) * 16);
+          dots = {dots.x + v.x, dots.y + v.y, dots.z + v.z, dots.w + v.w};
+        }
+        return __shfl_sync(kAllLanes, sum_components(dots, lane), lane % N * 8);
+      };
+      const float h_pre = __shfl_sync(kAllLanes, h + settings.pre_eps, lane % N);
+      float dot = sum_parts(0), f_of_u = 0.f;
+      if constexpr (NORM) {
+        // <v, u>, then <du, X[i]>
+        f_of_u = own.rho * own.rho * own.rho * (sum_of_four(h_pre * dot) * over_hidden);
+        dot = own.rho * dot - f_of_u * sum_parts(1);
       }
-      const float dot = __shfl_sync(kAllLanes, sum_components(dots, lane), lane % N * 8);
       const float d_z = lane < N ? (dot + own.given) * slope : own.given;
       const float dm = alpha * d_z;
       const float f = norm * warp_sum(dm * own.m);
@@ -362,9 +495,9 @@ __device__ inline void answer(const Block& block, const Gates& gates, int tokens
       const u32 both = __byte_perm(rounded[0], rounded[1], 0x5410);
       const u32 left = __shfl_sync(kAllLanes, both, pair);
       const u32 right = __shfl_sync(kAllLanes, both, pair + 1);
-      const u32 h_pre = __shfl_sync(kAllLanes, __float_as_uint(h + settings.pre_eps), lane % N);
       u32 word = __byte_perm(left, right, lane < 12 ? 0x5410 : 0x7632);
-      if (lane >= 24) word = lane < 28 ? h_pre : __float_as_uint(lane == 28 ? -f : unit);
+      if (lane >= 24) word = __float_as_uint(lane < 28 ? h_pre : lane == 28 ? -f : unit);
+      if (NORM && lane >= 30) word = __float_as_uint(lane == 30 ? own.rho : -f_of_u);
       float words[4];
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
@@ -428,27 +561,44 @@ __device__ inline u32 lane_id() {
   return lane;
 }
 
-__device__ inline float low(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ inline float high(u32 pair) { return __uint_as_float(pair & 0xffff0000); }
+// Of this block; asked for like the lane.
+__device__ inline u32 cluster_id() {
+  u32 id;
+  asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(id));
+  return id;
+}
 
-// Where this thread's elements of fragment f of phi or d_phi begin. Asks for its place, so that it need not be kept
-// in registers meanwhile.
+// The first channel of this thread in a turn; it has the eighth from there on, too. Asks for its place, so that it need not
+// be kept in registers meanwhile.
+__device__ inline int channel_at(int turn) {
+  u32 thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  const int warp = thread / 32;
+  const int unit = turn * kMainWarps + (turn < kTurns ? warp : warp / 2);
+  return cluster_rank() * SIZE + unit * 16 + thread % 32 / 4;
+}
+
+// Where this thread's elements of fragment f of phi or d_phi begin; asks for its place, too.
 __device__ inline int fragment_at(int f, int hidden) {
   u32 thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   const int warp = thread / 32, turn = f / N;
-  const int unit = turn * kMainWarps + (turn < kTurns ? warp : warp / 2);
   const int stream = f % N + (turn < kTurns ? 0 : warp % 2 * 2);
-  const int channel = cluster_rank() * SIZE + unit * 16 + thread % 32 / 4;
-  return (stream * hidden + channel) * kColumns + thread % 4 * 2;
+  return (stream * hidden + channel_at(turn)) * kColumns + thread % 4 * 2;
 }
 
 // A main warp. Lane 4 g + q has the channels g and g + 8 of a unit, and the tokens 2 q and 2 q + 1.
+template <bool NORM>
 struct Differentiation {
   // Fragments of phi; from this warp's first one in shared memory on.
   PhiFragment held[kHeld > 0 ? kHeld : 1];
   u32 phi_at;
   float d_phi[kSums][3][4];
+  InputNorm norm;
+  int hidden;
+  // Sums for the gradient of w, where there are registers for them: lane 4 g + q has channel g + q % 2 * 8 of one of two
+  // turns each.
+  float d_w[(kTurns + kShared + 1) / 2];
   // Of the tile: X and d_u, d_x_in; the notes from matrix rows of this lane on, and from its first token on.
   u32 stage, change, row_notes, own_notes;
 
@@ -456,6 +606,48 @@ struct Differentiation {
   // row in a pair of streams; where only one is read, of a lane whose row is wanted it is in the first.
   template <int F, int STREAMS>
   __device__ void differentiate(u32 at, int first) {
+    // d_u of channels g and g + 8, and where it is normalised the cotangent of u.
+    u32 d_u[2] = {};
+    float du[2][2];
+    if constexpr (NORM) {
+      u32 x[2][4];
+      read_transposed(x[0], stage + at);
+      read_transposed(x[1], stage + 2 * kPlaneBytes + at);
+      read_transposed(d_u, stage + kDU + at);
+      float d_scale[2] = {};
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const float scale = load_single(norm.w + channel_at(F / N) + 8 * c);
+#pragma unroll
+        for (int t = 0; t < 2; ++t) {
+          const auto of = [&](u32 v) { return t == 0 ? low(v) : high(v); };
+          const float4 h = read_float4(own_notes + t * kNoteRow + kHPre);
+          const uint2 factors = read2(own_notes + t * kNoteRow + kRho);
+          const float rho = __uint_as_float(factors.x), minus_f = __uint_as_float(factors.y), g = of(d_u[c]);
+          const float u = h.x * of(x[0][c]) + h.y * of(x[0][2 + c]) + h.z * of(x[1][c]) + h.w * of(x[1][2 + c]);
+          d_scale[c] += g * (rho * u);
+          du[c][t] = rho * (scale * g) + minus_f * u;
+        }
+      }
+      const u32 q = lane_id() % 4;
+      float sum = q % 2 ? d_scale[1] : d_scale[0];
+      sum += __shfl_xor_sync(kAllLanes, q % 2 ? d_scale[0] : d_scale[1], 1);
+      sum += __shfl_xor_sync(kAllLanes, sum, 2);
+      constexpr int kTurn = F / N;
+      if constexpr (kHoldsDW) {
+        if (q / 2 == kTurn % 2) d_w[kTurn / 2] += sum;
+      } else if (q < 2 && first == 0) {
+        // Of two warps that share a unit the first.
+        *d_w_at(kTurn) += sum;
+      }
+    }
+    const auto cotangent = [&](int c, int t) {
+      if constexpr (NORM) {
+        return du[c][t];
+      } else {
+        return t == 0 ? low(d_u[c]) : high(d_u[c]);
+      }
+    };
     // r dm and the rest of it; and both in one as B of phi dm: k is a column.
     u32 dm[4], more_dm[2];
     read_matrices(dm, row_notes);
@@ -465,8 +657,8 @@ struct Differentiation {
     const u32 half_dm[3] = {half_pair(dm[0], dm[3], scale), half_pair(dm[1], more_dm[0], scale),
                             half_pair(dm[2], more_dm[1], scale)};
     const float unit_of_phi = read_float(phi_unit());
-    u32 d_u[2], d_x_in[2][4];
-    read_transposed(d_u, stage + kDU + at);
+    u32 d_x_in[2][4];
+    if constexpr (!NORM) read_transposed(d_u, stage + kDU + at);
     read_transposed(d_x_in[0], change + at);
     read_transposed(d_x_in[1], change + 2 * kPlaneBytes + at);
     // The other warp of a shared unit writes what this one reads.
@@ -484,7 +676,7 @@ struct Differentiation {
         if (F + j < kHeld) {
           p = held[F + j < kHeld ? F + j : 0];
         } else {
-          p.read(phi_at + (F + j - kHeld) * kMainWarps * kFragmentBytes);
+          p.read(phi() + (F + j - kHeld) * kMainWarps * kFragmentBytes);
         }
         float sums[4] = {};
         mma_half(sums, p.words, half_dm);
@@ -495,8 +687,8 @@ struct Differentiation {
           const uint2 factors = read2(own_notes + t * kNoteRow + kMinusF);
           const float minus_f = __uint_as_float(factors.x), unit = unit_of_phi * __uint_as_float(factors.y);
           const float4 h = read_float4(first_h + t * kNoteRow + j * 16);
-          sums[t] = unit * sums[t] + h_pre * of(d_u[0]) + minus_f * of(x0);
-          sums[2 + t] = unit * sums[2 + t] + h_pre * of(d_u[1]) + minus_f * of(x1);
+          sums[t] = unit * sums[t] + h_pre * cotangent(0, t) + minus_f * of(x0);
+          sums[2 + t] = unit * sums[2 + t] + h_pre * cotangent(1, t) + minus_f * of(x1);
           const float hs[N] = {h.x, h.y, h.z, h.w};
 #pragma unroll
           for (int i = 0; i < N; ++i) {
@@ -534,6 +726,27 @@ struct Differentiation {
         }
       }
     }
+  }
+
+  // What of `norm.d_w` lane 4 g + q, q < 2, adds up in a turn.
+  __device__ float* d_w_at(int turn) const {
+    return norm.d_w + (cluster_id() * u32(hidden) + u32(channel_at(turn)) + lane_id() % 2 * 8);
+  }
+
+  __device__ void write_d_w(int lane) const {
+#pragma unroll
+    for (int turn = 0; turn < kTurns + kShared; ++turn) {
+      // Both warps of a shared unit write the same.
+      if (lane % 4 / 2 == turn % 2) *d_w_at(turn) = d_w[turn / 2];
+    }
+  }
+
+  // The same as phi_at; asked for again where the norm leaves no register for it.
+  __device__ u32 phi() const {
+    if constexpr (!NORM || kHoldsDW) return phi_at;
+    u32 thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return shared_address(shared) + kPhi + thread / 32 * kFragmentBytes + thread % 32 * 8;
   }
 
   // Asks for its place like `fragment_at`.
@@ -580,9 +793,10 @@ struct Differentiation {
   }
 };
 
+template <bool NORM>
 __device__ inline void differentiate_tiles(const Block& block, const float* phi, float* d_phi_partial,
-                                           int hidden, int warp, int lane) {
-  Differentiation main;
+                                           const InputNorm& norm, int hidden, int warp, int lane) {
+  Differentiation<NORM> main;
   main.phi_at = block.shared + kPhi + warp * kFragmentBytes + lane * 8;
   // All of it at once, before the sums need the registers.
   float2 values[kFragments][6];
@@ -608,6 +822,12 @@ __device__ inline void differentiate_tiles(const Block& block, const float* phi,
   }
 #pragma unroll
   for (int e = 0; e < kSums * 12; ++e) main.d_phi[e / 12][e / 4 % 3][e % 4] = 0.f;
+  if constexpr (NORM) {
+    main.norm = norm, main.hidden = hidden;
+#pragma unroll
+    for (float& sum : main.d_w) sum = 0.f;
+    if constexpr (!kHoldsDW) main.write_d_w(lane);
+  }
   if constexpr (kSumsInShared > 0) main.write_sums({});
   __syncwarp();
   if (lane == 0) arrive(block.barrier(kPhiRead, 0));
@@ -635,9 +855,9 @@ __device__ inline void differentiate_tiles(const Block& block, const float* phi,
       return matrix / 2 * kPlaneBytes + swizzled(row, unit % kBoxUnits * 2 + matrix % 2) +
              unit / kBoxUnits * kBoxBytes;
     };
-    main.take_turns<0>(pair_at(warp));
+    main.template take_turns<0>(pair_at(warp));
     if constexpr (kShared) {
-      main.differentiate<kTurns * N, 2>(pair_at(kTurns * kMainWarps + warp / 2), warp % 2 * 2);
+      main.template differentiate<kTurns * N, 2>(pair_at(kTurns * kMainWarps + warp / 2), warp % 2 * 2);
     }
     fence_for_copies();
     __syncwarp();
@@ -645,7 +865,7 @@ __device__ inline void differentiate_tiles(const Block& block, const float* phi,
   }
 
   // [clusters, n C, kColumns], for sum_gradients
-  float* partial = d_phi_partial + (long long)block.first_tile * N * hidden * kColumns;
+  float* partial = d_phi_partial + (long long)cluster_id() * N * hidden * kColumns;
   float last[3][4] = {};
   if constexpr (kSumsInShared > 0) main.read_sums(last);
 #pragma unroll
@@ -658,15 +878,18 @@ __device__ inline void differentiate_tiles(const Block& block, const float* phi,
       *reinterpret_cast<float2*>(out + 8 * kColumns + octet * 8) = {d[2], d[3]};
     }
   }
+  if constexpr (NORM && kHoldsDW) main.write_d_w(lane);
 }
 
-// d_z: [tokens, kColumns], of which those of h_pre are not read. d_x may be d_x_in.
-KERNEL(pre_bwd_one_pass, kThreads, 1)
-(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap d_u,
- const __grid_constant__ TensorMap d_x_in, const __grid_constant__ TensorMap d_x, const float* phi,
- const float* alpha, const float* bias, const float* m, const float* r, const float* h_res,
- const float* d_h_pre, const float* d_z, float* d_phi_partial, float* gate_sums, int tokens,
- int hidden, int deferred, Settings settings) {
+struct Maps {
+  const TensorMap &x, &d_u, &d_x_in, &d_x;
+};
+
+template <bool NORM>
+__device__ inline void differentiate_all(const Maps& maps, const Gates& gates, const InputNorm& norm,
+                                         const float* phi, const float* h_res, float* d_phi_partial,
+                                         int tokens, int hidden, int deferred, const Settings& settings) {
+  using Roles = Warps<NORM>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Block block(shared, tokens);
 
@@ -676,7 +899,7 @@ KERNEL(pre_bwd_one_pass, kThreads, 1)
       init_barrier(block.barrier(kDone, s), kMainWarps);
       init_barrier(block.barrier(kPartsFull, s), 1);
       init_barrier(block.barrier(kAnswerFull, s), 1);
-      init_barrier(block.barrier(kTableFull, s), kDotWarps);
+      init_barrier(block.barrier(kTableFull, s), Roles::kDot);
     }
     for (int s = 0; s < kChanges; ++s) init_barrier(block.barrier(kChangeFull, s), 1);
     init_barrier(block.barrier(kPhiRead, 0), kMainWarps);
@@ -687,27 +910,27 @@ KERNEL(pre_bwd_one_pass, kThreads, 1)
 
   // Each task asks for its block again, so that none keeps in registers what only others want.
   if (warp < kMainWarps) {
-    take_registers<kMainRegisters>();
+    take_registers<Roles::kMainRegisters>();
     const Block block(shared, tokens);
-    differentiate_tiles(block, phi, d_phi_partial, hidden, warp, lane);
+    differentiate_tiles<NORM>(block, phi, d_phi_partial, norm, hidden, warp, lane);
   } else {
     // The dot warps may be a group of their own.
-    if (kDotWarps % 4 == 0 && warp < kCopier) {
-      give_registers<kDotRegisters>();
+    if (Roles::kDot % 4 == 0 && warp < Roles::kCopier) {
+      give_registers<Roles::kDotRegisters>();
       const Block block(shared, tokens);
-      multiply_tiles(block, h_res, tokens, deferred, warp - kMainWarps, lane);
+      multiply_tiles<NORM>(block, h_res, gates, norm, tokens, deferred, settings.pre_eps, warp - kMainWarps, lane);
     } else {
-      give_registers<kOtherRegisters>();
+      give_registers<Roles::kOtherRegisters>();
       const Block block(shared, tokens);
-      if (warp < kCopier) {
-        multiply_tiles(block, h_res, tokens, deferred, warp - kMainWarps, lane);
+      if (warp < Roles::kCopier) {
+        multiply_tiles<NORM>(block, h_res, gates, norm, tokens, deferred, settings.pre_eps, warp - kMainWarps, lane);
       } else {
         cluster_wait();
       }
-      if (warp == kOwner) {
-        answer(block, {alpha, bias, m, r, d_h_pre, d_z, gate_sums}, tokens, hidden, settings, lane);
-      } else if (warp == kCopier && lane == 0) {
-        copy_tiles(block, x, d_u, d_x_in, d_x);
+      if (warp == Roles::kOwner) {
+        answer<NORM>(block, gates, norm, tokens, hidden, settings, lane);
+      } else if (warp == Roles::kCopier && lane == 0) {
+        copy_tiles(block, maps.x, maps.d_u, maps.d_x_in, maps.d_x);
       }
     }
   }
@@ -716,3 +939,27 @@ KERNEL(pre_bwd_one_pass, kThreads, 1)
   cluster_arrive();
   cluster_wait();
 }
+
+// d_z: [tokens, kColumns], of which those of h_pre are not read. d_x may be d_x_in.
+KERNEL(pre_bwd_one_pass, Warps<false>::kThreads, 1)
+(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap d_u,
+ const __grid_constant__ TensorMap d_x_in, const __grid_constant__ TensorMap d_x, const float* phi,
+ const float* alpha, const float* bias, const float* m, const float* r, const float* h_res,
+ const float* d_h_pre, const float* d_z, float* d_phi_partial, float* gate_sums, int tokens,
+ int hidden, int deferred, Settings settings) {
+  differentiate_all<false>({x, d_u, d_x_in, d_x}, {alpha, bias, m, r, d_h_pre, d_z, gate_sums}, {}, phi, h_res,
+                           d_phi_partial, tokens, hidden, deferred, settings);
+}
+
+// The same where the layer's input is normalised. With 384 channels it would spill registers.
+#if SIZE != 384
+KERNEL(pre_bwd_one_pass_norm, Warps<true>::kThreads, 1)
+(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap d_u,
+ const __grid_constant__ TensorMap d_x_in, const __grid_constant__ TensorMap d_x, const float* phi,
+ const float* alpha, const float* bias, const float* m, const float* r, const float* h_res,
+ const float* d_h_pre, const float* d_z, float* d_phi_partial, float* gate_sums, int tokens,
+ int hidden, int deferred, Settings settings, const float* w, const float* rho, float* d_w_partial) {
+  differentiate_all<true>({x, d_u, d_x_in, d_x}, {alpha, bias, m, r, d_h_pre, d_z, gate_sums}, {w, rho, d_w_partial},
+                          phi, h_res, d_phi_partial, tokens, hidden, deferred, settings);
+}
+#endif

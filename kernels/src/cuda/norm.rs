@@ -9,6 +9,8 @@ use crate::signature::Call;
 const THREADS: u32 = 256;
 /// Blocks of the backward pass, each with a sum over its tokens; a number that no GPU has a say in.
 const MAX_BLOCKS: usize = 512;
+/// `kSumChannels`
+const SUM_CHANNELS: usize = 32;
 
 /// What the backward pass keeps in the workspace: du, in the dtype of the streams, and sums for dw.
 fn parts(problem: &Problem) -> [Part; 2] {
@@ -83,16 +85,20 @@ pub fn backward(call: &Call, memory: &mut Memory, x: u64) -> (u64, Vec<Launch>) 
         Arg::Layout(call.layout.into()),
         Arg::Settings(call.config.into()),
     ]);
-    let sum_args = vec![
-        Arg::Pointer(d_w),
-        Arg::of(call.result("d_norm_scale")),
-        Arg::I32(blocks as i32),
-        Arg::I32(call.c as i32),
-    ];
-    let sum_blocks = call.c.div_ceil(THREADS as usize);
     let launches = vec![
         launch(call, "norm_bwd", blocks, args),
-        launch(call, "sum_norm_scale", sum_blocks, sum_args),
+        sum(call, d_w, blocks),
     ];
     (d_sum, launches)
+}
+
+/// The gradient of norm_scale from `rows` sums at `d_w`.
+pub fn sum(call: &Call, d_w: u64, rows: usize) -> Launch {
+    let args = vec![
+        Arg::Pointer(d_w),
+        Arg::of(call.result("d_norm_scale")),
+        Arg::I32(rows as i32),
+        Arg::I32(call.c as i32),
+    ];
+    launch(call, "sum_norm_scale", call.c.div_ceil(SUM_CHANNELS), args)
 }

@@ -43,7 +43,8 @@ pub fn workspace(problem: &Problem) -> Workspace {
 /// What the backward pass needs. Which of both it is depends on the GPU.
 pub fn backward_workspace(problem: &Problem) -> Workspace {
     norm::workspace(problem)
-        .and(room(&Parts::of(problem).all()).max(one_pass::pre_bwd::workspace(problem)))
+        .and(room(&Parts::of(problem).all()))
+        .max(one_pass::pre_bwd::workspace(problem))
 }
 
 /// The cotangent of the streams at the operand `d_x_in`, deferred or not.
@@ -181,11 +182,10 @@ pub fn backward(
     x: u64,
     handed_on: HandedOn,
 ) -> Vec<Launch> {
-    let (d_u, mut launches) = norm::backward(call, memory, x);
-    if let Some(others) = one_pass::pre_bwd::plan(call, device, memory, x, d_u, handed_on) {
-        launches.extend(others);
+    if let Some(launches) = one_pass::pre_bwd::plan(call, device, memory, x, handed_on) {
         return launches;
     }
+    let (d_u, mut launches) = norm::backward(call, memory, x);
     let problem = call.problem();
     let shape = Shape::of(&problem);
     let parts = Parts::of(&problem).all().map(|part| memory.take(part));

@@ -214,6 +214,36 @@ fn the_seam_reads_the_streams_once_where_a_kernel_does() {
 }
 
 #[test]
+fn a_norm_is_taken_back_where_the_streams_are_read() {
+    let functions = |op, c| -> Vec<&str> {
+        let example = Example::new(op, DType::Bf16, 17, [4, c], Config::default()).with_norm();
+        let needed = example.check(|call| workspace(&call.unwrap().problem()).len(17));
+        let launches = (example.with_workspace(needed)).check(|call| plan(&call.unwrap(), &H100));
+        launches
+            .iter()
+            .map(|launch| launch.kernel.function)
+            .collect()
+    };
+    let pre = [
+        "gates_bwd",
+        "pre_bwd_one_pass_norm",
+        "sum_gradients",
+        "sum_norm_scale",
+    ];
+    for c in [4096, 2560, 7168] {
+        assert_eq!(functions(Op::PreBwd, c), pre);
+    }
+    let before = [
+        "norm_bwd",
+        "sum_norm_scale",
+        "gates_bwd",
+        "pre_bwd_one_pass",
+        "sum_gradients",
+    ];
+    assert_eq!(functions(Op::PreBwd, 6144), before);
+}
+
+#[test]
 fn every_call_does_something() {
     for (name, example) in examples() {
         let needed = example.check(|call| {

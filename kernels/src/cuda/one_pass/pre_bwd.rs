@@ -6,6 +6,7 @@ use crate::cuda::launch::{
     Arg, Device, Kernel, Launch, MAX_CLUSTER_BLOCKS, Problem, Tensor, Workspace,
 };
 use crate::cuda::memory::{Memory, Part, room};
+use crate::cuda::norm;
 use crate::cuda::projection::HandedOn;
 use crate::signature::Call;
 use crate::view::DType;
@@ -49,10 +50,28 @@ pub fn shape(problem: &Problem) -> Option<Shape> {
     Shape::wanted(problem).filter(|_| problem.sinkhorn_iters <= MAX_SINKHORN_ITERS)
 }
 
+/// Whether the kernel takes the norm of the layer's input back, too. With 384 channels it would spill registers.
+fn normalizes(problem: &Problem, shape: Shape) -> bool {
+    problem.norm_width > 0 && shape.channels != 384
+}
+
+/// Sums for the gradient of norm_scale, one of each cluster.
+fn norm_sums(problem: &Problem, shape: Shape) -> Part {
+    Part {
+        per_token: 0,
+        fixed: (MAX_CLUSTER_BLOCKS / shape.cluster) as usize * problem.norm_width,
+    }
+}
+
 /// What `pre_bwd` needs in one pass.
 pub fn workspace(problem: &Problem) -> Workspace {
     shape(problem).map_or(Workspace::default(), |shape| {
-        room(&Parts::of(problem, shape).all())
+        let norm = if normalizes(problem, shape) {
+            room(&[norm_sums(problem, shape)])
+        } else {
+            norm::workspace(problem)
+        };
+        room(&Parts::of(problem, shape).all()).and(norm)
     })
 }
 
@@ -70,10 +89,12 @@ struct Block {
 
 impl Block {
     const MAIN_WARPS: usize = 8;
+    const PART_BYTES: usize = 64;
 
-    fn of(shape: Shape) -> Self {
+    fn of(shape: Shape, normalizes: bool) -> Self {
         let channels = shape.channels;
         let (stages, changes, fragments, sums, dot_warps) = match channels {
+            256 if normalizes => (5, 5, 4, 0, 2),
             256 => (5, 5, 4, 0, 4),
             320 => (3, 3, 10, 0, 2),
             384 => (3, 2, 12, 0, 2),
@@ -97,7 +118,7 @@ impl Block {
     fn shared_bytes(&self) -> usize {
         let stream = TILE * self.channels * 2;
         let notes = TILE * (128 + STREAMS * STREAMS * 4 + 16);
-        let parts = 16 * self.dot_warps * 16;
+        let parts = 16 * Self::PART_BYTES;
         let barriers = 8 * (5 * self.stages + self.changes + 1);
         let units = Self::MAIN_WARPS * size_of::<f32>();
         self.stages * ((STREAMS + 1) * stream + notes)
@@ -109,22 +130,28 @@ impl Block {
     }
 }
 
-/// The backward pass from the streams at `x` and the cotangent of their sum at `d_u` to d_x and the parameters in one pass, where there is a kernel
-/// for it.
+/// The backward pass from the streams at `x` to d_x and the parameters in one pass, where there is a kernel for it.
 pub fn plan(
     call: &Call,
     device: &Device,
     memory: &mut Memory,
     x: u64,
-    d_u: u64,
     handed_on: HandedOn,
 ) -> Option<Vec<Launch>> {
     let problem = call.problem();
     let shape = shape(&problem).filter(|shape| shape.runs_on(device))?;
-    let block = Block::of(shape);
+    let normalizes = normalizes(&problem, shape);
+    let block = Block::of(shape, normalizes);
     let [d_z, gate_sums, d_phi] = Parts::of(&problem, shape)
         .all()
         .map(|part| memory.take(part));
+    let operand = |name| call.operand(name).data as u64;
+    let (d_w, (d_u, mut launches)) = if normalizes {
+        let d_w = memory.take(norm_sums(&problem, shape));
+        (d_w, (operand("d_u"), vec![]))
+    } else {
+        (0, norm::backward(call, memory, x))
+    };
     let tensor = |address, num_streams| {
         Arg::TensorMap(Tensor::new(
             address,
@@ -132,7 +159,6 @@ pub fn plan(
             [TILE, shape.channels],
         ))
     };
-    let operand = |name| call.operand(name).data as u64;
     let grid = shape.grid(device, call.tokens, TILE);
     let mut args = vec![
         tensor(x, STREAMS),
@@ -152,10 +178,18 @@ pub fn plan(
         Arg::I32(i32::from(handed_on.h_res.is_some())),
         Arg::Settings(call.config.into()),
     ]);
+    if normalizes {
+        args.extend(["norm_scale", "rho"].map(|name| Arg::Pointer(operand(name))));
+        args.push(Arg::Pointer(d_w));
+    }
     let main = Launch {
         kernel: Kernel {
             file: "pre_bwd_one_pass",
-            function: "pre_bwd_one_pass",
+            function: if normalizes {
+                "pre_bwd_one_pass_norm"
+            } else {
+                "pre_bwd_one_pass"
+            },
             size: shape.size,
             dtype: call.dtype,
         },
@@ -167,7 +201,9 @@ pub fn plan(
     };
     let clusters = grid[0] / shape.cluster;
     let sums = sum_gradients(call, d_phi, gate_sums, clusters, grid[0]);
-    Some(vec![gates(call, d_z), main, sums])
+    launches.extend([gates(call, d_z), main, sums]);
+    launches.extend(normalizes.then(|| norm::sum(call, d_w, clusters as usize)));
+    Some(launches)
 }
 
 /// Kernels that read no streams.
@@ -234,15 +270,24 @@ mod tests {
         let source = include_str!("../../../cuda/pre_bwd_one_pass.cu");
         for (channels, size) in super::super::CHANNELS {
             let cluster = 16;
-            let block = Block::of(Shape {
+            let shape = Shape {
                 channels,
                 size,
                 cluster,
-            });
-            let (bytes, threads) = (block.shared_bytes(), block.threads());
-            let text =
-                format!("SIZE != {channels} || (kSharedBytes == {bytes} && kThreads == {threads})");
-            assert!(source.contains(&text), "{text}");
+            };
+            let says = |text: String| assert!(source.contains(&text), "{text}");
+            for normalizes in [false, true] {
+                let block = Block::of(shape, normalizes);
+                let bytes = block.shared_bytes();
+                says(format!("SIZE != {channels} || kSharedBytes == {bytes}"));
+                let threads = block.threads();
+                let of = if channels == 256 { "!=" } else { "==" };
+                says(if normalizes {
+                    format!("Warps<true>::kThreads == {threads}")
+                } else {
+                    format!("SIZE {of} 256 || Warps<false>::kThreads == {threads}")
+                });
+            }
         }
     }
 }
