@@ -6,11 +6,19 @@
 
 __device__ inline float sigmoid(float z) { return reciprocal(1.f + expf(-z)); }
 
+// 1 / sqrt(v), with an error of one unit in the last place or so, and the right limits.
+__device__ inline float inverse_root(float v) {
+  float result;
+  asm("rsqrt.approx.f32 %0, %1;" : "=f"(result) : "f"(v));
+  const float error = fmaf(-v * result, result, 1.f);
+  return fabsf(error) < 1.f ? fmaf(0.5f * error, result, result) : result;
+}
+
 // r [15]
 __device__ inline float inverse_norm(const Settings& settings, float sum_of_squares, int width) {
   const float mean = sum_of_squares * reciprocal(width);
   if (settings.norm_eps_outside) return reciprocal(square_root(mean) + settings.norm_eps);
-  return reciprocal(square_root(mean + settings.norm_eps));
+  return inverse_root(mean + settings.norm_eps);
 }
 
 // f with dr/dX = -f r X

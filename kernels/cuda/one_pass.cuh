@@ -74,7 +74,7 @@ __device__ inline void write_float4(u32 at, float4 v) {
 }
 __device__ inline void write_float(u32 at, float v) { write1(at, __float_as_uint(v)); }
 
-// Four 8 x 8 matrices, or two; lane l gives the address of row l % 8 of matrix l / 8. Row g, columns 2q and
+// Four 8 x 8 matrices, two, or one; lane l gives the address of row l % 8 of matrix l / 8. Row g, columns 2q and
 // 2q + 1 go to lane 4 g + q; with `transposed` rows 2q and 2q + 1 of column g.
 __device__ inline void read_matrices(u32 (&m)[4], u32 at) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -87,6 +87,9 @@ __device__ inline void read_matrices(u32 (&m)[2], u32 at) {
                : "=r"(m[0]), "=r"(m[1])
                : "r"(at)
                : "memory");
+}
+__device__ inline void read_matrix(u32& m, u32 at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(m) : "r"(at) : "memory");
 }
 __device__ inline void read_transposed(u32 (&m)[4], u32 at) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"

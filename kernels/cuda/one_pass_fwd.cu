@@ -4,16 +4,20 @@
 //   pre_fwd_one_pass   pre: all coefficients and u                                  [14 to 19]
 //   seam_fwd_one_pass  post of one sublayer and pre of the next: X' besides
 //
+// and pre_norm_fwd_one_pass, seam_norm_fwd_one_pass, which write w rho u, after the RMSNorm, in place of u. With
+// G[i, j] = <X[i], X[j]> the sum of u^2 is h_pre^T G h_pre: G takes the same way as the sums of the projection,
+// so that rho is there as soon as h_pre. (Where the streams nearly cancel each other in u, that loses digits.)
+//
 // A block's warps, by what they do with each tile of tokens:
 //
-//   project (8)   the slice of vec(X) phi and of the sum of squares, with phi in registers all the time; in the
-//                 seam X' before that, in place of X. Warp w owns the 8 channels w of every 64, in all streams,
-//                 so that X' goes from its registers to the tensor cores
+//   project (8)   the slice of vec(X) phi and of the sum of squares, and of G, with phi in registers all the
+//                 time; in the seam X' before that, in place of X. Warp w owns the 8 channels w of every 64, in
+//                 all streams, so that X' goes from its registers to the tensor cores
 //   apply (4)     u from h_pre, once that is there; in the seam X' on its way out
 //   copy          X (and y, h_post, h_res) from memory
 //   send          the sum of the 8 warps' partial sums, to the block that owns the token
-//   own           the sum over the cluster, in the order of its blocks, r and m of the tokens that this block
-//                 owns; h_pre to every block
+//   own           the sum over the cluster, in the order of its blocks, r, m and rho of the tokens that this
+//                 block owns; h_pre, or rho h_pre, to every block
 //   finish        all coefficients of owned tokens, many at a time, for H_res takes long. Nobody waits for it
 //
 // A token's sums are cut by C alone: they do not depend on the other tokens or on how many there are.
@@ -44,43 +48,55 @@ static_assert(SIZE % kBoxChannels == 0, "whole boxes");
 // these leave open it is what was fastest on an H200.
 struct Shape {
   int tokens, stages;
-  int in_shared;  // of the kSlices of phi, how many lie in shared memory but for their first fragment
+  int in_shared;  // of the fragments of phi, how many lie in shared memory
   int project_registers, apply_registers, other_registers;
 };
-__device__ constexpr Shape shape(bool seam) {
+__device__ constexpr Shape pre_shape(bool norm) {
   switch (SIZE) {
-    case 256: return seam ? Shape{8, 8, 0, 168, 104, 72} : Shape{16, 5, 0, 176, 88, 72};
-    case 320: return seam ? Shape{8, 7, 0, 192, 72, 56} : Shape{8, 8, 0, 168, 104, 72};
-    case 384: return seam ? Shape{8, 6, 0, 208, 48, 48} : Shape{8, 7, 0, 200, 56, 56};
-    case 448: return seam ? Shape{8, 5, 2, 208, 48, 48} : Shape{8, 6, 0, 208, 40, 56};
+    case 256: return norm ? Shape{16, 5, 0, 176, 88, 72} : Shape{16, 5, 0, 176, 88, 72};
+    case 320: return norm ? Shape{8, 8, 0, 168, 104, 72} : Shape{8, 8, 0, 168, 104, 72};
+    case 384: return norm ? Shape{8, 7, 0, 200, 56, 56} : Shape{8, 7, 0, 200, 56, 56};
+    case 448: return norm ? Shape{8, 6, 2, 208, 40, 56} : Shape{8, 6, 0, 208, 40, 56};
+  }
+  return {};
+}
+__device__ constexpr Shape seam_shape(bool norm) {
+  switch (SIZE) {
+    case 256: return norm ? Shape{8, 8, 0, 176, 88, 72} : Shape{8, 8, 0, 168, 104, 72};
+    case 320: return norm ? Shape{8, 7, 0, 208, 48, 48} : Shape{8, 7, 0, 192, 72, 56};
+    case 384: return norm ? Shape{8, 6, 1, 208, 48, 48} : Shape{8, 6, 0, 208, 48, 48};
+    case 448: return norm ? Shape{8, 5, 3, 208, 48, 48} : Shape{8, 5, 5, 208, 48, 48};
   }
   return {};
 }
 
-// kColumns sums, the sum of squares, and padding to a multiple of 16 bytes.
-constexpr int kSumsBytes = 28 * 4;
-constexpr int kSumsParts = kSumsBytes / 16;
+// Entries of G on and above its diagonal: the diagonal, then the others row by row.
+constexpr int kProducts = N * (N + 1) / 2;
+// m, r and rho of a token.
+constexpr int kFinishRowBytes = 28 * 4;
 // Tokens that `finish` takes at a time: as many as a warp has matrices.
 constexpr int kBatch = 32 / N;
-// Of a slice of phi, what may lie in shared memory.
-constexpr int kSliceBytes = 2 * 32 * kProjectWarps * 16;
+// A fragment of phi of each warp.
+constexpr int kFragmentBytes = 32 * kProjectWarps * 16;
 
 // Where things lie in shared memory.
-template <bool SEAM>
+template <bool SEAM, bool NORM>
 struct Plan {
-  static constexpr Shape kShape = shape(SEAM);
+  static constexpr Shape kShape = SEAM ? seam_shape(NORM) : pre_shape(NORM);
   static constexpr int kTokens = kShape.tokens;
   static constexpr int kTokensLog2 = kTokens == 16 ? 4 : 3;
   static constexpr int kStages = kShape.stages;
-  static constexpr int kSharedSlices = kShape.in_shared;
-  // A stage: X as [stream, box, token, 64 channels], then y alike, h_res and h_post.
+  static constexpr int kSharedFragments = kShape.in_shared;
+  // A stage: X as [stream, box, token, 64 channels], then y alike. Elsewhere its h_res and h_post.
   static constexpr int kBoxBytes = kTokens * int(kRowBytes);
   static constexpr int kStreamBytes = kBoxes * kBoxBytes;
   static constexpr int kY = N * kStreamBytes;
-  static constexpr int kHRes = kY + kStreamBytes;
-  static constexpr int kHPost = kHRes + kTokens * N * N * 4;
-  static constexpr int kStageBytes = SEAM ? (kHPost + kTokens * N * 4 + 1023) / 1024 * 1024 : kY;
+  static constexpr int kStageBytes = SEAM ? kY + kStreamBytes : kY;
+  static constexpr int kHPost = kTokens * N * N * 4;
+  static constexpr int kMixingBytes = SEAM ? kHPost + kTokens * N * 4 : 0;
 
+  // kColumns sums, the sum of squares, G, and padding to a multiple of 16 bytes.
+  static constexpr int kSumsBytes = (NORM ? 36 : 28) * 4;
   static constexpr int kPartialBytes = kProjectWarps * kTokens * kSumsBytes;
   static constexpr int kOwnBytes = (kTokens < kMaxCluster ? kMaxCluster : kTokens) * kSumsBytes;
 
@@ -88,9 +104,12 @@ struct Plan {
   static constexpr int kOwn = kPartials + 2 * kPartialBytes;
   static constexpr int kHPre = kOwn + kStages * kOwnBytes;
   static constexpr int kFinish = kHPre + kStages * kTokens * N * 4;
-  static constexpr int kSlicesAt = kFinish + 2 * kBatch * kSumsBytes;
+  static constexpr int kMixing = kFinish + 2 * kBatch * kFinishRowBytes;
+  static constexpr int kWeights = kMixing + kStages * kMixingBytes;  // norm_scale
+  static constexpr int kWeightBytes = NORM ? SIZE * 4 : 0;
+  static constexpr int kFragments = kWeights + kWeightBytes;
   static constexpr int kStage =
-      (kSlicesAt + kSharedSlices * kSliceBytes + 1023) / 1024 * 1024;
+      (kFragments + kSharedFragments * kFragmentBytes + 1023) / 1024 * 1024;
   static constexpr int kBytes = kStage + kStages * kStageBytes;
 
   // On its way to registers phi lies where the last stages will be: rows of kColumns float32 by stream.
@@ -113,8 +132,10 @@ struct Call {
   Stream* x_new;
 
   const float *phi, *alpha, *bias;
+  const float* norm_scale;  // with a norm alone, like rho and norm_scale_eps
   Stream* u;
-  float *h_pre, *h_post, *h_res, *m, *r;
+  float *h_pre, *h_post, *h_res, *m, *r, *rho;
+  float norm_scale_eps;
   int tokens;
   const Settings* settings;
 };
@@ -124,12 +145,12 @@ enum Barrier : u32 {
   kFull = 0,       // a stage of X
   kEmpty = 16,
   kSumsFull = 32,  // all blocks' sums for the owned tokens of a stage
-  kHFull = 48,     // h_pre of a stage's tokens
+  kHFull = 48,     // h_pre of a stage's tokens, or rho h_pre
   kPartialFull = 64,
   kPartialEmpty = 66,
-  kFinishFull = 68,  // a batch: m and r of its tokens, in rows like the sums
+  kFinishFull = 68,  // a batch: m, r and rho of its tokens
   kFinishEmpty = 70,
-  kPhiFull = 72,   // two streams of phi
+  kPhiFull = 72,   // two streams of phi; norm_scale with the first
   kPhiEmpty = 74,
 };
 
@@ -138,14 +159,14 @@ __device__ inline void read_floats(float (&values)[4], u32 at) {
   values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
 }
 
-template <bool SEAM>
-struct Block : Plan<SEAM> {
-  using P = Plan<SEAM>;
+template <bool SEAM, bool NORM>
+struct Block : Plan<SEAM, NORM> {
+  using P = Plan<SEAM, NORM>;
   static_assert(P::kStages <= 16, "barriers");
 
   const Call& call;
   u32 shared, rank, cluster;  // cluster: its number of blocks
-  int first_tile, tile_step, num_tiles;
+  int first_tile, tile_step;
   int owned, owned_log2;  // tokens of a tile that a block owns, if it owns any
 
   __device__ explicit Block(const Call& c) : call(c) {
@@ -157,16 +178,16 @@ struct Block : Plan<SEAM> {
     const int cluster_log2 = __ffs(cluster) - 1;
     first_tile = blockIdx.x >> cluster_log2;
     tile_step = gridDim.x >> cluster_log2;
-    const int tiles = (call.tokens + P::kTokens - 1) / P::kTokens;
-    num_tiles = first_tile < tiles ? (tiles - first_tile + tile_step - 1) / tile_step : 0;
     owned_log2 = max(P::kTokensLog2 - cluster_log2, 0);
     owned = 1 << owned_log2;
   }
 
   __device__ u32 barrier(Barrier which, u32 index = 0) const { return shared + 8 * (which + index); }
   __device__ u32 stage(u32 slot) const { return shared + P::kStage + slot * P::kStageBytes; }
+  __device__ u32 mixing(u32 slot) const { return shared + P::kMixing + slot * P::kMixingBytes; }
   // The first token of this cluster's tile i.
   __device__ int token(int i) const { return (first_tile + i * tile_step) * P::kTokens; }
+  __device__ bool has_tile(int i) const { return token(i) < call.tokens; }
   __device__ int hidden() const { return SIZE * int(cluster); }
   __device__ bool owns() const { return int(rank) * owned < P::kTokens; }
 
@@ -207,10 +228,10 @@ struct Block : Plan<SEAM> {
 // ---- project ------------------------------------------------------------------------------------------
 
 // A fragments of phi transposed, with phi = high + low, for 16 rows of phi: 8 channels of two streams. Of the
-// 48 rows that columns of phi make in two parts, first has the columns 0 to 15 of high, second 16 to 23 of
-// high and 0 to 7 of low, third the rest of low.
+// 48 rows that columns of phi make in two parts, the first has the columns 0 to 15 of high, the second those of
+// low, the third the columns 16 to 23 of high and of low.
 struct Slice {
-  uint4 first, second, third;
+  uint4 fragments[3];
 };
 
 // at: this lane's words, columns g, g + 8 and g + 16 of two rows each.
@@ -227,41 +248,110 @@ __device__ inline Slice read_phi(u32 at, u32 row_bytes, u32 stream_bytes) {
       low[c][s] = parts[1];
     }
   }
-  return {{high[0][0], high[1][0], high[0][1], high[1][1]},
-          {high[2][0], low[0][0], high[2][1], low[0][1]},
-          {low[1][0], low[2][0], low[1][1], low[2][1]}};
+  return {{{high[0][0], high[1][0], high[0][1], high[1][1]},
+           {low[0][0], low[1][0], low[0][1], low[1][1]},
+           {high[2][0], low[2][0], high[2][1], low[2][1]}}};
 }
 
 __device__ inline void mma(float (&d)[4], uint4 a, uint2 b) { mma(d, a.x, a.y, a.z, a.w, b); }
 
-// 8 tokens' sums as the tensor cores leave them: their rows are those of a `Slice`. The squares are on the
-// diagonal.
+// The products with phi of 8 tokens as the tensor cores leave them: their rows are those of a `Slice`.
 struct Sums {
-  float sums[3][4] = {};
-  float squares[4] = {};
+  float sums[2][4] = {};
 
   __device__ void add(const Slice& phi, uint2 x) {
-    mma(sums[0], phi.first, x);
-    mma(sums[1], phi.second, x);
-    mma(sums[2], phi.third, x);
-    mma(squares, {x.x, 0, x.y, 0}, x);
+    mma(sums[0], phi.fragments[0], x);
+    mma(sums[1], phi.fragments[2], x);
+    mma(sums[0], phi.fragments[1], x);
   }
 
+  template <int ROW_BYTES>
   __device__ void store(u32 at, int lane) const {
     const int g = lane / 4, q = lane % 4;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const u32 row = at + (2 * q + e) * kSumsBytes + 4 * g;
-      write_float(row, sums[0][e] + sums[1][2 + e]);
-      write_float(row + 32, sums[0][2 + e] + sums[2][e]);
-      write_float(row + 64, sums[1][e] + sums[2][2 + e]);
+      const u32 row = at + (2 * q + e) * ROW_BYTES + 4 * g;
+      write_float(row, sums[0][e]);
+      write_float(row + 32, sums[0][2 + e]);
+      write_float(row + 64, sums[1][e] + sums[1][2 + e]);
     }
-    if (g / 2 == q) write_float(at + g * kSumsBytes + 4 * kColumns, g % 2 ? squares[1] : squares[0]);
   }
 };
 
-// X'[i] = h_post[i] y + sum over j of H_res[i, j] X[j], for two channels of a token.
-__device__ inline void mix(u32 (&x)[N], u32 y, const float (&h_post)[N], const float (&h_res)[N][N]) {
+// The sums of squares of the same tokens, on the diagonal.
+struct Squares {
+  float sums[4] = {};
+
+  __device__ void add(const u32 (&x)[N]) {
+#pragma unroll
+    for (int j = 0; j < N; j += 2) mma(sums, {x[j], 0, x[j + 1], 0}, {x[j], x[j + 1]});
+  }
+
+  template <int ROW_BYTES>
+  __device__ void store(u32 at, int lane) const {
+    const int g = lane / 4, q = lane % 4;
+    if (g / 2 == q) write_float(at + g * ROW_BYTES, g % 2 ? sums[1] : sums[0]);
+  }
+};
+
+// The same with the first 8 columns of A.
+__device__ inline void mma_k8(float (&d)[4], u32 a0, u32 a1, u32 b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(b));
+}
+
+// G of the same tokens: <X[i], X[j]> are the diagonals of products of 8 tokens each.
+struct Products {
+  // Two such products at a time, those of the streams {i, j} with stream k.
+  float sums[5][4] = {};
+
+  __device__ void add(const u32 (&x)[N]) {
+    mma_k8(sums[0], x[0], x[1], x[0]);
+    mma_k8(sums[1], x[1], x[3], x[1]);
+    mma_k8(sums[2], x[3], x[0], x[3]);
+    mma_k8(sums[3], x[2], x[0], x[2]);
+    mma_k8(sums[4], x[1], x[3], x[2]);
+  }
+
+  // The sum of squares, then G.
+  template <int ROW_BYTES>
+  __device__ void store(u32 at, int lane) const {
+    constexpr int kEntries[5][2] = {{0, 4}, {1, 8}, {3, 6}, {2, 5}, {7, 9}};
+    const int g = lane / 4, q = lane % 4;
+    if (g / 2 != q) return;
+    const u32 row = at + g * ROW_BYTES;
+    float squares = 0.f;
+#pragma unroll
+    for (int k = 0; k < 5; ++k) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float entry = g % 2 ? sums[k][2 * e + 1] : sums[k][2 * e];
+        write_float(row + 4 * (1 + kEntries[k][e]), entry);
+        if (kEntries[k][e] < N) squares += entry;
+      }
+    }
+    write_float(row, squares);
+  }
+};
+template <bool NORM>
+struct TokenProducts {
+  using type = Squares;
+};
+template <>
+struct TokenProducts<true> {
+  using type = Products;
+};
+
+// Row i of H_res, and h_post[i].
+struct MixingRow {
+  float h_res[N], h_post;
+};
+
+// X'[i] = h_post[i] y + sum over j of H_res[i, j] X[j], for two channels of a token. row: gives row i.
+template <class Row>
+__device__ inline void mix(u32 (&x)[N], u32 y, Row row) {
   float values[N + 1][2];
 #pragma unroll
   for (int j = 0; j <= N; ++j) {
@@ -271,33 +361,33 @@ __device__ inline void mix(u32 (&x)[N], u32 y, const float (&h_post)[N], const f
   }
 #pragma unroll
   for (int i = 0; i < N; ++i) {
+    const MixingRow h = row(i);
     float sums[2];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      sums[e] = h_post[i] * values[N][e];
+      sums[e] = h.h_post * values[N][e];
 #pragma unroll
-      for (int j = 0; j < N; ++j) sums[e] += h_res[i][j] * values[j][e];
+      for (int j = 0; j < N; ++j) sums[e] += h.h_res[j] * values[j][e];
     }
     x[i] = pair_of((bf16*)nullptr, sums[0], sums[1]);
   }
 }
 
-template <bool SEAM>
-__device__ inline void Block<SEAM>::project(int warp, int lane) const {
+template <bool SEAM, bool NORM>
+__device__ inline void Block<SEAM, NORM>::project(int warp, int lane) const {
   take_registers<P::kShape.project_registers>();
-  const int g = lane / 4, q = lane % 4;
 
   // What lies in registers.
-  constexpr int kOwnSlices = kSlices - P::kSharedSlices;
+  constexpr int kInRegisters = 3 * kSlices - P::kSharedFragments;
   Slice slices[kSlices];
-  const auto shared_slice = [&](int slice) {
+  const auto shared_fragment = [&](int fragment) {
     u32 thread;  // asked for every time: to keep it would take a register too many
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    return shared + P::kSlicesAt + (slice - kOwnSlices) * kSliceBytes + 16 * thread;
+    return shared + P::kFragments + (fragment - kInRegisters) * kFragmentBytes + 16 * thread;
   };
   // Whether there are registers left for what can as well be read when it is needed.
-  constexpr bool kSpare = P::kSharedSlices == 0;
-  const u32 phi = shared + P::kPhi + (8 * warp + 2 * q) * P::kPhiRowBytes + 4 * g;
+  constexpr bool kSpare = P::kSharedFragments == 0, kKeepsHRes = kSpare || !NORM;
+  const u32 phi = shared + P::kPhi + (8 * warp + 2 * (lane % 4)) * P::kPhiRowBytes + lane / 4 * 4;
 #pragma unroll
   for (int pair = 0; pair < 2; ++pair) {
     wait(barrier(kPhiFull, pair), 0);
@@ -306,9 +396,10 @@ __device__ inline void Block<SEAM>::project(int warp, int lane) const {
       const u32 at = phi + 2 * pair * P::kPhiBytes + box * kBoxChannels * P::kPhiRowBytes;
       const int slice = 2 * box + pair;
       slices[slice] = read_phi(at, P::kPhiRowBytes, P::kPhiBytes);
-      if (slice >= kOwnSlices) {
-        write4(shared_slice(slice), slices[slice].second);
-        write4(shared_slice(slice) + kSliceBytes / 2, slices[slice].third);
+#pragma unroll
+      for (int f = 0; f < 3; ++f) {
+        const int fragment = 3 * slice + f;
+        if (fragment >= kInRegisters) write4(shared_fragment(fragment), slices[slice].fragments[f]);
       }
     }
   }
@@ -316,34 +407,49 @@ __device__ inline void Block<SEAM>::project(int warp, int lane) const {
   if (lane == 0) arrive(barrier(kPhiEmpty));
   cluster_wait();
 
+  const int g = lane / 4;
   // Lane l points at the 8 channels of token l % 8 of stream l / 8.
   const u32 matrices = lane / 8 * P::kStreamBytes + swizzled(lane % 8, warp);
-  // Two channels of token g.
-  const u32 own_y = P::kY + swizzled(g, warp) + 4 * q;
   Ring<P::kStages> ring;
 #pragma unroll 1
-  for (int i = 0; i < num_tiles; ++i, ring.next()) {
+  for (int i = 0; has_tile(i); ++i, ring.next()) {
     wait(barrier(kFull, ring.slot), ring.parity);
     const u32 here = stage(ring.slot);
-    float h_post[N], h_res[N][N];
-    const auto read_h_post = [&] { read_floats(h_post, here + P::kHPost + g * N * 4); };
+    const auto read_h_res = [&](float (&row)[N], int i) {
+      read_floats(row, mixing(ring.slot) + (g * N + i) * N * 4);
+    };
+    const auto read_h_post = [&](int i) {
+      return read_float(mixing(ring.slot) + P::kHPost + (g * N + i) * 4);
+    };
+    MixingRow rows[N] = {};
     if constexpr (SEAM) {
 #pragma unroll
-      for (int j = 0; j < N; ++j) read_floats(h_res[j], here + P::kHRes + (g * N + j) * N * 4);
-      if (kSpare) read_h_post();
+      for (int i = 0; i < N; ++i) {
+        if (kKeepsHRes) read_h_res(rows[i].h_res, i);
+        if (kSpare) rows[i].h_post = read_h_post(i);
+      }
     }
+    const auto row = [&](int i) {
+      MixingRow row = rows[i];
+      if (!kKeepsHRes) read_h_res(row.h_res, i);
+      if (!kSpare) row.h_post = read_h_post(i);
+      return row;
+    };
 
     constexpr int kOctets = P::kTokens / 8, kSteps = kBoxes * kOctets;
+    // G wants more registers than the projection leaves to large blocks: there it comes afterwards.
+    constexpr bool kApart = NORM && SIZE > 320;
     // In the seam the next box is on its way to registers while this one is mixed.
     constexpr bool kAhead = SEAM && kSpare;
     Sums sums[kOctets];
+    typename TokenProducts<NORM>::type products[kOctets];
     u32 next[N], next_y = 0;
     const auto address = [&](int step) {
       return here + matrices + step / kOctets * P::kBoxBytes + step % kOctets * 8 * kRowBytes;
     };
     const auto read = [&](int step) {
       read_matrices(next, address(step));
-      if constexpr (SEAM) next_y = read1(here + own_y + step * P::kBoxBytes);
+      if constexpr (SEAM) read_matrix(next_y, address(step) + P::kY);
     };
     if (kAhead) read(0);
 #pragma unroll
@@ -353,19 +459,29 @@ __device__ inline void Block<SEAM>::project(int warp, int lane) const {
       const u32 y = next_y;
       if (kAhead && step + 1 < kSteps) read(step + 1);
       if constexpr (SEAM) {
-        if (!kSpare) read_h_post();
-        mix(x, y, h_post, h_res);
+        mix(x, y, row);
         write_matrices(address(step), x);
       }
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
         const int slice = step / kOctets * 2 + pair;
         Slice phi = slices[slice];
-        if (slice >= kOwnSlices) {
-          phi.second = read4(shared_slice(slice));
-          phi.third = read4(shared_slice(slice) + kSliceBytes / 2);
+#pragma unroll
+        for (int f = 0; f < 3; ++f) {
+          const int fragment = 3 * slice + f;
+          if (fragment >= kInRegisters) phi.fragments[f] = read4(shared_fragment(fragment));
         }
         sums[step % kOctets].add(phi, {x[2 * pair], x[2 * pair + 1]});
+      }
+      if (!kApart) products[step % kOctets].add(x);
+    }
+    if constexpr (kApart) {
+      __syncwarp();
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        u32 x[N];
+        read_matrices(x, address(step));
+        products[step % kOctets].add(x);
       }
     }
 
@@ -374,7 +490,9 @@ __device__ inline void Block<SEAM>::project(int warp, int lane) const {
 #pragma unroll
     for (int octet = 0; octet < P::kTokens / 8; ++octet) {
       const u32 row = warp * P::kTokens + 8 * octet;
-      sums[octet].store(shared + P::kPartials + slot * P::kPartialBytes + row * kSumsBytes, lane);
+      const u32 at = shared + P::kPartials + slot * P::kPartialBytes + row * P::kSumsBytes;
+      sums[octet].template store<P::kSumsBytes>(at, lane);
+      products[octet].template store<P::kSumsBytes>(at + 4 * kColumns, lane);
     }
     __syncwarp();
     if (lane == 0) arrive(barrier(kPartialFull, slot));
@@ -383,14 +501,15 @@ __device__ inline void Block<SEAM>::project(int warp, int lane) const {
 
 // ---- apply ------------------------------------------------------------------------------------------
 
-template <bool SEAM>
-__device__ inline void Block<SEAM>::apply(int thread) const {
+template <bool SEAM, bool NORM>
+__device__ inline void Block<SEAM, NORM>::apply(int thread) const {
   give_registers<P::kShape.apply_registers>();
   cluster_wait();
+  if constexpr (NORM) wait(barrier(kPhiFull), 0);
   constexpr int kUnroll = P::kShape.apply_registers < 64 ? 1 : 2;
   Ring<P::kStages> ring;
 #pragma unroll 1
-  for (int i = 0; i < num_tiles; ++i, ring.next()) {
+  for (int i = 0; has_tile(i); ++i, ring.next()) {
     if (thread == 0) arrive_and_expect(barrier(kHFull, ring.slot), P::kTokens * N * 4);
     wait_for_cluster(barrier(kHFull, ring.slot), ring.parity);
     const u32 h_pre = shared + P::kHPre + ring.slot * P::kTokens * N * 4;
@@ -410,8 +529,6 @@ __device__ inline void Block<SEAM>::apply(int thread) const {
 #pragma unroll
         for (int v = 0; v < 8; ++v) sums[v] += h[j] * x[j][v];
       }
-      Pack<bf16, 8> u;
-      u.set(sums);
       const long long to = token(i) + t;
       if (to >= call.tokens) continue;
       const int channel = rank * SIZE + unit * 8;
@@ -422,6 +539,15 @@ __device__ inline void Block<SEAM>::apply(int thread) const {
                         {x[j].words[0], x[j].words[1], x[j].words[2], x[j].words[3]});
         }
       }
+      if constexpr (NORM) {
+#pragma unroll
+        for (int v = 0; v < 8; v += 4) {
+          const float4 w = read_float4(shared + P::kWeights + (unit * 8 + v) * 4);
+          sums[v] *= w.x, sums[v + 1] *= w.y, sums[v + 2] *= w.z, sums[v + 3] *= w.w;
+        }
+      }
+      Pack<bf16, 8> u;
+      u.set(sums);
       write_through(call.u + to * hidden() + channel,
                     {u.words[0], u.words[1], u.words[2], u.words[3]});
     }
@@ -433,11 +559,13 @@ __device__ inline void Block<SEAM>::apply(int thread) const {
 // ---- one warp each --------------------------------------------------------------------------------------
 
 // By one lane.
-template <bool SEAM>
-__device__ inline void Block<SEAM>::copy_phi() const {
+template <bool SEAM, bool NORM>
+__device__ inline void Block<SEAM, NORM>::copy_phi() const {
   for (int pair = 0; pair < 2; ++pair) {
     const u32 full = barrier(kPhiFull, pair);
-    arrive_and_expect(full, 2 * P::kPhiBytes);
+    const int weights = pair == 0 ? P::kWeightBytes : 0;
+    arrive_and_expect(full, 2 * P::kPhiBytes + weights);
+    if (weights) copy_in(shared + P::kWeights, call.norm_scale + rank * SIZE, weights, full);
     for (int j = 2 * pair; j < 2 * pair + 2; ++j) {
       const float* from = call.phi + (size_t(j) * hidden() + rank * SIZE) * kColumns;
       copy_in(shared + P::kPhi + j * P::kPhiBytes, from, P::kPhiBytes, full);
@@ -448,12 +576,12 @@ __device__ inline void Block<SEAM>::copy_phi() const {
 }
 
 // By one lane. It has nothing to do with other blocks, and does not wait for them to start.
-template <bool SEAM>
-__device__ inline void Block<SEAM>::copy() const {
+template <bool SEAM, bool NORM>
+__device__ inline void Block<SEAM, NORM>::copy() const {
   const u64 policy = evict_first();
   Ring<P::kStages> ring;
 #pragma unroll 1
-  for (int i = 0; i < num_tiles; ++i, ring.next()) {
+  for (int i = 0; has_tile(i); ++i, ring.next()) {
     if (i == P::kFreeStages) wait(barrier(kPhiEmpty), 0);
     wait(barrier(kEmpty, ring.slot), ring.parity ^ 1);
     // X' was written there, and not by the copy engine.
@@ -461,32 +589,34 @@ __device__ inline void Block<SEAM>::copy() const {
     const u32 full = barrier(kFull, ring.slot), to = stage(ring.slot);
     const int first = token(i), count = min(P::kTokens, call.tokens - first);
     const int coefficients = SEAM ? count * (N * N + N) * 4 : 0;
-    arrive_and_expect(full, (SEAM ? P::kHRes : P::kY) + coefficients);
+    arrive_and_expect(full, P::kStageBytes + coefficients);
     copy_in(to, *call.x_map, first, rank * kBoxes, 0, full, policy);
     if constexpr (SEAM) {
       copy_in(to + P::kY, *call.y_map, first, rank * kBoxes, 0, full, policy);
-      copy_in(to + P::kHRes, call.h_res_in + size_t(first) * N * N, count * N * N * 4, full);
-      copy_in(to + P::kHPost, call.h_post_in + size_t(first) * N, count * N * 4, full);
+      const u32 h_res = mixing(ring.slot);
+      copy_in(h_res, call.h_res_in + size_t(first) * N * N, count * N * N * 4, full);
+      copy_in(h_res + P::kHPost, call.h_post_in + size_t(first) * N, count * N * 4, full);
     }
   }
 }
 
-template <bool SEAM>
-__device__ inline void Block<SEAM>::send_sums(int lane) const {
+template <bool SEAM, bool NORM>
+__device__ inline void Block<SEAM, NORM>::send_sums(int lane) const {
   // A lane has the same four sums of the same token in every tile.
-  constexpr int kItems = P::kTokens * kSumsParts, kRounds = (kItems + 31) / 32;
+  constexpr int kParts = P::kSumsBytes / 16;
+  constexpr int kItems = P::kTokens * kParts, kRounds = (kItems + 31) / 32;
   u32 from[kRounds], to[kRounds], full[kRounds];
 #pragma unroll
   for (int k = 0; k < kRounds; ++k) {
-    const int item = lane + 32 * k, t = item / kSumsParts, part = item % kSumsParts;
+    const int item = lane + 32 * k, t = item / kParts, part = item % kParts;
     const u32 owner = t >> owned_log2, row = rank * owned + (t & (owned - 1));
-    from[k] = shared + P::kPartials + t * kSumsBytes + part * 16;
-    to[k] = in_block(shared + P::kOwn + row * kSumsBytes + part * 16, owner);
+    from[k] = shared + P::kPartials + t * P::kSumsBytes + part * 16;
+    to[k] = in_block(shared + P::kOwn + row * P::kSumsBytes + part * 16, owner);
     full[k] = in_block(barrier(kSumsFull), owner);
   }
   Ring<P::kStages> ring;
 #pragma unroll 1
-  for (int i = 0; i < num_tiles; ++i, ring.next()) {
+  for (int i = 0; has_tile(i); ++i, ring.next()) {
     const u32 slot = i % 2;
     wait(barrier(kPartialFull, slot), i / 2 & 1);
     // The owners have read what this slot of theirs held before once they have answered to it.
@@ -497,7 +627,7 @@ __device__ inline void Block<SEAM>::send_sums(int lane) const {
       float4 sum = {};
 #pragma unroll
       for (int w = 0; w < kProjectWarps; ++w) {
-        const u32 at = from[k] + slot * P::kPartialBytes + w * P::kTokens * kSumsBytes;
+        const u32 at = from[k] + slot * P::kPartialBytes + w * P::kTokens * P::kSumsBytes;
         const float4 v = read_float4(at);
         sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
       }
@@ -519,36 +649,57 @@ __device__ inline float sum_of_blocks(u32 from, u32 stride) {
   for (u32 b = 2; b < CLUSTER; ++b) sums[b % 2] += values[b];
   return sums[0] + sums[1];
 }
+__device__ inline float sum_of_blocks(u32 from, u32 stride, u32 cluster) {
+  return cluster == 16  ? sum_of_blocks<16>(from, stride)
+         : cluster == 8 ? sum_of_blocks<8>(from, stride)
+         : cluster == 4 ? sum_of_blocks<4>(from, stride)
+                        : sum_of_blocks<2>(from, stride);
+}
 
-// Lane c has column c, and lane kColumns the sum of squares. All blocks wait for this warp: what they do not
-// wait for is left to `finish`.
-template <bool SEAM>
-__device__ inline void Block<SEAM>::own(int lane) const {
+// Lane c has column c, and lane kColumns the sum of squares; lane k the entry k of G, too. All blocks wait for
+// this warp: what they do not wait for is left to `finish`.
+template <bool SEAM, bool NORM>
+__device__ inline void Block<SEAM, NORM>::own(int lane) const {
   if (!owns()) return;
   const Settings& settings = *call.settings;
   const int c = min(lane, kColumns);
   // The other lanes send alike, and what is not h_pre reaches nobody.
   const float alpha = call.alpha[0], bias = call.bias[c % N];
-  const u32 stride = owned * kSumsBytes;
+  const u32 stride = owned * P::kSumsBytes;
+  // Of this lane's entry of G; what is not on the diagonal is there twice.
+  const int k = min(lane, kProducts - 1);
+  const int row_of_g = k < N ? k : k < 7 ? 0 : k < 9 ? 1 : 2;
+  const int column_of_g = k < N ? k : k < 7 ? k - 3 : k < 9 ? k - 5 : 3;
+  const float weight_of_g = (k < N ? 1.f : 2.f) / hidden();
   const u32 h_pre_there = in_block(shared + P::kHPre, lane % kMaxCluster);
   const u32 h_full_there = in_block(barrier(kHFull), lane % kMaxCluster);
   int count = 0;
   Ring<P::kStages> ring;
 #pragma unroll 1
-  for (int i = 0; i < num_tiles; ++i, ring.next()) {
+  for (int i = 0; has_tile(i); ++i, ring.next()) {
     if (lane == 0) arrive_and_expect(barrier(kSumsFull, ring.slot), cluster * stride);
     wait_for_cluster(barrier(kSumsFull, ring.slot), ring.parity);
 #pragma unroll 1
     for (int o = 0; o < owned; ++o, ++count) {
-      const u32 from = shared + P::kOwn + ring.slot * P::kOwnBytes + o * kSumsBytes + 4 * c;
-      const float sum = cluster == 16  ? sum_of_blocks<16>(from, stride)
-                        : cluster == 8 ? sum_of_blocks<8>(from, stride)
-                        : cluster == 4 ? sum_of_blocks<4>(from, stride)
-                                       : sum_of_blocks<2>(from, stride);
+      const u32 from = shared + P::kOwn + ring.slot * P::kOwnBytes + o * P::kSumsBytes;
+      const float sum = sum_of_blocks(from + 4 * c, stride, cluster);
       const float r = inverse_norm(settings, __shfl_sync(kAllLanes, sum, kColumns), N * hidden());
       const float m = r * sum, h = sigmoid(alpha * m + bias) + settings.pre_eps;
-      const float4 h_pre = {__shfl_sync(kAllLanes, h, 0), __shfl_sync(kAllLanes, h, 1),
-                            __shfl_sync(kAllLanes, h, 2), __shfl_sync(kAllLanes, h, 3)};
+      float4 h_pre = {__shfl_sync(kAllLanes, h, 0), __shfl_sync(kAllLanes, h, 1),
+                      __shfl_sync(kAllLanes, h, 2), __shfl_sync(kAllLanes, h, 3)};
+      float rho = 0.f;
+      if constexpr (NORM) {
+        const float g = sum_of_blocks(from + 4 * (kColumns + 1 + k), stride, cluster);
+        const float h_row = __shfl_sync(kAllLanes, h, row_of_g);
+        const float h_column = __shfl_sync(kAllLanes, h, column_of_g);
+        float mean = lane < kProducts ? g * (weight_of_g * h_row * h_column) : 0.f;
+        // The first half of the lanes has it all, and they alone send.
+#pragma unroll
+        for (int step = 8; step > 0; step /= 2) mean += __shfl_xor_sync(kAllLanes, mean, step);
+        // What is left of a sum of zero may be less than that; NaN stays.
+        rho = inverse_root((mean < 0.f ? 0.f : mean) + call.norm_scale_eps);
+        h_pre = {rho * h_pre.x, rho * h_pre.y, rho * h_pre.z, rho * h_pre.w};
+      }
       if (lane < int(cluster)) {
         const u32 row = ring.slot * P::kTokens + rank * owned + o;
         send(h_pre_there + row * N * 4, h_pre, h_full_there + 8 * ring.slot);
@@ -556,10 +707,11 @@ __device__ inline void Block<SEAM>::own(int lane) const {
 
       const u32 batch = count / kBatch, slot = batch % 2, t = count % kBatch;
       if (t == 0) wait(barrier(kFinishEmpty, slot), (batch / 2 & 1) ^ 1);
-      const u32 row = shared + P::kFinish + (slot * kBatch + t) * kSumsBytes;
-      if (lane <= kColumns) write_float(row + 4 * c, c < kColumns ? m : r);
+      const u32 row = shared + P::kFinish + (slot * kBatch + t) * kFinishRowBytes;
+      if (lane <= kColumns) write_float(row + 4 * lane, lane < kColumns ? m : r);
+      if (NORM && lane == 0) write_float(row + 4 * (kColumns + 1), rho);
       __syncwarp();
-      const bool is_last = t == kBatch - 1 || count == num_tiles * owned - 1;
+      const bool is_last = t == kBatch - 1 || (o == owned - 1 && !has_tile(i + 1));
       if (is_last && lane == 0) arrive(barrier(kFinishFull, slot));
     }
   }
@@ -567,8 +719,8 @@ __device__ inline void Block<SEAM>::own(int lane) const {
 
 // What there is of a token besides H_res, by four lanes: m four columns at a time, and r. The first has h_pre
 // among its columns, the second h_post.
-template <bool SEAM>
-__device__ inline void Block<SEAM>::store_others(u32 row, size_t token, int lane) const {
+template <bool SEAM, bool NORM>
+__device__ inline void Block<SEAM, NORM>::store_others(u32 row, size_t token, int lane) const {
   float4* m = reinterpret_cast<float4*>(call.m + token * kColumns);
   float own[N];
   read_floats(own, row + lane * N * 4);
@@ -576,6 +728,7 @@ __device__ inline void Block<SEAM>::store_others(u32 row, size_t token, int lane
   if (lane >= 2) {
     m[lane + 2] = read_float4(row + (lane + 2) * N * 4);
     if (lane == 2) call.r[token] = read_float(row + 4 * kColumns);
+    if (NORM && lane == 3) call.rho[token] = read_float(row + 4 * (kColumns + 1));
     return;
   }
   const bool is_pre = lane == 0;
@@ -590,20 +743,20 @@ __device__ inline void Block<SEAM>::store_others(u32 row, size_t token, int lane
 }
 
 // Four lanes have a token.
-template <bool SEAM>
-__device__ inline void Block<SEAM>::finish(int lane) const {
+template <bool SEAM, bool NORM>
+__device__ inline void Block<SEAM, NORM>::finish(int lane) const {
   if (!owns()) return;
   const Settings& settings = *call.settings;
   const Sinkhorn<N> matrix{settings, N, lane % N};
   const int t = lane / N;
 #pragma unroll 1
-  for (int batch = 0; batch * kBatch < num_tiles * owned; ++batch) {
+  for (int batch = 0; has_tile(batch * kBatch >> owned_log2); ++batch) {
     const u32 slot = batch % 2;
     wait(barrier(kFinishFull, slot), batch / 2 & 1);
-    const u32 row = shared + P::kFinish + (slot * kBatch + t) * kSumsBytes;
+    const u32 row = shared + P::kFinish + (slot * kBatch + t) * kFinishRowBytes;
     const int count = batch * kBatch + t, i = count >> owned_log2;
     const size_t at = size_t(token(i)) + rank * owned + (count & (owned - 1));
-    const bool exists = i < num_tiles && at < call.tokens;
+    const bool exists = at < call.tokens;
     Sinkhorn<N>::Matrix z, h_res;
     matrix.for_each([&](int k, int j) {
       const int c = 2 * N + matrix.at(k, j);
@@ -621,9 +774,9 @@ __device__ inline void Block<SEAM>::finish(int lane) const {
 
 // ---- kernels ------------------------------------------------------------------------------------------
 
-template <bool SEAM>
+template <bool SEAM, bool NORM>
 __device__ inline void run(const Call& call) {
-  const Block<SEAM> block(call);
+  const Block<SEAM, NORM> block(call);
   // The same in all lanes, and by this the compiler knows it.
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   if (warp == 0) block.init_barriers(lane);
@@ -636,7 +789,7 @@ __device__ inline void run(const Call& call) {
   } else if (warp < kProjectWarps + kApplyWarps) {
     block.apply(threadIdx.x - 32 * kProjectWarps);
   } else {
-    give_registers<Plan<SEAM>::kShape.other_registers>();
+    give_registers<Plan<SEAM, NORM>::kShape.other_registers>();
     const int role = warp - kProjectWarps - kApplyWarps;
     if (role == 0 && lane == 0) block.copy();
     __syncwarp();
@@ -654,8 +807,16 @@ KERNEL(pre_fwd_one_pass, kThreads, 1)
 (const __grid_constant__ TensorMap x_map, const float* phi, const float* alpha, const float* bias,
  Stream* u, float* h_pre, float* h_post, float* h_res, float* m, float* r, int tokens,
  const __grid_constant__ Settings settings) {
-  run<false>({&x_map, nullptr, nullptr, nullptr, nullptr, phi, alpha, bias, u, h_pre, h_post, h_res, m,
-              r, tokens, &settings});
+  run<false, false>({&x_map, nullptr, nullptr, nullptr, nullptr, phi, alpha, bias, nullptr, u, h_pre,
+                     h_post, h_res, m, r, nullptr, 0.f, tokens, &settings});
+}
+
+KERNEL(pre_norm_fwd_one_pass, kThreads, 1)
+(const __grid_constant__ TensorMap x_map, const float* phi, const float* alpha, const float* bias,
+ const float* norm_scale, Stream* u, float* h_pre, float* h_post, float* h_res, float* m, float* r,
+ float* rho, float norm_scale_eps, int tokens, const __grid_constant__ Settings settings) {
+  run<false, true>({&x_map, nullptr, nullptr, nullptr, nullptr, phi, alpha, bias, norm_scale, u, h_pre,
+                    h_post, h_res, m, r, rho, norm_scale_eps, tokens, &settings});
 }
 
 KERNEL(seam_fwd_one_pass, kThreads, 1)
@@ -663,6 +824,16 @@ KERNEL(seam_fwd_one_pass, kThreads, 1)
  const float* h_post_in, const float* h_res_in, const float* phi, const float* alpha,
  const float* bias, Stream* x_new, Stream* u, float* h_pre, float* h_post, float* h_res, float* m,
  float* r, int tokens, const __grid_constant__ Settings settings) {
-  run<true>({&x_map, &y_map, h_post_in, h_res_in, x_new, phi, alpha, bias, u, h_pre, h_post, h_res, m,
-             r, tokens, &settings});
+  run<true, false>({&x_map, &y_map, h_post_in, h_res_in, x_new, phi, alpha, bias, nullptr, u, h_pre,
+                    h_post, h_res, m, r, nullptr, 0.f, tokens, &settings});
+}
+
+KERNEL(seam_norm_fwd_one_pass, kThreads, 1)
+(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map,
+ const float* h_post_in, const float* h_res_in, const float* phi, const float* alpha,
+ const float* bias, const float* norm_scale, Stream* x_new, Stream* u, float* h_pre, float* h_post,
+ float* h_res, float* m, float* r, float* rho, float norm_scale_eps, int tokens,
+ const __grid_constant__ Settings settings) {
+  run<true, true>({&x_map, &y_map, h_post_in, h_res_in, x_new, phi, alpha, bias, norm_scale, u, h_pre,
+                   h_post, h_res, m, r, rho, norm_scale_eps, tokens, &settings});
 }

@@ -63,59 +63,64 @@ impl Shape {
 /// How a block of a forward kernel divides its shared memory (`Shape` and `Plan` of one_pass_fwd.cu).
 struct Forward {
     is_seam: bool,
+    has_norm: bool,
     channels: usize,
     /// Of a tile.
     tokens: usize,
     /// Buffers for tiles.
     stages: usize,
-    /// Slices of phi that have no room in registers.
-    slices_in_shared: usize,
+    /// Fragments of phi that have no room in registers.
+    fragments_in_shared: usize,
 }
 
 impl Forward {
     const THREADS: u32 = 512;
     /// Rows of the sums in a slot, at least.
     const MAX_CLUSTER: usize = 16;
-    /// Sums of a token: of all columns and of the squares, and padding.
-    const SUMS_BYTES: usize = 28 * size_of::<f32>();
-    const SLICE_BYTES: usize = 2 * 256 * 16;
+    /// `kFinishRowBytes`
+    const FINISH_ROW_BYTES: usize = 28 * size_of::<f32>();
+    const FRAGMENT_BYTES: usize = 256 * 16;
 
-    fn new(channels: usize, is_seam: bool) -> Self {
-        let (tokens, stages, slices_in_shared) = match (channels, is_seam) {
-            (256, false) => (16, 5, 0),
-            (320, false) => (8, 8, 0),
-            (384, false) => (8, 7, 0),
-            (_, false) => (8, 6, 0),
-            (256, true) => (8, 8, 0),
-            (320, true) => (8, 7, 0),
-            (384, true) => (8, 6, 0),
-            (_, true) => (8, 5, 2),
+    fn new(channels: usize, is_seam: bool, has_norm: bool) -> Self {
+        let (tokens, stages, fragments_in_shared) = match (channels, is_seam, has_norm) {
+            (256, false, _) => (16, 5, 0),
+            (320, false, _) => (8, 8, 0),
+            (384, false, _) => (8, 7, 0),
+            (_, false, false) => (8, 6, 0),
+            (_, false, true) => (8, 6, 2),
+            (256, true, _) => (8, 8, 0),
+            (320, true, _) => (8, 7, 0),
+            (384, true, false) => (8, 6, 0),
+            (384, true, true) => (8, 6, 1),
+            (_, true, false) => (8, 5, 5),
+            (_, true, true) => (8, 5, 3),
         };
         Self {
             is_seam,
+            has_norm,
             channels,
             tokens,
             stages,
-            slices_in_shared,
+            fragments_in_shared,
         }
     }
 
     fn shared_bytes(&self) -> usize {
-        let round = |bytes: usize| bytes.next_multiple_of(1024);
-        let stream = self.tokens * self.channels * 2;
-        let h_post = self.tokens * STREAMS * size_of::<f32>();
-        let stage = if self.is_seam {
-            round((STREAMS + 1) * (stream + h_post))
-        } else {
-            STREAMS * stream
-        };
+        let floats = |number: usize| number * size_of::<f32>();
+        // Sums of a token: of all columns, of the squares or of the products of its streams, and padding.
+        let sums = floats(if self.has_norm { 36 } else { 28 });
+        let streams = if self.is_seam { STREAMS + 1 } else { STREAMS };
+        let mixing = if self.is_seam { STREAMS + 1 } else { 0 };
         let barriers = 1024;
-        let partials = 2 * 8 * self.tokens * Self::SUMS_BYTES;
-        let own = self.tokens.max(Self::MAX_CLUSTER) * Self::SUMS_BYTES;
-        let finish = 2 * 8 * Self::SUMS_BYTES;
-        let slices = self.slices_in_shared * Self::SLICE_BYTES;
-        round(barriers + partials + self.stages * (own + h_post) + finish + slices)
-            + self.stages * stage
+        let partials = 2 * 8 * self.tokens * sums;
+        let own = self.tokens.max(Self::MAX_CLUSTER) * sums;
+        let coefficients = self.tokens * floats(STREAMS * (1 + mixing));
+        let finish = 2 * 8 * Self::FINISH_ROW_BYTES;
+        let norm_scale = floats(if self.has_norm { self.channels } else { 0 });
+        let fragments = self.fragments_in_shared * Self::FRAGMENT_BYTES;
+        let others = self.stages * (own + coefficients) + finish + norm_scale + fragments;
+        (barriers + partials + others).next_multiple_of(1024)
+            + self.stages * streams * self.tokens * self.channels * 2
     }
 }
 
@@ -123,7 +128,8 @@ impl Forward {
 pub fn forward(call: &Call, device: &Device) -> Option<Launch> {
     let is_seam = call.op == Op::SeamFwd;
     let shape = Shape::wanted(&call.problem()).filter(|shape| shape.runs_on(device))?;
-    let plan = Forward::new(shape.channels, is_seam);
+    let has_norm = call.norm_width > 0;
+    let plan = Forward::new(shape.channels, is_seam, has_norm);
     let tensor = |name, num_streams| {
         Arg::TensorMap(Tensor::new(
             call.operand(name).data as u64,
@@ -138,10 +144,17 @@ pub fn forward(call: &Call, device: &Device) -> Option<Launch> {
         args.extend([tensor("y", 1), operand("h_post"), operand("h_res")]);
     }
     args.extend(["phi", "alpha", "bias"].map(operand));
+    if has_norm {
+        args.push(operand("norm_scale"));
+    }
     if is_seam {
         args.push(result("x_new"));
     }
     args.extend(["u", "h_pre", "h_post", "h_res", "m", "r"].map(result));
+    if has_norm {
+        let eps = call.config.norm_scale_eps as f32;
+        args.extend([result("rho"), Arg::F32(eps)]);
+    }
     args.extend([
         Arg::I32(call.tokens as i32),
         Arg::Settings(call.config.into()),
@@ -149,10 +162,11 @@ pub fn forward(call: &Call, device: &Device) -> Option<Launch> {
     Some(Launch {
         kernel: Kernel {
             file: "one_pass_fwd",
-            function: if is_seam {
-                "seam_fwd_one_pass"
-            } else {
-                "pre_fwd_one_pass"
+            function: match (is_seam, has_norm) {
+                (false, false) => "pre_fwd_one_pass",
+                (false, true) => "pre_norm_fwd_one_pass",
+                (true, false) => "seam_fwd_one_pass",
+                (true, true) => "seam_norm_fwd_one_pass",
             },
             size: shape.size,
             dtype: call.dtype,
@@ -172,35 +186,41 @@ mod tests {
     /// What a block may have on GPUs with clusters, and more than half of which it must have.
     const MAX_BYTES: usize = 232_448;
 
+    /// Seam or pre, with a norm or without.
+    const VARIANTS: [(bool, bool); 4] =
+        [(false, false), (false, true), (true, false), (true, true)];
+
     #[test]
     fn forward_blocks_fit_and_have_a_multiprocessor_each() {
         for (channels, _) in CHANNELS {
-            for is_seam in [false, true] {
-                let bytes = Forward::new(channels, is_seam).shared_bytes();
+            for (is_seam, has_norm) in VARIANTS {
+                let bytes = Forward::new(channels, is_seam, has_norm).shared_bytes();
                 assert!((MAX_BYTES / 2..=MAX_BYTES).contains(&bytes), "{bytes}");
             }
         }
-        assert_eq!(Forward::new(256, false).shared_bytes(), 205_824);
-        assert_eq!(Forward::new(448, true).shared_bytes(), 228_352);
+        assert_eq!(Forward::new(256, false, false).shared_bytes(), 205_824);
+        assert_eq!(Forward::new(448, true, true).shared_bytes(), 230_400);
     }
 
     #[test]
     fn the_kernel_divides_its_blocks_alike() {
         let source = include_str!("../../cuda/one_pass_fwd.cu");
         for (channels, _) in CHANNELS {
-            let [seam, pre] = [true, false].map(|is_seam| {
-                let plan = Forward::new(channels, is_seam);
-                format!(
-                    "Shape{{{}, {}, {}, ",
-                    plan.tokens, plan.stages, plan.slices_in_shared
-                )
-            });
-            let is_row = |line: &&str| {
-                let row = line.trim_start();
-                row.starts_with(&format!("case {channels}: return seam ? {seam}"))
-                    && row.contains(&format!(" : {pre}"))
-            };
-            assert!(source.lines().any(|line| is_row(&line)), "{channels}");
+            for is_seam in [false, true] {
+                let [norm, none] = [true, false].map(|has_norm| {
+                    let plan = Forward::new(channels, is_seam, has_norm);
+                    format!(
+                        "Shape{{{}, {}, {}, ",
+                        plan.tokens, plan.stages, plan.fragments_in_shared
+                    )
+                });
+                let is_row = |line: &&str| {
+                    let row = line.trim_start();
+                    row.starts_with(&format!("case {channels}: return norm ? {norm}"))
+                        && row.contains(&format!(" : {none}"))
+                };
+                assert!(source.lines().any(|line| is_row(&line)), "{channels}");
+            }
         }
     }
 

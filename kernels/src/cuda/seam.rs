@@ -3,7 +3,7 @@
 use super::launch::{Device, Launch, Problem, Workspace};
 use super::memory::{Memory, Part, room};
 use super::projection::Shape;
-use super::{norm, one_pass, post, pre};
+use super::{one_pass, post, pre};
 use crate::signature::{Call, Op};
 
 /// The launches of a call, in their order.
@@ -11,11 +11,7 @@ pub fn plan(call: &Call, device: &Device) -> Vec<Launch> {
     let memory = &mut Memory::of(call);
     if call.op == Op::SeamFwd {
         if let Some(launch) = one_pass::forward(call, device) {
-            let x_new = call.result("x_new").data as u64;
-            return [launch]
-                .into_iter()
-                .chain(norm::forward(call, x_new))
-                .collect();
+            return vec![launch];
         }
         let x_new = call.result("x_new").data as u64;
         let mut launches = vec![post::forward(call, x_new)];
