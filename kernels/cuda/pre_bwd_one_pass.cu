@@ -953,7 +953,7 @@ KERNEL(pre_bwd_one_pass, Warps<false>::kThreads, 1)
 
 // The same where the layer's input is normalised. With 384 channels it would spill registers.
 #if SIZE != 384
-KERNEL(pre_bwd_one_pass_norm, Warps<true>::kThreads, 1)
+KERNEL(pre_norm_bwd_one_pass, Warps<true>::kThreads, 1)
 (const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap d_u,
  const __grid_constant__ TensorMap d_x_in, const __grid_constant__ TensorMap d_x, const float* phi,
  const float* alpha, const float* bias, const float* m, const float* r, const float* h_res,

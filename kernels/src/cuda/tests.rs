@@ -214,33 +214,40 @@ fn the_seam_reads_the_streams_once_where_a_kernel_does() {
 }
 
 #[test]
-fn a_norm_is_taken_back_where_the_streams_are_read() {
-    let functions = |op, c| -> Vec<&str> {
+fn the_norm_is_in_the_kernels_that_read_the_streams_once() {
+    let functions = |device: &Device, op, c| -> Vec<&str> {
         let example = Example::new(op, DType::Bf16, 17, [4, c], Config::default()).with_norm();
         let needed = example.check(|call| workspace(&call.unwrap().problem()).len(17));
-        let launches = (example.with_workspace(needed)).check(|call| plan(&call.unwrap(), &H100));
+        let launches = (example.with_workspace(needed)).check(|call| plan(&call.unwrap(), device));
         launches
             .iter()
             .map(|launch| launch.kernel.function)
             .collect()
     };
-    let pre = [
-        "gates_bwd",
-        "pre_bwd_one_pass_norm",
-        "sum_gradients",
-        "sum_norm_scale",
-    ];
+    let pre = ["project", "pre_fwd", "norm_fwd"];
+    assert_eq!(functions(&L4, Op::PreFwd, 4096), pre);
+    assert_eq!(functions(&L4, Op::SeamFwd, 4096)[1..], pre);
+    let before = ["norm_bwd", "sum_norm_scale"];
+    assert_eq!(functions(&L4, Op::PreBwd, 4096)[..2], before);
+    assert_eq!(functions(&H100, Op::PreBwd, 6144)[..2], before);
     for c in [4096, 2560, 7168] {
-        assert_eq!(functions(Op::PreBwd, c), pre);
+        assert_eq!(functions(&H100, Op::PreFwd, c), ["pre_norm_fwd_one_pass"]);
+        assert_eq!(functions(&H100, Op::SeamFwd, c), ["seam_norm_fwd_one_pass"]);
+        let pre = [
+            "gates_bwd",
+            "pre_norm_bwd_one_pass",
+            "sum_gradients",
+            "sum_norm_scale",
+        ];
+        assert_eq!(functions(&H100, Op::PreBwd, c), pre);
+        let seam = [
+            "seam_norm_bwd",
+            "sum_norm_scale",
+            "gates_bwd",
+            "seam_bwd_one_pass",
+        ];
+        assert_eq!(functions(&H100, Op::SeamBwd, c)[..4], seam);
     }
-    let before = [
-        "norm_bwd",
-        "sum_norm_scale",
-        "gates_bwd",
-        "pre_bwd_one_pass",
-        "sum_gradients",
-    ];
-    assert_eq!(functions(Op::PreBwd, 6144), before);
 }
 
 #[test]

@@ -186,7 +186,7 @@ pub fn plan(
         kernel: Kernel {
             file: "pre_bwd_one_pass",
             function: if normalizes {
-                "pre_bwd_one_pass_norm"
+                "pre_norm_bwd_one_pass"
             } else {
                 "pre_bwd_one_pass"
             },
