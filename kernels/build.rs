@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use miniz_oxide::deflate::compress_to_vec;
 
 /// Every file with the sizes and dtypes that have code of their own, and what it is compiled for.
-const FILES: [(&str, &[Size], &[&str], Target); 11] = [
+const FILES: [(&str, &[Size], &[&str], Target); 12] = [
     ("sinkhorn", &STREAMS, &["f32"], Target::Every),
     ("pre", &STREAMS, &["bf16", "f16", "f32"], Target::Every),
     ("norm", &STREAMS, &["bf16", "f16", "f32"], Target::Every),
@@ -31,6 +31,7 @@ const FILES: [(&str, &[Size], &[&str], Target); 11] = [
     ("pre_bwd_one_pass", &CHANNELS, &["bf16"], Target::Clusters),
     ("seam_bwd_one_pass", &CHANNELS, &["bf16"], Target::Hopper),
     ("phi_bwd", &[W128], &["bf16"], Target::Hopper),
+    ("seam_norm_bwd", &[N4], &["bf16"], Target::Hopper),
     ("gates_bwd", &[N4], &["f32"], Target::Clusters),
     ("sum_gradients", &[N4], &["f32"], Target::Clusters),
 ];

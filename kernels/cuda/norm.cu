@@ -129,7 +129,7 @@ __device__ inline void backward(const Stream* row, const float (&h)[N], const fl
 }
 
 // d_w: [blocks, hidden]. Every block has a token.
-KERNEL(norm_bwd, kThreads)
+KERNEL(norm_bwd, kThreads, EXACT ? 4 : 1)
 (const Stream* x, const float* alpha, const float* bias, const float* m, const float* norm_scale,
  const float* rho, const Stream* d_u, Stream* d_sum, float* d_w, int tokens, int hidden, int columns,
  Layout layout, Settings settings) {

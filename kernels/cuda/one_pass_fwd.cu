@@ -294,14 +294,6 @@ struct Squares {
   }
 };
 
-// The same with the first 8 columns of A.
-__device__ inline void mma_k8(float (&d)[4], u32 a0, u32 a1, u32 b) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(b));
-}
-
 // G of the same tokens: <X[i], X[j]> are the diagonals of products of 8 tokens each.
 struct Products {
   // Two such products at a time, those of the streams {i, j} with stream k.

@@ -1,4 +1,5 @@
-//! Launches around those of pre and of the seam where the layer's input is normalised (norm.cu).
+//! Launches around those of pre and of the seam where the layer's input is normalised (norm.cu,
+//! seam_norm_bwd.cu).
 
 use super::launch::{Arg, Kernel, Launch, Problem, Workspace};
 use super::memory::{Memory, Part, room};
@@ -11,6 +12,10 @@ const THREADS: u32 = 256;
 const MAX_BLOCKS: usize = 512;
 /// `kSumChannels`
 const SUM_CHANNELS: usize = 32;
+/// Channels of a thread of `seam_norm_bwd` (`kV`), and those from which on its blocks are so large that half as
+/// many fill a GPU.
+const SEAM_CHANNELS: usize = 8;
+const WIDE: usize = 2049;
 
 /// What the backward pass keeps in the workspace: du, in the dtype of the streams, and sums for dw.
 fn parts(problem: &Problem) -> [Part; 2] {
@@ -90,6 +95,54 @@ pub fn backward(call: &Call, memory: &mut Memory, x: u64) -> (u64, Vec<Launch>) 
         sum(call, d_w, blocks),
     ];
     (d_sum, launches)
+}
+
+/// The same for the one-pass kernel of the seam, from u_norm and without X'.
+pub fn seam_backward(call: &Call, memory: &mut Memory) -> (u64, Vec<Launch>) {
+    if call.norm_width == 0 {
+        return (call.operand("d_u").data as u64, vec![]);
+    }
+    let [d_sum, d_w] = parts(&call.problem()).map(|part| memory.take(part));
+    let blocks = call.tokens.min(if call.c < WIDE {
+        MAX_BLOCKS
+    } else {
+        MAX_BLOCKS / 2
+    });
+    let names = [
+        "x",
+        "y",
+        "h_post",
+        "h_res",
+        "alpha",
+        "bias",
+        "m",
+        "norm_scale",
+        "rho",
+        "u_norm",
+        "d_u",
+    ];
+    let mut args = names.map(|name| Arg::of(call.operand(name))).to_vec();
+    args.extend([
+        Arg::Pointer(d_sum),
+        Arg::Pointer(d_w),
+        Arg::I32(call.tokens as i32),
+        Arg::I32(call.c as i32),
+        Arg::Settings(call.config.into()),
+    ]);
+    let main = Launch {
+        kernel: Kernel {
+            file: "seam_norm_bwd",
+            function: "seam_norm_bwd",
+            size: "n4",
+            dtype: call.dtype,
+        },
+        grid: [blocks as u32, 1, 1],
+        block: (call.c / SEAM_CHANNELS).next_multiple_of(32) as u32,
+        cluster: 1,
+        shared_bytes: 0,
+        args,
+    };
+    (d_sum, vec![main, sum(call, d_w, blocks)])
 }
 
 /// The gradient of norm_scale from `rows` sums at `d_w`.

@@ -18,10 +18,7 @@ pub fn plan(call: &Call, device: &Device) -> Vec<Launch> {
         launches.extend(pre::forward(call, device, memory, x_new));
         return launches;
     }
-    // A norm's backward pass reads X' before.
-    if call.norm_width == 0
-        && let Some(launches) = one_pass::seam_bwd::plan(call, device, memory)
-    {
+    if let Some(launches) = one_pass::seam_bwd::plan(call, device, memory) {
         return launches;
     }
     // X' is computed again. Its gradient grows where d_x_new_in lies.

@@ -5,6 +5,7 @@ use super::pre_bwd::{self, Parts};
 use super::{COLUMNS, STREAMS, Shape};
 use crate::cuda::launch::{Arg, Device, Kernel, Launch, Problem, Tensor, Workspace};
 use crate::cuda::memory::{Memory, Part, room};
+use crate::cuda::norm;
 use crate::signature::Call;
 
 /// Tokens of a tile (`kTileTokens`), and threads of a block.
@@ -36,7 +37,9 @@ fn r_dm(shape: Shape) -> Part {
 /// What `seam_bwd` needs in one pass.
 pub fn workspace(problem: &Problem) -> Workspace {
     pre_bwd::shape(problem).map_or(Workspace::default(), |shape| {
-        room(&Parts::of(problem, shape).all()).and(room(&[r_dm(shape)]))
+        room(&Parts::of(problem, shape).all())
+            .and(room(&[r_dm(shape)]))
+            .and(norm::workspace(problem))
     })
 }
 
@@ -50,6 +53,7 @@ pub fn plan(call: &Call, device: &Device, memory: &mut Memory) -> Option<Vec<Lau
         .all()
         .map(|part| memory.take(part));
     let r_dm = memory.take(r_dm(shape));
+    let (d_u, mut launches) = norm::seam_backward(call, memory);
     let operand = |name| call.operand(name).data as u64;
     let result = |name| call.result(name).data as u64;
     let tensor = |address, num_streams| {
@@ -60,7 +64,7 @@ pub fn plan(call: &Call, device: &Device, memory: &mut Memory) -> Option<Vec<Lau
     let streams =
         |address| [0, 1].map(|first| Arg::TensorMap(tensor(address, STREAMS).every_second(first)));
     let mut args = streams(operand("x")).to_vec();
-    args.extend([vector(operand("y")), vector(operand("d_u"))]);
+    args.extend([vector(operand("y")), vector(d_u)]);
     args.extend(streams(operand("d_x_new_in")));
     args.extend(streams(result("d_x_new")));
     args.push(vector(result("d_y")));
@@ -99,7 +103,7 @@ pub fn plan(call: &Call, device: &Device, memory: &mut Memory) -> Option<Vec<Lau
         shared_bytes: shared_bytes(shape.channels),
         args,
     };
-    let mut launches = vec![pre_bwd::gates(call, d_z), main];
+    launches.extend([pre_bwd::gates(call, d_z), main]);
     let num_sums = if sums_phi(shape) {
         grid[0] / shape.cluster
     } else {
