@@ -54,9 +54,9 @@ struct Shape {
 __device__ constexpr Shape pre_shape(bool norm) {
   switch (SIZE) {
     case 256: return norm ? Shape{16, 5, 0, 176, 88, 72} : Shape{16, 5, 0, 176, 88, 72};
-    case 320: return norm ? Shape{8, 8, 0, 168, 104, 72} : Shape{8, 8, 0, 168, 104, 72};
+    case 320: return norm ? Shape{8, 8, 0, 176, 88, 72} : Shape{8, 8, 0, 168, 104, 72};
     case 384: return norm ? Shape{8, 7, 0, 200, 56, 56} : Shape{8, 7, 0, 200, 56, 56};
-    case 448: return norm ? Shape{8, 6, 2, 208, 40, 56} : Shape{8, 6, 0, 208, 40, 56};
+    case 448: return norm ? Shape{8, 6, 3, 208, 40, 56} : Shape{8, 6, 0, 208, 40, 56};
   }
   return {};
 }
@@ -150,7 +150,7 @@ enum Barrier : u32 {
   kPartialEmpty = 66,
   kFinishFull = 68,  // a batch: m, r and rho of its tokens
   kFinishEmpty = 70,
-  kPhiFull = 72,   // two streams of phi; norm_scale with the first
+  kPhiFull = 72,   // two streams of phi
   kPhiEmpty = 74,
 };
 
@@ -299,12 +299,16 @@ struct Products {
   // Two such products at a time, those of the streams {i, j} with stream k.
   float sums[5][4] = {};
 
-  __device__ void add(const u32 (&x)[N]) {
-    mma_k8(sums[0], x[0], x[1], x[0]);
-    mma_k8(sums[1], x[1], x[3], x[1]);
-    mma_k8(sums[2], x[3], x[0], x[3]);
-    mma_k8(sums[3], x[2], x[0], x[2]);
-    mma_k8(sums[4], x[1], x[3], x[2]);
+  // Of two boxes.
+  __device__ void add(const u32 (&x)[N], const u32 (&y)[N]) {
+    const auto add = [&](float (&d)[4], int i, int j, int k) {
+      mma(d, {x[i], x[j], y[i], y[j]}, {x[k], y[k]});
+    };
+    add(sums[0], 0, 1, 0);
+    add(sums[1], 1, 3, 1);
+    add(sums[2], 3, 0, 3);
+    add(sums[3], 2, 0, 2);
+    add(sums[4], 1, 3, 2);
   }
 
   // The sum of squares, then G.
@@ -429,8 +433,6 @@ __device__ inline void Block<SEAM, NORM>::project(int warp, int lane) const {
     };
 
     constexpr int kOctets = P::kTokens / 8, kSteps = kBoxes * kOctets;
-    // G wants more registers than the projection leaves to large blocks: there it comes afterwards.
-    constexpr bool kApart = NORM && SIZE > 320;
     // In the seam the next box is on its way to registers while this one is mixed.
     constexpr bool kAhead = SEAM && kSpare;
     Sums sums[kOctets];
@@ -465,15 +467,18 @@ __device__ inline void Block<SEAM, NORM>::project(int warp, int lane) const {
         }
         sums[step % kOctets].add(phi, {x[2 * pair], x[2 * pair + 1]});
       }
-      if (!kApart) products[step % kOctets].add(x);
+      if constexpr (!NORM) products[step % kOctets].add(x);
     }
-    if constexpr (kApart) {
+    if constexpr (NORM) {
+      // Afterwards, for it takes many registers.
       __syncwarp();
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
-        u32 x[N];
+        if (step / kOctets % 2) continue;
+        u32 x[N], y[N] = {};
         read_matrices(x, address(step));
-        products[step % kOctets].add(x);
+        if (step + kOctets < kSteps) read_matrices(y, address(step + kOctets));
+        products[step % kOctets].add(x, y);
       }
     }
 
@@ -497,7 +502,15 @@ template <bool SEAM, bool NORM>
 __device__ inline void Block<SEAM, NORM>::apply(int thread) const {
   give_registers<P::kShape.apply_registers>();
   cluster_wait();
-  if constexpr (NORM) wait(barrier(kPhiFull), 0);
+  if constexpr (NORM) {
+    // The first halves of all units, then the second ones: without conflicts.
+    const float4* from = reinterpret_cast<const float4*>(call.norm_scale + rank * SIZE);
+    if (thread < kUnits) {
+      write_float4(shared + P::kWeights + 16 * thread, from[2 * thread]);
+      write_float4(shared + P::kWeights + 16 * (kUnits + thread), from[2 * thread + 1]);
+    }
+    asm volatile("bar.sync 1, %0;" ::"n"(kApplyThreads) : "memory");
+  }
   constexpr int kUnroll = P::kShape.apply_registers < 64 ? 1 : 2;
   Ring<P::kStages> ring;
 #pragma unroll 1
@@ -534,7 +547,7 @@ __device__ inline void Block<SEAM, NORM>::apply(int thread) const {
       if constexpr (NORM) {
 #pragma unroll
         for (int v = 0; v < 8; v += 4) {
-          const float4 w = read_float4(shared + P::kWeights + (unit * 8 + v) * 4);
+          const float4 w = read_float4(shared + P::kWeights + 16 * (v / 4 * kUnits + unit));
           sums[v] *= w.x, sums[v + 1] *= w.y, sums[v + 2] *= w.z, sums[v + 3] *= w.w;
         }
       }
@@ -555,9 +568,7 @@ template <bool SEAM, bool NORM>
 __device__ inline void Block<SEAM, NORM>::copy_phi() const {
   for (int pair = 0; pair < 2; ++pair) {
     const u32 full = barrier(kPhiFull, pair);
-    const int weights = pair == 0 ? P::kWeightBytes : 0;
-    arrive_and_expect(full, 2 * P::kPhiBytes + weights);
-    if (weights) copy_in(shared + P::kWeights, call.norm_scale + rank * SIZE, weights, full);
+    arrive_and_expect(full, 2 * P::kPhiBytes);
     for (int j = 2 * pair; j < 2 * pair + 2; ++j) {
       const float* from = call.phi + (size_t(j) * hidden() + rank * SIZE) * kColumns;
       copy_in(shared + P::kPhi + j * P::kPhiBytes, from, P::kPhiBytes, full);
@@ -645,7 +656,8 @@ __device__ inline float sum_of_blocks(u32 from, u32 stride, u32 cluster) {
   return cluster == 16  ? sum_of_blocks<16>(from, stride)
          : cluster == 8 ? sum_of_blocks<8>(from, stride)
          : cluster == 4 ? sum_of_blocks<4>(from, stride)
-                        : sum_of_blocks<2>(from, stride);
+         : cluster == 2 ? sum_of_blocks<2>(from, stride)
+                        : read_float(from);
 }
 
 // Lane c has column c, and lane kColumns the sum of squares; lane k the entry k of G, too. All blocks wait for
@@ -659,7 +671,7 @@ __device__ inline void Block<SEAM, NORM>::own(int lane) const {
   const float alpha = call.alpha[0], bias = call.bias[c % N];
   const u32 stride = owned * P::kSumsBytes;
   // Of this lane's entry of G; what is not on the diagonal is there twice.
-  const int k = min(lane, kProducts - 1);
+  const int k = min(lane % 16, kProducts - 1);
   const int row_of_g = k < N ? k : k < 7 ? 0 : k < 9 ? 1 : 2;
   const int column_of_g = k < N ? k : k < 7 ? k - 3 : k < 9 ? k - 5 : 3;
   const float weight_of_g = (k < N ? 1.f : 2.f) / hidden();
@@ -675,19 +687,21 @@ __device__ inline void Block<SEAM, NORM>::own(int lane) const {
     for (int o = 0; o < owned; ++o, ++count) {
       const u32 from = shared + P::kOwn + ring.slot * P::kOwnBytes + o * P::kSumsBytes;
       const float sum = sum_of_blocks(from + 4 * c, stride, cluster);
+      float g = 0.f;
+      if constexpr (NORM) {
+        // That of half of the blocks.
+        const u32 entry = from + 4 * (kColumns + 1 + k) + lane / 16 * (cluster / 2) * stride;
+        g = sum_of_blocks(entry, stride, cluster / 2);
+      }
       const float r = inverse_norm(settings, __shfl_sync(kAllLanes, sum, kColumns), N * hidden());
       const float m = r * sum, h = sigmoid(alpha * m + bias) + settings.pre_eps;
       float4 h_pre = {__shfl_sync(kAllLanes, h, 0), __shfl_sync(kAllLanes, h, 1),
                       __shfl_sync(kAllLanes, h, 2), __shfl_sync(kAllLanes, h, 3)};
       float rho = 0.f;
       if constexpr (NORM) {
-        const float g = sum_of_blocks(from + 4 * (kColumns + 1 + k), stride, cluster);
         const float h_row = __shfl_sync(kAllLanes, h, row_of_g);
         const float h_column = __shfl_sync(kAllLanes, h, column_of_g);
-        float mean = lane < kProducts ? g * (weight_of_g * h_row * h_column) : 0.f;
-        // The first half of the lanes has it all, and they alone send.
-#pragma unroll
-        for (int step = 8; step > 0; step /= 2) mean += __shfl_xor_sync(kAllLanes, mean, step);
+        const float mean = warp_sum(lane % 16 < kProducts ? g * (weight_of_g * h_row * h_column) : 0.f);
         // What is left of a sum of zero may be less than that; NaN stays.
         rho = inverse_root((mean < 0.f ? 0.f : mean) + call.norm_scale_eps);
         h_pre = {rho * h_pre.x, rho * h_pre.y, rho * h_pre.z, rho * h_pre.w};

@@ -87,7 +87,7 @@ impl Forward {
             (320, false, _) => (8, 8, 0),
             (384, false, _) => (8, 7, 0),
             (_, false, false) => (8, 6, 0),
-            (_, false, true) => (8, 6, 2),
+            (_, false, true) => (8, 6, 3),
             (256, true, _) => (8, 8, 0),
             (320, true, _) => (8, 7, 0),
             (384, true, false) => (8, 6, 0),
