@@ -113,9 +113,12 @@ def test_a_scan_runs_every_call_once(with_seams):
 # ---- shapes -------------------------------------------------------------------------------------
 
 
-def check(op, case, dtype):
+def check(op, case, dtype, change=lambda operands: operands):
     """The kernels against float64 on the CPU; test_values.py compares errors in more detail."""
-    actual, expected = run(op, case, dtype), exact(op, case.config, *arrays(op, case, dtype))
+    operands, cotangents = arrays(op, case, dtype)
+    operands = change(operands)
+    actual = compiled(op, case.config, "fused", operands, cotangents)
+    expected = exact(op, case.config, operands, cotangents)
     leaves = zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True)
     for (path, leaf), wanted in leaves:
         name = leaf_name(path)
@@ -154,6 +157,26 @@ def test_widths_that_clusters_of_blocks_share(op, hidden, tokens):
     """
     poison()
     check(op, Case((tokens,), 4, hidden, 3.0), "bfloat16")
+
+
+@pytest.mark.parametrize("op", ["pre", "post_pre", "two_sublayers"])
+@pytest.mark.parametrize("hidden", [*SHARED_WIDTHS, 6144])
+@pytest.mark.parametrize("tokens", [1, 205])
+def test_a_norm_at_widths_that_clusters_of_blocks_share(op, hidden, tokens):
+    poison()
+    check(op, Case((tokens,), 4, hidden, 3.0, norm=True), "bfloat16")
+
+
+@pytest.mark.parametrize("op", ["pre", "post_pre"])
+@pytest.mark.parametrize("hidden", [512, 2560, 264])
+def test_a_norm_scale_with_zeros(op, hidden):
+    """The seam's backward pass divides by it, where it can."""
+
+    def with_zeros(operands):
+        kept = np.arange(hidden) % 5 > 0
+        return operands | {"norm_scale": jnp.where(kept, operands["norm_scale"], 0)}
+
+    check(op, Case((205,), 4, hidden, 3.0, norm=True), "bfloat16", with_zeros)
 
 
 @pytest.mark.parametrize("op, dtype", OP_DTYPES)

@@ -7,6 +7,9 @@
 //
 //   v = w g      du = rho v - (rho^3 <v, u> / C) u      dw = sum over tokens of g rho u
 //
+// du is rounded on its way to pre's launches. It is nearly at right angles to X, so that its rounding error e would be
+// much of <du, X[i]>: norm_bwd adds <e, X[i]> to d_h_pre[i], to which those add <du, X[i]>.
+//
 // u is summed up again from X and so is never rounded in between. A block has one token at a time; a
 // thread the same channels of each.
 
@@ -30,11 +33,10 @@ __device__ inline float block_sum(float v, float (&sums)[kWarps]) {
   return sum;
 }
 
-// u = sum over i of h[i] X[i], V channels of it
+// X, and u = sum over i of h[i] X[i], V channels of them
 template <bool ALIGNED>
 __device__ inline void collapse(const Stream* row, const float (&h)[N], int n, int hidden, int at,
-                                float (&u)[V]) {
-  Pack<Stream, V> pack[N];
+                                Pack<Stream, V> (&pack)[N], float (&u)[V]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     if (i < n) load<ALIGNED>(pack[i], row + (long long)i * hidden, at, hidden);
@@ -47,6 +49,13 @@ __device__ inline void collapse(const Stream* row, const float (&h)[N], int n, i
 #pragma unroll
     for (int v = 0; v < V; ++v) u[v] += h[i] * pack[i][v];
   }
+}
+
+template <bool ALIGNED>
+__device__ inline void collapse(const Stream* row, const float (&h)[N], int n, int hidden, int at,
+                                float (&u)[V]) {
+  Pack<Stream, V> pack[N];
+  collapse<ALIGNED>(row, h, n, hidden, at, pack, u);
 }
 
 __device__ inline float at_or_zero(const float* values, int at, int hidden) {
@@ -95,11 +104,12 @@ KERNEL(norm_fwd, kThreads)
   }
 }
 
-// d_w: this block's sums, which a thread alone reads and writes; `first`: they hold nothing yet.
+// d_w: this block's sums, which a thread alone reads and writes; `first`: they hold nothing yet. errors: <e, X[i]>, for
+// the threads of this warp.
 template <bool ALIGNED>
 __device__ inline void backward(const Stream* row, const float (&h)[N], const float* norm_scale, float rho,
                                 const Stream* d_u, Stream* d_sum, float* d_w, bool first, int n,
-                                int hidden, float (&sums)[kWarps]) {
+                                int hidden, float (&sums)[kWarps], float (&errors)[N]) {
   float dot = 0.f;
   for (int at = threadIdx.x * V; at < hidden; at += kThreads * V) {
     float u[V];
@@ -114,9 +124,12 @@ __device__ inline void backward(const Stream* row, const float (&h)[N], const fl
     }
   }
   const float factor = rho * rho * rho * (block_sum(dot, sums) / hidden);
+#pragma unroll
+  for (int i = 0; i < N; ++i) errors[i] = 0.f;
   for (int at = threadIdx.x * V; at < hidden; at += kThreads * V) {
     float u[V];
-    collapse<ALIGNED>(row, h, n, hidden, at, u);
+    Pack<Stream, V> pack[N];
+    collapse<ALIGNED>(row, h, n, hidden, at, pack, u);
     Pack<Stream, V> g;
     load<ALIGNED>(g, d_u, at, hidden);
 #pragma unroll
@@ -125,15 +138,25 @@ __device__ inline void backward(const Stream* row, const float (&h)[N], const fl
     }
     g.set(u);
     store<ALIGNED>(g, d_sum, at, hidden);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (i >= n) break;
+#pragma unroll
+      for (int v = 0; v < V; ++v) errors[i] += (u[v] - g[v]) * pack[i][v];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (i < n) errors[i] = warp_sum(errors[i]);
   }
 }
 
 // d_w: [blocks, hidden]. Every block has a token.
-KERNEL(norm_bwd, kThreads, EXACT ? 4 : 1)
+KERNEL(norm_bwd, kThreads, !EXACT ? 1 : N <= 4 ? 4 : 2)
 (const Stream* x, const float* alpha, const float* bias, const float* m, const float* norm_scale,
- const float* rho, const Stream* d_u, Stream* d_sum, float* d_w, int tokens, int hidden, int columns,
- Layout layout, Settings settings) {
-  __shared__ float sums[2][kWarps];
+ const float* rho, const Stream* d_u, const float* d_h_pre_in, Stream* d_sum, float* d_w, float* d_h_pre,
+ int tokens, int hidden, int columns, Layout layout, Settings settings) {
+  __shared__ float sums[2][kWarps], errors[2][kWarps][N];
   const int n = EXACT ? N : layout.n;
   for (long long token = blockIdx.x, turn = 0; token < tokens; token += gridDim.x, ++turn) {
     float h[N];
@@ -145,12 +168,24 @@ KERNEL(norm_bwd, kThreads, EXACT ? 4 : 1)
     const Stream* row = x + token * n * hidden;
     const long long at = token * hidden;
     float* own = d_w + (long long)blockIdx.x * hidden;
+    float own_errors[N];
     if (EXACT || aligned(hidden)) {
       backward<true>(row, h, norm_scale, rho[token], d_u + at, d_sum + at, own, turn == 0, n, hidden,
-                     sums[turn % 2]);
+                     sums[turn % 2], own_errors);
     } else {
       backward<false>(row, h, norm_scale, rho[token], d_u + at, d_sum + at, own, turn == 0, n, hidden,
-                      sums[turn % 2]);
+                      sums[turn % 2], own_errors);
+    }
+    if (threadIdx.x % 32 == 0) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) errors[turn % 2][threadIdx.x / 32][i] = own_errors[i];
+    }
+    __syncthreads();
+    if (threadIdx.x < n) {
+      float sum = d_h_pre_in[token * n + threadIdx.x];
+#pragma unroll
+      for (int warp = 0; warp < kWarps; ++warp) sum += errors[turn % 2][warp][threadIdx.x];
+      d_h_pre[token * n + threadIdx.x] = sum;
     }
   }
 }

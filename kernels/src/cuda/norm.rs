@@ -17,14 +17,15 @@ const SUM_CHANNELS: usize = 32;
 const SEAM_CHANNELS: usize = 8;
 const WIDE: usize = 2049;
 
-/// What the backward pass keeps in the workspace: du, in the dtype of the streams, and sums for dw.
-fn parts(problem: &Problem) -> [Part; 2] {
+/// What the backward pass keeps in the workspace: du, in the dtype of the streams, sums for dw, and d_h_pre.
+fn parts(problem: &Problem) -> [Part; 3] {
     let row_bytes = problem.norm_width * problem.dtype.num_bytes();
     let sums = Part {
         per_token: 0,
         fixed: MAX_BLOCKS * problem.norm_width,
     };
-    [Part::per_token(row_bytes.div_ceil(size_of::<f32>())), sums]
+    let d_sum = Part::per_token(row_bytes.div_ceil(size_of::<f32>()));
+    [d_sum, sums, Part::per_token(problem.n)]
 }
 
 /// What the backward pass needs.
@@ -69,21 +70,24 @@ pub fn forward(call: &Call, x: u64) -> Option<Launch> {
     (call.norm_width > 0).then(|| launch(call, "norm_fwd", call.tokens, args()))
 }
 
-/// Where the cotangent of the sum over the streams at `x` lies, and what makes it: d_u itself and nothing
-/// where there is no norm.
-pub fn backward(call: &Call, memory: &mut Memory, x: u64) -> (u64, Vec<Launch>) {
+/// Where the cotangents of the sum over the streams at `x` and of h_pre lie, the latter with what the rounding of
+/// the former takes from it, and what makes them: operands and nothing where there is no norm.
+pub fn backward(call: &Call, memory: &mut Memory, x: u64) -> ([u64; 2], Vec<Launch>) {
     if call.norm_width == 0 {
-        return (call.operand("d_u").data as u64, vec![]);
+        let has = |name| call.op.operands().contains(&name);
+        let operand = |name| call.operand(name).data as u64;
+        let given = ["d_u", "d_h_pre"].map(|name| if has(name) { operand(name) } else { 0 });
+        return (given, vec![]);
     }
-    let [d_sum, d_w] = parts(&call.problem()).map(|part| memory.take(part));
+    let [d_sum, d_w, d_h_pre] = parts(&call.problem()).map(|part| memory.take(part));
     let blocks = call.tokens.min(MAX_BLOCKS);
     let mut args = vec![Arg::Pointer(x)];
-    args.extend(
-        ["alpha", "bias", "m", "norm_scale", "rho", "d_u"].map(|name| Arg::of(call.operand(name))),
-    );
+    let names = ["alpha", "bias", "m", "norm_scale", "rho", "d_u", "d_h_pre"];
+    args.extend(names.map(|name| Arg::of(call.operand(name))));
     args.extend([
         Arg::Pointer(d_sum),
         Arg::Pointer(d_w),
+        Arg::Pointer(d_h_pre),
         Arg::I32(call.tokens as i32),
         Arg::I32(call.c as i32),
         Arg::I32(call.columns as i32),
@@ -94,15 +98,15 @@ pub fn backward(call: &Call, memory: &mut Memory, x: u64) -> (u64, Vec<Launch>) 
         launch(call, "norm_bwd", blocks, args),
         sum(call, d_w, blocks),
     ];
-    (d_sum, launches)
+    ([d_sum, d_h_pre], launches)
 }
 
-/// The same for the one-pass kernel of the seam, from u_norm and without X'.
+/// The first of both for the one-pass kernel of the seam, from u_norm and without X'.
 pub fn seam_backward(call: &Call, memory: &mut Memory) -> (u64, Vec<Launch>) {
     if call.norm_width == 0 {
         return (call.operand("d_u").data as u64, vec![]);
     }
-    let [d_sum, d_w] = parts(&call.problem()).map(|part| memory.take(part));
+    let [d_sum, d_w, _] = parts(&call.problem()).map(|part| memory.take(part));
     let blocks = call.tokens.min(if call.c < WIDE {
         MAX_BLOCKS
     } else {

@@ -184,7 +184,7 @@ pub fn backward(
     if let Some(launches) = one_pass::pre_bwd::plan(call, device, memory, x, handed_on) {
         return launches;
     }
-    let (d_u, mut launches) = norm::backward(call, memory, x);
+    let ([d_u, d_h_pre], mut launches) = norm::backward(call, memory, x);
     let problem = call.problem();
     let shape = Shape::of(&problem);
     let parts = Parts::of(&problem).all().map(|part| memory.take(part));
@@ -206,7 +206,7 @@ pub fn backward(
             Arg::of(call.operand("m")),
             Arg::of(call.operand("r")),
             Arg::Pointer(d_u),
-            optional_operand(call, "d_h_pre"),
+            Arg::Pointer(d_h_pre),
             optional_operand(call, "d_h_post"),
             optional_operand(call, "d_h_res"),
             Arg::Pointer(dm_rows),

@@ -146,9 +146,9 @@ pub fn plan(
         .all()
         .map(|part| memory.take(part));
     let operand = |name| call.operand(name).data as u64;
-    let (d_w, (d_u, mut launches)) = if normalizes {
+    let (d_w, ([d_u, d_h_pre], mut launches)) = if normalizes {
         let d_w = memory.take(norm_sums(&problem, shape));
-        (d_w, (operand("d_u"), vec![]))
+        (d_w, (["d_u", "d_h_pre"].map(operand), vec![]))
     } else {
         (0, norm::backward(call, memory, x))
     };
@@ -169,7 +169,7 @@ pub fn plan(
     args.extend(["phi", "alpha", "bias", "m", "r"].map(|name| Arg::Pointer(operand(name))));
     args.extend([
         Arg::Pointer(handed_on.h_res.unwrap_or(0)),
-        Arg::Pointer(operand("d_h_pre")),
+        Arg::Pointer(d_h_pre),
         Arg::Pointer(d_z),
         Arg::Pointer(d_phi),
         Arg::Pointer(gate_sums),
