@@ -267,10 +267,10 @@ def bench_shape(
             del arguments
             some_results = some_tokens(results, tokens)
             del results
-            if op.startswith("seam") and "x_new" in some_results:
+            if "seam" in op and "x_new" in some_results:
                 # pre of the streams as they were rounded.
                 rounded = {**some_named, "x": some_results["x_new"]}
-                exact_values[op] |= exact(op.replace("seam", "pre"), rounded)
+                exact_values[op] |= exact("pre_norm" if op == "seam_norm" else "pre", rounded)
             found = errors(some_results, exact_values[op])
             if implementation == "fused":
                 complaints += above_limits(op, tokens, hidden, found)

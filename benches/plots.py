@@ -32,6 +32,9 @@ OPS = {
     "post_bwd": "backward of post",
     "seam_bwd": "backward of the seam",
     "fb_seams": "fb with both seams",
+    "pre_norm": "pre with a norm",
+    "seam_norm": "seam with a norm",
+    "fb_norm": "fb with a norm",
 }
 
 
