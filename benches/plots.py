@@ -92,7 +92,10 @@ def time_us(row: dict[str, Any], implementation: str) -> float:
 
 def draw_kernels(record: dict[str, Any], path: Path) -> None:
     shapes = kernel_rows(record)
-    ops = [op for op in OPS if any(op in rows for rows in shapes.values())]
+    # Those with a norm are in the table alone: two rows of panels are enough to look at.
+    ops = [
+        op for op in OPS if not op.endswith("_norm") and any(op in rows for rows in shapes.values())
+    ]
     num_columns = min(4, len(ops))
     num_rows = -(-len(ops) // num_columns)
     figure = Figure(figsize=(11, 0.9 + num_rows * (0.9 + 0.27 * len(shapes))), layout="constrained")
