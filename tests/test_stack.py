@@ -1,6 +1,7 @@
 """A stack of sublayers: what it computes, what is compiled, and what its backward pass keeps."""
 
 import collections
+import dataclasses
 import functools
 import math
 import operator
@@ -381,9 +382,9 @@ KEPT = Case((3, 7), 3, 16)
 T = math.prod(KEPT.tokens)
 
 
-def num_kept(form, size, num_steps, **options):
+def num_kept(form, size, num_steps, case=KEPT, **options):
     """How many streams and hidden states each step of the model keeps beside its operands."""
-    o = operands(*size, case=KEPT)
+    o = operands(*size, case=case)
     kept = collections.Counter(
         residuals(functools.partial(form, implementation="fused", **options), o)
     )
@@ -419,6 +420,11 @@ def num_kept(form, size, num_steps, **options):
 )  # fmt: skip
 def test_a_block_keeps(size, num_steps, options, streams, states):
     assert num_kept(scanned, size, num_steps, **options) == (streams, states)
+
+
+def test_a_norm_keeps_no_second_input():
+    """Its backward pass takes u from where the layer keeps it."""
+    assert num_kept(scanned, (5, 2), 5, dataclasses.replace(KEPT, norm=True)) == (2, 6)
 
 
 @pytest.mark.parametrize("every, streams", [(1, 5), (2, 3), (3, 2), (6, 1)])

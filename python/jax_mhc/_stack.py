@@ -62,7 +62,9 @@ def stack(
     and I. Source: arXiv 2512.24880.
 
     See `pre` for dtypes, derivatives and batching. Beside what the layers keep, the backward pass
-    keeps of each sublayer the streams before it, y, and about 2 (n² + 2n) numbers a token. With
+    keeps of each sublayer the streams before it, y, with norm_scale u too, and about 2 (n² + 2n)
+    numbers a token. With xs and where all streams are kept, the loop has a derivative of its own:
+    the policy of a `jax.checkpoint` around it sees no names inside. With
     `keep_streams_every` above 1 the sublayers are run in stretches of that many: only the streams
     before a stretch are kept, and the backward pass computes the others again, a stretch at a time
     (section 4.3.2). Then, and with a `policy`, each stretch is one `jax.checkpoint`. JAX applies

@@ -151,6 +151,16 @@ fn plans_name_kernels_that_exist_and_fit_the_gpu() {
     }
 }
 
+/// The kernels of a call of 17 tokens, in their order.
+fn functions_of(example: Example, device: &Device) -> Vec<&'static str> {
+    let needed = example.check(|call| workspace(&call.unwrap().problem()).len(17));
+    let launches = (example.with_workspace(needed)).check(|call| plan(&call.unwrap(), device));
+    launches
+        .iter()
+        .map(|launch| launch.kernel.function)
+        .collect()
+}
+
 #[test]
 fn deferred_cotangents_are_mixed_on_their_way_where_that_fits() {
     let mixes = |device: &Device, op, dtype, sizes, deferred| {
@@ -159,12 +169,7 @@ fn deferred_cotangents_are_mixed_on_their_way_where_that_fits() {
             ..Config::default()
         };
         let example = Example::new(op, dtype, 17, sizes, config);
-        let needed = example.check(|call| workspace(&call.unwrap().problem()).len(17));
-        let launches = (example.with_workspace(needed))
-            .check(|call| plan(&call.unwrap(), device))
-            .into_iter();
-        let names: Vec<_> = launches.map(|launch| launch.kernel.function).collect();
-        names.contains(&"mix")
+        functions_of(example, device).contains(&"mix")
     };
     for op in [Op::PreBwd, Op::SeamBwd] {
         assert!(!mixes(&H100, op, DType::Bf16, [4, 4096], true));
@@ -178,14 +183,9 @@ fn deferred_cotangents_are_mixed_on_their_way_where_that_fits() {
 
 #[test]
 fn the_seam_reads_the_streams_once_where_a_kernel_does() {
-    let functions = |device: &Device, dtype, c| -> Vec<&str> {
+    let functions = |device: &Device, dtype, c| {
         let example = Example::new(Op::SeamBwd, dtype, 17, [4, c], Config::default());
-        let needed = example.check(|call| workspace(&call.unwrap().problem()).len(17));
-        let launches = (example.with_workspace(needed)).check(|call| plan(&call.unwrap(), device));
-        launches
-            .iter()
-            .map(|launch| launch.kernel.function)
-            .collect()
+        functions_of(example, device)
     };
     let once = ["gates_bwd", "seam_bwd_one_pass", "sum_gradients"];
     assert_eq!(functions(&H100, DType::Bf16, 4096), once);
@@ -215,14 +215,9 @@ fn the_seam_reads_the_streams_once_where_a_kernel_does() {
 
 #[test]
 fn the_norm_is_in_the_kernels_that_read_the_streams_once() {
-    let functions = |device: &Device, op, c| -> Vec<&str> {
+    let functions = |device: &Device, op, c| {
         let example = Example::new(op, DType::Bf16, 17, [4, c], Config::default()).with_norm();
-        let needed = example.check(|call| workspace(&call.unwrap().problem()).len(17));
-        let launches = (example.with_workspace(needed)).check(|call| plan(&call.unwrap(), device));
-        launches
-            .iter()
-            .map(|launch| launch.kernel.function)
-            .collect()
+        functions_of(example, device)
     };
     let pre = ["project", "pre_fwd", "norm_fwd"];
     assert_eq!(functions(&L4, Op::PreFwd, 4096), pre);

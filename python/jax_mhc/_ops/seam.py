@@ -37,9 +37,10 @@ def post_pre(
     parameters, and an infinity or NaN in one token may reach the gradients of x and y of the
     three tokens beside it (docs/architecture.md).
 
-    Differentiable as the two are. The backward pass keeps x, y and the coefficients of both
-    sublayers, and computes X' again inside its kernel. Names for `jax.checkpoint` policies:
-    "mhc_streams" (X'), "mhc_layer_input" and "mhc_coefficients". For `jax.vmap` see `pre`.
+    Differentiable as the two are. The backward pass keeps x, y, the coefficients of both sublayers
+    and, with norm_scale, u, and computes X' again inside its kernel. Names for `jax.checkpoint`
+    policies: "mhc_streams" (X'), "mhc_layer_input" and "mhc_coefficients". For `jax.vmap` see
+    `pre`.
 
     Args:
         y: the layer's output `[..., C]`, of the streams' dtype.
