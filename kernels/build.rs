@@ -16,11 +16,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use miniz_oxide::deflate::compress_to_vec;
 
 /// Every file with the sizes and dtypes that have code of their own, and what it is compiled for.
-const FILES: [(&str, &[Size], &[&str], Target); 12] = [
+const FILES: [(&str, &[Size], &[&str], Target); 13] = [
     ("sinkhorn", &STREAMS, &["f32"], Target::Every),
     ("pre", &STREAMS, &["bf16", "f16", "f32"], Target::Every),
     ("norm", &STREAMS, &["bf16", "f16", "f32"], Target::Every),
     ("post", &STREAMS, &["bf16", "f16", "f32"], Target::Every),
+    ("collapse", &STREAMS, &["bf16", "f16", "f32"], Target::Every),
     (
         "projection",
         &COLUMNS,

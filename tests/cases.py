@@ -228,7 +228,7 @@ class Op:
 
     Attributes:
         operands: for each operand, the function that makes it.
-        run: `(operands, config, implementation) -> outputs`; both are pytrees.
+        run: `(operands, config, implementation, **where) -> outputs`; both are pytrees.
         oracle: `(operands, config) -> outputs` in float64.
         calls: the stems of its custom calls.
         batched: the operands that have tokens.
@@ -248,9 +248,9 @@ def public(ctx: Context) -> Context:
     return dataclasses.replace(ctx)
 
 
-def _run_pre(o, config, implementation):
+def _run_pre(o, config, implementation, **where):
     options = {"config": config, "implementation": implementation}
-    u, ctx = jax_mhc.pre(o["x"], o["params"], **options, **norm(o))
+    u, ctx = jax_mhc.pre(o["x"], o["params"], **options, **norm(o), **where)
     return {"u": u, "ctx": public(ctx)}
 
 
@@ -259,7 +259,7 @@ def _oracle_pre(o, config):
     return {"u": u, "ctx": Context(o["x"], *coefficients)}
 
 
-def _run_post(o, config, implementation):
+def _run_post(o, config, implementation, **_):
     return {"x_new": jax_mhc.post(o["y"], o["ctx"], implementation=implementation)}
 
 
@@ -268,9 +268,9 @@ def _oracle_post(o, config):
     return {"x_new": oracle.post(o["y"], ctx.x, ctx.h_post, ctx.h_res)}
 
 
-def _run_post_pre(o, config, implementation):
+def _run_post_pre(o, config, implementation, **where):
     options = {"config": config, "implementation": implementation}
-    u, ctx = jax_mhc.post_pre(o["y"], o["ctx"], o["params"], **options, **norm(o))
+    u, ctx = jax_mhc.post_pre(o["y"], o["ctx"], o["params"], **options, **norm(o), **where)
     return {"u": u, "ctx": public(ctx)}
 
 
@@ -278,22 +278,28 @@ def _oracle_post_pre(o, config):
     return _oracle_pre({**o, "x": _oracle_post(o, config)["x_new"]}, config)
 
 
-def _run_sinkhorn(o, config, implementation):
+def _run_sinkhorn(o, config, implementation, **_):
     h_res = jax_mhc.sinkhorn(o["logits"], config=config, implementation=implementation)
     return {"h_res": h_res}
 
 
-def _run_head(o, config, implementation):
-    u = jax_mhc.head(o["x"], o["params"], config=config, implementation=implementation)
-    return {"u": u}
+def _run_head(o, config, implementation, **where):
+    options = {"config": config, "implementation": implementation, **where}
+    return {"u": jax_mhc.head(o["x"], o["params"], **options)}
 
 
-def _run_residual(o, config, implementation):
+def _run_residual(o, config, implementation, **where):
     def layer(u):
         wide = u.astype(o["gain"].dtype)
         return jnp.tanh(wide * o["gain"]).astype(u.dtype), jnp.mean(wide**2, axis=-1)
 
-    options = {"config": config, "implementation": implementation, "has_aux": True, **norm(o)}
+    options = {
+        "config": config,
+        "implementation": implementation,
+        "has_aux": True,
+        **norm(o),
+        **where,
+    }
     x_new, aux = jax_mhc.mhc_residual(layer, o["x"], o["params"], **options)
     return {"x_new": x_new, "aux": aux}
 
@@ -304,9 +310,9 @@ def _oracle_residual(o, config):
     return {"x_new": x_new, "aux": np.mean(u**2, axis=-1)}
 
 
-def _run_two_sublayers(o, config, implementation):
+def _run_two_sublayers(o, config, implementation, **where):
     """Joined by the seam: its kernels, and pre's, get the cotangents of their streams deferred."""
-    options = {"config": config, "implementation": implementation, **norm(o)}
+    options = {"config": config, "implementation": implementation, **norm(o), **where}
     u, ctx = jax_mhc.pre(o["x"], o["params"], **options)
     u, ctx = jax_mhc.post_pre(jnp.tanh(u), ctx, o["params"], **options)
     return {"u": u, "x_new": jax_mhc.post(o["y"], ctx, implementation=implementation)}
@@ -417,9 +423,14 @@ def make_cotangents(op: str, case: Case, dtype: Any = WIDEST, draw: int = 0) -> 
     return jax.tree.map(lambda out: jnp.asarray(_normal(rng, out.dtype, *out.shape)), outputs)
 
 
-def value_and_vjp(op: str, config: MHCConfig, implementation: str, operands: Any, cotangents: Any):
-    """The outputs of an op, and the gradients of all of its operands."""
-    outputs, vjp = jax.vjp(lambda o: OPS[op].run(o, config, implementation), operands)
+def value_and_vjp(
+    op: str, config: MHCConfig, implementation: str, operands: Any, cotangents: Any, **where: Any
+):
+    """The outputs of an op, and the gradients of all of its operands.
+
+    where: the options of `jax_mhc.pre` for meshes.
+    """
+    outputs, vjp = jax.vjp(lambda o: OPS[op].run(o, config, implementation, **where), operands)
     return outputs, vjp(cotangents)[0]
 
 

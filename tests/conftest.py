@@ -34,8 +34,17 @@ def pytest_addoption(parser):
         "--platform", choices=PLATFORMS, help="where the tests run; default: JAX's default backend"
     )
 
+    parser.addoption(
+        "--devices",
+        type=int,
+        help="run the tests of meshes alone, on this many simulated devices of the CPU",
+    )
+
 
 def pytest_configure(config):
+    if num := config.getoption("--devices"):
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", num)
     if platform := config.getoption("--platform"):
         jax.config.update("jax_platforms", PLATFORMS[platform])
         os.environ["JAX_PLATFORMS"] = PLATFORMS[platform]
@@ -60,6 +69,11 @@ def why_not_here(item):
         return f"for the CPU alone: {marker.args[0]}"
     if PLATFORM != "cuda" and item.get_closest_marker("gpu"):
         return "needs an NVIDIA GPU"
+    is_of_mesh = item.get_closest_marker("mesh") is not None
+    if is_of_mesh and jax.device_count() < 2:
+        return "needs several devices, such as pytest --devices=8"
+    if not is_of_mesh and item.config.getoption("--devices"):
+        return "is for one device"
     if item.get_closest_marker("multi_gpu") and jax.device_count() < 2:
         return "needs two GPUs"
     return None

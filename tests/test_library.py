@@ -16,9 +16,9 @@ import pytest
 from cases import PLATFORM, WIDEST
 
 import jax_mhc
-from jax_mhc import _dispatch, _library
+from jax_mhc import _calls, _dispatch, _library
 
-ATTRIBUTES = _dispatch._attributes(jax_mhc.MHCConfig())
+ATTRIBUTES = _calls._attributes(_calls.Call("pre_fwd", jax_mhc.MHCConfig()))
 
 
 def call(name, args, rets, attributes=ATTRIBUTES, **options):
@@ -159,7 +159,7 @@ def test_the_library_answers_every_call():
     described = _library.status()
     for platform in {"cpu", PLATFORM}:
         handlers = described["handlers"][platform]
-        assert sorted(handlers) == sorted(map(_library.target_name, _dispatch._CALLS))
+        assert sorted(handlers) == sorted(map(_library.target_name, _calls._CALLS))
     assert described["version"] == metadata.version("jax-mhc")
     assert described["error"] is None
 
@@ -291,7 +291,7 @@ def cuda(monkeypatch):
     def set_status(status):
         handlers = [
             {"name": name, "platform": "CUDA", "initialize": 8 * i + 8, "execute": 8 * i + 16}
-            for i, name in enumerate(map(_library.target_name, _dispatch._CALLS))
+            for i, name in enumerate(map(_library.target_name, _calls._CALLS))
         ]
         library = {**_library._load(), "handlers": handlers}
         monkeypatch.setattr(_library, "_outcome", library)
@@ -324,7 +324,7 @@ def test_handlers_for_gpus_are_registered_once(cuda):
     registered = cuda(CUDA)
     in_threads(lambda: _library.ensure_registered("cuda"))
     assert registered == [
-        (_library.target_name(name), "CUDA", ["execute", "initialize"]) for name in _dispatch._CALLS
+        (_library.target_name(name), "CUDA", ["execute", "initialize"]) for name in _calls._CALLS
     ]
 
 

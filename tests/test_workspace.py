@@ -11,7 +11,7 @@ from cases import KERNELS, OPS, Case, make_cotangents, make_operands, value_and_
 from jax import export
 
 import jax_mhc
-from jax_mhc import _dispatch, _library, presets
+from jax_mhc import _calls, _library, presets
 
 CASE = Case((6, 5), 4, 64)
 PER_TOKEN, FIXED = 7, 11
@@ -70,11 +70,10 @@ def test_an_empty_one_is_left_out(workspace):
 def test_its_size_follows_a_symbolic_batch(workspace):
     workspace(PER_TOKEN, FIXED)
     tokens, more = export.symbolic_shape("tokens, more")
-    config, shapes = presets.PAPER, [(tokens, more, 4, 64), (256, 24), (3,), (24,), (0,)]
+    call = _calls.Call("pre_fwd", presets.PAPER)
+    shapes = [(tokens, more, 4, 64), (256, 24), (3,), (24,), (0,)]
     operands = [jax.ShapeDtypeStruct(shape, np.dtype(np.float32)) for shape in shapes]
-    assert _dispatch._workspace("pre_fwd", config, operands).shape == (
-        PER_TOKEN * tokens * more + FIXED,
-    )
+    assert _calls._workspace(call, operands).shape == (PER_TOKEN * tokens * more + FIXED,)
 
 
 @pytest.mark.parametrize("platforms", [["cuda"], ["cpu", "cuda"]])
@@ -95,7 +94,7 @@ def test_export_for_gpus_from_any_machine(workspace, platforms):
 
 
 @pytest.mark.parametrize("element_bytes", [2, 4])
-@pytest.mark.parametrize("name", _dispatch._CALLS)
+@pytest.mark.parametrize("name", _calls._CALLS)
 def test_sizes_are_those_of_the_library(name, element_bytes):
     for streams, hidden in ((1, 1), (4, 4096), (16, 7)):
         columns = streams if name.startswith("head") else streams * (streams + 2)

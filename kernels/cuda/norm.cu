@@ -14,7 +14,7 @@
 // thread the same channels of each.
 
 #include "coefficients.cuh"
-#include "common.cuh"
+#include "collapse.cuh"
 
 constexpr int N = SIZE;
 constexpr int kThreads = 256;
@@ -31,31 +31,6 @@ __device__ inline float block_sum(float v, float (&sums)[kWarps]) {
 #pragma unroll
   for (int warp = 0; warp < kWarps; ++warp) sum += sums[warp];
   return sum;
-}
-
-// X, and u = sum over i of h[i] X[i], V channels of them
-template <bool ALIGNED>
-__device__ inline void collapse(const Stream* row, const float (&h)[N], int n, int hidden, int at,
-                                Pack<Stream, V> (&pack)[N], float (&u)[V]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    if (i < n) load<ALIGNED>(pack[i], row + (long long)i * hidden, at, hidden);
-  }
-#pragma unroll
-  for (int v = 0; v < V; ++v) u[v] = 0.f;
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    if (i >= n) break;
-#pragma unroll
-    for (int v = 0; v < V; ++v) u[v] += h[i] * pack[i][v];
-  }
-}
-
-template <bool ALIGNED>
-__device__ inline void collapse(const Stream* row, const float (&h)[N], int n, int hidden, int at,
-                                float (&u)[V]) {
-  Pack<Stream, V> pack[N];
-  collapse<ALIGNED>(row, h, n, hidden, at, pack, u);
 }
 
 __device__ inline float at_or_zero(const float* values, int at, int hidden) {

@@ -10,6 +10,7 @@
 // beside the streaming of X by the others.
 
 #include "coefficients.cuh"
+#include "collapse.cuh"
 #include "matrix.cuh"
 #include "sinkhorn.cuh"
 
@@ -143,18 +144,7 @@ __device__ inline void collapse_bwd(const Stream* row, const Stream* d_u, float 
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int at = lane * V; at < hidden; at += 32 * V) {
-    Pack<Stream, V> d_u_pack, pack[N];
-    load<ALIGNED>(d_u_pack, d_u, at, hidden);
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      if (i < n) load<ALIGNED>(pack[i], row + i * hidden, at, hidden);
-    }
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      if (i >= n) break;
-#pragma unroll
-      for (int v = 0; v < V; ++v) dots[i] += d_u_pack[v] * pack[i][v];
-    }
+    add_dots<ALIGNED, V>(row, d_u, n, hidden, at, dots);
   }
 }
 

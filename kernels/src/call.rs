@@ -9,7 +9,7 @@ use crate::simd::Real;
 use crate::sinkhorn::Sinkhorn;
 use crate::stream::Stream;
 use crate::view::{DType, Memory, View};
-use crate::{Config, Error, Pool, head, post, pre, seam, sinkhorn};
+use crate::{Config, Error, Pool, collapse, head, post, pre, seam, sinkhorn};
 
 /// Runs one call: operands and results as in the table of docs/architecture.md. A workspace is left
 /// alone.
@@ -112,6 +112,20 @@ fn run<S: Stream>(mut memory: Memory, pool: &dyn Pool) {
             d_u: memory.rows("d_u"),
             d_x: memory.rows_mut("d_x"),
             d_params: param_gradients(memory),
+            tokens,
+            pool,
+        }),
+        Op::CollapseFwd => collapse::forward(collapse::Forward::<S> {
+            x: memory.rows("x"),
+            h_pre: memory.rows("h_pre"),
+            u: memory.rows_mut("u"),
+            tokens,
+            pool,
+        }),
+        Op::CollapseBwd => collapse::backward(collapse::Backward::<S> {
+            x: memory.rows("x"),
+            d_u: memory.rows("d_u"),
+            d_h_pre: memory.rows_mut("d_h_pre"),
             tokens,
             pool,
         }),

@@ -3,6 +3,7 @@
 //! A call is checked as on the CPU, a pure `plan` makes a list of launches of it, and these go to XLA's
 //! stream. Nothing is allocated on the device and nothing waits for it.
 
+mod collapse;
 mod driver;
 mod head;
 mod images;
@@ -41,6 +42,7 @@ fn plan(call: &Call, device: &Device) -> Vec<Launch> {
         Op::SeamFwd | Op::SeamBwd => seam::plan(call, device),
         Op::SinkhornFwd | Op::SinkhornBwd => sinkhorn::plan(call, device),
         Op::HeadFwd | Op::HeadBwd => head::plan(call, device),
+        Op::CollapseFwd | Op::CollapseBwd => collapse::plan(call, device),
     }
 }
 
@@ -52,6 +54,7 @@ pub fn workspace(problem: &Problem) -> Workspace {
         Op::SeamFwd | Op::SeamBwd => seam::workspace(problem),
         Op::SinkhornFwd | Op::SinkhornBwd => sinkhorn::workspace(problem),
         Op::HeadFwd | Op::HeadBwd => head::workspace(problem),
+        Op::CollapseFwd | Op::CollapseBwd => collapse::workspace(problem),
     }
 }
 

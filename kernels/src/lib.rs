@@ -6,6 +6,7 @@
 
 mod call;
 mod coefficients;
+mod collapse;
 mod config;
 pub mod cuda;
 mod head;

@@ -30,11 +30,15 @@ pub enum Op {
     HeadFwd,
     /// Its backward pass.
     HeadBwd,
+    /// The sum over the streams alone.
+    CollapseFwd,
+    /// Its gradient with respect to h_pre.
+    CollapseBwd,
 }
 
 impl Op {
     /// Every op, in the order of the table of handlers.
-    pub const ALL: [Op; 10] = [
+    pub const ALL: [Op; 12] = [
         Op::PreFwd,
         Op::PreBwd,
         Op::PostFwd,
@@ -45,6 +49,8 @@ impl Op {
         Op::SinkhornBwd,
         Op::HeadFwd,
         Op::HeadBwd,
+        Op::CollapseFwd,
+        Op::CollapseBwd,
     ];
 
     /// The name that every layer uses, such as `pre_fwd`.
@@ -105,6 +111,8 @@ impl Op {
                 &["x", "phi", "alpha", "bias", "m", "r", "d_u"],
                 &["d_x", "d_phi", "d_alpha", "d_bias"],
             ),
+            Op::CollapseFwd => ("collapse_fwd", &["x", "h_pre"], &["u"]),
+            Op::CollapseBwd => ("collapse_bwd", &["x", "d_u"], &["d_h_pre"]),
         }
     }
 
@@ -115,7 +123,10 @@ impl Op {
 
     /// Whether the call carries a [`Config`].
     pub const fn has_config(self) -> bool {
-        !matches!(self, Op::PostFwd | Op::PostBwd)
+        !matches!(
+            self,
+            Op::PostFwd | Op::PostBwd | Op::CollapseFwd | Op::CollapseBwd
+        )
     }
 
     /// Whether it can normalise the layer's input, or can be the backward pass of that: the attribute

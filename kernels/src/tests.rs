@@ -4,6 +4,7 @@
 //! docs/mathematics.md (`scalar`); the float64 kernels against its values and its central differences; the
 //! kernels of all other types and instruction sets against the float64 kernels.
 
+mod collapse;
 mod scalar;
 mod seam;
 mod simd;
@@ -11,6 +12,7 @@ mod sinkhorn;
 mod sublayer;
 
 use crate::coefficients::{CoefficientsMut, Layout};
+use crate::parallel::{Pool, Task};
 use crate::pre::{HandedOn, Outputs};
 use crate::simd::Real;
 use crate::stream::{Rows, RowsMut, Stream};
@@ -29,6 +31,18 @@ impl Random {
     }
     fn vec(&mut self, len: usize, scale: f64) -> Vec<f64> {
         (0..len).map(|_| scale * self.next()).collect()
+    }
+}
+
+/// Three threads that start whenever they like.
+struct Threads;
+
+impl Pool for Threads {
+    fn num_threads(&self) -> usize {
+        3
+    }
+    fn schedule(&self, task: Task) {
+        std::thread::spawn(task);
     }
 }
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_mhc._axes import varying_axes
 from jax_mhc._errors import MAX_STREAMS, fail, number
 from jax_mhc._types import Context, HeadParams, MHCConfig, MHCParams
 
@@ -72,6 +74,27 @@ def streams(op: str, argument: str, x: Any) -> jax.Array:
     return x
 
 
+def hidden_axes(op: str, value: Any, x: jax.Array) -> tuple[str, ...]:
+    """The axes of the enclosing `jax.shard_map` over which the channels of x are split."""
+    names = () if value is None else (value,) if isinstance(value, str) else tuple(value)
+    argument, varying = "hidden_axis_name", varying_axes(x)
+    missing = [name for name in names if name not in varying]
+    if missing or len(set(names)) < len(names):
+        fail(
+            ValueError, op, argument,
+            "different mesh axes of an enclosing jax.shard_map (with check_vma=True) over which x "
+            f"varies, here {sorted(varying)}", value,
+            "It is for C split by hand, inside of jax.shard_map; elsewhere leave it out: how C is "
+            "split is known.",
+        )  # fmt: skip
+    return names
+
+
+def num_channels(x: jax.Array, hidden_axes: tuple[str, ...]) -> int:
+    """C, of which x may have a part."""
+    return x.shape[-1] * math.prod(jax.lax.axis_size(axis) for axis in hidden_axes)
+
+
 def layer_output(op: str, argument: str, y: Any, x: jax.Array) -> jax.Array:
     """A layer's result `[..., C]` that belongs to the streams `x`."""
     y = array(op, argument, y)
@@ -105,7 +128,12 @@ def _parameter(
 
 
 def params(
-    op: str, params: MHCParams, x: jax.Array, config: MHCConfig, argument: str = "params"
+    op: str,
+    params: MHCParams,
+    x: jax.Array,
+    config: MHCConfig,
+    argument: str = "params",
+    hidden_axes: tuple[str, ...] = (),
 ) -> tuple[jax.Array | None, jax.Array | None, jax.Array]:
     """phi, alpha and bias of one sublayer, checked against the streams and the config."""
     if not isinstance(params, MHCParams):
@@ -113,7 +141,7 @@ def params(
             TypeError, op, argument, "jax_mhc.MHCParams", type(params).__name__,
             "Make them with jax_mhc.init_params.",
         )  # fmt: skip
-    n, hidden = x.shape[-2:]
+    n, hidden = x.shape[-2], num_channels(x, hidden_axes)
     dtype = accumulation_dtype(x.dtype)
     num = config.num_coefficients(n)
     remedy = (
@@ -135,7 +163,12 @@ def params(
 
 
 def norm_scale(
-    op: str, scale: Any, eps: Any, x: jax.Array, argument: str = "norm_scale"
+    op: str,
+    scale: Any,
+    eps: Any,
+    x: jax.Array,
+    argument: str = "norm_scale",
+    hidden_axes: tuple[str, ...] = (),
 ) -> tuple[jax.Array | None, float]:
     """The norm of the layer's input: its parameter, checked against the streams, and its eps."""
     eps = number(op, "norm_scale_eps", eps)
@@ -143,11 +176,12 @@ def norm_scale(
         return None, eps
     remedy = f"It has one value for each channel of the streams {list(x.shape)}."
     dtype = accumulation_dtype(x.dtype)
-    return _parameter(op, argument, scale, x.shape[-1:], dtype, remedy), eps
+    shape = (num_channels(x, hidden_axes),)
+    return _parameter(op, argument, scale, shape, dtype, remedy), eps
 
 
 def head_params(
-    op: str, params: HeadParams, x: jax.Array
+    op: str, params: HeadParams, x: jax.Array, hidden_axes: tuple[str, ...] = ()
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """phi, alpha and bias of the head, checked against the streams."""
     if not isinstance(params, HeadParams):
@@ -155,7 +189,7 @@ def head_params(
             TypeError, op, "params", "jax_mhc.HeadParams", type(params).__name__,
             "Make them with jax_mhc.init_head.",
         )  # fmt: skip
-    n, hidden = x.shape[-2:]
+    n, hidden = x.shape[-2], num_channels(x, hidden_axes)
     dtype = accumulation_dtype(x.dtype)
     remedy = (
         f"For streams {list(x.shape)} make them with "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -66,6 +66,7 @@ def mhc_residual(
     config: MHCConfig = PAPER,
     norm_scale: jax.Array | None = None,
     norm_scale_eps: float = 1e-6,
+    hidden_axis_name: str | Sequence[str] | None = None,
     implementation: Implementation = None,
     has_aux: bool = False,
 ) -> Any:
@@ -87,6 +88,7 @@ def mhc_residual(
         config: settings.
         norm_scale: of an RMSNorm of u `[C]`, which pre then computes; see `pre`.
         norm_scale_eps: its eps.
+        hidden_axis_name: the mesh axes over which C is split inside `jax.shard_map`; see `pre`.
         implementation: None, "fused" or "reference"; see `pre`.
         has_aux: layer returns `(y, aux)`.
 
@@ -103,7 +105,10 @@ def mhc_residual(
             "Pass the sublayer itself: mhc_residual(layer, x, params).",
         )  # fmt: skip
     norm: dict[str, Any] = {"norm_scale": norm_scale, "norm_scale_eps": norm_scale_eps}
-    u, ctx = pre(x, params, config=config, implementation=implementation, **norm)
+    u, ctx = pre(
+        x, params, config=config, hidden_axis_name=hidden_axis_name, implementation=implementation,
+        **norm,
+    )  # fmt: skip
     y, aux = layer(u), None
     if has_aux:
         if not isinstance(y, tuple) or len(y) != 2:

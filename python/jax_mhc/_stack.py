@@ -14,9 +14,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, _errors
 from jax_mhc._dispatch import Implementation, use_fused
+from jax_mhc._mesh.types import lie_like, varying_like
 from jax_mhc._ops.deferred import streams
 from jax_mhc._ops.post import post
-from jax_mhc._ops.pre import dense, pre
+from jax_mhc._ops.pre import Settings, dense, pre
 from jax_mhc._ops.scan import no_sublayer, scan_of_seams
 from jax_mhc._ops.seam import post_pre
 from jax_mhc._types import Context, MHCConfig, MHCParams
@@ -34,6 +35,7 @@ def stack(
     config: MHCConfig = PAPER,
     norm_scale: Sequence[jax.Array | None] | None = None,
     norm_scale_eps: float = 1e-6,
+    hidden_axis_name: str | Sequence[str] | None = None,
     implementation: Implementation = None,
     keep_streams_every: int = 1,
     policy: Callable[..., Any] | None = None,
@@ -81,6 +83,7 @@ def stack(
         norm_scale: one for each of `layers`, of the norm that the layer begins with `[C]`, or None;
             with xs stacked over the blocks. None for no norms; see `pre`.
         norm_scale_eps: the eps of all of them.
+        hidden_axis_name: the mesh axes over which C is split inside `jax.shard_map`; see `pre`.
         implementation: None, "fused" or "reference"; see `pre`.
         keep_streams_every: the sublayers of a stretch. With xs a divisor of those of a block, or
             those of several blocks that divide num_blocks.
@@ -114,20 +117,24 @@ def stack(
             ValueError, _OP, "unroll", "1 where there is no xs", unroll,
             "Without xs there is no loop; leave unroll out.",
         )  # fmt: skip
+    axes = _check.hidden_axes(_OP, hidden_axis_name, x)
     options: dict[str, Any] = {
-        "config": config, "implementation": implementation, "norm_scale_eps": norm_scale_eps
+        "config": config, "implementation": implementation, "norm_scale_eps": norm_scale_eps,
+        "hidden_axis_name": axes,
     }  # fmt: skip
     of_slices = "" if xs is None else "a slice of "
 
     def advance(before: Any, sublayers: list[_Sublayer]) -> Any:
         for i, layer, p, scale in sublayers:
-            _check.params(_OP, p, x, config, f"{of_slices}params[{i}]")
-            _check.norm_scale(_OP, scale, norm_scale_eps, x, f"{of_slices}norm_scale[{i}]")
+            _check.params(_OP, p, x, config, f"{of_slices}params[{i}]", axes)
+            _check.norm_scale(_OP, scale, norm_scale_eps, x, f"{of_slices}norm_scale[{i}]", axes)
             if isinstance(before, _Pending):
                 u, ctx = post_pre(*before.operands(), p, norm_scale=scale, **options)
             else:
                 u, ctx = pre(before, p, norm_scale=scale, **options)
-            y = checkpoint_name(_layer_output(i, layer(u), x), "mhc_layer_output")
+            # Loops want the type of y to be that of u.
+            y = lie_like(_layer_output(i, layer(u), x), u)
+            y = checkpoint_name(y, "mhc_layer_output")
             before = _Pending(streams(ctx)[1], y, ctx.h_post, ctx.h_res)
         return before
 
@@ -148,9 +155,9 @@ def stack(
         num_blocks = _num_blocks(params, scales, xs)
         keeps_all = every == 1 and policy is None and unroll in (False, 1) and unroll is not True
         if keeps_all and _seams_alone(layers, x, params, num_blocks, implementation):
-            return _scan_of_seams(layers, x, params, scales, xs, config, norm_scale_eps)
+            return _scan_of_seams(layers, x, params, scales, xs, config, norm_scale_eps, axes)
         stacked = params, scales, xs
-        before = _scan(run, layers, x, stacked, num_blocks, every, unroll)
+        before = _scan(run, layers, x, stacked, num_blocks, every, unroll, axes)
     if not isinstance(before, _Pending):
         return before  # there was no sublayer
     return post(*before.operands(), implementation=implementation)
@@ -190,6 +197,7 @@ def _scan(
     num_blocks: int,
     every: int,
     unroll: int,
+    hidden_axes: tuple[str, ...],
 ) -> _Pending:
     """Runs all blocks; returns the pending post of the last sublayer."""
     num_together = _num_together(every, len(layers), num_blocks)
@@ -211,7 +219,8 @@ def _scan(
         stacked = jax.tree.map(
             lambda leaf: leaf.reshape(num_steps, num_together, *leaf.shape[1:]), stacked
         )
-    first = _Pending(x, *no_sublayer(x))
+    x = varying_like(x, x, *jax.tree.leaves(stacked[:2]))
+    first = _Pending(x, *no_sublayer(x, hidden_axes))
     return jax.lax.scan(step, first, stacked, unroll=unroll)[0]
 
 
@@ -239,14 +248,17 @@ def _scan_of_seams(
     xs: Any,
     config: MHCConfig,
     eps: float,
+    hidden_axes: tuple[str, ...],
 ) -> jax.Array:
     def of_block(i: int, p: MHCParams, scale: Any) -> tuple[jax.Array, ...]:
-        phi_alpha_bias = _check.params(_OP, p, x, config, f"a slice of params[{i}]")
-        scale, _ = _check.norm_scale(_OP, scale, eps, x, f"a slice of norm_scale[{i}]")
-        return dense(*phi_alpha_bias, scale, x)
+        of_slice = f"a slice of params[{i}]"
+        phi_alpha_bias = _check.params(_OP, p, x, config, of_slice, hidden_axes)
+        of_slice = f"a slice of norm_scale[{i}]"
+        scale, _ = _check.norm_scale(_OP, scale, eps, x, of_slice, hidden_axes)
+        return dense(*phi_alpha_bias, scale, x, hidden_axes)
 
     def checked(i: int, u: jax.Array, s: Any) -> jax.Array:
-        return _layer_output(i, layers[i](u, s), x)
+        return lie_like(_layer_output(i, layers[i](u, s), x), u)
 
     with jax.named_scope("mhc_stack"):
         return scan_of_seams(
@@ -257,8 +269,7 @@ def _scan_of_seams(
                 for i, of_all in enumerate(zip(params, scales, strict=True))
             ],
             xs,
-            config=config,
-            norm_scale_eps=float(eps),
+            settings=Settings(config, float(eps), hidden_axes),
         )
 
 
@@ -287,10 +298,12 @@ def _all_but_streams(shape: tuple[int, ...]) -> Callable[..., bool]:
         # Of the reference, what a product that JAX differentiates by our rule gives, too.
         results = getattr(options.get("call_jaxpr"), "out_avals", ())
         shapes = [getattr(aval, "shape", ()) for aval in (*avals, *results)]
-        # And our identities, which would only be copies.
+        shapes.append(options.get("shape") or ())
+        # And our identities, which would only be copies, and arrays without values (kept.py).
         return not (
             primitive.name.startswith("mhc_")
-            or any(map(is_streams, [*shapes, options.get("shape") or ()]))
+            or any(map(is_streams, shapes))
+            or any(0 in shape for shape in shapes)
         )
 
     return keep

@@ -13,6 +13,7 @@ public functions check their arguments; these do not.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -102,17 +103,23 @@ def sinkhorn(logits: jax.Array, *, config: MHCConfig = PAPER) -> jax.Array:
     return jnp.moveaxis(matrix, (0, 1), (-2, -1))
 
 
-def _coefficients(
-    z: jax.Array, streams: int, config: MHCConfig
+def gated(m: jax.Array, alpha: jax.Array, bias: jax.Array, streams: int) -> jax.Array:
+    """The logits z = alpha_group · m + bias [16]: [..., K] -> [..., K]."""
+    groups = zip(alpha, (streams, streams, m.shape[-1] - 2 * streams), strict=True)
+    return jnp.concatenate([jnp.broadcast_to(gate, size) for gate, size in groups]) * m + bias
+
+
+def coefficients(
+    z: jax.Array, streams: int, config: MHCConfig, project: Callable[[jax.Array], jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """h_pre, h_post, h_res from z `[..., K]` [17 to 19]."""
+    """h_pre, h_post, h_res from z `[..., K]` [17 to 19]; `project` is Sinkhorn."""
     n = streams
     h_pre = jax.nn.sigmoid(z[..., :n]) + config.pre_eps
     h_post = config.post_scale * jax.nn.sigmoid(z[..., n : 2 * n])
     if config.constraint == "identity":
         return h_pre, h_post, jnp.broadcast_to(jnp.eye(n, dtype=z.dtype), (*z.shape[:-1], n, n))
     z_res = z[..., 2 * n :].reshape(*z.shape[:-1], n, n)
-    h_res = z_res if config.constraint == "none" else sinkhorn(z_res, config=config)
+    h_res = z_res if config.constraint == "none" else project(z_res)
     return h_pre, h_post, h_res
 
 
@@ -127,17 +134,15 @@ def pre(
     """The layer's input and the context for `post`; see `jax_mhc.pre`."""
     n = x.shape[-2]
     wide = x.astype(accumulation_dtype(x.dtype))
+    project = functools.partial(sinkhorn, config=config)
     if params.phi is None or params.alpha is None:
         # Static coefficients are projected once, not once a token.
-        coefficients = _coefficients(params.bias, n, config)
-        h_pre, h_post, h_res = (
-            jnp.broadcast_to(h, (*x.shape[:-2], *h.shape)) for h in coefficients
-        )
+        of_all = coefficients(params.bias, n, config, project)
+        h_pre, h_post, h_res = (jnp.broadcast_to(h, (*x.shape[:-2], *h.shape)) for h in of_all)
     else:
         m = checkpoint_name(_project(wide, params.phi, config), "mhc_coefficients")
-        groups = zip(params.alpha, (n, n, m.shape[-1] - 2 * n), strict=True)
-        alpha = jnp.concatenate([jnp.broadcast_to(gate, size) for gate, size in groups])
-        h_pre, h_post, h_res = _coefficients(alpha * m + params.bias, n, config)
+        z = gated(m, params.alpha, params.bias, n)
+        h_pre, h_post, h_res = coefficients(z, n, config, project)
     h_pre, h_post, h_res = checkpoint_name((h_pre, h_post, h_res), "mhc_coefficients")
     u = _weighted_sum(h_pre, wide)
     if norm_scale is not None:

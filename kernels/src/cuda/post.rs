@@ -4,8 +4,8 @@ use super::launch::{Arg, Device, Kernel, Launch, Problem, Workspace};
 use super::sizes::{for_rows, is_aligned, streams_bound, streams_size};
 use crate::signature::{Call, Op};
 
-/// Threads of a block (`kThreads`, `kBackwardThreads` of post.cu).
-const THREADS: usize = 256;
+/// Threads of a block (`kThreads` of post.cu and collapse.cu, `kBackwardThreads` of post.cu).
+pub const THREADS: usize = 256;
 const BACKWARD_THREADS: usize = 128;
 /// Threads for a slab of tokens, at most: their number must fit into 32 bits.
 const SLAB_THREADS: usize = 1 << 30;
@@ -32,8 +32,8 @@ fn kernel(call: &Call, functions: [&'static str; 2]) -> Kernel {
     }
 }
 
-/// Channels that a thread takes at once (`V` of post.cu).
-fn channels(call: &Call) -> usize {
+/// Channels that a thread takes at once (`V` of post.cu and collapse.cu).
+pub fn channels(call: &Call) -> usize {
     let bytes = if streams_bound(call.n, is_aligned(call.c)) <= 4 {
         16
     } else {
@@ -43,7 +43,7 @@ fn channels(call: &Call) -> usize {
 }
 
 /// Blocks with a thread for all streams of some channels of a token.
-fn grid(call: &Call) -> ([u32; 3], usize) {
+pub fn grid(call: &Call) -> ([u32; 3], usize) {
     let threads = call.c.div_ceil(channels(call));
     let slab = (SLAB_THREADS / threads).clamp(1, call.tokens.max(1));
     let blocks = (slab * threads).div_ceil(THREADS);

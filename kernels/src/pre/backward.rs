@@ -3,12 +3,13 @@
 use super::norm::{self, CollapseNormalizedBackward};
 use super::{CHUNK, ParamGradients, ParamSums, Params, group_tokens};
 use crate::coefficients::{self, Cotangents, Gates, StreamFactors};
+use crate::collapse;
 use crate::parallel::{Pool, for_each};
 use crate::projection::{
     Packed, STAGE, Shape, Staged, accumulate_d_phi, project_back, stage, stages,
 };
 use crate::simd::{Call, Isa, Kernel, MAX_STREAMS, Real, Vector, for_streams};
-use crate::stream::{Acc, Rows, RowsMut, Stream, for_blocks};
+use crate::stream::{Acc, Rows, RowsMut, Stream};
 
 /// What pre's backward reads for some tokens besides X and the cotangent of the x handed on.
 #[derive(Clone, Copy)]
@@ -139,9 +140,7 @@ pub fn backward_chunk<S: Stream, I: Isa>(
     let from_u = RowsMut::new(d_h_pre, n);
     let from_h = d_h.h_pre;
     if norm_scale.is_empty() {
-        for_streams!(n, N => {
-            I::enter(CollapseBackward::<_, N> { x, d_u, from_h, tokens, d_h_pre: from_u });
-        });
+        collapse::backward_chunk::<S, I>(x, d_u, Some(from_h), tokens, from_u);
     } else {
         let rows = RowsMut::new(h_pre, n);
         coefficients::h_pre::<_, I>(gates, m, tokens, rows, coefficients);
@@ -197,40 +196,6 @@ pub fn backward_chunk<S: Stream, I: Isa>(
         mixed,
     };
     I::enter(streams);
-}
-
-/// dh_pre[i] = what the context brings + <du, X[i]>
-struct CollapseBackward<'a, S: Stream, const N: usize> {
-    x: Rows<'a, S>,
-    d_u: Rows<'a, S>,
-    from_h: Rows<'a, S::Real>,
-    tokens: usize,
-    d_h_pre: RowsMut<'a, S::Real>,
-}
-
-impl<S: Stream, I: Isa, const N: usize> Kernel<I> for CollapseBackward<'_, S, N> {
-    #[inline(always)]
-    fn run(mut self) {
-        for token in 0..self.tokens {
-            let (x, d_u, from_h) = (
-                self.x.row(token),
-                self.d_u.row(token),
-                self.from_h.row(token),
-            );
-            let (n, c) = (if N == MAX_STREAMS { from_h.len() } else { N }, d_u.len());
-            let mut sums = [Acc::<S, I>::zero(); N];
-            for_blocks!(c, Acc::<S, I>::LANES, at, WHOLE => {
-                let d_u = S::load::<I, WHOLE>(&d_u[at..]);
-                for i in 0..n {
-                    sums[i] = d_u.mul_add(S::load::<I, WHOLE>(&x[i * c + at..(i + 1) * c]), sums[i]);
-                }
-            });
-            let d_h_pre = self.d_h_pre.row(token);
-            for i in 0..n {
-                d_h_pre[i] = from_h[i] + sums[i].sum();
-            }
-        }
-    }
 }
 
 /// d_phi and d_x of one chunk, stage by stage.

@@ -3,11 +3,12 @@
 use super::norm::{self, CollapseNormalized};
 use super::{CHUNK, Params};
 use crate::coefficients::{self, CoefficientsMut, Gates};
+use crate::collapse;
 use crate::config::{Config, NormEpsMode};
 use crate::parallel::{Pool, for_each};
 use crate::projection::{Packed, STAGE, Staged, project, stage, stages};
-use crate::simd::{Call, Isa, Kernel, MAX_STREAMS, Real, Vector, for_streams};
-use crate::stream::{Acc, Rows, RowsMut, Stream, for_blocks};
+use crate::simd::{Call, Isa, Kernel, Real, Vector, for_streams};
+use crate::stream::{Acc, Rows, RowsMut, Stream};
 
 /// What pre writes for some tokens.
 pub struct Outputs<'a, S: Stream> {
@@ -105,7 +106,7 @@ pub fn forward_chunk<S: Stream, I: Isa>(
     coefficients::forward::<_, I>(gates, m, tokens, &mut out.h, &mut scratch.coefficients);
     let (h_pre, u) = (out.h.h_pre.as_rows(), out.u.reborrow());
     if params.norm_scale.is_empty() {
-        for_streams!(gates.layout.n, N => I::enter(Collapse::<_, N> { x, h_pre, tokens, u }));
+        collapse::forward_chunk::<S, I>(x, h_pre, tokens, u);
         return;
     }
     let ForwardScratch {
@@ -186,35 +187,6 @@ fn prefetch_next_stage<S: Stream, I: Isa>(
         let row = x.row(token);
         let next = row.len().min(first_channel + (first + count) * lanes);
         I::prefetch(&row[next..row.len().min(next + STAGE * lanes)]);
-    }
-}
-
-/// u = sum over i of h_pre[i] X[i]
-struct Collapse<'a, S: Stream, const N: usize> {
-    x: Rows<'a, S>,
-    h_pre: Rows<'a, S::Real>,
-    tokens: usize,
-    u: RowsMut<'a, S>,
-}
-
-impl<S: Stream, I: Isa, const N: usize> Kernel<I> for Collapse<'_, S, N> {
-    #[inline(always)]
-    fn run(mut self) {
-        for token in 0..self.tokens {
-            let (x, h_pre, u) = (self.x.row(token), self.h_pre.row(token), self.u.row(token));
-            let (n, c) = (if N == MAX_STREAMS { h_pre.len() } else { N }, u.len());
-            let mut h = [Acc::<S, I>::zero(); N];
-            for i in 0..n {
-                h[i] = Acc::<S, I>::splat(h_pre[i]);
-            }
-            for_blocks!(c, Acc::<S, I>::LANES, at, WHOLE => {
-                let mut sum = h[0] * S::load::<I, WHOLE>(&x[at..c]);
-                for i in 1..n {
-                    sum = h[i].mul_add(S::load::<I, WHOLE>(&x[i * c + at..(i + 1) * c]), sum);
-                }
-                S::store::<I, WHOLE>(sum, &mut u[at..]);
-            });
-        }
     }
 }
 

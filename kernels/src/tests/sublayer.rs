@@ -3,25 +3,13 @@
 use half::{bf16, f16};
 
 use super::scalar;
-use super::{Case, Data, Random, Room, cases, from_f64, to_f64};
+use super::{Case, Data, Random, Room, Threads, cases, from_f64, to_f64};
 use crate::coefficients::{Cotangents, Gates};
-use crate::parallel::{Pool, Serial, Task};
+use crate::parallel::{Pool, Serial};
 use crate::post;
 use crate::pre::{self, BackwardInputs, ParamGradients, Params};
 use crate::simd::{Real, dispatch_to, instruction_sets};
 use crate::stream::{Rows, RowsMut, Stream};
-
-/// Three threads that start whenever they like.
-struct Threads;
-
-impl Pool for Threads {
-    fn num_threads(&self) -> usize {
-        3
-    }
-    fn schedule(&self, task: Task) {
-        std::thread::spawn(task);
-    }
-}
 
 /// Results of one sublayer: as `scalar::sublayer`, then the gradients of x, y, phi, alpha,
 /// bias and norm_scale.

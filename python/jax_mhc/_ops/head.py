@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ def head(
     params: HeadParams,
     *,
     config: MHCConfig = PAPER,
+    hidden_axis_name: str | Sequence[str] | None = None,
     implementation: Implementation = None,
 ) -> jax.Array:
     """The learned exit: a weighted sum of the streams, as before the final norm of DeepSeek-V4.
@@ -38,6 +40,7 @@ def head(
             JAX on GPUs).
         params: from `init_head`; float32, or float64 for float64 streams.
         config: `norm_eps`, `norm_eps_mode` and `pre_eps` are used.
+        hidden_axis_name: the mesh axes over which C is split inside `jax.shard_map`; see `pre`.
         implementation: None, "fused" or "reference"; see `pre`.
 
     Returns:
@@ -49,26 +52,27 @@ def head(
     op = "head"
     x = _check.streams(op, "x", x)
     config = _check.config(op, config)
-    phi, alpha, bias = _check.head_params(op, params, x)
+    axes = _check.hidden_axes(op, hidden_axis_name, x)
+    phi, alpha, bias = _check.head_params(op, params, x, axes)
     with jax.named_scope("mhc_head"):
-        if not use_fused(op, implementation, x.dtype):
+        if not use_fused(op, implementation, x.dtype, axes):
             return reference.head(x, HeadParams(phi, alpha, bias), config=config)
-        return _head(config, *reverse_mode_only(op, x, phi, alpha, bias))
+        return _head(config, axes, *reverse_mode_only(op, x, phi, alpha, bias))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _head(config: MHCConfig, *operands: Any) -> Any:
-    return _head_fwd(config, *operands)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _head(config: MHCConfig, hidden_axes: tuple[str, ...], *operands: Any) -> Any:
+    return _head_fwd(config, hidden_axes, *operands)[0]
 
 
-def _head_fwd(config: MHCConfig, *operands: Any) -> Any:
-    u, *normalized = fused_call("head_fwd", config, *operands)
+def _head_fwd(config: MHCConfig, hidden_axes: tuple[str, ...], *operands: Any) -> Any:
+    u, *normalized = fused_call("head_fwd", config, *operands, hidden_axes=hidden_axes)
     m, r = checkpoint_name(normalized, "mhc_coefficients")
     return checkpoint_name(u, "mhc_layer_input"), (*operands, m, r)
 
 
-def _head_bwd(config: MHCConfig, saved: Any, d_u: Any) -> Any:
-    return tuple(fused_call("head_bwd", config, *saved, d_u))
+def _head_bwd(config: MHCConfig, hidden_axes: tuple[str, ...], saved: Any, d_u: Any) -> Any:
+    return tuple(fused_call("head_bwd", config, *saved, d_u, hidden_axes=hidden_axes))
 
 
 _head.defvjp(_head_fwd, _head_bwd)

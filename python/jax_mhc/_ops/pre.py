@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax_mhc import _check, reference
 from jax_mhc._dispatch import Implementation, fused_call, reverse_mode_only, use_fused
 from jax_mhc._ops.deferred import handed_on, instantiate
+from jax_mhc._ops.kept import keep, named, restore
 from jax_mhc._types import Context, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
@@ -23,6 +25,7 @@ def pre(
     config: MHCConfig = PAPER,
     norm_scale: jax.Array | None = None,
     norm_scale_eps: float = 1e-6,
+    hidden_axis_name: str | Sequence[str] | None = None,
     implementation: Implementation = None,
 ) -> tuple[jax.Array, Context]:
     """The layer's input and the coefficients of one sublayer (equations 14 to 19).
@@ -62,6 +65,9 @@ def pre(
         norm_scale: w `[C]` of the RMSNorm that the layer begins with, of the parameters' dtype; u
             is then rounded once, after the norm. None: u is not normalised.
         norm_scale_eps: added to mean(u²) in it.
+        hidden_axis_name: the mesh axis over which C is split inside `jax.shard_map`, or several: x
+            and u then have the channels of one device, and parameters have all channels. None: C
+            is not split there. Outside of it JAX itself knows how C is split.
         implementation: "fused": the kernels. "reference": plain JAX. None: the kernels on
             platforms that have them (CPU, NVIDIA GPUs), plain JAX elsewhere, for float64 streams on
             a GPU, and on GPUs that cannot be used (older than compute capability 8.0, a driver
@@ -84,16 +90,17 @@ def pre(
     op = "pre"
     x = _check.streams(op, "x", x)
     config = _check.config(op, config)
-    phi, alpha, bias = _check.params(op, params, x, config)
-    norm_scale, eps = _check.norm_scale(op, norm_scale, norm_scale_eps, x)
+    axes = _check.hidden_axes(op, hidden_axis_name, x)
+    phi, alpha, bias = _check.params(op, params, x, config, hidden_axes=axes)
+    norm_scale, eps = _check.norm_scale(op, norm_scale, norm_scale_eps, x, hidden_axes=axes)
     with jax.named_scope("mhc_pre"):
-        if not use_fused(op, implementation, x.dtype):
+        if not use_fused(op, implementation, x.dtype, axes):
             return reference.pre(
                 x, MHCParams(phi, alpha, bias), config=config,
                 norm_scale=norm_scale, norm_scale_eps=eps,
             )  # fmt: skip
-        operands = (x, *dense(phi, alpha, bias, norm_scale, x))
-        u, *context = _pre(config, eps, *reverse_mode_only(op, *operands))
+        operands = (x, *dense(phi, alpha, bias, norm_scale, x, axes))
+        u, *context = _pre(Settings(config, eps, axes), *reverse_mode_only(op, *operands))
         return u, Context._of(*context)
 
 
@@ -103,6 +110,7 @@ def dense(
     bias: jax.Array,
     norm_scale: jax.Array | None,
     x: jax.Array,
+    hidden_axes: tuple[str, ...] = (),
 ) -> tuple[jax.Array, ...]:
     """The form that the kernels take: what is not there has no values.
 
@@ -110,35 +118,50 @@ def dense(
     """
     dtype = _check.accumulation_dtype(x.dtype)
     if phi is None or alpha is None:
-        phi = jnp.zeros((x.shape[-2] * x.shape[-1], 0), dtype)
+        phi = jnp.zeros((x.shape[-2] * _check.num_channels(x, hidden_axes), 0), dtype)
         alpha = jnp.zeros((3,), dtype)
     if norm_scale is None:
         norm_scale = jnp.zeros((0,), dtype)
     return phi, alpha, bias, norm_scale
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _pre(config: MHCConfig, eps: float, *operands: Any) -> Any:
-    return _run(config, eps, *operands)[0]
+class Settings(NamedTuple):
+    """What is the same in the forward and the backward pass of pre and of the seam."""
+
+    config: MHCConfig
+    norm_scale_eps: float
+    hidden_axes: tuple[str, ...]
+
+    def call(self, name: str, *operands: Any, **options: Any) -> Any:
+        """Runs one of their calls."""
+        return fused_call(
+            name, self.config, *operands, hidden_axes=self.hidden_axes,
+            norm_scale_eps=self.norm_scale_eps, **options,
+        )  # fmt: skip
 
 
-def _run(config: MHCConfig, eps: float, x: Any, *params: Any) -> Any:
-    u, *coefficients = fused_call("pre_fwd", config, x, *params, norm_scale_eps=eps)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _pre(settings: Settings, *operands: Any) -> Any:
+    return _run(settings, *operands)[0]
+
+
+def _run(settings: Settings, x: Any, *params: Any) -> Any:
+    u, *coefficients = settings.call("pre_fwd", x, *params)
     u = checkpoint_name(u, "mhc_layer_input")
-    h_pre, h_post, h_res, *others = checkpoint_name(coefficients, "mhc_coefficients")
-    return (u, x, x, h_pre, h_post, h_res), (x, *params, *others, h_res)
+    h_pre, h_post, h_res, *others = named(coefficients, "mhc_coefficients")
+    return (u, x, x, h_pre, h_post, h_res), keep((x, *params, *others, h_res))
 
 
-def _pre_fwd(config: MHCConfig, eps: float, *operands: Any) -> Any:
-    return _run(config, eps, *(operand.value for operand in operands))
+def _pre_fwd(settings: Settings, *operands: Any) -> Any:
+    return _run(settings, *(operand.value for operand in operands))
 
 
-def _pre_bwd(config: MHCConfig, eps: float, saved: Any, cotangents: Any) -> Any:
+def _pre_bwd(settings: Settings, saved: Any, cotangents: Any) -> Any:
+    saved = restore(saved)
     d_u, d_x, d_deferred, *d_h = cotangents
     d_x_in, deferred = handed_on(d_x, d_deferred, h_res=saved[-1])
     others = map(instantiate, (d_u, *d_h))
-    attributes: dict[str, Any] = {"deferred": deferred, "norm_scale_eps": eps}
-    return tuple(fused_call("pre_bwd", config, *saved, *others, d_x_in, **attributes))
+    return tuple(settings.call("pre_bwd", *saved, *others, d_x_in, deferred=deferred))
 
 
 _pre.defvjp(_pre_fwd, _pre_bwd, symbolic_zeros=True)

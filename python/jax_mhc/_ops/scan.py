@@ -21,7 +21,9 @@ import jax.numpy as jnp
 
 from jax_mhc._check import accumulation_dtype
 from jax_mhc._dispatch import fused_call, reverse_mode_only
-from jax_mhc._types import MHCConfig
+from jax_mhc._mesh.types import empty_stack, empty_stack_of, of_tokens, varying_like
+from jax_mhc._ops.kept import keep, restore
+from jax_mhc._ops.pre import Settings
 
 
 def scan_of_seams(
@@ -30,8 +32,7 @@ def scan_of_seams(
     params: Sequence[tuple[Any, ...]],
     xs: Any,
     *,
-    config: MHCConfig,
-    norm_scale_eps: float,
+    settings: Settings,
 ) -> Any:
     """The streams `[..., n, C]` after all blocks.
 
@@ -42,11 +43,12 @@ def scan_of_seams(
         params: what `dense` gives for each of layers, stacked over the blocks, of which there is at
             least one.
         xs: a pytree of arrays, stacked too.
-        config: settings of all sublayers.
-        norm_scale_eps: the eps of all norms.
+        settings: those of all sublayers.
     """
     params, xs = jax.tree.map(jnp.asarray, (tuple(params), xs))
-    u, s = jax.eval_shape(lambda: (x[..., 0, :], _first(xs)))
+    # For all layers have the type that streams have after the first of them.
+    x = varying_like(x, *jax.tree.leaves(params), x)
+    u, s = x[..., 0, :], _first(xs)
     traced = [jax.make_jaxpr(layer)(u, s) for layer in layers]
     xs, other_xs = _partition(jax.tree.leaves(xs), _is_inexact)
     # Only what is being traced can have a gradient.
@@ -57,7 +59,7 @@ def scan_of_seams(
     operands, treedef = jax.tree.flatten((x, params, xs, constants))
     operands = jax.tree.unflatten(treedef, reverse_mode_only("stack", *operands))
 
-    scan = _Scan(traced, config, norm_scale_eps)
+    scan = _Scan(traced, settings)
     run = jax.custom_vjp(scan.forward)
     run.defvjp(scan.forward_and_keep, scan.backward)
     return run(*operands, other_xs, other_constants)
@@ -66,10 +68,14 @@ def scan_of_seams(
 class _Scan:
     """What is the same in all passes."""
 
-    def __init__(self, traced: Sequence[Any], config: MHCConfig, norm_scale_eps: float):
-        self.traced, self.config, self.eps = traced, config, norm_scale_eps
+    def __init__(self, traced: Sequence[Any], settings: Settings):
+        self.traced, self.seam, self.hidden_axes = traced, settings.call, settings.hidden_axes
         # The layers' forward and backward passes: known once there is a backward pass.
         self.layers: list[_Layer] = []
+
+    def post(self, name: str, *operands: Any) -> Any:
+        """Runs a call of post's."""
+        return fused_call(name, None, *operands, hidden_axes=self.hidden_axes)
 
     def layer(self, j: int, u: Any, s: list[Any], constants: list[Any]) -> Any:
         """The output of sublayer j."""
@@ -86,15 +92,15 @@ class _Scan:
         def step(pending: Any, slices: Any) -> tuple[Any, None]:
             block_params, s, other_s = slices
             for j, p in enumerate(block_params):
-                x_new, u, _, h_post, h_res, *_ = fused_call(
-                    "seam_fwd", self.config, *pending, *p, norm_scale_eps=self.eps
-                )
+                x_new, u, _, h_post, h_res, *_ = self.seam("seam_fwd", *pending, *p)
                 y = self.layer(j, u, _merge(s, other_s), constants)
                 pending = x_new, y, h_post, h_res
             return pending, None
 
-        pending, _ = jax.lax.scan(step, (x, *no_sublayer(x)), (params, xs, other_xs))
-        return fused_call("post_fwd", None, *pending)[0]
+        pending, _ = jax.lax.scan(
+            step, (x, *no_sublayer(x, self.hidden_axes)), (params, xs, other_xs)
+        )
+        return self.post("post_fwd", *pending)[0]
 
     def forward_and_keep(
         self, x: Any, params: Any, xs: Any, constants: Any, other_xs: Any, other_constants: Any
@@ -102,11 +108,9 @@ class _Scan:
         num_blocks, last = params[0][0].shape[0], len(params) - 1
         # streams[j][i]: those after the seam before sublayer j of block i. Of the last sublayer
         # they are one further, behind the first of all.
-        streams = [
-            jax.lax.empty((num_blocks + (j == last), *x.shape), x.dtype) for j in range(last + 1)
-        ]
+        streams = [empty_stack_of(num_blocks + (j == last), x) for j in range(last + 1)]
         streams[last] = _put(streams[last], x, 0)
-        given = jax.eval_shape(lambda: (*_first((xs, other_xs)), constants, other_constants))
+        given = (*_first((xs, other_xs)), constants, other_constants)
         self.layers = [
             _Layer(partial(self.layer, j), layer.in_avals[0], given, norm_scale.shape[1] > 0)
             for j, (layer, (*_, norm_scale)) in enumerate(zip(self.traced, params, strict=True))
@@ -117,9 +121,9 @@ class _Scan:
             block_params, s, other_s = slices
             streams, kept = list(streams), []
             for j, p in enumerate(block_params):
-                x_new, u, _, h_post, h_res, *m_r_rho = fused_call(
-                    "seam_fwd", self.config, _at(streams[j - 1], i), *pending, *p,
-                    norm_scale_eps=self.eps, kept_alone=("x_new", "m", "r", "rho"),
+                x_new, u, _, h_post, h_res, *m_r_rho = self.seam(
+                    "seam_fwd", _at(streams[j - 1], i), *pending, *p,
+                    kept_alone=("x_new", "m", "r", "rho"),
                 )  # fmt: skip
                 streams[j] = _put(streams[j], x_new, i + 1 if j == last else i)
                 given = (s, other_s, constants, other_constants)
@@ -128,16 +132,16 @@ class _Scan:
                 pending = y, h_post, h_res
             return (tuple(streams), pending), kept
 
-        carry = tuple(streams), no_sublayer(x)
+        carry = tuple(streams), no_sublayer(x, self.hidden_axes)
         (streams, pending), kept = _loop(step, num_blocks, carry, (params, xs, other_xs))
-        x_new = fused_call("post_fwd", None, streams[last][-1], *pending)[0]
+        x_new = self.post("post_fwd", streams[last][-1], *pending)[0]
         given = params, xs, constants, other_xs, other_constants
-        return x_new, (streams, pending, kept, given)
+        return x_new, keep((streams, pending, kept, given))
 
     def backward(self, saved: Any, d_x_new: Any) -> Any:
-        streams, pending, kept, (params, xs, constants, other_xs, other_constants) = saved
+        streams, pending, kept, (params, xs, constants, other_xs, other_constants) = restore(saved)
         y, h_post, h_res = pending
-        d_pending = fused_call("post_bwd", None, streams[-1][-1], *pending, d_x_new)
+        d_pending = self.post("post_bwd", streams[-1][-1], *pending, d_x_new)
         d_h_pre = jnp.zeros_like(h_post)
 
         def step(i: Any, carry: Any, slices: Any) -> tuple[Any, Any]:
@@ -152,10 +156,9 @@ class _Scan:
                 u = self.layers[j].input(new, d_y)
                 d_u, *d_given = self.layers[j].backward(new, given)(d_y)
                 d_s, d_constants = jax.tree.map(jnp.add, [d_s, d_constants], d_given)
-                d_x, d_y, d_h_post, d_h_res, *d_p = fused_call(
-                    "seam_bwd", self.config, _at(streams[j - 1], i), *pending, *block_params[j],
-                    *m_r_rho, u, h_res_new, d_u, d_h_pre, d_h_post, d_h_res, d_x,
-                    norm_scale_eps=self.eps, deferred=True,
+                d_x, d_y, d_h_post, d_h_res, *d_p = self.seam(
+                    "seam_bwd", _at(streams[j - 1], i), *pending, *block_params[j],
+                    *m_r_rho, u, h_res_new, d_u, d_h_pre, d_h_post, d_h_res, d_x, deferred=True,
                 )  # fmt: skip
                 d_params.insert(0, tuple(d_p))
                 h_res_new = pending[-1]
@@ -169,12 +172,13 @@ class _Scan:
         return d_x, d_params, d_xs, d_constants, None, None
 
 
-def no_sublayer(x: Any) -> tuple[Any, Any, Any]:
+def no_sublayer(x: Any, hidden_axes: tuple[str, ...]) -> tuple[Any, Any, Any]:
     """y, h_post and h_res of a post that gives back x, and the cotangent of x, exactly."""
     *tokens, n, _ = x.shape
     wide = accumulation_dtype(x.dtype)
     h_res = jnp.broadcast_to(jnp.eye(n, dtype=wide), (*tokens, n, n))
-    return jnp.zeros_like(x[..., 0, :]), jnp.zeros((*tokens, n), wide), h_res
+    h_post, h_res = (of_tokens(h, x, hidden_axes) for h in (jnp.zeros((*tokens, n), wide), h_res))
+    return jnp.zeros_like(x[..., 0, :]), h_post, h_res
 
 
 # ---- what a layer keeps -------------------------------------------------------------------------
@@ -231,7 +235,9 @@ class _Layer:
     def input(self, kept: list[Any], like: Any) -> Any:
         """u, or where that is not always kept, nothing of `like`."""
         values = dict(zip(self.kept, kept, strict=True))
-        return values[id(self.u)] if self.keeps_input else like[..., :0]
+        return (
+            values[id(self.u)] if self.keeps_input else jnp.zeros((*like.shape[:-1], 0), like.dtype)
+        )
 
     def backward(self, kept: list[Any], given: Any) -> Any:
         """The function from d_y to d_u, d_s and d_constants."""
@@ -274,9 +280,10 @@ def _loop(step: Any, num: int, carry: Any, xs: Any, *, reverse: bool = False) ->
     def one(i: Any, carry: Any) -> tuple[Any, Any]:
         return step(i, carry, jax.tree.map(lambda array: _at(array, i), xs))
 
-    _, result = jax.eval_shape(one, jnp.int32(0), carry)
+    traced, shapes = jax.make_jaxpr(one, return_shape=True)(jnp.int32(0), carry)
+    _, types = jax.tree.unflatten(jax.tree.structure(shapes), traced.out_avals)
     # Every place is written once, and read by none but what comes after the loop.
-    results = jax.tree.map(lambda leaf: jax.lax.empty((num, *leaf.shape), leaf.dtype), result)
+    results = jax.tree.map(partial(empty_stack, num), types)
 
     def body(state: Any) -> Any:
         count, carry, results = state

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, reference
-from jax_mhc._dispatch import Implementation, fused_call, reverse_mode_only, use_fused
+from jax_mhc._dispatch import Implementation, reverse_mode_only, use_fused
 from jax_mhc._ops.deferred import gradient, handed_on, instantiate, streams
-from jax_mhc._ops.pre import dense
+from jax_mhc._ops.kept import keep, named, restore
+from jax_mhc._ops.pre import Settings, dense
 from jax_mhc._types import Context, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
@@ -24,6 +27,7 @@ def post_pre(
     config: MHCConfig = PAPER,
     norm_scale: jax.Array | None = None,
     norm_scale_eps: float = 1e-6,
+    hidden_axis_name: str | Sequence[str] | None = None,
     implementation: Implementation = None,
 ) -> tuple[jax.Array, Context]:
     """The seam between two sublayers: `post` of one, then `pre` of the next.
@@ -49,6 +53,7 @@ def post_pre(
         config: settings of the next sublayer.
         norm_scale: of the norm that the next layer begins with `[C]`, or None; see `pre`.
         norm_scale_eps: its eps.
+        hidden_axis_name: the mesh axes over which C is split inside `jax.shard_map`; see `pre`.
         implementation: None, "fused" or "reference"; see `pre`.
 
     Returns:
@@ -61,52 +66,56 @@ def post_pre(
     ctx = _check.context(op, ctx)
     y = _check.layer_output(op, "y", y, ctx.x)
     config = _check.config(op, config)
-    phi, alpha, bias = _check.params(op, params, ctx.x, config)
-    norm_scale, eps = _check.norm_scale(op, norm_scale, norm_scale_eps, ctx.x)
+    axes = _check.hidden_axes(op, hidden_axis_name, ctx.x)
+    phi, alpha, bias = _check.params(op, params, ctx.x, config, hidden_axes=axes)
+    norm_scale, eps = _check.norm_scale(op, norm_scale, norm_scale_eps, ctx.x, hidden_axes=axes)
     with jax.named_scope("mhc_seam"):
-        if not use_fused(op, implementation, ctx.x.dtype):
+        if not use_fused(op, implementation, ctx.x.dtype, axes):
             return reference.post_pre(
                 y, ctx, MHCParams(phi, alpha, bias), config=config,
                 norm_scale=norm_scale, norm_scale_eps=eps,
             )  # fmt: skip
         deferred, x = streams(ctx)
-        params_and_scale = dense(phi, alpha, bias, norm_scale, x)
+        params_and_scale = dense(phi, alpha, bias, norm_scale, x, axes)
         operands = (x, y, ctx.h_post, ctx.h_res, *params_and_scale)
-        u, *context = _seam(config, eps, deferred, *reverse_mode_only(op, *operands))
+        settings = Settings(config, eps, axes)
+        u, *context = _seam(settings, deferred, *reverse_mode_only(op, *operands))
         return u, Context._of(*context)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _seam(config: MHCConfig, eps: float, deferred: bool, *operands: Any) -> Any:
-    return _run(config, eps, *operands)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _seam(settings: Settings, deferred: bool, *operands: Any) -> Any:
+    return _run(settings, *operands)[0]
 
 
-def _run(config: MHCConfig, eps: float, *operands: Any) -> Any:
-    x_new, u, *coefficients = fused_call("seam_fwd", config, *operands, norm_scale_eps=eps)
+def _run(settings: Settings, *operands: Any) -> Any:
+    x_new, u, *coefficients = settings.call("seam_fwd", *operands)
     x_new = checkpoint_name(x_new, "mhc_streams")
     u = checkpoint_name(u, "mhc_layer_input")
-    h_pre, h_post, h_res, *others = checkpoint_name(coefficients, "mhc_coefficients")
+    h_pre, h_post, h_res, *others = named(coefficients, "mhc_coefficients")
     *_, norm_scale = operands
-    kept = (*operands, *others, u_norm(u, norm_scale), h_res)
+    kept = keep((*operands, *others, u_norm(u, norm_scale), h_res))
     return (u, x_new, x_new, h_pre, h_post, h_res), kept
 
 
 def u_norm(u: Any, norm_scale: Any) -> Any:
     """What the backward pass wants of u, which the layer keeps too: all, if there is a norm."""
-    return u if norm_scale.shape[0] else u[..., :0]
+    return u if norm_scale.shape[0] else jnp.zeros((*u.shape[:-1], 0), u.dtype)
 
 
-def _seam_fwd(config: MHCConfig, eps: float, deferred: bool, *operands: Any) -> Any:
-    return _run(config, eps, *(operand.value for operand in operands))
+def _seam_fwd(settings: Settings, deferred: bool, *operands: Any) -> Any:
+    return _run(settings, *(operand.value for operand in operands))
 
 
-def _seam_bwd(config: MHCConfig, eps: float, deferred: bool, saved: Any, cotangents: Any) -> Any:
+def _seam_bwd(settings: Settings, deferred: bool, saved: Any, cotangents: Any) -> Any:
+    saved = restore(saved)
     d_u, d_x_new, d_deferred, *d_h = cotangents
     _, _, _, h_res, *_, h_res_new = saved
     d_x_new_in, deferred_new = handed_on(d_x_new, d_deferred, h_res_new)
     others = map(instantiate, (d_u, *d_h))
-    attributes: dict[str, Any] = {"deferred": deferred_new, "norm_scale_eps": eps}
-    d_x_new, *gradients = fused_call("seam_bwd", config, *saved, *others, d_x_new_in, **attributes)
+    d_x_new, *gradients = settings.call(
+        "seam_bwd", *saved, *others, d_x_new_in, deferred=deferred_new
+    )
     return gradient(deferred, d_x_new, h_res), *gradients
 
 

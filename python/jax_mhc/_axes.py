@@ -1,0 +1,51 @@
+"""Mesh axes in the types of arrays: over which they are split, and over which they vary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+Axes = tuple[str, ...]
+
+
+def entries(spec: PartitionSpec, rank: int) -> list[Axes]:
+    """The axes over which each dimension is split."""
+    padded = [*spec, *[None] * (rank - len(spec))]
+    return [() if e is None else e if isinstance(e, tuple) else (e,) for e in padded]
+
+
+def axes_of(array: Any, kind: AxisType) -> Axes:
+    """The axes of this kind of the mesh that an array lies on."""
+    mesh = jax.typeof(array).sharding.mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, other in kinds if other == kind)
+
+
+def spec_axes(spec: PartitionSpec) -> frozenset[str]:
+    """The axes over which any dimension is split."""
+    return frozenset(axis for axes in entries(spec, len(spec)) for axis in axes)
+
+
+def varying_axes(array: Any) -> frozenset[str]:
+    """The manual axes of a `jax.shard_map` over which an array, or one of this type, varies."""
+    aval = array if isinstance(array, jax.core.ShapedArray) else jax.typeof(array)
+    # JAX 0.9 calls it vma.
+    return aval.vma if hasattr(aval, "vma") else aval.mat.varying
+
+
+def typed(
+    shape: tuple[int, ...], dtype: Any, varying: frozenset[str], like: jax.core.ShapedArray
+) -> jax.core.ShapedArray:
+    """The type of an array on the mesh of `like` that is split over no explicit axis."""
+    mesh = like.sharding.mesh
+    if mesh.empty:
+        return jax.core.ShapedArray(shape, dtype)
+    sharding = jax.sharding.NamedSharding(mesh, PartitionSpec(*[None] * len(shape)))
+    types: dict[str, Any]
+    if hasattr(like, "vma"):
+        types = {"vma": varying}
+    else:
+        types = {"manual_axis_type": like.mat.update(varying=varying)}
+    return jax.core.ShapedArray(shape, dtype, sharding=sharding, **types)

@@ -1,0 +1,194 @@
+"""The one table of layouts and kinds of meshes, and what collectives each of them takes.
+
+`test_mesh.py` tests every op under each row; `benches/collectives.py` prints them.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+from typing import Any
+
+import jax
+from cases import OPS, Case, value_and_vjp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_mhc import presets
+
+CASE = Case((8, 8), 4, 64)
+K = CASE.config.num_coefficients(CASE.streams)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Over which mesh axes batch, sequence and hidden width are split."""
+
+    batch: tuple[str, ...] = ()
+    sequence: tuple[str, ...] = ()
+    hidden: tuple[str, ...] = ()
+
+    def spec(self, *last: Any) -> P:
+        """Of an array of tokens."""
+        return P(self.batch or None, self.sequence or None, *last)
+
+    def specs(self, tree: Any) -> Any:
+        """Of the operands and results of an op, by their names."""
+        return jax.tree_util.tree_map_with_path(self._spec_of, tree)
+
+    def _spec_of(self, path: Any, leaf: Any) -> P:
+        name = getattr(path[-1], "key", None) or getattr(path[-1], "name", None)
+        hidden = self.hidden or None
+        if name in ("x", "x_new", "_deferred"):
+            return self.spec(None, hidden)
+        if name in ("u", "y"):
+            return self.spec(hidden)
+        if name in ("h_pre", "h_post"):
+            return self.spec(None)
+        if name in ("h_res", "logits"):
+            return self.spec(None, None)
+        return P()  # parameters
+
+    def axes(self) -> tuple[str, ...]:
+        """All of them."""
+        return (*self.batch, *self.sequence, *self.hidden)
+
+    def tokens(self, mesh: Any) -> int:
+        """Tokens of a device."""
+        shards = (mesh.shape[axis] for axis in (*self.batch, *self.sequence))
+        return math.prod(CASE.tokens) // math.prod(shards)
+
+    def channels(self, mesh: Any) -> int:
+        """Channels of a device."""
+        return CASE.hidden // math.prod(mesh.shape[axis] for axis in self.hidden)
+
+
+LAYOUTS = {
+    "batch": Layout(batch=("a",)),
+    "batch over two axes": Layout(batch=("a", "b")),
+    "batch and sequence": Layout(batch=("a",), sequence=("b",)),
+    "hidden": Layout(hidden=("b",)),
+    "hidden over two axes": Layout(hidden=("a", "b")),
+    "batch and hidden": Layout(batch=("a",), hidden=("b",)),
+}
+
+# The kind of each of the mesh axes a and b, and which of them are those of a shard_map.
+MODES = {
+    "auto": (AxisType.Auto, AxisType.Auto, ()),
+    "explicit": (AxisType.Explicit, AxisType.Explicit, ()),
+    "manual": (AxisType.Auto, AxisType.Auto, ("a", "b")),
+    "manual, auto": (AxisType.Auto, AxisType.Auto, ("a",)),
+    "manual, explicit": (AxisType.Explicit, AxisType.Explicit, ("a",)),
+    "explicit, auto": (AxisType.Explicit, AxisType.Auto, ()),
+}
+
+
+def make_mesh(mode: str) -> Any:
+    """Two axes over all devices."""
+    num = jax.device_count()
+    shape = (num // 2, 2) if num > 2 else (num, 1)
+    return jax.make_mesh(shape, ("a", "b"), axis_types=MODES[mode][:2])
+
+
+def only(spec: P, axes: Any) -> P:
+    """A spec without other axes."""
+    entries = [e if isinstance(e, tuple) else (e,) if e else () for e in spec]
+    kept = [tuple(axis for axis in entry if axis in axes) for entry in entries]
+    return P(*(entry or None for entry in kept))
+
+
+def spread(function: Any, mode: str, layout: Layout, mesh: Any, arrays: Any, results: Any) -> Any:
+    """`function(*arrays, hidden_axis_name=...)`, on the mesh, and the arrays as they lie on it."""
+    specs = [layout.specs(array) for array in arrays]
+    placed = [
+        jax.tree.map(lambda leaf, s: jax.device_put(leaf, NamedSharding(mesh, s)), *pair)
+        for pair in zip(arrays, specs, strict=True)
+    ]
+    if not (manual := MODES[mode][2]):
+        return function, placed
+    own = functools.partial(only, axes=manual)
+    is_spec = functools.partial(lambda leaf: isinstance(leaf, P))
+    in_specs, out_specs = (
+        jax.tree.map(own, tree, is_leaf=is_spec) for tree in (tuple(specs), layout.specs(results))
+    )
+    hidden = tuple(axis for axis in layout.hidden if axis in manual)
+    on_one = functools.partial(function, hidden_axis_name=hidden or None)
+    return (
+        jax.shard_map(
+            on_one, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(manual)
+        ),
+        placed,
+    )
+
+
+def forward(op: str, operands: Any, hidden_axis_name: Any = None) -> Any:
+    """The fused op."""
+    return OPS[op].run(operands, presets.PAPER, "fused", **_where(hidden_axis_name))
+
+
+def both(op: str, operands: Any, cotangents: Any, hidden_axis_name: Any = None) -> Any:
+    """The fused op and its gradients."""
+    options = _where(hidden_axis_name)
+    return value_and_vjp(op, presets.PAPER, "fused", operands, cotangents, **options)
+
+
+def _where(hidden_axis_name: Any) -> dict[str, Any]:
+    return {"hidden_axis_name": hidden_axis_name} if hidden_axis_name else {}
+
+
+# ---- collectives --------------------------------------------------------------------------------
+
+_KINDS = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
+
+
+def collectives(text: str) -> dict[str, tuple[int, int]]:
+    """Of a compiled program: by kind, how many there are, and the numbers that they give."""
+    counts: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
+    for types, kind in re.findall(rf"= (\(.*?\)|\S+) ({_KINDS})(?:-done)?\(", text):
+        shapes = re.findall(r"\w+\[([\d,]*)\]", types)
+        counts[kind][0] += 1
+        counts[kind][1] += sum(math.prod(map(int, filter(None, s.split(",")))) for s in shapes)
+    return {kind: (num, size) for kind, (num, size) in counts.items() if size}
+
+
+# Of one token (or of one matrix): what the all-reduces sum up where C is split.
+SUMS = {
+    # op: forward, backward
+    "pre": (K + 1, CASE.streams),
+    "post": (0, CASE.streams + CASE.streams**2),
+    "post_pre": (K + 1, K),
+    "sinkhorn": (0, 0),
+    "head": (CASE.streams + 1, CASE.streams),
+    "two_sublayers": (2 * (K + 1), 2 * K),
+}
+
+
+def num_parameters(op: str, channels: int) -> tuple[int, int]:
+    """Those that have channels, and the others."""
+    n = CASE.streams
+    if op in ("post", "sinkhorn"):
+        return 0, 0
+    num = 2 if op == "two_sublayers" else 1
+    return (n * channels * n, 1 + n) if op == "head" else (num * n * channels * K, num * (3 + K))
+
+
+def expected(op: str, mode: str, layout: Layout, mesh: Any) -> tuple[dict, dict]:
+    """What `collectives` may give at most, forward and backward: the kinds and their sizes."""
+    tokens, channels = layout.tokens(mesh), layout.channels(mesh)
+    forward_sums, backward_sums = (tokens * size * bool(layout.hidden) for size in SUMS[op])
+    by_hand = layout.hidden and MODES[mode][2] and layout.hidden[0] in MODES[mode][2]
+    of_phi, others = num_parameters(op, CASE.hidden if by_hand else channels)
+    if not (layout.batch or layout.sequence or by_hand):
+        of_phi = 0
+    # Over axes of two kinds sums are taken one after the other.
+    times = len({(MODES[mode][axis == "b"], axis in MODES[mode][2]) for axis in layout.axes()})
+    whole, _ = num_parameters(op, CASE.hidden)
+    gathered = 0 if by_hand or not layout.hidden else whole
+    return (
+        {"all-reduce": times * forward_sums},
+        {
+            "all-reduce": times * (forward_sums + backward_sums + of_phi + others),
+            "all-gather": gathered,
+        },
+    )
