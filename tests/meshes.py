@@ -84,6 +84,16 @@ MODES = {
 }
 
 
+def rows() -> list[tuple[str, str]]:
+    """Every mode with every layout, but C over axes of two kinds."""
+    return [
+        (mode, layout)
+        for mode, (a, b, manual) in MODES.items()
+        for layout in LAYOUTS
+        if layout != "hidden over two axes" or (a == b and len(manual) != 1)
+    ]
+
+
 def make_mesh(mode: str) -> Any:
     """Two axes over all devices."""
     num = jax.device_count()

@@ -4,10 +4,12 @@ A call on some of the channels returns m and r as if there were no others, which
 channels in another form: m / r = vec(x) phi, and 1 / r² = mean(x²) + eps. So one all-reduce of
 K + 1 numbers a token gives the true m and r, of which the coefficients follow, and `collapse` makes
 the layer's input of them. Backward the sums <d_u, X[i]> come first: what other devices have of them
-enters the call as a part of d_h_pre. The call's term for the norm, r² <dm, m> X / (n·C), has the C of
-the device in place of all S times as many channels: r / √S, m / √S and √S alpha make up for that, and
-leave z = alpha m + bias and r dm as they are. The gradients of alpha and bias, which all S devices
-have, are divided by S, as they are then summed up over the devices.
+enters the call as a part of d_h_pre.
+
+The call's term for the norm, r² <dm, m> X / (n·C), has the C of the device in place of all, S times
+as many. r / √S, m / √S and √S alpha make up for that, and leave z = alpha m + bias and r dm as they
+are. The gradients of alpha and bias, which all S devices have, are divided by S, as they are then
+summed up over the devices.
 
 The norm of the layer's input needs one more number a token, each way, and is plain JAX here.
 """
