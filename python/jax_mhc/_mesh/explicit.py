@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, reshard
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, reshard
 
 from jax_mhc._axes import Axes, entries, varying_axes
 from jax_mhc._calls import Call, dims, is_parameter
 from jax_mhc._errors import fail
-from jax_mhc._mesh.auto import run_auto
 from jax_mhc._mesh.manual import missing_axes, on_device, sum_up
 from jax_mhc._mesh.spread import Layout, Spread, check_streams, pack, run_here, unpack
 
@@ -22,6 +22,8 @@ from jax_mhc._mesh.spread import Layout, Spread, check_streams, pack, run_here, 
 def run_explicit(spread: Spread, *operands: Any) -> list[Any]:
     """Runs a call on all devices. What does not lie as the streams do is brought there."""
     mesh = jax.typeof(operands[0]).sharding.mesh
+    if AxisType.Auto in mesh.axis_types:
+        _warn_of_auto(mesh)
     layout, values = _layout(spread, operands), spread.operands()
     batch = layout.lead[0] or None if spread.mapped is not None else None
     # Gradients lie as what they are gradients of, those of elements of a batch where these lie.
@@ -54,6 +56,14 @@ def run_explicit(spread: Spread, *operands: Any) -> list[Any]:
 
 
 @functools.cache
+def _warn_of_auto(mesh: AbstractMesh) -> None:
+    logging.getLogger("jax_mhc").warning(
+        "the mesh %s has auto axes beside explicit ones: XLA gathers what is split over auto axes "
+        "for the kernels; make them explicit, or run the op in jax.shard_map over them", mesh
+    )  # fmt: skip
+
+
+@functools.cache
 def _on_all(
     spread: Spread, layout: Layout, mesh: AbstractMesh, types: tuple[jax.ShapeDtypeStruct, ...]
 ) -> Callable[..., Any]:
@@ -69,7 +79,7 @@ def _on_all(
         operands = _with_empty(values, own)
         # Every element of a batch has a gradient of its own.
         kept = [varying_axes(operand).union(batch) for operand in operands]
-        results = on_device(run_auto, spread, *operands)
+        results = on_device(run_here, spread, *operands)
         return _without_empty(sum_up(results, missing_axes(spread, kept, operands)), result_types)
 
     run = of_one
