@@ -38,7 +38,8 @@ class Layout:
         return jax.tree_util.tree_map_with_path(self._spec_of, tree)
 
     def _spec_of(self, path: Any, leaf: Any) -> P:
-        name = getattr(path[-1], "key", None) or getattr(path[-1], "name", None)
+        last = path[-1] if path else None
+        name = getattr(last, "key", None) or getattr(last, "name", None)
         hidden = self.hidden or None
         if name in ("x", "x_new", "_deferred"):
             return self.spec(None, hidden)
@@ -134,16 +135,23 @@ def spread(function: Any, mode: str, layout: Layout, mesh: Any, arrays: Any, res
 
 def forward(op: str, operands: Any, hidden_axis_name: Any = None) -> Any:
     """The fused op."""
-    return OPS[op].run(operands, presets.PAPER, "fused", **_where(hidden_axis_name))
+    return OPS[op].run(operands, presets.PAPER, "fused", **where(hidden_axis_name))
 
 
-def both(op: str, operands: Any, cotangents: Any, hidden_axis_name: Any = None) -> Any:
+def both(
+    op: str,
+    operands: Any,
+    cotangents: Any,
+    hidden_axis_name: Any = None,
+    config: Any = presets.PAPER,
+) -> Any:
     """The fused op and its gradients."""
-    options = _where(hidden_axis_name)
-    return value_and_vjp(op, presets.PAPER, "fused", operands, cotangents, **options)
+    options = where(hidden_axis_name)
+    return value_and_vjp(op, config, "fused", operands, cotangents, **options)
 
 
-def _where(hidden_axis_name: Any) -> dict[str, Any]:
+def where(hidden_axis_name: Any) -> dict[str, Any]:
+    """The option of the ops."""
     return {"hidden_axis_name": hidden_axis_name} if hidden_axis_name else {}
 
 

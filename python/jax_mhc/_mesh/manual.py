@@ -83,7 +83,7 @@ def _channels_axis(value: Value) -> int | None:
 def _own_channels(axes: Axes, value: Value, array: Any) -> Any:
     """This device's channels of a parameter; all of other values."""
     at = _channels_axis(value)
-    if not axes or at is None or not array.size:
+    if not axes or at is None or not array.shape[at]:
         return array
     own = array.shape[at] // jax.lax.axis_size(axes)
     return jax.lax.dynamic_slice_in_dim(array, jax.lax.axis_index(axes) * own, own, at)
@@ -92,7 +92,7 @@ def _own_channels(axes: Axes, value: Value, array: Any) -> Any:
 def _all_channels(axes: Axes, value: Value, array: Any) -> Any:
     """The gradient of all channels of a parameter, zero for those of other devices."""
     at = _channels_axis(value)
-    if not axes or at is None or not array.size:
+    if not axes or at is None or not array.shape[at]:
         return array
     own, shape = array.shape[at], list(array.shape)
     shape[at] *= jax.lax.axis_size(axes)

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 
 from jax_mhc import reference
 from jax_mhc._calls import Call
+from jax_mhc._mesh.types import varying_like
 from jax_mhc._types import MHCConfig
 
 # Runs a call on the channels of this device, `(call, *operands) -> results`.
@@ -196,7 +197,8 @@ def _logits(m: Any, given: dict[str, Any], n: int) -> Any:
     """z, also of static coefficients, whose phi has no columns."""
     bias = given["bias"]
     if m.shape[-1] == 0:
-        return jnp.broadcast_to(bias, (*m.shape[:-1], bias.size))
+        # To JAX it varies with the tokens, although it does not.
+        return varying_like(jnp.broadcast_to(bias, (*m.shape[:-1], bias.size)), m)
     return reference.gated(m, given["alpha"], bias, n)
 
 

@@ -26,12 +26,17 @@ class _Empty:
 
 def keep(tree: Any) -> Any:
     """A pytree of arrays as it may be kept."""
-    return jax.tree.map(lambda a: a if a.size else _Empty(a.shape, jnp.dtype(a.dtype)), tree)
+    # Not all that are empty: where there are no tokens, types tell how these are split.
+    return jax.tree.map(lambda a: _Empty(a.shape, jnp.dtype(a.dtype)) if _is_absent(a) else a, tree)
+
+
+def _is_absent(array: Any) -> bool:
+    return array.ndim > 0 and array.shape[-1] == 0
 
 
 def named(tree: Any, name: str) -> Any:
     """A pytree of arrays with a name for policies of `jax.checkpoint`, which may keep them."""
-    return jax.tree.map(lambda a: checkpoint_name(a, name) if a.size else a, tree)
+    return jax.tree.map(lambda a: a if _is_absent(a) else checkpoint_name(a, name), tree)
 
 
 def restore(tree: Any) -> Any:
