@@ -95,10 +95,10 @@ def rows() -> list[tuple[str, str]]:
     ]
 
 
-def make_mesh(mode: str) -> Any:
-    """Two axes over all devices."""
+def make_mesh(mode: str, layout: Layout = LAYOUTS["batch"]) -> Any:
+    """Two axes over all devices; of two devices the one that tells more."""
     num = jax.device_count()
-    shape = (num // 2, 2) if num > 2 else (num, 1)
+    shape = (num // 2, 2) if num > 2 else (1, 2) if "b" in layout.hidden else (2, 1)
     return jax.make_mesh(shape, ("a", "b"), axis_types=MODES[mode][:2])
 
 

@@ -97,6 +97,8 @@ ERRORS = [
     (pre(zeros(5, 0, C)), ValueError, "pre", "x", "[5, 0, 3]"),
     (pre(zeros(5, N, 0)), ValueError, "pre", "x", "[5, 2, 0]"),
     (lambda: mhc.head(zeros(C), HEAD), ValueError, "head", "x", "[3]"),
+    (pre(zeros(5, N, C), hidden_axis_name="a"), ValueError, "pre", "hidden_axis_name", "'a'"),
+    (pre(zeros(5, N, C), hidden_axis_name=3), TypeError, "pre", "hidden_axis_name", "3 (int)"),
     (lambda: mhc.reduce(zeros(C)), ValueError, "reduce", "x", "[3]"),
     (lambda: mhc.reduce(X, method="max"), ValueError, "reduce", "method", "'max'"),
     (lambda: mhc.expand(zeros(C), streams=0), ValueError, "expand", "streams", "0"),
@@ -339,7 +341,11 @@ ERRORS = [
 ]  # fmt: skip
 
 # Raised under conditions that the tests below make.
-CONDITIONAL = {"use_fused": 2, "_forward_mode": 1, "_second_order": 1, "_checked": 1}
+CONDITIONAL = {
+    "_runs_fused": 2, "_forward_mode": 1, "_second_order": 1, "_checked": 1,
+    # Those on meshes: test_mesh.py.
+    "use_fused": 1, "check_streams": 1, "_fail_to_agree": 1,
+}  # fmt: skip
 
 
 def check(error, op, argument, got):

@@ -7,6 +7,8 @@ import cases
 import jax
 import pytest
 from cases import exact, make_cotangents, make_operands
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from meshes import (
     CASE,
     LAYOUTS,
@@ -52,7 +54,7 @@ def check_collectives(mode, found, limits):
 @pytest.mark.parametrize("op", SUMS)
 def test_every_layout(op, mode, layout):
     operands, cotangents, (outputs, gradients) = problem(op)
-    layout, mesh = LAYOUTS[layout], make_mesh(mode)
+    layout, mesh = LAYOUTS[layout], make_mesh(mode, layout)
     with jax.set_mesh(mesh):
         forward_limits, limits = expected(op, mode, layout, mesh)
         function, placed = spread(
@@ -98,7 +100,8 @@ SETTINGS = {
 @pytest.mark.parametrize("mode", ["auto", "explicit", "manual"])
 def test_every_setting_with_split_channels(mode, setting):
     case = dataclasses.replace(CASE, **SETTINGS[setting])
-    layout, mesh = LAYOUTS["batch and hidden"], make_mesh(mode)
+    layout = LAYOUTS["batch and hidden"]
+    mesh = make_mesh(mode, layout)
     with jax.set_mesh(mesh):
         for op in ("two_sublayers", "head"):
             if op == "head" and (case.norm or case.static):
@@ -117,7 +120,8 @@ def test_rounding_where_channels_are_split(op, dtype):
     case = dataclasses.replace(CASE, hidden=512)
     operands, cotangents = (make(op, case, dtype) for make in (make_operands, make_cotangents))
     wanted = exact(op, case.config, operands, cotangents)
-    layout, mesh = LAYOUTS["batch and hidden"], make_mesh("auto")
+    layout = LAYOUTS["batch and hidden"]
+    mesh = make_mesh("auto", layout)
     run = functools.partial(both, op)
     function, placed = spread(run, "auto", layout, mesh, (operands, cotangents), wanted)
     results = jax.jit(function, compiler_options=cases.AS_WRITTEN)(*placed)
@@ -226,7 +230,7 @@ def gradients(run):
 @pytest.mark.parametrize("mode", ["auto", "explicit", "manual", "manual, explicit"])
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_transformations(program, mode, layout):
-    layout, mesh = LAYOUTS[layout], make_mesh(mode)
+    layout, mesh = LAYOUTS[layout], make_mesh(mode, LAYOUTS[layout])
     wanted = exact_layers(program)
 
     def run(x, params, weights, hidden_axis_name=None):
@@ -259,3 +263,127 @@ def test_transformations(program, mode, layout):
 def named_results(results):
     outputs, d_x, *others = results
     return ({"x": outputs}, {"x": d_x}, *others)
+
+
+# ---- what cannot be, and what is brought to where it must be ------------------------------------
+
+
+def pre_of(x, params, **options):
+    return jax_mhc.pre(x, params, implementation="fused", **options)[0]
+
+
+def placed_pre(mode, x_spec, params_specs=None):
+    """Streams and parameters on a mesh."""
+    mesh, operands = make_mesh(mode), make_operands("pre", CASE)
+    params = operands["params"]
+    put = lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec))  # noqa: E731
+    specs = params_specs or dict.fromkeys(("phi", "alpha", "bias"), P())
+    params = dataclasses.replace(
+        params, **{name: put(getattr(params, name), spec) for name, spec in specs.items()}
+    )
+    return mesh, put(operands["x"], x_spec), params
+
+
+@pytest.mark.parametrize(
+    "mode, error", [("auto", jax.errors.JaxRuntimeError), ("explicit", ValueError)]
+)
+def test_split_streams_are_refused(mode, error):
+    mesh, x, params = placed_pre(mode, P(None, None, "b"))
+    message = (
+        r"jax_mhc.pre: x: expected streams \[..., n, C\] whose n is not split over devices, got"
+    )
+    with jax.set_mesh(mesh), pytest.raises(error, match=message):
+        jax.jit(pre_of)(x, params)
+
+
+def test_split_streams_on_manual_axes_are_refused():
+    """They are a shape that does not fit the parameters."""
+    mesh, x, params = placed_pre("manual", P())
+    spec = P(None, None, "b")
+    function = jax.shard_map(pre_of, mesh=mesh, in_specs=(spec, P()), out_specs=spec)
+    with pytest.raises(ValueError, match=r"jax_mhc.pre: params.bias: expected shape \[8\]"):
+        jax.jit(function)(x, params)
+
+
+@pytest.mark.parametrize("spec", [P("a"), P(("a", "b")), P(None, "b"), P("a", "b")])
+@pytest.mark.parametrize("mode", ["auto", "explicit"])
+def test_split_parameters_are_gathered(mode, spec):
+    """Rows, as fully sharded training has them, or columns; gradients lie as the parameters do."""
+    operands, cotangents, wanted = problem("pre")
+    mesh, x, params = placed_pre(mode, P("a"), {"phi": spec, "alpha": P(), "bias": P("b")})
+    cotangents = jax.device_put(cotangents, NamedSharding(mesh, P()))
+    with jax.set_mesh(mesh):
+        cotangents = jax.tree.map(
+            lambda leaf: jax.device_put(leaf, NamedSharding(mesh, P("a"))), cotangents
+        )
+        run = jax.jit(functools.partial(both, "pre"))
+        outputs, gradients = run({"x": x, "params": params, "norm_scale": None}, cotangents)
+    assert_trees_close((outputs, gradients), wanted)
+    if mode == "explicit":
+        assert gradients["params"].phi.sharding.is_equivalent_to(params.phi.sharding, 2)
+
+
+def test_streams_and_output_that_lie_differently():
+    """On auto axes XLA brings one to the other; explicit axes are for those who want to know."""
+    operands, cotangents, wanted = problem("post")
+    for mode in ("auto", "explicit"):
+        mesh = make_mesh(mode)
+        put = lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec))  # noqa: B023, E731
+        ctx = jax.tree.map(lambda leaf: put(leaf, P("a")), operands["ctx"])  # noqa: B023
+        y = put(operands["y"], P("b"))
+        run = functools.partial(forward, "post")
+        with jax.set_mesh(mesh):
+            if mode == "auto":
+                assert_trees_close(jax.jit(run)({"y": y, "ctx": ctx}), wanted[0])
+                continue
+            with pytest.raises(ValueError, match=r"jax_mhc.post: y: expected .*reshard"):
+                jax.jit(run)({"y": y, "ctx": ctx})
+
+
+def test_a_mesh_that_does_not_divide_the_tokens():
+    """XLA pads what it splits by itself; padding must not enter sums over tokens."""
+    case = dataclasses.replace(CASE, tokens=(8 + 3,))
+    operands, cotangents, wanted = problem("pre", case)
+    mesh = make_mesh("auto")
+    x = jax.device_put(operands["x"][:8], NamedSharding(mesh, P(("a", "b"))))
+
+    def run(x, rest, params, cotangents):
+        x = jax.numpy.concatenate([x, rest])
+        return both("pre", {"x": x, "params": params, "norm_scale": None}, cotangents)
+
+    with jax.set_mesh(mesh):
+        results = jax.jit(run)(x, operands["x"][8:], operands["params"], cotangents)
+    assert_trees_close(results, wanted)
+
+
+def test_channels_split_by_hand_need_the_kernels():
+    mesh, x, params = placed_pre("manual", P())
+    run = functools.partial(jax_mhc.pre, implementation="reference", hidden_axis_name="b")
+    spec = P(None, None, None, "b")
+    function = jax.shard_map(
+        lambda *a: run(*a)[0], mesh=mesh, in_specs=(spec, P()), out_specs=P(None, None, "b")
+    )
+    with pytest.raises(ValueError, match="jax_mhc.pre: hidden_axis_name: expected None where"):
+        jax.jit(function)(x, params)
+
+
+def test_channels_split_by_hand_without_a_word():
+    """Parameters do not fit; with fitting ones it would be another function."""
+    mesh, x, params = placed_pre("manual", P())
+    spec = P(None, None, None, "b")
+    function = jax.shard_map(pre_of, mesh=mesh, in_specs=(spec, P()), out_specs=P(None, None, "b"))
+    with pytest.raises(ValueError, match=r"jax_mhc.pre: params.phi: expected shape \[128, 24\]"):
+        jax.jit(function)(x, params)
+
+
+def test_without_jit():
+    """Each op is compiled for all devices by itself."""
+    operands, _, wanted = problem("two_sublayers")
+    for mode in ("auto", "explicit"):
+        mesh = make_mesh(mode)
+        placed = jax.tree.map(
+            lambda leaf, s: jax.device_put(leaf, NamedSharding(mesh, s)),  # noqa: B023
+            operands, LAYOUTS["batch"].specs(operands),
+        )  # fmt: skip
+        with jax.set_mesh(mesh):
+            assert_trees_close(forward("two_sublayers", placed), wanted[0])

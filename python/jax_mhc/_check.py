@@ -76,18 +76,26 @@ def streams(op: str, argument: str, x: Any) -> jax.Array:
 
 def hidden_axes(op: str, value: Any, x: jax.Array) -> tuple[str, ...]:
     """The axes of the enclosing `jax.shard_map` over which the channels of x are split."""
-    names = () if value is None else (value,) if isinstance(value, str) else tuple(value)
-    argument, varying = "hidden_axis_name", varying_axes(x)
-    missing = [name for name in names if name not in varying]
-    if missing or len(set(names)) < len(names):
+    argument, remedy = (
+        "hidden_axis_name",
+        (
+            "It is for C that is split inside of jax.shard_map (with check_vma=True); elsewhere leave "
+            "it out, since JAX itself knows how C is split."
+        ),
+    )
+    names = () if value is None else (value,) if isinstance(value, str) else value
+    if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
+        fail(
+            TypeError, op, argument, "the name of a mesh axis, or several, or None",
+            f"{value!r} ({type(value).__name__})", remedy,
+        )  # fmt: skip
+    varying = varying_axes(x)
+    if not varying.issuperset(names) or len(set(names)) < len(names):
         fail(
             ValueError, op, argument,
-            "different mesh axes of an enclosing jax.shard_map (with check_vma=True) over which x "
-            f"varies, here {sorted(varying)}", value,
-            "It is for C split by hand, inside of jax.shard_map; elsewhere leave it out: how C is "
-            "split is known.",
+            f"different mesh axes over which x varies, here {sorted(varying)}", repr(value), remedy,
         )  # fmt: skip
-    return names
+    return tuple(names)
 
 
 def num_channels(x: jax.Array, hidden_axes: tuple[str, ...]) -> int:
