@@ -86,12 +86,16 @@ MODES = {
 
 
 def rows() -> list[tuple[str, str]]:
-    """Every mode with every layout, but C over axes of two kinds."""
+    """Every mode with every layout, but C over axes of two kinds.
+
+    And of two devices no axes of two kinds, of which one would have a single device.
+    """
     return [
         (mode, layout)
         for mode, (a, b, manual) in MODES.items()
         for layout in LAYOUTS
-        if layout != "hidden over two axes" or (a == b and len(manual) != 1)
+        if (a == b and len(manual) != 1)
+        or (layout != "hidden over two axes" and jax.device_count() > 2)
     ]
 
 

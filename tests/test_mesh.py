@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import cases
 import jax
@@ -54,7 +55,8 @@ def check_collectives(mode, found, limits):
 @pytest.mark.parametrize("op", SUMS)
 def test_every_layout(op, mode, layout):
     operands, cotangents, (outputs, gradients) = problem(op)
-    layout, mesh = LAYOUTS[layout], make_mesh(mode, layout)
+    layout = LAYOUTS[layout]
+    mesh = make_mesh(mode, layout)
     with jax.set_mesh(mesh):
         forward_limits, limits = expected(op, mode, layout, mesh)
         function, placed = spread(
@@ -230,7 +232,8 @@ def gradients(run):
 @pytest.mark.parametrize("mode", ["auto", "explicit", "manual", "manual, explicit"])
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_transformations(program, mode, layout):
-    layout, mesh = LAYOUTS[layout], make_mesh(mode, LAYOUTS[layout])
+    layout = LAYOUTS[layout]
+    mesh = make_mesh(mode, layout)
     wanted = exact_layers(program)
 
     def run(x, params, weights, hidden_axis_name=None):
@@ -254,10 +257,11 @@ def test_transformations(program, mode, layout):
     # No array of streams, whole or in part, is sent.
     kinds = {"all-reduce", "all-gather"} if layout.hidden else {"all-reduce"}
     assert set(found) <= kinds, found
-    streams = layout.tokens(mesh) * CASE.streams * layout.channels(mesh)
-    gathered = found.get("all-gather", (0, 0))[1]
-    whole = CASE.streams * CASE.hidden * K
-    assert gathered % whole == 0 and gathered < 8 * whole, (found, streams)
+    # Gathered are gradients of phi: of every sublayer, and with jax.vmap of every element.
+    gathered, whole = found.get("all-gather", (0, 0))[1], CASE.streams * CASE.hidden * K
+    elements = CASE.tokens[0] // math.prod(mesh.shape[axis] for axis in layout.batch)
+    assert gathered % whole == 0
+    assert gathered <= 2 * LAYERS * whole * (elements if "vmap" in program else 1), found
 
 
 def named_results(results):
@@ -274,7 +278,7 @@ def pre_of(x, params, **options):
 
 def placed_pre(mode, x_spec, params_specs=None):
     """Streams and parameters on a mesh."""
-    mesh, operands = make_mesh(mode), make_operands("pre", CASE)
+    mesh, operands = make_mesh(mode, LAYOUTS["hidden"]), make_operands("pre", CASE)
     params = operands["params"]
     put = lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec))  # noqa: E731
     specs = params_specs or dict.fromkeys(("phi", "alpha", "bias"), P())
@@ -325,7 +329,9 @@ def test_split_parameters_are_gathered(mode, spec):
 
 def test_streams_and_output_that_lie_differently():
     """On auto axes XLA brings one to the other; explicit axes are for those who want to know."""
-    operands, cotangents, wanted = problem("post")
+    operands, _, wanted = problem("post")
+    if jax.device_count() < 4:
+        pytest.skip("needs two axes of two devices")
     for mode in ("auto", "explicit"):
         mesh = make_mesh(mode)
         put = lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec))  # noqa: B023, E731

@@ -76,12 +76,10 @@ def streams(op: str, argument: str, x: Any) -> jax.Array:
 
 def hidden_axes(op: str, value: Any, x: jax.Array) -> tuple[str, ...]:
     """The axes of the enclosing `jax.shard_map` over which the channels of x are split."""
-    argument, remedy = (
-        "hidden_axis_name",
-        (
-            "It is for C that is split inside of jax.shard_map (with check_vma=True); elsewhere leave "
-            "it out, since JAX itself knows how C is split."
-        ),
+    argument = "hidden_axis_name"
+    remedy = (
+        "It is for C that is split inside of jax.shard_map (with check_vma=True); elsewhere "
+        "leave it out, since JAX itself knows how C is split."
     )
     names = () if value is None else (value,) if isinstance(value, str) else value
     if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):

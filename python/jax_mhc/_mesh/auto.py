@@ -20,8 +20,8 @@ from jax_mhc._mesh.spread import Layout, Spread, check_streams, run_here
 def run_auto(spread: Spread, *operands: Any) -> Sequence[Any]:
     """Runs a call on all devices, phi being [n, C, K]."""
     mesh = jax.typeof(operands[0]).sharding.mesh
-    auto = axes_of(operands[0], AxisType.Auto)
-    if jax.device_count() == 1 or not (auto or mesh.empty):
+    num = math.prod(mesh.shape[axis] for axis in axes_of(operands[0], AxisType.Auto))
+    if jax.device_count() == 1 or (num == 1 and not mesh.empty):
         return run_here(spread, *operands)
     return _on_all(spread, mesh)(*operands, fingerprint(spread.call))
 
