@@ -166,15 +166,24 @@ def mlp(u: jax.Array, params: Any) -> jax.Array:
     return (jax.nn.silu(gate) * up) @ params["down"].astype(u.dtype)
 
 
-def run_layers(connection: Connection, model: Model, x: jax.Array, params: Any) -> jax.Array:
+def anywhere(array: jax.Array, name: str) -> jax.Array:
+    """Where a value lies, on one device; mesh_step.py has others."""
+    return array
+
+
+def run_layers(
+    connection: Connection, model: Model, x: jax.Array, params: Any, place: Any = anywhere
+) -> jax.Array:
     """The layers on hidden states `[tokens, C]`."""
     behind_norms = {"attention": functools.partial(attention, model), "mlp": mlp}
 
     def with_norm(name: str, u: jax.Array, params: Any) -> jax.Array:
-        return behind_norms[name](rms_norm(u, params["norm"]), params)
+        u = place(rms_norm(u, params["norm"]), "layer_input")
+        return place(behind_norms[name](u, params), "layer_output")
 
     layers = {name: functools.partial(with_norm, name) for name in behind_norms}
     if connection == "residual":
+        x = place(x, "hidden")
 
         def residual(x: jax.Array, params: Any) -> Any:
             for name, layer in layers.items():
@@ -183,7 +192,7 @@ def run_layers(connection: Connection, model: Model, x: jax.Array, params: Any) 
 
         return jax.lax.scan(residual, x, params["layers"])[0]
 
-    x = mhc.expand(x, streams=STREAMS)
+    x = place(mhc.expand(x, streams=STREAMS), "streams")
     if connection.startswith("seams"):
         norm_scale = None
         if connection == "seams-norms":
@@ -217,10 +226,12 @@ def run_layers(connection: Connection, model: Model, x: jax.Array, params: Any) 
     return mhc.reduce(x)
 
 
-def loss(connection: Connection, model: Model, params: Any, tokens: jax.Array) -> jax.Array:
+def loss(
+    connection: Connection, model: Model, params: Any, tokens: jax.Array, place: Any = anywhere
+) -> jax.Array:
     """Mean cross entropy of the next of tokens `[batch, length]`."""
     x = params["embedding"].astype(jnp.bfloat16)[tokens.reshape(-1)]
-    x = rms_norm(run_layers(connection, model, x, params), params["norm"])
+    x = rms_norm(run_layers(connection, model, x, params, place), params["norm"])
     logits = (x @ params["logits"].astype(x.dtype)).astype(jnp.float32)
     next_tokens = jnp.roll(tokens, -1, 1).reshape(-1)
     return optax.softmax_cross_entropy_with_integer_labels(logits, next_tokens).mean()
@@ -246,21 +257,25 @@ class Steps:
         shape = self.model.batch, self.model.length
         return jax.random.randint(jax.random.key(1), shape, 0, self.model.vocabulary)
 
+    def step(self, connection: Connection, place: Any = anywhere) -> Any:
+        """The function `(state, tokens) -> (state, loss)`."""
+
+        def step(state: Any, tokens: jax.Array) -> Any:
+            params, optimizer_state = state
+            run = functools.partial(loss, connection, self.model, place=place)
+            value, d_params = jax.value_and_grad(run)(params, tokens)
+            updates, optimizer_state = self.optimizer.update(d_params, optimizer_state, params)
+            return (optax.apply_updates(params, updates), optimizer_state), value
+
+        return step
+
     def compile(self, connection: Connection) -> tuple[Any, float]:
         """The compiled step, and its compile time in seconds.
 
         Raises:
             SystemExit: the program holds custom calls where it should not, or none where it should.
         """
-
-        def step(state: Any, tokens: jax.Array) -> Any:
-            params, optimizer_state = state
-            value, d_params = jax.value_and_grad(functools.partial(loss, connection, self.model))(
-                params, tokens
-            )
-            updates, optimizer_state = self.optimizer.update(d_params, optimizer_state, params)
-            return (optax.apply_updates(params, updates), optimizer_state), value
-
+        step = self.step(connection)
         state = jax.eval_shape(functools.partial(self.state, connection != "residual"))
         start = time.perf_counter()
         tokens = jax.eval_shape(self.tokens)

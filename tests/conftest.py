@@ -15,8 +15,9 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-# The test files share `cases` and `oracle`; pytest's importlib mode does not add their folder.
-sys.path.insert(0, str(Path(__file__).parent))
+# The test files share `cases` and others; pytest's importlib mode does not add their folder. Of the
+# benchmarks' they want `collectives`.
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "benches")]
 pytest.register_assert_rewrite("cases")
 
 jax.config.update("jax_enable_x64", True)

@@ -3,11 +3,9 @@
 `test_mesh.py` tests every op under each row; `benches/collectives.py` prints them.
 """
 
-import collections
 import dataclasses
 import functools
 import math
-import re
 from typing import Any
 
 import jax
@@ -160,19 +158,6 @@ def where(hidden_axis_name: Any) -> dict[str, Any]:
 
 
 # ---- collectives --------------------------------------------------------------------------------
-
-_KINDS = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
-
-
-def collectives(text: str) -> dict[str, tuple[int, int]]:
-    """Of a compiled program: by kind, how many there are, and the numbers that they give."""
-    counts: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
-    for types, kind in re.findall(rf"= (\(.*?\)|\S+) ({_KINDS})(?:-done)?\(", text):
-        shapes = re.findall(r"\w+\[([\d,]*)\]", types)
-        counts[kind][0] += 1
-        counts[kind][1] += sum(math.prod(map(int, filter(None, s.split(",")))) for s in shapes)
-    return {kind: (num, size) for kind, (num, size) in counts.items() if size}
-
 
 # Of one token (or of one matrix): what the all-reduces sum up where C is split.
 SUMS = {

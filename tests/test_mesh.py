@@ -8,6 +8,7 @@ import cases
 import jax
 import pytest
 from cases import exact, make_cotangents, make_operands
+from collectives import collectives
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import (
@@ -16,7 +17,6 @@ from meshes import (
     SUMS,
     K,
     both,
-    collectives,
     expected,
     forward,
     make_mesh,
