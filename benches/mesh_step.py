@@ -256,7 +256,7 @@ def markdown(record: dict[str, Any]) -> str:
     return "\n".join([
         f"# Training step on {record['devices']} GPUs, {record['gpu']}, {record['date']}", "",
         f"{record['gpu']}, driver {record['driver']}, jax {record['jax']}, {record['plugin']}, "
-        f"commit {record['commit']} (library: {record['library_commit']}). n = {STREAMS}, bfloat16. "
+        f"commit {record['commit']} (library: {record['library_commit']}). n = {STREAMS}. "
         "Medians of four rounds. Collectives are those of the program's text, in millions of "
         "numbers; in loops over the layers they run once for each of these. NCCL's kernels also "
         "wait for the other GPUs.", "",
