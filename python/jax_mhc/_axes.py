@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 Axes = tuple[str, ...]
 
@@ -49,3 +49,17 @@ def typed(
     else:
         types = {"manual_axis_type": like.mat.update(varying=varying)}
     return jax.core.ShapedArray(shape, dtype, sharding=sharding, **types)
+
+
+def vary(array: Any, axes: frozenset[str], mesh: AbstractMesh) -> Any:
+    """An array that varies over these axes of the mesh too, if it does not."""
+    missing = axes - varying_axes(array)
+    # In the mesh's order, which is the same in every process.
+    names = tuple(name for name in mesh.axis_names if name in missing)
+    return jax.lax.pcast(array, names, to="varying")
+
+
+def varying_like(array: Any, *others: Any) -> Any:
+    """An array that varies over all manual axes over which any of the others does."""
+    axes = frozenset[str]().union(*map(varying_axes, others))
+    return vary(array, axes, jax.typeof(others[0]).sharding.mesh)

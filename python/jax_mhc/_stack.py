@@ -13,8 +13,9 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, _errors
+from jax_mhc._axes import varying_like
 from jax_mhc._dispatch import Implementation, use_fused
-from jax_mhc._mesh.types import lie_like, varying_like
+from jax_mhc._mesh.types import lie_like
 from jax_mhc._ops.deferred import streams
 from jax_mhc._ops.post import post
 from jax_mhc._ops.pre import Settings, dense, pre

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -42,6 +43,44 @@ def _on_all(spread: Spread, mesh: AbstractMesh) -> Callable[..., Any]:
         sharding_rule=functools.partial(_rule, spread),
         decode_shardings=False,
     )
+    return jax.jit(on_all)
+
+
+def empty_auto(shape: tuple[int, ...], dtype: Any, mesh: AbstractMesh) -> Any:
+    """Memory that may hold anything, and is split as XLA finds that its use wants it.
+
+    Of `jax.lax.empty` XLA would give every device the whole.
+    """
+    return _empty_on_all(shape, jnp.dtype(dtype), mesh)(jnp.zeros(()))
+
+
+@functools.cache
+def _empty_on_all(shape: tuple[int, ...], dtype: Any, mesh: AbstractMesh) -> Callable[..., Any]:
+    from jax.experimental.custom_partitioning import (
+        ArrayMapping,
+        SdyShardingRule,
+        custom_partitioning,
+    )
+
+    @custom_partitioning
+    def on_all(_: Any) -> Any:
+        return jax.lax.empty(shape, dtype)
+
+    def partition(of_all: Mesh, operands: Any, result: Any) -> tuple[Any, ...]:
+        of_all, auto = _meshes(mesh, of_all, operands)
+        axes = _split_axes(result, auto)
+        own = tuple(
+            size // math.prod(auto.shape[axis] for axis in some)
+            for size, some in zip(shape, axes, strict=True)
+        )
+        lies = NamedSharding(auto, PartitionSpec(*(some or None for some in axes)))
+        whole = NamedSharding(auto, PartitionSpec())
+        return of_all, lambda _: jax.lax.empty(own, dtype), lies, (whole,)
+
+    rule = SdyShardingRule(
+        (ArrayMapping(),), (ArrayMapping(*(f"d{at}" for at in range(len(shape)))),)
+    )
+    on_all.def_partition(partition, sharding_rule=rule, decode_shardings=False)
     return jax.jit(on_all)
 
 
@@ -90,11 +129,7 @@ def _partition(
 ) -> tuple[Any, ...]:
     """For `custom_partitioning`: the mesh, the program, and how results and operands lie."""
     *operands, _ = operands
-    if not abstract.empty:
-        devices = operands[0].sharding._device_assignment
-        mesh = Mesh(np.reshape(devices, abstract.axis_sizes), abstract.axis_names)
-    # Where others are manual, XLA speaks of the mesh that the auto axes make up.
-    auto = _auto_part(mesh if abstract.empty else abstract)
+    mesh, auto = _meshes(abstract, mesh, operands)
     layout = _layout(spread, auto, operands)
     operand_specs = [layout.spec(spread, value) for value in spread.operands()]
     result_specs = [layout.spec(spread, value) for value in spread.results()]
@@ -113,12 +148,19 @@ def _partition(
     return mesh, on_one, lie(result_specs), tuple(lie([*operand_specs, PartitionSpec()]))
 
 
-def _auto_part(mesh: Any) -> AbstractMesh:
-    kinds = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+def _meshes(
+    abstract: AbstractMesh, mesh: Mesh, operands: Sequence[Any]
+) -> tuple[Mesh, AbstractMesh]:
+    """The mesh of all devices, and that of its axes that XLA speaks of: all but manual ones."""
+    if not abstract.empty:
+        devices = operands[0].sharding._device_assignment
+        mesh = Mesh(np.reshape(devices, abstract.axis_sizes), abstract.axis_names)
+    of_types = mesh if abstract.empty else abstract
+    axes = zip(of_types.axis_names, of_types.axis_sizes, of_types.axis_types, strict=True)
     # To XLA explicit axes are no other than auto ones.
-    auto = [(name, size) for name, size, kind in kinds if kind != AxisType.Manual]
-    names, sizes = zip(*auto, strict=True)
-    return AbstractMesh(sizes, names)
+    named = [(name, size) for name, size, kind in axes if kind != AxisType.Manual]
+    names, sizes = zip(*named, strict=True)
+    return mesh, AbstractMesh(sizes, names)
 
 
 def _layout(spread: Spread, mesh: AbstractMesh, operands: Sequence[Any]) -> Layout:

@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 
 from jax_mhc import reference
+from jax_mhc._axes import varying_like
 from jax_mhc._calls import Call
-from jax_mhc._mesh.types import varying_like
 from jax_mhc._types import MHCConfig
 
 # Runs a call on the channels of this device, `(call, *operands) -> results`.

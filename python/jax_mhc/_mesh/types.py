@@ -8,14 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, reshard
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
-from jax_mhc._axes import axes_of, entries, varying_axes
-
-
-def varying_like(array: Any, *others: Any) -> Any:
-    """An array that varies over all manual axes over which any of the others does."""
-    return _varying(array, frozenset[str]().union(*map(varying_axes, others)), _mesh(others[0]))
+from jax_mhc._axes import axes_of, entries, vary, varying_axes, varying_like
+from jax_mhc._mesh.auto import empty_auto
 
 
 def lie_like(array: Any, other: Any) -> Any:
@@ -32,15 +28,18 @@ def of_tokens(array: Any, x: Any, hidden_axes: tuple[str, ...]) -> Any:
         tokens = entries(sharding.spec, x.ndim)[:-2]
         spec = PartitionSpec(*(axes or None for axes in tokens))
         array = reshard(array, NamedSharding(sharding.mesh, spec))
-    return _varying(array, varying_axes(x) - frozenset(hidden_axes), _mesh(x))
+    return vary(array, varying_axes(x) - frozenset(hidden_axes), jax.typeof(x).sharding.mesh)
 
 
 def empty_stack(num: int, like: Any) -> Any:
     """Memory for `num` arrays of the type of `like`, which may hold anything: `[num, ...]`."""
     mesh, varying = like.sharding.mesh, varying_axes(like)
     if jax.device_count() > 1 and (mesh.empty or AxisType.Auto in mesh.axis_types):
-        # XLA would allocate the whole on every device.
-        return _varying(jnp.zeros((num, *like.shape), like.dtype), varying, mesh)
+        if AxisType.Explicit in mesh.axis_types:
+            empty = reshard(jnp.zeros((num, *like.shape), like.dtype), PartitionSpec())
+        else:
+            empty = empty_auto((num, *like.shape), like.dtype, mesh)
+        return vary(empty, varying, mesh)
     of_dims = entries(like.sharding.spec, len(like.shape))
     split = [axis for axes in of_dims for axis in axes]
 
@@ -49,7 +48,7 @@ def empty_stack(num: int, like: Any) -> Any:
             size // math.prod(mesh.shape[axis] for axis in axes)
             for size, axes in zip(like.shape, of_dims, strict=True)
         ]
-        return _varying(jax.lax.empty((num, *own), like.dtype), varying.union(split), mesh)
+        return vary(jax.lax.empty((num, *own), like.dtype), varying.union(split), mesh)
 
     if not split:
         empty = on_one()
@@ -71,15 +70,3 @@ def empty_stack_of(num: int, x: Any) -> Any:
         return jnp.moveaxis(empty_stack(num, jax.typeof(x)), 0, 1), True
 
     return empty(jax.lax.stop_gradient(x))
-
-
-def _varying(array: Any, axes: frozenset[str], mesh: AbstractMesh) -> Any:
-    """An array that varies over these axes too, if it does not."""
-    missing = axes - varying_axes(array)
-    # In the mesh's order, which is the same in every process.
-    names = tuple(name for name in mesh.axis_names if name in missing)
-    return jax.lax.pcast(array, names, to="varying")
-
-
-def _mesh(array: Any) -> AbstractMesh:
-    return jax.typeof(array).sharding.mesh

@@ -19,9 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_mhc._axes import varying_like
 from jax_mhc._check import accumulation_dtype
 from jax_mhc._dispatch import fused_call, reverse_mode_only
-from jax_mhc._mesh.types import empty_stack, empty_stack_of, of_tokens, varying_like
+from jax_mhc._mesh.types import empty_stack, empty_stack_of, of_tokens
 from jax_mhc._ops.kept import keep, restore
 from jax_mhc._ops.pre import Settings
 
