@@ -28,8 +28,8 @@ demo: .venv/installed-examples  ## train a small GPT with plain residuals, HC an
 
 test: lint  ## run all checks and tests of Rust and Python
 	CXXFLAGS=-Werror cargo test --locked --workspace
-	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest --devices=8
+	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --devices=8
 	@echo "All tests passed. Next: make demo, or docs/architecture.md for how it works."
 
 lint: .venv/installed-test,dev,examples,bench  ## run the formatters' and linters' checks and the type checker

@@ -199,3 +199,52 @@ def expected(op: str, mode: str, layout: Layout, mesh: Any) -> tuple[dict, dict]
             "all-gather": gathered,
         },
     )
+
+
+# ---- the table of collectives -------------------------------------------------------------------
+
+
+def main() -> None:
+    """Prints what every op takes in every row: python tests/meshes.py"""
+    from cases import assert_trees_close, exact, limit, make_cotangents, make_operands
+    from collectives import collectives
+
+    def listed(function: Any, placed: Any) -> tuple[str, Any]:
+        compiled = jax.jit(function).lower(*placed).compile()
+        found = collectives(compiled.as_text())
+        kinds = (f"{num} {kind} ({size})" for kind, (num, size) in sorted(found.items()))
+        return ", ".join(kinds) or "none", compiled(*placed)
+
+    num, platform = jax.device_count(), jax.devices()[0].device_kind
+    print(
+        f"jax {jax.__version__}, {num} devices ({platform}), tokens {CASE.tokens}, n = 4, C = 64\n"
+    )
+    print(
+        "| op | layout | axes | forward | forward and backward | values |\n|---|---|---|---|---|---|"
+    )
+    for op in SUMS:
+        arrays = make_operands(op, CASE), make_cotangents(op, CASE)
+        wanted = exact(op, presets.PAPER, *arrays)
+        for mode, name in rows():
+            layout = LAYOUTS[name]
+            mesh = make_mesh(mode, layout)
+            with jax.set_mesh(mesh):
+                once, _ = listed(
+                    *spread(
+                        functools.partial(forward, op), mode, layout, mesh, arrays[:1], wanted[0]
+                    )
+                )
+                twice, results = listed(
+                    *spread(functools.partial(both, op), mode, layout, mesh, arrays, wanted)
+                )
+            assert_trees_close(results, wanted, limit(CASE, layers=2))
+            print(f"| {op} | {name} | {mode} | {once} | {twice} | right |", flush=True)
+
+
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    sys.path.append(str(Path(__file__).parents[1] / "benches"))
+    jax.config.update("jax_enable_x64", True)
+    main()

@@ -101,6 +101,8 @@ SETTINGS = {
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("mode", ["auto", "explicit", "manual"])
 def test_every_setting_with_split_channels(mode, setting):
+    if (setting, mode) == ("no tokens", "manual") and jax.__version_info__[:2] == (0, 11):
+        pytest.skip("XLA of jaxlib 0.11 crashes where an array without values leaves a shard_map")
     case = dataclasses.replace(CASE, **SETTINGS[setting])
     layout = LAYOUTS["batch and hidden"]
     mesh = make_mesh(mode, layout)
@@ -393,3 +395,33 @@ def test_without_jit():
         )  # fmt: skip
         with jax.set_mesh(mesh):
             assert_trees_close(forward("two_sublayers", placed), wanted[0])
+
+
+# ---- checkpoints --------------------------------------------------------------------------------
+
+
+@pytest.mark.cpu("Orbax does not know where parameters lie")
+@pytest.mark.parametrize("restored_spec", [P(), P("a"), P(("b", "a"))])
+def test_checkpoints_of_split_parameters(restored_spec, tmp_path):
+    """Saved as fully sharded training has them, restored to where they are wanted, bit for bit."""
+    ocp = pytest.importorskip("orbax.checkpoint")
+    mesh, x, params = placed_pre(
+        "auto", P("a"), {"phi": P(("a", "b")), "alpha": P(), "bias": P("b")}
+    )
+    expected = jax.jit(pre_of)(x, params)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "params", params)
+        checkpointer.wait_until_finished()
+        wanted = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype,
+                sharding=NamedSharding(mesh, restored_spec if leaf.ndim == 2 else P()),
+            ),
+            params,
+        )  # fmt: skip
+        restored = checkpointer.restore(tmp_path / "params", wanted)
+    assert isinstance(restored, jax_mhc.MHCParams)
+    assert restored.phi.sharding.spec == restored_spec
+    for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(restored), strict=True):
+        assert (jax.device_get(one) == jax.device_get(other)).all()
+    assert (jax.device_get(jax.jit(pre_of)(x, restored)) == jax.device_get(expected)).all()
