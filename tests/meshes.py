@@ -219,9 +219,8 @@ def main() -> None:
     print(
         f"jax {jax.__version__}, {num} devices ({platform}), tokens {CASE.tokens}, n = 4, C = 64\n"
     )
-    print(
-        "| op | layout | axes | forward | forward and backward | values |\n|---|---|---|---|---|---|"
-    )
+    print("| op | layout | axes | forward | forward and backward | values |")
+    print("|---|---|---|---|---|---|")
     for op in SUMS:
         arrays = make_operands(op, CASE), make_cotangents(op, CASE)
         wanted = exact(op, presets.PAPER, *arrays)

@@ -1,0 +1,296 @@
+"""A pipeline-parallel GPT with mHC, whose transfers between stages run while others compute.
+
+    python examples/pipeline.py --help
+
+Every device of the mesh axis `stage` has some of the blocks and works on one micro-batch at a time;
+what it has computed goes on to the next stage. That are the streams, n·C numbers a token in
+bfloat16, and backward their cotangent: n times what a plain residual model sends. There is nothing
+smaller to send: the streams after a stage follow from those before its last sublayer and what that
+returns, which is more; so each boundary is crossed once, by the streams alone, not by a context.
+
+With --overlap every micro-batch goes through in two halves. While a stage computes one half, the
+other half's streams of the last tick are on their way:
+
+    tick t:   compute A(t)  |  send B(t - 1)
+              compute B(t)  |  send A(t)
+
+Neither transfer depends on the computation beside it, so XLA runs both at once; backward it is the
+same in reverse order. Without, a stage waits for all of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_mhc as mhc
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A pipeline and its model."""
+
+    stages: int = 2
+    """Devices that the blocks are spread over."""
+    data: int = 1
+    """Devices that the batch is spread over, for each stage."""
+    micro_batches: int = 4
+    """Parts of a batch that are on their way at the same time."""
+    micro_batch: int = 4
+    """Sequences of a part, on all devices of `data` together."""
+    overlap: bool = True
+    """Send one half of a micro-batch while the other is computed."""
+    connection: Literal["mhc", "residual"] = "mhc"
+    streams: int = 4
+    layers: int = 4
+    """Blocks of attention and MLP, on all stages together."""
+    hidden: int = 64
+    heads: int = 4
+    mlp: int = 256
+    length: int = 64
+    vocabulary: int = 256
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    attention: Literal["xla", "cudnn"] = "xla"
+    steps: int = 10
+    learning_rate: float = 3e-3
+
+    def __post_init__(self) -> None:
+        """Sizes that do not fit together."""
+        halves = 2 if self.overlap else 1
+        for what, of, size in (
+            ("layers", "stages", self.stages),
+            ("hidden", "heads", self.heads),
+            ("micro_batch", f"data times {halves} halves", self.data * halves),
+        ):
+            if getattr(self, what) % size:
+                raise SystemExit(
+                    f"pipeline.py: {what}: expected a multiple of {size} ({of}), got "
+                    f"{getattr(self, what)}"
+                )
+
+    @property
+    def boundary_bytes(self) -> int:
+        """What a stage sends on in a step and, backward, back, each."""
+        tokens = self.micro_batches * self.micro_batch * self.length
+        streams = self.streams if self.connection == "mhc" else 1
+        return tokens * streams * self.hidden * jnp.dtype(self.dtype).itemsize
+
+
+# ---- the model ----------------------------------------------------------------------------------
+
+
+def init(key: jax.Array, s: Settings) -> dict[str, Any]:
+    """Parameters; those of the blocks are stacked."""
+    keys = iter(jax.random.split(key, 10))
+
+    def normal(*shape: int) -> jax.Array:
+        return 0.02 * jax.random.normal(next(keys), shape)
+
+    num, width = s.layers, s.hidden
+    make = jax.vmap(functools.partial(mhc.init_params, streams=s.streams, hidden=width))
+    return {
+        "embedding": normal(s.vocabulary, width),
+        "logits": normal(width, s.vocabulary),
+        "blocks": {
+            "qkv": normal(num, width, 3, width),
+            "out": normal(num, width, width),
+            "up": normal(num, width, s.mlp),
+            "down": normal(num, s.mlp, width),
+            "connections": [make(jax.random.split(next(keys), num)) for _ in range(2)],
+        },
+    }
+
+
+def rms_norm(u: jax.Array) -> jax.Array:
+    wide = u.astype(jnp.float32)
+    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-6)).astype(u.dtype)
+
+
+def attention(u: jax.Array, weights: Any, s: Settings) -> jax.Array:
+    qkv = jnp.einsum("...c,cid->...id", rms_norm(u), weights["qkv"].astype(u.dtype))
+    q, k, v = (part.reshape(*u.shape[:-1], s.heads, -1) for part in jnp.moveaxis(qkv, -2, 0))
+    out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=s.attention)
+    return out.reshape(u.shape) @ weights["out"].astype(u.dtype)
+
+
+def mlp(u: jax.Array, weights: Any) -> jax.Array:
+    inner = jax.nn.silu(rms_norm(u) @ weights["up"].astype(u.dtype))
+    return inner @ weights["down"].astype(u.dtype)
+
+
+def enter(tokens: jax.Array, params: Any, s: Settings) -> jax.Array:
+    """Tokens `[..., length]` to what goes from block to block."""
+    u = params["embedding"].astype(s.dtype)[tokens]
+    return mhc.expand(u, streams=s.streams) if s.connection == "mhc" else u
+
+
+def run_blocks(x: jax.Array, blocks: Any, s: Settings) -> jax.Array:
+    """All blocks that are there, in a scan."""
+    layers = [functools.partial(attention, s=s), mlp]
+    if s.connection == "mhc":
+        return mhc.stack(layers, x, blocks["connections"], xs=blocks)
+
+    def block(x: jax.Array, weights: Any) -> tuple[jax.Array, None]:
+        for layer in layers:
+            x = x + layer(x, weights)
+        return x, None
+
+    weights = {name: leaf for name, leaf in blocks.items() if name != "connections"}
+    return jax.lax.scan(block, x, weights)[0]
+
+
+def leave(x: jax.Array, tokens: jax.Array, params: Any, s: Settings) -> jax.Array:
+    """Mean cross entropy of the next tokens."""
+    u = rms_norm(mhc.reduce(x) if s.connection == "mhc" else x)
+    logits = (u @ params["logits"].astype(u.dtype)).astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits[..., :-1, :], tokens[..., 1:])
+    return losses.mean()
+
+
+def plain_loss(params: Any, tokens: jax.Array, s: Settings) -> jax.Array:
+    """The same without a pipeline, for tokens `[micro_batches, micro_batch, length]`."""
+    x = run_blocks(enter(tokens, params, s), params["blocks"], s)
+    return leave(x, tokens, params, s)
+
+
+# ---- the pipeline -------------------------------------------------------------------------------
+
+
+def send_on(x: jax.Array, s: Settings) -> jax.Array:
+    """To the next stage; the first one gets zeros, which it does not read."""
+    return jax.lax.ppermute(x, "stage", [(i, i + 1) for i in range(s.stages - 1)])
+
+
+def stage_loss(params: Any, tokens: jax.Array, s: Settings) -> jax.Array:
+    """One device's program: its blocks, on its part of the batch."""
+    stage = jax.lax.axis_index("stage")
+    halves = 2 if s.overlap else 1
+    num, batch, length = tokens.shape
+    # After the last micro-batch has entered, the first stages work on what nobody reads.
+    ticks = jnp.pad(tokens, ((0, s.stages - 1), (0, 0), (0, 0)))
+    ticks = ticks.reshape(-1, halves, batch // halves, length)
+
+    def compute(received: jax.Array, entering: jax.Array) -> jax.Array:
+        x = jnp.where(stage == 0, enter(entering, params, s), received)
+        return run_blocks(x, params["blocks"], s)
+
+    def tick(carry: Any, entering: jax.Array) -> tuple[Any, jax.Array]:
+        if not s.overlap:
+            x = compute(carry, entering[0])
+            return send_on(x, s), x[None]
+        received_a, computed_b = carry
+        received_b = send_on(computed_b, s)  # beside the next line
+        a = compute(received_a, entering[0])
+        sent_a = send_on(a, s)  # beside the next line
+        b = compute(received_b, entering[1])
+        return (sent_a, b), jnp.stack([a, b])
+
+    nothing = jnp.zeros_like(enter(ticks[0, 0], params, s))
+    nothing = jax.lax.pcast(nothing, ("stage",), to="varying")
+    carry = (nothing, nothing) if s.overlap else nothing
+    _, results = jax.lax.scan(tick, carry, ticks)
+    # Micro-batch i leaves the last stage in tick i + stages - 1.
+    results = results[s.stages - 1 :].reshape(num, batch, *results.shape[3:])
+    loss = jnp.where(stage == s.stages - 1, leave(results, tokens, params, s), 0.0)
+    return jax.lax.pmean(jax.lax.psum(loss, "stage"), "data")
+
+
+def specs(params: Any) -> Any:
+    """Blocks over stages; embedding and logits everywhere."""
+    return {
+        name: jax.tree.map(lambda _: P("stage") if name == "blocks" else P(), part)  # noqa: B023
+        for name, part in params.items()
+    }
+
+
+def make_mesh(s: Settings) -> Any:
+    kinds = (AxisType.Auto, AxisType.Auto)
+    devices = jax.devices()[: s.stages * s.data]
+    return jax.make_mesh((s.stages, s.data), ("stage", "data"), axis_types=kinds, devices=devices)
+
+
+def make_loss(s: Settings, mesh: Any, params: Any) -> Any:
+    """`(params, tokens) -> loss` on the mesh; tokens `[micro_batches, micro_batch, length]`."""
+    return jax.shard_map(
+        functools.partial(stage_loss, s=s),
+        mesh=mesh,
+        in_specs=(specs(params), P(None, "data")),
+        out_specs=P(),
+    )
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+def load_batches(s: Settings) -> np.ndarray:
+    """Bytes of Python's standard library, the same batches every time."""
+    paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    text = np.frombuffer(b"".join(path.read_bytes() for path in paths), np.uint8)
+    shape = (s.steps, s.micro_batches, s.micro_batch)
+    starts = np.random.default_rng(0).integers(len(text) - s.length, size=shape)
+    return text[starts[..., None] + np.arange(s.length)].astype(np.int32)
+
+
+def train(s: Settings) -> list[float]:
+    """Losses of all steps; prints them, and how long a step takes."""
+    mesh = make_mesh(s)
+    optimizer = optax.adamw(s.learning_rate)
+    shapes = jax.eval_shape(functools.partial(init, s=s), jax.random.key(0))
+    placed = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(shapes))
+    params = jax.jit(functools.partial(init, s=s), out_shardings=placed)(jax.random.key(0))
+    state = params, jax.jit(optimizer.init)(params)
+    batches = load_batches(s)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: Any, tokens: jax.Array) -> Any:
+        params, optimizer_state = state
+        value, gradients = jax.value_and_grad(make_loss(s, mesh, shapes))(params, tokens)
+        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
+        return (optax.apply_updates(params, updates), optimizer_state), value
+
+    compiled = step.lower(state, batches[0]).compile()
+    calls = compiled.as_text().count('custom_call_target="jax_mhc_')
+    print(
+        f"{s.stages} stages, {s.connection}, {'halves overlap' if s.overlap else 'no overlap'}: "
+        f"{s.boundary_bytes / 1e6:.2f} MB forward and as much backward over each boundary a step, "
+        f"{calls} fused calls"
+    )
+    losses, times = [], []
+    for number, tokens in enumerate(batches):
+        start = time.perf_counter()
+        state, value = compiled(state, tokens)
+        losses.append(float(value))
+        times.append((time.perf_counter() - start) * 1e3)
+        print(f"step {number}: loss {losses[-1]:.4f}, {times[-1]:.1f} ms", flush=True)
+    print(f"median of a step: {statistics.median(times[1:] or times):.1f} ms")
+    return losses
+
+
+def main(settings: Settings) -> None:
+    needed = settings.stages * settings.data
+    if jax.config.jax_platforms == "cpu" or not jax.config.jax_platforms:
+        # Simulated devices, where there are none; it has no say in how many GPUs there are.
+        jax.config.update("jax_num_cpu_devices", needed)
+    if jax.device_count() < needed:
+        raise SystemExit(
+            f"pipeline.py: expected {needed} devices (stages times data), got "
+            f"{jax.device_count()}; JAX_PLATFORMS=cpu simulates them"
+        )
+    train(settings)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))

@@ -1,0 +1,126 @@
+"""The pipeline of examples/pipeline.py against the same model on one device."""
+
+import dataclasses
+import functools
+import importlib.util
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from collectives import collectives
+
+pytestmark = pytest.mark.mesh
+
+_spec = importlib.util.spec_from_file_location(
+    "pipeline", Path(__file__).parents[1] / "examples" / "pipeline.py"
+)
+pipeline = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(pipeline)
+
+SETTINGS = pipeline.Settings(
+    micro_batches=3, micro_batch=4, hidden=32, mlp=64, length=8, dtype="float32", steps=1
+)
+
+
+def run(function, params, tokens):
+    """Compiled, with loss and gradients."""
+    # Of float32 products a GPU rounds the factors by default.
+    with jax.default_matmul_precision("highest"):
+        compiled = jax.jit(jax.value_and_grad(function)).lower(params, tokens).compile()
+    return compiled.as_text(), *compiled(params, tokens)
+
+
+@functools.cache
+def plain(connection):
+    settings = dataclasses.replace(SETTINGS, connection=connection)
+    params = jax.jit(functools.partial(pipeline.init, s=settings))(jax.random.key(0))
+    # Connections away from their initial values, so that all of them have gradients.
+    params = jax.tree.map(
+        lambda leaf: leaf + 0.02 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), params
+    )
+    params = jax.device_get(params)
+    tokens = pipeline.load_batches(settings)[0]
+    return params, tokens, run(functools.partial(pipeline.plain_loss, s=settings), params, tokens)
+
+
+@pytest.mark.parametrize("connection", ["mhc", "residual"])
+@pytest.mark.parametrize("stages, data", [(2, 1), (4, 1), (2, 2)])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_it_computes_what_one_device_does(overlap, stages, data, connection):
+    if jax.device_count() < stages * data:
+        pytest.skip(f"needs {stages * data} devices")
+    params, tokens, (_, loss, gradients) = plain(connection)
+    settings = dataclasses.replace(
+        SETTINGS, stages=stages, data=data, overlap=overlap, connection=connection
+    )
+    mesh = pipeline.make_mesh(settings)
+    text, found, found_gradients = run(pipeline.make_loss(settings, mesh, params), params, tokens)
+    np.testing.assert_allclose(found, loss, rtol=1e-5)
+    for (path, one), other in zip(
+        jax.tree.leaves_with_path(found_gradients), jax.tree.leaves(gradients), strict=True
+    ):
+        limit = 2e-4 * np.abs(other).max() + 1e-9
+        np.testing.assert_allclose(one, other, atol=limit, err_msg=jax.tree_util.keystr(path))
+    assert ("jax_mhc_seam_bwd" in text) == (connection == "mhc")
+    # Streams, once forward and once backward, are all that is sent to other stages.
+    num_halves = 2 if overlap else 1
+    num, size = collectives(text)["collective-permute"]
+    tick_bytes = settings.boundary_bytes // settings.micro_batches // data
+    assert (num, size) == (2 * num_halves, 2 * tick_bytes // 4)
+
+
+def computations(text):
+    """The lines of every computation of a compiled program."""
+    found = re.split(r"\n(?=(?:ENTRY )?%\S+ \()", text)
+    return [part.splitlines() for part in found]
+
+
+def overlapped(text):
+    """Transfers between stages, and those with a loop or a custom call while they last."""
+    num, num_overlapped = 0, 0
+    for lines in computations(text):
+        starts = {}
+        for at, line in enumerate(lines):
+            if found := re.search(r"(%\S+) = .* collective-permute-start\(", line):
+                starts[found[1]] = at
+            elif found := re.search(r"collective-permute-done\((%[^),]+)", line):
+                between = lines[starts[found[1]] + 1 : at]
+                num += 1
+                num_overlapped += any(" while(" in b or "custom-call" in b for b in between)
+    return num, num_overlapped
+
+
+def test_transfers_do_not_wait_for_the_computation_beside_them():
+    """In a tick nothing that is sent first depends on what is computed in it."""
+    params, tokens, _ = plain("mhc")
+    mesh = pipeline.make_mesh(SETTINGS)
+    function = pipeline.make_loss(SETTINGS, mesh, params)
+    jaxpr = jax.make_jaxpr(function)(params, tokens)
+    (inner,) = (e.params["jaxpr"] for e in jaxpr.eqns if e.primitive.name == "shard_map")
+    (scan,) = (
+        e.params["jaxpr"].jaxpr
+        for e in inner.eqns
+        if e.primitive.name == "scan" and "ppermute" in str(e)
+    )
+    sends = [eqn for eqn in scan.eqns if eqn.primitive.name == "ppermute"]
+    assert len(sends) == 2
+    assert sends[0].invars[0] in scan.invars
+    # The second is what the first computation gave; the second computation reads what came first.
+    first = scan.eqns.index(sends[0])
+    assert first < scan.eqns.index(sends[1])
+
+
+@pytest.mark.gpu
+def test_transfers_overlap():
+    """XLA puts the computation of one half between start and done of the other's transfer."""
+    settings = dataclasses.replace(SETTINGS, hidden=256, mlp=512, length=256, dtype="bfloat16")
+    params = jax.jit(functools.partial(pipeline.init, s=settings))(jax.random.key(0))
+    mesh = pipeline.make_mesh(settings)
+    tokens = pipeline.load_batches(settings)[0]
+    params = jax.device_get(params)
+    text, *_ = run(pipeline.make_loss(settings, mesh, params), params, tokens)
+    num, num_overlapped = overlapped(text)
+    assert num == 4
+    assert num_overlapped >= 2, text
