@@ -97,7 +97,7 @@ def init(key: jax.Array, s: Settings) -> dict[str, Any]:
     keys = iter(jax.random.split(key, 10))
 
     def normal(*shape: int) -> jax.Array:
-        return 0.02 * jax.random.normal(next(keys), shape)
+        return 0.02 * jax.random.normal(next(keys), shape, jnp.float32)
 
     num, width = s.layers, s.hidden
     make = jax.vmap(functools.partial(mhc.init_params, streams=s.streams, hidden=width))
@@ -162,6 +162,7 @@ def leave(x: jax.Array, tokens: jax.Array, params: Any, s: Settings) -> jax.Arra
 
 def plain_loss(params: Any, tokens: jax.Array, s: Settings) -> jax.Array:
     """The same without a pipeline, for tokens `[micro_batches, micro_batch, length]`."""
+    tokens = tokens.reshape(-1, tokens.shape[-1])
     x = run_blocks(enter(tokens, params, s), params["blocks"], s)
     return leave(x, tokens, params, s)
 

@@ -1,0 +1,168 @@
+"""Times a step of examples/pipeline.py on two GPUs, with and without overlap.
+
+    python benches/pipeline_step.py      # --tiny tries it on two simulated devices
+
+Of the transfers between stages it tells how long they took and for how much of that time the same
+GPU computed something, both as the profiler saw them in one step, and how many have computation
+between their start and their end in the program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+import jax
+import tyro
+from tabulate import tabulate
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+import pipeline  # noqa: E402
+
+LARGE = pipeline.Settings(
+    layers=12, hidden=2048, heads=16, mlp=5632, length=2048, micro_batch=2, micro_batches=6,
+    attention="cudnn", steps=12,
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class Options:
+    """What to run."""
+
+    output: Path | None = None
+    """Folder for the records; by default benches/results, and none if tiny."""
+    commit: str | None = None
+    """Commit to name in the record where there is no repository."""
+    tiny: bool = False
+    """A tiny model on two simulated devices of the CPU; its times mean nothing."""
+
+
+def in_flight(text: str) -> tuple[int, int]:
+    """Transfers in a compiled program, and those with a loop or one of our kernels meanwhile."""
+    num, num_overlapped = 0, 0
+    for computation in re.split(r"\n(?=(?:ENTRY )?%\S+ \()", text):
+        lines, starts = computation.splitlines(), {}
+        for at, line in enumerate(lines):
+            if found := re.search(r"(%\S+) = .* collective-permute-start\(", line):
+                starts[found[1]] = at
+            elif found := re.search(r"collective-permute-done\((%[^),]+)", line):
+                between = lines[starts[found[1]] + 1 : at]
+                num += 1
+                num_overlapped += any(" while(" in b or "jax_mhc_" in b for b in between)
+    return num, num_overlapped
+
+
+def union(intervals: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    merged: list[tuple[float, float]] = []
+    for start, end in sorted(intervals):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def overlap_us(events: list[common.Event]) -> tuple[float, float]:
+    """Of a GPU: time in transfers between stages, and how much of it others ran beside."""
+    total, shared = 0.0, 0.0
+    planes = {event.plane for event in events if event.is_kernel}
+    for plane in planes:
+        kernels = [e for e in events if e.is_kernel and e.plane == plane]
+        spans = {True: [], False: []}
+        for e in kernels:
+            spans["SendRecv" in e.name].append((e.start_us, e.start_us + e.us))
+        sent, computed = union(spans[True]), union(spans[False])
+        total += sum(end - start for start, end in sent)
+        shared += sum(
+            max(0.0, min(end, other_end) - max(start, other_start))
+            for start, end in sent
+            for other_start, other_end in computed
+        )
+    return total / max(1, len(planes)), shared / max(1, len(planes))
+
+
+def measure(s: Any) -> dict[str, Any]:
+    mesh = pipeline.make_mesh(s)
+    shapes = jax.eval_shape(functools.partial(pipeline.init, s=s), jax.random.key(0))
+    placed = jax.tree.map(lambda p: jax.sharding.NamedSharding(mesh, p), pipeline.specs(shapes))
+    params = jax.jit(functools.partial(pipeline.init, s=s), out_shardings=placed)(jax.random.key(0))
+    tokens = pipeline.load_batches(s)[0]
+    loss = pipeline.make_loss(s, mesh, shapes)
+    program = jax.jit(jax.value_and_grad(loss)).lower(params, tokens).compile()
+    times = []
+    for _ in range(s.steps):
+        start = time.perf_counter()
+        value, gradients = jax.block_until_ready(program(params, tokens))
+        times.append((time.perf_counter() - start) * 1e3)
+        del gradients
+    sent_us, shared_us = overlap_us(common.profiled(lambda: program(params, tokens)))
+    num, num_overlapped = in_flight(program.as_text())
+    return {
+        "connection": s.connection, "overlap": s.overlap, "ms": statistics.median(times[2:]),
+        "loss": float(value), "boundary_bytes": s.boundary_bytes, "sent_ms": sent_us / 1e3,
+        "hidden_ms": shared_us / 1e3, "transfers": num, "overlapped": num_overlapped,
+        "calls": program.as_text().count('custom_call_target="jax_mhc_'),
+        "memory": common.memory(program),
+    }  # fmt: skip
+
+
+def markdown(record: dict[str, Any]) -> str:
+    table = [
+        [
+            row["connection"], "yes" if row["overlap"] else "no", f"{row['ms']:.1f}",
+            f"{row['boundary_bytes'] / 1e6:.0f}", f"{row['sent_ms']:.1f}",
+            f"{row['hidden_ms']:.1f}", f"{row['overlapped']} of {row['transfers']}",
+            f"{row['memory']['peak_bytes'] / 1e9:.1f}", f"{row['loss']:.4f}",
+        ]
+        for row in record["rows"]
+    ]  # fmt: skip
+    headers = [
+        "connection", "overlap", "ms", "MB over the boundary, each way", "transfers, ms",
+        "beside computation, ms", "with work between start and done", "peak, GB", "loss",
+    ]  # fmt: skip
+    model = ", ".join(f"{name} {value}" for name, value in record["settings"].items())
+    return "\n".join([
+        f"# Pipeline of two stages, {record['gpu']}, {record['date']}", "",
+        f"{record['gpu']}, driver {record['driver']}, jax {record['jax']}, {record['plugin']}, "
+        f"commit {record['commit']} (library: {record['library_commit']}). Loss and gradients, no "
+        f"optimiser. {model}.", "",
+        tabulate(table, headers, tablefmt="github", disable_numparse=True), "",
+    ])  # fmt: skip
+
+
+def main(options: Options) -> None:
+    if options.tiny:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", 2)
+    elif options.output is None:
+        options.output = Path("benches/results")
+    settings = pipeline.Settings(steps=4, length=16) if options.tiny else LARGE
+    rows = []
+    for connection in ("residual", "mhc"):
+        for overlap in (False, True):
+            row = measure(dataclasses.replace(settings, connection=connection, overlap=overlap))
+            print(row, flush=True)
+            rows.append(row)
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "commit": options.commit or common.commit(),
+        **common.versions(),
+        "settings": dataclasses.asdict(settings),
+        "rows": rows,
+    }
+    text = markdown(record)
+    print(text)
+    if options.output is not None:
+        common.write(record, text, options.output / common.gpu_folder(record), "-pipeline-step")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
