@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import common
 import jax
@@ -41,6 +41,8 @@ class Options:
     """Folder for the records; by default benches/results, and none if tiny."""
     commit: str | None = None
     """Commit to name in the record where there is no repository."""
+    attention: Literal["cudnn", "xla"] = "cudnn"
+    """XLA's keeps the weights of all pairs of tokens for the backward pass."""
     tiny: bool = False
     """A tiny model on two simulated devices of the CPU; its times mean nothing."""
 
@@ -95,8 +97,8 @@ def measure(s: Any) -> dict[str, Any]:
     placed = jax.tree.map(lambda p: jax.sharding.NamedSharding(mesh, p), pipeline.specs(shapes))
     params = jax.jit(functools.partial(pipeline.init, s=s), out_shardings=placed)(jax.random.key(0))
     tokens = pipeline.load_batches(s)[0]
-    loss = pipeline.make_loss(s, mesh, shapes)
-    program = jax.jit(jax.value_and_grad(loss)).lower(params, tokens).compile()
+    both = pipeline.value_and_gradients(s, mesh, shapes)
+    program = jax.jit(both).lower(params, tokens).compile()
     times = []
     for _ in range(s.steps):
         start = time.perf_counter()
@@ -144,7 +146,11 @@ def main(options: Options) -> None:
         jax.config.update("jax_num_cpu_devices", 2)
     elif options.output is None:
         options.output = Path("benches/results")
-    settings = pipeline.Settings(steps=4, length=16) if options.tiny else LARGE
+    settings = (
+        pipeline.Settings(steps=4, length=16)
+        if options.tiny
+        else dataclasses.replace(LARGE, attention=options.attention)
+    )
     rows = []
     for connection in ("residual", "mhc"):
         for overlap in (False, True):

@@ -195,6 +195,8 @@ def stage_loss(params: Any, tokens: jax.Array, s: Settings) -> jax.Array:
         received_a, computed_b = carry
         received_b = send_on(computed_b, s)  # beside the next line
         a = compute(received_a, entering[0])
+        # One after the other, or XLA for GPUs makes one transfer of the two.
+        a, received_b = jax.lax.optimization_barrier((a, received_b))
         sent_a = send_on(a, s)  # beside the next line
         b = compute(received_b, entering[1])
         return (sent_a, b), jnp.stack([a, b])
@@ -223,13 +225,13 @@ def make_mesh(s: Settings) -> Any:
     return jax.make_mesh((s.stages, s.data), ("stage", "data"), axis_types=kinds, devices=devices)
 
 
-def make_loss(s: Settings, mesh: Any, params: Any) -> Any:
-    """`(params, tokens) -> loss` on the mesh; tokens `[micro_batches, micro_batch, length]`."""
+def value_and_gradients(s: Settings, mesh: Any, params: Any) -> Any:
+    """`(params, tokens) -> loss, gradients` on the mesh; tokens `[micro_batches, ..., length]`."""
     return jax.shard_map(
-        functools.partial(stage_loss, s=s),
+        jax.value_and_grad(functools.partial(stage_loss, s=s)),
         mesh=mesh,
         in_specs=(specs(params), P(None, "data")),
-        out_specs=P(),
+        out_specs=(P(), specs(params)),
     )
 
 
@@ -258,7 +260,7 @@ def train(s: Settings) -> list[float]:
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: Any, tokens: jax.Array) -> Any:
         params, optimizer_state = state
-        value, gradients = jax.value_and_grad(make_loss(s, mesh, shapes))(params, tokens)
+        value, gradients = value_and_gradients(s, mesh, shapes)(params, tokens)
         updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
         return (optax.apply_updates(params, updates), optimizer_state), value
 
