@@ -8,14 +8,14 @@ bfloat16, and backward their cotangent: n times what a plain residual model send
 smaller to send: the streams after a stage follow from those before its last sublayer and what that
 returns, which is more; so each boundary is crossed once, by the streams alone, not by a context.
 
-With --overlap every micro-batch goes through in two halves. While a stage computes one half, the
-other half's streams of the last tick are on their way:
+With --overlap, which is the default, a stage does not wait for what the stage before it has just
+computed. That is on its way for a tick, in which both compute other micro-batches:
 
-    tick t:   compute A(t)  |  send B(t - 1)
-              compute B(t)  |  send A(t)
+    tick t of stage k:   compute micro-batch t - 2k  |  send what tick t - 1 gave
 
-Neither transfer depends on the computation beside it, so XLA runs both at once; backward it is the
-same in reverse order. Without, a stage waits for all of a micro-batch.
+No transfer depends on the computation beside it, so XLA runs both at once; backward it is the same
+in reverse order. A batch takes micro_batches + 2 (stages - 1) ticks then. With --no-overlap a tick
+ends with the transfer of what it gave, and a batch takes micro_batches + stages - 1 of these.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Settings:
     micro_batch: int = 4
     """Sequences of a part, on all devices of `data` together."""
     overlap: bool = True
-    """Send one half of a micro-batch while the other is computed."""
+    """Send a micro-batch on while others are computed."""
     connection: Literal["mhc", "residual"] = "mhc"
     streams: int = 4
     layers: int = 4
@@ -69,17 +69,21 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Sizes that do not fit together."""
-        halves = 2 if self.overlap else 1
         for what, of, size in (
             ("layers", "stages", self.stages),
             ("hidden", "heads", self.heads),
-            ("micro_batch", f"data times {halves} halves", self.data * halves),
+            ("micro_batch", "data", self.data),
         ):
             if getattr(self, what) % size:
                 raise SystemExit(
-                    f"pipeline.py: {what}: expected a multiple of {size} ({of}), got "
+                    f"pipeline.py: {what}: expected a multiple of {of}, {size}, got "
                     f"{getattr(self, what)}"
                 )
+
+    @property
+    def ticks_a_stage(self) -> int:
+        """Ticks from when a stage takes a micro-batch to when the next one does."""
+        return 2 if self.overlap else 1
 
     @property
     def boundary_bytes(self) -> int:
@@ -178,36 +182,29 @@ def send_on(x: jax.Array, s: Settings) -> jax.Array:
 def stage_loss(params: Any, tokens: jax.Array, s: Settings) -> jax.Array:
     """One device's program: its blocks, on its part of the batch."""
     stage = jax.lax.axis_index("stage")
-    halves = 2 if s.overlap else 1
-    num, batch, length = tokens.shape
-    # After the last micro-batch has entered, the first stages work on what nobody reads.
-    ticks = jnp.pad(tokens, ((0, s.stages - 1), (0, 0), (0, 0)))
-    ticks = ticks.reshape(-1, halves, batch // halves, length)
+    delay = s.ticks_a_stage * (s.stages - 1)
 
     def compute(received: jax.Array, entering: jax.Array) -> jax.Array:
         x = jnp.where(stage == 0, enter(entering, params, s), received)
         return run_blocks(x, params["blocks"], s)
 
     def tick(carry: Any, entering: jax.Array) -> tuple[Any, jax.Array]:
-        if not s.overlap:
-            x = compute(carry, entering[0])
-            return send_on(x, s), x[None]
-        received_a, computed_b = carry
-        received_b = send_on(computed_b, s)  # beside the next line
-        a = compute(received_a, entering[0])
-        # One after the other, or XLA for GPUs makes one transfer of the two.
-        a, received_b = jax.lax.optimization_barrier((a, received_b))
-        sent_a = send_on(a, s)  # beside the next line
-        b = compute(received_b, entering[1])
-        return (sent_a, b), jnp.stack([a, b])
+        received, computed = carry
+        if s.overlap:
+            arriving = send_on(computed, s)  # beside the next line
+            computed = compute(received, entering)
+            return (arriving, computed), computed
+        computed = compute(received, entering)
+        return (send_on(computed, s), computed), computed
 
-    nothing = jnp.zeros_like(enter(ticks[0, 0], params, s))
+    nothing = jnp.zeros_like(enter(tokens[0], params, s))
     nothing = jax.lax.pcast(nothing, ("stage",), to="varying")
-    carry = (nothing, nothing) if s.overlap else nothing
-    _, results = jax.lax.scan(tick, carry, ticks)
-    # Micro-batch i leaves the last stage in tick i + stages - 1.
-    results = results[s.stages - 1 :].reshape(num, batch, *results.shape[3:])
-    loss = jnp.where(stage == s.stages - 1, leave(results, tokens, params, s), 0.0)
+    # After the last micro-batch has entered, the first stages work on what nobody reads.
+    entering = jnp.pad(tokens, ((0, delay), (0, 0), (0, 0)))
+    _, results = jax.lax.scan(tick, (nothing, nothing), entering)
+    # Micro-batch i leaves the last stage in tick i + delay.
+    loss = leave(results[delay:], tokens, params, s)
+    loss = jnp.where(stage == s.stages - 1, loss, 0.0)
     return jax.lax.pmean(jax.lax.psum(loss, "stage"), "data")
 
 
@@ -267,7 +264,7 @@ def train(s: Settings) -> list[float]:
     compiled = step.lower(state, batches[0]).compile()
     calls = compiled.as_text().count('custom_call_target="jax_mhc_')
     print(
-        f"{s.stages} stages, {s.connection}, {'halves overlap' if s.overlap else 'no overlap'}: "
+        f"{s.stages} stages, {s.connection}, {'overlap' if s.overlap else 'no overlap'}: "
         f"{s.boundary_bytes / 1e6:.2f} MB forward and as much backward over each boundary a step, "
         f"{calls} fused calls"
     )

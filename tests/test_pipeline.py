@@ -68,14 +68,13 @@ def test_it_computes_what_one_device_does(overlap, stages, data, connection):
         np.testing.assert_allclose(one, other, atol=limit, err_msg=jax.tree_util.keystr(path))
     assert ("jax_mhc_seam_bwd" in text) == (connection == "mhc")
     # Streams, once forward and once backward, are all that is sent to other stages.
-    num_halves = 2 if overlap else 1
     num, size = collectives(text)["collective-permute"]
     tick_bytes = settings.boundary_bytes // settings.micro_batches // data
-    assert (num, size) == (2 * num_halves, 2 * tick_bytes // 4)
+    assert (num, size) == (2, 2 * tick_bytes // 4)
 
 
 def test_transfers_do_not_wait_for_the_computation_beside_them():
-    """In a tick nothing that is sent first depends on what is computed in it."""
+    """What a tick sends is from before, and what it receives for later."""
     params, tokens, _ = plain("mhc")
     mesh = pipeline.make_mesh(SETTINGS)
     function = pipeline.value_and_gradients(SETTINGS, mesh, params)
@@ -87,17 +86,15 @@ def test_transfers_do_not_wait_for_the_computation_beside_them():
         for e in inner.eqns
         if e.primitive.name == "scan" and "ppermute" in str(e)
     )
-    sends = [eqn for eqn in scan.eqns if eqn.primitive.name == "ppermute"]
-    assert len(sends) == 2
-    assert sends[0].invars[0] in scan.invars
-    # The second is what the first computation gave; the second computation reads what came first.
-    first = scan.eqns.index(sends[0])
-    assert first < scan.eqns.index(sends[1])
+    (send,) = (eqn for eqn in scan.eqns if eqn.primitive.name == "ppermute")
+    assert send.invars[0] in scan.invars
+    (sent,) = send.outvars
+    assert not any(sent in eqn.invars for eqn in scan.eqns)
 
 
 @pytest.mark.gpu
 def test_transfers_overlap():
-    """XLA puts the computation of one half between start and done of the other's transfer."""
+    """XLA puts computation between start and done of a transfer."""
     settings = dataclasses.replace(SETTINGS, hidden=256, mlp=512, length=256, dtype="bfloat16")
     params = jax.jit(functools.partial(pipeline.init, s=settings))(jax.random.key(0))
     mesh = pipeline.make_mesh(settings)
@@ -105,5 +102,5 @@ def test_transfers_overlap():
     params = jax.device_get(params)
     text, *_ = run(pipeline.value_and_gradients(settings, mesh, params), params, tokens)
     num, num_overlapped = in_flight(text)
-    assert num == 4
-    assert num_overlapped >= 2, text
+    assert num == 2
+    assert num_overlapped >= 1
