@@ -3,9 +3,9 @@
     python benches/pipeline_step.py      # --tiny tries it on two simulated devices
 
 Of the transfers between stages it tells how long they took, as the profiler saw them in one step;
-by how much the step is longer than one that sends nothing and so computes something else, which is
-what of them is not hidden; and how many have computation between their start and their end in the
-program.
+for how much of that a GPU did nothing else; and how many have computation between their start and
+their end in the program. NCCL's own variables, as NCCL_P2P_DISABLE=1 for a slower link, go into the
+record.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
+import os
 import re
 import statistics
 import sys
@@ -29,7 +30,7 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import pipeline  # noqa: E402
 
 LARGE = pipeline.Settings(
-    layers=12, hidden=2048, heads=16, mlp=5632, length=2048, micro_batch=2, micro_batches=12,
+    layers=4, hidden=2048, heads=16, mlp=5632, length=2048, micro_batch=2, micro_batches=24,
     attention="cudnn", steps=12,
 )  # fmt: skip
 
@@ -42,8 +43,9 @@ class Options:
     """Folder for the records; by default benches/results, and none if tiny."""
     commit: str | None = None
     """Commit to name in the record where there is no repository."""
-    attention: Literal["cudnn", "xla"] = "cudnn"
-    """XLA's keeps the weights of all pairs of tokens for the backward pass."""
+    connections: tuple[Literal["residual", "mhc"], ...] = ("residual", "mhc")
+    name: str = "pipeline-step"
+    """Of the record, after the date."""
     tiny: bool = False
     """A tiny model on two simulated devices of the CPU; its times mean nothing."""
 
@@ -63,20 +65,25 @@ def in_flight(text: str) -> tuple[int, int]:
     return num, num_overlapped
 
 
-def compile_step(s: Any, sends: bool) -> tuple[Any, Any, Any]:
+def compile_step(s: Any) -> tuple[Any, Any, Any]:
     """The compiled loss with its gradients, and operands."""
     mesh = pipeline.make_mesh(s)
     shapes = jax.eval_shape(functools.partial(pipeline.init, s=s), jax.random.key(0))
     placed = jax.tree.map(lambda p: jax.sharding.NamedSharding(mesh, p), pipeline.specs(shapes))
     params = jax.jit(functools.partial(pipeline.init, s=s), out_shardings=placed)(jax.random.key(0))
     tokens = pipeline.load_batches(s)[0]
-    send_on = pipeline.send_on
-    if not sends:
-        pipeline.send_on = lambda x, s: x
     both = pipeline.value_and_gradients(s, mesh, shapes)
-    program = jax.jit(both).lower(params, tokens).compile()
-    pipeline.send_on = send_on
-    return program, params, tokens
+    return jax.jit(both).lower(params, tokens).compile(), params, tokens
+
+
+def busy_ms(events: list[common.Event]) -> float:
+    """Time in which any of the kernels ran, of all GPUs together."""
+    total, end = 0.0, ("", 0.0)
+    for event in sorted(events, key=lambda e: (e.plane, e.start_us)):
+        last = max(end, (event.plane, event.start_us))
+        end = max(end, (event.plane, event.start_us + event.us))
+        total += end[1] - last[1]
+    return total / 1e3
 
 
 def median_ms(s: Any, program: Any, params: Any, tokens: Any) -> tuple[float, float]:
@@ -90,16 +97,17 @@ def median_ms(s: Any, program: Any, params: Any, tokens: Any) -> tuple[float, fl
 
 
 def measure(s: Any) -> dict[str, Any]:
-    program, params, tokens = compile_step(s, sends=True)
+    program, params, tokens = compile_step(s)
     ms, loss = median_ms(s, program, params, tokens)
-    without, _ = median_ms(s, *compile_step(s, sends=False))
-    events = common.profiled(lambda: program(params, tokens))
-    sent = [e for e in events if e.is_kernel and "SendRecv" in e.name]
+    kernels = [e for e in common.profiled(lambda: program(params, tokens)) if e.is_kernel]
+    sent = [e for e in kernels if "SendRecv" in e.name]
+    others = [e for e in kernels if "SendRecv" not in e.name]
     num, num_overlapped = in_flight(program.as_text())
     return {
-        "connection": s.connection, "overlap": s.overlap, "ms": ms, "without_ms": without,
-        "loss": loss, "boundary_bytes": s.boundary_bytes,
-        "sent_ms": sum(e.us for e in sent) / s.stages / 1e3,
+        "connection": s.connection, "overlap": s.overlap, "ms": ms, "loss": loss,
+        "ticks": s.micro_batches + s.delay, "boundary_bytes": s.boundary_bytes,
+        "sent_ms": busy_ms(sent) / s.stages,
+        "alone_ms": (busy_ms(kernels) - busy_ms(others)) / s.stages,
         "transfers": num, "overlapped": num_overlapped,
         "calls": program.as_text().count('custom_call_target="jax_mhc_'),
         "memory": common.memory(program),
@@ -109,23 +117,26 @@ def measure(s: Any) -> dict[str, Any]:
 def markdown(record: dict[str, Any]) -> str:
     table = [
         [
-            row["connection"], "yes" if row["overlap"] else "no", f"{row['ms']:.1f}",
+            row["connection"], "yes" if row["overlap"] else "no", row["ticks"], f"{row['ms']:.1f}",
             f"{row['boundary_bytes'] / 1e6:.0f}", f"{row['sent_ms']:.1f}",
-            f"{row['ms'] - row['without_ms']:.1f}", f"{row['overlapped']} of {row['transfers']}",
+            f"{row['alone_ms']:.1f}", f"{row['overlapped']} of {row['transfers']}",
             f"{row['memory']['peak_bytes'] / 1e9:.1f}", f"{row['loss']:.4f}",
         ]
         for row in record["rows"]
     ]  # fmt: skip
     headers = [
-        "connection", "overlap", "ms", "MB over the boundary, each way", "transfers, ms",
-        "not hidden, ms", "with work between start and done", "peak, GB", "loss",
+        "connection", "overlap", "ticks", "ms", "MB over the boundary, each way", "transfers, ms",
+        "of that alone, ms", "with work between start and done", "peak, GB", "loss",
     ]  # fmt: skip
     model = ", ".join(f"{name} {value}" for name, value in record["settings"].items())
+    nccl = "".join(f" {name}={value}." for name, value in record["nccl"].items())
     return "\n".join([
         f"# Pipeline of two stages, {record['gpu']}, {record['date']}", "",
         f"{record['gpu']}, driver {record['driver']}, jax {record['jax']}, {record['plugin']}, "
-        f"commit {record['commit']} (library: {record['library_commit']}). Loss and gradients, no "
-        f"optimiser. {model}.", "",
+        f"commit {record['commit']} (library: {record['library_commit']}).{nccl} Loss and "
+        f"gradients, no optimiser. {model}.", "",
+        "Transfers are times of NCCL's kernels, a GPU, which also wait for the other GPU; alone is "
+        "when a GPU ran no other kernel.", "",
         tabulate(table, headers, tablefmt="github", disable_numparse=True), "",
     ])  # fmt: skip
 
@@ -136,13 +147,9 @@ def main(options: Options) -> None:
         jax.config.update("jax_num_cpu_devices", 2)
     elif options.output is None:
         options.output = Path("benches/results")
-    settings = (
-        pipeline.Settings(steps=4, length=16)
-        if options.tiny
-        else dataclasses.replace(LARGE, attention=options.attention)
-    )
+    settings = pipeline.Settings(steps=4, length=16) if options.tiny else LARGE
     rows = []
-    for connection in ("residual", "mhc"):
+    for connection in options.connections:
         for overlap in (False, True):
             row = measure(dataclasses.replace(settings, connection=connection, overlap=overlap))
             print(row, flush=True)
@@ -151,13 +158,18 @@ def main(options: Options) -> None:
         "date": datetime.date.today().isoformat(),
         "commit": options.commit or common.commit(),
         **common.versions(),
-        "settings": dataclasses.asdict(settings),
+        "nccl": {name: os.environ[name] for name in os.environ if name.startswith("NCCL_")},
+        "settings": {
+            name: value
+            for name, value in dataclasses.asdict(settings).items()
+            if name not in ("connection", "overlap", "learning_rate")
+        },
         "rows": rows,
     }
     text = markdown(record)
     print(text)
     if options.output is not None:
-        common.write(record, text, options.output / common.gpu_folder(record), "-pipeline-step")
+        common.write(record, text, options.output / common.gpu_folder(record), f"-{options.name}")
 
 
 if __name__ == "__main__":

@@ -81,9 +81,9 @@ class Settings:
                 )
 
     @property
-    def ticks_a_stage(self) -> int:
-        """Ticks from when a stage takes a micro-batch to when the next one does."""
-        return 2 if self.overlap else 1
+    def delay(self) -> int:
+        """Ticks from when the first stage takes a micro-batch to when the last one does."""
+        return (2 if self.overlap else 1) * (self.stages - 1)
 
     @property
     def boundary_bytes(self) -> int:
@@ -135,9 +135,12 @@ def mlp(u: jax.Array, weights: Any) -> jax.Array:
     return inner @ weights["down"].astype(u.dtype)
 
 
-def enter(tokens: jax.Array, params: Any, s: Settings) -> jax.Array:
-    """Tokens `[..., length]` to what goes from block to block."""
-    u = params["embedding"].astype(s.dtype)[tokens]
+def embed(tokens: jax.Array, embedding: jax.Array, s: Settings) -> jax.Array:
+    return embedding[tokens].astype(s.dtype)
+
+
+def enter(u: jax.Array, s: Settings) -> jax.Array:
+    """Embedded tokens to what goes from block to block."""
     return mhc.expand(u, streams=s.streams) if s.connection == "mhc" else u
 
 
@@ -167,7 +170,8 @@ def leave(x: jax.Array, tokens: jax.Array, params: Any, s: Settings) -> jax.Arra
 def plain_loss(params: Any, tokens: jax.Array, s: Settings) -> jax.Array:
     """The same without a pipeline, for tokens `[micro_batches, micro_batch, length]`."""
     tokens = tokens.reshape(-1, tokens.shape[-1])
-    x = run_blocks(enter(tokens, params, s), params["blocks"], s)
+    x = enter(embed(tokens, params["embedding"], s), s)
+    x = run_blocks(x, params["blocks"], s)
     return leave(x, tokens, params, s)
 
 
@@ -182,28 +186,31 @@ def send_on(x: jax.Array, s: Settings) -> jax.Array:
 def stage_loss(params: Any, tokens: jax.Array, s: Settings) -> jax.Array:
     """One device's program: its blocks, on its part of the batch."""
     stage = jax.lax.axis_index("stage")
-    delay = s.ticks_a_stage * (s.stages - 1)
 
-    def compute(received: jax.Array, entering: jax.Array) -> jax.Array:
-        x = jnp.where(stage == 0, enter(entering, params, s), received)
+    def compute(received: jax.Array, embedded: jax.Array) -> jax.Array:
+        x = jnp.where(stage == 0, enter(embedded, s), received)
         return run_blocks(x, params["blocks"], s)
 
-    def tick(carry: Any, entering: jax.Array) -> tuple[Any, jax.Array]:
+    def tick(carry: Any, embedded: jax.Array) -> tuple[Any, jax.Array]:
         received, computed = carry
         if s.overlap:
             arriving = send_on(computed, s)  # beside the next line
-            computed = compute(received, entering)
-            return (arriving, computed), computed
-        computed = compute(received, entering)
+            computed = compute(received, embedded)
+            # Without it XLA sends backward for two ticks at once, and beside nothing.
+            return jax.lax.optimization_barrier((arriving, computed)), computed
+        computed = compute(received, embedded)
         return (send_on(computed, s), computed), computed
 
-    nothing = jnp.zeros_like(enter(tokens[0], params, s))
-    nothing = jax.lax.pcast(nothing, ("stage",), to="varying")
+    # All at once, and gradients of the embedding summed up over stages only after all ticks.
+    embedding = jax.lax.pcast(params["embedding"], ("stage",), to="varying")
+    embedded = embed(tokens, embedding, s)
     # After the last micro-batch has entered, the first stages work on what nobody reads.
-    entering = jnp.pad(tokens, ((0, delay), (0, 0), (0, 0)))
-    _, results = jax.lax.scan(tick, (nothing, nothing), entering)
-    # Micro-batch i leaves the last stage in tick i + delay.
-    loss = leave(results[delay:], tokens, params, s)
+    embedded = jnp.pad(embedded, ((0, s.delay), *[(0, 0)] * (embedded.ndim - 1)))
+    nothing = jnp.zeros_like(enter(embedded[0], s))
+    # In a loop XLA would copy what each tick keeps for the backward pass, a tenth of a step.
+    _, results = jax.lax.scan(tick, (nothing, nothing), embedded, unroll=True)
+    # Micro-batch i leaves the last stage in tick i + s.delay.
+    loss = leave(results[s.delay :], tokens, params, s)
     loss = jnp.where(stage == s.stages - 1, loss, 0.0)
     return jax.lax.pmean(jax.lax.psum(loss, "stage"), "data")
 

@@ -70,7 +70,9 @@ def test_it_computes_what_one_device_does(overlap, stages, data, connection):
     # Streams, once forward and once backward, are all that is sent to other stages.
     num, size = collectives(text)["collective-permute"]
     tick_bytes = settings.boundary_bytes // settings.micro_batches // data
-    assert (num, size) == (2, 2 * tick_bytes // 4)
+    ticks = settings.micro_batches + settings.delay
+    assert 2 * settings.micro_batches <= num <= 2 * ticks
+    assert size == num * tick_bytes // 4
 
 
 def test_transfers_do_not_wait_for_the_computation_beside_them():
@@ -80,16 +82,18 @@ def test_transfers_do_not_wait_for_the_computation_beside_them():
     function = pipeline.value_and_gradients(SETTINGS, mesh, params)
     jaxpr = jax.make_jaxpr(function)(params, tokens)
     (inner,) = (e.params["jaxpr"] for e in jaxpr.eqns if e.primitive.name == "shard_map")
-    # The first scan is the forward one.
-    scan = next(
+    # The first scan with transfers is the forward one.
+    tick = next(
         e.params["jaxpr"].jaxpr
         for e in inner.eqns
         if e.primitive.name == "scan" and "ppermute" in str(e)
     )
-    (send,) = (eqn for eqn in scan.eqns if eqn.primitive.name == "ppermute")
-    assert send.invars[0] in scan.invars
+    (send,) = (eqn for eqn in tick.eqns if eqn.primitive.name == "ppermute")
+    assert send.invars[0] in tick.invars
     (sent,) = send.outvars
-    assert not any(sent in eqn.invars for eqn in scan.eqns)
+    (barrier,) = (eqn for eqn in tick.eqns if sent in eqn.invars)
+    assert barrier.primitive.name == "optimization_barrier"
+    assert not any(out in eqn.invars for out in barrier.outvars for eqn in tick.eqns)
 
 
 @pytest.mark.gpu
@@ -102,5 +106,6 @@ def test_transfers_overlap():
     params = jax.device_get(params)
     text, *_ = run(pipeline.value_and_gradients(settings, mesh, params), params, tokens)
     num, num_overlapped = in_flight(text)
-    assert num == 2
-    assert num_overlapped >= 1
+    # All but those of the first or the last tick, which have nothing beside them.
+    assert num >= 2 * settings.micro_batches
+    assert num_overlapped >= num - 2
