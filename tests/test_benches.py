@@ -46,6 +46,20 @@ def test_train_step(tmp_path):
     assert path.with_suffix(".md").read_text() in output
 
 
+@pytest.mark.cpu("its tiny model is for the CPU")
+@pytest.mark.parametrize(
+    "script, options",
+    [("mesh_step.py", ("--layouts", "data")), ("pipeline_step.py", ("--connections", "mhc"))],
+)
+def test_steps_on_several_devices(script, options, tmp_path):
+    status, output = run(script, "--tiny", *options, "--commit", "0", "--output", tmp_path)
+    assert status == 0, output
+    (path,) = tmp_path.rglob("*.json")
+    record = json.loads(path.read_text())
+    assert record["commit"] == "0" and all(row["ms"] > 0 for row in record["rows"])
+    assert path.with_suffix(".md").read_text() in output
+
+
 def test_the_page_and_its_figures_come_from_the_records(tmp_path):
     docs = tmp_path / "docs"
     docs.mkdir()

@@ -191,3 +191,27 @@ def test_code_in_the_readme_runs():
         variables["loss"](params, variables["w"], variables["u"])
     # The message that it shows, broken into lines.
     assert str(error.value) in " ".join(README.read_text().split())
+
+
+SMALL_PIPELINE = "--steps 2 --hidden 32 --mlp 64 --length 16".split()
+
+
+@pytest.mark.cpu("it needs a device for each stage")
+def test_the_pipeline_trains():
+    losses = {}
+    for options in ([], ["--no-overlap"], ["--connection", "residual"]):
+        status, output = run("pipeline.py", *SMALL_PIPELINE, *options)
+        assert status == 0, output
+        losses[tuple(options)] = [float(loss) for loss in re.findall(r": loss ([\d.]+)", output)]
+        num_calls = int(re.search(r"(\d+) fused calls", output)[1])
+        assert (num_calls > 0) == ("residual" not in options)
+    # 4 micro-batches of 4 sequences of 16 tokens and 32 channels in bfloat16.
+    assert "0.02 MB forward and as much backward" in output
+    assert losses[()] == pytest.approx(losses["--no-overlap",], abs=1e-3)
+
+
+@pytest.mark.cpu("it needs a device for each stage")
+def test_the_pipeline_refuses_sizes_that_do_not_fit():
+    status, output = run("pipeline.py", "--layers", 5)
+    assert status == 1 and "layers: expected a multiple of stages, 2, got 5" in output
+    assert "Traceback" not in output

@@ -106,6 +106,6 @@ def test_transfers_overlap():
     params = jax.device_get(params)
     text, *_ = run(pipeline.value_and_gradients(settings, mesh, params), params, tokens)
     num, num_overlapped = in_flight(text)
-    # All but those of the first or the last tick, which have nothing beside them.
+    # At the ends of the pipeline there may be nothing beside a transfer.
     assert num >= 2 * settings.micro_batches
     assert num_overlapped >= num - 2
