@@ -1,6 +1,6 @@
 """The custom calls: the table of docs/architecture.md, and the primitive that one of them is.
 
-A call runs on one device, on what that device has; `_mesh.py` spreads it over many.
+A call runs on one device, on what that device has; `_mesh` spreads it over many.
 """
 
 from __future__ import annotations
