@@ -313,15 +313,11 @@ def train_step(model: GPT, optimizer: nnx.Optimizer, tokens: jax.Array):
 
 @nnx.jit
 def evaluate(model: GPT, tokens: jax.Array):
-    """Return the loss and the composite gains, forward and backward, the largest of all tokens.
-
-    With P the product of the h_res of all sublayers: forward = max_i |sum_j P[i, j]|, backward =
-    max_j |sum_i P[i, j]| (the Amax gain magnitudes of arXiv 2512.24880).
-    """
+    """Return the loss and the composite gains, forward and backward, the largest of all tokens."""
     inputs, n = tokens[:, :-1], model.streams or 1
     logits, composite = model(inputs, jnp.broadcast_to(jnp.eye(n), (*inputs.shape, n, n)))
-    forward, backward = (jnp.abs(composite.sum(axis)).max() for axis in (-1, -2))
-    return cross_entropy(logits, tokens), forward, backward
+    forward, backward = mhc.diagnostics.amax_gain(composite)
+    return cross_entropy(logits, tokens), forward.max(), backward.max()
 
 
 def build(connection: str, settings: Settings) -> tuple[Callable, Callable, dict]:

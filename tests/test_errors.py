@@ -340,6 +340,25 @@ ERRORS = [
     (stack_in_scan(keep_streams_every=3), ValueError, "stack", "keep_streams_every", "3"),
 ]  # fmt: skip
 
+ERRORS += [
+    (
+        lambda: mhc.diagnostics.amax_gain(zeros(4, 4, dtype=jnp.bfloat16)),
+        TypeError, "diagnostics.amax_gain", "h_res", "bfloat16",
+    ),
+    (
+        lambda: mhc.diagnostics.mixing(zeros(4, 3)),
+        ValueError, "diagnostics.mixing", "h_res", "[4, 3]",
+    ),
+    (
+        lambda: mhc.diagnostics.composite(zeros(4, 4)),
+        ValueError, "diagnostics.composite", "h_res", "[4, 4]",
+    ),
+    (
+        lambda: mhc.diagnostics.stream_similarity(zeros(1, 8)),
+        ValueError, "diagnostics.stream_similarity", "x", "[1, 8]",
+    ),
+]  # fmt: skip
+
 # Raised under conditions that the tests below make.
 CONDITIONAL = {
     "_runs_fused": 2, "_forward_mode": 1, "_second_order": 1, "_checked": 1,

@@ -215,3 +215,23 @@ def test_the_pipeline_refuses_sizes_that_do_not_fit():
     status, output = run("pipeline.py", "--layers", 5)
     assert status == 1 and "layers: expected a multiple of stages, 2, got 5" in output
     assert "Traceback" not in output
+
+
+def test_the_dial_shows_that_one_iteration_tames_the_gain(tmp_path):
+    status, output = run("manifold_dial.py", "--depth", 64, "--samples", 100, "--out", tmp_path)
+    assert status == 0, output
+    with open(tmp_path / "manifold_dial.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 5 * 64
+    deepest = {int(r["sinkhorn_iterations"]): r for r in rows if r["sublayers"] == "64"}
+    for direction in ("forward", "backward"):
+        gains = {k: float(row[direction]) for k, row in deepest.items()}
+        assert 1e15 < gains.pop(0) < 1e17
+        assert all(0.99 < gain < 1.5 for gain in gains.values())
+    assert (tmp_path / "manifold_dial.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_dial_refuses_what_it_cannot_simulate():
+    status, output = run("manifold_dial.py", "--iterations", -1)
+    assert status == 1 and "expected depth and samples of at least 1" in output
+    assert "Traceback" not in output

@@ -9,11 +9,12 @@
 
 `stack` runs many sublayers, in a scan too; `pre`, `post` and `post_pre` are the pieces for blocks
 of your own, and `sinkhorn` is the projection alone. `MHCConfig` and `presets` hold the settings,
-`convert` reads parameters of other implementations, `reference` is the same in plain JAX, and
-`python -m jax_mhc.info` describes the installation.
+`convert` reads parameters of other implementations, `reference` is the same in plain JAX,
+`diagnostics` tells what mixing does to the signal, and `python -m jax_mhc.info` describes the
+installation.
 """
 
-from jax_mhc import convert, presets, reference
+from jax_mhc import convert, diagnostics, presets, reference
 from jax_mhc._init import init_head, init_params
 from jax_mhc._ops.head import head
 from jax_mhc._ops.post import post
@@ -30,6 +31,7 @@ __all__ = [
     "MHCConfig",
     "MHCParams",
     "convert",
+    "diagnostics",
     "expand",
     "head",
     "info",

@@ -247,20 +247,21 @@ def _coefficient(
     return value
 
 
-def logits(op: str, argument: str, z: Any) -> jax.Array:
-    """Logits `[..., n, n]` in an accumulation dtype."""
-    z = array(op, argument, z)
-    if z.dtype.name not in ("float32", "float64"):
+def matrices(op: str, argument: str, value: Any) -> jax.Array:
+    """Matrices `[..., n, n]`, such as h_res or its logits, in an accumulation dtype."""
+    value = array(op, argument, value)
+    if value.dtype.name not in ("float32", "float64"):
         fail(
-            TypeError, op, argument, "logits of dtype float32 or float64", z.dtype.name,
-            "Convert them with logits.astype(jnp.float32); half precision loses the sums of 1.",
+            TypeError, op, argument, "matrices of dtype float32 or float64", value.dtype.name,
+            f"Convert them with {argument}.astype(jnp.float32); half precision loses sums of 1.",
         )  # fmt: skip
-    if z.ndim < 2 or z.shape[-1] != z.shape[-2] or not 1 <= z.shape[-1] <= MAX_STREAMS:
+    shape = value.shape
+    if value.ndim < 2 or shape[-1] != shape[-2] or not 1 <= shape[-1] <= MAX_STREAMS:
         fail(
             ValueError, op, argument, f"shape [..., n, n] with n from 1 to {MAX_STREAMS}",
-            list(z.shape), "Each token has one square matrix of logits.",
+            list(shape), "Each token has one square matrix.",
         )  # fmt: skip
-    return z
+    return value
 
 
 def config(op: str, config: MHCConfig) -> MHCConfig:

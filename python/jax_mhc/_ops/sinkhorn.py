@@ -49,7 +49,7 @@ def sinkhorn(
         RuntimeError: the kernels cannot be used; see `pre`.
     """
     op = "sinkhorn"
-    logits = _check.logits(op, "logits", logits)
+    logits = _check.matrices(op, "logits", logits)
     config = _check.config(op, config)
     if config.constraint != "birkhoff":
         _errors.fail(

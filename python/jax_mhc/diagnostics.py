@@ -1,0 +1,157 @@
+"""What the mixing of streams does to the signal: gain, errors, entropy, similarity.
+
+    ctx = mhc.pre(x, params)[1]
+    gain = diagnostics.amax_gain(ctx.h_res)          # of one sublayer
+    products = diagnostics.composite(h_res)          # of the first 1, 2, ... of many
+    gain = diagnostics.amax_gain(products)
+
+All are functions of matrices h_res `[..., n, n]`, one for each token, in plain JAX: they work under
+every transformation, and on meshes. They cost n² to n³ operations a token; a sample of the tokens,
+as `h_res[:, ::64]`, is enough to log. `h_res[i, j]` is the weight of stream j in new stream i, and
+results have the dtype of h_res.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jax_mhc import _check
+from jax_mhc._check import accumulation_dtype
+from jax_mhc._errors import fail
+
+__all__ = ["Gain", "Mixing", "amax_gain", "composite", "mixing", "stream_similarity"]
+
+
+class Gain(NamedTuple):
+    """How much the largest of equal signals grows."""
+
+    forward: jax.Array
+    backward: jax.Array
+
+
+class Mixing(NamedTuple):
+    """How matrices mix streams, each `[...]`.
+
+    row_error: largest distance of a row's sum from 1.
+    column_error: the same of columns.
+    identity_distance: Frobenius norm of h_res - I; 0 is no mixing.
+    entropy: mean over rows of -Σ_j p log p, in nats, where p are the absolute values of a row over
+        their sum; 0 is a permutation and log(n) the mean of all streams.
+    """
+
+    row_error: jax.Array
+    column_error: jax.Array
+    identity_distance: jax.Array
+    entropy: jax.Array
+
+
+def amax_gain(h_res: jax.Array) -> Gain:
+    """Amax Gain Magnitude of mappings.
+
+        forward = max_i |Σ_j h_res[i, j]|,   backward = max_j |Σ_i h_res[i, j]|
+
+    Both are 1 for a doubly stochastic matrix, and for a product of these. Source: arXiv 2512.24880,
+    which reports up to 3000 for the composite mappings of unconstrained hyper-connections.
+
+    Args:
+        h_res: `[..., n, n]` float32 or float64, of sublayers or of `composite`.
+
+    Returns:
+        Gains of each matrix, `[...]`; reduce them over tokens with max or mean.
+
+    Raises:
+        ValueError, TypeError: h_res of another shape or dtype.
+    """
+    h_res = _check.matrices("diagnostics.amax_gain", "h_res", h_res)
+    return Gain(*(jnp.max(jnp.abs(jnp.sum(h_res, axis)), -1) for axis in (-1, -2)))
+
+
+def composite(h_res: jax.Array) -> jax.Array:
+    """The composite mappings of the first 1, 2, ..., L sublayers.
+
+        P_l = H_l H_(l-1) ... H_1
+
+    Unconstrained mappings may grow to infinity over many sublayers, which their gain then is.
+
+    Args:
+        h_res: `[L, ..., n, n]` float32 or float64, the first sublayer first.
+
+    Returns:
+        P `[L, ..., n, n]`; products in full precision of the dtype on GPUs, too.
+
+    Raises:
+        ValueError, TypeError: h_res of another shape or dtype.
+    """
+    h_res = _check.matrices("diagnostics.composite", "h_res", h_res)
+    if h_res.ndim < 3:
+        fail(
+            ValueError, "diagnostics.composite", "h_res", "shape [L, ..., n, n]",
+            list(h_res.shape), "Stack the matrices of all sublayers: jnp.stack([...]).",
+        )  # fmt: skip
+
+    def step(product: Any, of_one: Any) -> tuple[Any, Any]:
+        product = jnp.matmul(of_one, product, precision="highest")
+        return product, product
+
+    if h_res.shape[0] == 0:
+        return h_res
+    _, rest = jax.lax.scan(step, h_res[0], h_res[1:])
+    return jnp.concatenate([h_res[:1], rest])
+
+
+def mixing(h_res: jax.Array) -> Mixing:
+    """How far matrices are from doubly stochastic, from no mixing and from the mean of all.
+
+    Args:
+        h_res: `[..., n, n]` float32 or float64.
+
+    Returns:
+        Figures of each matrix; see `Mixing`.
+
+    Raises:
+        ValueError, TypeError: h_res of another shape or dtype.
+    """
+    h_res = _check.matrices("diagnostics.mixing", "h_res", h_res)
+    sizes = jnp.abs(h_res)
+    tiny = jnp.finfo(h_res.dtype).tiny
+    shares = sizes / jnp.maximum(jnp.sum(sizes, -1, keepdims=True), tiny)
+    entropy = -jnp.sum(shares * jnp.log(jnp.maximum(shares, tiny)), -1)
+    difference = h_res - jnp.eye(h_res.shape[-1], dtype=h_res.dtype)
+    return Mixing(
+        row_error=jnp.max(jnp.abs(jnp.sum(h_res, -1) - 1), -1),
+        column_error=jnp.max(jnp.abs(jnp.sum(h_res, -2) - 1), -1),
+        identity_distance=jnp.sqrt(jnp.sum(difference * difference, (-2, -1))),
+        entropy=jnp.mean(entropy, -1),
+    )
+
+
+def stream_similarity(x: jax.Array) -> jax.Array:
+    """Mean cosine similarity of different streams: 1 where all are alike, as `expand` makes them.
+
+    Args:
+        x: streams `[..., n, C]` with n of at least 2.
+
+    Returns:
+        `[...]`, float32 (float64 for float64 streams). A stream of zeros is similar to none.
+
+    Raises:
+        ValueError, TypeError: x of another shape or dtype.
+    """
+    op = "diagnostics.stream_similarity"
+    x = _check.streams(op, "x", x)
+    n = x.shape[-2]
+    if n < 2:
+        fail(
+            ValueError, op, "x", "shape [..., n, C] with n at least 2", list(x.shape),
+            "One stream has no other to be similar to.",
+        )  # fmt: skip
+    x = x.astype(accumulation_dtype(x.dtype))
+    size = jnp.sqrt(jnp.sum(x * x, -1, keepdims=True))
+    # With lengths of 1, the squared length of the sum is n and the similarities of all pairs.
+    unit = jnp.where(size > 0, x / jnp.where(size > 0, size, 1), 0)
+    total = jnp.sum(unit, -2)
+    own = jnp.sum(size[..., 0] > 0, -1)
+    return (jnp.sum(total * total, -1) - own) / (n * (n - 1))
