@@ -217,10 +217,11 @@ def stage_loss(params: Any, tokens: jax.Array, s: Settings) -> jax.Array:
 
 def specs(params: Any) -> Any:
     """Blocks over stages; embedding and logits everywhere."""
-    return {
-        name: jax.tree.map(lambda _: P("stage") if name == "blocks" else P(), part)  # noqa: B023
-        for name, part in params.items()
-    }
+
+    def spec(path: Any, _: Any) -> P:
+        return P("stage") if path[0].key == "blocks" else P()
+
+    return jax.tree_util.tree_map_with_path(spec, params)
 
 
 def make_mesh(s: Settings) -> Any:

@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from collectives import collectives
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jax_mhc as mhc
 from jax_mhc import diagnostics
@@ -115,3 +118,27 @@ def test_a_token_with_nan_keeps_to_itself():
     for one, other in zip(before, after, strict=True):
         np.testing.assert_array_equal(np.delete(one, 2, 1), np.delete(other, 2, 1))
         assert np.all(np.isnan(other[1:, 2]))
+    x = jnp.asarray(normal(5, 3, 8), jnp.float32)
+    similarity = diagnostics.stream_similarity(x.at[2, 1, 0].set(jnp.nan))
+    np.testing.assert_array_equal(np.isnan(similarity), np.arange(5) == 2)
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_they_stay_where_the_tokens_are(kind):
+    mesh = jax.make_mesh((2,), ("a",), axis_types=(kind,), devices=jax.devices()[:2])
+    h, x = normal(3, 8, 4, 4).astype(np.float32), normal(8, 4, 16).astype(np.float32)
+
+    def figures(h, x):
+        products = diagnostics.composite(h)
+        of_products = diagnostics.amax_gain(products), diagnostics.mixing(products)
+        return of_products, diagnostics.stream_similarity(x)
+
+    wanted = figures(h, x)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(h, P(None, "a")), jax.device_put(x, P("a"))
+        compiled = jax.jit(figures).lower(*split).compile()
+        found = compiled(*split)
+    assert not collectives(compiled.as_text())
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)

@@ -5,10 +5,14 @@
     products = diagnostics.composite(h_res)          # of the first 1, 2, ... of many
     gain = diagnostics.amax_gain(products)
 
-All are functions of matrices h_res `[..., n, n]`, one for each token, in plain JAX: they work under
-every transformation, and on meshes. They cost n² to n³ operations a token; a sample of the tokens,
-as `h_res[:, ::64]`, is enough to log. `h_res[i, j]` is the weight of stream j in new stream i, and
-results have the dtype of h_res.
+`stream_similarity` is a function of the streams; all others are of matrices h_res `[..., n, n]`,
+one for each token, where `h_res[i, j]` is the weight of stream j in new stream i, and have their
+dtype.
+
+They are figures to log, in plain JAX: they work in `jit`, `vmap` and `scan`, and stay where the
+tokens are on meshes, but gradients may be NaN, as of the distance of the identity itself. They cost
+n² to n³ operations a token; a sample of the tokens, as `h_res[:, ::64]`, is enough. What is no
+number gives figures of that token that are none either.
 """
 
 from __future__ import annotations
@@ -74,7 +78,8 @@ def composite(h_res: jax.Array) -> jax.Array:
 
         P_l = H_l H_(l-1) ... H_1
 
-    Unconstrained mappings may grow to infinity over many sublayers, which their gain then is.
+    Products of many unconstrained mappings overflow (some 160 of standard normal ones in float32);
+    their gain is infinite or NaN then.
 
     Args:
         h_res: `[L, ..., n, n]` float32 or float64, the first sublayer first.
@@ -151,7 +156,6 @@ def stream_similarity(x: jax.Array) -> jax.Array:
     x = x.astype(accumulation_dtype(x.dtype))
     size = jnp.sqrt(jnp.sum(x * x, -1, keepdims=True))
     # With lengths of 1, the squared length of the sum is n and the similarities of all pairs.
-    unit = jnp.where(size > 0, x / jnp.where(size > 0, size, 1), 0)
-    total = jnp.sum(unit, -2)
-    own = jnp.sum(size[..., 0] > 0, -1)
+    total = jnp.sum(x / jnp.where(size == 0, 1, size), -2)
+    own = jnp.sum(size[..., 0] != 0, -1)
     return (jnp.sum(total * total, -1) - own) / (n * (n - 1))
