@@ -1,5 +1,8 @@
 """Diagnostics against NumPy in float64, and against what the mathematics says."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,6 +112,31 @@ def test_stream_similarity():
     opposite = jnp.array([[1.0, 2.0], [-1.0, -2.0]])
     np.testing.assert_allclose(diagnostics.stream_similarity(opposite), -1, rtol=1e-6)
     assert diagnostics.stream_similarity(orthogonal.at[0].set(0)) == 0
+
+
+@pytest.mark.parametrize(
+    "count, wanted", [(1, [0]), (2, [0, 29]), (7, [0, 4, 9, 14, 19, 24, 29]), (99, range(30))]
+)
+def test_sampled_tokens_are_evenly_spaced(count, wanted):
+    h = jnp.arange(30 * 4, dtype=jnp.float32).reshape(2, 3, 5, 2, 2)
+    sample = jax.jit(lambda h: diagnostics.sample_tokens(h, count))
+    np.testing.assert_array_equal(sample(h), h.reshape(30, 2, 2)[np.array(wanted)])
+    np.testing.assert_array_equal(jax.vmap(sample)(h)[1], sample(h[1]))
+    np.testing.assert_array_equal(jax.grad(lambda h: jnp.sum(sample(h)))(h), 0)
+    assert sample(h[:, :0]).shape == (0, 2, 2)
+    np.testing.assert_array_equal(sample(h[0, 0, 0]), h[:1, 0, 0])
+
+
+def test_a_sample_reads_no_more_than_its_tokens():
+    h = jax.ShapeDtypeStruct((8, 128, 4, 4), jnp.float32)
+    compiled = jax.jit(lambda h: diagnostics.sample_tokens(h, 5)).lower(h).compile()
+    of_all = [
+        kind
+        for shape, kind in re.findall(r"= f32\[([\d,]+)\]\S* (\w+)\(", compiled.as_text())
+        if math.prod(map(int, shape.split(","))) == h.size
+    ]
+    assert of_all and set(of_all) == {"parameter"}
+    assert compiled.memory_analysis().temp_size_in_bytes < h.size
 
 
 def test_a_token_with_nan_keeps_to_itself():

@@ -357,6 +357,10 @@ ERRORS += [
         lambda: mhc.diagnostics.stream_similarity(zeros(1, 8)),
         ValueError, "diagnostics.stream_similarity", "x", "[1, 8]",
     ),
+    (
+        lambda: mhc.diagnostics.sample_tokens(Z, 0),
+        ValueError, "diagnostics.sample_tokens", "count", "0",
+    ),
 ]  # fmt: skip
 
 # Raised under conditions that the tests below make.

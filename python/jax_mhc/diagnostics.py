@@ -17,16 +17,28 @@ number gives figures of that token that are none either.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jax_mhc import _check
+from jax_mhc import _check, _errors
+from jax_mhc._axes import axes_of
 from jax_mhc._check import accumulation_dtype
 from jax_mhc._errors import fail
 
-__all__ = ["Gain", "Mixing", "amax_gain", "composite", "mixing", "stream_similarity"]
+__all__ = [
+    "Gain",
+    "Mixing",
+    "amax_gain",
+    "composite",
+    "mixing",
+    "sample_tokens",
+    "stream_similarity",
+]
 
 
 class Gain(NamedTuple):
@@ -50,6 +62,42 @@ class Mixing(NamedTuple):
     column_error: jax.Array
     identity_distance: jax.Array
     entropy: jax.Array
+
+
+def sample_tokens(h_res: jax.Array, count: int) -> jax.Array:
+    """The matrices of some tokens, evenly spaced over all: of few, what the other figures cost.
+
+    Which tokens is known when the program is compiled, and only theirs are read. On auto and
+    explicit axes of a mesh the sample is on every device: that takes one all-reduce of its size,
+    or two where the tokens are split in two dimensions. Inside `jax.shard_map` it is of the
+    device's own tokens. It has no gradient.
+
+    Args:
+        h_res: `[..., n, n]` float32 or float64; all leading dimensions are tokens.
+        count: how many, at least 1; of fewer tokens all are taken.
+
+    Returns:
+        `[S, n, n]` with S the smaller of count and the number of tokens; the first token is one of
+        them and, where S is at least 2, the last.
+
+    Raises:
+        ValueError, TypeError: h_res of another shape or dtype; count that is no positive int.
+    """
+    op = "diagnostics.sample_tokens"
+    h_res = jax.lax.stop_gradient(_check.matrices(op, "h_res", h_res))
+    count = _errors.integer(op, "count", count, 1, None, "Some 64 tokens tell enough of a batch.")
+    if h_res.ndim == 2:
+        h_res = h_res[None]
+    tokens = h_res.shape[:-2]
+    num = math.prod(tokens)
+    count = min(count, num)
+    places = [at * (num - 1) // max(count - 1, 1) for at in range(count)]
+    # One index for each dimension: flattened tokens would be a copy where they are split.
+    index = np.unravel_index(np.array(places, np.int64), tokens)
+    sharding = None
+    if axes_of(h_res, AxisType.Explicit):
+        sharding = NamedSharding(jax.typeof(h_res).sharding.mesh, PartitionSpec())
+    return h_res.at[index].get(mode="promise_in_bounds", out_sharding=sharding)
 
 
 def amax_gain(h_res: jax.Array) -> Gain:
