@@ -40,8 +40,9 @@ from tabulate import tabulate
 import jax_mhc as mhc
 
 Connection = Literal[
-    "residual", "plain", "plain-checkpoint", "mhc", "seams", "seams-norms", "seams-checkpoint"
-]
+    "residual", "plain", "plain-checkpoint", "mhc", "seams", "seams-norms", "seams-checkpoint",
+    "residual-layers", "mhc-layers", "seams-auto", "seams-auto-mhc",
+]  # fmt: skip
 
 LABELS: dict[Connection, str] = {
     "residual": "plain residual",
@@ -51,12 +52,24 @@ LABELS: dict[Connection, str] = {
     "seams": "mHC, fused with seams",
     "seams-norms": "mHC, fused with seams and the layers' norms",
     "seams-checkpoint": "mHC, fused with seams, recomputed",
+    # Those of recompute.py.
+    "residual-layers": "plain residual, jax.checkpoint",
+    "mhc-layers": "mHC, fused, jax.checkpoint",
+    "seams-auto": "mHC, fused with seams, streams recomputed",
+    "seams-auto-mhc": "mHC, fused with seams, all of mHC recomputed",
 }
-FUSED = ("mhc", "seams", "seams-norms", "seams-checkpoint")
+# Those of mhc.stack, with its options.
+STACKS: dict[Connection, dict[str, Any]] = {
+    "seams": {},
+    "seams-norms": {},
+    "seams-checkpoint": {"keep_streams_every": 2},
+    "seams-auto": {"keep_streams_every": "auto"},
+    "seams-auto-mhc": {"keep_streams_every": "auto", "policy": "mhc"},
+}
+FUSED = ("mhc", "mhc-layers", *STACKS)
+# Those with jax.checkpoint around the whole of each layer of the model.
+RUN_AGAIN = ("residual-layers", "mhc-layers")
 WARM_UP = 3
-# Sublayers for which seams-checkpoint keeps the streams once. With 4, which the paper derives as
-# sqrt(n L / (n + 2)) of L = 24, the peak is the same: what two layers need at once takes the rest.
-KEPT_EVERY = 2
 
 # Largest difference of the losses in the warm-up, which start at log(vocabulary), 10.4 or, tiny,
 # 4.9. At first all connections compute the same up to rounding to bfloat16; then those with streams
@@ -92,7 +105,7 @@ TINY = Model(
 class Options:
     """What to run."""
 
-    connections: tuple[Connection, ...] = tuple(LABELS)
+    connections: tuple[Connection, ...] = tuple(LABELS)[:7]
     """Residual connections, the first the one that the others are compared with."""
     steps: int = 40
     """Timed steps of each, in five rounds; a round begins with a launch that nothing hides."""
@@ -166,6 +179,10 @@ def mlp(u: jax.Array, params: Any) -> jax.Array:
     return (jax.nn.silu(gate) * up) @ params["down"].astype(u.dtype)
 
 
+def has_streams(connection: Connection) -> bool:
+    return not connection.startswith("residual")
+
+
 def anywhere(array: jax.Array, name: str) -> jax.Array:
     """Where a value lies, on one device; mesh_step.py has others."""
     return array
@@ -182,9 +199,11 @@ def run_layers(
         return place(behind_norms[name](u, params), "layer_output")
 
     layers = {name: functools.partial(with_norm, name) for name in behind_norms}
-    if connection == "residual":
+    again = jax.checkpoint if connection in RUN_AGAIN else lambda layer: layer
+    if not has_streams(connection):
         x = place(x, "hidden")
 
+        @again
         def residual(x: jax.Array, params: Any) -> Any:
             for name, layer in layers.items():
                 x = x + layer(x, params[name])
@@ -193,7 +212,7 @@ def run_layers(
         return jax.lax.scan(residual, x, params["layers"])[0]
 
     x = place(mhc.expand(x, streams=STREAMS), "streams")
-    if connection.startswith("seams"):
+    if connection in STACKS:
         norm_scale = None
         if connection == "seams-norms":
             layers, norm_scale = behind_norms, [params["layers"][name]["norm"] for name in layers]
@@ -204,18 +223,19 @@ def run_layers(
             xs=params["layers"],
             norm_scale=norm_scale,
             implementation="fused",
-            keep_streams_every=KEPT_EVERY if connection == "seams-checkpoint" else 1,
+            **STACKS[connection],
         )
         return mhc.reduce(x)
     pre, post = plain.pre, plain.post
     if connection == "plain-checkpoint":
         pre, post = jax.checkpoint(pre), jax.checkpoint(post)
 
+    @again
     def streams(x: jax.Array, params: Any) -> Any:
         layer_params, connections = params
         for name, layer in layers.items():
             call = functools.partial(layer, params=layer_params[name])
-            if connection == "mhc":
+            if connection in FUSED:
                 x = mhc.mhc_residual(call, x, connections[name], implementation="fused")
             else:
                 u, ctx = pre(x, connections[name])
@@ -276,7 +296,7 @@ class Steps:
             SystemExit: the program holds custom calls where it should not, or none where it should.
         """
         step = self.step(connection)
-        state = jax.eval_shape(functools.partial(self.state, connection != "residual"))
+        state = jax.eval_shape(functools.partial(self.state, has_streams(connection)))
         start = time.perf_counter()
         tokens = jax.eval_shape(self.tokens)
         program = jax.jit(step, donate_argnums=0).lower(state, tokens).compile()
@@ -302,7 +322,7 @@ def run(steps: Steps, options: Options) -> list[dict[str, Any]]:
     new_state = jax.jit(steps.state, static_argnums=0)
     rows: dict[Connection, dict[str, Any]] = {}
     for name, (program, seconds) in compiled.items():
-        state, losses = new_state(name != "residual"), []
+        state, losses = new_state(has_streams(name)), []
         for _ in range(WARM_UP):
             state, value = program(state, tokens)
             losses.append(float(value))
@@ -318,25 +338,25 @@ def run(steps: Steps, options: Options) -> list[dict[str, Any]]:
         print(f"{name}: losses {losses}, peak {gb:.2f} GB", flush=True)
 
     # One state for all connections with streams: it makes no difference whose step comes next.
-    states = {streams: new_state(streams) for streams in {n != "residual" for n in compiled}}
+    states = {streams: new_state(streams) for streams in {has_streams(n) for n in compiled}}
     rounds = min(5, options.steps)
     for _ in range(rounds):
         for name, (program, _) in compiled.items():
-            state = jax.block_until_ready(states.pop(name != "residual"))
+            state = jax.block_until_ready(states.pop(has_streams(name)))
             start = time.perf_counter()
             for _ in range(options.steps // rounds):
                 state, value = program(state, tokens)
             jax.block_until_ready((state, value))
             milliseconds = (time.perf_counter() - start) * 1e3 / (options.steps // rounds)
             rows[name]["round_ms"].append(milliseconds)
-            states[name != "residual"] = state
+            states[has_streams(name)] = state
         latest = (f"{name} {row['round_ms'][-1]:.1f}" for name, row in rows.items())
         print("ms a step: " + ", ".join(latest), flush=True)
 
     for name, (program, _) in compiled.items():
 
         def step(name: Connection = name, program: Any = program) -> Any:
-            streams = name != "residual"
+            streams = has_streams(name)
             states[streams], value = program(states[streams], tokens)
             return value
 
@@ -353,7 +373,7 @@ def run(steps: Steps, options: Options) -> list[dict[str, Any]]:
 def wrong_losses(rows: list[dict[str, Any]]) -> list[str]:
     """Complaints about losses that are not what they must be; NaN is never what it must be."""
     complaints = []
-    with_streams = [row for row in rows if row["connection"] != "residual"]
+    with_streams = [row for row in rows if has_streams(row["connection"])]
     for rows_alike, limit, compared in (
         (rows, FIRST_LOSS, slice(1)),
         (with_streams, LATER_LOSSES, slice(None)),

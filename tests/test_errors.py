@@ -53,6 +53,10 @@ def stack_in_scan(num_params=4, num_xs=4, params=PARAMS, layers=(lambda u, s: s 
     return stack(layers, len(layers) * [stacked], xs={"w": zeros(num_xs)}, **options)
 
 
+def remat_policy(*names, **options):
+    return lambda: mhc.remat_policy(*names, **{"streams": N, "hidden": C, **options})
+
+
 def config(**settings):
     return lambda: MHCConfig(**settings)
 
@@ -338,6 +342,13 @@ ERRORS = [
         ValueError, "stack", "keep_streams_every", "3",
     ),
     (stack_in_scan(keep_streams_every=3), ValueError, "stack", "keep_streams_every", "3"),
+    (stack(keep_streams_every="some"), TypeError, "stack", "keep_streams_every", "'some' (str)"),
+    (stack(policy="outputs"), ValueError, "stack", "policy", "'outputs'"),
+    (stack(sample_tokens=-1), ValueError, "stack", "sample_tokens", "-1"),
+    (remat_policy("outputs"), ValueError, "remat_policy", "recompute", "'outputs'"),
+    (remat_policy(streams=17), ValueError, "remat_policy", "streams", "17"),
+    (remat_policy(hidden=0), ValueError, "remat_policy", "hidden", "0"),
+    (remat_policy(layers="dots"), TypeError, "remat_policy", "layers", "'dots'"),
 ]  # fmt: skip
 
 ERRORS += [

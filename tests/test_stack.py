@@ -27,7 +27,7 @@ from cases import (
 from jax import checkpoint_policies
 from test_hlo import compiled_text, custom_calls, residuals
 
-from jax_mhc import mhc_residual, presets, stack
+from jax_mhc import mhc_residual, post, pre, presets, stack
 
 CASE = Case((3, 5), 4, 16)
 
@@ -155,6 +155,10 @@ def check(form, size, implementation, case=CASE, **options):
         (scanned, (4, 2), {"unroll": True, "keep_streams_every": 2}),
         (scanned, (4, 2), {"policy": checkpoint_policies.nothing_saveable}),
         (in_a_row, (2, 2), {"policy": checkpoint_policies.nothing_saveable}),
+        (scanned, (2, 2), {"policy": "mhc"}),
+        (scanned, (2, 4), {"policy": "mhc", "keep_streams_every": 2}),
+        (scanned, (4, 2), {"policy": "mhc", "keep_streams_every": "auto"}),
+        (in_a_row, (2, 2), {"policy": "mhc", "keep_streams_every": "auto"}),
     ],
 )
 def test_what_is_kept_does_not_change_the_result(form, size, options):
@@ -187,6 +191,12 @@ def test_norms(form, implementation):
     check(form, (2, 2), implementation, case, norm_scale_eps=0.25)
 
 
+@pytest.mark.parametrize("policy", ["streams", "mhc"])
+def test_norms_where_streams_are_computed_again(policy):
+    case = Case((5,), 4, 16, norm=True)
+    check(scanned, (2, 2), "fused", case, keep_streams_every=2, policy=policy)
+
+
 def test_settings_of_a_row():
     check(in_a_row, (2, 1), "fused", Case((5,), 3, 7, config=presets.DEEPSEEK_V4))
 
@@ -214,8 +224,8 @@ def checkpointed(o, **options):
 
 @pytest.mark.parametrize("form", [vmapped, looped_over, checkpointed])
 def test_transformations(form):
-    for options in ({}, {"keep_streams_every": 2}):
-        check(form, (2, 2), "fused", **options)
+    for options in ({}, {"keep_streams_every": 2}, {"keep_streams_every": 4, "policy": "mhc"}):
+        check(form, (4, 2), "fused", **options)
 
 
 # ---- the scan with a backward pass of its own ---------------------------------------------------
@@ -243,10 +253,19 @@ def with_all_kinds_of_values(o, scale, table, **options):
     return stack([first, second], o["x"], o["params"], xs=xs, implementation="fused", **options)
 
 
-@pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint, lambda f: f])
-def test_has_the_gradients_of_a_scan(transform):
+@pytest.mark.parametrize(
+    "transform, options",
+    [
+        (jax.jit, {}),
+        (jax.checkpoint, {}),
+        (lambda f: f, {}),
+        (jax.jit, {"keep_streams_every": 2}),
+        (jax.jit, {"keep_streams_every": 4, "policy": "mhc"}),
+    ],
+)
+def test_has_the_gradients_of_a_scan(transform, options):
     """To the bit, but for sums over the blocks of the gradient of what a layer closes over."""
-    o = operands(3, 2, np.dtype("float32"))
+    o = operands(4, 2, np.dtype("float32"))
     scale, table = jnp.float32(1.3), jnp.linspace(0, 1, CASE.hidden, dtype="float32")
 
     def run(**options):
@@ -254,7 +273,7 @@ def test_has_the_gradients_of_a_scan(transform):
         x_new, vjp = jax.vjp(function, o, scale, table)
         return x_new, vjp(jnp.sin(x_new))
 
-    x_new, (d_o, *d_others) = run()
+    x_new, (d_o, *d_others) = run(**options)
     # A policy is for jax.checkpoint, in JAX's own scan.
     expected, (d_o_expected, *d_others_expected) = run(
         policy=checkpoint_policies.everything_saveable
@@ -339,14 +358,30 @@ def test_a_block_begins_with_a_seam():
     assert backward == {"seam_bwd": 3, "post_bwd": 1}
 
 
-def test_streams_are_computed_again_by_seams_alone():
+def test_streams_are_computed_again_by_post_alone():
     """Those between the first and the last of a stretch, whose layers do not run again."""
     forward, backward = calls(scanned, (4, 3), keep_streams_every=3)
     assert forward == {"seam_fwd": 3, "post_fwd": 1}
-    assert backward == {"seam_fwd": 2, "seam_bwd": 3, "post_bwd": 1}
-    forward, backward = calls(scanned, (4, 1), keep_streams_every=2)
-    assert forward == {"seam_fwd": 2, "post_fwd": 1}
-    assert backward == {"seam_fwd": 1, "seam_bwd": 2, "post_bwd": 1}
+    assert backward == {"post_fwd": 2, "seam_bwd": 3, "post_bwd": 1}
+    _, backward = calls(scanned, (4, 1), keep_streams_every=2)
+    # The forward pass that keeps something has both blocks of a stretch in its loop.
+    assert backward == {"seam_fwd": 1, "post_fwd": 1, "seam_bwd": 2, "post_bwd": 1}
+
+
+def test_the_layers_inputs_are_computed_again_by_seams():
+    _, backward = calls(scanned, (4, 3), keep_streams_every=3, policy="mhc")
+    assert backward == {"seam_fwd": 3, "seam_bwd": 3, "post_bwd": 1}
+
+
+@pytest.mark.parametrize("form", [scanned, in_a_row])
+@pytest.mark.parametrize("policy", ["streams", "mhc"])
+def test_no_layer_runs_again(form, policy):
+    def num_products(**options):
+        run = functools.partial(value_and_gradients, form, implementation="fused", **options)
+        return compiled_text(run, operands(4, 2)).count(" dot(")
+
+    # Of a layer its own, and those for the gradients of u and of its weights.
+    assert num_products(keep_streams_every=2, policy=policy) == num_products()
 
 
 def test_unroll():
@@ -402,6 +437,8 @@ def num_kept(form, size, num_steps, case=KEPT, **options):
         ((5, 2), 5, {"keep_streams_every": 2}, 1, 6),
         ((5, 4), 5, {"keep_streams_every": 2}, 2, 12),
         ((4, 2), 2, {"keep_streams_every": 4}, 1, 12),
+        ((5, 2), 5, {"keep_streams_every": 2, "policy": "mhc"}, 1, 4),
+        ((4, 2), 2, {"keep_streams_every": 4, "policy": "mhc"}, 1, 8),
         # The streams and the y before each sublayer or block: all that enters it.
         ((5, 2), 5, {"policy": checkpoint_policies.nothing_saveable}, 2, 2),
         (
@@ -434,6 +471,20 @@ def test_a_row_keeps(every, streams):
     assert (kept, states) == (streams, 18)
 
 
+def test_all_of_mhc_is_computed_again():
+    """Of the coefficients those that each stretch begins with are kept, h_post and h_res."""
+    o, n = operands(8, 2, case=KEPT), KEPT.streams
+    run = functools.partial(scanned, implementation="fused", policy="mhc")
+    for every in (2, 4):
+        kept = collections.Counter(residuals(functools.partial(run, keep_streams_every=every), o))
+        of_h_res = sum(
+            size // (T * n * n) * num
+            for size, num in kept.items()
+            if size in (T * n * n, 16 // every * T * n * n)
+        )
+        assert of_h_res == 16 // every + 1  # and those of the last sublayer
+
+
 def test_the_reference_computes_streams_again():
     o = operands(5, 2, case=KEPT)
 
@@ -460,6 +511,41 @@ def test_wider_copies_are_not_kept_beside_what_they_copy():
         run = functools.partial(form, implementation="fused", keep_streams_every=every)
         return collections.Counter(residuals(run, o))[5 * T * KEPT.hidden]
 
-    # y, u, its square and, in the first case, the wide u.
-    assert num_states(1) == 2 * 4
-    assert num_states(2) == 2 * 3
+    # y, u and its square, but not the wide u.
+    assert num_states(1) == num_states(2) == 2 * 3
+
+
+# ---- samples of h_res ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form, options", [
+    (scanned, {}), (in_a_row, {}), (scanned, {"keep_streams_every": 4}),
+    (scanned, {"unroll": True, "keep_streams_every": 2}),
+])  # fmt: skip
+def test_samples_are_the_h_res_of_all_sublayers(form, options, implementation):
+    o = operands(2, 2)
+    x, expected = o["x"], []
+    for b, weights in enumerate(o["weights"]):
+        for layer, params in zip(layers(2), o["params"], strict=True):
+            u, ctx = pre(x, jax.tree.map(operator.itemgetter(b), params))
+            expected.append(ctx.h_res.reshape(-1, 4, 4)[np.array([0, 7, 14])])
+            x = post(layer(u, weights), ctx)
+    options |= {"implementation": implementation}
+
+    def run(o, num):
+        out = form(o, sample_tokens=num, **options)
+        x_new, h_res = out if num else (out, None)
+        return jnp.sum(jnp.sin(x_new)), h_res
+
+    run = jax.jit(jax.value_and_grad(run, has_aux=True), static_argnums=1)
+    (value, h_res), gradients = run(o, 3)
+    np.testing.assert_allclose(h_res, jnp.stack(expected), rtol=1e-9)
+    # And nothing else changes.
+    (without, _), gradients_without = run(o, 0)
+    np.testing.assert_allclose(value, without, rtol=1e-12)
+    assert_trees_close(gradients, gradients_without, 1e-12)
+
+
+def test_samples_without_sublayers():
+    _, h_res = stack([], operands(1, 1)["x"], [], sample_tokens=3)
+    assert h_res.shape == (0, 3, 4, 4)

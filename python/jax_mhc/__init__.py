@@ -21,6 +21,7 @@ from jax_mhc._ops.post import post
 from jax_mhc._ops.pre import pre
 from jax_mhc._ops.seam import post_pre
 from jax_mhc._ops.sinkhorn import sinkhorn
+from jax_mhc._remat import remat_policy
 from jax_mhc._residual import expand, mhc_residual, reduce
 from jax_mhc._stack import stack
 from jax_mhc._types import Context, HeadParams, MHCConfig, MHCParams
@@ -44,6 +45,7 @@ __all__ = [
     "presets",
     "reduce",
     "reference",
+    "remat_policy",
     "sinkhorn",
     "stack",
 ]

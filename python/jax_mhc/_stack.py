@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_mhc import _check, _errors
+from jax_mhc import _check, _errors, diagnostics
 from jax_mhc._axes import varying_like
 from jax_mhc._dispatch import Implementation, use_fused
 from jax_mhc._mesh.types import lie_like
 from jax_mhc._ops.deferred import streams
 from jax_mhc._ops.post import post
 from jax_mhc._ops.pre import Settings, dense, pre
-from jax_mhc._ops.scan import no_sublayer, scan_of_seams
+from jax_mhc._ops.scan import Stretches, no_sublayer, scan_of_seams
 from jax_mhc._ops.seam import post_pre
+from jax_mhc._remat import Recompute, best_length, policy_of
 from jax_mhc._types import Context, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
@@ -38,10 +39,11 @@ def stack(
     norm_scale_eps: float = 1e-6,
     hidden_axis_name: str | Sequence[str] | None = None,
     implementation: Implementation = None,
-    keep_streams_every: int = 1,
-    policy: Callable[..., Any] | None = None,
+    keep_streams_every: int | Literal["auto"] = 1,
+    policy: Recompute | Callable[..., Any] = "streams",
     unroll: int | bool = 1,
-) -> jax.Array:
+    sample_tokens: int = 0,
+) -> Any:
     """Sublayers one after the other, each with its hyper-connection (equation 3).
 
     Without xs this is, to rounding,
@@ -66,11 +68,11 @@ def stack(
 
     See `pre` for dtypes, derivatives and batching. Beside what the layers keep, the backward pass
     keeps of each sublayer the streams before it, y, with norm_scale u too, and about 2 (n² + 2n)
-    numbers a token. With xs and where all streams are kept, the loop has a derivative of its own:
-    the policy of a `jax.checkpoint` around it sees no names inside. With
-    `keep_streams_every` above 1 the sublayers are run in stretches of that many: only the streams
-    before a stretch are kept, and the backward pass computes the others again, a stretch at a time
-    (section 4.3.2). Then, and with a `policy`, each stretch is one `jax.checkpoint`. JAX applies
+    numbers a token. With `keep_streams_every` above 1 the sublayers are run in stretches of that
+    many: only the streams before a stretch are kept, and the backward pass computes the others
+    again, a stretch at a time, without running a layer (section 4.3.2). With xs the loop has a
+    derivative of its own: the policy of a `jax.checkpoint` around it sees no names inside. With a
+    function as `policy`, and without xs, each stretch is one `jax.checkpoint`. JAX applies
     its policy to the insides of layers that are wrapped in `jax.checkpoint` themselves, too. Names
     for policies: those of `post_pre`, and "mhc_layer_output" (y).
 
@@ -87,13 +89,18 @@ def stack(
         hidden_axis_name: the mesh axes over which C is split inside `jax.shard_map`; see `pre`.
         implementation: None, "fused" or "reference"; see `pre`.
         keep_streams_every: the sublayers of a stretch. With xs a divisor of those of a block, or
-            those of several blocks that divide num_blocks.
-        policy: what of a stretch is kept beside the streams before it, as for `jax.checkpoint`.
-            None: everything but float32 copies of values in half precision.
+            those of several blocks that divide num_blocks. "auto": the possible number nearest to
+            sqrt(n L / (n + 2)) of all L sublayers, which needs the least memory.
+        policy: what a stretch computes again beside the streams within it: "streams": nothing;
+            "mhc": the layers' inputs and the coefficients, as in the paper (see `remat_policy`); or
+            what of it is kept, a policy of `jax.checkpoint`.
         unroll: as for `jax.lax.scan`, whose steps are blocks, or stretches of several blocks.
+        sample_tokens: the number of tokens S whose h_res to return, for `diagnostics`.
 
     Returns:
-        The new streams `[..., n, C]`.
+        The new streams `[..., n, C]`; with sample_tokens a pair of these and h_res
+        `[L, S, n, n]` of all L sublayers and of S tokens, or all if there are fewer, as
+        `diagnostics.sample_tokens` chooses them. It has no gradient.
 
     Raises:
         ValueError, TypeError: what `pre` raises; numbers of layers, parameters or blocks that
@@ -107,10 +114,16 @@ def stack(
     if norm_scale is not None:
         scales = _elements("norm_scale", norm_scale, "arrays, one for each of layers")
     _check_layers(layers, params, scales)
-    every = _errors.integer(
-        _OP, "keep_streams_every", keep_streams_every, 1, None,
-        "Give 1 to keep the streams before every sublayer.",
-    )  # fmt: skip
+    if keep_streams_every != "auto":
+        _errors.integer(
+            _OP, "keep_streams_every", keep_streams_every, 1, None,
+            "Give 1 to keep the streams before every sublayer, or 'auto'.",
+        )  # fmt: skip
+    if not callable(policy):
+        _errors.choice(_OP, "policy", policy, ("streams", "mhc", "a function"))
+    num_samples = _errors.integer(
+        _OP, "sample_tokens", sample_tokens, 0, None, "Give 0 for no samples of h_res."
+    )
     if not isinstance(unroll, bool):
         unroll = _errors.integer(_OP, "unroll", unroll, 1, None, "Give 1 to unroll nothing.")
     if xs is None and unroll not in (False, 1):
@@ -126,6 +139,7 @@ def stack(
     of_slices = "" if xs is None else "a slice of "
 
     def advance(before: Any, sublayers: list[_Sublayer]) -> Any:
+        samples = []
         for i, layer, p, scale in sublayers:
             _check.params(_OP, p, x, config, f"{of_slices}params[{i}]", axes)
             _check.norm_scale(_OP, scale, norm_scale_eps, x, f"{of_slices}norm_scale[{i}]", axes)
@@ -137,31 +151,53 @@ def stack(
             y = lie_like(_layer_output(i, layer(u), x), u)
             y = checkpoint_name(y, "mhc_layer_output")
             before = _Pending(streams(ctx)[1], y, ctx.h_post, ctx.h_res)
-        return before
+            if num_samples:
+                samples.append(diagnostics.sample_tokens(ctx.h_res, num_samples))
+        return before, samples
 
-    def run(before: Any, sublayers: list[_Sublayer], prevent_cse: bool = True) -> Any:
-        if every == 1 and policy is None:
+    def run(before: Any, sublayers: list[_Sublayer], every: int, prevent_cse: bool = True) -> Any:
+        if every == 1 and policy == "streams":
             return advance(before, sublayers)
+        what = policy if callable(policy) else policy_of(x.shape, policy)
+        samples: list[Any] = []
         for start in range(0, len(sublayers), every):
             stretch = partial(advance, sublayers=sublayers[start : start + every])
-            what = policy or _all_but_streams(x.shape)
-            before = jax.checkpoint(stretch, policy=what, prevent_cse=prevent_cse)(before)
-        return before
+            run_stretch = jax.checkpoint(stretch, policy=what, prevent_cse=prevent_cse)
+            before, of_stretch = run_stretch(before)
+            samples += of_stretch
+        return before, samples
 
+    n = x.shape[-2]
     if xs is None:
+        every = keep_streams_every
+        if every == "auto":
+            every = best_length(n, len(layers), list(range(1, len(layers) + 1)) or [1])
         each = zip(layers, params, scales, strict=True)
         sublayers = [_Sublayer(i, *of_one) for i, of_one in enumerate(each)]
-        before = run(x, sublayers)
+        before, samples = run(x, sublayers, every)
+        h_res = jnp.stack(samples) if samples else None
     else:
         num_blocks = _num_blocks(params, scales, xs)
-        keeps_all = every == 1 and policy is None and unroll in (False, 1) and unroll is not True
-        if keeps_all and _seams_alone(layers, x, params, num_blocks, implementation):
-            return _scan_of_seams(layers, x, params, scales, xs, config, norm_scale_eps, axes)
+        every, num_together = _stretch(keep_streams_every, n, len(layers), num_blocks)
+        steps = _Steps(num_blocks, num_together, unroll)
+        if not callable(policy) and _seams_alone(layers, x, params, steps, every, implementation):
+            stretches = Stretches(every, num_together, policy == "streams")
+            x_new, h_res = _scan_of_seams(
+                layers, x, params, scales, xs, Settings(config, float(norm_scale_eps), axes),
+                stretches, num_samples,
+            )  # fmt: skip
+            return (x_new, h_res) if num_samples else x_new
         stacked = params, scales, xs
-        before = _scan(run, layers, x, stacked, num_blocks, every, unroll, axes)
-    if not isinstance(before, _Pending):
-        return before  # there was no sublayer
-    return post(*before.operands(), implementation=implementation)
+        before, h_res = _scan(partial(run, every=every), layers, x, stacked, steps, axes)
+    # Without a sublayer there is no post.
+    x_new = before
+    if isinstance(before, _Pending):
+        x_new = post(*before.operands(), implementation=implementation)
+    if not num_samples:
+        return x_new
+    if h_res is None:
+        h_res = jnp.zeros((0, num_samples, n, n), _check.accumulation_dtype(x.dtype))
+    return x_new, h_res
 
 
 class _Pending(NamedTuple):
@@ -190,21 +226,30 @@ class _Sublayer(NamedTuple):
     norm_scale: jax.Array | None
 
 
+class _Steps(NamedTuple):
+    """The steps of a scan over blocks."""
+
+    num_blocks: int
+    num_together: int
+    unroll: int | bool
+
+    @property
+    def num(self) -> int:
+        return self.num_blocks // self.num_together
+
+
 def _scan(
-    run: Callable[..., _Pending],
+    run: Callable[..., Any],
     layers: tuple[Callable[..., Any], ...],
     x: jax.Array,
     stacked: tuple[tuple[MHCParams, ...], tuple[Any, ...], Any],
-    num_blocks: int,
-    every: int,
-    unroll: int,
+    steps: _Steps,
     hidden_axes: tuple[str, ...],
-) -> _Pending:
-    """Runs all blocks; returns the pending post of the last sublayer."""
-    num_together = _num_together(every, len(layers), num_blocks)
-    num_steps = num_blocks // num_together
+) -> tuple[_Pending, Any]:
+    """Runs all blocks; returns the pending post of the last sublayer, and samples of h_res."""
+    num_together, unroll = steps.num_together, steps.unroll
 
-    def step(before: _Pending, slices: Any) -> tuple[_Pending, None]:
+    def step(before: _Pending, slices: Any) -> tuple[_Pending, Any]:
         blocks = [slices]
         if num_together > 1:
             blocks = [jax.tree.map(itemgetter(b), slices) for b in range(num_together)]
@@ -214,28 +259,37 @@ def _scan(
             for i, (layer, p, scale) in enumerate(zip(layers, block_params, scales, strict=True))
         ]
         # XLA could merge the two passes again only where no loop is left of them.
-        return run(before, sublayers, prevent_cse=unroll is True or unroll >= num_steps), None
+        before, samples = run(before, sublayers, prevent_cse=unroll is True or unroll >= steps.num)
+        return before, jnp.stack(samples) if samples else None
 
     if num_together > 1:
         stacked = jax.tree.map(
-            lambda leaf: leaf.reshape(num_steps, num_together, *leaf.shape[1:]), stacked
+            lambda leaf: leaf.reshape(steps.num, num_together, *leaf.shape[1:]), stacked
         )
     x = varying_like(x, x, *jax.tree.leaves(stacked[:2]))
     first = _Pending(x, *no_sublayer(x, hidden_axes))
-    return jax.lax.scan(step, first, stacked, unroll=unroll)[0]
+    before, h_res = jax.lax.scan(step, first, stacked, unroll=unroll)
+    return before, jax.tree.map(lambda h: h.reshape(-1, *h.shape[2:]), h_res)
 
 
 def _seams_alone(
     layers: tuple[Callable[..., Any], ...],
     x: jax.Array,
     params: tuple[MHCParams, ...],
-    num_blocks: int,
+    steps: _Steps,
+    every: int,
     implementation: Implementation,
 ) -> bool:
-    """Whether `scan_of_seams` takes these sublayers."""
+    """Whether `scan_of_seams` takes these sublayers.
+
+    Of a loop of one step nothing is left, and XLA could merge what is computed again with the
+    forward pass.
+    """
     return (
-        len(layers) > 1
-        and num_blocks > 0
+        len(layers) * steps.num_together > 1
+        and steps.num > (0 if every == 1 else 1)
+        and steps.unroll in (False, 1)
+        and steps.unroll is not True
         and all(isinstance(p, MHCParams) and p.phi is not None for p in params)
         and use_fused(_OP, implementation, x.dtype)
     )
@@ -247,16 +301,17 @@ def _scan_of_seams(
     params: tuple[MHCParams, ...],
     scales: tuple[Any, ...],
     xs: Any,
-    config: MHCConfig,
-    eps: float,
-    hidden_axes: tuple[str, ...],
-) -> jax.Array:
+    settings: Settings,
+    stretches: Stretches,
+    num_samples: int,
+) -> tuple[jax.Array, Any]:
+    config, eps, axes = settings
+
     def of_block(i: int, p: MHCParams, scale: Any) -> tuple[jax.Array, ...]:
-        of_slice = f"a slice of params[{i}]"
-        phi_alpha_bias = _check.params(_OP, p, x, config, of_slice, hidden_axes)
+        phi_alpha_bias = _check.params(_OP, p, x, config, f"a slice of params[{i}]", axes)
         of_slice = f"a slice of norm_scale[{i}]"
-        scale, _ = _check.norm_scale(_OP, scale, eps, x, of_slice, hidden_axes)
-        return dense(*phi_alpha_bias, scale, x, hidden_axes)
+        scale, _ = _check.norm_scale(_OP, scale, eps, x, of_slice, axes)
+        return dense(*phi_alpha_bias, scale, x, axes)
 
     def checked(i: int, u: jax.Array, s: Any) -> jax.Array:
         return lie_like(_layer_output(i, layers[i](u, s), x), u)
@@ -270,44 +325,14 @@ def _scan_of_seams(
                 for i, of_all in enumerate(zip(params, scales, strict=True))
             ],
             xs,
-            settings=Settings(config, float(eps), hidden_axes),
+            settings=settings,
+            stretches=stretches,
+            num_samples=num_samples,
         )
 
 
 def _with_slice(layer: Callable[..., Any], s: Any, u: jax.Array) -> Any:
     return layer(u, s)
-
-
-@functools.cache
-def _all_but_streams(shape: tuple[int, ...]) -> Callable[..., bool]:
-    """A policy: all is kept but streams of `shape`, what is computed from them, and wider copies.
-
-    Of what is computed from streams, that is kept which has a name. A policy is not told whose
-    values it decides about, hence the shape, in front of which vmap may have put axes.
-    """
-
-    def is_streams(other: Any) -> bool:
-        return tuple(other)[-len(shape) :] == shape
-
-    def keep(primitive: Any, *avals: Any, **options: Any) -> bool:
-        if primitive.name == "name":
-            return options["name"] != "mhc_streams"
-        if primitive.name == "convert_element_type":
-            # Norms begin with one to float32; half precision is half as large.
-            if options["new_dtype"].itemsize > avals[0].dtype.itemsize:
-                return False
-        # Of the reference, what a product that JAX differentiates by our rule gives, too.
-        results = getattr(options.get("call_jaxpr"), "out_avals", ())
-        shapes = [getattr(aval, "shape", ()) for aval in (*avals, *results)]
-        shapes.append(options.get("shape") or ())
-        # And our identities, which would only be copies, and arrays without values (kept.py).
-        return not (
-            primitive.name.startswith("mhc_")
-            or any(map(is_streams, shapes))
-            or any(0 in shape for shape in shapes)
-        )
-
-    return keep
 
 
 # ---- checks -------------------------------------------------------------------------------------
@@ -379,14 +404,21 @@ def _num_blocks(params: tuple[MHCParams, ...], scales: tuple[Any, ...], xs: Any)
     return num_blocks
 
 
-def _num_together(every: int, num_layers: int, num_blocks: int) -> int:
-    """The number of blocks in a step of the scan: those of a stretch, at least one."""
-    if not num_layers or num_layers % every == 0:
-        return 1
-    if every % num_layers == 0 and num_blocks % (every // num_layers) == 0:
-        return every // num_layers
+def _stretch(every: Any, streams: int, num_layers: int, num_blocks: int) -> tuple[int, int]:
+    """The sublayers of a stretch, and the blocks in a step of the scan, which is all of it."""
+    if not num_layers:
+        return 1, 1
+    within = [length for length in range(1, num_layers + 1) if num_layers % length == 0]
+    across = [b * num_layers for b in range(2, num_blocks + 1) if num_blocks % b == 0]
+    if every == "auto":
+        every = best_length(streams, num_layers * num_blocks, within + across)
+    if every in within:
+        return every, 1
+    if every in across:
+        return every, every // num_layers
     _errors.fail(
         ValueError, _OP, "keep_streams_every",
         f"a divisor of {num_layers}, the sublayers of a block, or {num_layers} times a divisor of "
-        f"{num_blocks}, the blocks", every, "All stretches of a scan are of the same length.",
+        f"{num_blocks}, the blocks", every,
+        "All stretches of a scan are of the same length; 'auto' chooses one.",
     )  # fmt: skip

@@ -6,15 +6,15 @@ for every sublayer. Here the loop carries the arrays of streams. A seam writes i
 place there, and the next one reads them from there; on GPUs XLA hands the kernels these places
 themselves (dynamic-slice fusion), and nothing is filled.
 
-Each sublayer keeps what JAX's derivative of its layer does, but for what the backward pass has
-anyway (slices of xs, what the layer closes over) and what follows from the latter alone.
+Streams are kept before every stretch of sublayers, which may be one of them; within longer ones the
+backward pass computes them again from what the layers returned, and runs no layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,9 @@ from jax_mhc._check import accumulation_dtype
 from jax_mhc._dispatch import fused_call, reverse_mode_only
 from jax_mhc._mesh.types import empty_stack, empty_stack_of, of_tokens
 from jax_mhc._ops.kept import keep, restore
+from jax_mhc._ops.layer import Layer, is_inexact, merge, partition
 from jax_mhc._ops.pre import Settings
+from jax_mhc.diagnostics import sample_tokens
 
 
 def scan_of_seams(
@@ -34,45 +36,72 @@ def scan_of_seams(
     xs: Any,
     *,
     settings: Settings,
-) -> Any:
-    """The streams `[..., n, C]` after all blocks.
+    stretches: Stretches,
+    num_samples: int = 0,
+) -> tuple[Any, Any]:
+    """The streams `[..., n, C]` after all blocks; and h_res of some tokens `[L, S, n, n]`, or None.
 
     Args:
-        layers: the sublayers of a block, at least two (one alone would read from the array that it
-            writes to), `(u, s) -> y`. They are traced once and may close over arrays.
+        layers: the sublayers of a block, `(u, s) -> y`. They are traced once and may close over
+            arrays.
         x: the streams.
         params: what `dense` gives for each of layers, stacked over the blocks, of which there is at
             least one.
         xs: a pytree of arrays, stacked too.
         settings: those of all sublayers.
+        stretches: what is computed again. An iteration has at least two sublayers; one alone would
+            read from the array that it writes to.
+        num_samples: S, or 0.
     """
     params, xs = jax.tree.map(jnp.asarray, (tuple(params), xs))
     # For all layers have the type that streams have after the first of them.
     x = varying_like(x, *jax.tree.leaves(params), x)
     u, s = x[..., 0, :], _first(xs)
     traced = [jax.make_jaxpr(layer)(u, s) for layer in layers]
-    xs, other_xs = _partition(jax.tree.leaves(xs), _is_inexact)
+    xs, other_xs = partition(jax.tree.leaves(xs), is_inexact)
     # Only what is being traced can have a gradient.
-    constants, other_constants = _partition(
+    constants, other_constants = partition(
         [value for layer in traced for value in layer.consts],
-        lambda value: isinstance(value, jax.core.Tracer) and _is_inexact(value),
+        lambda value: isinstance(value, jax.core.Tracer) and is_inexact(value),
     )
     operands, treedef = jax.tree.flatten((x, params, xs, constants))
     operands = jax.tree.unflatten(treedef, reverse_mode_only("stack", *operands))
 
-    scan = _Scan(traced, settings)
+    scan = _Scan(traced, settings, stretches, num_samples)
     run = jax.custom_vjp(scan.forward)
     run.defvjp(scan.forward_and_keep, scan.backward)
-    return run(*operands, other_xs, other_constants)
+    x_new, h_res = run(*operands, other_xs, other_constants)
+    return x_new, jax.tree.map(lambda h: h.reshape(-1, *h.shape[2:]), h_res)
+
+
+class Stretches(NamedTuple):
+    """The streams are kept before every stretch of `length` sublayers.
+
+    num_blocks: the blocks in an iteration of the loop; they are a whole number of stretches.
+    keeps_inputs: whether the layers' inputs and the coefficients are kept, too; else they are
+        computed again with the streams.
+    """
+
+    length: int = 1
+    num_blocks: int = 1
+    keeps_inputs: bool = True
 
 
 class _Scan:
     """What is the same in all passes."""
 
-    def __init__(self, traced: Sequence[Any], settings: Settings):
+    def __init__(
+        self,
+        traced: Sequence[Any],
+        settings: Settings,
+        stretches: Stretches,
+        num_samples: int,
+    ):
         self.traced, self.seam, self.hidden_axes = traced, settings.call, settings.hidden_axes
+        self.length, self.num_together, self.keeps_inputs = stretches
+        self.num_samples = num_samples
         # The layers' forward and backward passes: known once there is a backward pass.
-        self.layers: list[_Layer] = []
+        self.layers: list[Layer] = []
 
     def post(self, name: str, *operands: Any) -> Any:
         """Runs a call of post's."""
@@ -85,89 +114,144 @@ class _Scan:
         own = constants[start : start + len(jaxpr.constvars)]
         return jax.core.eval_jaxpr(jaxpr, own, u, *s)[0]
 
+    def stacked(self, h_res: list[Any]) -> Any:
+        """That of some tokens `[sublayers, S, n, n]`, or None."""
+        if not self.num_samples:
+            return None
+        return jnp.stack([sample_tokens(h, self.num_samples) for h in h_res])
+
+    def stretches(self) -> list[list[tuple[int, int]]]:
+        """Those of an iteration, each a list of sublayers: (place of the block, place in it)."""
+        sublayers = [(b, j) for b in range(self.num_together) for j in range(len(self.traced))]
+        return [
+            sublayers[start : start + self.length]
+            for start in range(0, len(sublayers), self.length)
+        ]
+
     def forward(
         self, x: Any, params: Any, xs: Any, constants: Any, other_xs: Any, other_constants: Any
     ) -> Any:
-        constants = _merge(constants, other_constants)
+        constants = merge(constants, other_constants)
 
-        def step(pending: Any, slices: Any) -> tuple[Any, None]:
+        def step(pending: Any, slices: Any) -> tuple[Any, Any]:
             block_params, s, other_s = slices
+            samples = []
             for j, p in enumerate(block_params):
                 x_new, u, _, h_post, h_res, *_ = self.seam("seam_fwd", *pending, *p)
-                y = self.layer(j, u, _merge(s, other_s), constants)
+                samples.append(h_res)
+                y = self.layer(j, u, merge(s, other_s), constants)
                 pending = x_new, y, h_post, h_res
-            return pending, None
+            return pending, self.stacked(samples)
 
-        pending, _ = jax.lax.scan(
+        pending, samples = jax.lax.scan(
             step, (x, *no_sublayer(x, self.hidden_axes)), (params, xs, other_xs)
         )
-        return self.post("post_fwd", *pending)[0]
+        return self.post("post_fwd", *pending)[0], samples
 
     def forward_and_keep(
         self, x: Any, params: Any, xs: Any, constants: Any, other_xs: Any, other_constants: Any
     ) -> tuple[Any, Any]:
-        num_blocks, last = params[0][0].shape[0], len(params) - 1
-        # streams[j][i]: those after the seam before sublayer j of block i. Of the last sublayer
-        # they are one further, behind the first of all.
-        streams = [empty_stack_of(num_blocks + (j == last), x) for j in range(last + 1)]
+        stretches = self.stretches()
+        num_steps, last = params[0][0].shape[0] // self.num_together, len(stretches) - 1
+        # streams[k][i]: those after stretch k of iteration i, but for the seam's post of its last
+        # layer. Of the last stretch they are one further, behind the first of all.
+        streams = [empty_stack_of(num_steps + (k == last), x) for k in range(last + 1)]
         streams[last] = _put(streams[last], x, 0)
         given = (*_first((xs, other_xs)), constants, other_constants)
         self.layers = [
-            _Layer(partial(self.layer, j), layer.in_avals[0], given, norm_scale.shape[1] > 0)
+            Layer(
+                partial(self.layer, j), layer.in_avals[0], given,
+                has_norm=norm_scale.shape[1] > 0, keeps_input=self.keeps_inputs,
+            )
             for j, (layer, (*_, norm_scale)) in enumerate(zip(self.traced, params, strict=True))
-        ]
+        ]  # fmt: skip
 
-        def step(i: Any, carry: Any, slices: Any) -> tuple[Any, Any]:
+        def step(i: Any, carry: Any, blocks: Any, _: Any) -> Any:
             streams, pending = carry
-            block_params, s, other_s = slices
-            streams, kept = list(streams), []
-            for j, p in enumerate(block_params):
-                x_new, u, _, h_post, h_res, *m_r_rho = self.seam(
-                    "seam_fwd", _at(streams[j - 1], i), *pending, *p,
-                    kept_alone=("x_new", "m", "r", "rho"),
-                )  # fmt: skip
-                streams[j] = _put(streams[j], x_new, i + 1 if j == last else i)
-                given = (s, other_s, constants, other_constants)
-                y, new = self.layers[j].forward(u, given)
-                kept.append((pending, m_r_rho, new))
-                pending = y, h_post, h_res
-            return (tuple(streams), pending), kept
+            streams, samples = list(streams), []
+            kept: list[list[Any]] = [[] for _ in stretches]
+            for k, stretch in enumerate(stretches):
+                x = _at(streams[k - 1], i)
+                for b, j in stretch:
+                    block_params, s, other_s = blocks[b]
+                    x, u, _, h_post, h_res, *m_r_rho = self.seam(
+                        "seam_fwd", x, *pending, *block_params[j],
+                        kept_alone=("x_new", "m", "r", "rho"),
+                    )  # fmt: skip
+                    samples.append(h_res)
+                    y, new = self.layers[j].forward(u, (s, other_s, constants, other_constants))
+                    if not self.keeps_inputs:
+                        # Of the coefficients those alone that the stretch begins with.
+                        pending, m_r_rho = pending[: 3 if not kept[k] else 1], []
+                    kept[k].append((pending, m_r_rho, new))
+                    pending = y, h_post, h_res
+                streams[k] = _put(streams[k], x, i + 1 if k == last else i)
+            return (tuple(streams), pending), len(blocks) * [()], (kept, self.stacked(samples))
 
         carry = tuple(streams), no_sublayer(x, self.hidden_axes)
-        (streams, pending), kept = _loop(step, num_blocks, carry, (params, xs, other_xs))
+        (streams, pending), _, (kept, samples) = _loop(
+            step, num_steps, carry, (params, xs, other_xs), (), self.num_together
+        )
         x_new = self.post("post_fwd", streams[last][-1], *pending)[0]
         given = params, xs, constants, other_xs, other_constants
-        return x_new, keep((streams, pending, kept, given))
+        return (x_new, samples), keep((streams, pending, kept, given))
 
-    def backward(self, saved: Any, d_x_new: Any) -> Any:
+    def again(self, x: Any, stretch_params: list[Any], stretch_kept: list[Any]) -> list[Any]:
+        """What the seams of a stretch had before them, and made for the backward pass.
+
+        Of each x, (y, h_post, h_res), (m, r, rho), and u where that is not kept.
+        """
+        made: list[Any] = []
+        coefficients: Any = ()
+        for s, (p, (pending, m_r_rho, _)) in enumerate(
+            zip(stretch_params, stretch_kept, strict=True)
+        ):
+            pending, u, x_new = (*pending, *coefficients), None, None
+            if not self.keeps_inputs:
+                x_new, u, _, *coefficients, m, r, rho = self.seam("seam_fwd", x, *pending, *p)
+                m_r_rho = m, r, rho
+            elif s < len(stretch_kept) - 1:
+                (x_new,) = self.post("post_fwd", x, *pending)
+            made.append((x, pending, m_r_rho, u))
+            x = x_new
+        return made
+
+    def backward(self, saved: Any, cotangents: Any) -> Any:
+        d_x_new, _ = cotangents
         streams, pending, kept, (params, xs, constants, other_xs, other_constants) = restore(saved)
+        stretches = self.stretches()
         y, h_post, h_res = pending
         d_pending = self.post("post_bwd", streams[-1][-1], *pending, d_x_new)
         d_h_pre = jnp.zeros_like(h_post)
 
-        def step(i: Any, carry: Any, slices: Any) -> tuple[Any, Any]:
+        def step(i: Any, carry: Any, blocks: Any, step_kept: Any) -> Any:
             # The streams' cotangent is deferred all along, and so is that of the seam before.
             d_x, d_y, d_h_post, d_h_res, h_res_new, d_constants = carry
-            block_params, s, other_s, block_kept = slices
-            given = (s, other_s, constants, other_constants)
-            d_s = jax.tree.map(jnp.zeros_like, s)
-            d_params: list[Any] = []
-            for j in reversed(range(len(block_params))):
-                pending, m_r_rho, new = block_kept[j]
-                u = self.layers[j].input(new, d_y)
-                d_u, *d_given = self.layers[j].backward(new, given)(d_y)
-                d_s, d_constants = jax.tree.map(jnp.add, [d_s, d_constants], d_given)
-                d_x, d_y, d_h_post, d_h_res, *d_p = self.seam(
-                    "seam_bwd", _at(streams[j - 1], i), *pending, *block_params[j],
-                    *m_r_rho, u, h_res_new, d_u, d_h_pre, d_h_post, d_h_res, d_x, deferred=True,
-                )  # fmt: skip
-                d_params.insert(0, tuple(d_p))
-                h_res_new = pending[-1]
-            return (d_x, d_y, d_h_post, d_h_res, h_res_new, d_constants), (tuple(d_params), d_s)
+            d_params: list[Any] = [[None] * len(self.traced) for _ in blocks]
+            d_s = [jax.tree.map(jnp.zeros_like, s) for _, s, _ in blocks]
+            for k, stretch in reversed(list(enumerate(stretches))):
+                own_params = [blocks[b][0][j] for b, j in stretch]
+                made = self.again(_at(streams[k - 1], i), own_params, step_kept[k])
+                for (b, j), p, (*_, new), (x, pending, m_r_rho, u) in reversed(
+                    list(zip(stretch, own_params, step_kept[k], made, strict=True))
+                ):
+                    given = (*blocks[b][1:], constants, other_constants)
+                    u_norm = self.layers[j].input(new, u, like=d_y)
+                    d_u, *d_given = self.layers[j].backward(new, u, given)(d_y)
+                    d_s[b], d_constants = jax.tree.map(jnp.add, [d_s[b], d_constants], d_given)
+                    d_x, d_y, d_h_post, d_h_res, *d_p = self.seam(
+                        "seam_bwd", x, *pending, *p, *m_r_rho, u_norm, h_res_new,
+                        d_u, d_h_pre, d_h_post, d_h_res, d_x, deferred=True,
+                    )  # fmt: skip
+                    d_params[b][j] = tuple(d_p)
+                    h_res_new = pending[-1]
+            of_blocks = [(tuple(d_p), d) for d_p, d in zip(d_params, d_s, strict=True)]
+            return (d_x, d_y, d_h_post, d_h_res, h_res_new, d_constants), of_blocks, ()
 
+        num_steps = params[0][0].shape[0] // self.num_together
         carry = (d_x_new, *d_pending, h_res, jax.tree.map(jnp.zeros_like, constants))
-        (d_x, *_, d_constants), (d_params, d_xs) = _loop(
-            step, params[0][0].shape[0], carry, (params, xs, other_xs, kept), reverse=True
+        (d_x, *_, d_constants), (d_params, d_xs), _ = _loop(
+            step, num_steps, carry, (params, xs, other_xs), kept, self.num_together, reverse=True
         )
         # The first seam's h_res is I, so that what is deferred is the gradient itself.
         return d_x, d_params, d_xs, d_constants, None, None
@@ -182,120 +266,61 @@ def no_sublayer(x: Any, hidden_axes: tuple[str, ...]) -> tuple[Any, Any, Any]:
     return jnp.zeros_like(x[..., 0, :]), h_post, h_res
 
 
-# ---- what a layer keeps -------------------------------------------------------------------------
-
-
-class _Layer:
-    """The forward and the backward pass of a layer `(u, s, constants) -> y`.
-
-    keeps_input: whether u is kept in any case.
-
-    `given` is (s, other_s, constants, other_constants), of which each pair makes up the layer's
-    s and constants; those without a name have no gradient.
-    """
-
-    def __init__(self, layer: Callable[..., Any], u: Any, given: Any, keeps_input: bool):
-        def passes(u: Any, given: Any) -> Any:
-            s, other_s, constants, other_constants = given
-
-            def of_differentiable(u: Any, s: Any, constants: Any) -> Any:
-                return layer(u, _merge(s, other_s), _merge(constants, other_constants))
-
-            y, backward = jax.vjp(of_differentiable, u, s, constants)
-            # A pytree, whose leaves are the residuals.
-            residuals, self.treedef = jax.tree.flatten(backward)
-            return y, residuals
-
-        closed = jax.make_jaxpr(passes)(u, given)
-        self.consts, self.jaxpr = closed.consts, closed.jaxpr
-        _, *self.residuals = self.jaxpr.outvars
-        # What follows from constants is computed again: it would be kept for every block.
-        self.u, *at_hand = self.jaxpr.invars
-        self.keeps_input = keeps_input
-        varying = set(map(id, self.jaxpr.invars[: 1 + len(jax.tree.leaves(given[:2]))]))
-        again = []
-        for eqn in self.jaxpr.eqns:
-            if eqn.effects or not varying.isdisjoint(map(id, eqn.invars)):
-                varying.update(map(id, eqn.outvars))
-            else:
-                again.append(eqn)
-        new = varying.difference(map(id, at_hand))
-        inputs = [self.u] if keeps_input else []
-        self.kept = {id(v): v for v in [*inputs, *self.residuals] if id(v) in new}
-        self.others = {id(v): v for v in self.residuals if id(v) not in new}
-        self.again = self.jaxpr.replace(
-            invars=at_hand, eqns=again, outvars=list(self.others.values())
-        )
-
-    def forward(self, u: Any, given: Any) -> tuple[Any, list[Any]]:
-        """The output, and what the backward pass needs beside what is given."""
-        y, *residuals = jax.core.eval_jaxpr(self.jaxpr, self.consts, u, *jax.tree.leaves(given))
-        values = dict(zip(map(id, self.residuals), residuals, strict=True)) | {id(self.u): u}
-        return y, [values[variable] for variable in self.kept]
-
-    def input(self, kept: list[Any], like: Any) -> Any:
-        """u, or where that is not always kept, nothing of `like`."""
-        values = dict(zip(self.kept, kept, strict=True))
-        return (
-            values[id(self.u)] if self.keeps_input else jnp.zeros((*like.shape[:-1], 0), like.dtype)
-        )
-
-    def backward(self, kept: list[Any], given: Any) -> Any:
-        """The function from d_y to d_u, d_s and d_constants."""
-        others = jax.core.eval_jaxpr(self.again, self.consts, *jax.tree.leaves(given))
-        values = dict(zip([*self.kept, *self.others], [*kept, *others], strict=True))
-        return jax.tree.unflatten(self.treedef, [values[id(v)] for v in self.residuals])
-
-
 def _first(stacked: Any) -> Any:
     """The slices of the first block."""
     return jax.tree.map(lambda leaf: leaf[0], stacked)
 
 
-def _is_inexact(value: Any) -> bool:
-    return jnp.issubdtype(value.dtype, jnp.inexact)
-
-
-def _partition(values: list[Any], condition: Callable[[Any], bool]) -> tuple[list[Any], list[Any]]:
-    """Those that meet the condition and the others, each with None in place of the rest."""
-    chosen = list(map(condition, values))
-    return (
-        [value if c else None for value, c in zip(values, chosen, strict=True)],
-        [None if c else value for value, c in zip(values, chosen, strict=True)],
-    )
-
-
-def _merge(values: list[Any], others: list[Any]) -> list[Any]:
-    return [b if a is None else a for a, b in zip(values, others, strict=True)]
-
-
 # ---- the loop -----------------------------------------------------------------------------------
 
 
-def _loop(step: Any, num: int, carry: Any, xs: Any, *, reverse: bool = False) -> tuple[Any, Any]:
-    """A scan whose step is told its place, `step(i, carry, slices) -> carry, results`.
+def _loop(
+    step: Any,
+    num: int,
+    carry: Any,
+    of_blocks: Any,
+    of_steps: Any,
+    num_together: int,
+    *,
+    reverse: bool = False,
+) -> tuple[Any, Any, Any]:
+    """A scan whose step takes some blocks and is told its place.
+
+    step: `(i, carry, slices of each block, slices of the step) -> carry, results of each block,
+    results of the step`. Blocks and results of blocks are stacked over all blocks.
 
     XLA uses the places in arrays where they lie if they follow from the loop's own counter.
     """
 
-    def one(i: Any, carry: Any) -> tuple[Any, Any]:
-        return step(i, carry, jax.tree.map(lambda array: _at(array, i), xs))
+    def one(i: Any, carry: Any) -> Any:
+        blocks = [
+            jax.tree.map(lambda array: _at(array, place), of_blocks)  # noqa: B023 - called at once
+            for place in places(i)
+        ]
+        return step(i, carry, blocks, jax.tree.map(lambda array: _at(array, i), of_steps))
+
+    def places(i: Any) -> list[Any]:
+        return [i * num_together + b for b in range(num_together)]
 
     traced, shapes = jax.make_jaxpr(one, return_shape=True)(jnp.int32(0), carry)
-    _, types = jax.tree.unflatten(jax.tree.structure(shapes), traced.out_avals)
+    _, (block_types, *_), step_types = jax.tree.unflatten(
+        jax.tree.structure(shapes), traced.out_avals
+    )
     # Every place is written once, and read by none but what comes after the loop.
-    results = jax.tree.map(partial(empty_stack, num), types)
+    block_results = jax.tree.map(partial(empty_stack, num * num_together), block_types)
+    step_results = jax.tree.map(partial(empty_stack, num), step_types)
 
     def body(state: Any) -> Any:
-        count, carry, results = state
+        count, carry, block_results, step_results = state
         i = num - 1 - count if reverse else count
-        carry, result = one(i, carry)
-        results = jax.tree.map(lambda array, value: _put(array, value, i), results, result)
-        return count + 1, carry, results
+        carry, of_each, of_step = one(i, carry)
+        for place, result in zip(places(i), of_each, strict=True):
+            block_results = _put_all(block_results, result, place)
+        return count + 1, carry, block_results, _put_all(step_results, of_step, i)
 
-    start = (jnp.int32(0), carry, results)
-    _, carry, results = jax.lax.while_loop(lambda state: state[0] < num, body, start)
-    return carry, results
+    start = (jnp.int32(0), carry, block_results, step_results)
+    _, carry, *results = jax.lax.while_loop(lambda state: state[0] < num, body, start)
+    return carry, *results
 
 
 def _at(array: Any, i: Any) -> Any:
@@ -304,3 +329,7 @@ def _at(array: Any, i: Any) -> Any:
 
 def _put(array: Any, value: Any, i: Any) -> Any:
     return jax.lax.dynamic_update_index_in_dim(array, value, i, 0, allow_negative_indices=False)
+
+
+def _put_all(arrays: Any, values: Any, i: Any) -> Any:
+    return jax.tree.map(lambda array, value: _put(array, value, i), arrays, values)

@@ -1,0 +1,118 @@
+"""A layer of a scan of seams: its passes, and what it keeps between them.
+
+It keeps what JAX's derivative of it does, but for what the backward pass has anyway (slices of xs,
+what the layer closes over), what follows from the latter alone, and wider copies of other values,
+such as the float32 that a norm makes of half precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+class Layer:
+    """The forward and the backward pass of a layer `(u, s, constants) -> y`.
+
+    has_norm: whether the seam's backward pass wants u.
+    keeps_input: whether u is kept, where it is wanted; else it is computed again.
+
+    `given` is (s, other_s, constants, other_constants), of which each pair makes up the layer's
+    s and constants; those without a name have no gradient.
+    """
+
+    def __init__(
+        self, layer: Callable[..., Any], u: Any, given: Any, *, has_norm: bool, keeps_input: bool
+    ):
+        def passes(u: Any, given: Any) -> Any:
+            s, other_s, constants, other_constants = given
+
+            def of_differentiable(u: Any, s: Any, constants: Any) -> Any:
+                return layer(u, merge(s, other_s), merge(constants, other_constants))
+
+            y, backward = jax.vjp(of_differentiable, u, s, constants)
+            # A pytree, whose leaves are the residuals.
+            residuals, self.treedef = jax.tree.flatten(backward)
+            return y, residuals
+
+        closed = jax.make_jaxpr(passes)(u, given)
+        self.consts, self.jaxpr = closed.consts, closed.jaxpr
+        _, *self.residuals = self.jaxpr.outvars
+        # What follows from constants is computed again: it would be kept for every block.
+        self.u, *at_hand = self.jaxpr.invars
+        self.has_norm = has_norm
+        varying = set(map(id, self.jaxpr.invars[: 1 + len(jax.tree.leaves(given[:2]))]))
+        again = []
+        for eqn in self.jaxpr.eqns:
+            if eqn.effects or not varying.isdisjoint(map(id, eqn.invars)):
+                varying.update(map(id, eqn.outvars))
+            else:
+                again.append(eqn)
+        new = varying.difference(map(id, at_hand), () if keeps_input else [id(self.u)])
+        inputs = [self.u] if has_norm else []
+        # A wider copy is made again of its source.
+        copies = {id(eqn.outvars[0]): eqn.invars[0] for eqn in self.jaxpr.eqns if _widens(eqn)}
+        self.sources = [_follow(copies, v) for v in self.residuals]
+        self.kept = {id(v): v for v in [*inputs, *self.sources] if id(v) in new}
+        self.others = {id(v): v for v in self.sources if id(v) not in new and v is not self.u}
+        y, *_ = self.jaxpr.outvars
+        self.passes = self.jaxpr.replace(outvars=[y, *self.kept.values()])
+        self.again = self.jaxpr.replace(
+            invars=at_hand, eqns=again, outvars=list(self.others.values())
+        )
+
+    def forward(self, u: Any, given: Any) -> tuple[Any, list[Any]]:
+        """The output, and what the backward pass needs beside what is given."""
+        y, *kept = jax.core.eval_jaxpr(self.passes, self.consts, u, *jax.tree.leaves(given))
+        return y, kept
+
+    def input(self, kept: list[Any], again: Any, like: Any) -> Any:
+        """The u that the seam wants, kept or there again; without a norm nothing of `like`."""
+        if not self.has_norm:
+            return jnp.zeros((*like.shape[:-1], 0), like.dtype)
+        return dict(zip(self.kept, kept, strict=True)).get(id(self.u), again)
+
+    def backward(self, kept: list[Any], again: Any, given: Any) -> Any:
+        """The function from d_y to d_u, d_s and d_constants; `again` is u if that is not kept."""
+        others = jax.core.eval_jaxpr(self.again, self.consts, *jax.tree.leaves(given))
+        values = {id(self.u): again}
+        values |= zip([*self.kept, *self.others], [*kept, *others], strict=True)
+        residuals = [
+            values[id(source)].astype(residual.aval.dtype)
+            for source, residual in zip(self.sources, self.residuals, strict=True)
+        ]
+        return jax.tree.unflatten(self.treedef, residuals)
+
+
+def _widens(eqn: Any) -> bool:
+    """Whether it copies a variable to a wider dtype, from which it comes back to the bit."""
+    if eqn.primitive.name != "convert_element_type" or hasattr(eqn.invars[0], "val"):
+        return False  # or a literal
+    source, copy = (jnp.dtype(v.aval.dtype) for v in (eqn.invars[0], eqn.outvars[0]))
+    return jnp.issubdtype(source, jnp.floating) and source.itemsize < copy.itemsize
+
+
+def _follow(copies: dict[int, Any], variable: Any) -> Any:
+    while id(variable) in copies:
+        variable = copies[id(variable)]
+    return variable
+
+
+def is_inexact(value: Any) -> bool:
+    return jnp.issubdtype(value.dtype, jnp.inexact)
+
+
+def partition(values: list[Any], condition: Callable[[Any], bool]) -> tuple[list[Any], list[Any]]:
+    """Those that meet the condition and the others, each with None in place of the rest."""
+    chosen = list(map(condition, values))
+    return (
+        [value if c else None for value, c in zip(values, chosen, strict=True)],
+        [None if c else value for value, c in zip(values, chosen, strict=True)],
+    )
+
+
+def merge(values: list[Any], others: list[Any]) -> list[Any]:
+    return [b if a is None else a for a, b in zip(values, others, strict=True)]

@@ -1,0 +1,117 @@
+"""What the backward pass of many sublayers keeps, and what it computes again (section 4.3.2)."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+from jax_mhc import _errors
+
+# What is computed again: the streams alone, or all that mHC makes but y.
+Recompute = Literal["streams", "mhc"]
+_NAMES: dict[str, tuple[str, ...]] = {
+    "streams": ("mhc_streams",),
+    "mhc": ("mhc_streams", "mhc_layer_input", "mhc_coefficients"),
+}
+
+
+def remat_policy(
+    recompute: Recompute = "streams",
+    *,
+    streams: int,
+    hidden: int,
+    layers: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """A policy for `jax.checkpoint` under which mHC is computed again, and no layer is.
+
+        @functools.partial(jax.checkpoint, policy=mhc.remat_policy(streams=4, hidden=C))
+        def block(x, params):
+            for layer, p in zip(layers, params, strict=True):
+                x = mhc.mhc_residual(layer, x, p)
+            return x
+
+    keeps the streams before the block, of each sublayer y, and what the layer itself keeps; the
+    backward pass runs the kernels again for the streams within the block. `stack` does the same
+    faster, with `keep_streams_every` and these names as its `policy`. For L sublayers with n
+    streams, blocks of about sqrt(n L / (n + 2)) sublayers need the least memory (arXiv 2512.24880,
+    section 4.3.2).
+
+    Args:
+        recompute: "streams": X alone, n·C values a token and sublayer. "mhc", as in the paper: the
+            layers' inputs, C values, and the coefficients, too; the kernels then run once more a
+            block.
+        streams: n.
+        hidden: C, inside `jax.shard_map` that of one device. A policy is told shapes and not whose
+            values it decides about: other arrays `[..., n, C]` are computed again, too.
+        layers: a policy for what is not mHC's, such as `jax.checkpoint_policies.dots_saveable`.
+            None: everything is kept but float32 copies of half precision, which norms make.
+
+    Returns:
+        The policy.
+
+    Raises:
+        ValueError, TypeError: an unknown name; streams or hidden out of range; layers that is no
+            policy.
+    """
+    op = "remat_policy"
+    _errors.choice(op, "recompute", recompute, tuple(_NAMES))
+    n = _errors.num_streams(op, "streams", streams)
+    hidden = _errors.integer(op, "hidden", hidden, 1, None, "It is the width of the layer, C.")
+    if layers is not None and not callable(layers):
+        _errors.fail(
+            TypeError, op, "layers", "a policy, or None", repr(layers),
+            "Take one of jax.checkpoint_policies.",
+        )  # fmt: skip
+    return policy_of((n, hidden), recompute, layers)
+
+
+@functools.cache
+def policy_of(
+    shape: tuple[int, ...], recompute: Recompute, layers: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """The policy for streams of `shape`, in front of which there may be other axes (vmap's)."""
+
+    def is_streams(other: Any) -> bool:
+        return tuple(other)[-len(shape) :] == shape
+
+    def keep(primitive: Any, *avals: Any, **options: Any) -> Any:
+        if primitive.name == "name" and options["name"].startswith("mhc_"):
+            return options["name"] not in _NAMES[recompute]
+        # Of the reference, what a product that JAX differentiates by our rule gives, too.
+        results = getattr(options.get("call_jaxpr"), "out_avals", ())
+        shapes = [getattr(aval, "shape", ()) for aval in (*avals, *results)]
+        shapes.append(options.get("shape") or ())
+        # And identities, which would only be copies, and arrays without values (kept.py).
+        if (
+            primitive.name.startswith("mhc_")
+            or primitive.name == "optimization_barrier"
+            or any(map(is_streams, shapes))
+            or any(0 in shape for shape in shapes)
+        ):
+            return False
+        return (
+            keep_all(primitive, *avals, **options)
+            if layers is None
+            else layers(primitive, *avals, **options)
+        )
+
+    return keep
+
+
+def keep_all(primitive: Any, *avals: Any, **options: Any) -> bool:
+    """The policy for layers: all but float32 copies of values in half precision."""
+    if primitive.name == "convert_element_type":
+        return options["new_dtype"].itemsize <= avals[0].dtype.itemsize
+    return True
+
+
+def best_length(streams: int, num_sublayers: int, lengths: list[int]) -> int:
+    """That of `lengths` which is nearest to the L_r of least memory, in ratio.
+
+    Kept: n C values a token for each of L / L_r stretches; for a stretch, while the backward pass
+    is in it, (n + 2) C L_r. Their sum is least at sqrt(n L / (n + 2)).
+    """
+    best = math.sqrt(streams * max(num_sublayers, 1) / (streams + 2))
+    return min(lengths, key=lambda length: abs(math.log(length / best)))
