@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jax_mhc as mhc
-from jax_mhc import MHCConfig, MHCParams, _dispatch, _library
+from jax_mhc import MHCConfig, MHCParams, _dispatch, _errors, _library
 from jax_mhc._types import Context
 
 KEY = jax.random.key(0)
@@ -372,6 +372,8 @@ ERRORS += [
         lambda: mhc.diagnostics.sample_tokens(Z, 0),
         ValueError, "diagnostics.sample_tokens", "count", "0",
     ),
+    # Optional dependencies.
+    (lambda: _errors.require("op", "no_such", "some"), ImportError, "op", "no_such", "none"),
 ]  # fmt: skip
 
 # Raised under conditions that the tests below make.
@@ -404,7 +406,7 @@ def test_every_message_is_tested():
     for call, *_ in ERRORS:
         try:
             call()
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, ImportError) as error:
             frame = traceback.extract_tb(error.__traceback__)[-2]
             reached.add((Path(frame.filename).name, frame.lineno))
     package = Path(mhc.__file__).parent
@@ -602,6 +604,15 @@ def test_gpus_are_told_apart(monkeypatch, version, platform):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda backend: [device])
     assert _dispatch.default_platform() == platform
+
+
+def test_optional_dependencies(tmp_path, monkeypatch):
+    """One that is installed and lacks one of its own is not called missing."""
+    assert _errors.require("op", "json", "some").loads("1") == 1
+    (tmp_path / "needs_another.py").write_text("import no_such")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="^No module named 'no_such'$"):
+        _errors.require("op", "needs_another", "some")
 
 
 def test_float64_parameters_need_float64():

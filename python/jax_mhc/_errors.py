@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+from types import ModuleType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -17,6 +19,20 @@ def fail(
 ) -> NoReturn:
     """Raises `error` in the one form that all messages have."""
     raise error(f"jax_mhc.{op}: {argument}: expected {expected}, got {got}. {remedy}")
+
+
+def require(op: str, package: str, extra: str) -> ModuleType:
+    """The optional dependency `package`, imported; the extra `jax-mhc[extra]` brings it."""
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        # A package that is there and lacks one of its own tells more by itself.
+        if error.name != package:
+            raise
+    fail(
+        ImportError, op, package, "an installed package", "none",
+        f"Install it: pip install 'jax-mhc[{extra}]'.",
+    )  # fmt: skip
 
 
 def integer(op: str, argument: str, value: Any, low: int, high: int | None, remedy: str) -> int:
