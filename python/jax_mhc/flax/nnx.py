@@ -1,0 +1,272 @@
+"""Hyper-connections as modules of Flax NNX.
+
+    from jax_mhc.flax.nnx import MHC
+
+    self.attention = MHC(Attention(..., rngs=rngs), C, streams=4, rngs=rngs)
+    x = self.attention(x)                       # in place of x + attention(x)
+
+`Head` leaves the streams, and `stack` runs blocks that `nnx.vmap` made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import jax_mhc
+from jax_mhc import _errors, _module
+from jax_mhc._dispatch import Implementation
+from jax_mhc._types import HeadParams, MHCConfig, MHCParams
+from jax_mhc.presets import PAPER
+
+__all__ = ["MHC", "Head", "stack"]
+
+
+class MHC(nnx.Module):
+    """A layer and its manifold-constrained hyper-connection (equation 3).
+
+    The counterpart of `x + layer(x)`: `jax_mhc.mhc_residual` with parameters of its own, which see
+    for the equation, dtypes and derivatives. The parameters are `nnx.Param`, float32, with the
+    initial values of `jax_mhc.init_params`. They are drawn from the stream `mhc` of rngs where
+    there is one, so that `nnx.Rngs(0, mhc=1)` leaves all other parameters of a model as they are
+    without hyper-connections, and else from `params`.
+
+    Args:
+        layer: a module or function, `layer(u, ...)` with u `[..., C]`, which returns y `[..., C]`
+            of u's dtype, or a tuple that begins with it.
+        hidden: C.
+        streams: n, from 1 to 16.
+        config: settings.
+        static: coefficients from the bias alone; phi and alpha are None.
+        norm: u is normalised, by the RMSNorm that layers begin with, in the same kernel; the layer
+            should have none of its own then.
+        norm_scale_eps: the eps of that norm.
+        implementation: None, "fused" or "reference"; see `jax_mhc.pre`.
+        rngs: for the initial values.
+
+    Attributes:
+        layer: the layer.
+        phi: projection `[nC, K]`, or None.
+        alpha: gates `[3]`, or None.
+        bias: static part `[K]`.
+        norm_scale: of the norm `[C]`, initially ones, or None.
+
+    Raises:
+        ValueError, TypeError: what `jax_mhc.init_params` raises.
+    """
+
+    def __init__(
+        self,
+        layer: Callable[..., Any],
+        hidden: int,
+        *,
+        streams: int = 4,
+        config: MHCConfig = PAPER,
+        static: bool = False,
+        norm: bool = False,
+        norm_scale_eps: float = 1e-6,
+        implementation: Implementation = None,
+        rngs: nnx.Rngs,
+    ):
+        """See the class."""
+        params = jax_mhc.init_params(
+            _key(rngs), streams=streams, hidden=hidden, config=config, static=static
+        )
+        self.layer = layer
+        self.phi = None if static else nnx.Param(params.phi)
+        self.alpha = None if static else nnx.Param(params.alpha)
+        self.bias = nnx.Param(params.bias)
+        self.norm_scale = nnx.Param(jnp.ones(hidden, jnp.float32)) if norm else None
+        self.hidden, self.streams, self.config = hidden, streams, config
+        self.norm_scale_eps, self.implementation = norm_scale_eps, implementation
+
+    @property
+    def params(self) -> MHCParams:
+        """The parameters, as the functions of jax_mhc take them."""
+        return MHCParams(_value(self.phi), _value(self.alpha), self.bias[...])
+
+    def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
+        """Runs the layer on the streams.
+
+        Args:
+            x: the streams `[..., n, C]`.
+            *args: handed on to the layer, after u.
+            **kwargs: handed on to the layer.
+
+        Returns:
+            The new streams `[..., n, C]`; of a layer that returns `(y, *rest)`, `(streams, *rest)`.
+
+        Raises:
+            ValueError, TypeError: x that is not streams of the module's n and C; a layer that
+                returns another shape or dtype; what `jax_mhc.pre` raises.
+        """
+        op = "flax.nnx.MHC"
+        return _module.residual(
+            op, lambda u: self.layer(u, *args, **kwargs),
+            _module.streams(op, x, self.streams, self.hidden), self.params,
+            config=self.config, norm_scale=_value(self.norm_scale),
+            norm_scale_eps=self.norm_scale_eps, implementation=self.implementation,
+        )  # fmt: skip
+
+
+class Head(nnx.Module):
+    """Leaves the streams by a learned weighted mean, `[..., n, C]` -> `[..., C]`.
+
+    `jax_mhc.head` with parameters of its own, which see. They are float32, with the initial values
+    of `jax_mhc.init_head`, drawn as those of `MHC`.
+
+    Args:
+        hidden: C.
+        streams: n, from 1 to 16.
+        config: settings; those of norm and of h_pre enter.
+        implementation: None, "fused" or "reference"; see `jax_mhc.pre`.
+        rngs: for the initial values.
+
+    Attributes:
+        phi: projection `[nC, n]`.
+        alpha: gate `[1]`.
+        bias: static part `[n]`.
+
+    Raises:
+        ValueError, TypeError: what `jax_mhc.init_head` raises.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        *,
+        streams: int = 4,
+        config: MHCConfig = PAPER,
+        implementation: Implementation = None,
+        rngs: nnx.Rngs,
+    ):
+        """See the class."""
+        params = jax_mhc.init_head(_key(rngs), streams=streams, hidden=hidden, config=config)
+        self.phi = nnx.Param(params.phi)
+        self.alpha = nnx.Param(params.alpha)
+        self.bias = nnx.Param(params.bias)
+        self.hidden, self.streams, self.config = hidden, streams, config
+        self.implementation = implementation
+
+    @property
+    def params(self) -> HeadParams:
+        """The parameters, as `jax_mhc.head` takes them."""
+        return HeadParams(self.phi[...], self.alpha[...], self.bias[...])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Collapses the streams x `[..., n, C]` to `[..., C]`; raises what `MHC` does for them."""
+        x = _module.streams("flax.nnx.Head", x, self.streams, self.hidden)
+        return jax_mhc.head(x, self.params, config=self.config, implementation=self.implementation)
+
+
+def stack(
+    blocks: nnx.Module,
+    x: jax.Array,
+    sublayers: Sequence[str] | Mapping[str, Mapping[str, Any]],
+    **options: Any,
+) -> jax.Array:
+    """All sublayers of all blocks, one after the other, by `jax_mhc.stack`.
+
+    To rounding this is
+
+        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        def run(block, x):
+            for name in sublayers:
+                x = getattr(block, name)(x)
+            return x
+
+        x = run(blocks, x)
+
+    with one pass over the streams from one sublayer to the next. Differentiable with respect to the
+    variables of the blocks and to x. The layers' variables must not change in the call, since
+    nothing brings them back out of the loop; those of dropout and of batch statistics do, except in
+    evaluation.
+
+    Args:
+        blocks: a module whose variables are stacked over the blocks, as `nnx.vmap` makes them.
+        x: the streams `[..., n, C]`.
+        sublayers: the names of attributes of blocks, in the order in which they run. Each is an
+            `MHC` whose layer returns y alone. A mapping gives keyword arguments for each layer,
+            the same for all blocks: `{"attention": {"mask": mask}, "mlp": {}}`.
+        **options: of `jax_mhc.stack`, such as keep_streams_every and policy.
+
+    Returns:
+        The new streams `[..., n, C]`.
+
+    Raises:
+        ValueError, TypeError: x that is not streams of the modules' n and C; a sublayer that is no
+            `MHC`, or has other settings than the first; a variable that changes; what
+            `jax_mhc.stack` raises.
+    """
+    if isinstance(sublayers, str) or not sublayers:
+        _errors.fail(
+            ValueError, _STACK, "sublayers", "a sequence of names of attributes of blocks",
+            repr(sublayers), "Name the sublayers in their order: ['attention', 'mlp'].",
+        )  # fmt: skip
+    modules = {name: _sublayer(blocks, name) for name in sublayers}
+    first = modules[next(iter(sublayers))]
+    for name, module in modules.items():
+        if (settings := _settings(module)) != _settings(first):
+            _errors.fail(
+                ValueError, _STACK, f"blocks.{name}", f"the settings of all, {_settings(first)}",
+                settings, "Give all sublayers of a stack the same settings, or use nnx.scan.",
+            )  # fmt: skip
+    graphdef, state = nnx.split({name: module.layer for name, module in modules.items()})
+
+    def run(name: str, u: jax.Array, state: Any) -> Any:
+        before = {path: variable.get_raw_value() for path, variable in nnx.to_flat_state(state)}
+        layers = nnx.merge(graphdef, state)
+        y = layers[name](u, **(sublayers[name] if isinstance(sublayers, Mapping) else {}))
+        for path, variable in nnx.to_flat_state(nnx.state(layers)):
+            # What a call assigns is another array, even if it is equal.
+            if path not in before or before[path] is not variable.get_raw_value():
+                module, *rest = map(str, path)
+                _errors.fail(
+                    ValueError, _STACK, ".".join(["blocks", module, "layer", *rest]),
+                    "a variable that does not change in the call",
+                    f"a {type(variable).__name__} that does",
+                    "Use nnx.scan over the blocks and their own call, or evaluation mode.",
+                )  # fmt: skip
+        return y
+
+    return jax_mhc.stack(
+        [partial(run, name) for name in sublayers],
+        _module.streams(_STACK, x, first.streams, first.hidden),
+        [modules[name].params for name in sublayers],
+        xs=state,
+        norm_scale=[_value(modules[name].norm_scale) for name in sublayers],
+        **_settings(first),
+        **options,
+    )
+
+
+_STACK = "flax.nnx.stack"
+
+
+def _sublayer(blocks: nnx.Module, name: str) -> MHC:
+    module = getattr(blocks, name, None)
+    if not isinstance(module, MHC):
+        _errors.fail(
+            TypeError, _STACK, f"blocks.{name}", "a jax_mhc.flax.nnx.MHC", type(module).__name__,
+            "Wrap each sublayer of a block: MHC(layer, C, rngs=rngs).",
+        )  # fmt: skip
+    return module
+
+
+def _settings(module: MHC) -> dict[str, Any]:
+    """What `jax_mhc.stack` takes once for all sublayers."""
+    names = ("config", "norm_scale_eps", "implementation")
+    return {name: getattr(module, name) for name in names}
+
+
+def _key(rngs: nnx.Rngs) -> jax.Array:
+    return (rngs.mhc if "mhc" in rngs else rngs.params)()
+
+
+def _value(variable: nnx.Param[Any] | None) -> jax.Array | None:
+    return None if variable is None else variable[...]
