@@ -1,89 +1,495 @@
 """The modules for Flax NNX, Flax Linen and Equinox."""
 
+import collections
+import dataclasses
+import functools
 import importlib
 import sys
+from collections.abc import Callable
+from typing import Any
 
+import equinox as eqx
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from test_hlo import custom_calls
 
+import jax_mhc as mhc
+import jax_mhc.equinox as mhc_eqx
+from jax_mhc.flax import linen as mhc_linen
 from jax_mhc.flax import nnx as mhc_nnx
 
 C, N = 8, 4
-SCALES = jnp.float32([0.5, 2.0, 1.0])
-
-
-def activation(u, w):
-    return jnp.sin(jnp.matmul(u, w, precision="highest"))
-
-
-# ---- Flax NNX -----------------------------------------------------------------------------------
-
-
-class NNXLayer(nnx.Module):
-    def __init__(self, rngs):
-        self.w = nnx.Param(jax.random.normal(rngs.params(), (C, C), jnp.float32) / 3)
-        self.dropout = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
-
-    def __call__(self, u, scale=1.0, rest=False):
-        y = self.dropout(activation(scale * u, self.w[...]))
-        return (y, jnp.sum(u), "rest") if rest else y
-
-
-class NNXBlock(nnx.Module):
-    def __init__(self, rngs):
-        self.attention = mhc_nnx.MHC(NNXLayer(rngs), C, norm=True, rngs=rngs)
-        self.mlp = mhc_nnx.MHC(NNXLayer(rngs), C, rngs=rngs)
-
-    def __call__(self, x):
-        return self.mlp(self.attention(x))
-
-
-def nnx_blocks(num=3, block=NNXBlock, seed=0):
-    blocks = nnx.split_rngs(splits=num)(nnx.vmap(block))(nnx.Rngs(seed))
-    # Initially phi is 0, and alpha without a gradient.
-    for i, module in enumerate((blocks.attention, blocks.mlp)):
-        shape = module.phi.shape
-        module.phi[...] = jax.random.normal(jax.random.key(i), shape, jnp.float32)
-    return blocks
+NAMES = ("phi", "alpha", "bias", "norm_scale", "w")
 
 
 def streams(*tokens, seed=0):
     return jax.random.normal(jax.random.key(seed), (*tokens, N, C), jnp.float32)
 
 
-def nnx_sequential(blocks, x):
-    run = nnx.scan(nnx.remat(NNXBlock.__call__), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
-    return run(blocks, x)
+def initial_w(key):
+    return jax.random.normal(key, (C, C), jnp.float32) / 3
 
 
-def nnx_stacked(blocks, x):
-    return mhc_nnx.stack(blocks, x, ["attention", "mlp"])
+def apply_layer(w, u, scale=1.0, *, rest=False):
+    """What every layer below computes; it takes other arguments, and may return a tuple."""
+    y = jnp.sin(jnp.matmul(scale * u, w, precision="highest"))
+    return (y, jnp.sum(u), {"cache": u}) if rest else y
 
 
-def test_an_nnx_stack_is_a_scan_over_blocks():
-    blocks, x = nnx_blocks(), streams(5)
-    results = {}
-    for run in (nnx_sequential, nnx_stacked):
-
-        def loss(blocks, x, run=run):
-            return jnp.sum(jnp.sin(run(blocks, x)))
-
-        results[run] = nnx.jit(nnx.value_and_grad(loss, argnums=(0, 1)))(blocks, x)
-    for one, other in zip(*map(jax.tree.leaves, results.values()), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
-        assert np.any(one != 0)
+# ---- one layer in three libraries ---------------------------------------------------------------
 
 
-def test_missing_packages(monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("jax_mhc.flax")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "flax", None)
-    with pytest.raises(ImportError) as error:
-        importlib.import_module("jax_mhc.flax.nnx")
-    assert str(error.value) == (
-        "jax_mhc.flax: flax: expected an installed package, got none. "
-        "Install it: pip install 'jax-mhc[flax]'."
+class NNXLayer(nnx.Module):
+    def __init__(self, rngs):
+        self.w = nnx.Param(initial_w(rngs.params()))
+
+    def __call__(self, u, *args, **kwargs):
+        return apply_layer(self.w[...], u, *args, **kwargs)
+
+
+class LinenLayer(nn.Module):
+    @nn.compact
+    def __call__(self, u, *args, **kwargs):
+        return apply_layer(self.param("w", initial_w), u, *args, **kwargs)
+
+
+class EqxLayer(eqx.Module):
+    w: jax.Array
+
+    def __call__(self, u, *args, **kwargs):
+        return apply_layer(self.w, u, *args, **kwargs)
+
+
+@dataclasses.dataclass
+class Built:
+    """A module as a function of its variables, a pytree."""
+
+    variables: Any
+    call: Callable
+
+
+def build_nnx(module):
+    graphdef, state = nnx.split(module)
+    return Built(
+        state, lambda state, *args, **options: nnx.merge(graphdef, state)(*args, **options)
     )
+
+
+def build_linen(module):
+    return Built(module.init(jax.random.key(0), streams(1)), module.apply)
+
+
+def build_eqx(module):
+    arrays, static = eqx.partition(module, eqx.is_array)
+    return Built(arrays, lambda arrays, *args, **kw: eqx.combine(arrays, static)(*args, **kw))
+
+
+def build(library, kind, *args, **options):
+    """`kind` of a library, with its layer where it takes one and none is given."""
+    if library == "nnx":
+        args = args or ((NNXLayer(nnx.Rngs(1)), C) if kind == "MHC" else (C,))
+        return build_nnx(getattr(mhc_nnx, kind)(*args, **options, rngs=nnx.Rngs(0)))
+    if library == "linen":
+        args = args or ((LinenLayer(), C) if kind == "MHC" else (C,))
+        return build_linen(getattr(mhc_linen, kind)(*args, **options))
+    layer = EqxLayer(initial_w(jax.random.key(1)))
+    args = args or ((layer, C) if kind == "MHC" else (C,))
+    return build_eqx(getattr(mhc_eqx, kind)(*args, **options, key=jax.random.key(0)))
+
+
+def named(tree):
+    """The leaves by the names of `NAMES`, whatever is around them."""
+    found = {}
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        (name,) = [str(n) for p in path for n in [getattr(p, "key", getattr(p, "name", p))]
+                   if str(n) in NAMES]  # fmt: skip
+        found[name] = leaf
+    return found
+
+
+def away_from_initial(tree):
+    """With noise; initially phi is 0, and alpha without a gradient."""
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(7), len(leaves))
+    noisy = [
+        p + 0.3 * jax.random.normal(k, p.shape, p.dtype) for k, p in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, noisy)
+
+
+def value_and_grads(call):
+    """A compiled function of variables and x, and its custom calls."""
+
+    def loss(variables, x):
+        out = call(variables, x)
+        return jnp.sum(jnp.sin(out)), out
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+
+
+def assert_equal(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+LIBRARIES = ["nnx", "linen", "eqx"]
+VARIANTS = {
+    "plain": {},
+    "norm": {"norm": True, "norm_scale_eps": 0.1},
+    "static": {"static": True, "config": mhc.presets.DEEPSEEK_V4},
+    "reference": {"implementation": "reference", "config": mhc.MHCConfig(constraint="identity")},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_mhc_is_mhc_residual(library, variant):
+    """To the bit, with all gradients; the parameters have their names and initial values."""
+    options = VARIANTS[variant]
+    built = build(library, "MHC", **options)
+    shapes = {name: (leaf.shape, leaf.dtype.name) for name, leaf in named(built.variables).items()}
+    num = 2 * N if variant == "reference" else N * N + 2 * N
+    expected = {"bias": (num,), "w": (C, C)}
+    if variant != "static":
+        expected |= {"phi": (N * C, num), "alpha": (3,)}
+    if variant == "norm":
+        expected["norm_scale"] = (C,)
+        np.testing.assert_array_equal(named(built.variables)["norm_scale"], 1)
+    assert shapes == {name: (shape, "float32") for name, shape in expected.items()}
+
+    def by_function(values, x):
+        values = dict(values)
+        w, scale = values.pop("w"), values.pop("norm_scale", None)
+        kept = {k: v for k, v in options.items() if k not in ("norm", "static")}
+        params = mhc.MHCParams(**{"phi": None, "alpha": None, **values})
+        layer = functools.partial(apply_layer, w)
+        return mhc.mhc_residual(layer, x, params, norm_scale=scale, **kept)
+
+    x, variables = streams(5), away_from_initial(built.variables)
+    run = value_and_grads(built.call).lower(variables, x).compile()
+    calls = ["pre_fwd", "post_fwd", "pre_bwd", "post_bwd"]
+    calls = [] if variant == "reference" else calls
+    assert custom_calls(run.as_text()) == collections.Counter(calls)
+    value, (d_variables, d_x) = run(variables, x)
+    assert_equal(
+        (value, (named(d_variables), d_x)), value_and_grads(by_function)(named(variables), x)
+    )
+    assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(d_variables))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_head_is_head(library):
+    built = build(library, "Head", config=mhc.presets.DEEPSEEK_V4)
+    x, variables = streams(5), away_from_initial(built.variables)
+
+    def by_function(values, x):
+        return mhc.head(x, mhc.HeadParams(**values), config=mhc.presets.DEEPSEEK_V4)
+
+    value, (d_variables, d_x) = value_and_grads(built.call)(variables, x)
+    assert_equal(
+        (value, (named(d_variables), d_x)), value_and_grads(by_function)(named(variables), x)
+    )
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_starts_as_the_plain_residual(library):
+    built, u = build(library, "MHC"), streams(5)[:, 0]
+    head = build(library, "Head")
+    out = head.call(head.variables, built.call(built.variables, mhc.expand(u, streams=N)))
+    plain = u + apply_layer(named(built.variables)["w"], u)
+    np.testing.assert_allclose(out, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_arguments_of_the_layer_and_what_else_it_returns(library):
+    built, x = build(library, "MHC"), streams(5)
+    alone = built.call(built.variables, x, 2.0)
+    assert np.any(alone != built.call(built.variables, x))
+    x_new, aux, cache = built.call(built.variables, x, scale=2.0, rest=True)
+    assert_equal(x_new, alone)
+    np.testing.assert_allclose(jnp.sum(cache["cache"]), aux, rtol=1e-5)
+
+
+def test_different_keys_for_different_modules():
+    rngs, keys = nnx.Rngs(0), jax.random.split(jax.random.key(1))
+    layers = [mhc_nnx.MHC(jnp.sin, C, rngs=rngs) for _ in keys]
+    layers += [mhc_eqx.MHC(jnp.sin, C, key=key) for key in keys]
+    assert len({tuple(layer.bias[...].tolist()) for layer in layers}) == 4
+    # With a stream of its own, nothing else is drawn from the others.
+    rngs = nnx.Rngs(0, mhc=1)
+    mhc_nnx.MHC(jnp.sin, C, rngs=rngs), mhc_nnx.Head(C, rngs=rngs)
+    assert rngs.params() == nnx.Rngs(0).params()
+
+
+# ---- errors -------------------------------------------------------------------------------------
+
+OPS = {"nnx": "flax.nnx", "linen": "flax.linen", "eqx": "equinox"}
+
+
+@pytest.mark.parametrize("shape", [(5, N, C + 1), (5, N + 1, C), (20, 5, C), (C,)])
+@pytest.mark.parametrize("kind", ["MHC", "Head"])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_what_is_not_its_streams(library, kind, shape):
+    built = build(library, kind)
+    with pytest.raises(ValueError) as error:
+        built.call(built.variables, jnp.ones(shape, jnp.float32))
+    assert str(error.value) == (
+        f"jax_mhc.{OPS[library]}.{kind}: x: expected streams [..., {N}, {C}], got {list(shape)}. "
+        f"Make streams from a hidden state [..., {C}] with jax_mhc.expand(u, streams={N}), "
+        "once, in front of the first layer."
+    )
+
+
+@pytest.mark.parametrize(
+    "layer, error, got",
+    [
+        (lambda u: u[..., :2], ValueError, r"expected shape \[5, 8\] .*, got \[5, 2\]"),
+        (lambda u: u.astype(jnp.bfloat16), TypeError, "expected .*float32, got bfloat16"),
+        (lambda u: ([u], 0), TypeError, "expected an array, got list"),
+        (lambda u: (), TypeError, "expected an array, got tuple"),
+    ],
+)
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_layers_that_do_not_fit(library, layer, error, got):
+    if library == "linen":
+        module = mhc_linen.MHC(layer, C)
+        call = functools.partial(module.init, jax.random.key(0))
+    else:
+        built = build(library, "MHC", layer, C)
+        call = functools.partial(built.call, built.variables)
+    with pytest.raises(error, match=rf"^jax_mhc.{OPS[library]}.MHC: the layer's result: {got}\. "):
+        call(streams(5))
+
+
+@pytest.mark.parametrize(
+    "name, package, message",
+    [
+        ("jax_mhc.flax.nnx", "flax", "jax_mhc.flax: flax"),
+        ("jax_mhc.flax.linen", "flax", "jax_mhc.flax: flax"),
+        ("jax_mhc.equinox", "equinox", "jax_mhc.equinox: equinox"),
+    ],
+)
+def test_missing_packages(monkeypatch, name, package, message):
+    for loaded in [module for module in sys.modules if module.startswith(f"jax_mhc.{package}")]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError) as error:
+        importlib.import_module(name)
+    assert str(error.value) == (
+        f"{message}: expected an installed package, got none. "
+        f"Install it: pip install 'jax-mhc[{package}]'."
+    )
+
+
+# ---- Flax NNX -----------------------------------------------------------------------------------
+
+
+class NNXDropout(nnx.Module):
+    """A layer whose variables change in a call, but in evaluation."""
+
+    def __init__(self, rngs):
+        self.inner = NNXLayer(rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, u, scale=1.0):
+        return self.dropout(self.inner(u, scale))
+
+
+class NNXBlock(nnx.Module):
+    def __init__(self, layer, rngs):
+        self.attention = mhc_nnx.MHC(layer(rngs), C, norm=True, norm_scale_eps=0.1, rngs=rngs)
+        self.mlp = mhc_nnx.MHC(layer(rngs), C, norm_scale_eps=0.1, rngs=rngs)
+
+    def __call__(self, x, scale=1.0):
+        return self.mlp(self.attention(x, scale))
+
+
+@functools.cache
+def nnx_blocks(layer):
+    """Three blocks, as a function that makes them again."""
+
+    @nnx.jit
+    def make():
+        init = nnx.vmap(functools.partial(NNXBlock, layer))
+        return nnx.split_rngs(splits=3)(init)(nnx.Rngs(0))
+
+    blocks = make()
+    graphdef, params, others = nnx.split(blocks, nnx.Param, ...)
+    params = away_from_initial(params)
+    return lambda: nnx.merge(graphdef, params, others, copy=True)
+
+
+def in_scan(blocks, x, scale=1.0, block=NNXBlock.__call__):
+    run = nnx.scan(block, in_axes=(0, nnx.Carry, None), out_axes=nnx.Carry)
+    return run(blocks, x, scale)
+
+
+def in_scan_with_remat(blocks, x, scale=1.0):
+    return in_scan(blocks, x, scale, nnx.remat(NNXBlock.__call__))
+
+
+def in_a_row(blocks, x, scale=1.0):
+    graphdef, state = nnx.split(blocks)
+    for i in range(3):
+        block = nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], state))
+        x = block(x, scale)
+    return x
+
+
+def in_stack(blocks, x, scale=1.0, **options):
+    return mhc_nnx.stack(blocks, x, {"attention": {"scale": scale}, "mlp": {}}, **options)
+
+
+@functools.cache
+def nnx_value_and_grads(run, **options):
+    """With respect to all variables, x, and an argument of a layer."""
+
+    def loss(blocks, x, scale):
+        return jnp.sum(jnp.sin(run(blocks, x, scale, **options)))
+
+    operands = nnx_blocks(NNXLayer)(), streams(5), jnp.float32(0.7)
+    step = nnx.jit(nnx.value_and_grad(loss, argnums=(0, 1, 2))).lower(*operands).compile()
+    value, (d_blocks, *d) = step(*operands)
+    return (value, nnx.to_pure_dict(d_blocks), d), custom_calls(step.as_text())
+
+
+@pytest.mark.parametrize(
+    "run, options",
+    [
+        (in_scan, {}),
+        (in_scan_with_remat, {}),
+        (in_stack, {}),
+        (in_stack, {"keep_streams_every": 2}),
+    ],
+)
+def test_nnx_blocks_in_a_loop(run, options):
+    expected, _ = nnx_value_and_grads(in_a_row)
+    got, _ = nnx_value_and_grads(run, **options)
+    for one, other in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+        assert np.all(np.isfinite(one)) and np.any(one != 0)
+
+
+def test_an_nnx_stack_is_made_of_seams():
+    _, calls = nnx_value_and_grads(in_stack)
+    assert set(calls) == {"seam_fwd", "post_fwd", "seam_bwd", "post_bwd"}
+
+
+def test_nnx_dropout():
+    """Its state changes in a scan, cannot in a stack, and need not in evaluation."""
+    blocks, x = nnx_blocks(NNXDropout)(), streams(5)
+    first, second = nnx.jit(in_scan)(blocks, x), nnx.jit(in_scan)(blocks, x)
+    assert np.any(first != second)
+    np.testing.assert_array_equal(blocks.mlp.layer.dropout.rngs.count[...], 3 * [2])
+    with pytest.raises(ValueError) as error:
+        nnx.jit(in_stack)(blocks, x)
+    assert str(error.value) == (
+        "jax_mhc.flax.nnx.stack: blocks.attention.layer.dropout.rngs.count: expected a variable "
+        "that does not change in the call, got a RngCount that does. Use nnx.scan over the blocks "
+        "and their own call, or evaluation mode."
+    )
+    blocks.eval()
+    got, expected = nnx.jit(in_stack)(blocks, x), nnx.jit(in_scan)(blocks, x)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_variable_that_an_nnx_stack_would_lose():
+    def sows(module, u):
+        module.seen = nnx.Intermediate(u)
+        return u
+
+    blocks = nnx_blocks(NNXLayer)()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NNXLayer, "__call__", sows)
+        with pytest.raises(ValueError, match=r"blocks\.mlp\.layer\.seen: .*got a Intermediate"):
+            mhc_nnx.stack(blocks, streams(5), ["mlp"])
+
+
+# ---- Flax Linen ---------------------------------------------------------------------------------
+
+
+class LinenCounting(nn.Module):
+    """A layer with dropout, and a variable that every call changes."""
+
+    @nn.compact
+    def __call__(self, u):
+        count = self.variable("batch_stats", "count", lambda: jnp.int32(0))
+        if not self.is_initializing():
+            count.value += 1
+        self.sow("intermediates", "mean", jnp.mean(u))
+        return nn.Dropout(0.5, deterministic=False)(LinenLayer()(u))
+
+
+class LinenBlock(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        x = mhc_linen.MHC(LinenCounting(), C, norm=True)(x)
+        return mhc_linen.MHC(LinenCounting(), C)(x), None
+
+
+def test_linen_blocks_in_a_scan():
+    """With remat; dropout and the collections of a layer are as without a hyper-connection."""
+    blocks = nn.scan(
+        nn.remat(LinenBlock),
+        variable_axes={"params": 0, "batch_stats": 0, "intermediates": 0},
+        split_rngs={"params": True, "dropout": True},
+        length=3,
+    )()
+    x, rngs = streams(5), {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    variables = jax.jit(blocks.init)(rngs, x, None)
+
+    def loss(params, seed):
+        rest = {"batch_stats": variables["batch_stats"]}
+        (out, _), changed = blocks.apply(
+            {"params": params, **rest}, x, None, rngs={"dropout": jax.random.key(seed)},
+            mutable=["batch_stats", "intermediates"],
+        )  # fmt: skip
+        return jnp.sum(jnp.sin(out)), changed
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (first, changed), grads = run(away_from_initial(variables["params"]), 0)
+    assert first != run(away_from_initial(variables["params"]), 1)[0][0]
+    assert sorted(grads) == ["LinenCounting_0", "LinenCounting_1", "MHC_0", "MHC_1"]
+    assert sorted(grads["MHC_0"]) == ["alpha", "bias", "norm_scale", "phi"]
+    assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(grads))
+    counts = changed["batch_stats"]
+    np.testing.assert_array_equal(counts["LinenCounting_1"]["count"], [1, 1, 1])
+    assert changed["intermediates"]["LinenCounting_0"]["mean"][0].shape == (3,)
+
+
+# ---- Equinox ------------------------------------------------------------------------------------
+
+
+def test_equinox_blocks_in_a_scan():
+    """One example of a batch under filter_vmap, and a layer for single tokens likewise."""
+
+    @eqx.filter_vmap
+    def make(key):
+        layer, connection = jax.random.split(key)
+        layer = eqx.filter_vmap(EqxLayer(initial_w(layer)))
+        return mhc_eqx.MHC(layer, C, norm=True, key=connection)
+
+    arrays, static = eqx.partition(make(jax.random.split(jax.random.key(0), 3)), eqx.is_array)
+    arrays, x = away_from_initial(arrays), streams(2, 5)
+
+    def run(arrays, x):
+        step = lambda x, block: (eqx.combine(block, static)(x), None)  # noqa: E731
+        return jax.lax.scan(step, x, arrays)[0]
+
+    def by_function(arrays, x):
+        for i in range(3):
+            p = named(jax.tree.map(lambda leaf, i=i: leaf[i], arrays))
+            layer, scale = functools.partial(apply_layer, p.pop("w")), p.pop("norm_scale")
+            x = mhc.mhc_residual(layer, x, mhc.MHCParams(**p), norm_scale=scale)
+        return x
+
+    got = value_and_grads(lambda a, x: jax.vmap(run, (None, 0))(a, x))(arrays, x)
+    expected = value_and_grads(by_function)(arrays, x)
+    for one, other in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+        assert np.any(one != 0)

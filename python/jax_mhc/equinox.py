@@ -1,0 +1,184 @@
+"""Hyper-connections as modules of Equinox. They need jax-mhc[equinox].
+
+    from jax_mhc.equinox import MHC
+
+    self.attention = MHC(Attention(..., key=key_1), C, streams=4, key=key_2)
+    x = self.attention(x)                       # in place of x + attention(x)
+
+`Head` leaves the streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import jax_mhc
+from jax_mhc import _errors, _module
+from jax_mhc._dispatch import Implementation
+from jax_mhc._types import HeadParams, MHCConfig, MHCParams
+from jax_mhc.presets import PAPER
+
+_errors.require("equinox", "equinox", "equinox")
+
+import equinox as eqx  # noqa: E402
+
+__all__ = ["MHC", "Head"]
+
+
+class MHC(eqx.Module):
+    """A layer and its manifold-constrained hyper-connection (equation 3).
+
+    The counterpart of `x + layer(x)`: `jax_mhc.mhc_residual` with parameters of its own, which see
+    for the equation, dtypes and derivatives. The parameters are arrays, float32, with the initial
+    values of `jax_mhc.init_params`; all else but the layer is static.
+
+    x is the streams of one example, under `jax.vmap`, or of a whole batch. A layer for single
+    tokens is vectorised with `eqx.filter_vmap(layer)`; `jax.vmap(layer)` is a function that hides
+    the layer's parameters.
+
+    Args:
+        layer: a module or function, `layer(u, ...)` with u `[..., C]`, which returns y `[..., C]`
+            of u's dtype, or a tuple that begins with it.
+        hidden: C.
+        streams: n, from 1 to 16.
+        config: settings.
+        static: coefficients from the bias alone; phi and alpha are None.
+        norm: u is normalised, by the RMSNorm that layers begin with, in the same kernel; the layer
+            should have none of its own then.
+        norm_scale_eps: the eps of that norm.
+        implementation: None, "fused" or "reference"; see `jax_mhc.pre`.
+        key: for the initial values; each module wants its own.
+
+    Attributes:
+        layer: the layer.
+        phi: projection `[nC, K]`, or None.
+        alpha: gates `[3]`, or None.
+        bias: static part `[K]`.
+        norm_scale: of the norm `[C]`, initially ones, or None.
+
+    Raises:
+        ValueError, TypeError: what `jax_mhc.init_params` raises.
+    """
+
+    layer: Callable[..., Any]
+    phi: jax.Array | None
+    alpha: jax.Array | None
+    bias: jax.Array
+    norm_scale: jax.Array | None
+    hidden: int = eqx.field(static=True)
+    streams: int = eqx.field(static=True)
+    config: MHCConfig = eqx.field(static=True)
+    norm_scale_eps: float = eqx.field(static=True)
+    implementation: Implementation = eqx.field(static=True)
+
+    def __init__(
+        self,
+        layer: Callable[..., Any],
+        hidden: int,
+        *,
+        streams: int = 4,
+        config: MHCConfig = PAPER,
+        static: bool = False,
+        norm: bool = False,
+        norm_scale_eps: float = 1e-6,
+        implementation: Implementation = None,
+        key: jax.Array,
+    ):
+        """See the class."""
+        params = jax_mhc.init_params(
+            key, streams=streams, hidden=hidden, config=config, static=static
+        )
+        self.layer = layer
+        self.phi, self.alpha, self.bias = params.phi, params.alpha, params.bias
+        self.norm_scale = jnp.ones(hidden, jnp.float32) if norm else None
+        self.hidden, self.streams, self.config = hidden, streams, config
+        self.norm_scale_eps, self.implementation = norm_scale_eps, implementation
+
+    @property
+    def params(self) -> MHCParams:
+        """The parameters, as the functions of jax_mhc take them."""
+        return MHCParams(self.phi, self.alpha, self.bias)
+
+    def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
+        """Runs the layer on the streams.
+
+        Args:
+            x: the streams `[..., n, C]`.
+            *args: handed on to the layer, after u.
+            **kwargs: handed on to the layer.
+
+        Returns:
+            The new streams `[..., n, C]`; of a layer that returns `(y, *rest)`, such as a state,
+            `(streams, *rest)`.
+
+        Raises:
+            ValueError, TypeError: x that is not streams of the module's n and C; a layer that
+                returns another shape or dtype; what `jax_mhc.pre` raises.
+        """
+        op = "equinox.MHC"
+        return _module.residual(
+            op, lambda u: self.layer(u, *args, **kwargs),
+            _module.streams(op, x, self.streams, self.hidden), self.params,
+            config=self.config, norm_scale=self.norm_scale,
+            norm_scale_eps=self.norm_scale_eps, implementation=self.implementation,
+        )  # fmt: skip
+
+
+class Head(eqx.Module):
+    """Leaves the streams by a learned weighted mean, `[..., n, C]` -> `[..., C]`.
+
+    `jax_mhc.head` with parameters of its own, which see. They are float32, with the initial values
+    of `jax_mhc.init_head`.
+
+    Args:
+        hidden: C.
+        streams: n, from 1 to 16.
+        config: settings; those of norm and of h_pre enter.
+        implementation: None, "fused" or "reference"; see `jax_mhc.pre`.
+        key: for the initial values.
+
+    Attributes:
+        phi: projection `[nC, n]`.
+        alpha: gate `[1]`.
+        bias: static part `[n]`.
+
+    Raises:
+        ValueError, TypeError: what `jax_mhc.init_head` raises.
+    """
+
+    phi: jax.Array
+    alpha: jax.Array
+    bias: jax.Array
+    hidden: int = eqx.field(static=True)
+    streams: int = eqx.field(static=True)
+    config: MHCConfig = eqx.field(static=True)
+    implementation: Implementation = eqx.field(static=True)
+
+    def __init__(
+        self,
+        hidden: int,
+        *,
+        streams: int = 4,
+        config: MHCConfig = PAPER,
+        implementation: Implementation = None,
+        key: jax.Array,
+    ):
+        """See the class."""
+        params = jax_mhc.init_head(key, streams=streams, hidden=hidden, config=config)
+        self.phi, self.alpha, self.bias = params.phi, params.alpha, params.bias
+        self.hidden, self.streams, self.config = hidden, streams, config
+        self.implementation = implementation
+
+    @property
+    def params(self) -> HeadParams:
+        """The parameters, as `jax_mhc.head` takes them."""
+        return HeadParams(self.phi, self.alpha, self.bias)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Collapses the streams x `[..., n, C]` to `[..., C]`; raises what `MHC` does for them."""
+        x = _module.streams("equinox.Head", x, self.streams, self.hidden)
+        return jax_mhc.head(x, self.params, config=self.config, implementation=self.implementation)
