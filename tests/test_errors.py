@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jax_mhc as mhc
 from jax_mhc import MHCConfig, MHCParams, _dispatch, _errors, _library
 from jax_mhc._types import Context
+from jax_mhc.flax import nnx as mhc_nnx
 
 KEY = jax.random.key(0)
 N, C = 2, 3
@@ -55,6 +57,25 @@ def stack_in_scan(num_params=4, num_xs=4, params=PARAMS, layers=(lambda u, s: s 
 
 def remat_policy(*names, **options):
     return lambda: mhc.remat_policy(*names, **{"streams": N, "hidden": C, **options})
+def module(layer=jnp.tanh, **options):
+    return mhc_nnx.MHC(layer, C, streams=N, **options, rngs=nnx.Rngs(0))
+
+
+def nnx_stack(*sublayers, **modules):
+    """Of one block."""
+    stacked = nnx.Dict(jax.tree.map(lambda leaf: leaf[None], modules))
+    return lambda: mhc_nnx.stack(stacked, X, sublayers)
+
+
+class Counter(nnx.Module):
+    """A layer whose variable changes."""
+
+    def __init__(self):
+        self.count = nnx.Variable(jnp.int32(0))
+
+    def __call__(self, u):
+        self.count[...] += 1
+        return u
 
 
 def config(**settings):
@@ -371,6 +392,22 @@ ERRORS += [
     (
         lambda: mhc.diagnostics.sample_tokens(Z, 0),
         ValueError, "diagnostics.sample_tokens", "count", "0",
+    # Modules; more of them in test_modules.py.
+    (lambda: module()(Y), ValueError, "flax.nnx.MHC", "x", "[5, 3]"),
+    (
+        lambda: module(lambda u: u[:4])(X),
+        ValueError, "flax.nnx.MHC", "the layer's result", "[4, 3]",
+    ),
+    (nnx_stack(), ValueError, "flax.nnx.stack", "sublayers", "()"),
+    (lambda: mhc_nnx.stack(module(), X, "mlp"), ValueError, "flax.nnx.stack", "sublayers", "'mlp'"),
+    (nnx_stack("a", "b", a=module()), TypeError, "flax.nnx.stack", "blocks.b", "NoneType"),
+    (
+        nnx_stack("a", "b", a=module(), b=module(norm_scale_eps=0.1)),
+        ValueError, "flax.nnx.stack", "blocks.b.norm_scale_eps", "0.1",
+    ),
+    (
+        nnx_stack("a", a=module(Counter())),
+        ValueError, "flax.nnx.stack", "blocks.a.layer.count", "a Variable that does",
     ),
     # Optional dependencies.
     (lambda: _errors.require("op", "no_such", "some"), ImportError, "op", "no_such", "none"),

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -73,15 +74,14 @@ class MHC(nn.Module):
         """
         op = "flax.linen.MHC"
         x = _module.streams(op, x, self.streams, self.hidden)
-        names = ("bias",) if self.static else ("phi", "alpha", "bias")
-        params = {name: _param(self, jax_mhc.init_params, name) for name in names}
+        param = partial(_param, self, jax_mhc.init_params)
+        phi, alpha = (None, None) if self.static else (param("phi"), param("alpha"))
         scale = None
         if self.norm:
             scale = self.param("norm_scale", nn.initializers.ones, (self.hidden,), "float32")
         return _module.residual(
-            op, lambda u: self.layer(u, *args, **kwargs), x,
-            MHCParams(**{"phi": None, "alpha": None, **params}), config=self.config,
-            norm_scale=scale, norm_scale_eps=self.norm_scale_eps,
+            op, lambda u: self.layer(u, *args, **kwargs), x, MHCParams(phi, alpha, param("bias")),
+            config=self.config, norm_scale=scale, norm_scale_eps=self.norm_scale_eps,
             implementation=self.implementation,
         )  # fmt: skip
 
@@ -108,8 +108,8 @@ class Head(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Collapses the streams x `[..., n, C]` to `[..., C]`; raises what `MHC` does for them."""
         x = _module.streams("flax.linen.Head", x, self.streams, self.hidden)
-        names = ("phi", "alpha", "bias")
-        params = HeadParams(**{name: _param(self, jax_mhc.init_head, name) for name in names})
+        param = partial(_param, self, jax_mhc.init_head)
+        params = HeadParams(param("phi"), param("alpha"), param("bias"))
         return jax_mhc.head(x, params, config=self.config, implementation=self.implementation)
 
 

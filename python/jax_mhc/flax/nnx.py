@@ -209,13 +209,16 @@ def stack(
             repr(sublayers), "Name the sublayers in their order: ['attention', 'mlp'].",
         )  # fmt: skip
     modules = {name: _sublayer(blocks, name) for name in sublayers}
-    first = modules[next(iter(sublayers))]
+    first = next(iter(modules.values()))
+    settings = {name: getattr(first, name) for name in _SETTINGS}
     for name, module in modules.items():
-        if (settings := _settings(module)) != _settings(first):
-            _errors.fail(
-                ValueError, _STACK, f"blocks.{name}", f"the settings of all, {_settings(first)}",
-                settings, "Give all sublayers of a stack the same settings, or use nnx.scan.",
-            )  # fmt: skip
+        for setting, value in settings.items():
+            if (got := getattr(module, setting)) != value:
+                _errors.fail(
+                    ValueError, _STACK, f"blocks.{name}.{setting}",
+                    f"that of the other sublayers, {value!r}", repr(got),
+                    "Make all sublayers of a stack alike, or use nnx.scan over the blocks.",
+                )  # fmt: skip
     graphdef, state = nnx.split({name: module.layer for name, module in modules.items()})
 
     def run(name: str, u: jax.Array, state: Any) -> Any:
@@ -240,12 +243,15 @@ def stack(
         [modules[name].params for name in sublayers],
         xs=state,
         norm_scale=[_value(modules[name].norm_scale) for name in sublayers],
-        **_settings(first),
+        **settings,
         **options,
     )
 
 
 _STACK = "flax.nnx.stack"
+
+# What `jax_mhc.stack` takes once, for all sublayers.
+_SETTINGS = ("config", "norm_scale_eps", "implementation")
 
 
 def _sublayer(blocks: nnx.Module, name: str) -> MHC:
@@ -256,12 +262,6 @@ def _sublayer(blocks: nnx.Module, name: str) -> MHC:
             "Wrap each sublayer of a block: MHC(layer, C, rngs=rngs).",
         )  # fmt: skip
     return module
-
-
-def _settings(module: MHC) -> dict[str, Any]:
-    """What `jax_mhc.stack` takes once for all sublayers."""
-    names = ("config", "norm_scale_eps", "implementation")
-    return {name: getattr(module, name) for name in names}
 
 
 def _key(rngs: nnx.Rngs) -> jax.Array:
