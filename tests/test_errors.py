@@ -57,6 +57,8 @@ def stack_in_scan(num_params=4, num_xs=4, params=PARAMS, layers=(lambda u, s: s 
 
 def remat_policy(*names, **options):
     return lambda: mhc.remat_policy(*names, **{"streams": N, "hidden": C, **options})
+
+
 def module(layer=jnp.tanh, **options):
     return mhc_nnx.MHC(layer, C, streams=N, **options, rngs=nnx.Rngs(0))
 
@@ -392,6 +394,7 @@ ERRORS += [
     (
         lambda: mhc.diagnostics.sample_tokens(Z, 0),
         ValueError, "diagnostics.sample_tokens", "count", "0",
+    ),
     # Modules; more of them in test_modules.py.
     (lambda: module()(Y), ValueError, "flax.nnx.MHC", "x", "[5, 3]"),
     (
