@@ -1,0 +1,134 @@
+"""The table, the figure and the records of a comparison."""
+
+import csv
+import dataclasses
+import json
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+import flax
+import jax
+import optax
+from matplotlib.figure import Figure
+from rich import box
+from rich.table import Table
+
+import jax_mhc
+
+from .settings import Connection, Settings
+
+# Label, colour (Okabe-Ito: told apart by colour-blind readers too) and line width. The curves often
+# lie on top of each other, so later ones are thinner.
+STYLES: dict[Connection, tuple[str, str, float]] = {
+    "residual": ("plain residual", "#999999", 4.0),
+    "hc": ("HC", "#E69F00", 2.4),
+    "mhc": ("mHC", "#0072B2", 1.4),
+    "static": ("static mHC", "#009E73", 1.2),
+    "identity": ("identity (iHC)", "#CC79A7", 1.2),
+    "lite": ("mHC-lite", "#D55E00", 1.0),
+}
+LABELS = {name: label for name, (label, *_) in STYLES.items()}
+
+ROWS = (
+    ("parameters", "num_params", ",.0f"),
+    ("fused calls in the step", "num_fused_calls", ".0f"),
+    ("validation loss, initial", "initial_validation_loss", ".4f"),
+    ("validation loss, final", "validation_loss", ".4f"),
+    ("training loss, last 20 steps", "train_loss", ".4f"),
+    ("gradient norm, largest", "max_grad_norm", ".3g"),
+    ("composite gain forward, largest", "max_gain_forward", ".5g"),
+    ("composite gain backward, largest", "max_gain_backward", ".5g"),
+    ("step, ms, median", "step_ms", ".1f"),
+    ("tokens per second", "tokens_per_s", ",.0f"),
+    ("compilation, s", "compile_s", ".1f"),
+)
+
+
+def describe(settings: Settings) -> str:
+    """The configuration in a line."""
+    return (
+        f"depth {settings.depth} ({2 * settings.depth} sublayers), width {settings.width}, "
+        f"heads {settings.heads}, streams {settings.streams}, {settings.batch} × {settings.seq} "
+        f"bytes a step, learning rate {settings.learning_rate:g}, {settings.dtype}, "
+        f"seeds {', '.join(map(str, settings.seeds))}"
+    )
+
+
+def columns(results: list[dict[str, Any]]) -> Iterable[tuple[str, list[str]]]:
+    """Label and cells for each connection: means over the seeds, ± half of their range."""
+    for connection in dict.fromkeys(r["connection"] for r in results):
+        own = [r for r in results if r["connection"] == connection]
+        cells = []
+        for _, key, style in ROWS:
+            values = [r[key] for r in own]
+            spread = (max(values) - min(values)) / 2
+            cell = format(statistics.fmean(values), style)
+            cells.append(f"{cell} ± {format(spread, style)}" if spread else cell)
+        yield LABELS[connection], cells
+
+
+def make_table(results: list[dict[str, Any]]) -> Table:
+    """The comparison, with a column for each connection."""
+    table = Table("", box=box.SIMPLE_HEAD)
+    all_cells = []
+    for label, cells in columns(results):
+        table.add_column(label, justify="right")
+        all_cells.append(cells)
+    for i, (label, *_) in enumerate(ROWS):
+        table.add_row(label, *(cells[i] for cells in all_cells))
+    return table
+
+
+def draw_figure(runs: list[dict[str, Any]], settings: Settings) -> Figure:
+    """Loss, gradient norm and composite gain over the steps, a curve for each run."""
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    loss, norm, gain = figure.subplots(1, 3)
+    for run in runs:
+        label, color, width = STYLES[run["connection"]]
+        if run["seed"] != settings.seeds[0]:
+            label = None
+
+        def curve(axes, key, run=run, color=color, **style):
+            points = [(r["step"], r[key]) for r in run["records"] if key in r]
+            axes.plot(*zip(*points, strict=True), color=color, **style)
+
+        curve(loss, "loss", lw=0.6, alpha=0.35)
+        curve(loss, "validation_loss", lw=width, label=label)
+        curve(norm, "grad_norm", lw=0.7 * width, label=label)
+        curve(gain, "gain_forward", lw=width, label=label)
+        curve(gain, "gain_backward", lw=width, ls=(0, (3, 2)))
+    loss.set(title="Loss (thick: validation, thin: training)", ylabel="nats a byte")
+    norm.set(title="Gradient norm, before clipping", yscale="log")
+    gain.set(title="Composite gain (dashed: backward)", yscale="log")
+    gain.set_ylabel("largest of all tokens")
+    for axes in (loss, norm, gain):
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    figure.suptitle(f"Byte-level GPT, {describe(settings)}", fontsize=10)
+    return figure
+
+
+def save(runs: list[dict[str, Any]], results: list[dict], settings: Settings, text: str) -> None:
+    """Write train_gpt.png, records.csv (a line for each step) and summary.json into the folder."""
+    draw_figure(runs, settings).savefig(settings.out / "train_gpt.png", dpi=100)
+    rows = [
+        dict(connection=run["connection"], seed=run["seed"], **record)
+        for run in runs
+        for record in run["records"]
+    ]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with open(settings.out / "records.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    summary = dict(
+        settings=dataclasses.asdict(settings),
+        text=text,
+        device=jax.devices()[0].device_kind,
+        versions={m.__name__: m.__version__ for m in (jax, flax, optax, jax_mhc)},
+        results=results,
+    )
+    (settings.out / "summary.json").write_text(json.dumps(summary, indent=2, default=str) + "\n")
