@@ -57,9 +57,10 @@ const N4: Size = ("n4", 4, true);
 const STREAMS: [Size; 4] = [("n2", 2, true), N4, ("n8", 8, true), ("any", 16, false)];
 
 /// Columns of phi, in groups of 8.
-const COLUMNS: [Size; 4] = [
+const COLUMNS: [Size; 5] = [
     ("k8", 1, true),
     ("k24", 3, true),
+    ("k32", 4, true),
     ("k80", 10, true),
     ("any", 12, false),
 ];

@@ -32,7 +32,7 @@ constexpr u32 kAllLanes = 0xffffffff;
 
 // The settings of a call (config.rs has their meaning; launch.rs the same struct).
 struct Settings {
-  int constraint;  // 0 birkhoff, 1 none, 2 identity
+  int constraint;  // 0 birkhoff, 1 none, 2 identity, 3 permutations
   int sinkhorn_iters;
   float sinkhorn_eps;
   int clamp;      // divisions by max(sum, eps) and not by sum + eps

@@ -12,12 +12,16 @@
 #include "coefficients.cuh"
 #include "collapse.cuh"
 #include "matrix.cuh"
+#include "permutations.cuh"
 #include "sinkhorn.cuh"
 
 constexpr int N = SIZE;
 constexpr int kTokens = 8;
 constexpr int kThreads = 32 * (kTokens + 1);
-constexpr int kMaxColumns = N * (N + 2);
+// Of res: n^2, and of the numbers of streams that have permutations 4 alone has more of those.
+constexpr int kMaxRes = N == 4 ? kFactorial<4> : N * N;
+constexpr int kMaxColumns = 2 * N + kMaxRes;
+static_assert(kTokens * kPermutedLanes == 32);
 constexpr int kWeight = kWeightParts<Stream>;
 // Channels that a lane takes at once.
 constexpr int V = N <= 4 ? 8 : 4;
@@ -65,7 +69,7 @@ KERNEL(pre_fwd, kThreads, EXACT ? (N <= 4 ? 4 : 2) : 1)
  Stream* u, float* h_pre, float* h_post, float* h_res, float* m, float* r, int tokens, int hidden,
  int columns, Layout layout, Settings settings) {
   __shared__ float h_pres[kTokens][N];
-  __shared__ float z_res[kTokens][N * N];
+  __shared__ float z_res[kTokens][kMaxRes];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int n = EXACT ? N : layout.n;
   const int width = n * hidden;
@@ -107,6 +111,12 @@ KERNEL(pre_fwd, kThreads, EXACT ? (N <= 4 ? 4 : 2) : 1)
 
   if (warp == kTokens) {
     if (!h_res) return;
+    if (settings.constraint == 3) {
+      const int t = lane / kPermutedLanes;
+      if (block + t >= tokens) return;
+      mix_permutations(n, z_res[t], h_res + (block + t) * n * n, lane % kPermutedLanes);
+      return;
+    }
     for_matrices(settings, n, [&](const Sinkhorn<N>& sinkhorn, int t, bool own) {
       typename Sinkhorn<N>::Matrix z, h;
       sinkhorn.for_each([&](int k, int i) {
@@ -171,7 +181,13 @@ KERNEL(pre_bwd, kThreads, EXACT && N <= 4 ? 3 : 1)
     return columns > 0 ? alpha[layout.gate(c)] * m[t * columns + c] + z : z;
   };
 
-  if (warp == kTokens && layout.num_res) {
+  if (warp == kTokens && layout.num_res && settings.constraint == 3) {
+    const int t = lane / kPermutedLanes, own = lane % kPermutedLanes;
+    const long long at = min(block + t, (long long)tokens - 1);
+    for (int c = 2 * n + own; c < layout.num(); c += kPermutedLanes) d_z[t][c] = logit(at, c);
+    __syncwarp();
+    mix_permutations_bwd(n, d_z[t] + 2 * n, d_h_res + at * n * n, own);
+  } else if (warp == kTokens && layout.num_res) {
     const long long others = (long long)blockIdx.x * 2 * settings.sinkhorn_iters * 32;
     float* own = (history ? history + others : shared_history) + lane;
     for_matrices(settings, n, [&](const Sinkhorn<N>& sinkhorn, int t, bool) {

@@ -234,7 +234,7 @@ constexpr bool kTwoHexets = kOctets < 10 && !(kRounded && __CUDA_ARCH__ >= 1000)
 
 // Streams whose deferred cotangents are mixed here: those that have so many columns. Any number where the
 // number of columns is not known.
-constexpr int kMixed = !EXACT ? 0 : kOctets == 1 ? 2 : kOctets == 3 ? 4 : 8;
+constexpr int kMixed = !EXACT ? 0 : kOctets == 1 ? 2 : kOctets <= 4 ? 4 : 8;
 
 // The warps of a block that have the same channels, one for each stream, hand each other a tile of d_x_in: a
 // lane needs of the other streams what the same lane of their warps has.

@@ -3,6 +3,7 @@
 //! Tokens are taken in groups of as many as a vector has lanes, one token a lane.
 
 use crate::config::{Config, Constraint, NormEpsMode};
+use crate::permutations::{self, MAX_PERMUTED, number};
 use crate::simd::{Isa, Kernel, MAX_LANES, Real, Vector, for_streams};
 use crate::sinkhorn::{self, gather, scatter};
 use crate::stream::{Rows, RowsMut};
@@ -14,17 +15,17 @@ pub struct Layout {
     pub n: usize,
     /// Columns of h_post: n, or 0 in a head.
     pub num_post: usize,
-    /// Columns of H_res: n², or 0 in a head or where H_res is the identity.
+    /// Columns of H_res: n², or n! for permutations, or 0 in a head or where H_res is the identity.
     pub num_res: usize,
 }
 
 impl Layout {
     /// The coefficients of `pre`.
     pub fn pre(n: usize, constraint: Constraint) -> Self {
-        let num_res = if constraint == Constraint::Identity {
-            0
-        } else {
-            n * n
+        let num_res = match constraint {
+            Constraint::Birkhoff | Constraint::None => n * n,
+            Constraint::Identity => 0,
+            Constraint::Permutations => number(n),
         };
         Self {
             n,
@@ -39,6 +40,11 @@ impl Layout {
             num_post: 0,
             num_res: 0,
         }
+    }
+    /// K of `pre` at most, whatever the constraint.
+    pub fn max_num(n: usize) -> usize {
+        let permutations = if n > MAX_PERMUTED { 0 } else { number(n) };
+        2 * n + permutations.max(n * n)
     }
     /// K
     pub fn num(&self) -> usize {
@@ -238,6 +244,10 @@ fn forward_with<V: Vector, const N: usize>(
                 sinkhorn::forward::<V, N>(config, n, z_res, &mut scratch.h, &mut []); // [19]
                 scatter(&scratch.h, first, count, &mut out.h_res);
             }
+            Constraint::Permutations => {
+                permutations::forward::<V, N>(n, z_res, &mut scratch.h);
+                scatter(&scratch.h, first, count, &mut out.h_res);
+            }
             Constraint::None => scatter(z_res, first, count, &mut out.h_res),
             Constraint::Identity => {
                 for (at, h) in scratch.h.iter_mut().enumerate() {
@@ -410,9 +420,14 @@ fn backward_with<V: Vector, const N: usize>(
             }
         }
         if layout.num_res > 0 {
-            gather(&cotangents.h_res, first, count, g_res);
+            let Scratch { h, history, .. } = scratch;
+            if config.constraint == Constraint::Permutations {
+                gather(&cotangents.h_res, first, count, h);
+                permutations::backward::<V, N>(n, z_res, h, g_res);
+            } else {
+                gather(&cotangents.h_res, first, count, g_res);
+            }
             if uses_sinkhorn(config, layout) {
-                let Scratch { h, history, .. } = scratch;
                 sinkhorn::forward::<V, N>(config, n, z_res, h, history);
                 sinkhorn::backward::<V, N>(config, n, h, history, g_res);
             }

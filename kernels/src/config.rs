@@ -10,6 +10,8 @@ pub enum Constraint {
     None,
     /// H_res = I; no coefficients for it.
     Identity,
+    /// Weighted means of permutation matrices.
+    Permutations,
 }
 
 /// Which axis of h_res[i, j] each Sinkhorn iteration normalises first.
@@ -110,7 +112,10 @@ macro_rules! spelled {
     };
 }
 
-spelled!(Constraint, "constraint", "birkhoff" => Birkhoff, "none" => None, "identity" => Identity);
+spelled!(
+    Constraint, "constraint",
+    "birkhoff" => Birkhoff, "none" => None, "identity" => Identity, "permutations" => Permutations
+);
 spelled!(Order, "order", "column_row" => ColumnRow, "row_column" => RowColumn);
 spelled!(EpsMode, "sinkhorn_eps_mode", "add" => Add, "clamp" => Clamp);
 spelled!(NormEpsMode, "norm_eps_mode", "inside" => Inside, "outside" => Outside);

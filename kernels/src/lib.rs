@@ -12,6 +12,7 @@ pub mod cuda;
 mod head;
 mod pages;
 mod parallel;
+mod permutations;
 mod post;
 mod pre;
 mod projection;

@@ -2,7 +2,8 @@
 //! check of a call, whichever device runs it.
 
 use crate::coefficients::Layout;
-use crate::config::MAX_SINKHORN_ITERS;
+use crate::config::{Constraint, MAX_SINKHORN_ITERS};
+use crate::permutations::MAX_PERMUTED;
 use crate::simd::MAX_STREAMS;
 use crate::view::{DType, View};
 use crate::{Config, Error};
@@ -267,6 +268,11 @@ impl<'a> Call<'a> {
             return Err(op.error(name, expected, &format!("{:?}", first.dims)));
         };
         let (n, c) = (*n as usize, *c as usize);
+        let permutes = op.has_config() && config.constraint == Constraint::Permutations;
+        if permutes && n > MAX_PERMUTED && !matches!(op, Op::HeadFwd | Op::HeadBwd) {
+            let expected = format!("one for {n} streams");
+            return Err(op.error("constraint", &expected, "permutations"));
+        }
         let layout = op.layout(n, config);
         let dims = |name| {
             let at = op.operands().iter().position(|other| *other == name)?;

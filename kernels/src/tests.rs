@@ -125,6 +125,10 @@ fn cases() -> Vec<Case> {
         },
         ..case
     };
+    let permutations = Config {
+        constraint: Constraint::Permutations,
+        ..paper
+    };
     let few = Config {
         sinkhorn_iters: 2,
         ..paper
@@ -134,6 +138,7 @@ fn cases() -> Vec<Case> {
             with(3, 2, 9, few, 1.0),
             with(2, 3, 5, few, 1.0),
             with_norm(with(2, 2, 9, few, 1.0)),
+            with(2, 3, 5, permutations, 1.0),
         ]
     } else {
         vec![
@@ -186,6 +191,15 @@ fn cases() -> Vec<Case> {
                 },
                 1.0,
             ),
+            with(35, 4, 100, permutations, 1.0),
+            with(7, 4, 16, permutations, 10.0),
+            with(5, 3, 20, permutations, 3.0),
+            with(9, 2, 33, permutations, 1.0),
+            with(3, 1, 7, permutations, 1.0),
+            Case {
+                is_static: true,
+                ..with(4, 4, 20, permutations, 3.0)
+            },
             Case {
                 is_static: true,
                 ..with(4, 4, 20, paper, 3.0)

@@ -149,7 +149,7 @@ def params(
         )  # fmt: skip
     n, hidden = x.shape[-2], num_channels(x, hidden_axes)
     dtype = accumulation_dtype(x.dtype)
-    num = config.num_coefficients(n)
+    num = config.num_coefficients(n, op=op)
     remedy = (
         f"For streams {list(x.shape)} and constraint {config.constraint!r} make them with "
         f"jax_mhc.init_params(key, streams={n}, hidden={hidden}, config=config)."

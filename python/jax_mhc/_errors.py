@@ -13,6 +13,9 @@ import numpy as np
 # always a tensor laid out [..., hidden, streams].
 MAX_STREAMS = 16
 
+# Streams of which there are few enough permutations: 5 have 120.
+MAX_PERMUTED_STREAMS = 4
+
 
 def fail(
     error: type[Exception], op: str, argument: str, expected: str, got: object, remedy: str

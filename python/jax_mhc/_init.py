@@ -59,6 +59,23 @@ def _weighted_mean(key: jax.Array, streams: int, config: MHCConfig, dtype: np.dt
     return jnp.clip(jnp.log(gates) - jnp.log1p(-gates), -limit, limit)
 
 
+def _b_res(n: int, constraint: str) -> np.ndarray:
+    """Logits of an H_res near the identity."""
+    if constraint == "none":
+        return np.eye(n).ravel()
+    if constraint == "permutations":
+        # All but the identity, which comes first, are alike; (n - 1)! leave a stream where it is.
+        num = math.factorial(n)
+        weights = np.full(num, (1 - _H_RES_DIAGONAL) / max(num - math.factorial(n - 1), 1))
+        weights[0] = 1 - (num - 1) * weights[0]
+        return np.log(weights)
+    h_res = np.full((n, n), (1 - _H_RES_DIAGONAL) / max(n - 1, 1))
+    np.fill_diagonal(h_res, _H_RES_DIAGONAL if n > 1 else 1.0)
+    # Sinkhorn leaves the logarithm of a doubly stochastic matrix as it is, in either order and with
+    # any number of iterations, 0 included.
+    return np.log(h_res).ravel()
+
+
 def init_params(
     key: jax.Array,
     *,
@@ -81,10 +98,11 @@ def init_params(
     - The weights in h_pre are drawn from `key` (a softmax of standard normals). With equal weights
       nothing would tell one stream from another: each would receive the same gradient in
       every step, and n equal streams would stay n equal streams for ever.
-    - H_res starts near the identity (0.9 on the diagonal, the rest spread evenly). A uniform H_res
-      would average the streams in every layer, and a difference between them would be gone a layer
-      later. The exact identity is out of reach for finite logits, and logits close to it would
-      hardly receive a gradient.
+    - H_res starts near the identity (0.9 on the diagonal, the rest spread evenly; for constraint
+      "permutations" all but the identity have the same weight). A uniform H_res would average the
+      streams in every layer, and a difference between them would be gone a layer later. The exact
+      identity is out of reach for finite logits, and logits close to it would hardly receive a
+      gradient.
     - alpha = 0.01, as in the paper; a gate of 0 together with phi = 0 would never move.
 
     Limits: the sum of the rows of H_res is exact up to `config.sinkhorn_eps` (each sum falls
@@ -101,16 +119,17 @@ def init_params(
         dtype: float32, or float64 for float64 streams.
 
     Returns:
-        MHCParams: phi `[nC, K]`, alpha `[3]`, bias `[K]` with K = 2n + n² (2n for constraint
-        "identity").
+        MHCParams: phi `[nC, K]`, alpha `[3]`, bias `[K]` with K as `config.num_coefficients` gives
+        it.
 
     Raises:
-        ValueError: streams or hidden outside their range; pre_eps or post_scale with which the
-            properties above cannot be had.
+        ValueError: streams or hidden outside their range, more streams than the constraint is
+            for; pre_eps or post_scale with which the properties above cannot be had.
         TypeError: another dtype, or float64 while 64-bit types are off.
     """
     op = "init_params"
     n, hidden, dtype = _checked(op, streams, hidden, config, dtype)
+    num = config.num_coefficients(n, op=op)
     if config.post_scale < 1:
         fail(
             ValueError, op, "config.post_scale", "at least 1, so that h_post can be 1",
@@ -119,13 +138,8 @@ def init_params(
     closed = config.post_scale - 1
     b_post = min(-math.log(closed), _saturated(dtype)) if closed else _saturated(dtype)
     parts = [_weighted_mean(key, n, config, dtype), jnp.full((n,), b_post, dtype)]
-    if config.constraint != "identity":
-        h_res = np.full((n, n), (1 - _H_RES_DIAGONAL) / max(n - 1, 1))
-        np.fill_diagonal(h_res, _H_RES_DIAGONAL if n > 1 else 1.0)
-        # Sinkhorn leaves the logarithm of a doubly stochastic matrix as it is, in either order and
-        # with any number of iterations, 0 included.
-        b_res = np.eye(n) if config.constraint == "none" else np.log(h_res)
-        parts.append(jnp.asarray(b_res.ravel(), dtype))
+    if num > 2 * n:
+        parts.append(jnp.asarray(_b_res(n, config.constraint), dtype))
     bias = jnp.concatenate(parts)
     if static:
         return MHCParams(phi=None, alpha=None, bias=bias)

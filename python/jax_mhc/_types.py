@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
@@ -22,6 +23,10 @@ class MHCConfig:
         constraint: where H_res lives. ``"birkhoff"``: doubly stochastic matrices, by Sinkhorn-Knopp
             (the paper). ``"none"``: any matrix, H_res = z_res (hyper-connections,
             arXiv 2409.19606). ``"identity"``: H_res = I, without coefficients for it.
+            ``"permutations"``: H_res = Σ_p softmax(z_res)_p P_p over the n! permutation matrices,
+            doubly stochastic without iterations (mHC-lite, arXiv 2601.05732), for up to 4 streams.
+            Their order is that of `itertools.permutations(range(n))`, the identity first, and
+            permutation p has P[i, p[i]] = 1. The settings of Sinkhorn have no meaning then.
         sinkhorn_iters: t_max of equation 9: the number of times that both axes are normalised, 0
             to 10000 (the backward pass holds the matrices of all of them).
             0 leaves exp(z).
@@ -41,7 +46,7 @@ class MHCConfig:
         TypeError, ValueError: a setting of the wrong type or outside its range.
     """
 
-    constraint: Literal["birkhoff", "none", "identity"] = "birkhoff"
+    constraint: Literal["birkhoff", "none", "identity", "permutations"] = "birkhoff"
     sinkhorn_iters: int = 20
     sinkhorn_eps: float = 0.0
     sinkhorn_eps_mode: Literal["add", "clamp"] = "add"
@@ -54,7 +59,8 @@ class MHCConfig:
     def __post_init__(self) -> None:
         """Checks every setting; stores plain Python numbers, so that equal configs hash alike."""
         op = "MHCConfig"
-        _errors.choice(op, "constraint", self.constraint, ("birkhoff", "none", "identity"))
+        constraints = ("birkhoff", "none", "identity", "permutations")
+        _errors.choice(op, "constraint", self.constraint, constraints)
         _errors.choice(op, "sinkhorn_eps_mode", self.sinkhorn_eps_mode, ("add", "clamp"))
         _errors.choice(op, "order", self.order, ("column_row", "row_column"))
         _errors.choice(op, "norm_eps_mode", self.norm_eps_mode, ("inside", "outside"))
@@ -66,8 +72,27 @@ class MHCConfig:
             value = _errors.number(op, field, getattr(self, field), positive=field == "post_scale")
             object.__setattr__(self, field, value)
 
-    def num_coefficients(self, streams: int) -> int:
-        """K, the number of coefficients of a token: 2n + n², or 2n where H_res is fixed."""
+    def num_coefficients(self, streams: int, *, op: str = "MHCConfig.num_coefficients") -> int:
+        """K, the number of coefficients of a token.
+
+        It is 2n + n², 2n for constraint "identity", and 2n + n! for "permutations".
+
+        Args:
+            streams: n.
+            op: what an error names.
+
+        Raises:
+            ValueError: more streams than the constraint is for.
+        """
+        if self.constraint == "permutations":
+            if streams > _errors.MAX_PERMUTED_STREAMS:
+                _errors.fail(
+                    ValueError, op, "config.constraint",
+                    f"one for {streams} streams (this one has a coefficient for each of n! "
+                    f"permutations, and is for up to {_errors.MAX_PERMUTED_STREAMS})",
+                    repr(self.constraint), "Take fewer streams, or 'birkhoff'.",
+                )  # fmt: skip
+            return 2 * streams + math.factorial(streams)
         return 2 * streams + (0 if self.constraint == "identity" else streams**2)
 
 
@@ -76,9 +101,10 @@ class MHCConfig:
 class MHCParams:
     """The learned parameters of one hyper-connection (equations 14 to 19); a pytree.
 
-    Columns are always ordered pre, post, res; the n² columns of res hold z[i, j] row by row. All
-    are float32, or float64 where the streams are float64. Static coefficients, from the bias
-    alone, have phi = None and alpha = None.
+    Columns are always ordered pre, post, res; the n² columns of res hold z[i, j] row by row (for
+    constraint "permutations" there are n!, one for each in their order). All are float32, or
+    float64 where the streams are float64. Static coefficients, from the bias alone, have
+    phi = None and alpha = None.
 
     Attributes:
         phi: projection `[nC, K]`, or None.

@@ -13,11 +13,13 @@ public functions check their arguments; these do not.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -103,6 +105,15 @@ def sinkhorn(logits: jax.Array, *, config: MHCConfig = PAPER) -> jax.Array:
     return jnp.moveaxis(matrix, (0, 1), (-2, -1))
 
 
+def _mixed_permutations(logits: jax.Array, streams: int) -> jax.Array:
+    """Σ_p softmax(logits)_p P_p over the permutations of the streams: [..., n!] -> [..., n, n]."""
+    n, weights = streams, jax.nn.softmax(logits)
+    matrices = np.eye(n)[list(itertools.permutations(range(n)))]  # [n!, n, n]
+    matrices = jnp.asarray(matrices.reshape(-1, n * n), weights.dtype)
+    h_res = jnp.matmul(weights, matrices, precision=lax.Precision.HIGHEST)
+    return h_res.reshape(*weights.shape[:-1], n, n)
+
+
 def gated(m: jax.Array, alpha: jax.Array, bias: jax.Array, streams: int) -> jax.Array:
     """The logits z = alpha_group · m + bias [16]: [..., K] -> [..., K]."""
     groups = zip(alpha, (streams, streams, m.shape[-1] - 2 * streams), strict=True)
@@ -118,6 +129,8 @@ def coefficients(
     h_post = config.post_scale * jax.nn.sigmoid(z[..., n : 2 * n])
     if config.constraint == "identity":
         return h_pre, h_post, jnp.broadcast_to(jnp.eye(n, dtype=z.dtype), (*z.shape[:-1], n, n))
+    if config.constraint == "permutations":
+        return h_pre, h_post, _mixed_permutations(z[..., 2 * n :], n)
     z_res = z[..., 2 * n :].reshape(*z.shape[:-1], n, n)
     h_res = z_res if config.constraint == "none" else project(z_res)
     return h_pre, h_post, h_res

@@ -174,6 +174,7 @@ impl From<&Config> for Settings {
                 Constraint::Birkhoff => 0,
                 Constraint::None => 1,
                 Constraint::Identity => 2,
+                Constraint::Permutations => 3,
             },
             sinkhorn_iters: config.sinkhorn_iters as i32,
             sinkhorn_eps: config.sinkhorn_eps as f32,

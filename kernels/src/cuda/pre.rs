@@ -5,6 +5,7 @@ use super::memory::{Memory, Part, room};
 use super::projection::{self, Factors, HandedOn, Shape};
 use super::sizes::{is_aligned, streams_size};
 use super::{norm, one_pass};
+use crate::coefficients::Layout;
 use crate::signature::{Call, Op};
 
 /// Tokens and threads of a block (`kTokens`, `kThreads` of pre.cu).
@@ -142,7 +143,7 @@ impl Parts {
             dm: shape.fragments(),
             h_pre: Part::per_token(n),
             norm: Part::per_token(1),
-            gate_sums: Part::per_token((n * (n + 2) + 3).div_ceil(TOKENS)),
+            gate_sums: Part::per_token((Layout::max_num(n) + 3).div_ceil(TOKENS)),
             history: Part::per_token(history),
             d_phi: shape.d_phi_partial(),
         }

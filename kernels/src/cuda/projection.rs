@@ -65,6 +65,7 @@ impl Shape {
             _ if !is_aligned(self.c) => ("any", 12),
             1 => ("k8", 1),
             3 => ("k24", 3),
+            4 => ("k32", 4),
             10 => ("k80", 10),
             _ => ("any", 12),
         }
@@ -96,7 +97,7 @@ impl Shape {
     /// the sums does.
     fn slice(&self) -> usize {
         match self.size().0 {
-            "k8" | "k24" => self.stage().0,
+            "k8" | "k24" | "k32" => self.stage().0,
             // phi passes by in several stages; many slices would cost more than they gain.
             _ => 2048,
         }
@@ -220,7 +221,7 @@ impl Shape {
     fn mixing_block(&self, device: &Device) -> Option<BackBlock> {
         let expected = match self.size().0 {
             "k8" => 2,
-            "k24" => 4,
+            "k24" | "k32" => 4,
             "k80" => 8,
             _ => self.n,
         };

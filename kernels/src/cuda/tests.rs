@@ -3,6 +3,7 @@
 use super::images::{build, has_symbol};
 use super::launch::{Arg, Device, Tensor};
 use super::{check_device_call, plan, status, workspace};
+use crate::permutations::MAX_PERMUTED;
 use crate::signature::{Example, Op};
 use crate::view::DType;
 use crate::{Config, Constraint};
@@ -81,7 +82,11 @@ fn examples() -> Vec<(String, Example)> {
                     (Constraint::Birkhoff, 200, false),
                     (Constraint::None, 20, false),
                     (Constraint::Identity, 20, true),
+                    (Constraint::Permutations, 20, true),
                 ] {
+                    if constraint == Constraint::Permutations && sizes[0] > MAX_PERMUTED {
+                        continue;
+                    }
                     let config = Config {
                         constraint,
                         sinkhorn_iters,

@@ -35,6 +35,25 @@ fn sinkhorn(config: &Config, n: usize, z: &[f64]) -> Vec<f64> {
     m
 }
 
+fn mixed_permutations(n: usize, z: &[f64]) -> Vec<f64> {
+    let words = (0..n.pow(n as u32)).map(|word| -> Vec<usize> {
+        let digit = |i| word / n.pow((n - 1 - i) as u32) % n;
+        (0..n).map(digit).collect()
+    });
+    let permutations = words.filter(|word| (0..n).all(|stream| word.contains(&stream)));
+    let total: f64 = z.iter().map(|z| z.exp()).sum();
+    let mut h_res = vec![0.0; n * n];
+    let mut num = 0;
+    for (p, z) in permutations.zip(z) {
+        for (i, j) in p.into_iter().enumerate() {
+            h_res[i * n + j] += z.exp() / total;
+        }
+        num += 1;
+    }
+    assert_eq!(num, z.len());
+    h_res
+}
+
 /// u, h_pre, h_post, h_res and x_new of all tokens, one after the other.
 pub fn sublayer(case: &Case, data: &Data) -> [Vec<f64>; 5] {
     let Case {
@@ -90,6 +109,7 @@ pub fn sublayer(case: &Case, data: &Data) -> [Vec<f64>; 5] {
             Constraint::Identity => (0..n * n)
                 .map(|at| f64::from(u8::from(at / n == at % n)))
                 .collect(),
+            Constraint::Permutations => mixed_permutations(n, &z[2 * n..]),
         };
         let y = &data.y[token * c..][..c];
         let mut u: Vec<f64> = (0..c)
