@@ -1,7 +1,10 @@
 """Diagnostics against NumPy in float64, and against what the mathematics says."""
 
+import functools
 import math
+import pickle
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +13,11 @@ import pytest
 from collectives import collectives
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from matplotlib.figure import Figure
 
 import jax_mhc as mhc
 from jax_mhc import diagnostics
+from jax_mhc.diagnostics import Gain, GainWarning
 
 
 def normal(*shape, seed=0, scale=1.0):
@@ -170,3 +175,241 @@ def test_they_stay_where_the_tokens_are(kind):
     assert not collectives(compiled.as_text())
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize("spec, axes", [(P("a"), "a"), (P("a", "b"), "ab"), (P(("a", "b")), "ab")])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_sample_is_on_every_device(kind, spec, axes):
+    num = jax.device_count() // 2
+    rows, columns = (2 * num, 1) if len(spec) == 1 and len(axes) == 2 else (num, len(axes))
+    mesh = jax.make_mesh((num, 2), ("a", "b"), axis_types=2 * (kind,))
+    h = normal(2 * num, 6, 4, 4).astype(np.float32)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(h, spec)
+        compiled = jax.jit(lambda h: diagnostics.sample_tokens(h, 10)).lower(split).compile()
+        sample = compiled(split)
+        own = jax.shard_map(
+            lambda h: diagnostics.sample_tokens(h, 2), in_specs=spec, out_specs=P(tuple(axes))
+        )(split)
+    np.testing.assert_array_equal(sample, diagnostics.sample_tokens(jnp.asarray(h), 10))
+    assert sample.sharding.is_fully_replicated
+    # Of each device's tokens those are the first and the last.
+    parts = [part for rows in np.split(h, rows) for part in np.split(rows, columns, 1)]
+    ends = [part.reshape(-1, 4, 4)[[0, -1]] for part in parts]
+    np.testing.assert_array_equal(own, np.concatenate(ends))
+    found = collectives(compiled.as_text())
+    assert found.keys() <= {"all-reduce"} and sum(n for _, n in found.values()) <= 2 * 10 * 16
+
+
+# ---- the watch ----------------------------------------------------------------------------------
+
+WAYS = {
+    "as it is": lambda f: f,
+    "jit": jax.jit,
+    "vmap": lambda f: jax.jit(jax.vmap(f)),
+    "scan": lambda f: jax.jit(lambda v: jax.lax.scan(lambda _, x: (None, f(x)), None, v)[1]),
+    "grad": lambda f: jax.jit(jax.grad(lambda v: jnp.sum(f(v)))),
+}
+
+
+def watching(**options):
+    """A function that watches its operand, and the warnings that it gives."""
+    found = []
+
+    def double(v):
+        diagnostics.watch_gain(Gain(v, 1 / v), callback=found.append, **options)
+        return 2 * v
+
+    return double, found
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_watch_tells_of_what_is_outside(way):
+    double, found = watching(step=3, name="gain of all")
+    run = WAYS[way](double)
+    inside = jnp.array([[1.0, 0.5], [2.0, 1.0], [1.0, 1.0]], jnp.float32)
+    for v in (inside, inside.at[1, 0].set(8.0)):
+        assert not found
+        results = run(v)
+        np.testing.assert_array_equal(results, jnp.full_like(v, 2) if way == "grad" else 2 * v)
+        jax.effects_barrier()
+    (warning,) = found
+    assert (warning.name, warning.step, warning.band) == ("gain of all", 3, (0.5, 2.0))
+    least = 1.0 if way == "scan" else 0.5  # of the step that is outside, or of all
+    assert warning.forward == (least, 8.0) and warning.backward == (0.125, 1 / least)
+    assert str(warning).startswith(
+        f"gain of all at step 3: expected from 0.5 to 2, got forward {least:g} to 8, "
+        f"backward 0.125 to {1 / least:g}. "
+    )
+    assert vars(pickle.loads(pickle.dumps(warning))) == vars(warning)
+
+
+def test_the_watch_knows_its_band_and_step():
+    double, found = watching(band=(0.1, 10.0))
+    jax.jit(double)(jnp.array([0.2, 8.0]))
+    jax.jit(double)(jnp.zeros(0))
+    jax.effects_barrier()
+    assert not found
+
+    @jax.jit
+    def step(at):
+        gain = Gain(jnp.array(1.0), jnp.array(0.2))
+        diagnostics.watch_gain(gain, step=at, callback=found.append)
+
+    step(7)
+    jax.effects_barrier()
+    assert (found[0].step, found[0].forward, found[0].backward) == (7, (1, 1), (0.2, 0.2))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("way", ["as it is", "jit"])
+def test_the_watch_sees_what_is_not_finite(way, bad):
+    double, found = watching(band=(1e-30, 1e30))
+    WAYS[way](double)(jnp.ones(9).at[4].set(bad))
+    jax.effects_barrier()
+    (warning,) = found
+    np.testing.assert_equal(warning.forward[1], bad)
+
+
+def test_the_watch_warns():
+    watch = jax.jit(lambda v: diagnostics.watch_gain(Gain(v, v), step=5))
+    with pytest.warns(GainWarning, match="^composite gain at step 5: .* backward 3 to 4. .*sinkh"):
+        watch(jnp.array([3.0, 4.0]))
+        jax.effects_barrier()
+    # Warnings are errors in these tests.
+    with pytest.raises(GainWarning, match="forward 3 to 3"):
+        diagnostics.watch_gain(Gain(jnp.array(3.0), jnp.array(1.0)))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="GainWarning: composite gain at step 5"):
+        jax.block_until_ready(watch(jnp.array([3.0])))
+        jax.effects_barrier()
+
+
+def test_nothing_is_handed_over_within_the_band():
+    """The call of the host is in a branch, not in the program's main part."""
+    double, _ = watching()
+    text = jax.jit(double).lower(jnp.ones(3)).compile().as_text()
+    before, main = text.split("\nENTRY ")
+    assert "callback" in before and "conditional(" in main
+    assert "callback" not in re.sub("metadata={[^}]*}", "", main)
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_the_watch_on_meshes(kind):
+    mesh = jax.make_mesh((2,), ("a",), axis_types=(kind,), devices=jax.devices()[:2])
+    v = jnp.ones((4, 2), jnp.float32).at[3, 0].set(8)
+    with jax.set_mesh(mesh):
+        v = jax.device_put(v, P("a"))
+        by_hand = functools.partial(jax.shard_map, in_specs=P("a"), out_specs=P("a"))
+        for way in (jax.jit, WAYS["vmap"], lambda f: jax.jit(by_hand(f))):
+            double, found = watching()
+            np.testing.assert_array_equal(way(double)(v), 2 * v)
+            jax.effects_barrier()
+            (warning,) = found
+            assert warning.forward == (1, 8) and warning.backward == (0.125, 1)
+
+
+# ---- plots --------------------------------------------------------------------------------------
+
+
+def drawn(axes):
+    """The lines that show data, as (label, style, values of x, values of y)."""
+    return [
+        (line.get_label(), line.get_linestyle(), *map(np.asarray, line.get_data()))
+        for line in axes.get_lines()
+        if len(line.get_xdata()) > 0
+    ]
+
+
+def test_gain_is_drawn():
+    gains = {
+        label: Gain(np.exp(normal(6, 5, seed=seed)), np.exp(normal(6, 5, seed=seed + 1)))
+        for label, seed in (("mHC", 0), ("HC", 2))
+    }
+    figure = diagnostics.plot_gain(gains)
+    (axes,) = figure.axes
+    residual, *curves = drawn(axes)
+    assert residual[0] == "residual connection" and set(residual[3]) == {1}
+    expected = [
+        (style, reduce(values, axis=1))
+        for gain in gains.values()
+        for style, values in (("-", gain.forward), ("--", gain.backward))
+        for reduce in (np.median, np.max)
+    ]
+    for (_, style, x, y), (wanted_style, wanted) in zip(curves, expected, strict=True):
+        assert style == wanted_style
+        np.testing.assert_array_equal(x, range(1, 7))
+        np.testing.assert_allclose(y, wanted)
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == [
+        "0.5 to 2", "residual connection", "mHC", "HC", "forward", "backward", "largest token"
+    ]  # fmt: skip
+    assert len({line.get_color() for line in axes.get_lines()}) == 3
+    assert axes.get_yscale() == "log" and axes.get_xlabel() == "sublayers"
+    figure.canvas.draw()
+
+
+def test_gain_is_drawn_against_steps_into_axes_of_the_user():
+    figure = Figure()
+    left, right = figure.subplots(1, 2)
+    values = np.array([1.0, 2.0, np.inf, np.nan, 4.0])
+    gain = diagnostics.amax_gain(jnp.asarray(values)[:, None, None])
+    assert diagnostics.plot_gain(gain, x=range(0, 50, 10), band=None, axes=right) is figure
+    assert not left.get_lines() and right.get_xlabel() == "training step"
+    _, forward, backward = drawn(right)
+    for _, _, x, y in (forward, backward):
+        np.testing.assert_array_equal(x, range(0, 50, 10))
+        np.testing.assert_array_equal(y, [1, 2, np.nan, np.nan, 4])
+    assert not right.patches
+
+
+@pytest.mark.parametrize("n", [3, 8])
+def test_mixing_is_drawn(n):
+    h = projected(7, 5, n, n, iters=1)
+    figure = diagnostics.plot_mixing(h, sublayers=[0, 6])
+    *maps, errors, distance, entropy = figure.axes[:5]
+    mixing = diagnostics.mixing(h)
+    least = np.finfo(np.float32).eps
+    wanted = {
+        errors: [np.maximum(values, least) for values in mixing[:2]],
+        distance: [mixing.identity_distance],
+        entropy: [mixing.entropy],
+    }
+    for axes, values in wanted.items():
+        curves = drawn(axes)
+        if axes is entropy:
+            label, _, _, y = curves.pop()
+            assert label == f"mean of all streams: log {n}" and np.allclose(y, np.log(n))
+        expected = [reduce(v, axis=1) for v in values for reduce in (np.median, np.max)]
+        for (_, _, x, y), each in zip(curves, expected, strict=True):
+            np.testing.assert_array_equal(x, range(7))
+            np.testing.assert_allclose(y, each)
+    assert errors.get_yscale() == "log"
+    for axes, at in zip(maps, (0, 6), strict=True):
+        mean = np.mean(h[at], 0)
+        np.testing.assert_allclose(axes.images[0].get_array(), mean, rtol=1e-6)
+        assert axes.get_title() == f"mean h_res, sublayer {at}"
+        numbers = {text.get_position(): text.get_text() for text in axes.texts}
+        of_cells = {(j, i): f"{mean[i, j]:.2f}" for i, j in np.ndindex(n, n)}
+        assert numbers == (of_cells if n <= 4 else {})
+    assert len(figure.axes) == (5 if n <= 4 else 6)  # with a bar of colours
+    figure.canvas.draw()
+
+
+def test_mixing_is_drawn_of_its_figures_alone():
+    figure = diagnostics.plot_mixing(diagnostics.mixing(projected(7, 4, 4)))
+    assert [len(drawn(axes)) for axes in figure.axes] == [2, 1, 1]
+    own = Figure()
+    axes = own.subplots(2, 3).ravel()
+    assert diagnostics.plot_mixing(jnp.zeros((9, 2, 4, 4)), axes=axes) is own
+    assert [panel.get_title()[-1] for panel in axes[3:]] == ["0", "4", "8"]
+
+
+@pytest.mark.parametrize("plot", ["plot_gain", "plot_mixing"])
+def test_plots_need_matplotlib(plot, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    h = jnp.zeros((3, 4, 4))
+    values = diagnostics.amax_gain(h) if plot == "plot_gain" else h
+    with pytest.raises(ImportError, match=rf"^jax_mhc.diagnostics.{plot}: .*'jax-mhc\[plots\]'"):
+        getattr(diagnostics, plot)(values)

@@ -92,6 +92,21 @@ def post(y=Y, ctx=CTX, **options):
     return lambda: mhc.post(y, ctx, **options)
 
 
+GAIN = mhc.diagnostics.Gain(H, H)
+
+
+def watch(gain=GAIN, **options):
+    return lambda: mhc.diagnostics.watch_gain(gain, **options)
+
+
+def plot(gains, **options):
+    return lambda: mhc.diagnostics.plot_gain(gains, **options)
+
+
+def plot_mixing(h_res, **options):
+    return lambda: mhc.diagnostics.plot_mixing(h_res, **options)
+
+
 # Call, type of the error, and what the message says of: op, argument, what was got.
 ERRORS = [
     # Settings.
@@ -376,6 +391,42 @@ ERRORS = [
 
 ERRORS += [
     (
+        lambda: mhc.diagnostics.sample_tokens(Z, 0),
+        ValueError, "diagnostics.sample_tokens", "count", "0",
+    ),
+    (watch(Z), TypeError, "diagnostics.watch_gain", "gain", type(Z).__name__),
+    (watch(band=(2, 0.5)), ValueError, "diagnostics.watch_gain", "band", "(2, 0.5)"),
+    (watch(band=(1, 1)), ValueError, "diagnostics.watch_gain", "band", "(1, 1)"),
+    (watch(band=(0, 2)), ValueError, "diagnostics.watch_gain", "band", "(0, 2)"),
+    (watch(band=(0.5, np.nan)), ValueError, "diagnostics.watch_gain", "band", "(0.5, nan)"),
+    (watch(band=0.5), ValueError, "diagnostics.watch_gain", "band", "0.5"),
+    (watch(band=(1, 2, 3)), ValueError, "diagnostics.watch_gain", "band", "(1, 2, 3)"),
+    (watch(step=0.5), TypeError, "diagnostics.watch_gain", "step", "0.5"),
+    (watch(step="0"), TypeError, "diagnostics.watch_gain", "step", "'0'"),
+    (plot(Z), TypeError, "diagnostics.plot_gain", "gains", type(Z).__name__),
+    (plot({"a": H}), TypeError, "diagnostics.plot_gain", "gains", f"dict of {type(H).__name__}"),
+    (
+        plot(mhc.diagnostics.Gain(H[0, 0], H[0, 0])),
+        ValueError, "diagnostics.plot_gain", "gains", "[]",
+    ),
+    (
+        plot({"a": mhc.diagnostics.Gain(H[:0], H[:0])}),
+        ValueError, "diagnostics.plot_gain", "gains['a']", "[0, 2]",
+    ),
+    (plot(GAIN, x=[1, 2]), ValueError, "diagnostics.plot_gain", "x", "[2]"),
+    (plot(GAIN, x=1), ValueError, "diagnostics.plot_gain", "x", "[]"),
+    (plot_mixing(zeros(4, 3)), ValueError, "diagnostics.plot_mixing", "h_res", "[4, 3]"),
+    (plot_mixing(zeros(4, 4)), ValueError, "diagnostics.plot_mixing", "h_res", "[4, 4]"),
+    (plot_mixing(Z, sublayers=[5]), ValueError, "diagnostics.plot_mixing", "sublayers", "5"),
+    (plot_mixing(Z, axes=[]), ValueError, "diagnostics.plot_mixing", "axes", "0"),
+    (
+        plot_mixing(mhc.diagnostics.mixing(Z), sublayers=[0]),
+        ValueError, "diagnostics.plot_mixing", "sublayers", "[0]",
+    ),
+]  # fmt: skip
+
+ERRORS += [
+    (
         lambda: mhc.diagnostics.amax_gain(zeros(4, 4, dtype=jnp.bfloat16)),
         TypeError, "diagnostics.amax_gain", "h_res", "bfloat16",
     ),
@@ -390,10 +441,6 @@ ERRORS += [
     (
         lambda: mhc.diagnostics.stream_similarity(zeros(1, 8)),
         ValueError, "diagnostics.stream_similarity", "x", "[1, 8]",
-    ),
-    (
-        lambda: mhc.diagnostics.sample_tokens(Z, 0),
-        ValueError, "diagnostics.sample_tokens", "count", "0",
     ),
     # Modules; more of them in test_modules.py.
     (lambda: module()(Y), ValueError, "flax.nnx.MHC", "x", "[5, 3]"),

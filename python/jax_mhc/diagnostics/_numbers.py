@@ -1,19 +1,4 @@
-"""What the mixing of streams does to the signal: gain, errors, entropy, similarity.
-
-    ctx = mhc.pre(x, params)[1]
-    gain = diagnostics.amax_gain(ctx.h_res)          # of one sublayer
-    products = diagnostics.composite(h_res)          # of the first 1, 2, ... of many
-    gain = diagnostics.amax_gain(products)
-
-`stream_similarity` is a function of the streams; all others are of matrices h_res `[..., n, n]`,
-one for each token, where `h_res[i, j]` is the weight of stream j in new stream i, and have their
-dtype.
-
-They are figures to log, in plain JAX: they work in `jit`, `vmap` and `scan`, and stay where the
-tokens are on meshes, but gradients may be NaN, as of the distance of the identity itself. They cost
-n² to n³ operations a token; a sample of the tokens, as `h_res[:, ::64]`, is enough. What is no
-number gives figures of that token that are none either.
-"""
+"""Figures of matrices h_res, and of streams."""
 
 from __future__ import annotations
 
@@ -29,16 +14,6 @@ from jax_mhc import _check, _errors
 from jax_mhc._axes import axes_of
 from jax_mhc._check import accumulation_dtype
 from jax_mhc._errors import fail
-
-__all__ = [
-    "Gain",
-    "Mixing",
-    "amax_gain",
-    "composite",
-    "mixing",
-    "sample_tokens",
-    "stream_similarity",
-]
 
 
 class Gain(NamedTuple):

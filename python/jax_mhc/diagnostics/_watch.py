@@ -1,0 +1,160 @@
+"""A watch over gains, inside of a jitted step too."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_batching import custom_vmap
+
+from jax_mhc._errors import fail
+from jax_mhc.diagnostics._numbers import Gain
+
+_OP = "diagnostics.watch_gain"
+
+
+class GainWarning(UserWarning):
+    """A gain is outside of its band, or not finite.
+
+    Attributes:
+        name: of what.
+        step: of the training, or None.
+        band: the least and the largest gain that are in order.
+        forward, backward: the least and the largest gain that there are, or NaN.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        step: int | None,
+        band: tuple[float, float],
+        forward: tuple[float, float],
+        backward: tuple[float, float],
+    ) -> None:
+        """Takes the attributes."""
+        super().__init__(name, step, band, forward, backward)
+        self.name, self.step, self.band = name, step, band
+        self.forward, self.backward = forward, backward
+
+    def __str__(self) -> str:
+        """The message."""
+        at = "" if self.step is None else f" at step {self.step}"
+        directions = (
+            f"{direction} {low:.4g} to {high:.4g}"
+            for direction, (low, high) in (("forward", self.forward), ("backward", self.backward))
+        )
+        return (
+            f"{self.name}{at}: expected from {self.band[0]:g} to {self.band[1]:g}, got "
+            f"{', '.join(directions)}. With constraint 'birkhoff', give MHCConfig more "
+            "sinkhorn_iters, or the parameters of the connections a smaller learning rate; "
+            "constraint 'none' keeps no gain in bounds: use 'birkhoff', or a wider band."
+        )
+
+
+def watch_gain(
+    gain: Gain,
+    *,
+    band: tuple[float, float] = (0.5, 2.0),
+    step: int | jax.Array | None = None,
+    name: str = "composite gain",
+    callback: Callable[[GainWarning], Any] | None = None,
+) -> None:
+    """Warns if any gain, forward or backward, is outside of a band or not finite.
+
+    Inside of `jit` (and `scan`, `vmap`, `grad`) the least and the largest gains are computed, and
+    only if one of them is outside, a callback hands four numbers to the host, while the device goes
+    on: wait with `jax.effects_barrier()` for those that are on their way. Under `jax.checkpoint`
+    the backward pass looks again, and may warn a second time. In a program on auto or explicit axes
+    of a mesh one process warns, for all tokens; in `jax.shard_map` each device whose own tokens are
+    outside (not in a map over some of several explicit axes, in which JAX has no callbacks).
+    JAX before 0.12 keeps no program with a callback in its persistent compilation cache. Where that
+    matters, return the gains from the step and watch them outside: of values that are known it
+    warns at once.
+
+    Nothing else depends on it: results and gradients are what they are without.
+
+    Args:
+        gain: of `amax_gain`, of any shape.
+        band: the least and the largest gain that are in order, both above 0.
+        step: what the warning is to say of the training step; may be an array of the jitted step.
+        name: what the warning is to call the gain.
+        callback: takes the `GainWarning`, on the host. None: `warnings.warn`, so that filters of
+            warnings apply: `warnings.simplefilter("ignore", GainWarning)` silences it, and "error"
+            raises it (inside of a jitted step the step fails, and JAX's error quotes it).
+
+    Raises:
+        ValueError, TypeError: gain that is no `Gain`; a band that is none; step that is no integer.
+    """
+    low, high = _checked_band(band)
+    values = _checked_gain(gain)
+    step = _checked_step(step)
+    # vmap makes a cond of many conditions run both branches: one condition, for all of a batch.
+    bounds = jnp.stack([_bounds(jax.lax.stop_gradient(of_one)) for of_one in values])
+    inside = jnp.all((bounds[:, 0] >= low) & (bounds[:, 1] <= high))  # false for NaN
+
+    def report(bounds: Any, step: Any) -> None:
+        forward, backward = ((float(least), float(most)) for least, most in bounds)
+        at = None if step is None else int(step)
+        (callback or _warn)(GainWarning(name, at, (low, high), forward, backward))
+
+    if any(isinstance(value, jax.core.Tracer) for value in (inside, step)):
+        jax.lax.cond(
+            inside, lambda *_: None, lambda *found: jax.debug.callback(report, *found), bounds, step
+        )
+    elif not inside:
+        report(np.asarray(bounds), step)
+
+
+@custom_vmap
+def _bounds(values: jax.Array) -> jax.Array:
+    """The least and the largest value, of a whole batch under vmap; of none what is in any band."""
+    return jnp.stack([jnp.min(values, initial=jnp.inf), jnp.max(values, initial=-jnp.inf)])
+
+
+@_bounds.def_vmap
+def _(axis_size: int, in_batched: Any, values: jax.Array) -> tuple[jax.Array, bool]:
+    return _bounds(values), False
+
+
+def _warn(warning: GainWarning) -> None:
+    warnings.warn(warning, stacklevel=2)
+
+
+def _checked_band(band: Any) -> tuple[float, float]:
+    got = repr(band)
+    try:
+        low, high = map(float, band)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not 0 < low < high:
+        fail(
+            ValueError, _OP, "band", "two numbers above 0, the smaller first", got,
+            "A plain residual connection has 1; (0.5, 2.0) suits mHC.",
+        )  # fmt: skip
+    return low, high
+
+
+def _checked_gain(gain: Any) -> list[jax.Array]:
+    if not isinstance(gain, Gain):
+        fail(
+            TypeError, _OP, "gain", "jax_mhc.diagnostics.Gain", type(gain).__name__,
+            "Make it with jax_mhc.diagnostics.amax_gain.",
+        )  # fmt: skip
+    return [jnp.asarray(value) for value in gain]
+
+
+def _checked_step(step: Any) -> Any:
+    is_number = isinstance(step, int | np.integer | np.ndarray | jax.Array)
+    if step is not None and not (
+        is_number and jnp.issubdtype(jnp.result_type(step), jnp.integer) and np.ndim(step) == 0
+    ):
+        fail(
+            TypeError, _OP, "step", "an int, or an array of one", repr(step),
+            "Pass the number of the training step.",
+        )  # fmt: skip
+    return step
