@@ -314,7 +314,10 @@ def _loop(
         count, carry, block_results, step_results = state
         i = num - 1 - count if reverse else count
         carry, of_each, of_step = one(i, carry)
-        for place, result in zip(places(i), of_each, strict=True):
+        # In the order in which they are made: where a kernel writes a result to its place, XLA
+        # counts what was written to the array before as an operand of the kernel.
+        in_order = slice(None, None, -1 if reverse else 1)
+        for place, result in list(zip(places(i), of_each, strict=True))[in_order]:
             block_results = _put_all(block_results, result, place)
         return count + 1, carry, block_results, _put_all(step_results, of_step, i)
 
