@@ -113,7 +113,8 @@ def main(options: Options) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "diagnostics.png"
     figure.savefig(path, dpi=100)
-    Image.open(path).quantize().save(path, optimize=True)  # to 256 colours: a third of the bytes
+    # 256 colours take a third of the bytes.
+    Image.open(path).convert("RGB").quantize().save(path, optimize=True)
     print(f"Wrote {path}.")
 
 

@@ -231,6 +231,18 @@ def test_the_dial_shows_that_one_iteration_tames_the_gain(tmp_path):
     assert (tmp_path / "manifold_dial.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_diagnostics_warn_of_hc_alone(tmp_path):
+    status, output = run("diagnostics.py", "--steps", 11, "--out", tmp_path)
+    assert status == 0, output
+    found = re.search(
+        r"HC: (\d+) warnings in 11 steps. composite gain of HC at step (\d+): ", output
+    )
+    # At the first step both are plain residual models.
+    assert 1 <= int(found[2]) <= 11 - int(found[1])
+    assert "mHC: 0 warnings in 11 steps." in output
+    assert (tmp_path / "diagnostics.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_dial_refuses_what_it_cannot_simulate():
     status, output = run("manifold_dial.py", "--iterations", -1)
     assert status == 1 and "expected depth and samples of at least 1" in output
