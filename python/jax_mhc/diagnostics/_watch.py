@@ -72,7 +72,7 @@ def watch_gain(
     the backward pass looks again, and may warn a second time. In a program on auto or explicit axes
     of a mesh one process warns, for all tokens; in `jax.shard_map` each device whose own tokens are
     outside (not in a map over some of several explicit axes, in which JAX has no callbacks).
-    JAX before 0.12 keeps no program with a callback in its persistent compilation cache. Where that
+    JAX before 0.11 keeps no program with a callback in its persistent compilation cache. Where that
     matters, return the gains from the step and watch them outside: of values that are known it
     warns at once.
 
@@ -98,7 +98,8 @@ def watch_gain(
     inside = jnp.all((bounds[:, 0] >= low) & (bounds[:, 1] <= high))  # false for NaN
 
     def report(bounds: Any, step: Any) -> None:
-        forward, backward = ((float(least), float(most)) for least, most in bounds)
+        # NumPy's: JAX may not compute anything inside of a callback.
+        forward, backward = map(tuple, np.asarray(bounds).tolist())
         at = None if step is None else int(step)
         (callback or _warn)(GainWarning(name, at, (low, high), forward, backward))
 
@@ -107,7 +108,7 @@ def watch_gain(
             inside, lambda *_: None, lambda *found: jax.debug.callback(report, *found), bounds, step
         )
     elif not inside:
-        report(np.asarray(bounds), step)
+        report(bounds, step)
 
 
 @custom_vmap
