@@ -115,6 +115,22 @@ CASES = {
     "eps_outside": Case((5,), 4, 33, 1, variant(norm_eps=0.5, norm_eps_mode="outside")),
 }
 
+# Means of permutation matrices, of every number of streams that they are for.
+PERMUTED = variant(constraint="permutations")
+PERMUTATIONS = {
+    "permutations": Case((2, 3), 4, 16, 1, PERMUTED),
+    "permutations_one_stream": Case((), 1, 33, 1, PERMUTED),
+    "permutations_two_streams": Case((7,), 2, 100, 6, PERMUTED),
+    "permutations_three_streams": Case((7,), 3, 7, 3, PERMUTED),
+    "permutations_peaked_3": Case((2, 3, 67), 4, 8, 3, PERMUTED),
+    "permutations_peaked_6": Case((5,), 4, 33, 6, PERMUTED),
+    "permutations_peaked_10": Case((5,), 4, 32, 10, PERMUTED),
+    "permutations_static": Case((5,), 4, 33, 3, PERMUTED, static=True),
+    "permutations_normalized": Case((5,), 4, 16, 3, PERMUTED, norm=True),
+    "permutations_no_tokens": Case((2, 0, 3), 4, 16, 1, PERMUTED),
+}
+CASES |= PERMUTATIONS
+
 # A norm of the layer's input.
 NORMALIZED = {
     "normalized": Case((2, 3), 4, 16, norm=True),
@@ -136,6 +152,7 @@ _COMPOSED = (
     "paper", "no_leading_axes", "no_tokens", "many_tokens", "width_257", "one_stream",
     "two_streams", "eight_streams", "peaked_3", "peaked_6", "peaked_10", "deepseek_v4_peaked",
     "megatron_peaked", "unconstrained", "identity", "static", "large_eps", *NORMALIZED,
+    *PERMUTATIONS,
 )  # fmt: skip
 _SHAPES = _COMPOSED[:8]
 
@@ -143,9 +160,10 @@ _SHAPES = _COMPOSED[:8]
 _PRECISION = {
     "float32": ("peaked_3", "peaked_6", "peaked_10", "many_tokens", "eight_streams", "width_257",
                 "deepseek_v4_peaked", "megatron_peaked", "normalized_many_tokens",
-                "normalized_width_257"),
+                "normalized_width_257", "permutations_peaked_3", "permutations_peaked_10"),
     "bfloat16": ("peaked_3", "peaked_6", "peaked_10", "many_tokens", "two_streams",
-                 "normalized_many_tokens", "normalized_width_257"),
+                 "normalized_many_tokens", "normalized_width_257", "permutations_peaked_3",
+                 "permutations_peaked_10"),
     "float16": ("peaked_3", "peaked_6", "peaked_10"),
 }  # fmt: skip
 
@@ -381,7 +399,16 @@ OPS = {
         ("pre", "post"),
         ("x",),
         lambda case: (
-            case in (*_SHAPES, "sixteen_streams", "peaked_10", "identity", "static", "normalized")
+            case
+            in (
+                *_SHAPES,
+                "sixteen_streams",
+                "peaked_10",
+                "identity",
+                "static",
+                "normalized",
+                "permutations",
+            )
         ),
     ),
     "two_sublayers": Op(
@@ -391,7 +418,17 @@ OPS = {
         ("pre", "seam", "post"),
         ("x", "y"),
         lambda case: (
-            case in (*_SHAPES, "sixteen_streams", "peaked_3", "identity", "static", *NORMALIZED)
+            case
+            in (
+                *_SHAPES,
+                "sixteen_streams",
+                "peaked_3",
+                "identity",
+                "static",
+                *NORMALIZED,
+                "permutations",
+                "permutations_three_streams",
+            )
         ),
     ),
 }

@@ -80,6 +80,24 @@ def sinkhorn(z, config):
     return transpose(rows_first(transpose(z), config.sinkhorn_iters, config.sinkhorn_eps))
 
 
+def permutations(n):
+    """All permutations of n streams in lexicographic order, the images of 0 to n - 1."""
+    if n == 0:
+        return [()]
+    return sorted((*p[:at], n - 1, *p[at:]) for p in permutations(n - 1) for at in range(n))
+
+
+def mixed_permutations(z, n):
+    """H_res of mHC-lite from z [..., n!]: permutation matrices with weights softmax(z)."""
+    weights = np.exp(z - z.max(axis=-1, keepdims=True))
+    weights = weights / weights.sum(axis=-1, keepdims=True)
+    h_res = np.zeros((*z.shape[:-1], n, n))
+    for p, images in enumerate(permutations(n)):
+        for i, j in enumerate(images):
+            h_res[..., i, j] += weights[..., p]
+    return h_res
+
+
 def inverse_rms(x, config):
     """Equation 15 for x [..., n, C]: r [...]."""
     mean = np.mean(np.square(x), axis=(-2, -1))
@@ -118,6 +136,8 @@ def pre(x, params, config, norm_scale=None, norm_scale_eps=None):
         h_res = np.broadcast_to(np.eye(n), (*tokens, n, n))
     elif config.constraint == "none":
         h_res = z_res.reshape(*tokens, n, n)
+    elif config.constraint == "permutations":
+        h_res = mixed_permutations(z_res, n)
     else:
         h_res = sinkhorn(z_res.reshape(*tokens, n, n), config)
     u = np.einsum("...i,...ic->...c", h_pre, x)

@@ -17,6 +17,7 @@ from cases import (
     FLOAT64,
     KERNELS,
     OPS,
+    PERMUTED,
     WIDEST,
     Case,
     assert_close,
@@ -140,6 +141,18 @@ def test_any_number_of_streams(op, streams):
 @pytest.mark.parametrize("hidden", [*WIDTHS, 1000, 1001, 4096])
 def test_any_width(op, hidden):
     check(op, Case((19,), 4, hidden), ("bfloat16", "float16", "float32")[hidden % 3])
+
+
+@pytest.mark.parametrize("op", ["pre", "post_pre", "two_sublayers"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "streams, hidden", [(1, 40), (2, 40), (2, 33), (3, 40), (4, 33), (4, 264), (4, 1024)]
+)
+@pytest.mark.parametrize("norm", [False, True])
+def test_permutations(op, dtype, streams, hidden, norm):
+    """Also at a width at which other constraints have the streams read once."""
+    poison()
+    check(op, Case((205,), streams, hidden, 3.0, PERMUTED, norm=norm), dtype)
 
 
 # What 2, 4, 8 or 16 blocks share, each with 256, 320, 384 or 448 channels.

@@ -22,6 +22,7 @@ KEY = jax.random.key(0)
 N, C = 2, 3
 PARAMS = mhc.init_params(KEY, streams=N, hidden=C)
 HEAD = mhc.init_head(KEY, streams=N, hidden=C)
+PERMUTED = MHCConfig(constraint="permutations")
 X = jnp.ones((5, N, C), jnp.float32)
 Y = jnp.ones((5, C), jnp.float32)
 Z = jnp.ones((5, N, N), jnp.float32)
@@ -166,6 +167,10 @@ ERRORS = [
         ValueError, "pre", "params.bias", "[8]",
     ),
     (
+        pre(zeros(5, 5, C), config=PERMUTED),
+        ValueError, "pre", "config.constraint", "'permutations'",
+    ),
+    (
         pre(params=with_(PARAMS, phi=zeros(6, 8, dtype=jnp.bfloat16))),
         TypeError, "pre", "params.phi", "bfloat16",
     ),
@@ -294,6 +299,14 @@ ERRORS = [
     (
         lambda: mhc.init_head(KEY, streams=N, hidden=C, config=MHCConfig(pre_eps=0.5)),
         ValueError, "init_head", "config.pre_eps", "0.5",
+    ),
+    (
+        lambda: mhc.init_params(KEY, streams=5, hidden=C, config=PERMUTED),
+        ValueError, "init_params", "config.constraint", "'permutations'",
+    ),
+    (
+        lambda: PERMUTED.num_coefficients(5),
+        ValueError, "MHCConfig.num_coefficients", "config.constraint", "'permutations'",
     ),
     # Conversion.
     (

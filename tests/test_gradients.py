@@ -37,7 +37,8 @@ def test_kernels_agree_with_plain_jax(op, case):
 
 # Finite differences judge both from outside, where logits are smooth enough for them.
 CHECKED = ("three_streams", "peaked_3", "deepseek_v4", "megatron", "unconstrained", "identity",
-           "static", "large_eps", "eps_outside", "clamp")  # fmt: skip
+           "static", "large_eps", "eps_outside", "clamp", "permutations",
+           "permutations_three_streams")  # fmt: skip
 
 
 @pytest.mark.cpu("finite differences need kernels for float64")

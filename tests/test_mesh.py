@@ -86,6 +86,7 @@ SETTINGS = {
     "peaked": {"sigma": 10.0},
     "no streams mix": {"config": cases.variant(constraint="identity")},
     "unconstrained": {"config": cases.variant(constraint="none")},
+    "permutations": {"config": cases.PERMUTED, "sigma": 3.0},
     "deepseek_v4": {"config": presets.DEEPSEEK_V4, "norm": True},
     "megatron": {"config": presets.MEGATRON},
     "large eps": {

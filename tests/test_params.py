@@ -28,6 +28,7 @@ CONFIGS = {
     "megatron": presets.MEGATRON,
     "unconstrained": MHCConfig(constraint="none"),
     "identity": MHCConfig(constraint="identity"),
+    "permutations": MHCConfig(constraint="permutations"),
     "no_iterations": MHCConfig(sinkhorn_iters=0),
     "rows_first": MHCConfig(order="row_column", sinkhorn_iters=1),
     "post_scale_1": MHCConfig(post_scale=1.0),
@@ -127,11 +128,31 @@ def test_params_and_context_in_serialised_programs():
 # ---- initial values -----------------------------------------------------------------------------
 
 
+def test_numbers_of_coefficients():
+    num = {c: MHCConfig(constraint=c).num_coefficients(4) for c in ("birkhoff", "none", "identity")}
+    assert num == {"birkhoff": 24, "none": 24, "identity": 8}
+    permutations = MHCConfig(constraint="permutations")
+    assert [permutations.num_coefficients(n) for n in range(1, 5)] == [3, 6, 12, 32]
+
+
+@pytest.mark.parametrize("streams", [2, 3, 4])
+def test_columns_of_permutations_are_in_lexicographic_order(streams):
+    """Permutation p takes stream p[i] to place i."""
+    config = MHCConfig(constraint="permutations")
+    params = init_params(KEY, streams=streams, hidden=1, config=config, static=True)
+    x = jnp.zeros((1, streams, 1), jnp.float32)
+    for column, images in enumerate(itertools.permutations(range(streams))):
+        bias = params.bias.at[2 * streams + column].set(1e3)
+        ctx = pre(x, dataclasses.replace(params, bias=bias), config=config)[1]
+        np.testing.assert_array_equal(ctx.h_res[0], np.eye(streams)[list(images)])
+
+
 @pytest.mark.parametrize("streams, dtype", [(1, "float32"), (4, "float32"), (16, "float64")])
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_initial_coefficients(name, static, streams, dtype):
     config = CONFIGS[name]
+    streams = min(streams, 4) if name == "permutations" else streams
     params = init_params(KEY, streams=streams, hidden=5, config=config, static=static, dtype=dtype)
     assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(params))
     x = jax.random.normal(KEY, (3, streams, 5), dtype)
@@ -142,7 +163,7 @@ def test_initial_coefficients(name, static, streams, dtype):
     # In mode "add" every division is by (sum + eps).
     lost = config.sinkhorn_eps if config.sinkhorn_eps_mode == "add" else 0
     np.testing.assert_allclose(jnp.sum(ctx.h_res, -1), 1, atol=rounding + 2 * lost)
-    exact = streams == 1 or config.constraint != "birkhoff"
+    exact = streams == 1 or config.constraint in ("none", "identity")
     diagonal = jnp.diagonal(ctx.h_res, axis1=-2, axis2=-1)
     np.testing.assert_allclose(diagonal, 1 if exact else 0.9, atol=rounding + streams * lost)
 

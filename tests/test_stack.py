@@ -179,6 +179,7 @@ def test_the_reference_computes_again_what_it_has_not_kept(form, size):
         Case((2, 0, 3), 4, 16),
         Case((), 2, 5),
         Case((3,), 4, 16, static=True),
+        Case((5,), 4, 16, 3.0, cases.PERMUTED),
     ],
 )
 def test_settings_and_shapes(case, implementation):

@@ -17,8 +17,10 @@ from cases import (
     LEAST_ERROR,
     OP_CASES,
     OPS,
+    PERMUTED,
     PRECISION_OP_CASES,
     WIDEST,
+    Case,
     accumulation,
     assert_trees_close,
     compiled,
@@ -108,14 +110,35 @@ def test_last_axis_sums_to_one(case, implementation):
         np.testing.assert_allclose(h_res.sum(axis), 1, rtol=32 * jnp.finfo(WIDEST).eps)
 
 
+@pytest.mark.parametrize("size", [1.0, 3.0, 6.0, 10.0, 1e4])
+@pytest.mark.parametrize("streams", [2, 3, 4])
+@pytest.mark.parametrize("dtype, implementation", implemented("float32", "bfloat16"))
+def test_means_of_permutations_are_doubly_stochastic(dtype, implementation, streams, size):
+    """To rounding, however peaked they are; and their gradients are finite."""
+    case = Case((64,), streams, 16, size, PERMUTED)
+    arrays = [make("pre", case, jnp.dtype(dtype)) for make in (make_operands, make_cotangents)]
+    outputs, gradients = compiled("pre", PERMUTED, implementation, *arrays)
+    h_res = outputs["ctx"].h_res
+    assert (h_res >= 0).all()
+    for axis in (-1, -2):
+        np.testing.assert_allclose(h_res.sum(axis), 1, rtol=16 * jnp.finfo(h_res.dtype).eps)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
 # ---- not a number -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("op", KERNELS)
-def test_bad_tokens_stay_alone(op, dtype, implementation):
+@pytest.mark.parametrize(
+    "op, case",
+    [
+        *[(op, "many_tokens") for op in KERNELS],
+        *[(op, "permutations_peaked_3") for op in ("pre", "post_pre")],
+    ],
+)
+def test_bad_tokens_stay_alone(op, case, dtype, implementation):
     """Other tokens keep their bits, forward and backward; a bad one shows that it is bad."""
-    case = CASES["many_tokens"]
+    case = CASES[case]
     operands = make_operands(op, case, jnp.dtype(dtype))
     cotangents = make_cotangents(op, case, jnp.dtype(dtype))
     data = next(name for name in ("x", "y", "logits") if name in operands)

@@ -113,9 +113,8 @@ KERNEL(pre_fwd, kThreads, EXACT ? (N <= 4 ? 4 : 2) : 1)
     if (!h_res) return;
     if (settings.constraint == 3) {
       const int t = lane / kPermutedLanes;
-      if (block + t >= tokens) return;
-      mix_permutations(n, z_res[t], h_res + (block + t) * n * n, lane % kPermutedLanes);
-      return;
+      float* out = h_res + (block + t) * n * n;
+      return mix_permutations(n, z_res[t], out, lane % kPermutedLanes, block + t < tokens);
     }
     for_matrices(settings, n, [&](const Sinkhorn<N>& sinkhorn, int t, bool own) {
       typename Sinkhorn<N>::Matrix z, h;
@@ -158,9 +157,12 @@ __device__ inline void collapse_bwd(const Stream* row, const Stream* d_u, float 
   }
 }
 
+// Blocks at once on a multiprocessor: those that are few ask for fewer registers than they get otherwise.
+constexpr int kBackwardBlocks = !EXACT || N > 4 ? 1 : N == 2 && sizeof(Stream) == 2 ? 5 : 3;
+
 // Cotangents of coefficients that a head does not have are null. gate_sums: [blocks, num + 3]. history:
 // 2 * iters * 32 floats a block, in shared memory where it is null.
-KERNEL(pre_bwd, kThreads, EXACT && N <= 4 ? 3 : 1)
+KERNEL(pre_bwd, kThreads, kBackwardBlocks)
 (const Stream* x, const float* alpha, const float* bias, const float* m, const float* r,
  const Stream* d_u, const float* d_h_pre, const float* d_h_post, const float* d_h_res, u32* dm_rows,
  u32* dm_columns, float* h_pre, float* norm, float* gate_sums, float* history, int tokens,
@@ -182,11 +184,11 @@ KERNEL(pre_bwd, kThreads, EXACT && N <= 4 ? 3 : 1)
   };
 
   if (warp == kTokens && layout.num_res && settings.constraint == 3) {
-    const int t = lane / kPermutedLanes, own = lane % kPermutedLanes;
+    const int t = lane / kPermutedLanes;
     const long long at = min(block + t, (long long)tokens - 1);
-    for (int c = 2 * n + own; c < layout.num(); c += kPermutedLanes) d_z[t][c] = logit(at, c);
-    __syncwarp();
-    mix_permutations_bwd(n, d_z[t] + 2 * n, d_h_res + at * n * n, own);
+    mix_permutations_bwd(
+        n, [&](int p) { return logit(at, 2 * n + p); }, d_h_res + at * n * n, d_z[t] + 2 * n,
+        lane % kPermutedLanes);
   } else if (warp == kTokens && layout.num_res) {
     const long long others = (long long)blockIdx.x * 2 * settings.sinkhorn_iters * 32;
     float* own = (history ? history + others : shared_history) + lane;

@@ -557,6 +557,26 @@ mod tests {
     }
 
     #[test]
+    fn only_few_streams_are_permuted() {
+        let config = Config {
+            constraint: Constraint::Permutations,
+            ..Config::default()
+        };
+        for op in [Op::PreFwd, Op::PreBwd, Op::SeamFwd, Op::SeamBwd] {
+            let example = |n| Example::new(op, DType::F32, 3, [n, 5], config);
+            example(4).check(|call| assert_eq!(call.unwrap().columns, 32));
+            let refusal = refusal(&example(5));
+            assert!(
+                refusal.contains("`constraint`: expected one for 5"),
+                "{refusal}"
+            );
+        }
+        // The head has no H_res.
+        let head = Example::new(Op::HeadFwd, DType::F32, 3, [5, 5], config);
+        head.check(|call| assert_eq!(call.unwrap().columns, 5));
+    }
+
+    #[test]
     fn every_operand_and_result_is_looked_at() {
         type Types = Vec<(DType, Vec<i64>)>;
         let parts: [fn(&mut Example) -> &mut Types; 2] =

@@ -109,8 +109,8 @@ def _mixed_permutations(logits: jax.Array, streams: int) -> jax.Array:
     """Σ_p softmax(logits)_p P_p over the permutations of the streams: [..., n!] -> [..., n, n]."""
     n, weights = streams, jax.nn.softmax(logits)
     matrices = np.eye(n)[list(itertools.permutations(range(n)))]  # [n!, n, n]
-    matrices = jnp.asarray(matrices.reshape(-1, n * n), weights.dtype)
-    h_res = jnp.matmul(weights, matrices, precision=lax.Precision.HIGHEST)
+    rows = jnp.asarray(matrices.reshape(-1, n * n), weights.dtype)
+    h_res = jnp.matmul(weights, rows, precision=lax.Precision.HIGHEST)
     return h_res.reshape(*weights.shape[:-1], n, n)
 
 

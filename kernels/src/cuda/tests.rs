@@ -219,6 +219,22 @@ fn the_seam_reads_the_streams_once_where_a_kernel_does() {
 }
 
 #[test]
+fn permutations_have_columns_that_no_kernel_reads_the_streams_once_for() {
+    let config = Config {
+        constraint: Constraint::Permutations,
+        ..Config::default()
+    };
+    for op in [Op::PreFwd, Op::PreBwd, Op::SeamFwd, Op::SeamBwd] {
+        let example = || Example::new(op, DType::Bf16, 17, [4, 4096], config);
+        for example in [example(), example().into_static(), example().with_norm()] {
+            let functions = functions_of(example, &H100);
+            let once = |name: &&str| name.ends_with("one_pass") || *name == "gates_bwd";
+            assert!(!functions.iter().any(once), "{functions:?}");
+        }
+    }
+}
+
+#[test]
 fn the_norm_is_in_the_kernels_that_read_the_streams_once() {
     let functions = |device: &Device, op, c| {
         let example = Example::new(op, DType::Bf16, 17, [4, c], Config::default()).with_norm();
