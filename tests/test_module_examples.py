@@ -1,0 +1,47 @@
+"""The examples of examples/modules, and what it takes to convert a model."""
+
+import difflib
+import re
+import runpy
+
+import jax
+import pytest
+from flax import nnx
+from test_examples import EXAMPLES, default_dtypes  # noqa: F401
+from test_hlo import custom_calls
+
+MODULES = EXAMPLES / "modules"
+pytestmark = pytest.mark.usefixtures("default_dtypes")
+
+
+@pytest.mark.parametrize("name", ["flax_nnx", "flax_linen", "equinox_module", "maxtext_decoder"])
+def test_one_step_lowers_the_loss(name, capsys):
+    runpy.run_path(str(MODULES / f"{name}.py"), run_name="__main__")
+    first, second, *balance = map(float, re.findall(r"\d\.\d+", capsys.readouterr().out))
+    if name == "maxtext_decoder":
+        # Every other number is what the experts add to the loss.
+        first_balance, second, second_balance = second, *balance
+        assert 0.01 <= first_balance < first and 0.01 <= second_balance < second
+    assert second < first - 0.1
+
+
+def test_converting_a_model():
+    """At most six lines of it change, as README.md shows them, and it starts with the same loss."""
+    plain, with_mhc = (MODULES / f"gpt_{name}.py" for name in ("plain", "mhc"))
+    before, after = (path.read_text().splitlines() for path in (plain, with_mhc))
+    diff = [line for line in difflib.ndiff(before, after) if line[:2] in ("- ", "+ ") and line[2:]]
+    assert sum(line.startswith("+") for line in diff) == 6
+    shown = re.search(r"```diff\n(.*?)```", (EXAMPLES / "README.md").read_text(), re.DOTALL)[1]
+    assert [line.replace(" ", "") for line in diff] == shown.replace(" ", "").splitlines()
+
+    tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, 16)
+    losses = {}
+    for path in (plain, with_mhc):
+        names = runpy.run_path(str(path))
+        model = nnx.jit(lambda names=names: names["GPT"](16, 8, 2, 1, nnx.Rngs(0, mhc=1)))()
+        step = nnx.jit(nnx.value_and_grad(names["loss"])).lower(model, tokens).compile()
+        losses[path] = float(step(model, tokens)[0])
+        num_calls = 2 if path == with_mhc else 0
+        calls = ("pre_fwd", "post_fwd", "pre_bwd", "post_bwd")
+        assert custom_calls(step.as_text()) == {call: num_calls for call in calls if num_calls}
+    assert losses[with_mhc] == pytest.approx(losses[plain], rel=2e-6)
