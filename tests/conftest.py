@@ -57,6 +57,17 @@ def implementation(request):
     return request.param
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """XLA's compiler for the CPU takes less time; programs may run slowly."""
+    from cases import PLATFORM
+
+    jax.config.update("jax_disable_most_optimizations", PLATFORM == "cpu")
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+
+
 # ---- tests of one platform ----------------------------------------------------------------------
 
 _num_deselected = collections.Counter()

@@ -181,10 +181,11 @@ def default_dtypes():
 @pytest.mark.usefixtures("default_dtypes")
 def test_code_in_the_readme_runs():
     code = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(code) == 3
+    assert len(code) == 4
     variables = {}
     exec("\n".join(code), variables)
     assert variables["x"].shape == (8, 128, 4, 64)
+    assert variables["out"].shape == (8, 128, 64)
     assert np.isfinite(variables["d_params"].phi).all()
     with pytest.raises(ValueError) as error:
         params = variables["mhc"].init_params(jax.random.key(0), streams=4, hidden=32)

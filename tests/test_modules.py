@@ -22,6 +22,8 @@ import jax_mhc.equinox as mhc_eqx
 from jax_mhc.flax import linen as mhc_linen
 from jax_mhc.flax import nnx as mhc_nnx
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 C, N = 8, 4
 NAMES = ("phi", "alpha", "bias", "norm_scale", "w")
 
@@ -386,13 +388,14 @@ def test_nnx_dropout():
     first, second = nnx.jit(in_scan)(blocks, x), nnx.jit(in_scan)(blocks, x)
     assert np.any(first != second)
     np.testing.assert_array_equal(blocks.mlp.layer.dropout.rngs.count[...], 3 * [2])
-    with pytest.raises(ValueError) as error:
-        nnx.jit(in_stack)(blocks, x)
-    assert str(error.value) == (
-        "jax_mhc.flax.nnx.stack: blocks.attention.layer.dropout.rngs.count: expected a variable "
-        "that does not change in the call, got a RngCount that does. Use nnx.scan over the blocks "
-        "and their own call, or evaluation mode."
-    )
+    for options in ({}, {"keep_streams_every": 2}):
+        with pytest.raises(ValueError) as error:
+            nnx.jit(functools.partial(in_stack, **options))(blocks, x)
+        assert str(error.value) == (
+            "jax_mhc.flax.nnx.stack: blocks.attention.layer.dropout.rngs.count: expected a "
+            "variable that does not change in the call, got a RngCount that does. Use nnx.scan "
+            "over the blocks and their own call, or evaluation mode."
+        )
     blocks.eval()
     got, expected = nnx.jit(in_stack)(blocks, x), nnx.jit(in_scan)(blocks, x)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)

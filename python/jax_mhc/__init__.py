@@ -11,7 +11,8 @@
 of your own, and `sinkhorn` is the projection alone. `MHCConfig` and `presets` hold the settings,
 `convert` reads parameters of other implementations, `reference` is the same in plain JAX,
 `diagnostics` tells what mixing does to the signal, and `python -m jax_mhc.info` describes the
-installation.
+installation. `jax_mhc.flax.nnx`, `jax_mhc.flax.linen` and `jax_mhc.equinox`, to be imported by
+these names, have modules that own the parameters.
 """
 
 from jax_mhc import convert, diagnostics, presets, reference

@@ -1,5 +1,5 @@
 """Modules for Flax: `jax_mhc.flax.nnx` and `jax_mhc.flax.linen`. They need jax-mhc[flax]."""
 
-from jax_mhc._errors import require
+from jax_mhc import _errors
 
-require("flax", "flax", "flax")
+_errors.require("flax", "flax", "flax")

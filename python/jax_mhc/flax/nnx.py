@@ -169,7 +169,7 @@ def stack(
     x: jax.Array,
     sublayers: Sequence[str] | Mapping[str, Mapping[str, Any]],
     **options: Any,
-) -> jax.Array:
+) -> Any:
     """All sublayers of all blocks, one after the other, by `jax_mhc.stack`.
 
     To rounding this is
@@ -196,7 +196,7 @@ def stack(
         **options: of `jax_mhc.stack`, such as keep_streams_every and policy.
 
     Returns:
-        The new streams `[..., n, C]`.
+        What `jax_mhc.stack` returns: the new streams `[..., n, C]`.
 
     Raises:
         ValueError, TypeError: x that is not streams of the modules' n and C; a sublayer that is no
@@ -222,6 +222,8 @@ def stack(
     graphdef, state = nnx.split({name: module.layer for name, module in modules.items()})
 
     def run(name: str, u: jax.Array, state: Any) -> Any:
+        # Variables of this trace: those of a loop cannot be assigned in a stretch inside of it.
+        state = jax.tree.map(lambda leaf: leaf, state)
         before = {path: variable.get_raw_value() for path, variable in nnx.to_flat_state(state)}
         layers = nnx.merge(graphdef, state)
         y = layers[name](u, **(sublayers[name] if isinstance(sublayers, Mapping) else {}))
