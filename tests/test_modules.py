@@ -28,8 +28,8 @@ C, N = 8, 4
 NAMES = ("phi", "alpha", "bias", "norm_scale", "w")
 
 
-def streams(*tokens, seed=0):
-    return jax.random.normal(jax.random.key(seed), (*tokens, N, C), jnp.float32)
+def streams(*tokens, n=N):
+    return jax.random.normal(jax.random.key(0), (*tokens, n, C), jnp.float32)
 
 
 def initial_w(key):
@@ -82,7 +82,7 @@ def build_nnx(module):
 
 
 def build_linen(module):
-    return Built(module.init(jax.random.key(0), streams(1)), module.apply)
+    return Built(module.init(jax.random.key(0), streams(1, n=module.streams)), module.apply)
 
 
 def build_eqx(module):
@@ -143,7 +143,7 @@ LIBRARIES = ["nnx", "linen", "eqx"]
 VARIANTS = {
     "plain": {},
     "norm": {"norm": True, "norm_scale_eps": 0.1},
-    "static": {"static": True, "config": mhc.presets.DEEPSEEK_V4},
+    "static": {"static": True, "streams": 2, "config": mhc.presets.DEEPSEEK_V4},
     "reference": {"implementation": "reference", "config": mhc.MHCConfig(constraint="identity")},
 }
 
@@ -155,10 +155,11 @@ def test_mhc_is_mhc_residual(library, variant):
     options = VARIANTS[variant]
     built = build(library, "MHC", **options)
     shapes = {name: (leaf.shape, leaf.dtype.name) for name, leaf in named(built.variables).items()}
-    num = 2 * N if variant == "reference" else N * N + 2 * N
+    n = options.get("streams", N)
+    num = 2 * n if variant == "reference" else n * n + 2 * n
     expected = {"bias": (num,), "w": (C, C)}
     if variant != "static":
-        expected |= {"phi": (N * C, num), "alpha": (3,)}
+        expected |= {"phi": (n * C, num), "alpha": (3,)}
     if variant == "norm":
         expected["norm_scale"] = (C,)
         np.testing.assert_array_equal(named(built.variables)["norm_scale"], 1)
@@ -167,12 +168,12 @@ def test_mhc_is_mhc_residual(library, variant):
     def by_function(values, x):
         values = dict(values)
         w, scale = values.pop("w"), values.pop("norm_scale", None)
-        kept = {k: v for k, v in options.items() if k not in ("norm", "static")}
+        kept = {k: v for k, v in options.items() if k not in ("norm", "static", "streams")}
         params = mhc.MHCParams(**{"phi": None, "alpha": None, **values})
         layer = functools.partial(apply_layer, w)
         return mhc.mhc_residual(layer, x, params, norm_scale=scale, **kept)
 
-    x, variables = streams(5), away_from_initial(built.variables)
+    x, variables = streams(5, n=n), away_from_initial(built.variables)
     run = value_and_grads(built.call).lower(variables, x).compile()
     calls = ["pre_fwd", "post_fwd", "pre_bwd", "post_bwd"]
     calls = [] if variant == "reference" else calls
@@ -184,18 +185,16 @@ def test_mhc_is_mhc_residual(library, variant):
     assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(d_variables))
 
 
+@pytest.mark.parametrize("implementation", [None, "reference"])
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_head_is_head(library):
-    built = build(library, "Head", config=mhc.presets.DEEPSEEK_V4)
-    x, variables = streams(5), away_from_initial(built.variables)
-
-    def by_function(values, x):
-        return mhc.head(x, mhc.HeadParams(**values), config=mhc.presets.DEEPSEEK_V4)
-
-    value, (d_variables, d_x) = value_and_grads(built.call)(variables, x)
-    assert_equal(
-        (value, (named(d_variables), d_x)), value_and_grads(by_function)(named(variables), x)
-    )
+def test_head_is_head(library, implementation):
+    options = {"config": mhc.MHCConfig(pre_eps=0.1), "implementation": implementation}
+    built = build(library, "Head", streams=2, **options)
+    x, variables = streams(5, n=2), away_from_initial(built.variables)
+    program = jax.jit(built.call).lower(variables, x).compile()
+    assert len(custom_calls(program.as_text())) == (implementation is None)
+    by_function = jax.jit(lambda values, x: mhc.head(x, mhc.HeadParams(**values), **options))
+    np.testing.assert_array_equal(program(variables, x), by_function(named(variables), x))
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -304,8 +303,9 @@ class NNXDropout(nnx.Module):
 
 class NNXBlock(nnx.Module):
     def __init__(self, layer, rngs):
-        self.attention = mhc_nnx.MHC(layer(rngs), C, norm=True, norm_scale_eps=0.1, rngs=rngs)
-        self.mlp = mhc_nnx.MHC(layer(rngs), C, norm_scale_eps=0.1, rngs=rngs)
+        options = {"config": mhc.MHCConfig(sinkhorn_iters=2), "norm_scale_eps": 0.1, "rngs": rngs}
+        self.attention = mhc_nnx.MHC(layer(rngs), C, norm=True, **options)
+        self.mlp = mhc_nnx.MHC(layer(rngs), C, **options)
 
     def __call__(self, x, scale=1.0):
         return self.mlp(self.attention(x, scale))
@@ -380,6 +380,9 @@ def test_nnx_blocks_in_a_loop(run, options):
 def test_an_nnx_stack_is_made_of_seams():
     _, calls = nnx_value_and_grads(in_stack)
     assert set(calls) == {"seam_fwd", "post_fwd", "seam_bwd", "post_bwd"}
+    blocks = nnx_blocks(NNXLayer)()
+    blocks.attention.implementation = blocks.mlp.implementation = "reference"
+    assert "jax_mhc" not in nnx.jit(in_stack).lower(blocks, streams(5)).as_text()
 
 
 def test_nnx_dropout():
