@@ -143,7 +143,7 @@ def time_steps(options: Options, model: Model) -> list[dict[str, Any]]:
         losses = []
         for _ in range(3):
             state, value = program(state, tokens)
-            losses.append(float(value))
+            losses.append(float(value[0]))
         rounds = []
         for _ in range(4):
             jax.block_until_ready(state)

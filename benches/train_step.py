@@ -41,7 +41,7 @@ import jax_mhc as mhc
 
 Connection = Literal[
     "residual", "plain", "plain-checkpoint", "mhc", "seams", "seams-norms", "seams-checkpoint",
-    "residual-layers", "mhc-layers", "seams-auto", "seams-auto-mhc",
+    "residual-layers", "mhc-layers", "seams-auto", "seams-auto-mhc", "seams-told", "seams-watched",
 ]  # fmt: skip
 
 LABELS: dict[Connection, str] = {
@@ -57,6 +57,8 @@ LABELS: dict[Connection, str] = {
     "mhc-layers": "mHC, fused, jax.checkpoint",
     "seams-auto": "mHC, fused with seams, streams recomputed",
     "seams-auto-mhc": "mHC, fused with seams, all of mHC recomputed",
+    "seams-told": "mHC, fused with seams, composite gain out of the step",
+    "seams-watched": "mHC, fused with seams, composite gain watched in the step",
 }
 # Those of mhc.stack, with its options.
 STACKS: dict[Connection, dict[str, Any]] = {
@@ -65,6 +67,8 @@ STACKS: dict[Connection, dict[str, Any]] = {
     "seams-checkpoint": {"keep_streams_every": 2},
     "seams-auto": {"keep_streams_every": "auto"},
     "seams-auto-mhc": {"keep_streams_every": "auto", "policy": "mhc"},
+    "seams-told": {"sample_tokens": 64},
+    "seams-watched": {"sample_tokens": 64},
 }
 FUSED = ("mhc", "mhc-layers", *STACKS)
 # Those with jax.checkpoint around the whole of each layer of the model.
@@ -190,8 +194,8 @@ def anywhere(array: jax.Array, name: str) -> jax.Array:
 
 def run_layers(
     connection: Connection, model: Model, x: jax.Array, params: Any, place: Any = anywhere
-) -> jax.Array:
-    """The layers on hidden states `[tokens, C]`."""
+) -> tuple[jax.Array, Any]:
+    """The layers on hidden states `[tokens, C]`; and what of their mixing the step tells, if so."""
     behind_norms = {"attention": functools.partial(attention, model), "mlp": mlp}
 
     def with_norm(name: str, u: jax.Array, params: Any) -> jax.Array:
@@ -209,14 +213,14 @@ def run_layers(
                 x = x + layer(x, params[name])
             return x, None
 
-        return jax.lax.scan(residual, x, params["layers"])[0]
+        return jax.lax.scan(residual, x, params["layers"])[0], ()
 
     x = place(mhc.expand(x, streams=STREAMS), "streams")
     if connection in STACKS:
         norm_scale = None
         if connection == "seams-norms":
             layers, norm_scale = behind_norms, [params["layers"][name]["norm"] for name in layers]
-        x = mhc.stack(
+        results = mhc.stack(
             [lambda u, p, name=name: layers[name](u, params=p[name]) for name in layers],
             x,
             [params["connections"][name] for name in layers],
@@ -225,7 +229,16 @@ def run_layers(
             implementation="fused",
             **STACKS[connection],
         )
-        return mhc.reduce(x)
+        if "sample_tokens" not in STACKS[connection]:
+            return mhc.reduce(results), ()
+        x, h_res = results
+        gain = mhc.diagnostics.amax_gain(mhc.diagnostics.composite(h_res))
+        if connection == "seams-watched":
+            mhc.diagnostics.watch_gain(gain)
+            return mhc.reduce(x), ()
+        mixing = mhc.diagnostics.mixing(h_res)
+        told = jax.tree.map(jnp.max, gain), jax.tree.map(jnp.mean, mixing)
+        return mhc.reduce(x), told
     pre, post = plain.pre, plain.post
     if connection == "plain-checkpoint":
         pre, post = jax.checkpoint(pre), jax.checkpoint(post)
@@ -243,18 +256,20 @@ def run_layers(
         return x, None
 
     x, _ = jax.lax.scan(streams, x, (params["layers"], params["connections"]))
-    return mhc.reduce(x)
+    return mhc.reduce(x), ()
 
 
 def loss(
     connection: Connection, model: Model, params: Any, tokens: jax.Array, place: Any = anywhere
-) -> jax.Array:
-    """Mean cross entropy of the next of tokens `[batch, length]`."""
+) -> tuple[jax.Array, Any]:
+    """Mean cross entropy of the next of tokens `[batch, length]`; and what `run_layers` tells."""
     x = params["embedding"].astype(jnp.bfloat16)[tokens.reshape(-1)]
-    x = rms_norm(run_layers(connection, model, x, params, place), params["norm"])
+    x, told = run_layers(connection, model, x, params, place)
+    x = rms_norm(x, params["norm"])
     logits = (x @ params["logits"].astype(x.dtype)).astype(jnp.float32)
     next_tokens = jnp.roll(tokens, -1, 1).reshape(-1)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, next_tokens).mean()
+    value = optax.softmax_cross_entropy_with_integer_labels(logits, next_tokens).mean()
+    return value, jax.lax.stop_gradient(told)
 
 
 # ---- the step -----------------------------------------------------------------------------------
@@ -278,12 +293,12 @@ class Steps:
         return jax.random.randint(jax.random.key(1), shape, 0, self.model.vocabulary)
 
     def step(self, connection: Connection, place: Any = anywhere) -> Any:
-        """The function `(state, tokens) -> (state, loss)`."""
+        """The function `(state, tokens) -> (state, (loss, what is told))`."""
 
         def step(state: Any, tokens: jax.Array) -> Any:
             params, optimizer_state = state
             run = functools.partial(loss, connection, self.model, place=place)
-            value, d_params = jax.value_and_grad(run)(params, tokens)
+            value, d_params = jax.value_and_grad(run, has_aux=True)(params, tokens)
             updates, optimizer_state = self.optimizer.update(d_params, optimizer_state, params)
             return (optax.apply_updates(params, updates), optimizer_state), value
 
@@ -325,7 +340,7 @@ def run(steps: Steps, options: Options) -> list[dict[str, Any]]:
         state, losses = new_state(has_streams(name)), []
         for _ in range(WARM_UP):
             state, value = program(state, tokens)
-            losses.append(float(value))
+            losses.append(float(value[0]))
         del state
         rows[name] = {
             "connection": name,
