@@ -6,8 +6,8 @@
 //              -X in d_x, h_pre, and sums over a block's tokens for d_alpha and d_bias
 //   sum_gates  d_alpha and d_bias, from these sums
 //
-// A block has kTokens tokens, a warp each; one more warp has the Sinkhorn iterations of all of them,
-// beside the streaming of X by the others.
+// A block has kTokens tokens, a warp each; one more warp has the H_res of all of them (Sinkhorn's iterations,
+// or the mean of permutations), beside the streaming of X by the others.
 
 #include "coefficients.cuh"
 #include "collapse.cuh"
@@ -18,10 +18,10 @@
 constexpr int N = SIZE;
 constexpr int kTokens = 8;
 constexpr int kThreads = 32 * (kTokens + 1);
-// Of res: n^2, and of the numbers of streams that have permutations 4 alone has more of those.
+static_assert(kTokens * kPermutedLanes == 32);
+// Columns of res: n^2 or, where that is more, n!, which is for up to 4 streams.
 constexpr int kMaxRes = N == 4 ? kFactorial<4> : N * N;
 constexpr int kMaxColumns = 2 * N + kMaxRes;
-static_assert(kTokens * kPermutedLanes == 32);
 constexpr int kWeight = kWeightParts<Stream>;
 // Channels that a lane takes at once.
 constexpr int V = N <= 4 ? 8 : 4;
@@ -157,8 +157,10 @@ __device__ inline void collapse_bwd(const Stream* row, const Stream* d_u, float 
   }
 }
 
-// Blocks at once on a multiprocessor: those that are few ask for fewer registers than they get otherwise.
-constexpr int kBackwardBlocks = !EXACT || N > 4 ? 1 : N == 2 && sizeof(Stream) == 2 ? 5 : 3;
+// Blocks at once on a multiprocessor: the compiler would take more registers than so many have. sm_120 needs
+// more for four streams.
+constexpr int kFewBlocks = sizeof(Stream) == 4 || (N == 4 && __CUDA_ARCH__ >= 1200) ? 3 : N == 2 ? 5 : 4;
+constexpr int kBackwardBlocks = EXACT && N <= 4 ? kFewBlocks : 1;
 
 // Cotangents of coefficients that a head does not have are null. gate_sums: [blocks, num + 3]. history:
 // 2 * iters * 32 floats a block, in shared memory where it is null.

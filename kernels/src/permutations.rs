@@ -1,7 +1,7 @@
 //! Weighted means of the permutation matrices of few streams, for as many matrices at once as a vector
 //! has lanes: H_res = sum over p of softmax(z)_p P_p, with P_p[i, p[i]] = 1.
 //!
-//! Permutations are in lexicographic order, the identity first.
+//! Permutations are in lexicographic order, the identity first: mHC-lite.
 
 use crate::simd::{MAX_STREAMS, Vector};
 

@@ -49,7 +49,7 @@ def to_deepseek_v4(params: MHCParams) -> tuple[jax.Array, jax.Array, jax.Array]:
     Raises:
         TypeError: anything but MHCParams, or a dtype that does not fit.
         ValueError: static coefficients, or parameters without the n² columns of h_res (made for
-            constraint "identity"): DeepSeek-V4 has neither.
+            constraint "identity" or "permutations"): DeepSeek-V4 has neither.
     """
     op = "convert.to_deepseek_v4"
     if not isinstance(params, MHCParams):
