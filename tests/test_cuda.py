@@ -28,6 +28,7 @@ from cases import (
     limit,
     make_cotangents,
     make_operands,
+    variant,
 )
 from jax import export
 from test_hlo import backward, compiled_text, custom_calls, forward
@@ -153,6 +154,14 @@ def test_permutations(op, dtype, streams, hidden, norm):
     """Also at a width at which other constraints have the streams read once."""
     poison()
     check(op, Case((205,), streams, hidden, 3.0, PERMUTED, norm=norm), dtype)
+
+
+@pytest.mark.parametrize("streams", [12, 14, 16])
+@pytest.mark.parametrize("op", ["pre", "post_pre"])
+def test_many_streams_with_the_columns_of_four(op, streams):
+    """phi has about as many as where four streams mix: its kernels are the same, and no others."""
+    config = variant(constraint="identity")
+    check(op, Case((37,), streams, 40, config=config), DTYPES[streams % 3])
 
 
 # What 2, 4, 8 or 16 blocks share, each with 256, 320, 384 or 448 channels.
