@@ -24,6 +24,7 @@ import functools
 import re
 import statistics
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -125,6 +126,17 @@ class Options:
             self.steps = 5
         elif self.output is None:
             self.output = Path("benches/results")
+
+    def begin(self) -> None:
+        """Before anything is run."""
+        if self.tiny:
+            jax.config.update("jax_platforms", "cpu")
+        self.commit = self.commit or common.commit()
+        if not self.commit:
+            raise SystemExit("expected a git repository, got none; give --commit")
+
+    def models(self) -> list[Model]:
+        return [TINY if self.tiny else Model()]
 
 
 # ---- the model ----------------------------------------------------------------------------------
@@ -352,12 +364,21 @@ def run(steps: Steps, options: Options) -> list[dict[str, Any]]:
         gb = rows[name]["memory"]["peak_bytes"] / 1e9
         print(f"{name}: losses {losses}, peak {gb:.2f} GB", flush=True)
 
-    # One state for all connections with streams: it makes no difference whose step comes next.
-    states = {streams: new_state(streams) for streams in {has_streams(n) for n in compiled}}
+    # The connections with streams share a state: it makes no difference whose step comes next. Of
+    # large models there is memory for one state alone.
+    states: dict[bool, Any] = {}
+
+    def take_state(name: Connection) -> Any:
+        streams = has_streams(name)
+        if streams not in states:
+            states.clear()
+            states[streams] = new_state(streams)
+        return jax.block_until_ready(states.pop(streams))
+
     rounds = min(5, options.steps)
     for _ in range(rounds):
         for name, (program, _) in compiled.items():
-            state = jax.block_until_ready(states.pop(has_streams(name)))
+            state = take_state(name)
             start = time.perf_counter()
             for _ in range(options.steps // rounds):
                 state, value = program(state, tokens)
@@ -365,14 +386,14 @@ def run(steps: Steps, options: Options) -> list[dict[str, Any]]:
             milliseconds = (time.perf_counter() - start) * 1e3 / (options.steps // rounds)
             rows[name]["round_ms"].append(milliseconds)
             states[has_streams(name)] = state
+            del state
         latest = (f"{name} {row['round_ms'][-1]:.1f}" for name, row in rows.items())
         print("ms a step: " + ", ".join(latest), flush=True)
 
     for name, (program, _) in compiled.items():
 
         def step(name: Connection = name, program: Any = program) -> Any:
-            streams = has_streams(name)
-            states[streams], value = program(states[streams], tokens)
+            states[has_streams(name)], value = program(take_state(name), tokens)
             return value
 
         rows[name]["kernels"] = common.kernel_times(step, calls=1)
@@ -412,8 +433,8 @@ def kernels_ms(row: dict[str, Any], prefix: str) -> float:
     return sum(times) / 1e3
 
 
-def markdown(record: dict[str, Any]) -> str:
-    table = [
+def table(rows: list[dict[str, Any]]) -> str:
+    cells = [
         [
             LABELS[row["connection"]],
             f"{row['ms']:.1f}",
@@ -426,73 +447,79 @@ def markdown(record: dict[str, Any]) -> str:
             f"{kernels_ms(row, ''):.1f}",
             ", ".join(f"{value:.4f}" for value in row["losses"]),
         ]
-        for row in record["rows"]
+        for row in rows
     ]
     kernels = [
         [LABELS[row["connection"]], name, f"{kernel['launches']:.0f}", f"{kernel['us'] / 1e3:.2f}"]
-        for row in record["rows"]
+        for row in rows
         for name, kernel in list(row["kernels"].items())[:25]
     ]
     headers = [
         "connection", "ms a step", "spread", "overhead", "tokens/s", "peak, GB", "compiled in, s",
         "mHC kernels, ms", "all kernels, ms", "first losses",
     ]  # fmt: skip
-    sizes = ", ".join(f"{name} {value}" for name, value in record["model"].items())
     return "\n".join(
         [
-            f"# Training step, {record['gpu']}, {record['date']}",
-            "",
-            f"{record['gpu']}, driver {record['driver']}, jax {record['jax']}, {record['plugin']}, "
-            f"Python {record['python']}, commit {record['commit']} (library: "
-            f"{record['library_commit']}). n = {STREAMS}, bfloat16, AdamW, "
-            f"{record['parameters'] / 1e6:.0f} M parameters; {sizes}. Medians of "
-            f"{len(record['rows'][0]['round_ms'])} rounds of {record['steps_a_round']} steps.",
-            "",
-            tabulate(table, headers, tablefmt="github", disable_numparse=True),
+            github(cells, headers),
             "",
             "## The longest kernels of a step",
             "",
-            tabulate(
-                kernels,
-                ["connection", "kernel", "launches", "ms"],
-                tablefmt="github",
-                disable_numparse=True,
-            ),
-            "",
+            github(kernels, ["connection", "kernel", "launches", "ms"]),
         ]
     )
 
 
-def main(options: Options) -> None:
-    if options.tiny:
-        jax.config.update("jax_platforms", "cpu")
-    if not (options.commit or common.commit()):
-        raise SystemExit("train_step.py: expected a git repository, got none; give --commit")
+def github(cells: list[list[Any]], headers: list[str]) -> str:
+    return tabulate(cells, headers, tablefmt="github", disable_numparse=True)
+
+
+def record(
+    options: Options, name: str, title: str, tables: Callable[[list[dict[str, Any]]], str]
+) -> None:
+    """Runs all connections in all models, prints the tables, and writes <date>-<name>."""
+    options.begin()
     start = time.perf_counter()
-    steps = Steps(TINY if options.tiny else Model())
-    rows = run(steps, options)
-    shapes = jax.eval_shape(
-        functools.partial(init, model=steps.model, streams=False), jax.random.key(0)
-    )
-    record = {
+    rows, complaints = [], []
+    for model in options.models():
+        of_model = run(Steps(model), options)
+        complaints += wrong_losses(of_model)
+        shapes = jax.eval_shape(
+            functools.partial(init, model=model, streams=False), jax.random.key(0)
+        )
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+        rows += [{"layers": model.layers, "parameters": parameters, **row} for row in of_model]
+    facts = {
         "date": datetime.date.today().isoformat(),
-        "commit": options.commit or common.commit(),
+        "commit": options.commit,
         **common.versions(),
-        "model": dataclasses.asdict(steps.model),
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(shapes)),
+        "model": dataclasses.asdict(options.models()[0]),
+        "parameters": rows[0]["parameters"],
         "steps_a_round": options.steps // len(rows[0]["round_ms"]),
         "rows": rows,
         "seconds": time.perf_counter() - start,
     }
-    text = markdown(record)
+    sizes = ", ".join(f"{size} {value}" for size, value in facts["model"].items())
+    text = "\n".join(
+        [
+            f"# {title}, {facts['gpu']}, {facts['date']}",
+            "",
+            f"{facts['gpu']}, driver {facts['driver']}, jax {facts['jax']}, {facts['plugin']}, "
+            f"Python {facts['python']}, commit {facts['commit']} (library: "
+            f"{facts['library_commit']}). n = {STREAMS}, bfloat16, AdamW, "
+            f"{facts['parameters'] / 1e6:.0f} M parameters; {sizes}. Medians of "
+            f"{len(rows[0]['round_ms'])} rounds of {facts['steps_a_round']} steps.",
+            "",
+            tables(rows),
+            "",
+        ]
+    )
     print(text)
-    complaints = wrong_losses(rows)
     if options.output is not None:
-        suffix = "-train-step" + ("-wrong" if complaints else "")
-        common.write(record, text, options.output / common.gpu_folder(record), suffix)
+        suffix = f"-{name}" + ("-wrong" if complaints else "")
+        common.write(facts, text, options.output / common.gpu_folder(facts), suffix)
     if complaints:
         raise SystemExit("Wrong losses.\n" + "\n".join(complaints))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    record(tyro.cli(Options), "train-step", "Training step", table)
