@@ -119,7 +119,8 @@ def save(runs: list[dict[str, Any]], results: list[dict], settings: Settings, te
         for run in runs
         for record in run["records"]
     ]
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    # A first step has more to tell than the one before all.
+    names = list(dict.fromkeys(name for row in rows[1:2] + rows for name in row))
     with open(settings.out / "records.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()

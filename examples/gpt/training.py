@@ -17,6 +17,8 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+import jax_mhc as mhc
+
 from . import text
 from .model import GPT
 from .report import LABELS
@@ -225,7 +227,13 @@ def advance(
             "", total=settings.steps, completed=first - 1, loss=math.nan, speed=0.0
         )
 
-        start = time.perf_counter()
+        start, left_band = time.perf_counter(), False
+
+        def warn(warning: mhc.diagnostics.GainWarning) -> None:
+            nonlocal left_band
+            if not left_band:
+                progress.print(f"  {warning}", highlight=False)
+            left_band = True
 
         def tell(i: int, results: jax.Array) -> None:
             nonlocal start
@@ -233,6 +241,8 @@ def advance(
             values = dict(zip(names, map(float, results), strict=True))
             seconds, start = time.perf_counter() - start, time.perf_counter()
             records.append(dict(step=i, **values, step_ms=seconds * 1e3))
+            gain = mhc.diagnostics.Gain(*map(np.float32, list(values.values())[2:]))
+            mhc.diagnostics.watch_gain(gain, step=i, callback=warn)
             speed = settings.batch * settings.seq / seconds
             progress.update(task, advance=1, loss=values["loss"], speed=speed)
 
