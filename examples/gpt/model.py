@@ -90,8 +90,13 @@ class GPT(nnx.Module):
         rngs = nnx.Rngs(seed, mhc=seed)
         width, dtype = settings.width, jnp.dtype(settings.dtype)
         self.streams = None if CONNECTIONS[connection] is None else settings.streams
-        self.bytes = nnx.Embed(256, width, dtype=dtype, rngs=rngs)
-        self.positions = nnx.Embed(settings.seq, width, dtype=dtype, rngs=rngs)
+        init = nnx.initializers.normal(width**-0.5)
+        # A product, since the gradient of a lookup is a scatter-add: on GPUs slow where many bytes
+        # are alike, and in no fixed order.
+        self.bytes = nnx.Linear(
+            256, width, use_bias=False, dtype=dtype, kernel_init=init, rngs=rngs
+        )
+        self.positions = nnx.Param(init(rngs.params(), (settings.seq, width)))
 
         @nnx.split_rngs(splits=settings.depth)
         @nnx.vmap
@@ -107,7 +112,8 @@ class GPT(nnx.Module):
 
         The gain is that of the composite mapping, the largest of some tokens.
         """
-        x = self.bytes(tokens) + self.positions(jnp.arange(tokens.shape[-1]))
+        x = self.bytes(jax.nn.one_hot(tokens, 256))
+        x += self.positions[: tokens.shape[-1]].astype(x.dtype)
         x, gain = self.run_blocks(x, sample_tokens)
         return self.logits(self.norm(x)).astype(jnp.float32), gain
 

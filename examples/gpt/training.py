@@ -238,7 +238,7 @@ def advance(
         def tell(i: int, results: jax.Array) -> None:
             nonlocal start
             names = "loss", "grad_norm", "sampled_gain_forward", "sampled_gain_backward"
-            values = dict(zip(names, map(float, results), strict=True))
+            values = dict(zip(names, np.asarray(results).tolist(), strict=True))
             seconds, start = time.perf_counter() - start, time.perf_counter()
             records.append(dict(step=i, **values, step_ms=seconds * 1e3))
             gain = mhc.diagnostics.Gain(*map(np.float32, list(values.values())[2:]))
