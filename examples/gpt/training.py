@@ -232,7 +232,7 @@ def advance(
         def warn(warning: mhc.diagnostics.GainWarning) -> None:
             nonlocal left_band
             if not left_band:
-                progress.print(f"  {warning}", highlight=False)
+                progress.print("  " + str(warning).split(". ")[0], highlight=False)
             left_band = True
 
         def tell(i: int, results: jax.Array) -> None:
