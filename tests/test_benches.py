@@ -49,9 +49,14 @@ def test_train_step(tmp_path):
 @pytest.mark.cpu("its tiny model is for the CPU")
 @pytest.mark.parametrize(
     "script, options",
-    [("mesh_step.py", ("--layouts", "data")), ("pipeline_step.py", ("--connections", "mhc"))],
+    [
+        ("mesh_step.py", ("--layouts", "data")),
+        ("pipeline_step.py", ("--connections", "mhc")),
+        ("recompute.py", ("--connections", "seams", "seams-auto-mhc")),
+        ("diagnostics_step.py", ("--connections", "seams", "seams-told")),
+    ],
 )
-def test_steps_on_several_devices(script, options, tmp_path):
+def test_steps(script, options, tmp_path):
     status, output = run(script, "--tiny", *options, "--commit", "0", "--output", tmp_path)
     assert status == 0, output
     (path,) = tmp_path.rglob("*.json")
