@@ -1,7 +1,8 @@
-"""Draws the figures of docs/performance.md and writes its tables, from the newest records of a GPU.
+"""Draws the figures of docs/ and writes its tables, from the newest records of a GPU.
 
-`make bench-gpu` runs this last. Every number there that a benchmark measured stands between two
-comments, `<!-- name -->` and `<!-- /name -->`, and is written here; the text around them is not.
+`make bench-gpu` runs this last. What benchmarks measured stands in performance.md, results.md and
+diagnostics.md between two comments, `<!-- name -->` and `<!-- /name -->`, and is written here; the
+text around them is not.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diagnostics_step
 import matplotlib
+import numpy as np
+import recompute
 import train_step
+import training
 import tyro
 from matplotlib.figure import Figure
 from tabulate import tabulate
@@ -45,7 +50,7 @@ class Options:
     results: Path = Path("benches/results/h200")
     """Folder with the records of one GPU."""
     docs: Path = Path("docs")
-    """Folder of performance.md and images/."""
+    """Folder of the pages and of images/."""
 
 
 def newest(results: Path, suffix: str) -> tuple[Path, dict[str, Any]] | None:
@@ -311,6 +316,77 @@ def train_step_section(record: dict[str, Any], path: Path, docs: Path) -> str:
     )
 
 
+# ---- what else was measured in a training step --------------------------------------------------
+
+
+def recompute_section(record: dict[str, Any], path: Path, docs: Path) -> str:
+    return f"{machine(record, path, docs)}.\n\n{recompute.table(record['rows'])}"
+
+
+def diagnostics_section(record: dict[str, Any], path: Path, docs: Path) -> str:
+    return f"{machine(record, path, docs)}.\n\n{diagnostics_step.table(record['rows'])}"
+
+
+# ---- a training ---------------------------------------------------------------------------------
+
+
+def draw_training(record: dict[str, Any], path: Path) -> None:
+    """Curves of all connections: the mean of the seeds, and from the least to the largest."""
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    (loss, lead), (norm, gain) = figure.subplots(2, 2)
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for run in record["runs"]:
+        runs.setdefault(run["connection"], []).append(run)
+
+    def values(connection: str, key: str) -> Any:
+        return np.array([[p.get(key, np.nan) for p in run["points"]] for run in runs[connection]])
+
+    steps = values("residual", "step")[0]
+    for name, own in runs.items():
+        label, color, _ = training.STYLES[name]
+        label += f" ({len(own)} seeds)" if len(own) > 1 else " (1 seed)"
+
+        def curve(panel: Any, ys: Any, color: str = color, **style: Any) -> None:
+            panel.plot(steps, ys.mean(0), color=color, lw=1.6, **style)
+            if len(ys) > 1:
+                panel.fill_between(steps, ys.min(0), ys.max(0), color=color, alpha=0.25, lw=0)
+
+        curve(loss, values(name, "validation_loss"), label=label)
+        # From the same seed, so that what weights and batches make of the loss is taken out.
+        seeds = [run["seed"] for run in own]
+        others = [i for i, run in enumerate(runs["residual"]) if run["seed"] in seeds]
+        difference = values(name, "validation_loss") - values("residual", "validation_loss")[others]
+        curve(lead, difference)
+        curve(norm, values(name, "grad_norm"))
+        curve(gain, values(name, "gain_forward"))
+        curve(gain, values(name, "gain_backward"), ls=(0, (3, 2)))
+    loss.set(title="validation loss, nats a byte", ylim=(None, loss.dataLim.ymin + 1.0))
+    # What counts is the later half; at first the differences are large.
+    later = np.array([line.get_ydata()[len(steps) // 2 :] for line in lead.lines])
+    margin = 0.3 * np.ptp(later)
+    lead.set(ylim=(later.min() - margin, later.max() + margin))
+    lead.set(title="validation loss beside the plain residual's")
+    norm.set(title="largest gradient norm of the steps between, before clipping", yscale="log")
+    gain.set(title="composite gain, largest of all tokens (dashed: backward)", yscale="log")
+    for panel in (loss, lead, norm, gain):
+        panel.title.set_fontsize(10)
+        panel.set_xlabel("step", fontsize=9)
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    loss.legend(frameon=False, fontsize=8)
+    save(figure, path)
+
+
+def training_section(record: dict[str, Any], path: Path, docs: Path) -> str:
+    return "\n\n".join(
+        [
+            f"{machine(record, path, docs)}. {training.describe(record)}.",
+            "![Loss, gradient norm and gain by connection](images/training.svg)",
+            training.table(record),
+        ]
+    )
+
+
 # ---- files --------------------------------------------------------------------------------------
 
 
@@ -332,18 +408,23 @@ def replace(page: Path, name: str, text: str) -> None:
 
 
 def main(options: Options) -> None:
-    parts: dict[str, tuple[str, Callable[..., None], Callable[..., str]]] = {
-        "kernels": ("", draw_kernels, kernel_section),
-        "train_step": ("-train-step", draw_train_step, train_step_section),
+    performance, diagnostics = "performance.md", "diagnostics.md"
+    parts: dict[str, tuple[str, str, Callable[..., None] | None, Callable[..., str]]] = {
+        "kernels": (performance, "", draw_kernels, kernel_section),
+        "train_step": (performance, "-train-step", draw_train_step, train_step_section),
+        "recompute": (performance, "-recompute", None, recompute_section),
+        "diagnostics": (diagnostics, "-diagnostics", None, diagnostics_section),
+        "training": ("results.md", "-training", draw_training, training_section),
     }
-    for name, (suffix, draw, section) in parts.items():
+    for name, (page, suffix, draw, section) in parts.items():
         found = newest(options.results, suffix)
         if found is None:
             print(f"No record <date>{suffix}.json in {options.results}.")
             continue
         path, record = found
-        draw(record, options.docs / "images" / f"{name}.svg")
-        replace(options.docs / "performance.md", name, section(record, path, options.docs))
+        if draw is not None:
+            draw(record, options.docs / "images" / f"{name}.svg")
+        replace(options.docs / page, name, section(record, path, options.docs))
 
 
 if __name__ == "__main__":

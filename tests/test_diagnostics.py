@@ -280,6 +280,10 @@ def test_the_watch_warns():
     # Warnings are errors in these tests.
     with pytest.raises(GainWarning, match="forward 3 to 3"):
         diagnostics.watch_gain(Gain(jnp.array(3.0), jnp.array(1.0)))
+    for bad in (np.float32(3), 0.4, np.array([1, np.nan]), np.inf):
+        with pytest.raises(GainWarning, match="at step 7"), jax.transfer_guard("disallow"):
+            diagnostics.watch_gain(Gain(bad, 1.0), step=7)
+    diagnostics.watch_gain(Gain(np.array([0.5, 2]), np.zeros(0)))
     with pytest.raises(jax.errors.JaxRuntimeError, match="GainWarning: composite gain at step 5"):
         jax.block_until_ready(watch(jnp.array([3.0])))
         jax.effects_barrier()

@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import flax
@@ -55,16 +55,21 @@ def describe(settings: Settings) -> str:
     )
 
 
-def columns(results: list[dict[str, Any]]) -> Iterable[tuple[str, list[str]]]:
-    """Label and cells for each connection: means over the seeds, ± half of their range."""
+def columns(
+    results: list[dict[str, Any]], what: Sequence[tuple[str, str]]
+) -> Iterable[tuple[str, list[str]]]:
+    """Label and cells for each connection: means over the seeds, ± half of their range.
+
+    what: the key of each cell, and how it is written.
+    """
     for connection in dict.fromkeys(r["connection"] for r in results):
         own = [r for r in results if r["connection"] == connection]
         cells = []
-        for _, key, style in ROWS:
+        for key, style in what:
             values = [r[key] for r in own]
             spread = (max(values) - min(values)) / 2
             cell = format(statistics.fmean(values), style)
-            cells.append(f"{cell} ± {format(spread, style)}" if spread else cell)
+            cells.append(f"{cell} ± {format(spread, style.lstrip('+'))}" if spread else cell)
         yield LABELS[connection], cells
 
 
@@ -72,7 +77,7 @@ def make_table(results: list[dict[str, Any]]) -> Table:
     """The comparison, with a column for each connection."""
     table = Table("", box=box.SIMPLE_HEAD)
     all_cells = []
-    for label, cells in columns(results):
+    for label, cells in columns(results, [row[1:] for row in ROWS]):
         table.add_column(label, justify="right")
         all_cells.append(cells)
     for i, (label, *_) in enumerate(ROWS):
@@ -111,6 +116,28 @@ def draw_figure(runs: list[dict[str, Any]], settings: Settings) -> Figure:
     return figure
 
 
+def points(run: dict[str, Any]) -> list[dict[str, float]]:
+    """What was measured on held-out text, and what the steps since then told.
+
+    Mean loss, and the largest gradient norm and gain.
+    """
+    result, since = [], []
+    for record in run["records"]:
+        since.append(record)
+        if "validation_loss" not in record:
+            continue
+        names = "step", "validation_loss", "gain_forward", "gain_backward"
+        point = {name: record[name] for name in names}
+        steps = [r for r in since if "loss" in r]
+        if steps:
+            point["loss"] = statistics.fmean(r["loss"] for r in steps)
+            for name in ("grad_norm", "sampled_gain_forward", "sampled_gain_backward"):
+                point[name] = max(r[name] for r in steps)
+        result.append(point)
+        since = []
+    return result
+
+
 def save(runs: list[dict[str, Any]], results: list[dict], settings: Settings, text: str) -> None:
     """Write train_gpt.png, records.csv (a line for each step) and summary.json into the folder."""
     draw_figure(runs, settings).savefig(settings.out / "train_gpt.png", dpi=100)
@@ -131,5 +158,8 @@ def save(runs: list[dict[str, Any]], results: list[dict], settings: Settings, te
         device=jax.devices()[0].device_kind,
         versions={m.__name__: m.__version__ for m in (jax, flax, optax, jax_mhc)},
         results=results,
+        runs=[
+            dict(connection=run["connection"], seed=run["seed"], points=points(run)) for run in runs
+        ],
     )
     (settings.out / "summary.json").write_text(json.dumps(summary, indent=2, default=str) + "\n")

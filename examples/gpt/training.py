@@ -241,7 +241,7 @@ def advance(
             values = dict(zip(names, np.asarray(results).tolist(), strict=True))
             seconds, start = time.perf_counter() - start, time.perf_counter()
             records.append(dict(step=i, **values, step_ms=seconds * 1e3))
-            gain = mhc.diagnostics.Gain(*map(np.float32, list(values.values())[2:]))
+            gain = mhc.diagnostics.Gain(*list(values.values())[2:])
             mhc.diagnostics.watch_gain(gain, step=i, callback=warn)
             speed = settings.batch * settings.seq / seconds
             progress.update(task, advance=1, loss=values["loss"], speed=speed)

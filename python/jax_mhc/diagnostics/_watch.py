@@ -74,7 +74,7 @@ def watch_gain(
     outside (not in a map over some of several explicit axes, in which JAX has no callbacks).
     JAX before 0.11 keeps no program with a callback in its persistent compilation cache. Where that
     matters, return the gains from the step and watch them outside: of values that are known it
-    warns at once.
+    warns at once, and of NumPy's it asks no device.
 
     Nothing else depends on it: results and gradients are what they are without.
 
@@ -93,9 +93,6 @@ def watch_gain(
     low, high = _checked_band(band)
     values = _checked_gain(gain)
     step = _checked_step(step)
-    # vmap makes a cond of many conditions run both branches: one condition, for all of a batch.
-    bounds = jnp.stack([_bounds(jax.lax.stop_gradient(of_one)) for of_one in values])
-    inside = jnp.all((bounds[:, 0] >= low) & (bounds[:, 1] <= high))  # false for NaN
 
     def report(bounds: Any, step: Any) -> None:
         # NumPy's: JAX may not compute anything inside of a callback.
@@ -103,7 +100,14 @@ def watch_gain(
         at = None if step is None else int(step)
         (callback or _warn)(GainWarning(name, at, (low, high), forward, backward))
 
+    if all(isinstance(value, np.ndarray) for value in values):
+        # Without JAX, whose GPU may be busy with the next step.
+        bounds: Any = np.array([_least_and_most(np, value) for value in values])
+    else:
+        bounds = jnp.stack([_bounds(jax.lax.stop_gradient(value)) for value in values])
+    inside = ((bounds[:, 0] >= low) & (bounds[:, 1] <= high)).all()  # false for NaN
     if any(isinstance(value, jax.core.Tracer) for value in (inside, step)):
+        # One condition for all of a batch: of many vmap would make a cond that runs both branches.
         jax.lax.cond(
             inside, lambda *_: None, lambda *found: jax.debug.callback(report, *found), bounds, step
         )
@@ -111,10 +115,15 @@ def watch_gain(
         report(bounds, step)
 
 
+def _least_and_most(numpy: Any, values: Any) -> list[Any]:
+    """Of no values those that are in any band."""
+    return [numpy.min(values, initial=np.inf), numpy.max(values, initial=-np.inf)]
+
+
 @custom_vmap
 def _bounds(values: jax.Array) -> jax.Array:
-    """The least and the largest value, of a whole batch under vmap; of none what is in any band."""
-    return jnp.stack([jnp.min(values, initial=jnp.inf), jnp.max(values, initial=-jnp.inf)])
+    """The least and the largest value, of a whole batch under vmap."""
+    return jnp.stack(_least_and_most(jnp, values))
 
 
 @_bounds.def_vmap
@@ -140,12 +149,14 @@ def _checked_band(band: Any) -> tuple[float, float]:
     return low, high
 
 
-def _checked_gain(gain: Any) -> list[jax.Array]:
+def _checked_gain(gain: Any) -> list[Any]:
     if not isinstance(gain, Gain):
         fail(
             TypeError, _OP, "gain", "jax_mhc.diagnostics.Gain", type(gain).__name__,
             "Make it with jax_mhc.diagnostics.amax_gain.",
         )  # fmt: skip
+    if all(isinstance(value, float | np.number | np.ndarray) for value in gain):
+        return [np.asarray(value) for value in gain]
     return [jnp.asarray(value) for value in gain]
 
 

@@ -193,10 +193,10 @@ def stack(
         sublayers: the names of attributes of blocks, in the order in which they run. Each is an
             `MHC` whose layer returns y alone. A mapping gives keyword arguments for each layer,
             the same for all blocks: `{"attention": {"mask": mask}, "mlp": {}}`.
-        **options: of `jax_mhc.stack`, such as keep_streams_every and policy.
+        **options: of `jax_mhc.stack`, such as keep_streams_every, policy and sample_tokens.
 
     Returns:
-        What `jax_mhc.stack` returns: the new streams `[..., n, C]`.
+        What `jax_mhc.stack` returns: the new streams `[..., n, C]`, and with sample_tokens h_res.
 
     Raises:
         ValueError, TypeError: x that is not streams of the modules' n and C; a sublayer that is no
