@@ -160,6 +160,12 @@ def stack(x, params, weights, **options):
     return jax_mhc.stack(layers, x, [params, params], xs=weights, **options)
 
 
+def static_stack(x, params, weights, **options):
+    params = dataclasses.replace(params, phi=None, alpha=None)
+    options |= {"keep_streams_every": 2, "policy": "mhc"}
+    return stack(x, params, weights, **options)
+
+
 def saved(x, params, weights, **options):
     policy = jax.checkpoint_policies.save_only_these_names("mhc_layer_input", "mhc_coefficients")
     return jax.checkpoint(functools.partial(residual, **options), policy=policy)(x, params, weights)
@@ -200,6 +206,7 @@ PROGRAMS = {
     "sublayer": residual,
     "stack": stack,
     "recomputed stack": functools.partial(stack, keep_streams_every=2),
+    "static stack, recomputed": static_stack,
     "checkpoint": saved,
     "scan": scan_of_sublayers,
     "vmap": mapped,

@@ -290,7 +290,7 @@ def _seams_alone(
         and steps.num > (0 if every == 1 else 1)
         and steps.unroll in (False, 1)
         and steps.unroll is not True
-        and all(isinstance(p, MHCParams) and p.phi is not None for p in params)
+        and all(isinstance(p, MHCParams) for p in params)
         and use_fused(_OP, implementation, x.dtype)
     )
 
