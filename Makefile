@@ -45,6 +45,7 @@ bench: .venv/installed-bench  ## compare the fused kernels with plain JAX; write
 bench-gpu: .venv/installed-bench,cuda13  ## the same, and a training step, on an NVIDIA GPU with a driver for CUDA 13
 	$(BIN)/python benches/gpu.py
 	$(BIN)/python benches/train_step.py
+	$(BIN)/python benches/diagnostics_step.py
 	$(BIN)/python benches/plots.py
 
 clean:  ## remove everything that these targets made

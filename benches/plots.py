@@ -353,10 +353,14 @@ def draw_training(record: dict[str, Any], path: Path) -> None:
 
         curve(loss, values(name, "validation_loss"), label=label)
         # From the same seed, so that what weights and batches make of the loss is taken out.
-        seeds = [run["seed"] for run in own]
-        others = [i for i, run in enumerate(runs["residual"]) if run["seed"] in seeds]
-        difference = values(name, "validation_loss") - values("residual", "validation_loss")[others]
-        curve(lead, difference)
+        seeds = [run["seed"] for run in runs["residual"]]
+        of_residual = dict(zip(seeds, values("residual", "validation_loss"), strict=True))
+        pairs = zip(own, values(name, "validation_loss"), strict=True)
+        differences = [
+            ys - of_residual[run["seed"]] for run, ys in pairs if run["seed"] in of_residual
+        ]
+        if differences:
+            curve(lead, np.array(differences))
         curve(norm, values(name, "grad_norm"))
         curve(gain, values(name, "gain_forward"))
         curve(gain, values(name, "gain_backward"), ls=(0, (3, 2)))

@@ -65,6 +65,33 @@ def test_steps(script, options, tmp_path):
     assert path.with_suffix(".md").read_text() in output
 
 
+@pytest.mark.cpu("its tiny model is for the CPU")
+def test_training(tmp_path):
+    """Runs of both kinds, two at once; then the page's figure and table of the record."""
+    options = (
+        "--tiny --gpus 2 --seeds 0 --connections residual mhc --others lite --commit 0".split()
+    )
+    folders = "--folder", tmp_path / "runs", "--output", tmp_path
+    status, output = run("training.py", *options, *folders)
+    assert status == 0, output
+    (path,) = tmp_path.glob("cpu/*-training.json")
+    record = json.loads(path.read_text())
+    assert path.with_suffix(".md").read_text() in output
+    assert [r["connection"] for r in record["results"]] == ["residual", "mhc", "lite"]
+    for own, result in zip(record["runs"], record["results"], strict=True):
+        assert [point["step"] for point in own["points"]] == list(range(21))
+        assert own["points"][-1]["validation_loss"] == result["validation_loss"]
+    assert str(tmp_path) not in path.read_text()
+
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "results.md").write_text("<!-- training -->\n<!-- /training -->\n")
+    status, output = run("plots.py", "--results", path.parent, "--docs", docs)
+    assert status == 0, output
+    assert "| mHC-lite " in (docs / "results.md").read_text()
+    assert (docs / "images" / "training.svg").stat().st_size > 10_000
+
+
 def test_the_page_and_its_figures_come_from_the_records(tmp_path):
     docs = tmp_path / "docs"
     docs.mkdir()

@@ -81,8 +81,9 @@ class Layer:
         values = {id(self.u): again}
         values |= zip([*self.kept, *self.others], [*kept, *others], strict=True)
         residuals = [
-            values[id(source)].astype(residual.aval.dtype)
+            value if source is residual else value.astype(residual.aval.dtype)
             for source, residual in zip(self.sources, self.residuals, strict=True)
+            for value in [values[id(source)]]
         ]
         return jax.tree.unflatten(self.treedef, residuals)
 
