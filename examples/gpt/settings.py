@@ -102,7 +102,7 @@ PRESETS = {
         attention="cudnn",
         text=tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")),
         validation_windows=256,
-        checkpoint_every=500,
+        checkpoint_every=1000,
         out=Path("results"),
     ),
 }
