@@ -195,9 +195,9 @@ def time_split_pre(tiny: bool) -> list[dict[str, Any]]:
             for split in (False, True):
                 spec = P(None, None, AXIS) if split else P()
                 devices = mesh if split else Layout("one GPU").mesh
-                put = lambda a, s, m=devices: jax.device_put(a, NamedSharding(m, s))  # noqa: E731
                 u_spec = P(None, AXIS) if split else P()
-                arrays = put(x, spec), jax.tree.map(lambda p: put(p, P()), params), put(d_u, u_spec)  # noqa: B023
+                shardings = [NamedSharding(devices, s) for s in (spec, P(), u_spec)]
+                arrays = jax.device_put((x, params, d_u), tuple(shardings))
                 program = jax.jit(function).lower(*arrays).compile()
                 jax.block_until_ready(program(*arrays))
 

@@ -343,7 +343,7 @@ def draw_training(record: dict[str, Any], path: Path) -> None:
 
     steps = values("residual", "step")[0]
     for name, own in runs.items():
-        label, color, _ = training.STYLES[name]
+        label, color, _ = training.report.STYLES[name]
         label += f" ({len(own)} seeds)" if len(own) > 1 else " (1 seed)"
 
         def curve(panel: Any, ys: Any, color: str = color, **style: Any) -> None:

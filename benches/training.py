@@ -28,10 +28,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.append(str(EXAMPLES))
 
 from gpt import report, text, training  # noqa: E402 - found by the line above
-from gpt.report import STYLES  # noqa: E402
-from gpt.settings import PRESETS, Connection, Settings  # noqa: E402
-
-__all__ = ["STYLES", "describe", "table"]
+from gpt.settings import PRESETS, Connection, Settings  # noqa: E402 - so is this
 
 
 @dataclasses.dataclass
@@ -68,15 +65,15 @@ class Options:
         return tyro.cli(Settings, args=self.arguments(), default=preset)
 
 
-def train_all(options: Options, jobs: list[tuple[Connection, int]]) -> None:
-    """Runs the jobs in their order, each on the GPU that is free first."""
+def train_all(options: Options, jobs: list[tuple[Connection, int]]) -> int:
+    """Runs the jobs in their order, each on the GPU that is free first; how many failed."""
     deadline = time.monotonic() + 60 * options.minutes
     gpus: queue.SimpleQueue[int] = queue.SimpleQueue()
     for gpu in range(options.gpus):
         gpus.put(gpu)
 
-    def run(job: tuple[Connection, int]) -> None:
-        gpu = gpus.get()
+    def run(job: tuple[Connection, int]) -> bool:
+        gpu, failed = gpus.get(), False
         left = (deadline - time.monotonic()) / 60
         if left > 0:
             connection, seed = job
@@ -91,12 +88,14 @@ def train_all(options: Options, jobs: list[tuple[Connection, int]]) -> None:
             )  # fmt: skip
             seconds = time.monotonic() - start
             print(f"{connection}, seed {seed}: {seconds:.0f} s on GPU {gpu}", flush=True)
-            if done.returncode:
+            failed = done.returncode != 0
+            if failed:
                 print(done.stdout[-2000:] + done.stderr[-2000:], flush=True)
         gpus.put(gpu)
+        return failed
 
     with ThreadPoolExecutor(options.gpus) as pool:
-        list(pool.map(run, jobs))
+        return sum(pool.map(run, jobs))
 
 
 def finished(options: Options, settings: Settings, jobs: list[tuple[Connection, int]]) -> Any:
@@ -145,7 +144,7 @@ def table(record: dict[str, Any]) -> str:
         )
     styles = ",.0f", ".4f", "+.4f", ".3g", ".4g", ".4g", ",.0f"
     rows = [
-        [label, len([r for r in results if STYLES[r["connection"]][0] == label]), *cells]
+        [label, len([r for r in results if report.LABELS[r["connection"]] == label]), *cells]
         for label, cells in report.columns(results, list(zip(kept, styles, strict=True)))
     ]
     headers = ["connection", "seeds", *kept.values()]
@@ -159,7 +158,7 @@ def main(options: Options) -> None:
     settings = options.training()
     jobs = [(connection, seed) for seed in options.seeds for connection in options.connections]
     jobs += [(connection, options.seeds[0]) for connection in options.others]
-    train_all(options, jobs)
+    num_failed = train_all(options, jobs)
     runs = list(finished(options, settings, jobs))
     missing = len(jobs) - len(runs)
     if not any(run["connection"] == "residual" for run in runs):
@@ -196,6 +195,8 @@ def main(options: Options) -> None:
     if missing:
         print(f"{missing} of {len(jobs)} runs are not finished; the same command goes on.")
     common.write(record, page, options.output / common.gpu_folder(record), "-training")
+    if num_failed:
+        raise SystemExit(f"training.py: {num_failed} of {len(jobs)} runs failed; see above")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ The same model (same initial weights, same batches) is trained in turn with the 
 connection, with unconstrained hyper-connections (HC, arXiv 2409.19606) and with
 manifold-constrained hyper-connections (mHC, arXiv 2512.24880), by default on the sources of the
 Python standard library; --connections has others. Ends with a table, a figure (train_gpt.png) and
-the records (records.csv, summary.json). With --preset h200 the model is that of docs/results.md,
+the records (records.csv, summary.json). With --preset h200 the model is a larger one for an H200,
 each run has checkpoints, and --resume goes on where an earlier call stopped.
 """
 

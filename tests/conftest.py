@@ -11,9 +11,9 @@ from pathlib import Path
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
-from hypothesis import settings  # noqa: E402
+import jax  # noqa: E402 - see above
+import pytest  # noqa: E402 - see above
+from hypothesis import settings  # noqa: E402 - see above
 
 # The test files share `cases` and others; pytest's importlib mode does not add their folder. Of the
 # benchmarks' they want `collectives`.
@@ -55,6 +55,13 @@ def pytest_configure(config):
 def implementation(request):
     """Both implementations of every op."""
     return request.param
+
+
+@pytest.fixture
+def default_dtypes():
+    """JAX as a user finds it; the other tests turn 64-bit types on."""
+    with jax.enable_x64(False):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -233,19 +233,31 @@ def test_wrong_options_are_refused_before_any_work(options, message, tmp_path, m
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.cpu("a GPU has cuDNN")
+def test_the_large_preset_wants_a_gpu():
+    status, output = run("train_gpt.py", "--preset", "h200")
+    assert status == 2 and "--attention: cudnn needs a GPU, got cpu; xla runs anywhere" in output
+
+
+def test_all_held_out_windows_are_measured(tmp_path):
+    """Also where they are no whole number of batches; one at a time they give the same."""
+    options = [*SMALL[:-2], "--steps", 1, "--connections", "residual", "--text", README]
+    losses = []
+    for batch in (4, 7):
+        given = [*options, "--batch", batch, "--validation-windows", 7, "--out", tmp_path]
+        status, output = run("train_gpt.py", *given)
+        assert status == 0, output
+        (result,) = json.loads((tmp_path / "summary.json").read_text())["results"]
+        losses.append(result["initial_validation_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 def test_quickstart():
     status, output = run("quickstart.py")
     assert status == 0, output
     losses = [float(loss) for loss in re.findall(r"step +\d+  loss (\S+)", output)]
     assert len(losses) == 5
     assert losses[-1] < losses[0] / 3
-
-
-@pytest.fixture
-def default_dtypes():
-    """JAX as a user finds it; the other tests turn 64-bit types on."""
-    with jax.enable_x64(False):
-        yield
 
 
 @pytest.mark.usefixtures("default_dtypes")

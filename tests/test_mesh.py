@@ -254,7 +254,10 @@ def test_transformations(program, mode, layout):
     x, params, weights = layers()
     with jax.set_mesh(mesh):
         results = ({"x": wanted[0]}, {"x": wanted[1]}, *wanted[2:])
-        named = lambda *arrays, **options: named_results(run(*arrays, **options))  # noqa: E731
+
+        def named(*arrays, **options):
+            return named_results(run(*arrays, **options))
+
         function, placed = spread(named, mode, layout, mesh, ({"x": x}, params, weights), results)
         compiled = jax.jit(function).lower(*placed).compile()
         outputs = compiled(*placed)
@@ -290,7 +293,10 @@ def placed_pre(mode, x_spec, params_specs=None):
     """Streams and parameters on a mesh."""
     mesh, operands = make_mesh(mode, LAYOUTS["hidden"]), make_operands("pre", CASE)
     params = operands["params"]
-    put = lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec))  # noqa: E731
+
+    def put(leaf, spec):
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
     specs = params_specs or dict.fromkeys(("phi", "alpha", "bias"), P())
     params = dataclasses.replace(
         params, **{name: put(getattr(params, name), spec) for name, spec in specs.items()}
@@ -337,23 +343,22 @@ def test_split_parameters_are_gathered(mode, spec):
         assert gradients["params"].phi.sharding.is_equivalent_to(params.phi.sharding, 2)
 
 
-def test_streams_and_output_that_lie_differently():
+@pytest.mark.parametrize("mode", ["auto", "explicit"])
+def test_streams_and_output_that_lie_differently(mode):
     """On auto axes XLA brings one to the other; explicit axes are for those who want to know."""
     operands, _, wanted = problem("post")
     if jax.device_count() < 4:
         pytest.skip("needs two axes of two devices")
-    for mode in ("auto", "explicit"):
-        mesh = make_mesh(mode)
-        put = lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec))  # noqa: B023, E731
-        ctx = jax.tree.map(lambda leaf: put(leaf, P("a")), operands["ctx"])  # noqa: B023
-        y = put(operands["y"], P("b"))
-        run = functools.partial(forward, "post")
-        with jax.set_mesh(mesh):
-            if mode == "auto":
-                assert_trees_close(jax.jit(run)({"y": y, "ctx": ctx}), wanted[0])
-                continue
+    mesh = make_mesh(mode)
+    shardings = {"ctx": NamedSharding(mesh, P("a")), "y": NamedSharding(mesh, P("b"))}
+    placed = {name: jax.device_put(operands[name], shardings[name]) for name in shardings}
+    run = jax.jit(functools.partial(forward, "post"))
+    with jax.set_mesh(mesh):
+        if mode == "auto":
+            assert_trees_close(run(placed), wanted[0])
+        else:
             with pytest.raises(ValueError, match=r"jax_mhc.post: y: expected .*reshard"):
-                jax.jit(run)({"y": y, "ctx": ctx})
+                run(placed)
 
 
 def test_a_mesh_that_does_not_divide_the_tokens():
@@ -392,17 +397,17 @@ def test_channels_split_by_hand_without_a_word():
         jax.jit(function)(x, params)
 
 
-def test_without_jit():
+@pytest.mark.parametrize("mode", ["auto", "explicit"])
+def test_without_jit(mode):
     """Each op is compiled for all devices by itself."""
     operands, _, wanted = problem("two_sublayers")
-    for mode in ("auto", "explicit"):
-        mesh = make_mesh(mode)
-        placed = jax.tree.map(
-            lambda leaf, s: jax.device_put(leaf, NamedSharding(mesh, s)),  # noqa: B023
-            operands, LAYOUTS["batch"].specs(operands),
-        )  # fmt: skip
-        with jax.set_mesh(mesh):
-            assert_trees_close(forward("two_sublayers", placed), wanted[0])
+    mesh = make_mesh(mode)
+    placed = jax.tree.map(
+        lambda leaf, s: jax.device_put(leaf, NamedSharding(mesh, s)),
+        operands, LAYOUTS["batch"].specs(operands),
+    )  # fmt: skip
+    with jax.set_mesh(mesh):
+        assert_trees_close(forward("two_sublayers", placed), wanted[0])
 
 
 # ---- checkpoints --------------------------------------------------------------------------------

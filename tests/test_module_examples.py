@@ -7,7 +7,7 @@ import runpy
 import jax
 import pytest
 from flax import nnx
-from test_examples import EXAMPLES, default_dtypes  # noqa: F401
+from test_examples import EXAMPLES
 from test_hlo import custom_calls
 
 MODULES = EXAMPLES / "modules"

@@ -484,8 +484,7 @@ def test_equinox_blocks_in_a_scan():
     arrays, x = away_from_initial(arrays), streams(2, 5)
 
     def run(arrays, x):
-        step = lambda x, block: (eqx.combine(block, static)(x), None)  # noqa: E731
-        return jax.lax.scan(step, x, arrays)[0]
+        return jax.lax.scan(lambda x, block: (eqx.combine(block, static)(x), None), x, arrays)[0]
 
     def by_function(arrays, x):
         for i in range(3):

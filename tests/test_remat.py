@@ -33,8 +33,7 @@ def model(policy, x, weights, params, implementation="fused"):
     def block(x, slices):
         weights, params = slices
         for w, p in zip(weights, params, strict=True):
-            layer = lambda u, w=w: jnp.sin(u @ w)  # noqa: E731
-            x = mhc.mhc_residual(layer, x, p, implementation=implementation)
+            x = mhc.mhc_residual(lambda u, w=w: jnp.sin(u @ w), x, p, implementation=implementation)
         return x, None
 
     if policy is not None:

@@ -30,7 +30,8 @@ class Settings:
     """Options of one comparison."""
 
     preset: Literal["demo", "h200"] = "demo"
-    """What the other options are by default: a demo for any machine, or docs/results.md's model."""
+    """What the other options are by default: a demo for any machine, or a model of 24 blocks and 76
+    million parameters for one H200, with checkpoints."""
     connections: tuple[Connection, ...] = ("residual", "hc", "mhc")
     """Residual connections to train, in this order: plain residuals, unconstrained
     hyper-connections, mHC; mHC with coefficients that are the same for all tokens (static), with
@@ -140,6 +141,8 @@ def check(settings: Settings) -> None:
         fail("--minutes: expected --checkpoint-every too, since a run ends at a checkpoint")
     if settings.attention == "cudnn" and settings.dtype != "bfloat16":
         fail(f"--attention: cudnn takes --dtype bfloat16, got {settings.dtype}")
+    if settings.attention == "cudnn" and jax.default_backend() != "gpu":
+        fail(f"--attention: cudnn needs a GPU, got {jax.default_backend()}; xla runs anywhere")
     for name, values in (("connections", CONNECTIONS), ("seeds", "numbers")):
         given = getattr(settings, name)
         if not given or len(set(given)) < len(given):

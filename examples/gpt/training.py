@@ -80,8 +80,9 @@ class Run:
         self._step = train_step.lower(
             self.model, self.optimizer, batch, settings.sample_tokens
         ).compile()
-        # A batch at a time, as the memory for training allows.
-        self.num_windows = min(settings.batch, settings.validation_windows)
+        # As many at a time as divide all of them, and no more than there is memory for.
+        num = settings.validation_windows
+        self.num_windows = max(n for n in range(1, settings.batch + 1) if num % n == 0)
         held_out = jax.ShapeDtypeStruct((self.num_windows, length), jnp.int32)
         self._evaluate = evaluate.lower(self.model, held_out).compile()
         params = jax.tree.leaves(nnx.state(self.model, nnx.Param))
@@ -99,7 +100,7 @@ class Run:
         """The mean loss on tokens [windows, seq + 1], and the largest gains."""
         parts = [
             self._evaluate(self.model, tokens[i : i + self.num_windows])
-            for i in range(0, len(tokens) - self.num_windows + 1, self.num_windows)
+            for i in range(0, len(tokens), self.num_windows)
         ]
         loss, forward, backward = np.stack(parts).T
         return dict(

@@ -33,6 +33,7 @@ def _checked(
             TypeError, op, "dtype", "float32, or float64 for float64 streams", dtype.name,
             "Parameters are small and stay float32 beside streams of half precision.",
         )  # fmt: skip
+    # JAX adds its settings to `config` at run time, unseen by type checkers.
     if dtype.name == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         fail(
             TypeError, op, "dtype", "float32 while 64-bit types are off", dtype.name,

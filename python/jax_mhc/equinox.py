@@ -24,7 +24,7 @@ from jax_mhc.presets import PAPER
 
 _errors.require("equinox", "equinox", "equinox")
 
-import equinox as eqx  # noqa: E402
+import equinox as eqx  # noqa: E402 - where it is missing, the line above says so
 
 __all__ = ["MHC", "Head"]
 

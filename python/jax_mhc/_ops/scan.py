@@ -293,11 +293,8 @@ def _loop(
     """
 
     def one(i: Any, carry: Any) -> Any:
-        blocks = [
-            jax.tree.map(lambda array: _at(array, place), of_blocks)  # noqa: B023 - called at once
-            for place in places(i)
-        ]
-        return step(i, carry, blocks, jax.tree.map(lambda array: _at(array, i), of_steps))
+        blocks = [jax.tree.map(partial(_at, i=place), of_blocks) for place in places(i)]
+        return step(i, carry, blocks, jax.tree.map(partial(_at, i=i), of_steps))
 
     def places(i: Any) -> list[Any]:
         return [i * num_together + b for b in range(num_together)]
