@@ -3,13 +3,15 @@
 Runs examples/train_gpt.py for each connection and seed, one at a time on each GPU, and writes
 benches/results/<gpu>/<date>-training.json and .md: the options, a table, and of each run what was
 measured on held-out text. Runs have checkpoints: the same command goes on with what --minutes cut
-off. Only runs that came to their end are in the record.
+off. Only runs that came to their end are in the record. Where a machine does not last for all of
+them, --finished takes the records of those before.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
 import math
 import os
 import queue
@@ -47,6 +49,10 @@ class Options:
     """Begin nothing after so many, and stop at the next checkpoint."""
     folder: Path = Path("results")
     """Folder for the checkpoints."""
+    finished: tuple[Path, ...] = ()
+    """Records of this benchmark: what is in one of them is taken from there, not run again."""
+    sinkhorn_iters: int = 20
+    """Iterations of mhc and static; other than 20 are in the record's name."""
     output: Path = Path("benches/results")
     """Folder for the record, in <gpu>/."""
     commit: str | None = None
@@ -58,7 +64,8 @@ class Options:
         """Those of train_gpt.py that are the same for all runs."""
         tiny = "--depth 2 --width 32 --heads 2 --batch 4 --seq 32 --steps 20 --checkpoint-every 10"
         preset = tiny.split() if self.tiny else ["--preset", "h200"]
-        return [*preset, "--resume", "--out", str(self.folder)]
+        iters = "--sinkhorn-iters", str(self.sinkhorn_iters)
+        return [*preset, *iters, "--resume", "--out", str(self.folder)]
 
     def training(self) -> Settings:
         preset = PRESETS["demo" if self.tiny else "h200"]
@@ -98,16 +105,57 @@ def train_all(options: Options, jobs: list[tuple[Connection, int]]) -> int:
         return sum(pool.map(run, jobs))
 
 
-def finished(options: Options, settings: Settings, jobs: list[tuple[Connection, int]]) -> Any:
-    """The runs that came to their end."""
+def record_of(jobs: list[tuple[Connection, int]], options: Options, commit: str) -> dict[str, Any]:
+    """What was measured in those of the jobs that came to their end here."""
+    settings = options.training()
+    results, runs = [], []
     for connection, seed in jobs:
         folder = options.folder / "checkpoints" / f"{connection}-{seed}"
         if not folder.exists():
             continue
         checkpoints = training.Checkpoints(folder)
         if checkpoints.step == settings.steps:
-            yield {"connection": connection, "seed": seed, **checkpoints.load(settings)}
+            told, names = checkpoints.load(settings), {"connection": connection, "seed": seed}
+            results.append(names | training.summarize(told, settings))
+            runs.append(names | {"points": report.points(told)})
         checkpoints.close()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+        **common.versions(),
+        # Without the paths of the text.
+        "settings": {k: v for k, v in settings.of_a_run.items() if k != "text"},
+        "text": text.load(settings)[2],
+        "results": results,
+        "runs": runs,
+    }
+
+
+def merge(records: list[dict[str, Any]], jobs: list[tuple[Connection, int]]) -> dict[str, Any]:
+    """One record of the jobs, each from the first that has it.
+
+    Raises:
+        SystemExit: the records are of different programs, machines, settings or texts.
+    """
+    first = records[0]
+    own = "date", "results", "runs"
+    for other in records[1:]:
+        for key in sorted((first.keys() | other.keys()) - set(own)):
+            if first.get(key) != other.get(key):
+                raise SystemExit(
+                    f"training.py: --finished: expected records that agree in {key}, got "
+                    f"{first.get(key)} and {other.get(key)}"
+                )
+    found: dict[Any, Any] = {}
+    for record in records:
+        for result, run in zip(record["results"], record["runs"], strict=True):
+            found.setdefault((result["connection"], result["seed"]), (result, run))
+    pairs = [found[job] for job in jobs if job in found]
+    return first | {
+        "date": max(record["date"] for record in records),
+        "results": [result for result, _ in pairs],
+        "runs": [run for _, run in pairs],
+    }
 
 
 def describe(record: dict[str, Any]) -> str:
@@ -124,61 +172,38 @@ def describe(record: dict[str, Any]) -> str:
 
 def table(record: dict[str, Any]) -> str:
     """A row for each connection: means over the seeds, ± half of their range."""
-    kept = {
-        "num_params": "parameters",
-        "validation_loss": "validation loss",
-        "beside_residual": "beside plain residual",
-        "max_grad_norm": "largest gradient norm",
-        "max_gain_forward": "largest gain forward",
-        "max_gain_backward": "backward",
-        "tokens_per_s": "tokens/s",
+    columns = {
+        "num_params": ("parameters", ",.0f"),
+        "validation_loss": ("validation loss", ".4f"),
+        "beside_residual": ("beside plain residual", "+.4f"),
+        "max_grad_norm": ("largest gradient norm", ".3g"),
+        "max_gain_forward": ("largest gain forward", ".4g"),
+        "max_gain_backward": ("backward", ".4g"),
+        "max_mean_gain_forward": ("of the mean token forward", ".4g"),
+        "max_mean_gain_backward": ("backward", ".4g"),
+        "tokens_per_s": ("tokens/s", ",.0f"),
     }
-    results = record["results"]
     of_residual = {
-        r["seed"]: r["validation_loss"] for r in results if r["connection"] == "residual"
+        r["seed"]: r["validation_loss"] for r in record["results"] if r["connection"] == "residual"
     }
-    for result in results:
-        # From the same seed; where that run is missing there is nothing to compare with.
-        result["beside_residual"] = result["validation_loss"] - of_residual.get(
-            result["seed"], math.nan
-        )
-    styles = ",.0f", ".4f", "+.4f", ".3g", ".4g", ".4g", ",.0f"
+    # From the same seed; where that run is missing there is nothing to compare with.
+    results = [
+        r | {"beside_residual": r["validation_loss"] - of_residual.get(r["seed"], math.nan)}
+        for r in record["results"]
+    ]
+    # The first records have no means over tokens.
+    columns = {key: told for key, told in columns.items() if all(key in r for r in results)}
+    what = [(key, style) for key, (_, style) in columns.items()]
     rows = [
         [label, len([r for r in results if report.LABELS[r["connection"]] == label]), *cells]
-        for label, cells in report.columns(results, list(zip(kept, styles, strict=True)))
+        for label, cells in report.columns(results, what)
     ]
-    headers = ["connection", "seeds", *kept.values()]
+    headers = ["connection", "seeds", *(header for header, _ in columns.values())]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
-def main(options: Options) -> None:
-    commit = options.commit or common.commit()
-    if not commit:
-        raise SystemExit("training.py: expected a git repository, got none; give --commit")
-    settings = options.training()
-    jobs = [(connection, seed) for seed in options.seeds for connection in options.connections]
-    jobs += [(connection, options.seeds[0]) for connection in options.others]
-    num_failed = train_all(options, jobs)
-    runs = list(finished(options, settings, jobs))
-    missing = len(jobs) - len(runs)
-    if not any(run["connection"] == "residual" for run in runs):
-        raise SystemExit("training.py: no run with plain residuals came to its end; run it again")
-    names = [{"connection": run["connection"], "seed": run["seed"]} for run in runs]
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit,
-        **common.versions(),
-        # Without the paths of the text.
-        "settings": {k: v for k, v in settings.of_a_run.items() if k != "text"},
-        "text": text.load(settings)[2],
-        "results": [
-            name | training.summarize(run, settings) for name, run in zip(names, runs, strict=True)
-        ],
-        "runs": [
-            name | {"points": report.points(run)} for name, run in zip(names, runs, strict=True)
-        ],
-    }
-    page = "\n".join(
+def page(record: dict[str, Any]) -> str:
+    return "\n".join(
         [
             f"# Training with several residual connections, {record['gpu']}, {record['date']}",
             "",
@@ -191,10 +216,32 @@ def main(options: Options) -> None:
             "",
         ]
     )
-    print(page)
+
+
+def main(options: Options) -> None:
+    jobs = [(connection, seed) for seed in options.seeds for connection in options.connections]
+    jobs += [(connection, options.seeds[0]) for connection in options.others]
+    records = [json.loads(path.read_text()) for path in options.finished]
+    known = {(r["connection"], r["seed"]) for record in records for r in record["results"]}
+    num_failed = 0
+    if new := [job for job in jobs if job not in known]:
+        commit = options.commit or common.commit()
+        if not commit:
+            raise SystemExit("training.py: expected a git repository, got none; give --commit")
+        num_failed = train_all(options, new)
+        # As it is read from a file.
+        records.append(json.loads(json.dumps(record_of(new, options, commit))))
+    record = merge(records, jobs)
+    missing = len(jobs) - len(record["runs"])
+    if not any(run["connection"] == "residual" for run in record["runs"]):
+        raise SystemExit("training.py: no run with plain residuals came to its end; run it again")
+    text_page = page(record)
+    print(text_page)
     if missing:
         print(f"{missing} of {len(jobs)} runs are not finished; the same command goes on.")
-    common.write(record, page, options.output / common.gpu_folder(record), "-training")
+    iters = options.sinkhorn_iters
+    suffix = "-training" if iters == 20 else f"-training-{iters}-iterations"
+    common.write(record, text_page, options.output / common.gpu_folder(record), suffix)
     if num_failed:
         raise SystemExit(f"training.py: {num_failed} of {len(jobs)} runs failed; see above")
 

@@ -83,6 +83,19 @@ def test_training(tmp_path):
         assert own["points"][-1]["validation_loss"] == result["validation_loss"]
     assert str(tmp_path) not in path.read_text()
 
+    # On another machine only what is not in that record runs.
+    again = "--finished", path, "--folder", tmp_path / "others", "--output", tmp_path / "whole"
+    status, output = run("training.py", *options[:-2], "identity", *options[-2:], *again)
+    assert status == 0, output
+    assert output.count(" s on GPU ") == 1 and "identity, seed 0: " in output
+    (whole,) = (tmp_path / "whole").glob("cpu/*-training.json")
+    merged = json.loads(whole.read_text())
+    for what in ("results", "runs"):
+        assert merged[what][:3] == record[what] and merged[what][3]["connection"] == "identity"
+    whole.write_text(json.dumps(merged | {"text": "another"}))
+    status, output = run("training.py", *options, "--finished", path, whole)
+    assert status == 1 and "expected records that agree in text, got " in output
+
     docs = tmp_path / "docs"
     docs.mkdir()
     (docs / "results.md").write_text("<!-- training -->\n<!-- /training -->\n")
@@ -92,20 +105,21 @@ def test_training(tmp_path):
     assert (docs / "images" / "training.svg").stat().st_size > 10_000
 
 
-def test_the_page_and_its_figures_come_from_the_records(tmp_path):
+def test_the_pages_and_their_figures_come_from_the_records(tmp_path):
     docs = tmp_path / "docs"
     docs.mkdir()
-    shutil.copy(ROOT / "docs" / "performance.md", docs)
-    results = ROOT / "benches" / "results" / "h200"
+    pages = "performance.md", "diagnostics.md", "results.md"
+    for page in pages:
+        shutil.copy(ROOT / "docs" / page, docs)
     # The links in the page are those of its own folder.
     (tmp_path / "benches").symlink_to(ROOT / "benches")
     status, output = run(
         "plots.py", "--results", "benches/results/h200", "--docs", "docs", cwd=tmp_path
     )
     assert status == 0, output
-    assert (docs / "performance.md").read_text() == (ROOT / "docs" / "performance.md").read_text()
+    for page in pages:
+        assert (docs / page).read_text() == (ROOT / "docs" / page).read_text()
     drawn = {path.name for path in (docs / "images").iterdir()}
-    assert "kernels.svg" in drawn
-    assert ("train_step.svg" in drawn) == any(results.glob("*-train-step.json"))
+    assert drawn == {"kernels.svg", "train_step.svg", "training.svg"}
     for name in drawn:
         assert (ROOT / "docs" / "images" / name).stat().st_size < 150_000

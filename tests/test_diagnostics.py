@@ -228,18 +228,18 @@ def watching(**options):
 def test_the_watch_tells_of_what_is_outside(way):
     double, found = watching(step=3, name="gain of all")
     run = WAYS[way](double)
-    inside = jnp.array([[1.0, 0.5], [2.0, 1.0], [1.0, 1.0]], jnp.float32)
+    inside = jnp.array([[1.0, 0.25], [4.0, 1.0], [1.0, 1.0]], jnp.float32)
     for v in (inside, inside.at[1, 0].set(8.0)):
         assert not found
         results = run(v)
         np.testing.assert_array_equal(results, jnp.full_like(v, 2) if way == "grad" else 2 * v)
         jax.effects_barrier()
     (warning,) = found
-    assert (warning.name, warning.step, warning.band) == ("gain of all", 3, (0.5, 2.0))
-    least = 1.0 if way == "scan" else 0.5  # of the step that is outside, or of all
+    assert (warning.name, warning.step, warning.band) == ("gain of all", 3, (0.25, 4.0))
+    least = 1.0 if way == "scan" else 0.25  # of the step that is outside, or of all
     assert warning.forward == (least, 8.0) and warning.backward == (0.125, 1 / least)
     assert str(warning).startswith(
-        f"gain of all at step 3: expected from 0.5 to 2, got forward {least:g} to 8, "
+        f"gain of all at step 3: expected from 0.25 to 4, got forward {least:g} to 8, "
         f"backward 0.125 to {1 / least:g}. "
     )
     assert vars(pickle.loads(pickle.dumps(warning))) == vars(warning)
@@ -274,18 +274,18 @@ def test_the_watch_sees_what_is_not_finite(way, bad):
 
 def test_the_watch_warns():
     watch = jax.jit(lambda v: diagnostics.watch_gain(Gain(v, v), step=5))
-    with pytest.warns(GainWarning, match="^composite gain at step 5: .* backward 3 to 4. .*sinkh"):
-        watch(jnp.array([3.0, 4.0]))
+    with pytest.warns(GainWarning, match="^composite gain at step 5: .* backward 6 to 8. .*sinkh"):
+        watch(jnp.array([6.0, 8.0]))
         jax.effects_barrier()
     # Warnings are errors in these tests.
-    with pytest.raises(GainWarning, match="forward 3 to 3"):
-        diagnostics.watch_gain(Gain(jnp.array(3.0), jnp.array(1.0)))
-    for bad in (np.float32(3), 0.4, np.array([1, np.nan]), np.inf):
+    with pytest.raises(GainWarning, match="forward 6 to 6"):
+        diagnostics.watch_gain(Gain(jnp.array(6.0), jnp.array(1.0)))
+    for bad in (np.float32(6), 0.2, np.array([1, np.nan]), np.inf):
         with pytest.raises(GainWarning, match="at step 7"), jax.transfer_guard("disallow"):
             diagnostics.watch_gain(Gain(bad, 1.0), step=7)
-    diagnostics.watch_gain(Gain(np.array([0.5, 2]), np.zeros(0)))
+    diagnostics.watch_gain(Gain(np.array([0.25, 4]), np.zeros(0)))
     with pytest.raises(jax.errors.JaxRuntimeError, match="GainWarning: composite gain at step 5"):
-        jax.block_until_ready(watch(jnp.array([3.0])))
+        jax.block_until_ready(watch(jnp.array([6.0])))
         jax.effects_barrier()
 
 
@@ -347,7 +347,7 @@ def test_gain_is_drawn():
         np.testing.assert_allclose(y, wanted)
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == [
-        "0.5 to 2", "residual connection", "mHC", "HC", "forward", "backward", "largest token"
+        "0.25 to 4", "residual connection", "mHC", "HC", "forward", "backward", "largest token"
     ]  # fmt: skip
     assert len({line.get_color() for line in axes.get_lines()}) == 3
     assert axes.get_yscale() == "log" and axes.get_xlabel() == "sublayers"

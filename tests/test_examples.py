@@ -84,6 +84,23 @@ def test_gains_are_measured(comparison):
     # The rows of h_res sum to 1 to rounding, its columns to what 20 iterations reach.
     assert gains["mhc"] == (pytest.approx(1, abs=1e-5), pytest.approx(1, abs=1e-2))
     assert max(gains["hc"]) > 1.01
+    for result in summary["results"]:
+        for direction in ("forward", "backward"):
+            mean, most = (result[f"max_{what}gain_{direction}"] for what in ("mean_", ""))
+            assert mean <= most + 1e-6
+            assert (most - mean > 1e-3) == (result["connection"] == "hc")
+
+
+def test_iterations_hold_the_backward_gain(tmp_path):
+    """Without any, columns of h_res do not sum to 1."""
+    gains = {}
+    for iters in (0, 20):
+        options = "--connections", "mhc", "--sinkhorn-iters", iters, "--steps", 2
+        status, output = run("train_gpt.py", *SMALL[:-2], *options, "--out", tmp_path / str(iters))
+        assert status == 0, output
+        (result,) = json.loads((tmp_path / str(iters) / "summary.json").read_text())["results"]
+        gains[iters] = result["max_gain_backward"]
+    assert abs(gains[20] - 1) < 1e-3 < abs(gains[0] - 1)
 
 
 def test_every_step_samples_the_gain(comparison):
@@ -112,6 +129,8 @@ def test_table_shows_the_results(comparison):
         ("tokens per second", "tokens_per_s", ",.0f"),
         ("composite gain forward, largest", "max_gain_forward", ".5g"),
         ("composite gain backward, largest", "max_gain_backward", ".5g"),
+        ("mean of tokens forward, largest", "max_mean_gain_forward", ".5g"),
+        ("mean of tokens backward, largest", "max_mean_gain_backward", ".5g"),
         ("step, ms, median", "step_ms", ".1f"),
     ):
         cells = [format(r[key], style) for r in summary["results"]]
@@ -196,6 +215,7 @@ def test_own_text_bfloat16_and_reference(tmp_path):
     [
         ("--width 100 --heads 3", "--width: expected a multiple of --heads 3, got 100"),
         ("--streams 17", "--streams: expected 1 to 16, got 17"),
+        ("--sinkhorn-iters -1", "--sinkhorn-iters: expected 0 to 10000, got -1"),
         ("--steps 0", "--steps: expected at least 1, got 0"),
         ("--learning-rate nan", "--learning-rate: expected a number above 0, got nan"),
         ("--connections hyper", "invalid choice 'hyper' for argument '--connections'"),

@@ -1,5 +1,6 @@
 """A byte-level GPT; what differs between the connections is `wrap` and `run_blocks`."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -59,13 +60,16 @@ def wrap(connection: Connection, settings: Settings, rngs: nnx.Rngs) -> Callable
     options = CONNECTIONS[connection]
     if options is None:
         return Residual
+    config = options["config"]
+    if config.constraint == "birkhoff":
+        config = dataclasses.replace(config, sinkhorn_iters=settings.sinkhorn_iters)
     return lambda layer: mhc_nnx.MHC(
         layer,
         settings.width,
         streams=settings.streams,
         implementation=settings.implementation,
         rngs=rngs,
-        **options,
+        **options | {"config": config},
     )
 
 
@@ -110,7 +114,7 @@ class GPT(nnx.Module):
     def __call__(self, tokens: jax.Array, sample_tokens: int):
         """[batch, seq] -> logits [batch, seq, 256] float32, and the gain of all blocks.
 
-        The gain is that of the composite mapping, the largest of some tokens.
+        The gain is that of the composite mapping, of some tokens.
         """
         x = self.bytes(jax.nn.one_hot(tokens, 256))
         x += self.positions[: tokens.shape[-1]].astype(x.dtype)
@@ -124,5 +128,4 @@ class GPT(nnx.Module):
             return run(self.blocks, x), mhc.diagnostics.Gain(one, one)
         x = mhc.expand(x, streams=self.streams)
         x, h_res = mhc_nnx.stack(self.blocks, x, ("attention", "mlp"), sample_tokens=sample_tokens)
-        gain = mhc.diagnostics.amax_gain(mhc.diagnostics.composite(h_res)[-1])
-        return mhc.reduce(x), jax.tree.map(jnp.max, gain)
+        return mhc.reduce(x), mhc.diagnostics.amax_gain(mhc.diagnostics.composite(h_res)[-1])

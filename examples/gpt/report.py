@@ -39,6 +39,8 @@ ROWS = (
     ("gradient norm, largest", "max_grad_norm", ".3g"),
     ("composite gain forward, largest", "max_gain_forward", ".5g"),
     ("composite gain backward, largest", "max_gain_backward", ".5g"),
+    ("mean of tokens forward, largest", "max_mean_gain_forward", ".5g"),
+    ("mean of tokens backward, largest", "max_mean_gain_backward", ".5g"),
     ("step, ms, median", "step_ms", ".1f"),
     ("tokens per second", "tokens_per_s", ",.0f"),
     ("compilation, s", "compile_s", ".1f"),
@@ -58,7 +60,7 @@ def describe(settings: Settings) -> str:
 def columns(
     results: list[dict[str, Any]], what: Sequence[tuple[str, str]]
 ) -> Iterable[tuple[str, list[str]]]:
-    """Label and cells for each connection: means over the seeds, ± half of their range.
+    """Label and cells for each connection: means over the seeds, ± half of their range, or that.
 
     what: the key of each cell, and how it is written.
     """
@@ -67,9 +69,14 @@ def columns(
         cells = []
         for key, style in what:
             values = [r[key] for r in own]
-            spread = (max(values) - min(values)) / 2
-            cell = format(statistics.fmean(values), style)
-            cells.append(f"{cell} ± {format(spread, style.lstrip('+'))}" if spread else cell)
+            least, mean, most = min(values), statistics.fmean(values), max(values)
+            spread = (most - least) / 2
+            if spread <= 1e-6 * abs(mean):  # rounding
+                cells.append(format(mean, style))
+            elif spread < abs(mean) / 2:
+                cells.append(f"{format(mean, style)} ± {format(spread, style.lstrip('+'))}")
+            else:  # of other orders of magnitude
+                cells.append(f"{format(least, style)} to {format(most, style)}")
         yield LABELS[connection], cells
 
 
@@ -126,7 +133,10 @@ def points(run: dict[str, Any]) -> list[dict[str, float]]:
         since.append(record)
         if "validation_loss" not in record:
             continue
-        names = "step", "validation_loss", "gain_forward", "gain_backward"
+        names = (
+            "step", "validation_loss", "gain_forward", "gain_backward", "mean_gain_forward",
+            "mean_gain_backward",
+        )  # fmt: skip
         point = {name: record[name] for name in names}
         steps = [r for r in since if "loss" in r]
         if steps:

@@ -47,6 +47,8 @@ class Settings:
     """Attention heads."""
     streams: int = 4
     """Residual streams n, 1 to 16; at most 4 for lite."""
+    sinkhorn_iters: int = 20
+    """Iterations that make h_res doubly stochastic, for mhc and static."""
     steps: int = 240
     """Optimizer steps of each run."""
     batch: int = 8
@@ -126,6 +128,8 @@ def check(settings: Settings) -> None:
     most = 4 if "lite" in settings.connections else 16
     if settings.streams > most:
         fail(f"--streams: expected 1 to {most}, got {settings.streams}")
+    if not 0 <= settings.sinkhorn_iters <= 10_000:
+        fail(f"--sinkhorn-iters: expected 0 to 10000, got {settings.sinkhorn_iters}")
     if settings.width % settings.heads:
         fail(
             f"--width: expected a multiple of --heads {settings.heads}, got {settings.width}; "

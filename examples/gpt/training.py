@@ -49,7 +49,7 @@ def cross_entropy(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
 @nnx.jit(static_argnames="sample_tokens", donate_argnames=("model", "optimizer"))
 def train_step(model: GPT, optimizer: nnx.Optimizer, tokens: jax.Array, sample_tokens: int):
-    """One step on tokens [batch, seq + 1]; returns loss, norm of the gradient and both gains."""
+    """One step on tokens [batch, seq + 1]; returns loss, norm of the gradient, largest gains."""
 
     def loss_and_gain(model):
         logits, gain = model(tokens[:, :-1], sample_tokens)
@@ -57,14 +57,15 @@ def train_step(model: GPT, optimizer: nnx.Optimizer, tokens: jax.Array, sample_t
 
     (loss, gain), grads = nnx.value_and_grad(loss_and_gain, has_aux=True)(model)
     optimizer.update(model, grads)
-    return jnp.stack([loss, optax.tree.norm(grads), *gain])
+    return jnp.stack([loss, optax.tree.norm(grads), *map(jnp.max, gain)])
 
 
 @nnx.jit
 def evaluate(model: GPT, tokens: jax.Array):
-    """The loss on tokens [batch, seq + 1], and both gains of all of them."""
+    """The loss on tokens [batch, seq + 1], and of all of them the largest gains and the means."""
     logits, gain = model(tokens[:, :-1], tokens[:, :-1].size)
-    return jnp.stack([cross_entropy(logits, tokens), *gain])
+    loss = cross_entropy(logits, tokens)
+    return jnp.stack([loss, *map(jnp.max, gain), *map(jnp.mean, gain)])
 
 
 class Run:
@@ -97,16 +98,18 @@ class Run:
         return self._step(self.model, self.optimizer, tokens)
 
     def evaluation(self, tokens: np.ndarray) -> dict[str, float]:
-        """The mean loss on tokens [windows, seq + 1], and the largest gains."""
+        """The mean loss on tokens [windows, seq + 1], the largest gains and their means."""
         parts = [
             self._evaluate(self.model, tokens[i : i + self.num_windows])
             for i in range(0, len(tokens), self.num_windows)
         ]
-        loss, forward, backward = np.stack(parts).T
+        loss, forward, backward, mean_forward, mean_backward = np.stack(parts).T
         return dict(
             validation_loss=float(loss.mean()),
             gain_forward=float(forward.max()),
             gain_backward=float(backward.max()),
+            mean_gain_forward=float(mean_forward.mean()),
+            mean_gain_backward=float(mean_backward.mean()),
         )
 
 
@@ -285,6 +288,8 @@ def summarize(told: dict[str, Any], settings: Settings) -> dict[str, Any]:
         max_grad_norm=max(r["grad_norm"] for r in steps),
         max_gain_forward=max(r["gain_forward"] for r in measured),
         max_gain_backward=max(r["gain_backward"] for r in measured),
+        max_mean_gain_forward=max(r["mean_gain_forward"] for r in measured),
+        max_mean_gain_backward=max(r["mean_gain_backward"] for r in measured),
         step_ms=step_ms,
         tokens_per_s=settings.batch * settings.seq / step_ms * 1e3,
     )

@@ -11,7 +11,7 @@ import numpy as np
 
 from jax_mhc import _check, _errors
 from jax_mhc._errors import fail
-from jax_mhc.diagnostics._numbers import Gain, Mixing, mixing
+from jax_mhc.diagnostics._numbers import BAND, Gain, Mixing, mixing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +31,7 @@ def plot_gain(
     *,
     x: Any = None,
     xlabel: str | None = None,
-    band: tuple[float, float] | None = (0.5, 2.0),
+    band: tuple[float, float] | None = BAND,
     axes: Axes | None = None,
 ) -> Figure:
     """Gains on a logarithmic axis, against depth or against the training step.

@@ -13,7 +13,7 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 
 from jax_mhc._errors import fail
-from jax_mhc.diagnostics._numbers import Gain
+from jax_mhc.diagnostics._numbers import BAND, Gain
 
 _OP = "diagnostics.watch_gain"
 
@@ -59,7 +59,7 @@ class GainWarning(UserWarning):
 def watch_gain(
     gain: Gain,
     *,
-    band: tuple[float, float] = (0.5, 2.0),
+    band: tuple[float, float] = BAND,
     step: int | jax.Array | None = None,
     name: str = "composite gain",
     callback: Callable[[GainWarning], Any] | None = None,
@@ -80,7 +80,7 @@ def watch_gain(
 
     Args:
         gain: of `amax_gain`, of any shape.
-        band: the least and the largest gain that are in order, both above 0.
+        band: the least and the largest gain that are in order, both above 0; by default 0.25 and 4.
         step: what the warning is to say of the training step; may be an array of the jitted step.
         name: what the warning is to call the gain.
         callback: takes the `GainWarning`, on the host. None: `warnings.warn`, so that filters of
@@ -144,7 +144,7 @@ def _checked_band(band: Any) -> tuple[float, float]:
     if not 0 < low < high:
         fail(
             ValueError, _OP, "band", "two numbers above 0, the smaller first", got,
-            "A plain residual connection has 1; (0.5, 2.0) suits mHC.",
+            f"A plain residual connection has 1; {BAND} suits mHC.",
         )  # fmt: skip
     return low, high
 
