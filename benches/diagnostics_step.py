@@ -1,6 +1,6 @@
 """What diagnostics cost a training step.
 
-Writes benches/results/<gpu>/<date>-diagnostics.json and .md. The model is that of train_step.py in
+Writes benches/results/<gpu>/<date>-diagnostics.json and .md. The model is that of model.py in
 `mhc.stack`; compared with it are
 
 - the same step that also returns the composite gain (forward and backward, the largest of 64 tokens
@@ -15,7 +15,8 @@ from typing import Any
 
 import train_step
 import tyro
-from train_step import LABELS, Connection, github, kernels_ms
+from model import LABELS, Connection
+from train_step import github, kernels_ms
 
 
 @dataclasses.dataclass

@@ -2,11 +2,11 @@
 
     python benches/mesh_step.py          # on two GPUs or more; --tiny tries it on simulated devices
 
-The model and its step are those of train_step.py, with plain residuals and with mHC in a stack, in
-each of these layouts over all GPUs: on one; data parallel, with as many tokens a GPU as on one;
-fully sharded, where the parameters and the optimiser's state are split, too; tensor parallel, with
-all tokens together as on one: weights split over heads and channels of the MLP, streams whole, or
-their tokens split between the layers, or C.
+The model and its step are those of model.py and train_step.py, with plain residuals and with mHC in
+a stack, in each of these layouts over all GPUs: on one; data parallel, with as many tokens a GPU as
+on one; fully sharded, where the parameters and the optimiser's state are split, too; tensor
+parallel, with all tokens together as on one: weights split over heads and channels of the MLP,
+streams whole, or their tokens split between the layers, or C.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from typing import Any
 
 import common
 import jax
-import train_step
 import tyro
 from collectives import collectives
 from common import STREAMS
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from model import LABELS, TINY, Model
 from tabulate import tabulate
-from train_step import TINY, Model, Steps
+from train_step import Steps
 
 import jax_mhc as mhc
 
@@ -234,7 +234,7 @@ def markdown(record: dict[str, Any]) -> str:
             plain[row["layout"]] = row["ms"]
         alone = first.get(row["connection"])
         steps.append([
-            row["layout"], train_step.LABELS[row["connection"]], row["devices"],
+            row["layout"], LABELS[row["connection"]], row["devices"],
             row["tokens"], f"{row['ms']:.1f}",
             f"{100 * (row['ms'] / plain[row['layout']] - 1):+.1f} %",
             f"{row['tokens_per_s'] / alone['tokens_per_s']:.2f}" if alone else "",

@@ -17,6 +17,7 @@ from typing import Any
 
 import diagnostics_step
 import matplotlib
+import model
 import numpy as np
 import recompute
 import train_step
@@ -268,7 +269,7 @@ def draw_train_step(record: dict[str, Any], path: Path) -> None:
     rows = record["rows"]
     colors = [
         OTHER if row["connection"] == "residual"
-        else FUSED if row["connection"] in train_step.FUSED else PLAIN
+        else FUSED if row["connection"] in model.FUSED else PLAIN
         for row in rows
     ]  # fmt: skip
     figure = Figure(figsize=(10, 0.9 + 0.42 * len(rows)), layout="constrained")
@@ -288,7 +289,7 @@ def draw_train_step(record: dict[str, Any], path: Path) -> None:
         panel.set_title(title, fontsize=10, loc="left")
         panel.set_xlim(0, 1.35 * max(values))
         panel.spines[["top", "right"]].set_visible(False)
-    left.set_yticks(range(len(rows)), [train_step.LABELS[row["connection"]] for row in rows])
+    left.set_yticks(range(len(rows)), [model.LABELS[row["connection"]] for row in rows])
     left.invert_yaxis()
     save(figure, path)
 
@@ -296,7 +297,7 @@ def draw_train_step(record: dict[str, Any], path: Path) -> None:
 def train_step_section(record: dict[str, Any], path: Path, docs: Path) -> str:
     rows = [
         [
-            train_step.LABELS[row["connection"]], f"{row['ms']:.1f}", f"{row['spread_ms']:.1f}",
+            model.LABELS[row["connection"]], f"{row['ms']:.1f}", f"{row['spread_ms']:.1f}",
             f"{100 * row['overhead']:+.1f} %" if row["overhead"] else "",
             f"{row['tokens_per_s'] / 1e3:.1f}", f"{row['memory']['peak_bytes'] / 1e9:.1f}",
             f"{train_step.kernels_ms(row, 'mhc_'):.1f}", f"{train_step.kernels_ms(row, ''):.1f}",

@@ -1,7 +1,7 @@
 """What a training step costs in time and memory when the backward pass computes things again.
 
-Writes benches/results/<gpu>/<date>-recompute.json and .md. The model is that of train_step.py, with
-12 layers and with 48; how time and memory are measured is told there. Compared are
+Writes benches/results/<gpu>/<date>-recompute.json and .md. The model is that of model.py, with 12
+layers and with 48; how time and memory are measured is told in train_step.py. Compared are
 
 - plain residuals and mHC (a scan of `mhc_residual`) with `jax.checkpoint` around each layer of the
   model, attention and MLP: the streams before a layer are kept, and all of it runs again,
@@ -17,7 +17,8 @@ from typing import Any
 
 import train_step
 import tyro
-from train_step import LABELS, TINY, Connection, Model, github, kernels_ms
+from model import LABELS, TINY, Connection, Model
+from train_step import github, kernels_ms
 
 
 @dataclasses.dataclass
