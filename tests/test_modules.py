@@ -431,6 +431,24 @@ class LinenCounting(nn.Module):
         return nn.Dropout(0.5, deterministic=False)(LinenLayer()(u))
 
 
+def test_a_linen_module_hands_out_h_res():
+    """Where it is asked to, from the same call."""
+    module, x = mhc_linen.MHC(LinenLayer(), C, norm=True), streams(5)
+    variables = module.init(jax.random.key(0), x)
+    assert list(variables) == ["params"]
+    variables = away_from_initial(variables)
+    run = jax.jit(functools.partial(module.apply, mutable="intermediates"))
+    out, found = run(variables, x)
+    (h_res,) = found["intermediates"]["h_res"]
+    p = named(variables)
+    params = mhc.MHCParams(p["phi"], p["alpha"], p["bias"])
+    _, ctx = jax.jit(mhc.pre)(x, params, norm_scale=p["norm_scale"])
+    np.testing.assert_array_equal(h_res, ctx.h_res)
+    np.testing.assert_array_equal(out, jax.jit(module.apply)(variables, x))
+    calls = custom_calls(run.lower(variables, x).compile().as_text())
+    assert sorted(calls) == ["post_fwd", "pre_fwd"]
+
+
 class LinenBlock(nn.Module):
     @nn.compact
     def __call__(self, x, _):
@@ -466,6 +484,9 @@ def test_linen_blocks_in_a_scan():
     counts = changed["batch_stats"]
     np.testing.assert_array_equal(counts["LinenCounting_1"]["count"], [1, 1, 1])
     assert changed["intermediates"]["LinenCounting_0"]["mean"][0].shape == (3,)
+    (h_res,) = changed["intermediates"]["MHC_1"]["h_res"]
+    assert h_res.shape == (3, 5, 4, 4)
+    np.testing.assert_allclose(h_res.sum(-1), np.ones((3, 5, 4)), atol=1e-6)
 
 
 # ---- Equinox ------------------------------------------------------------------------------------

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, _errors
-from jax_mhc._residual import mhc_residual
+from jax_mhc._dispatch import Implementation
+from jax_mhc._ops.post import post
+from jax_mhc._ops.pre import pre
 from jax_mhc._types import MHCParams
 
 
@@ -25,18 +28,20 @@ def streams(op: str, x: Any, num_streams: int, hidden: int) -> jax.Array:
 
 
 def residual(
-    op: str, layer: Callable[[jax.Array], Any], x: jax.Array, params: MHCParams, **options: Any
-) -> Any:
-    """`mhc_residual`, of a layer that may return `(y, *rest)`: then `(streams, *rest)`."""
-    returns_rest = False
-
-    def split(u: jax.Array) -> tuple[jax.Array, tuple[Any, ...]]:
-        nonlocal returns_rest
-        out = layer(u)
-        # An empty tuple is no array, which the check says.
-        returns_rest = isinstance(out, tuple) and len(out) > 0
-        y, rest = (out[0], out[1:]) if returns_rest else (out, ())
-        return _check.layer_output(op, "the layer's result", y, x), rest
-
-    x_new, rest = mhc_residual(split, x, params, has_aux=True, **options)
-    return (x_new, *rest) if returns_rest else x_new
+    op: str,
+    layer: Callable[[jax.Array], Any],
+    x: jax.Array,
+    params: MHCParams,
+    *,
+    implementation: Implementation,
+    **options: Any,
+) -> tuple[Any, jax.Array]:
+    """`mhc_residual`, and h_res; of a layer that returns `(y, *rest)`, `(streams, *rest)`."""
+    u, ctx = pre(x, params, implementation=implementation, **options)
+    out = layer(u)
+    # An empty tuple is no array, which the check says.
+    returns_rest = isinstance(out, tuple) and len(out) > 0
+    y, rest = (out[0], out[1:]) if returns_rest else (out, ())
+    y = _check.layer_output(op, "the layer's result", y, x)
+    x_new = post(checkpoint_name(y, "mhc_layer_output"), ctx, implementation=implementation)
+    return ((x_new, *rest) if returns_rest else x_new), ctx.h_res

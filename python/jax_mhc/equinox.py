@@ -120,12 +120,13 @@ class MHC(eqx.Module):
                 returns another shape or dtype; what `jax_mhc.pre` raises.
         """
         op = "equinox.MHC"
-        return _module.residual(
+        out, _ = _module.residual(
             op, lambda u: self.layer(u, *args, **kwargs),
             _module.streams(op, x, self.streams, self.hidden), self.params,
             config=self.config, norm_scale=self.norm_scale,
             norm_scale_eps=self.norm_scale_eps, implementation=self.implementation,
         )  # fmt: skip
+        return out
 
 
 class Head(eqx.Module):

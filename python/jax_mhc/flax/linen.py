@@ -34,6 +34,8 @@ class MHC(nn.Module):
     norm: float32, with the initial values of `jax_mhc.init_params`, and ones. As always in Linen, a
     layer made inside of another module's call keeps its variables there, under its own name.
 
+    h_res `[..., n, n]` is sown into the collection `intermediates`, for `jax_mhc.diagnostics`.
+
     Attributes:
         layer: a module or function, `layer(u, ...)` with u `[..., C]`, which returns y `[..., C]`
             of u's dtype, or a tuple that begins with it.
@@ -79,11 +81,13 @@ class MHC(nn.Module):
         scale = None
         if self.norm:
             scale = self.param("norm_scale", nn.initializers.ones, (self.hidden,), "float32")
-        return _module.residual(
+        out, h_res = _module.residual(
             op, lambda u: self.layer(u, *args, **kwargs), x, MHCParams(phi, alpha, param("bias")),
             config=self.config, norm_scale=scale, norm_scale_eps=self.norm_scale_eps,
             implementation=self.implementation,
         )  # fmt: skip
+        self.sow("intermediates", "h_res", h_res)
+        return out
 
 
 class Head(nn.Module):

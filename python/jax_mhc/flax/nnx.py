@@ -106,12 +106,13 @@ class MHC(nnx.Module):
                 returns another shape or dtype; what `jax_mhc.pre` raises.
         """
         op = "flax.nnx.MHC"
-        return _module.residual(
+        out, _ = _module.residual(
             op, lambda u: self.layer(u, *args, **kwargs),
             _module.streams(op, x, self.streams, self.hidden), self.params,
             config=self.config, norm_scale=_value(self.norm_scale),
             norm_scale_eps=self.norm_scale_eps, implementation=self.implementation,
         )  # fmt: skip
+        return out
 
 
 class Head(nnx.Module):
