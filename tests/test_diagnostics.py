@@ -314,6 +314,43 @@ def test_the_watch_on_meshes(kind):
             assert warning.forward == (1, 8) and warning.backward == (0.125, 1)
 
 
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_step_with_diagnostics_costs_little_more(watched):
+    """Operations, bytes and memory as XLA counts them; times are in docs/diagnostics.md."""
+    num, hidden = 6, 256
+
+    def step(count, params, w, u):
+        def loss(params, w, u):
+            x = mhc.expand(u, streams=4)
+            x = mhc.stack(
+                [lambda v, w: jnp.tanh(v @ w)], x, [params], xs=w, sample_tokens=count
+            )  # fmt: skip
+            x, h_res = x if count else (x, None)
+            return jnp.sum(mhc.reduce(x)), h_res
+
+        (value, h_res), grads = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(params, w, u)
+        if not count:
+            return value, grads
+        gain = diagnostics.amax_gain(diagnostics.composite(h_res)[-1])
+        if watched:
+            diagnostics.watch_gain(gain)
+        return value, grads, jax.tree.map(jnp.max, (gain, diagnostics.mixing(h_res)))
+
+    def costs(count):
+        init = functools.partial(mhc.init_params, streams=4, hidden=hidden)
+        params = jax.eval_shape(lambda: jax.vmap(init)(jax.random.split(jax.random.key(0), num)))
+        w = jax.ShapeDtypeStruct((num, hidden, hidden), jnp.float32)
+        u = jax.ShapeDtypeStruct((4096, hidden), jnp.float32)
+        run = jax.jit(functools.partial(step, count)).lower(params, w, u).compile()
+        counted = run.cost_analysis()
+        memory = run.memory_analysis().temp_size_in_bytes
+        return np.array([counted["flops"], counted["bytes accessed"], memory])
+
+    more = costs(64) / costs(0) - 1
+    assert np.all(more < 0.005), more
+    assert more[0] > 0, "nothing was counted"
+
+
 # ---- plots --------------------------------------------------------------------------------------
 
 
