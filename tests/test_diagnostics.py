@@ -322,9 +322,7 @@ def test_a_step_with_diagnostics_costs_little_more(watched):
     def step(count, params, w, u):
         def loss(params, w, u):
             x = mhc.expand(u, streams=4)
-            x = mhc.stack(
-                [lambda v, w: jnp.tanh(v @ w)], x, [params], xs=w, sample_tokens=count
-            )  # fmt: skip
+            x = mhc.stack([lambda v, w: jnp.tanh(v @ w)], x, [params], xs=w, sample_tokens=count)
             x, h_res = x if count else (x, None)
             return jnp.sum(mhc.reduce(x)), h_res
 

@@ -419,18 +419,6 @@ def test_a_variable_that_an_nnx_stack_would_lose():
 # ---- Flax Linen ---------------------------------------------------------------------------------
 
 
-class LinenCounting(nn.Module):
-    """A layer with dropout, and a variable that every call changes."""
-
-    @nn.compact
-    def __call__(self, u):
-        count = self.variable("batch_stats", "count", lambda: jnp.int32(0))
-        if not self.is_initializing():
-            count.value += 1
-        self.sow("intermediates", "mean", jnp.mean(u))
-        return nn.Dropout(0.5, deterministic=False)(LinenLayer()(u))
-
-
 def test_a_linen_module_hands_out_h_res():
     """Where it is asked to, from the same call."""
     module, x = mhc_linen.MHC(LinenLayer(), C, norm=True), streams(5)
@@ -447,6 +435,18 @@ def test_a_linen_module_hands_out_h_res():
     np.testing.assert_array_equal(out, jax.jit(module.apply)(variables, x))
     calls = custom_calls(run.lower(variables, x).compile().as_text())
     assert sorted(calls) == ["post_fwd", "pre_fwd"]
+
+
+class LinenCounting(nn.Module):
+    """A layer with dropout, and a variable that every call changes."""
+
+    @nn.compact
+    def __call__(self, u):
+        count = self.variable("batch_stats", "count", lambda: jnp.int32(0))
+        if not self.is_initializing():
+            count.value += 1
+        self.sow("intermediates", "mean", jnp.mean(u))
+        return nn.Dropout(0.5, deterministic=False)(LinenLayer()(u))
 
 
 class LinenBlock(nn.Module):

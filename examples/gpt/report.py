@@ -60,8 +60,9 @@ def describe(settings: Settings) -> str:
 def columns(
     results: list[dict[str, Any]], what: Sequence[tuple[str, str]]
 ) -> Iterable[tuple[str, list[str]]]:
-    """Label and cells for each connection: means over the seeds, ± half of their range, or that.
+    """Label and cells for each connection: means over the seeds, ± half of their range.
 
+    Where half of the range is more than half of the mean, as of gains, the range is told instead.
     what: the key of each cell, and how it is written.
     """
     for connection in dict.fromkeys(r["connection"] for r in results):

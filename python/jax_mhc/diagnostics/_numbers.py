@@ -16,7 +16,7 @@ from jax_mhc._check import accumulation_dtype
 from jax_mhc._errors import fail
 
 # Of composite gains that are in order. In 48 sublayers of mHC they came to 2.4 in a training, where
-# without a constraint they were at 80 after its first twentieth (docs/results.md).
+# without a constraint they passed 75 in its first twentieth (docs/results.md).
 BAND = (0.25, 4.0)
 
 
