@@ -333,8 +333,9 @@ def diagnostics_section(record: dict[str, Any], path: Path, docs: Path) -> str:
 
 def draw_training(record: dict[str, Any], path: Path) -> None:
     """Curves of all connections: the mean of the seeds, and from the least to the largest."""
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    (loss, lead), (norm, gain) = figure.subplots(2, 2)
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    panels = figure.subplots(2, 3)
+    (loss, lead, norm), (mean, largest, near) = panels
     runs: dict[str, list[dict[str, Any]]] = {}
     for run in record["runs"]:
         runs.setdefault(run["connection"], []).append(run)
@@ -363,17 +364,25 @@ def draw_training(record: dict[str, Any], path: Path) -> None:
         if differences:
             curve(lead, np.array(differences))
         curve(norm, values(name, "grad_norm"))
-        curve(gain, values(name, "gain_forward"))
-        curve(gain, values(name, "gain_backward"), ls=(0, (3, 2)))
-    loss.set(title="validation loss, nats a byte", ylim=(None, loss.dataLim.ymin + 1.0))
+        dashed = {"ls": (0, (3, 2))}
+        curve(mean, values(name, "mean_gain_forward"))
+        curve(mean, values(name, "mean_gain_backward"), **dashed)
+        curve(largest, values(name, "gain_forward"))
+        curve(largest, values(name, "gain_backward"), **dashed)
+        curve(near, values(name, "mean_gain_backward"))
+        curve(near, values(name, "gain_backward"), ls=(0, (1, 1)))
+    least = loss.dataLim.ymin
+    loss.set(title="validation loss, nats a byte", ylim=(least - 0.05, least + 1))
     # What counts is the later half; at first the differences are large.
     later = np.array([line.get_ydata()[len(steps) // 2 :] for line in lead.lines])
     margin = 0.3 * np.ptp(later)
     lead.set(ylim=(later.min() - margin, later.max() + margin))
     lead.set(title="validation loss beside the plain residual's")
-    norm.set(title="largest gradient norm of the steps between, before clipping", yscale="log")
-    gain.set(title="composite gain, largest of all tokens (dashed: backward)", yscale="log")
-    for panel in (loss, lead, norm, gain):
+    norm.set(title="largest gradient norm since the last point, unclipped", yscale="log")
+    mean.set(title="composite gain, mean of all tokens (dashed: backward)", yscale="log")
+    largest.set(title="composite gain, largest of all tokens (dashed: backward)", yscale="log")
+    near.set(title="backward, near 1: mean of all tokens (dotted: largest)", ylim=(0, 4))
+    for panel in panels.flat:
         panel.title.set_fontsize(10)
         panel.set_xlabel("step", fontsize=9)
         panel.grid(alpha=0.3)
