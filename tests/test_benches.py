@@ -3,28 +3,17 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-ROOT = Path(__file__).parent.parent
-
-
-def run(script, *options, cwd=ROOT):
-    """Run a benchmark; return its exit status and everything that it printed."""
-    command = [sys.executable, ROOT / "benches" / script, *map(str, options)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=900)
-    return done.returncode, done.stdout + done.stderr
+from programs import ROOT, run
 
 
 @pytest.mark.cpu("its tiny model is for the CPU")
 def test_train_step(tmp_path):
     connections = "residual", "mhc", "seams-checkpoint"
     status, output = run(
-        "train_step.py",
+        "benches/train_step.py",
         "--tiny",
         "--connections",
         *connections,
@@ -50,10 +39,10 @@ def test_train_step(tmp_path):
 @pytest.mark.parametrize(
     "script, options",
     [
-        ("mesh_step.py", ("--layouts", "data")),
-        ("pipeline_step.py", ("--connections", "mhc")),
-        ("recompute.py", ("--connections", "seams", "seams-auto-mhc")),
-        ("diagnostics_step.py", ("--connections", "seams", "seams-told")),
+        ("benches/mesh_step.py", ("--layouts", "data")),
+        ("benches/pipeline_step.py", ("--connections", "mhc")),
+        ("benches/recompute.py", ("--connections", "seams", "seams-auto-mhc")),
+        ("benches/diagnostics_step.py", ("--connections", "seams", "seams-told")),
     ],
 )
 def test_steps(script, options, tmp_path):
@@ -72,7 +61,7 @@ def test_training(tmp_path):
         "--tiny --gpus 2 --seeds 0 --connections residual mhc --others lite --commit 0".split()
     )
     folders = "--folder", tmp_path / "runs", "--output", tmp_path
-    status, output = run("training.py", *options, *folders)
+    status, output = run("benches/training.py", *options, *folders)
     assert status == 0, output
     (path,) = tmp_path.glob("cpu/*-training.json")
     record = json.loads(path.read_text())
@@ -85,7 +74,7 @@ def test_training(tmp_path):
 
     # On another machine only what is not in that record runs.
     again = "--finished", path, "--folder", tmp_path / "others", "--output", tmp_path / "whole"
-    status, output = run("training.py", *options[:-2], "identity", *options[-2:], *again)
+    status, output = run("benches/training.py", *options[:-2], "identity", *options[-2:], *again)
     assert status == 0, output
     assert output.count(" s on GPU ") == 1 and "identity, seed 0: " in output
     (whole,) = (tmp_path / "whole").glob("cpu/*-training.json")
@@ -93,13 +82,13 @@ def test_training(tmp_path):
     for what in ("results", "runs"):
         assert merged[what][:3] == record[what] and merged[what][3]["connection"] == "identity"
     whole.write_text(json.dumps(merged | {"text": "another"}))
-    status, output = run("training.py", *options, "--finished", path, whole)
+    status, output = run("benches/training.py", *options, "--finished", path, whole)
     assert status == 1 and "expected records that agree in text, got " in output
 
     docs = tmp_path / "docs"
     docs.mkdir()
     (docs / "results.md").write_text("<!-- training -->\n<!-- /training -->\n")
-    status, output = run("plots.py", "--results", path.parent, "--docs", docs)
+    status, output = run("benches/plots.py", "--results", path.parent, "--docs", docs)
     assert status == 0, output
     assert "| mHC-lite " in (docs / "results.md").read_text()
     assert (docs / "images" / "training.svg").stat().st_size > 10_000
@@ -114,7 +103,7 @@ def test_the_pages_and_their_figures_come_from_the_records(tmp_path):
     # The links in the page are those of its own folder.
     (tmp_path / "benches").symlink_to(ROOT / "benches")
     status, output = run(
-        "plots.py", "--results", "benches/results/h200", "--docs", "docs", cwd=tmp_path
+        "benches/plots.py", "--results", "benches/results/h200", "--docs", "docs", cwd=tmp_path
     )
     assert status == 0, output
     for page in pages:

@@ -3,40 +3,27 @@
 import csv
 import json
 import math
-import os
 import re
 import runpy
-import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from cases import PLATFORM
+from programs import ROOT, run
 
-ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 README = ROOT / "README.md"
 
 SMALL = "--depth 2 --width 32 --heads 2 --batch 4 --seq 32 --steps 30".split()
 
 
-def run(script, *options):
-    """Run an example; return its exit status and everything that it printed."""
-    command = [sys.executable, EXAMPLES / script, *map(str, options)]
-    # By default a GPU rounds the factors of a product in float32 to 10 bits, which would hide that
-    # all connections start alike.
-    environment = {**os.environ, "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    return done.returncode, done.stdout + done.stderr
-
-
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
     """The output, summary and records of one comparison of all connections."""
     out = tmp_path_factory.mktemp("demo")
-    status, output = run("train_gpt.py", *SMALL, "--out", out)
+    status, output = run("examples/train_gpt.py", *SMALL, "--out", out)
     assert status == 0, output
     with open(out / "records.csv", newline="") as file:
         records = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
@@ -94,7 +81,7 @@ def test_gains_are_measured(comparison):
 def test_iterations_hold_the_backward_gain(comparison, tmp_path):
     """Without any, two steps take it farther from 1 than 30 do with 20 iterations."""
     options = "--connections mhc --sinkhorn-iters 0 --steps 2".split()
-    status, output = run("train_gpt.py", *SMALL[:-2], *options, "--out", tmp_path)
+    status, output = run("examples/train_gpt.py", *SMALL[:-2], *options, "--out", tmp_path)
     assert status == 0, output
     (without,) = json.loads((tmp_path / "summary.json").read_text())["results"]
     _, _, summary, _ = comparison
@@ -152,7 +139,7 @@ def test_figure_has_curves_in_all_panels(comparison):
 
 def test_the_other_connections_start_alike_and_learn(tmp_path):
     options = "--connections residual static identity lite --steps 8 --sample-tokens 5".split()
-    status, output = run("train_gpt.py", *SMALL[:-2], *options, "--out", tmp_path)
+    status, output = run("examples/train_gpt.py", *SMALL[:-2], *options, "--out", tmp_path)
     assert status == 0, output
     results = json.loads((tmp_path / "summary.json").read_text())["results"]
     for result in results:
@@ -177,18 +164,18 @@ def test_a_run_goes_on_to_the_same_losses(tmp_path):
             ]
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run("train_gpt.py", *options, "--out", whole)[0] == 0
-    status, output = run("train_gpt.py", *options, "--minutes", 1e-6, "--out", parts)
+    assert run("examples/train_gpt.py", *options, "--out", whole)[0] == 0
+    status, output = run("examples/train_gpt.py", *options, "--minutes", 1e-6, "--out", parts)
     assert status == 0 and "The same command with --resume goes on" in output
     assert not (parts / "records.csv").exists()
-    status, output = run("train_gpt.py", *options, "--out", parts)
+    status, output = run("examples/train_gpt.py", *options, "--out", parts)
     assert status == 2 and "mhc-0 holds a run; add --resume to go on" in output
-    status, output = run("train_gpt.py", *options, "--resume", "--out", parts)
+    status, output = run("examples/train_gpt.py", *options, "--resume", "--out", parts)
     assert status == 0 and "goes on after step 4" in output, output
     assert records(parts) == records(whole)
-    status, output = run("train_gpt.py", *options, "--resume", "--seq", 16, "--out", parts)
+    status, output = run("examples/train_gpt.py", *options, "--resume", "--seq", 16, "--out", parts)
     assert status == 2 and "has a run with --seq 32, here it is 16" in output
-    status, output = run("train_gpt.py", *options, "--resume", "--out", parts)
+    status, output = run("examples/train_gpt.py", *options, "--resume", "--out", parts)
     assert status == 0 and "finished before" in output and "compiled in" not in output
 
 
@@ -200,7 +187,8 @@ def test_own_text_bfloat16_and_reference(tmp_path):
     (tmp_path / "ignored.bin").write_bytes(b"\0" * 1000)
     out = tmp_path / "out"
     options = "--connections mhc --dtype bfloat16 --implementation reference --streams 2".split()
-    status, output = run("train_gpt.py", *SMALL, *options, "--text", tmp_path, "--out", out)
+    options += ["--text", tmp_path, "--out", out]
+    status, output = run("examples/train_gpt.py", *SMALL, *options)
     assert status == 0, output
     assert "reference: no custom calls in the compiled step" in output
     assert "2 files" in " ".join(output.split())
@@ -255,7 +243,7 @@ def test_wrong_options_are_refused_before_any_work(options, message, tmp_path, m
 
 @pytest.mark.cpu("a GPU has cuDNN")
 def test_the_large_preset_wants_a_gpu():
-    status, output = run("train_gpt.py", "--preset", "h200")
+    status, output = run("examples/train_gpt.py", "--preset", "h200")
     assert status == 2 and "--attention: cudnn needs a GPU, got cpu; xla runs anywhere" in output
 
 
@@ -265,7 +253,7 @@ def test_all_held_out_windows_are_measured(tmp_path):
     losses = []
     for batch in (4, 7):
         given = [*options, "--batch", batch, "--validation-windows", 7, "--out", tmp_path]
-        status, output = run("train_gpt.py", *given)
+        status, output = run("examples/train_gpt.py", *given)
         assert status == 0, output
         (result,) = json.loads((tmp_path / "summary.json").read_text())["results"]
         losses.append(result["initial_validation_loss"])
@@ -273,7 +261,7 @@ def test_all_held_out_windows_are_measured(tmp_path):
 
 
 def test_quickstart():
-    status, output = run("quickstart.py")
+    status, output = run("examples/quickstart.py")
     assert status == 0, output
     losses = [float(loss) for loss in re.findall(r"step +\d+  loss (\S+)", output)]
     assert len(losses) == 5
@@ -303,7 +291,7 @@ SMALL_PIPELINE = "--steps 2 --hidden 32 --mlp 64 --length 16".split()
 def test_the_pipeline_trains():
     losses = {}
     for options in ([], ["--no-overlap"], ["--connection", "residual"]):
-        status, output = run("pipeline.py", *SMALL_PIPELINE, *options)
+        status, output = run("examples/pipeline.py", *SMALL_PIPELINE, *options)
         assert status == 0, output
         losses[tuple(options)] = [float(loss) for loss in re.findall(r": loss ([\d.]+)", output)]
         num_calls = int(re.search(r"(\d+) fused calls", output)[1])
@@ -315,13 +303,14 @@ def test_the_pipeline_trains():
 
 @pytest.mark.cpu("it needs a device for each stage")
 def test_the_pipeline_refuses_sizes_that_do_not_fit():
-    status, output = run("pipeline.py", "--layers", 5)
+    status, output = run("examples/pipeline.py", "--layers", 5)
     assert status == 1 and "layers: expected a multiple of stages, 2, got 5" in output
     assert "Traceback" not in output
 
 
 def test_the_dial_shows_that_one_iteration_tames_the_gain(tmp_path):
-    status, output = run("manifold_dial.py", "--depth", 64, "--samples", 100, "--out", tmp_path)
+    options = "--depth", 64, "--samples", 100, "--out", tmp_path
+    status, output = run("examples/manifold_dial.py", *options)
     assert status == 0, output
     with open(tmp_path / "manifold_dial.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -335,7 +324,7 @@ def test_the_dial_shows_that_one_iteration_tames_the_gain(tmp_path):
 
 
 def test_the_diagnostics_warn_of_hc_alone(tmp_path):
-    status, output = run("diagnostics.py", "--steps", 11, "--out", tmp_path)
+    status, output = run("examples/diagnostics.py", "--steps", 11, "--out", tmp_path)
     assert status == 0, output
     found = re.search(
         r"HC: (\d+) warnings in 11 steps. composite gain of HC at step (\d+): ", output
@@ -347,6 +336,6 @@ def test_the_diagnostics_warn_of_hc_alone(tmp_path):
 
 
 def test_the_dial_refuses_what_it_cannot_simulate():
-    status, output = run("manifold_dial.py", "--iterations", -1)
+    status, output = run("examples/manifold_dial.py", "--iterations", -1)
     assert status == 1 and "expected depth and samples of at least 1" in output
     assert "Traceback" not in output
