@@ -179,7 +179,7 @@ def table(record: dict[str, Any]) -> str:
         "max_grad_norm": ("largest gradient norm", ".3g"),
         "max_gain_forward": ("largest gain forward", ".4g"),
         "max_gain_backward": ("backward", ".4g"),
-        "max_mean_gain_forward": ("of the mean token forward", ".4g"),
+        "max_mean_gain_forward": ("mean of tokens forward", ".4g"),
         "max_mean_gain_backward": ("backward", ".4g"),
         "tokens_per_s": ("tokens/s", ",.0f"),
     }
