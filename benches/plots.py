@@ -334,7 +334,7 @@ def diagnostics_section(record: dict[str, Any], path: Path, docs: Path) -> str:
 def draw_training(record: dict[str, Any], path: Path) -> None:
     """Curves of all connections: the mean of the seeds, and from the least to the largest."""
     figure = Figure(figsize=(13, 7), layout="constrained")
-    panels = figure.subplots(2, 3)
+    panels = figure.subplots(2, 3, sharex=True)
     (loss, lead, norm), (mean, largest, near) = panels
     runs: dict[str, list[dict[str, Any]]] = {}
     for run in record["runs"]:
@@ -382,9 +382,11 @@ def draw_training(record: dict[str, Any], path: Path) -> None:
     mean.set(title="composite gain, mean of all tokens (dashed: backward)", yscale="log")
     largest.set(title="composite gain, largest of all tokens (dashed: backward)", yscale="log")
     near.set(title="backward, near 1: mean of all tokens (dotted: largest)", ylim=(0, 4))
+    for panel in panels[1]:
+        panel.set_xlabel("step", fontsize=9)
     for panel in panels.flat:
         panel.title.set_fontsize(10)
-        panel.set_xlabel("step", fontsize=9)
+        panel.minorticks_off()
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     loss.legend(frameon=False, fontsize=8)
@@ -406,7 +408,8 @@ def training_section(record: dict[str, Any], path: Path, docs: Path) -> str:
 
 def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.hashsalt": path.stem}):  # the same file for the same record
+    # The same file for the same record; letters as text, not as outlines, which are longer.
+    with matplotlib.rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}):
         figure.savefig(path, facecolor="white", metadata={"Date": None})
     print(f"Written to {path}.")
 

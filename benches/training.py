@@ -29,8 +29,8 @@ from tabulate import tabulate
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.append(str(EXAMPLES))
 
-from gpt import report, text, training  # noqa: E402 - found by the line above
-from gpt.settings import PRESETS, Connection, Settings  # noqa: E402 - so is this
+from gpt import report, text, training  # noqa: E402 - in the folder that the line above adds
+from gpt.settings import PRESETS, Connection, Settings  # noqa: E402 - likewise
 
 
 @dataclasses.dataclass

@@ -6,17 +6,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from cases import PLATFORM
-
 ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 
 # Most of their time here is compilation, of programs that several runs have in common.
 _cache = tempfile.TemporaryDirectory(prefix="jax-mhc-tests-")
 ENVIRONMENT = {
     "JAX_COMPILATION_CACHE_DIR": _cache.name,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    # As the fixture quick_compilation.
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(PLATFORM == "cpu")),
     # By default a GPU rounds the factors of a product in float32 to 10 bits, which would hide that
     # all connections start alike.
     "JAX_DEFAULT_MATMUL_PRECISION": "highest",

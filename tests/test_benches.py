@@ -5,8 +5,9 @@ import re
 import shutil
 
 import numpy as np
+import plots
 import pytest
-from programs import ROOT, run
+from programs import README, ROOT, run
 
 
 @pytest.mark.cpu("its tiny model is for the CPU")
@@ -111,4 +112,22 @@ def test_the_pages_and_their_figures_come_from_the_records(tmp_path):
     drawn = {path.name for path in (docs / "images").iterdir()}
     assert drawn == {"kernels.svg", "train_step.svg", "training.svg"}
     for name in drawn:
-        assert (ROOT / "docs" / "images" / name).stat().st_size < 250_000
+        assert (ROOT / "docs" / "images" / name).stat().st_size < 150_000
+
+
+def test_the_readme_tells_what_the_training_showed():
+    path, record = plots.newest(ROOT / "benches" / "results" / "h200", "-training")
+    runs = {(r["connection"], r["seed"]): r for r in record["results"]}
+    seeds = [seed for connection, seed in runs if connection == "mhc"]
+    assert len(seeds) == 3, path
+
+    def of(connection, key):
+        return np.array([runs[connection, seed][key] for seed in seeds])
+
+    below = of("residual", "validation_loss") - of("mhc", "validation_loss")
+    told = f"{below.mean():.4f} ({below.min():.4f} to {below.max():.4f}) below the plain residual's"
+    assert told in " ".join(README.read_text().split())
+    gains = of("mhc", "max_mean_gain_forward"), of("mhc", "max_mean_gain_backward")
+    assert np.all(np.array(gains) >= 0.99) and np.all(np.array(gains) < 1.8)
+    assert np.all(of("hc", "max_mean_gain_forward") > 2500)
+    assert np.all(of("mhc", "num_fused_calls") > 0)

@@ -11,10 +11,9 @@ import jax
 import numpy as np
 import pytest
 from cases import PLATFORM
-from programs import ROOT, run
+from programs import README, ROOT, run
 
 EXAMPLES = ROOT / "examples"
-README = ROOT / "README.md"
 
 SMALL = "--depth 2 --width 32 --heads 2 --batch 4 --seq 32 --steps 30".split()
 
