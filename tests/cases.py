@@ -19,7 +19,7 @@ import numpy as np
 import oracle
 
 import jax_mhc
-from jax_mhc import HeadParams, MHCConfig, MHCParams, _dispatch, presets
+from jax_mhc import HeadParams, MHCConfig, MHCParams, _calls, _dispatch, presets
 from jax_mhc._types import Context
 
 # ---- the platform -------------------------------------------------------------------------------
@@ -28,7 +28,7 @@ PLATFORM = _dispatch.default_platform()
 CPU = jax.devices("cpu")[0]
 
 # The dtypes of streams that have kernels here, and the widest of them.
-DTYPES = _dispatch._KERNELS[PLATFORM]
+DTYPES = _calls.KERNELS[PLATFORM]
 WIDEST = jnp.dtype("float64" if "float64" in DTYPES else "float32")
 
 

@@ -21,6 +21,9 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "ben
 pytest.register_assert_rewrite("cases")
 
 jax.config.update("jax_enable_x64", True)
+# What JAX can be told to refuse: users who do must not be refused by this package.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # Compilation dominates the time of an example, so no deadline for it.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)

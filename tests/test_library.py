@@ -18,7 +18,7 @@ from cases import PLATFORM, WIDEST
 import jax_mhc
 from jax_mhc import _calls, _dispatch, _library
 
-ATTRIBUTES = _calls._attributes(_calls.Call("pre_fwd", jax_mhc.MHCConfig()))
+ATTRIBUTES = _calls.attributes(_calls.Call("pre_fwd", jax_mhc.MHCConfig()))
 
 
 def call(name, args, rets, attributes=ATTRIBUTES, **options):

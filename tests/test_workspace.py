@@ -11,7 +11,7 @@ from cases import KERNELS, OPS, Case, make_cotangents, make_operands, value_and_
 from jax import export
 
 import jax_mhc
-from jax_mhc import _calls, _library, presets
+from jax_mhc import _calls, _library, _primitive, presets
 
 CASE = Case((6, 5), 4, 64)
 PER_TOKEN, FIXED = 7, 11
@@ -73,7 +73,7 @@ def test_its_size_follows_a_symbolic_batch(workspace):
     call = _calls.Call("pre_fwd", presets.PAPER)
     shapes = [(tokens, more, 4, 64), (256, 24), (3,), (24,), (0,)]
     operands = [jax.ShapeDtypeStruct(shape, np.dtype(np.float32)) for shape in shapes]
-    assert _calls._workspace(call, operands).shape == (PER_TOKEN * tokens * more + FIXED,)
+    assert _primitive._workspace(call, operands).shape == (PER_TOKEN * tokens * more + FIXED,)
 
 
 @pytest.mark.parametrize("platforms", [["cuda"], ["cpu", "cuda"]])

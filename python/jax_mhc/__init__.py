@@ -15,7 +15,7 @@ installation. `jax_mhc.flax.nnx`, `jax_mhc.flax.linen` and `jax_mhc.equinox`, to
 these names, have modules that own the parameters.
 """
 
-from jax_mhc import convert, diagnostics, presets, reference
+from jax_mhc import _library, convert, diagnostics, presets, reference
 from jax_mhc._init import init_head, init_params
 from jax_mhc._ops.head import head
 from jax_mhc._ops.post import post
@@ -50,6 +50,9 @@ __all__ = [
     "sinkhorn",
     "stack",
 ]
+
+
+_library.register()
 
 
 def __getattr__(name: str) -> object:

@@ -1,35 +1,32 @@
-"""The custom calls: the table of docs/architecture.md, and the primitive that one of them is.
-
-A call runs on one device, on what that device has; `_mesh` spreads it over many.
-"""
+"""The custom calls: the table of docs/architecture.md, and what there are kernels for."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
-import jax
 import numpy as np
-from jax.interpreters import mlir
 
 from jax_mhc import _library
-from jax_mhc._axes import typed, varying_axes
-from jax_mhc._check import accumulation_dtype
+from jax_mhc._check import STREAM_DTYPES
+from jax_mhc._errors import fail
 from jax_mhc._types import MHCConfig
+
+# Platforms that the package ships kernels for, and the streams' dtypes that they take.
+KERNELS = {"cpu": STREAM_DTYPES, "cuda": ("float32", "bfloat16", "float16")}
 
 
 class Call(NamedTuple):
     """A call with its settings; hashable.
 
     attributes: those that it has beside the config's.
+    fused: whether nothing but the kernels may run it (implementation="fused").
     """
 
     name: str
     config: MHCConfig | None
     attributes: tuple[tuple[str, bool | float], ...] = ()
+    fused: bool = False
 
     @property
     def op(self) -> str:
@@ -76,7 +73,7 @@ _CALLS = {
     "collapse_bwd": ("x d_u", "d_h_pre"),
 }
 
-_IN_PLACE = {"d_x_in": "d_x", "d_x_new_in": "d_x_new"}
+IN_PLACE = {"d_x_in": "d_x", "d_x_new_in": "d_x_new"}
 
 # The dimensions of a value behind those of its tokens, "*": streams n, channels C (or none, where
 # there is no norm), and others. phi is there as [n, C, K].
@@ -116,97 +113,22 @@ def is_gradient(name: str) -> bool:
     return name.startswith("d_")
 
 
-# ---- on one device ------------------------------------------------------------------------------
+def refuse_fused(op: str, platform: str, dtype: str) -> NoReturn:
+    """Raises that there are no kernels for a platform, or for this dtype on it."""
+    if platform not in KERNELS:
+        fail(
+            ValueError, op, "implementation='fused'",
+            f"a platform with kernels ({', '.join(KERNELS)})", platform,
+            "Use implementation=None or implementation='reference' here.",
+        )  # fmt: skip
+    fail(
+        TypeError, op, "implementation='fused'",
+        f"dtype {', '.join(KERNELS[platform])} on platform {platform!r}", dtype,
+        "Use implementation=None or implementation='reference', or convert the arrays.",
+    )  # fmt: skip
 
 
-def bind(call: Call, *operands: Any) -> Sequence[Any]:
-    """Runs a call on one device: one custom call."""
-    return primitive().bind(*operands, call=call)
-
-
-@functools.cache
-def primitive() -> Any:
-    """The primitive of all calls."""
-    # jax.extend.core.Primitive, whose import takes 30 ms.
-    new: Callable[[str], Any] = type(jax.lax.add_p)
-    primitive = new("mhc_call")
-
-    @functools.cache
-    def compiled(call: Call) -> Any:
-        return jax.jit(functools.partial(primitive.bind, call=call))
-
-    primitive.multiple_results = True
-    primitive.def_impl(lambda *operands, call: compiled(call)(*operands))
-    primitive.def_abstract_eval(lambda *avals, call: _result_types(call, avals))
-    mlir.register_lowering(primitive, _lower)
-    mlir.register_lowering(primitive, _lower_cuda, platform="cuda")
-    return primitive
-
-
-def _given(call: Call, operands: Sequence[Any]) -> tuple[dict[str, Any], Any]:
-    """The operands by name, and the streams, or what has their place."""
-    return dict(zip(call.operands, operands, strict=True)), operands[0]
-
-
-def _result_types(call: Call, operands: Sequence[Any]) -> list[jax.core.ShapedArray]:
-    """Shapes, dtypes and varying axes of a call's results."""
-    given, streams = _given(call, operands)
-    types = {f"d_{key}": (value.shape, value.dtype) for key, value in given.items()}
-    *tokens, n, last = streams.shape
-    wide = accumulation_dtype(streams.dtype)
-    types |= {
-        "x_new": (streams.shape, streams.dtype),
-        "d_x_new": (streams.shape, streams.dtype),
-        "u": ((*tokens, last), streams.dtype),
-        "h_pre": ((*tokens, n), wide),
-        "d_h_pre": ((*tokens, n), wide),
-        "h_post": ((*tokens, n), wide),
-        "h_res": ((*tokens, n, n), wide),
-        "r": (tuple(tokens), wide),
-    }
-    if "phi" in given:
-        types["m"] = ((*tokens, given["phi"].shape[1]), wide)
-    if "norm_scale" in given:
-        types["rho"] = ((*tokens, min(given["norm_scale"].shape[0], 1)), wide)
-    varying = frozenset[str]().union(*map(varying_axes, operands))
-    return [typed(*types[result], varying, streams) for result in call.results]
-
-
-def _workspace(call: Call, operands: Sequence[Any]) -> Any:
-    """The type of the scratch memory of a call on an NVIDIA GPU."""
-    given, streams = _given(call, operands)
-    *tokens, n, last = streams.shape
-    columns = given["phi"].shape[1] if "phi" in given else 0
-    iters = call.config.sinkhorn_iters if call.config else 0
-    element_bytes = streams.dtype.itemsize
-    norm_width = given["norm_scale"].shape[0] if "norm_scale" in given else 0
-    sizes = (element_bytes, n, last, columns, iters, norm_width)
-    per_token, fixed = _library.workspace(call.name, *sizes)
-    # Linear in the tokens, whose number may be a symbol.
-    return jax.core.ShapedArray((per_token * math.prod(tokens) + fixed,), np.dtype(np.float32))
-
-
-def _lower(context: mlir.LoweringRuleContext, *operands: Any, call: Call) -> Sequence[Any]:
-    """The custom call."""
-    aliases = {
-        call.operands.index(operand): call.results.index(result)
-        for operand, result in _IN_PLACE.items()
-        if operand in call.operands
-    }
-    lower = jax.ffi.ffi_lowering(_library.target_name(call.name), operand_output_aliases=aliases)
-    return lower(context, *operands, **_attributes(call))
-
-
-def _lower_cuda(context: mlir.LoweringRuleContext, *operands: Any, call: Call) -> Sequence[Any]:
-    """The same with the workspace, which XLA then owns as it owns every result."""
-    workspace = _workspace(call, context.avals_in)
-    if workspace.shape == (0,):
-        return _lower(context, *operands, call=call)
-    context = context.replace(avals_out=[*context.avals_out, workspace])
-    return _lower(context, *operands, call=call)[:-1]
-
-
-def _attributes(call: Call) -> dict[str, Any]:
+def attributes(call: Call) -> dict[str, Any]:
     """Of fixed width, whatever the x64 setting is."""
     fixed = {bool: np.int64, int: np.int64, float: np.float64, str: str}
     attributes = dict(call.attributes)
@@ -219,5 +141,5 @@ def fingerprint(call: Call) -> np.ndarray:
     """32 bytes that tell calls with other settings apart, the same in every process."""
     import hashlib
 
-    text = repr((_library.target_name(call.name), sorted(_attributes(call).items())))
+    text = repr((_library.target_name(call.name), sorted(attributes(call).items())))
     return np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)

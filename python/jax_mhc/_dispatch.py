@@ -28,16 +28,12 @@ from jax.custom_batching import custom_vmap
 from jax.interpreters import ad, batching, mlir
 
 from jax_mhc import _library
-from jax_mhc._calls import Call, is_parameter
-from jax_mhc._check import STREAM_DTYPES
+from jax_mhc._calls import KERNELS, Call, is_parameter, refuse_fused
 from jax_mhc._errors import choice, fail
 from jax_mhc._mesh import Spread, map_batch, run
 from jax_mhc._types import MHCConfig
 
 Implementation = Literal["fused", "reference"] | None
-
-# Platforms that the package ships kernels for, and the streams' dtypes that they take.
-_KERNELS = {"cpu": STREAM_DTYPES, "cuda": ("float32", "bfloat16", "float16")}
 
 _logger = logging.getLogger("jax_mhc")
 
@@ -75,22 +71,12 @@ def _runs_fused(op: str, implementation: Implementation, dtype: np.dtype) -> boo
     if implementation == "reference":
         return False
     fused, platform = implementation == "fused", default_platform()
-    if platform not in _KERNELS:
-        if fused:
-            fail(
-                ValueError, op, "implementation='fused'",
-                f"a platform with kernels ({', '.join(_KERNELS)})", platform,
-                "Use implementation=None or implementation='reference' here.",
-            )  # fmt: skip
+    if fused and dtype.name not in KERNELS.get(platform, ()):
+        refuse_fused(op, platform, dtype.name)
+    if platform not in KERNELS:
         _log_once(logging.INFO, f"no kernels for platform {platform!r}: the ops run in plain JAX")
         return False
-    if dtype.name not in _KERNELS[platform]:
-        if fused:
-            fail(
-                TypeError, op, "implementation='fused'",
-                f"dtype {', '.join(_KERNELS[platform])} on platform {platform!r}", dtype.name,
-                "Use implementation=None or implementation='reference', or convert the arrays.",
-            )  # fmt: skip
+    if dtype.name not in KERNELS[platform]:
         _log_once(
             logging.INFO, f"no {dtype.name} kernels for platform {platform!r}: plain JAX instead"
         )
@@ -126,21 +112,37 @@ def _log_once(level: int, message: str) -> None:
 # ---- the calls ----------------------------------------------------------------------------------
 
 
+class Settings(NamedTuple):
+    """The settings that the forward and the backward call of an op share; hashable.
+
+    config: of the coefficients; None for calls without any.
+    norm_scale_eps: of the norm of the layer's input; None for calls that cannot have one.
+    hidden_axes: the axes of a `jax.shard_map` over which C is split.
+    fused: whether nothing but the kernels may run the calls (implementation="fused").
+    """
+
+    config: MHCConfig | None = None
+    norm_scale_eps: float | None = None
+    hidden_axes: tuple[str, ...] = ()
+    fused: bool = False
+
+
 def fused_call(
     name: str,
-    config: MHCConfig | None,
+    settings: Settings,
     *operands: jax.Array,
-    hidden_axes: tuple[str, ...] = (),
     kept_alone: Sequence[str] = ("m", "r", "rho"),
     **attributes: bool | float,
 ) -> Sequence[jax.Array]:
     """Runs the call `name` of docs/architecture.md on all devices. It cannot be differentiated.
 
-    hidden_axes: the axes of a `jax.shard_map` over which C is split.
     kept_alone: the results that nothing reads but what keeps them for the backward pass.
-    attributes: those that the call has beside the config's.
+    attributes: those that the call has beside the config's and the norm's.
     """
-    call = Call(name, config, tuple(attributes.items()))
+    config, eps, hidden_axes, fused = settings
+    if eps is not None:
+        attributes["norm_scale_eps"] = eps
+    call = Call(name, config, tuple(attributes.items()), fused)
     first_order = _primitives().first_order
     operands = tuple(first_order.bind(operand, op=call.op) for operand in operands)
     results = _batched(Spread(call, hidden_axes=hidden_axes))(*operands)

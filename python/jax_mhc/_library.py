@@ -1,8 +1,11 @@
-"""The shared library with the fused kernels: checked, loaded and registered on first use.
+"""The shared library with the fused kernels: checked, loaded and registered on import.
 
-Nothing happens on import, and the CUDA driver is left alone until something is to run on an NVIDIA
-GPU. XLA refuses a handler that it does not know how to call when a backend starts, and then no JAX
-program runs at all; so everything is checked before anything is registered.
+Programs that were exported or compiled elsewhere hold calls of these handlers, and run in a process
+that traces no op; so the handlers of all platforms are there once the package is imported. That
+takes 2 ms, starts no backend and no thread, and leaves the CUDA driver alone, which is asked when an
+op is traced for an NVIDIA GPU. XLA refuses a handler that it does not know how to call when a
+backend starts, and then no JAX program runs at all; so everything is checked before anything is
+registered.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import ctypes
 import functools
 import json
 import re
+import struct
 import sys
 import threading
 from importlib import metadata
@@ -31,9 +35,9 @@ _PATH = Path(__file__).with_name(
 )
 
 _lock = threading.RLock()
-# What the library tells of itself, or the reason why there is none; None before the first use.
+# What the library tells of itself, or the reason why there is none; None before it is registered.
 _outcome: dict[str, Any] | str | None = None
-# Why no kernels run on NVIDIA GPUs, "" where they do; None before the first use of one.
+# Why no kernels run on NVIDIA GPUs, "" where they do; None before a GPU is first asked for.
 _cuda_outcome: str | None = None
 
 
@@ -42,8 +46,16 @@ def target_name(call: str) -> str:
     return f"jax_mhc_{call}_v{TARGET_VERSION}"
 
 
+def register() -> None:
+    """Registers the handlers of all platforms with XLA, once in a process; never raises an error.
+
+    What keeps the library from being used comes to light where an op is traced.
+    """
+    _load_once()
+
+
 def ensure_registered(platform: str) -> None:
-    """Registers all handlers for a platform with XLA, once in a process.
+    """Sees to it that the kernels can run on a platform.
 
     Args:
         platform: `cpu` or `cuda`.
@@ -60,12 +72,12 @@ def ensure_registered(platform: str) -> None:
 
 
 def missing(platform: str) -> str | None:
-    """Why there are no fused kernels for `platform`; None where they are registered."""
+    """Why there are no fused kernels for `platform`; None where they can run."""
     outcome = _load_once()
     if isinstance(outcome, str):
         return outcome
     if platform == "cuda":
-        return _cuda_once(outcome) or None
+        return _cuda_once() or None
     if not _handlers(outcome, platform):
         return f"this build of jax-mhc has none for platform {platform!r}"
     return None
@@ -165,20 +177,22 @@ def _load_once() -> dict[str, Any] | str:
     with _lock:
         if _outcome is None:
             try:
-                _outcome = _load()
-                _register(_outcome, "cpu")
+                library = _load()
+                _register(library)
             except _Unusable as error:
                 _outcome = str(error)
+            else:
+                # Only now: what Ctrl-C interrupts starts over.
+                _outcome = library
         return _outcome
 
 
-def _cuda_once(library: dict[str, Any]) -> str:
+def _cuda_once() -> str:
     global _cuda_outcome
     with _lock:
         if _cuda_outcome is None:
             try:
                 _check_devices(cuda_status())
-                _register(library, "cuda")
                 _cuda_outcome = ""
             except _Unusable as error:
                 _cuda_outcome = str(error)
@@ -201,6 +215,8 @@ def _load() -> dict[str, Any]:
     reinstall = "reinstall jax-mhc (in a checkout: pip install .)"
     if not _PATH.exists():
         raise _Unusable(f"{_PATH} is missing; {reinstall}")
+    if not _is_whole(_PATH):
+        raise _Unusable(f"{_PATH} is cut off; {reinstall}")
     try:
         library = ctypes.CDLL(str(_PATH))
     except OSError as error:
@@ -224,6 +240,29 @@ def _load() -> dict[str, Any]:
     return description
 
 
+def _is_whole(path: Path) -> bool:
+    """Whether a file has all bytes that an ELF library says it maps.
+
+    To touch those that a truncated one lacks would end the process (SIGBUS). Other formats are left
+    to their loaders, which check it themselves.
+    """
+    with path.open("rb") as file:
+        header = file.read(64)
+        if header[:6] != b"\x7fELF\x02\x01":  # of 64 bits, little-endian
+            return not b"\x7fELF\x02\x01".startswith(header[:6])
+        if len(header) < 64:
+            return False
+        start, size, num = struct.unpack_from("<32xQ14xHH", header)
+        file.seek(start)
+        table = file.read(size * num)
+        length = file.seek(0, 2)
+    if len(table) < size * num:
+        return False
+    # Of each segment its offset in the file and its size there.
+    segments = (struct.unpack_from("<8xQ16xQ", table, at * size) for at in range(num))
+    return all(offset + bytes_there <= length for offset, bytes_there in segments)
+
+
 def _check_devices(status: dict[str, Any]) -> None:
     """Every GPU must do: which of them a program runs on is not known when it is traced."""
     if status["error"]:
@@ -236,8 +275,8 @@ def _check_devices(status: dict[str, Any]) -> None:
             )
 
 
-def _register(library: dict[str, Any], platform: str) -> None:
-    for handler in _handlers(library, platform):
+def _register(library: dict[str, Any]) -> None:
+    for handler in library["handlers"]:
         # A handler is one function, or one for each stage of a call.
         stages = {
             stage: jax.ffi.pycapsule(handler[stage])

@@ -14,11 +14,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, _errors, diagnostics
 from jax_mhc._axes import varying_like
-from jax_mhc._dispatch import Implementation, use_fused
+from jax_mhc._dispatch import Implementation, Settings, use_fused
 from jax_mhc._mesh.types import lie_like
 from jax_mhc._ops.deferred import streams
 from jax_mhc._ops.post import post
-from jax_mhc._ops.pre import Settings, dense, pre
+from jax_mhc._ops.pre import dense, pre
 from jax_mhc._ops.scan import Stretches, no_sublayer, scan_of_seams
 from jax_mhc._ops.seam import post_pre
 from jax_mhc._remat import Recompute, best_length, policy_of
@@ -183,7 +183,8 @@ def stack(
         if not callable(policy) and _seams_alone(layers, x, params, steps, every, implementation):
             stretches = Stretches(every, num_together, policy == "streams")
             x_new, h_res = _scan_of_seams(
-                layers, x, params, scales, xs, Settings(config, float(norm_scale_eps), axes),
+                layers, x, params, scales, xs,
+                Settings(config, float(norm_scale_eps), axes, implementation == "fused"),
                 stretches, num_samples,
             )  # fmt: skip
             return (x_new, h_res) if num_samples else x_new
@@ -305,7 +306,8 @@ def _scan_of_seams(
     stretches: Stretches,
     num_samples: int,
 ) -> tuple[jax.Array, Any]:
-    config, eps, axes = settings
+    config, eps, axes, _ = settings
+    assert config is not None
 
     def of_block(i: int, p: MHCParams, scale: Any) -> tuple[jax.Array, ...]:
         phi_alpha_bias = _check.params(_OP, p, x, config, f"a slice of params[{i}]", axes)

@@ -41,12 +41,13 @@ def _inverse_rms(x: jax.Array, config: MHCConfig) -> jax.Array:
     return 1.0 / (rms + config.norm_eps)
 
 
-def _project(x: jax.Array, phi: jax.Array, config: MHCConfig) -> jax.Array:
-    """Normalised projection m = r · (vec(x) phi) [14, 15]: [..., n, C] -> [..., K]."""
+def projection(x: jax.Array, phi: jax.Array, config: MHCConfig) -> tuple[jax.Array, jax.Array]:
+    """Normalised projection m = r · (vec(x) phi), and r [14, 15]: [..., n, C] -> [..., K], [...]."""
     # Not -1 for the last size: it cannot be inferred where there are no tokens.
     flat = x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
     projected = jnp.matmul(flat, phi, precision=lax.Precision.HIGHEST)
-    return _inverse_rms(x, config)[..., None] * projected
+    r = _inverse_rms(x, config)
+    return r[..., None] * projected, r
 
 
 @jax.custom_jvp
@@ -68,11 +69,13 @@ def _(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array
     return mix(weights, x), through_weights + mix(weights, d_x)
 
 
-def _weighted_sum(weights: jax.Array, x: jax.Array) -> jax.Array:
+def weighted_sum(weights: jax.Array, x: jax.Array) -> jax.Array:
     """Σ_i weights[..., i] x[..., i, :]."""
     return mix(weights[..., None, :], x)[..., 0, :]
 
 
+# Jitted, so that its loop is compiled once outside of jax.jit, too; inside it leaves no trace.
+@functools.partial(jax.jit, static_argnames="config", inline=True)
 def sinkhorn(logits: jax.Array, *, config: MHCConfig = PAPER) -> jax.Array:
     """Projects `[..., n, n]` onto the doubly stochastic matrices [9]; see `jax_mhc.sinkhorn`."""
     if config.sinkhorn_iters == 0:
@@ -114,10 +117,20 @@ def _mixed_permutations(logits: jax.Array, streams: int) -> jax.Array:
     return h_res.reshape(*weights.shape[:-1], n, n)
 
 
+def for_tokens(vector: jax.Array, like: jax.Array) -> jax.Array:
+    """A vector with the rank of values of tokens `[..., K]`: JAX can be told to refuse less."""
+    return lax.expand_dims(vector, range(like.ndim - 1))
+
+
+def gates(alpha: jax.Array, streams: int, num: int) -> jax.Array:
+    """The gate of each of K coefficients, that of its group: [3] -> [K]."""
+    groups = zip(alpha, (streams, streams, num - 2 * streams), strict=True)
+    return jnp.concatenate([jnp.broadcast_to(gate, size) for gate, size in groups])
+
+
 def gated(m: jax.Array, alpha: jax.Array, bias: jax.Array, streams: int) -> jax.Array:
     """The logits z = alpha_group · m + bias [16]: [..., K] -> [..., K]."""
-    groups = zip(alpha, (streams, streams, m.shape[-1] - 2 * streams), strict=True)
-    return jnp.concatenate([jnp.broadcast_to(gate, size) for gate, size in groups]) * m + bias
+    return for_tokens(gates(alpha, streams, m.shape[-1]), m) * m + for_tokens(bias, m)
 
 
 def coefficients(
@@ -153,14 +166,14 @@ def pre(
         of_all = coefficients(params.bias, n, config, project)
         h_pre, h_post, h_res = (jnp.broadcast_to(h, (*x.shape[:-2], *h.shape)) for h in of_all)
     else:
-        m = checkpoint_name(_project(wide, params.phi, config), "mhc_coefficients")
+        m = checkpoint_name(projection(wide, params.phi, config)[0], "mhc_coefficients")
         z = gated(m, params.alpha, params.bias, n)
         h_pre, h_post, h_res = coefficients(z, n, config, project)
     h_pre, h_post, h_res = checkpoint_name((h_pre, h_post, h_res), "mhc_coefficients")
-    u = _weighted_sum(h_pre, wide)
+    u = weighted_sum(h_pre, wide)
     if norm_scale is not None:
         mean_square = jnp.mean(jnp.square(u), axis=-1, keepdims=True)
-        u = norm_scale * (u * lax.rsqrt(mean_square + norm_scale_eps))
+        u = for_tokens(norm_scale, u) * (u * lax.rsqrt(mean_square + norm_scale_eps))
     u = checkpoint_name(u.astype(x.dtype), "mhc_layer_input")
     return u, Context(x=x, h_pre=h_pre, h_post=h_post, h_res=h_res)
 
@@ -190,6 +203,7 @@ def post_pre(
 def head(x: jax.Array, params: HeadParams, *, config: MHCConfig = PAPER) -> jax.Array:
     """The learned exit from the streams; see `jax_mhc.head`."""
     wide = x.astype(accumulation_dtype(x.dtype))
-    m = checkpoint_name(_project(wide, params.phi, config), "mhc_coefficients")
-    weights = jax.nn.sigmoid(params.alpha * m + params.bias) + config.pre_eps
-    return checkpoint_name(_weighted_sum(weights, wide).astype(x.dtype), "mhc_layer_input")
+    m = checkpoint_name(projection(wide, params.phi, config)[0], "mhc_coefficients")
+    alpha, bias = for_tokens(params.alpha, m), for_tokens(params.bias, m)
+    weights = jax.nn.sigmoid(alpha * m + bias) + config.pre_eps
+    return checkpoint_name(weighted_sum(weights, wide).astype(x.dtype), "mhc_layer_input")

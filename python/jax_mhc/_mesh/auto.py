@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jax_mhc._axes import Axes, axes_of, spec_axes
 from jax_mhc._calls import dims, fingerprint, is_gradient
 from jax_mhc._mesh.manual import on_device, sum_up
-from jax_mhc._mesh.spread import Layout, Spread, check_streams, run_here
+from jax_mhc._mesh.spread import Layout, Spread, run_here
 
 
 def run_auto(spread: Spread, *operands: Any) -> Sequence[Any]:
@@ -174,9 +175,19 @@ def _layout(spread: Spread, mesh: AbstractMesh, operands: Sequence[Any]) -> Layo
         lead = _split_axes(first, mesh)[:1]
     value, streams = spread.operands()[0], operands[0]
     *tokens, of_streams, hidden = _split_axes(streams, mesh)[value.mapped :]
-    if dims(value.name)[-2] == "n":
-        check_streams(spread.call, value.name, of_streams)
+    if dims(value.name)[-2] == "n" and of_streams:
+        _warn_of_streams(of_streams)
     return Layout((*lead, *tokens), hidden if dims(value.name)[-1] == "C" else ())
+
+
+@functools.cache
+def _warn_of_streams(axes: Axes) -> None:
+    """Tells once of streams that XLA gathers, since nobody may have asked for their split."""
+    logging.getLogger("jax_mhc").warning(
+        "XLA splits the streams of a token (n) over the mesh axes %s, and gathers them for every op, "
+        "in which each stream mixes with all others; sharding constraints on [..., n, C] should name "
+        "an axis for each dimension, and None for n", axes
+    )  # fmt: skip
 
 
 def _split_axes(array: Any, mesh: AbstractMesh) -> tuple[Axes, ...]:

@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 
 from jax_mhc import reference
-from jax_mhc._axes import varying_like
 from jax_mhc._calls import Call
+from jax_mhc._plain import head_gate, logits
 from jax_mhc._types import MHCConfig
 
 # Runs a call on the channels of this device, `(call, *operands) -> results`.
@@ -62,7 +62,7 @@ def _forward(inner: Inner, call: Call, axes: tuple[str, ...], given: dict[str, A
         wide = u.astype(rho.dtype)
         mean = jax.lax.psum(jnp.sum(wide * wide, -1, keepdims=True), axes) / _channels(u, axes)
         rho = 1 / jnp.sqrt(mean + dict(call.attributes)["norm_scale_eps"])
-        u = (given["norm_scale"] * (rho * wide)).astype(u.dtype)
+        u = (reference.for_tokens(given["norm_scale"], u) * (rho * wide)).astype(u.dtype)
     return got | dict(zip(("h_pre", "h_post", "h_res"), h, strict=True)) | {
         "u": u, "m": m, "r": r, "rho": rho
     }  # fmt: skip
@@ -102,8 +102,9 @@ def _norm_backward(
     h_pre = jax.nn.sigmoid(_logits(given["m"], given, n)[..., :n]) + _config(call).pre_eps
     u = _collapse(inner, given, h_pre).astype(rho.dtype)
     wide = given["d_u"].astype(rho.dtype)
-    dot = jax.lax.psum(jnp.sum(scale * wide * u, -1, keepdims=True), axes) / _channels(u, axes)
-    d_u = rho * scale * wide - rho**3 * dot * u
+    scaled = reference.for_tokens(scale, wide) * wide
+    dot = jax.lax.psum(jnp.sum(scaled * u, -1, keepdims=True), axes) / _channels(u, axes)
+    d_u = rho * scaled - rho**3 * dot * u
     d_scale = jnp.sum(wide * (rho * u), tuple(range(u.ndim - 1)))
     rounded = d_u.astype(given["d_u"].dtype)
     return [rounded, (d_u - rounded.astype(rho.dtype)).astype(rounded.dtype)], d_scale
@@ -112,7 +113,7 @@ def _norm_backward(
 def _head_forward(inner: Inner, call: Call, axes: tuple[str, ...], given: dict[str, Any]) -> Any:
     got = _run(inner, call, given)
     m, r = _normalized(got["m"], got["r"], _config(call), axes)
-    h_pre = jax.nn.sigmoid(given["alpha"] * m + given["bias"]) + _config(call).pre_eps
+    h_pre = head_gate(m, given) + _config(call).pre_eps
     (u,) = inner(Call("collapse_fwd", None), given["x"], h_pre)
     return {"u": u, "m": m, "r": r}
 
@@ -136,7 +137,7 @@ def _head_backward(inner: Inner, call: Call, axes: tuple[str, ...], given: dict[
         "d_x_in": jnp.zeros_like(x),
     }
     config = dataclasses.replace(_config(call), constraint="identity")
-    pre = Call("pre_bwd", config, (("deferred", False), ("norm_scale_eps", 0.0)))
+    pre = Call("pre_bwd", config, (("deferred", False), ("norm_scale_eps", 0.0)), call.fused)
     got = _backward(inner, pre, axes, given | as_pre)
     return got | {
         "d_phi": got["d_phi"][..., :n], "d_alpha": got["d_alpha"][:1], "d_bias": got["d_bias"][:n]
@@ -194,12 +195,7 @@ def _normalized(m: Any, r: Any, config: MHCConfig, axes: tuple[str, ...]) -> tup
 
 
 def _logits(m: Any, given: dict[str, Any], n: int) -> Any:
-    """z, also of static coefficients, whose phi has no columns."""
-    bias = given["bias"]
-    if m.shape[-1] == 0:
-        # To JAX it varies with the tokens, although it does not.
-        return varying_like(jnp.broadcast_to(bias, (*m.shape[:-1], bias.size)), m)
-    return reference.gated(m, given["alpha"], bias, n)
+    return logits(m, given["alpha"], given["bias"], n)
 
 
 def _collapse(inner: Inner, given: dict[str, Any], h_pre: Any) -> Any:

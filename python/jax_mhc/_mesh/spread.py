@@ -10,8 +10,9 @@ import jax
 from jax.sharding import PartitionSpec
 
 from jax_mhc._axes import Axes
-from jax_mhc._calls import Call, bind, dims
+from jax_mhc._calls import Call, dims
 from jax_mhc._errors import fail
+from jax_mhc._primitive import bind
 
 
 class Value(NamedTuple):
@@ -113,10 +114,9 @@ def _of_phi(
 
 
 def run_here(spread: Spread, *operands: Any) -> Sequence[Any]:
-    """Runs a call on one device, phi being [n, C, K]; the elements of a batch in turn."""
-    if spread.mapped is not None:
-        return map_batch(functools.partial(run_here, Spread(spread.call)), spread, operands)
-    results = bind(spread.call, *unpack(spread.operands(), operands))
+    """Runs a call, or a batch of calls, on one device, phi being [n, C, K]."""
+    whole = unpack(spread.operands(), operands)
+    results = bind(spread.call, *whole, mapped=spread.mapped)
     return pack(spread.results(), results, operands[0].shape[-2])
 
 

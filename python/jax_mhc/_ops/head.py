@@ -10,7 +10,13 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, reference
-from jax_mhc._dispatch import Implementation, fused_call, reverse_mode_only, use_fused
+from jax_mhc._dispatch import (
+    Implementation,
+    Settings,
+    fused_call,
+    reverse_mode_only,
+    use_fused,
+)
 from jax_mhc._types import HeadParams, MHCConfig
 from jax_mhc.presets import PAPER
 
@@ -57,22 +63,23 @@ def head(
     with jax.named_scope("mhc_head"):
         if not use_fused(op, implementation, x.dtype, axes):
             return reference.head(x, HeadParams(phi, alpha, bias), config=config)
-        return _head(config, axes, *reverse_mode_only(op, x, phi, alpha, bias))
+        settings = Settings(config, hidden_axes=axes, fused=implementation == "fused")
+        return _head(settings, *reverse_mode_only(op, x, phi, alpha, bias))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _head(config: MHCConfig, hidden_axes: tuple[str, ...], *operands: Any) -> Any:
-    return _head_fwd(config, hidden_axes, *operands)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _head(settings: Settings, *operands: Any) -> Any:
+    return _head_fwd(settings, *operands)[0]
 
 
-def _head_fwd(config: MHCConfig, hidden_axes: tuple[str, ...], *operands: Any) -> Any:
-    u, *normalized = fused_call("head_fwd", config, *operands, hidden_axes=hidden_axes)
+def _head_fwd(settings: Settings, *operands: Any) -> Any:
+    u, *normalized = fused_call("head_fwd", settings, *operands)
     m, r = checkpoint_name(normalized, "mhc_coefficients")
     return checkpoint_name(u, "mhc_layer_input"), (*operands, m, r)
 
 
-def _head_bwd(config: MHCConfig, hidden_axes: tuple[str, ...], saved: Any, d_u: Any) -> Any:
-    return tuple(fused_call("head_bwd", config, *saved, d_u, hidden_axes=hidden_axes))
+def _head_bwd(settings: Settings, saved: Any, d_u: Any) -> Any:
+    return tuple(fused_call("head_bwd", settings, *saved, d_u))
 
 
 _head.defvjp(_head_fwd, _head_bwd)

@@ -9,7 +9,13 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, reference
-from jax_mhc._dispatch import Implementation, fused_call, reverse_mode_only, use_fused
+from jax_mhc._dispatch import (
+    Implementation,
+    Settings,
+    fused_call,
+    reverse_mode_only,
+    use_fused,
+)
 from jax_mhc._ops.deferred import gradient, streams
 from jax_mhc._types import Context
 
@@ -46,22 +52,23 @@ def post(y: jax.Array, ctx: Context, *, implementation: Implementation = None) -
         if not use_fused(op, implementation, ctx.x.dtype):
             return reference.post(y, ctx)
         deferred, x = streams(ctx)
-        return _post(deferred, *reverse_mode_only(op, x, y, ctx.h_post, ctx.h_res))
+        settings = Settings(fused=implementation == "fused")
+        return _post(settings, deferred, *reverse_mode_only(op, x, y, ctx.h_post, ctx.h_res))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _post(deferred: bool, *operands: Any) -> Any:
-    return _post_fwd(deferred, *operands)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _post(settings: Settings, deferred: bool, *operands: Any) -> Any:
+    return _post_fwd(settings, deferred, *operands)[0]
 
 
-def _post_fwd(deferred: bool, *operands: Any) -> Any:
-    (x_new,) = fused_call("post_fwd", None, *operands)
+def _post_fwd(settings: Settings, deferred: bool, *operands: Any) -> Any:
+    (x_new,) = fused_call("post_fwd", settings, *operands)
     return checkpoint_name(x_new, "mhc_streams"), operands
 
 
-def _post_bwd(deferred: bool, saved: Any, d_x_new: Any) -> Any:
+def _post_bwd(settings: Settings, deferred: bool, saved: Any, d_x_new: Any) -> Any:
     d_x = gradient(deferred, d_x_new, h_res=saved[-1])
-    return d_x, *fused_call("post_bwd", None, *saved, d_x_new)
+    return d_x, *fused_call("post_bwd", settings, *saved, d_x_new)
 
 
 _post.defvjp(_post_fwd, _post_bwd)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, reference
-from jax_mhc._dispatch import Implementation, fused_call, reverse_mode_only, use_fused
+from jax_mhc._dispatch import (
+    Implementation,
+    Settings,
+    fused_call,
+    reverse_mode_only,
+    use_fused,
+)
 from jax_mhc._ops.deferred import handed_on, instantiate
 from jax_mhc._ops.kept import keep, named, restore
 from jax_mhc._types import Context, MHCConfig, MHCParams
@@ -100,7 +106,8 @@ def pre(
                 norm_scale=norm_scale, norm_scale_eps=eps,
             )  # fmt: skip
         operands = (x, *dense(phi, alpha, bias, norm_scale, x, axes))
-        u, *context = _pre(Settings(config, eps, axes), *reverse_mode_only(op, *operands))
+        settings = Settings(config, eps, axes, implementation == "fused")
+        u, *context = _pre(settings, *reverse_mode_only(op, *operands))
         return u, Context._of(*context)
 
 
@@ -125,28 +132,13 @@ def dense(
     return phi, alpha, bias, norm_scale
 
 
-class Settings(NamedTuple):
-    """What is the same in the forward and the backward pass of pre and of the seam."""
-
-    config: MHCConfig
-    norm_scale_eps: float
-    hidden_axes: tuple[str, ...]
-
-    def call(self, name: str, *operands: Any, **options: Any) -> Any:
-        """Runs one of their calls."""
-        return fused_call(
-            name, self.config, *operands, hidden_axes=self.hidden_axes,
-            norm_scale_eps=self.norm_scale_eps, **options,
-        )  # fmt: skip
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _pre(settings: Settings, *operands: Any) -> Any:
     return _run(settings, *operands)[0]
 
 
 def _run(settings: Settings, x: Any, *params: Any) -> Any:
-    u, *coefficients = settings.call("pre_fwd", x, *params)
+    u, *coefficients = fused_call("pre_fwd", settings, x, *params)
     u = checkpoint_name(u, "mhc_layer_input")
     h_pre, h_post, h_res, *others = named(coefficients, "mhc_coefficients")
     return (u, x, x, h_pre, h_post, h_res), keep((x, *params, *others, h_res))
@@ -161,7 +153,7 @@ def _pre_bwd(settings: Settings, saved: Any, cotangents: Any) -> Any:
     d_u, d_x, d_deferred, *d_h = cotangents
     d_x_in, deferred = handed_on(d_x, d_deferred, h_res=saved[-1])
     others = map(instantiate, (d_u, *d_h))
-    return tuple(settings.call("pre_bwd", *saved, *others, d_x_in, deferred=deferred))
+    return tuple(fused_call("pre_bwd", settings, *saved, *others, d_x_in, deferred=deferred))
 
 
 _pre.defvjp(_pre_fwd, _pre_bwd, symbolic_zeros=True)

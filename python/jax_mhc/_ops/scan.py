@@ -12,8 +12,9 @@ backward pass computes them again from what the layers returned, and runs no lay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,11 +22,11 @@ import jax.numpy as jnp
 
 from jax_mhc._axes import varying_like
 from jax_mhc._check import accumulation_dtype
-from jax_mhc._dispatch import fused_call, reverse_mode_only
+from jax_mhc._dispatch import Settings, fused_call, reverse_mode_only
 from jax_mhc._mesh.types import empty_stack, empty_stack_of, of_tokens
 from jax_mhc._ops.kept import keep, restore
 from jax_mhc._ops.layer import Layer, is_inexact, merge, partition
-from jax_mhc._ops.pre import Settings
+from jax_mhc._ops.structure import structure
 from jax_mhc.diagnostics import sample_tokens
 
 
@@ -68,10 +69,30 @@ def scan_of_seams(
     operands = jax.tree.unflatten(treedef, reverse_mode_only("stack", *operands))
 
     scan = _Scan(traced, settings, stretches, num_samples)
-    run = jax.custom_vjp(scan.forward)
-    run.defvjp(scan.forward_and_keep, scan.backward)
+    norms = tuple(norm_scale.shape[1] > 0 for *_, norm_scale in params)
+    layout = jax.tree.structure((operands, other_xs, other_constants))
+    layers_structure = tuple(structure(layer.jaxpr) for layer in traced)
+    key = layers_structure, norms, layout, settings, stretches, num_samples
+    run = _compiled(_Keyed(key, scan))
     x_new, h_res = run(*operands, other_xs, other_constants)
     return x_new, jax.tree.map(lambda h: h.reshape(-1, *h.shape[2:]), h_res)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Keyed:
+    """A scan under a key that scans have in common which compute the same."""
+
+    key: Hashable
+    scan: _Scan = dataclasses.field(compare=False)
+
+
+@lru_cache(maxsize=64)
+def _compiled(keyed: _Keyed) -> Callable[..., Any]:
+    """The scan as a function that is compiled once; where it is traced it leaves no trace."""
+    run = jax.custom_vjp(keyed.scan.forward)
+    backward = jax.jit(keyed.scan.backward, inline=True)
+    run.defvjp(keyed.scan.forward_and_keep, backward)
+    return jax.jit(run, inline=True)
 
 
 class Stretches(NamedTuple):
@@ -97,15 +118,21 @@ class _Scan:
         stretches: Stretches,
         num_samples: int,
     ):
-        self.traced, self.seam, self.hidden_axes = traced, settings.call, settings.hidden_axes
+        self.traced, self.hidden_axes = traced, settings.hidden_axes
+        self.seam_settings = settings
+        self.post_settings = settings._replace(config=None, norm_scale_eps=None)
         self.length, self.num_together, self.keeps_inputs = stretches
         self.num_samples = num_samples
         # The layers' forward and backward passes: known once there is a backward pass.
         self.layers: list[Layer] = []
 
+    def seam(self, name: str, *operands: Any, **options: Any) -> Any:
+        """Runs a call of the seam's."""
+        return fused_call(name, self.seam_settings, *operands, **options)
+
     def post(self, name: str, *operands: Any) -> Any:
         """Runs a call of post's."""
-        return fused_call(name, None, *operands, hidden_axes=self.hidden_axes)
+        return fused_call(name, self.post_settings, *operands)
 
     def layer(self, j: int, u: Any, s: list[Any], constants: list[Any]) -> Any:
         """The output of sublayer j."""

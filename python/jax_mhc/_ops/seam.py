@@ -11,10 +11,16 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, reference
-from jax_mhc._dispatch import Implementation, reverse_mode_only, use_fused
+from jax_mhc._dispatch import (
+    Implementation,
+    Settings,
+    fused_call,
+    reverse_mode_only,
+    use_fused,
+)
 from jax_mhc._ops.deferred import gradient, handed_on, instantiate, streams
 from jax_mhc._ops.kept import keep, named, restore
-from jax_mhc._ops.pre import Settings, dense
+from jax_mhc._ops.pre import dense
 from jax_mhc._types import Context, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
@@ -78,7 +84,7 @@ def post_pre(
         deferred, x = streams(ctx)
         params_and_scale = dense(phi, alpha, bias, norm_scale, x, axes)
         operands = (x, y, ctx.h_post, ctx.h_res, *params_and_scale)
-        settings = Settings(config, eps, axes)
+        settings = Settings(config, eps, axes, implementation == "fused")
         u, *context = _seam(settings, deferred, *reverse_mode_only(op, *operands))
         return u, Context._of(*context)
 
@@ -89,7 +95,7 @@ def _seam(settings: Settings, deferred: bool, *operands: Any) -> Any:
 
 
 def _run(settings: Settings, *operands: Any) -> Any:
-    x_new, u, *coefficients = settings.call("seam_fwd", *operands)
+    x_new, u, *coefficients = fused_call("seam_fwd", settings, *operands)
     x_new = checkpoint_name(x_new, "mhc_streams")
     u = checkpoint_name(u, "mhc_layer_input")
     h_pre, h_post, h_res, *others = named(coefficients, "mhc_coefficients")
@@ -113,8 +119,8 @@ def _seam_bwd(settings: Settings, deferred: bool, saved: Any, cotangents: Any) -
     _, _, _, h_res, *_, h_res_new = saved
     d_x_new_in, deferred_new = handed_on(d_x_new, d_deferred, h_res_new)
     others = map(instantiate, (d_u, *d_h))
-    d_x_new, *gradients = settings.call(
-        "seam_bwd", *saved, *others, d_x_new_in, deferred=deferred_new
+    d_x_new, *gradients = fused_call(
+        "seam_bwd", settings, *saved, *others, d_x_new_in, deferred=deferred_new
     )
     return gradient(deferred, d_x_new, h_res), *gradients
 

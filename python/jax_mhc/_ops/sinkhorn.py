@@ -9,7 +9,13 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, _errors, reference
-from jax_mhc._dispatch import Implementation, fused_call, reverse_mode_only, use_fused
+from jax_mhc._dispatch import (
+    Implementation,
+    Settings,
+    fused_call,
+    reverse_mode_only,
+    use_fused,
+)
 from jax_mhc._types import MHCConfig
 from jax_mhc.presets import PAPER
 
@@ -58,24 +64,25 @@ def sinkhorn(
         )  # fmt: skip
     with jax.named_scope("mhc_sinkhorn"):
         if use_fused(op, implementation, logits.dtype):
-            h_res = _sinkhorn(config, *reverse_mode_only(op, logits))
+            settings = Settings(config, fused=implementation == "fused")
+            h_res = _sinkhorn(settings, *reverse_mode_only(op, logits))
         else:
             h_res = reference.sinkhorn(logits, config=config)
         return checkpoint_name(h_res, "mhc_coefficients")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sinkhorn(config: MHCConfig, z: Any) -> Any:
-    return _sinkhorn_fwd(config, z)[0]
+def _sinkhorn(settings: Settings, z: Any) -> Any:
+    return _sinkhorn_fwd(settings, z)[0]
 
 
-def _sinkhorn_fwd(config: MHCConfig, z: Any) -> Any:
-    (h_res,) = fused_call("sinkhorn_fwd", config, z)
+def _sinkhorn_fwd(settings: Settings, z: Any) -> Any:
+    (h_res,) = fused_call("sinkhorn_fwd", settings, z)
     return h_res, z
 
 
-def _sinkhorn_bwd(config: MHCConfig, z: Any, d_h_res: Any) -> Any:
-    return tuple(fused_call("sinkhorn_bwd", config, z, d_h_res))
+def _sinkhorn_bwd(settings: Settings, z: Any, d_h_res: Any) -> Any:
+    return tuple(fused_call("sinkhorn_bwd", settings, z, d_h_res))
 
 
 _sinkhorn.defvjp(_sinkhorn_fwd, _sinkhorn_bwd)
