@@ -44,16 +44,22 @@ def test_unknown_name():
 
 
 def test_import_starts_nothing():
-    """No backend, thread, shared library or CUDA driver: forking before first use stays safe."""
+    """No backend, thread or CUDA driver: forking before first use stays safe."""
     out = python(
         "import jax, threading, jax_mhc\n"
         "from jax_mhc import _library\n"
-        "print(threading.active_count(), _library._outcome, _library._cuda_outcome)\n"
+        "print(threading.active_count(), _library._cuda_outcome)\n"
         "print('libcuda.so' in open('/proc/self/maps').read())\n",
         # Starting any backend would raise.
         JAX_PLATFORMS="none_such",
     )
-    assert out.split() == ["1", "None", "None", "False"]
+    assert out.split() == ["1", "None", "False"]
+
+
+def test_import_registers_the_handlers():
+    """Programs that hold calls run in a process that traces no op."""
+    out = python("import jax_mhc; print(type(jax_mhc._library._outcome).__name__)")
+    assert out.split() == ["dict"]
 
 
 def test_import_is_light():

@@ -165,13 +165,36 @@ def test_the_library_answers_every_call():
 
 
 def test_the_library_is_registered_once(monkeypatch):
+    """With the handlers of all platforms that it has."""
     registered = []
     monkeypatch.setattr(_library, "_outcome", None)
     monkeypatch.setattr(
-        jax.ffi, "register_ffi_target", lambda name, *_, platform: registered.append(name)
+        jax.ffi,
+        "register_ffi_target",
+        lambda name, *_, platform: registered.append((platform.lower(), name)),
     )
     in_threads(lambda: _library.missing("cpu"))
-    assert sorted(registered) == sorted(_library.status()["handlers"]["cpu"])
+    handlers = _library.status()["handlers"]
+    assert sorted(registered) == sorted((p, name) for p in handlers for name in handlers[p])
+
+
+def test_an_interrupted_registration_starts_over(monkeypatch):
+    """Ctrl-C, at any handler; XLA takes those again that it has."""
+    original, calls = jax.ffi.register_ffi_target, []
+
+    def interrupt(name, *_, **__):
+        calls.append(name)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        original(name, *_, **__)
+
+    monkeypatch.setattr(_library, "_outcome", None)
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        _library.missing("cpu")
+    assert _library.missing("cpu") is None
+    assert calls[5:10] == calls[:5]
+    np.testing.assert_allclose(jax_mhc.sinkhorn(jnp.ones((2, 2), WIDEST)), 0.5)
 
 
 def in_threads(function):
@@ -219,6 +242,16 @@ class TestUnusableLibrary:
         path.write_bytes(b"not a shared library")
         monkeypatch.setattr(_library, "_PATH", path)
         check_unusable(r"lib\.so cannot be loaded on this machine \(.+\); reinstall jax-mhc")
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="its loader maps what is not there")
+    @pytest.mark.parametrize("share", [0.0, 1e-6, 1e-5, 0.1, 0.9, 0.999])
+    def test_cut_off(self, monkeypatch, tmp_path, share):
+        """To map it and read on would end the process."""
+        code = _library._PATH.read_bytes()
+        path = tmp_path / "lib.so"
+        path.write_bytes(code[: int(share * len(code))])
+        monkeypatch.setattr(_library, "_PATH", path)
+        check_unusable(r"lib\.so is cut off; reinstall jax-mhc")
 
     def test_of_somebody_else(self, monkeypatch):
         monkeypatch.setattr(_library, "_PATH", Path(np._core._multiarray_umath.__file__))
@@ -320,22 +353,35 @@ def test_a_gpu_that_cannot_be_used(cuda, caplog, what):
     assert not registered
 
 
-def test_handlers_for_gpus_are_registered_once(cuda):
-    registered = cuda(CUDA)
+def test_gpus_are_asked_for_once(cuda, monkeypatch):
+    registered, asked = cuda(CUDA), []
+    monkeypatch.setattr(_library, "cuda_status", lambda: asked.append(1) or CUDA)
     in_threads(lambda: _library.ensure_registered("cuda"))
-    assert registered == [
-        (_library.target_name(name), "CUDA", ["execute", "initialize"]) for name in _calls._CALLS
+    assert len(asked) == 1
+    # The handlers are there since the import.
+    assert not registered
+
+
+def test_a_refused_handler_for_gpus(monkeypatch):
+    """CPUs have their kernels nevertheless."""
+    original = jax.ffi.register_ffi_target
+
+    def refuse(name, *rest, platform):
+        if platform == "CUDA":
+            raise ValueError("too new")
+        original(name, *rest, platform=platform)
+
+    library = _library._load()
+    library["handlers"] += [
+        {"name": _library.target_name("pre_fwd"), "platform": "CUDA", "initialize": 8, "execute": 16}
     ]
-
-
-def test_a_refused_handler_for_gpus(cuda, monkeypatch):
-    def refuse(name, *_, **__):
-        raise ValueError("too new")
-
-    cuda(CUDA)
+    monkeypatch.setattr(_library, "_load", lambda: library)
+    monkeypatch.setattr(_library, "_outcome", None)
+    monkeypatch.setattr(_library, "_cuda_outcome", None)
     monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
     with pytest.raises(RuntimeError, match=r"XLA refused jax_mhc_pre_fwd_v2 \(too new\)"):
         _library.ensure_registered("cuda")
+    assert _library.missing("cpu") is None
 
 
 def test_what_the_library_tells_of_gpus():
@@ -361,10 +407,6 @@ def run(code, **variables):
     command = [sys.executable, "-W", "error", "-c", code]
     env = {**os.environ, **variables}
     return subprocess.run(command, env=env, check=True, text=True, capture_output=True)
-
-
-def test_import_leaves_the_library_alone():
-    run("import jax_mhc._library as library; assert library._outcome is None")
 
 
 SINKHORN = "import jax, jax_mhc; print(jax_mhc.sinkhorn(jax.numpy.ones((3, 2, 2))).sum())"

@@ -28,6 +28,7 @@ from test_hlo import custom_calls
 
 import jax_mhc
 from jax_mhc import presets
+from jax_mhc._mesh import auto
 
 pytestmark = pytest.mark.mesh
 
@@ -304,16 +305,37 @@ def placed_pre(mode, x_spec, params_specs=None):
     return mesh, put(operands["x"], x_spec), params
 
 
-@pytest.mark.parametrize(
-    "mode, error", [("auto", jax.errors.JaxRuntimeError), ("explicit", ValueError)]
-)
-def test_split_streams_are_refused(mode, error):
-    mesh, x, params = placed_pre(mode, P(None, None, "b"))
+def test_split_streams_are_refused_where_they_were_named():
+    mesh, x, params = placed_pre("explicit", P(None, None, "b"))
     message = (
         r"jax_mhc.pre: x: expected streams \[..., n, C\] whose n is not split over devices, got"
     )
-    with jax.set_mesh(mesh), pytest.raises(error, match=message):
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
         jax.jit(pre_of)(x, params)
+
+
+@pytest.mark.parametrize("op", SUMS)
+def test_streams_that_xla_splits_are_gathered(op, caplog):
+    """A constraint with too few names: what a model does to streams that it takes for channels."""
+    operands, cotangents, wanted = problem(op)
+    mesh = make_mesh("auto")
+
+    def split(leaf):
+        # Of streams n, of others whatever lies there.
+        splits = leaf.ndim >= 3 and leaf.shape[-2] % 2 == 0
+        spec = P(*[None] * (leaf.ndim - 2), "b") if splits else P()
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+
+    auto._warn_of_streams.cache_clear()
+    with caplog.at_level("WARNING", logger="jax_mhc"):
+        for _ in range(2):
+            split_first = jax.jit(lambda *arrays: both(op, *jax.tree.map(split, arrays)))
+            actual = split_first(operands, cotangents)
+    assert_trees_close(actual, wanted)
+    warnings = [record.getMessage() for record in caplog.records if record.name == "jax_mhc"]
+    has_streams = op != "sinkhorn"
+    assert len(warnings) == has_streams
+    assert not has_streams or "mesh axes ('b',)" in warnings[0]
 
 
 def test_split_streams_on_manual_axes_are_refused():

@@ -173,12 +173,16 @@ def _handlers(library: dict[str, Any], platform: str) -> list[dict[str, Any]]:
 
 
 def _load_once() -> dict[str, Any] | str:
-    global _outcome
+    global _outcome, _cuda_outcome
     with _lock:
         if _outcome is None:
             try:
                 library = _load()
-                _register(library)
+                _register(library, "cpu")
+                try:
+                    _register(library, "cuda")
+                except _Unusable as error:
+                    _cuda_outcome = str(error)
             except _Unusable as error:
                 _outcome = str(error)
             else:
@@ -275,8 +279,8 @@ def _check_devices(status: dict[str, Any]) -> None:
             )
 
 
-def _register(library: dict[str, Any]) -> None:
-    for handler in library["handlers"]:
+def _register(library: dict[str, Any], platform: str) -> None:
+    for handler in _handlers(library, platform):
         # A handler is one function, or one for each stage of a call.
         stages = {
             stage: jax.ffi.pycapsule(handler[stage])

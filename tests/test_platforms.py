@@ -1,0 +1,178 @@
+"""Programs for other platforms than the one that they are traced on, and for other processes."""
+
+import collections
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import (
+    CASES,
+    OPS,
+    PLATFORM,
+    WIDEST,
+    Case,
+    assert_trees_close,
+    expected,
+    limit,
+    make_cotangents,
+    make_operands,
+    value_and_vjp,
+)
+from jax import export
+from test_hlo import backward, forward
+
+import jax_mhc as mhc
+from jax_mhc import _calls, _library, presets
+
+CASE = Case((6, 5), 4, 64)
+CHECKS = [
+    export.DisabledSafetyCheck.platform(),
+    *(
+        export.DisabledSafetyCheck.custom_call(_library.target_name(name))
+        for name in _calls._CALLS
+    ),
+]
+
+
+def exported(function, *arrays, platforms):
+    return export.export(jax.jit(function), platforms=platforms, disabled_checks=CHECKS)(*arrays)
+
+
+def custom_calls(program):
+    calls = re.findall(r"custom_call @jax_mhc_(\w+)_v\d", program.mlir_module())
+    return collections.Counter(calls)
+
+
+def value_and_gradients(op, case, implementation=None):
+    return functools.partial(value_and_vjp, op, case.config, implementation)
+
+
+def arrays_of(op, case, dtype=WIDEST):
+    return make_operands(op, case, dtype), make_cotangents(op, case, dtype)
+
+
+# ---- which implementation -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("platform", ["tpu", "rocm"])
+@pytest.mark.parametrize("op", OPS)
+def test_platforms_without_kernels_get_plain_jax(op, platform):
+    program = exported(value_and_gradients(op, CASE), *arrays_of(op, CASE), platforms=[platform])
+    assert not custom_calls(program)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_float64_on_cuda_is_plain_jax(op):
+    arrays = arrays_of(op, CASE, np.float64)
+    assert not custom_calls(exported(value_and_gradients(op, CASE), *arrays, platforms=["cuda"]))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_platform_of_a_program_gets_its_own(op):
+    calls = forward(op) + backward(op)
+    arrays, run = arrays_of(op, CASE, np.float32), value_and_gradients(op, CASE)
+    assert custom_calls(exported(run, *arrays, platforms=["cpu", "tpu"])) == calls
+    everywhere = exported(run, *arrays, platforms=["cpu", "cuda", "tpu"])
+    assert custom_calls(everywhere) == calls + calls
+    assert_trees_close(everywhere.call(*arrays), run(*arrays), 1e-5, np.float32)
+
+
+@pytest.mark.parametrize("op", ["pre", "post", "post_pre", "sinkhorn", "head"])
+def test_fused_is_an_error_where_there_are_no_kernels(op):
+    """At lowering: before, nobody can know the platform."""
+    for dtype, platform, error in ((np.float32, "tpu", ValueError), (np.float64, "cuda", TypeError)):
+        if dtype == np.float64 and PLATFORM == "cuda":
+            continue  # refused when it is traced
+        run, arrays = value_and_gradients(op, CASE, "fused"), arrays_of(op, CASE, dtype)
+        with pytest.raises(error, match=rf"jax_mhc\.{op}: implementation='fused': .*'reference'"):
+            exported(run, *arrays, platforms=[platform])
+
+
+# ---- the calls in plain JAX ---------------------------------------------------------------------
+
+# Every formula of the backward calls: n, norm, static, and each setting far from its default.
+PLAIN = [
+    (op, case)
+    for op in OPS
+    for case in (
+        "paper", "no_tokens", "no_leading_axes", "three_streams", "peaked_6", "megatron_peaked",
+        "unconstrained", "identity", "static", "large_eps", "eps_outside", "normalized",
+        "normalized_static", "permutations",
+    )
+    if OPS[op].applies(case)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("op, case", PLAIN)
+def test_calls_in_plain_jax(op, case):
+    """A program for a TPU, which any platform can run."""
+    arrays = arrays_of(op, CASES[case])
+    program = exported(value_and_gradients(op, CASES[case]), *arrays, platforms=["tpu"])
+    assert not custom_calls(program)
+    assert_trees_close(program.call(*arrays), expected(op, case), limit(CASES[case]))
+
+
+def test_the_norm_of_zeros_has_a_gradient():
+    """sqrt has none at 0."""
+    config = presets.MEGATRON
+    params = mhc.init_params(jax.random.key(0), streams=4, hidden=8, config=config)
+    params = jax.tree.map(lambda leaf: leaf + 0.1, params)
+
+    def gradient(x):
+        return jax.grad(lambda x: jnp.sum(jnp.square(mhc.pre(x, params, config=config)[0])))(x)
+
+    program = exported(gradient, jnp.zeros((2, 4, 8), jnp.float32), platforms=["tpu"])
+    np.testing.assert_array_equal(program.call(jnp.zeros((2, 4, 8), jnp.float32)), 0)
+
+
+# ---- other processes ----------------------------------------------------------------------------
+
+LOAD = """
+import json, sys, jax, jax_mhc
+from jax import export
+from jax.experimental import serialize_executable
+import numpy as np, pickle
+x = np.load(sys.argv[1] + "/x.npy")
+program = export.deserialize(open(sys.argv[1] + "/exported", "rb").read())
+value, pullback = jax.vjp(program.call, x)
+(gradient,) = pullback(np.ones_like(value))
+compiled = serialize_executable.deserialize_and_load(
+    *pickle.load(open(sys.argv[1] + "/compiled", "rb")), execution_devices=jax.devices()[:1]
+)
+print(json.dumps([float(np.sum(value)), float(np.sum(gradient)), float(np.sum(compiled(x)))]))
+"""
+
+
+def test_programs_run_in_a_fresh_process(tmp_path):
+    """One that imports the package and traces nothing: exported ones, their gradients, executables.
+    """
+    import pickle
+
+    from jax.experimental import serialize_executable
+
+    params = mhc.init_params(jax.random.key(0), streams=4, hidden=8)
+
+    def model(x):
+        return mhc.mhc_residual(jnp.tanh, x, params, implementation="fused")
+
+    x = jax.random.normal(jax.random.key(1), (3, 4, 8), jnp.float32)
+    program = exported(model, x, platforms=[PLATFORM])
+    (tmp_path / "exported").write_bytes(program.serialize(vjp_order=1))
+    compiled = jax.jit(model).lower(x).compile()
+    (tmp_path / "compiled").write_bytes(pickle.dumps(serialize_executable.serialize(compiled)))
+    np.save(tmp_path / "x.npy", x)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, tmp_path], env=os.environ, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    value, pullback = jax.vjp(model, x)
+    (gradient,) = pullback(jnp.ones_like(value))
+    sums = [float(jnp.sum(array)) for array in (value, gradient, value)]
+    np.testing.assert_allclose(json.loads(done.stdout), sums, rtol=1e-4)
