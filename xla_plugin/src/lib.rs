@@ -126,7 +126,7 @@ pub extern "C" fn jax_mhc_cuda_status() -> *const c_char {
 }
 
 /// The float32 numbers that a call needs as its workspace on a GPU: `out[0]` for each token and
-/// `out[1]` besides. Needs no GPU. False where there is no such call on a GPU.
+/// `out[1]` besides. Needs no GPU. False where there is no such call on a GPU, or none of such sizes.
 ///
 /// # Safety
 /// `call` is a text with a final zero, such as `pre_fwd`, and `out` has room for two numbers.
@@ -159,7 +159,7 @@ pub unsafe extern "C" fn jax_mhc_workspace(
             columns: count(columns)?,
             sinkhorn_iters: count(sinkhorn_iters)?,
             norm_width: count(norm_width)?,
-        });
+        })?;
         let number = |count: usize| i64::try_from(count).ok();
         Some([number(workspace.per_token)?, number(workspace.fixed)?])
     };

@@ -115,7 +115,7 @@ fn plans_name_kernels_that_exist_and_fit_the_gpu() {
     for (name, example) in examples() {
         let needed = example.check(|call| {
             let call = call.unwrap();
-            workspace(&call.problem()).len(call.tokens)
+            workspace(&call.problem()).unwrap().len(call.tokens)
         });
         let example = example.with_workspace(needed);
         for device in [H100, B200, L4] {
@@ -158,7 +158,7 @@ fn plans_name_kernels_that_exist_and_fit_the_gpu() {
 
 /// The kernels of a call of 17 tokens, in their order.
 fn functions_of(example: Example, device: &Device) -> Vec<&'static str> {
-    let needed = example.check(|call| workspace(&call.unwrap().problem()).len(17));
+    let needed = example.check(|call| workspace(&call.unwrap().problem()).unwrap().len(17));
     let launches = (example.with_workspace(needed)).check(|call| plan(&call.unwrap(), device));
     launches
         .iter()
@@ -271,7 +271,7 @@ fn every_call_does_something() {
     for (name, example) in examples() {
         let needed = example.check(|call| {
             let call = call.unwrap();
-            workspace(&call.problem()).len(call.tokens)
+            workspace(&call.problem()).unwrap().len(call.tokens)
         });
         example.with_workspace(needed).check(|call| {
             let call = call.unwrap();
