@@ -170,3 +170,37 @@ pub unsafe extern "C" fn jax_mhc_workspace(
     unsafe { out.cast::<[i64; 2]>().write(numbers) };
     true
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_possible_sizes_have_a_workspace() {
+        let workspace = |call: &CStr, [bytes, n, c, columns, iters, norm]: [i64; 6]| {
+            let mut out = [-1; 2];
+            // SAFETY: `out` has room for two numbers.
+            let is_known = unsafe {
+                let out = out.as_mut_ptr();
+                jax_mhc_workspace(call.as_ptr(), bytes, n, c, columns, iters, norm, out)
+            };
+            assert!(is_known || out == [-1; 2]);
+            is_known.then_some(out)
+        };
+        let possible = [2, 4, 2560, 24, 20, 2560];
+        let [per_token, fixed] = workspace(c"pre_bwd", possible).unwrap();
+        assert!(per_token > 0 && fixed > 0);
+        assert_eq!(workspace(c"post_fwd", [4, 16, 1, 0, 0, 0]), Some([0, 0]));
+        assert_eq!(workspace(c"no_call", possible), None);
+        for at in 0..possible.len() {
+            for absurd in [-1, i64::MIN, i64::MAX, 1 << 31, 1 << 62] {
+                let mut sizes = possible;
+                sizes[at] = absurd;
+                for op in Op::ALL {
+                    let call = CString::new(op.name()).unwrap();
+                    assert_eq!(workspace(&call, sizes), None, "{op:?} {sizes:?}");
+                }
+            }
+        }
+    }
+}
