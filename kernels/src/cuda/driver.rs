@@ -116,8 +116,8 @@ pub fn check_device(device: &Device) -> Result<(), String> {
     let got = device.max_shared_bytes;
     if (got as usize) < SHARED_BYTES {
         return Err(format!(
-            "expected a GPU with {SHARED_BYTES} bytes of shared memory for a block or more, got {got}; \
-             use another GPU, or the plain JAX of implementation=\"reference\""
+            "expected a GPU with at least {SHARED_BYTES} bytes of shared memory for a block, got {got}; \
+             use another GPU, or reinstall NVIDIA's driver"
         ));
     }
     Ok(())

@@ -126,8 +126,9 @@ fn check_launch(launch: &Launch, device: &Device, name: &str) {
             Arg::TensorMap(tensor) => {
                 let (sizes, strides, box_sizes) = tensor.layout();
                 assert!(tensor.hidden.is_multiple_of(64), "{name}");
-                let most = if launch.grid.contains(&0) { 0 } else { 1 };
-                assert!(sizes.iter().all(|size| (most..=1 << 32).contains(size)));
+                let least = u64::from(!launch.grid.contains(&0));
+                let possible = |size: &u64| (least..=1 << 32).contains(size);
+                assert!(sizes.iter().all(possible), "{name}");
                 let possible = |stride: &u64| stride % 16 == 0 && *stride < 1 << 40;
                 assert!(strides.iter().all(possible), "{name}");
                 let possible = |size: &u32| (1..=256).contains(size);

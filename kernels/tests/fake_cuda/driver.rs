@@ -29,10 +29,11 @@ pub const FUNCTIONS: [&str; 19] = [
     "cuLaunchKernelEx",
 ];
 
-const FILE: &str = "libcuda.so.1";
+/// The driver's file.
+pub const FILE: &str = "libcuda.so.1";
 
 /// An empty folder for a driver.
-pub fn folder(name: &str) -> PathBuf {
+fn folder(name: &str) -> PathBuf {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR"))
         .join("fake_cuda")
         .join(name);

@@ -45,8 +45,8 @@ fn told(level: LevelFilter) -> Vec<String> {
         .collect()
 }
 
-/// Checks the events of a level, or of `info` where there is nothing that can be used.
-pub fn are_told(level: &str) -> usize {
+/// Checks the events of a level, or of `info` where there is nothing that can be used. One outcome.
+pub fn check(level: &str) -> usize {
     let has_kernels = cuda::build().is_some();
     let driver = FakeDriver::load();
     if level == "unusable" {
