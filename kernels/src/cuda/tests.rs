@@ -116,7 +116,10 @@ fn examples() -> Vec<(String, Example)> {
 fn check_launch(launch: &Launch, device: &Device, name: &str) {
     let [x, y, z] = launch.grid;
     assert!(x < 1 << 31 && y < 1 << 16 && z < 1 << 16, "{name}");
-    assert!(launch.block <= 1024 && launch.block % 32 == 0, "{name}");
+    assert!(
+        launch.block <= 1024 && launch.block.is_multiple_of(32),
+        "{name}"
+    );
     assert!(launch.shared_bytes <= device.max_shared_bytes, "{name}");
     assert_eq!(x % launch.cluster, 0, "{name}");
     for arg in &launch.args {
@@ -129,7 +132,7 @@ fn check_launch(launch: &Launch, device: &Device, name: &str) {
                 let least = u64::from(!launch.grid.contains(&0));
                 let possible = |size: &u64| (least..=1 << 32).contains(size);
                 assert!(sizes.iter().all(possible), "{name}");
-                let possible = |stride: &u64| stride % 16 == 0 && *stride < 1 << 40;
+                let possible = |stride: &u64| stride.is_multiple_of(16) && *stride < 1 << 40;
                 assert!(strides.iter().all(possible), "{name}");
                 let possible = |size: &u32| (1..=256).contains(size);
                 assert!(box_sizes.iter().all(possible), "{name}");
