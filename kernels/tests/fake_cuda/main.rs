@@ -19,6 +19,7 @@ use std::process::Command;
 use std::sync::LazyLock;
 
 use driver::{FUNCTIONS, build, build_broken};
+use jax_mhc_kernels::cuda;
 
 /// The driver that has all functions.
 static HEALTHY: LazyLock<std::path::PathBuf> = LazyLock::new(|| build("healthy", None));
@@ -65,8 +66,21 @@ fn case_of_this_process() {
     println!("\noutcomes: {outcomes}");
 }
 
+/// Whether the kernels are for some architectures alone (JAX_MHC_CUDA_ARCHITECTURES): perhaps not for the fake GPUs.
+fn is_partial() -> bool {
+    let has_all = |build: cuda::Build| {
+        let needed = ["sm_90", "compute_100"];
+        needed.iter().all(|name| build.architectures.contains(name))
+    };
+    cuda::build().is_some_and(|build| !has_all(build))
+}
+
 /// Runs cases with the driver that has all functions, and tells what it ran.
 fn run_healthy(what: &str, cases: impl Iterator<Item = String>) {
+    if is_partial() {
+        println!("{what}: left out");
+        return;
+    }
     let outcomes: Vec<_> = cases.map(|case| run(&HEALTHY, &case)).collect();
     let (cases, outcomes) = (outcomes.len(), outcomes.iter().sum::<usize>());
     println!("{what}: {cases} processes, {outcomes} outcomes");
