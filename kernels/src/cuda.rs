@@ -3,6 +3,7 @@
 //! A call is checked as on the CPU, a pure `plan` makes a list of launches of it, and these go to XLA's
 //! stream. Nothing is allocated on the device and nothing waits for it.
 
+mod api;
 mod collapse;
 mod driver;
 mod head;
@@ -28,11 +29,15 @@ use serde::Serialize;
 use crate::signature::{Call, Op};
 use crate::view::{DType, View};
 use crate::{Config, Error};
-use launch::{Device, Launch};
+use driver::{Driver, check_device, driver};
+use launch::{Device, Launch, MAX_COUNT};
 use modules::Context;
 
 pub use images::{Build, build};
 pub use launch::{Problem, Workspace};
+
+/// The target of the library's events.
+const TARGET: &str = "jax_mhc";
 
 /// The launches of a call, in their order.
 fn plan(call: &Call, device: &Device) -> Vec<Launch> {
@@ -46,16 +51,16 @@ fn plan(call: &Call, device: &Device) -> Vec<Launch> {
     }
 }
 
-/// The workspace that a call needs.
-pub fn workspace(problem: &Problem) -> Workspace {
-    match problem.op {
+/// The workspace that a call needs. None where no call has such sizes.
+pub fn workspace(problem: &Problem) -> Option<Workspace> {
+    problem.is_possible().then(|| match problem.op {
         Op::PreFwd | Op::PreBwd => pre::workspace(problem),
         Op::PostFwd | Op::PostBwd => post::workspace(problem),
         Op::SeamFwd | Op::SeamBwd => seam::workspace(problem),
         Op::SinkhornFwd | Op::SinkhornBwd => sinkhorn::workspace(problem),
         Op::HeadFwd | Op::HeadBwd => head::workspace(problem),
         Op::CollapseFwd | Op::CollapseBwd => collapse::workspace(problem),
-    }
+    })
 }
 
 /// Loads the kernels of a call, so that [`execute`] may be recorded into a CUDA graph. Cheap where they
@@ -74,11 +79,7 @@ pub unsafe fn initialize(
     stream: *mut c_void,
 ) -> Result<(), Error> {
     // SAFETY: promised by the caller.
-    unsafe {
-        run(op, args, rets, config, stream, |context, launch| {
-            context.load(&launch.kernel)
-        })
-    }
+    unsafe { run(op, args, rets, config, stream, Stage::Initialize) }
 }
 
 /// Launches the kernels of a call on `stream`: operands and results as in the table of
@@ -100,36 +101,55 @@ pub unsafe fn execute(
     stream: *mut c_void,
 ) -> Result<(), Error> {
     // SAFETY: promised by the caller; plans launch what the kernels declare.
-    unsafe {
-        run(op, args, rets, config, stream, |context, launch| {
-            context.launch(launch)
-        })
-    }
+    unsafe { run(op, args, rets, config, stream, Stage::Execute) }
 }
 
-/// Does something with every launch of a call.
+/// What XLA wants of a call.
+#[derive(Debug, Clone, Copy)]
+enum Stage {
+    Initialize,
+    Execute,
+}
+
+/// Does for every launch of a call what the stage wants.
 ///
 /// # Safety
-/// `stream` must be a stream of the driver.
+/// As for [`execute`].
 unsafe fn run(
     op: Op,
     args: &[View],
     rets: &[View],
     config: &Config,
     stream: *mut c_void,
-    each: impl Fn(&Context, &Launch) -> Result<(), String>,
+    stage: Stage,
 ) -> Result<(), Error> {
     let call = Call::check(op, args, rets, config)?;
     check_device_call(&call)?;
+    let in_op = |reason| Error::Device(format!("{}: {reason}", op.name()));
     // SAFETY: promised by the caller.
-    let context = unsafe { Context::enter(stream) }
-        .map_err(|reason| Error::Device(format!("{}: {reason}", op.name())))?;
-    for launch in plan(&call, context.device()) {
-        if !launch.grid.contains(&0) {
-            each(&context, &launch).map_err(|reason| failure(&call, &launch, &context, &reason))?;
+    let context = unsafe { Context::enter(stream) }.map_err(in_op)?;
+    let mut launches = plan(&call, context.device());
+    launches.retain(|launch| !launch.grid.contains(&0));
+    tracing::debug!(
+        target: TARGET,
+        op = op.name(),
+        stage = ?stage,
+        device = context.device().ordinal,
+        dtype = call.dtype.name(),
+        shapes = ?args.iter().map(|view| view.dims).collect::<Vec<_>>(),
+        kernels = ?launches.iter().map(|launch| launch.kernel.symbol()).collect::<Vec<_>>(),
+        workspace = call.workspace().map_or(0, |(_, len)| len),
+        "plan"
+    );
+    for launch in &launches {
+        match stage {
+            Stage::Initialize => context.load(&launch.kernel),
+            // SAFETY: promised by the caller; plans launch what the kernels declare.
+            Stage::Execute => unsafe { context.launch(launch) },
         }
+        .map_err(|reason| failure(&call, launch, &context, &reason))?;
     }
-    Ok(())
+    context.leave().map_err(in_op)
 }
 
 /// What the driver said, with what it was about.
@@ -150,23 +170,28 @@ fn failure(call: &Call, launch: &Launch, context: &Context, reason: &str) -> Err
     ))
 }
 
-/// Kernels count in 32 bits, and look ahead by less than the rest.
-const MAX_COUNT: usize = 1 << 30;
+/// More than the memory of any GPU: the streams of a call whose launches no grid has room for are larger.
+const MAX_BYTES: usize = 1 << 46;
 
 /// What the CPU does not ask for.
 fn check_device_call(call: &Call) -> Result<(), Error> {
     let op = call.op;
+    let refuse = |expected: &str, got: &str| Err(op.error(op.operands()[0], expected, got));
     if call.dtype == DType::F64 {
         let expected = "float32, bfloat16 or float16 (no CUDA kernels for others)";
-        return Err(op.error(op.operands()[0], expected, call.dtype.name()));
+        return refuse(expected, call.dtype.name());
     }
     let (tokens, width) = (call.tokens, call.n * call.c);
     if tokens > MAX_COUNT || width > MAX_COUNT {
         let expected = format!("at most {MAX_COUNT} tokens and as many values a token");
-        let got = format!("{tokens} and {width}");
-        return Err(op.error(op.operands()[0], &expected, &got));
+        return refuse(&expected, &format!("{tokens} and {width}"));
     }
-    let needed = workspace(&call.problem()).len(call.tokens);
+    let bytes = tokens * width * call.dtype.num_bytes();
+    if bytes > MAX_BYTES {
+        return refuse(&format!("at most {MAX_BYTES} bytes"), &bytes.to_string());
+    }
+    let workspace = workspace(&call.problem()).expect("checked calls have possible sizes");
+    let needed = workspace.len(tokens);
     let got = call.workspace().map_or(0, |(_, len)| len);
     if got < needed {
         let (expected, got) = (format!("float32[{needed}]"), format!("float32[{got}]"));
@@ -204,28 +229,33 @@ pub struct DeviceStatus {
 /// Looks for the driver and its GPUs. Makes no context.
 pub fn status() -> Status {
     let build = build();
-    let found = driver::num_devices();
-    let error = match (build, &found) {
+    let driver = driver();
+    let num_devices = driver.clone().and_then(Driver::num_devices);
+    let error = match (build, &num_devices) {
         (None, _) => Some(images::NO_KERNELS.to_owned()),
         (_, Err(reason)) => Some(reason.clone()),
         (_, Ok(0)) => Some("the CUDA driver shows no GPU".to_owned()),
         _ => None,
     };
+    let devices = driver.clone().ok().into_iter().flat_map(|driver| {
+        let ordinals = 0..num_devices.clone().unwrap_or(0) as i32;
+        ordinals.map(|ordinal| device_status(driver, ordinal))
+    });
     Status {
         architectures: build.map_or(&[], |build| build.architectures),
         compiler: build.map(|build| build.compiler),
-        driver: driver::driver().ok().map(driver::version_name),
+        driver: driver.clone().ok().map(Driver::version),
         error,
-        devices: (0..found.unwrap_or(0)).map(device_status).collect(),
+        devices: devices.collect(),
     }
 }
 
-fn device_status(ordinal: i32) -> DeviceStatus {
-    let device = driver::device(ordinal);
+fn device_status(driver: &Driver, ordinal: i32) -> DeviceStatus {
+    let device = driver.device(ordinal);
     let capability = device.as_ref().ok().map(|device| device.capability);
-    let usable = device.and_then(|device| images::check_capability(device.capability));
+    let usable = device.and_then(|device| check_device(&device));
     DeviceStatus {
-        name: driver::device_name(ordinal).ok(),
+        name: driver.device_name(ordinal).ok(),
         capability: capability.map(|(major, minor)| format!("{major}.{minor}")),
         error: usable.err(),
     }

@@ -506,15 +506,16 @@ impl Example {
 
     /// Hands out the call, if it passes. Nothing lies at its addresses.
     pub fn check<T>(&self, then: impl FnOnce(Result<Call, Error>) -> T) -> T {
-        fn views(types: &[(DType, Vec<i64>)]) -> Vec<View<'_>> {
-            let views = types.iter().enumerate().map(|(at, (dtype, dims))| View {
-                data: std::ptr::without_provenance_mut((at + 1) << 40),
+        fn views(types: &[(DType, Vec<i64>)], first: usize) -> Vec<View<'_>> {
+            let views = types.iter().zip(first..).map(|((dtype, dims), at)| View {
+                data: std::ptr::without_provenance_mut(at << 40),
                 dims,
                 dtype: *dtype,
             });
             views.collect()
         }
-        let (args, rets) = (views(&self.args), views(&self.rets));
+        let args = views(&self.args, 1);
+        let rets = views(&self.rets, 1 + args.len());
         then(Call::check(self.op, &args, &rets, &self.config))
     }
 }

@@ -126,7 +126,7 @@ pub extern "C" fn jax_mhc_cuda_status() -> *const c_char {
 }
 
 /// The float32 numbers that a call needs as its workspace on a GPU: `out[0]` for each token and
-/// `out[1]` besides. Needs no GPU. False where there is no such call on a GPU.
+/// `out[1]` besides. Needs no GPU. False where there is no such call on a GPU, or none of such sizes.
 ///
 /// # Safety
 /// `call` is a text with a final zero, such as `pre_fwd`, and `out` has room for two numbers.
@@ -159,7 +159,7 @@ pub unsafe extern "C" fn jax_mhc_workspace(
             columns: count(columns)?,
             sinkhorn_iters: count(sinkhorn_iters)?,
             norm_width: count(norm_width)?,
-        });
+        })?;
         let number = |count: usize| i64::try_from(count).ok();
         Some([number(workspace.per_token)?, number(workspace.fixed)?])
     };
@@ -169,4 +169,38 @@ pub unsafe extern "C" fn jax_mhc_workspace(
     // SAFETY: promised by the caller.
     unsafe { out.cast::<[i64; 2]>().write(numbers) };
     true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_possible_sizes_have_a_workspace() {
+        let workspace = |call: &CStr, [bytes, n, c, columns, iters, norm]: [i64; 6]| {
+            let mut out = [-1; 2];
+            // SAFETY: `out` has room for two numbers.
+            let is_known = unsafe {
+                let out = out.as_mut_ptr();
+                jax_mhc_workspace(call.as_ptr(), bytes, n, c, columns, iters, norm, out)
+            };
+            assert!(is_known || out == [-1; 2]);
+            is_known.then_some(out)
+        };
+        let possible = [2, 4, 2560, 24, 20, 2560];
+        let [per_token, fixed] = workspace(c"pre_bwd", possible).unwrap();
+        assert!(per_token > 0 && fixed > 0);
+        assert_eq!(workspace(c"post_fwd", [4, 16, 1, 0, 0, 0]), Some([0, 0]));
+        assert_eq!(workspace(c"no_call", possible), None);
+        for at in 0..possible.len() {
+            for absurd in [-1, i64::MIN, i64::MAX, 1 << 31, 1 << 62] {
+                let mut sizes = possible;
+                sizes[at] = absurd;
+                for op in Op::ALL {
+                    let call = CString::new(op.name()).unwrap();
+                    assert_eq!(workspace(&call, sizes), None, "{op:?} {sizes:?}");
+                }
+            }
+        }
+    }
 }

@@ -1,120 +1,124 @@
-//! NVIDIA's driver, found at run time, so that the library loads where there is none; and its GPUs.
+//! NVIDIA's driver, once it is initialized, and its GPUs. What it tells of them is looked at before it is used.
 
-use std::ffi::{CStr, c_int};
-use std::ptr;
+use std::ffi::{c_char, c_int};
+use std::ops::{Deref, RangeInclusive};
 use std::sync::OnceLock;
 
-use cudarc::driver::sys;
+use cudarc::driver::sys::CUdevice_attribute;
 
-use super::launch::{CLUSTER_SIZES, Device};
+use super::TARGET;
+use super::api::{Api, version_name};
+use super::images::check_capability;
+use super::launch::{CLUSTER_SIZES, Device, SHARED_BYTES};
 
-/// The oldest driver, as the driver numbers itself: the first that loads modules without a context.
-const OLDEST_DRIVER: c_int = 12_000;
+/// More GPUs than any machine has.
+const MAX_DEVICES: c_int = 1024;
 
-/// The result of a driver call as an error that names both.
-pub fn check(what: &str, result: sys::CUresult) -> Result<(), String> {
-    if result == sys::CUresult::CUDA_SUCCESS {
-        return Ok(());
-    }
-    let (mut name, mut text) = (ptr::null(), ptr::null());
-    // SAFETY: the driver writes a text that is never freed, or null.
-    let [name, text] = unsafe {
-        sys::cuGetErrorName(result, &raw mut name);
-        sys::cuGetErrorString(result, &raw mut text);
-        [name, text].map(|text| {
-            if text.is_null() {
-                "an unknown error".into()
-            } else {
-                CStr::from_ptr(text).to_string_lossy()
-            }
-        })
-    };
-    Err(format!("{what}: {name} ({text})"))
+/// The driver.
+pub struct Driver {
+    /// 13000 for CUDA 13.0.
+    version: c_int,
+    api: Api,
 }
 
-/// The version of the driver, once it is initialized: 13000 for CUDA 13.0.
+impl Deref for Driver {
+    type Target = Api;
+
+    fn deref(&self) -> &Api {
+        &self.api
+    }
+}
+
+/// The driver. One that could not be used is tried again with the next call.
 ///
 /// # Errors
 /// Why it cannot be used.
-pub fn driver() -> Result<c_int, String> {
-    static DRIVER: OnceLock<Result<c_int, String>> = OnceLock::new();
-    let start = || {
-        // SAFETY: initializers of NVIDIA's driver.
-        if !unsafe { sys::is_culib_present() } {
-            return Err(
-                "no CUDA driver (libcuda.so.1) on this machine; install NVIDIA's driver, version \
-                 525 or newer"
-                    .to_owned(),
-            );
-        }
-        let mut version = 0;
-        // SAFETY: there is a driver, and every version has these two functions.
-        unsafe {
-            check(
-                "cuDriverGetVersion",
-                sys::cuDriverGetVersion(&raw mut version),
-            )?;
-            if version < OLDEST_DRIVER {
-                return Err(format!(
-                    "expected a driver for CUDA 12.0 or newer, got one for CUDA {}; install NVIDIA's \
-                     driver, version 525 or newer",
-                    version_name(version)
-                ));
-            }
-            check("cuInit", sys::cuInit(0))?;
-        }
-        Ok(version)
-    };
-    DRIVER.get_or_init(start).clone()
+pub fn driver() -> Result<&'static Driver, String> {
+    static DRIVER: OnceLock<Driver> = OnceLock::new();
+    if let Some(driver) = DRIVER.get() {
+        return Ok(driver);
+    }
+    let (api, version) = Api::load().inspect_err(
+        |reason| tracing::info!(target: TARGET, %reason, "the CUDA driver cannot be used"),
+    )?;
+    Ok(DRIVER.get_or_init(|| {
+        let version_name = version_name(version);
+        tracing::info!(target: TARGET, version = version_name, "CUDA driver loaded");
+        Driver { version, api }
+    }))
 }
 
-/// As people write it.
-pub fn version_name(version: c_int) -> String {
-    format!("{}.{}", version / 1000, version % 1000 / 10)
-}
-
-/// How many GPUs the driver shows.
-pub fn num_devices() -> Result<c_int, String> {
-    driver()?;
-    let mut num = 0;
-    // SAFETY: the driver is initialized.
-    check("cuDeviceGetCount", unsafe {
-        sys::cuDeviceGetCount(&raw mut num)
-    })?;
-    Ok(num)
-}
-
-/// What CUDA calls a GPU.
-pub fn device_name(ordinal: c_int) -> Result<String, String> {
-    let mut name = [0; 256];
-    // SAFETY: the driver is initialized, or it says so; `name` has the length told, with the final zero.
-    unsafe {
-        let result = sys::cuDeviceGetName(name.as_mut_ptr(), name.len() as c_int, ordinal);
-        check("cuDeviceGetName", result)?;
-        Ok(CStr::from_ptr(name.as_ptr()).to_string_lossy().into_owned())
+/// A number that the driver told, where it is one that can be.
+pub fn checked(what: &str, value: c_int, possible: RangeInclusive<c_int>) -> Result<u32, String> {
+    match u32::try_from(value) {
+        Ok(number) if possible.contains(&value) => Ok(number),
+        _ => Err(format!(
+            "{what}: expected {} to {}, got {value}; reinstall NVIDIA's driver",
+            possible.start(),
+            possible.end()
+        )),
     }
 }
 
-/// What plans need to know of a GPU, but for its clusters: they take a kernel and a context to ask.
-pub fn device(ordinal: c_int) -> Result<Device, String> {
-    use sys::CUdevice_attribute as Attribute;
-    let attribute = |attribute| -> Result<u32, String> {
-        let mut value = 0;
-        // SAFETY: the driver is initialized, or it says so.
-        let result = unsafe { sys::cuDeviceGetAttribute(&raw mut value, attribute, ordinal) };
-        check("cuDeviceGetAttribute", result)?;
-        Ok(value as u32)
-    };
-    Ok(Device {
-        ordinal,
-        capability: (
-            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
-            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
-        ),
-        num_sms: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
-        max_shared_bytes: attribute(
-            Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
-        )?,
-        max_clusters: [0; CLUSTER_SIZES.len()],
-    })
+impl Driver {
+    /// The version of CUDA that it is for, as people write it.
+    pub fn version(&self) -> String {
+        version_name(self.version)
+    }
+
+    /// How many GPUs there are.
+    pub fn num_devices(&self) -> Result<u32, String> {
+        let mut num = 0;
+        // SAFETY: the driver is initialized.
+        unsafe { self.cuDeviceGetCount(&raw mut num) }?;
+        checked("cuDeviceGetCount", num, 0..=MAX_DEVICES)
+    }
+
+    /// What CUDA calls a GPU.
+    pub fn device_name(&self, ordinal: c_int) -> Result<String, String> {
+        let mut name = [0_u8; 256];
+        let start = name.as_mut_ptr().cast::<c_char>();
+        // SAFETY: the driver is initialized; `name` has the length told.
+        unsafe { self.cuDeviceGetName(start, name.len() as c_int, ordinal) }?;
+        let end = name.iter().position(|byte| *byte == 0);
+        let name = &name[..end.unwrap_or(name.len())];
+        Ok(String::from_utf8_lossy(name).into_owned())
+    }
+
+    /// What plans need to know of a GPU, but for its clusters: they take a kernel and a context to ask.
+    pub fn device(&self, ordinal: c_int) -> Result<Device, String> {
+        use CUdevice_attribute as Attribute;
+        let attribute = |attribute: Attribute| {
+            let mut value = 0;
+            // SAFETY: the driver is initialized.
+            unsafe { self.cuDeviceGetAttribute(&raw mut value, attribute, ordinal) }?;
+            let what = format!("cuDeviceGetAttribute({attribute:?})");
+            checked(&what, value, 0..=c_int::MAX)
+        };
+        Ok(Device {
+            ordinal,
+            capability: (
+                attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+                attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+            ),
+            num_sms: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            max_shared_bytes: attribute(
+                Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+            )?,
+            max_clusters: [0; CLUSTER_SIZES.len()],
+        })
+    }
+}
+
+/// Whether the kernels run on a GPU.
+pub fn check_device(device: &Device) -> Result<(), String> {
+    check_capability(device.capability)?;
+    let got = device.max_shared_bytes;
+    if (got as usize) < SHARED_BYTES {
+        return Err(format!(
+            "expected a GPU with at least {SHARED_BYTES} bytes of shared memory for a block, got {got}; \
+             use another GPU, or reinstall NVIDIA's driver"
+        ));
+    }
+    Ok(())
 }

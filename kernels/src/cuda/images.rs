@@ -43,6 +43,19 @@ impl Image {
     }
 }
 
+impl std::fmt::Display for Image {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            file,
+            size,
+            dtype,
+            architecture,
+            ..
+        } = self;
+        write!(f, "{file} ({size}, {dtype}, {architecture})")
+    }
+}
+
 /// The compiler, and the architectures that it compiled for.
 #[derive(Debug, Clone, Copy, serde::Serialize)]
 pub struct Build {

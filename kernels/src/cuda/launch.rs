@@ -1,8 +1,9 @@
 //! What is to be launched: a plan of a call is a list of these.
 
 use crate::coefficients::Layout;
-use crate::config::{Config, Constraint, EpsMode, NormEpsMode, Order};
+use crate::config::{Config, Constraint, EpsMode, MAX_SINKHORN_ITERS, NormEpsMode, Order};
 use crate::signature::{Call, Op};
+use crate::simd::MAX_STREAMS;
 use crate::view::{DType, View};
 
 /// A kernel: the symbol `mhc_<function>_<size>_<dtype>` of a file in kernels/cuda.
@@ -240,6 +241,15 @@ pub struct Device {
     pub max_clusters: [u32; CLUSTER_SIZES.len()],
 }
 
+/// Shared memory that a block may ask for on every GPU that there are kernels for.
+pub const SHARED_BYTES: usize = 98 << 10;
+
+/// The same on those with kernels for clusters.
+pub const CLUSTER_SHARED_BYTES: u32 = 227 << 10;
+
+/// The most blocks of a grid in its second and third dimension.
+pub const MAX_ROWS: usize = (1 << 16) - 1;
+
 /// Blocks of a cluster.
 pub const CLUSTER_SIZES: [u32; 4] = [2, 4, 8, 16];
 
@@ -253,7 +263,8 @@ impl Device {
     pub fn num_clusters(&self, size: u32, tiles: usize) -> Option<u32> {
         let at = CLUSTER_SIZES.iter().position(|known| *known == size)?;
         let most = self.max_clusters[at].min(MAX_CLUSTER_BLOCKS / size);
-        (most > 0).then(|| most.min(tiles.try_into().unwrap_or(most)))
+        (most > 0 && self.max_shared_bytes >= CLUSTER_SHARED_BYTES)
+            .then(|| most.min(tiles.try_into().unwrap_or(most)))
     }
 }
 
@@ -274,6 +285,20 @@ pub struct Problem {
     pub sinkhorn_iters: usize,
     /// Values of norm_scale; 0 where there are none.
     pub norm_width: usize,
+}
+
+/// The most tokens, and values of a token: kernels count in 32 bits, and look ahead by less than the rest.
+pub const MAX_COUNT: usize = 1 << 30;
+
+impl Problem {
+    /// Whether a call can have these sizes. Nothing that plans compute of them overflows then.
+    pub fn is_possible(&self) -> bool {
+        (1..=MAX_STREAMS).contains(&self.n)
+            && (1..=MAX_COUNT / self.n).contains(&self.c)
+            && self.columns <= Layout::max_num(self.n)
+            && self.sinkhorn_iters <= MAX_SINKHORN_ITERS
+            && (self.norm_width == 0 || self.norm_width == self.c)
+    }
 }
 
 impl Call<'_> {
@@ -322,7 +347,7 @@ impl Workspace {
         }
     }
 
-    /// Its number of floats.
+    /// Its number of floats, for at most [`MAX_COUNT`] tokens.
     pub fn len(&self, tokens: usize) -> usize {
         self.per_token * tokens + self.fixed
     }

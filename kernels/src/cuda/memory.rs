@@ -47,14 +47,18 @@ pub fn room(parts: &[Part]) -> Workspace {
 /// Hands out the workspace of a call, part after part.
 pub struct Memory {
     next: u64,
+    /// Where the workspace ends.
+    end: u64,
     tokens: usize,
 }
 
 impl Memory {
     /// The workspace of `call`.
     pub fn of(call: &Call) -> Self {
+        let (next, len) = call.workspace().unwrap_or((0, 0));
         Self {
-            next: call.workspace().map_or(0, |(address, _)| address),
+            next,
+            end: next.saturating_add((len as u64).saturating_mul(size_of::<f32>() as u64)),
             tokens: call.tokens,
         }
     }
@@ -63,6 +67,7 @@ impl Memory {
     pub fn take(&mut self, part: Part) -> u64 {
         let address = self.next;
         self.next += (part.len(self.tokens) * size_of::<f32>()) as u64;
+        assert!(self.next <= self.end, "no room for {part:?}");
         address
     }
 }
@@ -85,12 +90,16 @@ mod tests {
             },
         ];
         for tokens in [0, 1, 15, 16, 17, 1000] {
-            let mut memory = Memory { next: 0, tokens };
+            let end = 4 * room(&parts).len(tokens) as u64;
+            let mut memory = Memory {
+                next: 0,
+                end,
+                tokens,
+            };
             for part in parts {
                 let start = memory.take(part);
                 assert_eq!(start % 128, 0);
             }
-            assert!(memory.next <= 4 * room(&parts).len(tokens) as u64);
         }
     }
 }

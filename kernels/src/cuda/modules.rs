@@ -2,13 +2,16 @@
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_void};
+use std::marker::PhantomData;
+use std::mem::ManuallyDrop;
 use std::ptr;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError, RwLock};
 
 use cudarc::driver::sys;
 
-use super::driver::{check, device, driver};
-use super::images::{PROBE, check_capability, image};
+use super::TARGET;
+use super::driver::{Driver, check_device, checked, driver};
+use super::images::{PROBE, image};
 use super::launch::{Arg, CLUSTER_SIZES, Device, Kernel, Launch, Tensor};
 
 /// A GPU with the kernels that it has loaded.
@@ -38,8 +41,47 @@ static LIBRARIES: LazyLock<Mutex<HashMap<usize, Library>>> = LazyLock::new(Mutex
 
 static GPUS: LazyLock<RwLock<HashMap<c_int, Arc<Gpu>>>> = LazyLock::new(RwLock::default);
 
+/// A context that is the current one of this thread for as long as this value lives.
+struct Current {
+    driver: &'static Driver,
+    /// What keeps it on its thread.
+    not_send: PhantomData<*const ()>,
+}
+
+impl Current {
+    /// # Safety
+    /// `context` is a context of the driver.
+    unsafe fn push(driver: &'static Driver, context: sys::CUcontext) -> Result<Self, String> {
+        // SAFETY: promised by the caller.
+        unsafe { driver.cuCtxPushCurrent_v2(context) }?;
+        Ok(Self {
+            driver,
+            not_send: PhantomData,
+        })
+    }
+
+    /// Ends it where its error can be told.
+    fn pop(self) -> Result<(), String> {
+        ManuallyDrop::new(self).pop_once()
+    }
+
+    fn pop_once(&self) -> Result<(), String> {
+        let mut context = ptr::null_mut();
+        // SAFETY: `push` was on this thread, since a Current is not Send.
+        unsafe { self.driver.cuCtxPopCurrent_v2(&raw mut context) }
+    }
+}
+
+impl Drop for Current {
+    fn drop(&mut self) {
+        // Another error, or a panic, is on its way already.
+        let _ = self.pop_once();
+    }
+}
+
 /// The context of XLA's stream on this thread, for a while.
 pub struct Context {
+    current: Current,
     stream: sys::CUstream,
     gpu: Arc<Gpu>,
 }
@@ -51,23 +93,26 @@ impl Context {
     /// # Safety
     /// `stream` is a stream of the driver.
     pub unsafe fn enter(stream: *mut c_void) -> Result<Self, String> {
-        driver()?;
+        let driver = driver()?;
         let stream: sys::CUstream = stream.cast();
         let (mut context, mut ordinal) = (ptr::null_mut(), 0);
         // SAFETY: the driver is initialized, and the stream is one.
-        unsafe {
-            check(
-                "cuStreamGetCtx",
-                sys::cuStreamGetCtx(stream, &raw mut context),
-            )?;
-            check("cuCtxPushCurrent", sys::cuCtxPushCurrent_v2(context))?;
-            let result = sys::cuCtxGetDevice(&raw mut ordinal);
-            let gpu = check("cuCtxGetDevice", result).and_then(|()| gpu(ordinal));
-            if gpu.is_err() {
-                sys::cuCtxPopCurrent_v2(&raw mut context);
-            }
-            Ok(Self { stream, gpu: gpu? })
-        }
+        unsafe { driver.cuStreamGetCtx(stream, &raw mut context) }?;
+        // SAFETY: the driver made the context.
+        let current = unsafe { Current::push(driver, context) }?;
+        // SAFETY: there is a current context.
+        unsafe { driver.cuCtxGetDevice(&raw mut ordinal) }?;
+        let gpu = gpu(driver, ordinal)?;
+        Ok(Self {
+            current,
+            stream,
+            gpu,
+        })
+    }
+
+    /// Ends it where its error can be told: the driver may tell one of earlier work.
+    pub fn leave(self) -> Result<(), String> {
+        self.current.pop()
     }
 
     /// The GPU that the stream belongs to.
@@ -89,7 +134,7 @@ impl Context {
         if let Some(function) = loaded {
             return Ok(function);
         }
-        let function = load(kernel, &self.gpu.device)?;
+        let function = load(self.current.driver, kernel, &self.gpu.device)?;
         let functions = self.gpu.functions.write();
         let mut functions = functions.unwrap_or_else(PoisonError::into_inner);
         functions.insert(*kernel, function);
@@ -101,9 +146,10 @@ impl Context {
     /// # Safety
     /// The arguments are those that the kernel declares, and it touches no other memory than the call may.
     pub unsafe fn launch(&self, launch: &Launch) -> Result<(), String> {
+        let driver = self.current.driver;
         let function = self.function(&launch.kernel)?.0;
         let maps = launch.args.iter().filter_map(|arg| match arg {
-            Arg::TensorMap(tensor) => Some(tensor_map(tensor)),
+            Arg::TensorMap(tensor) => Some(tensor_map(driver, tensor)),
             _ => None,
         });
         let maps = maps.collect::<Result<Vec<_>, _>>()?;
@@ -114,25 +160,26 @@ impl Context {
             .collect();
         let mut cluster = cluster_of(launch.cluster);
         let config = config(launch, self.stream, &mut cluster);
+        tracing::trace!(
+            target: TARGET,
+            kernel = launch.kernel.symbol(),
+            device = self.gpu.device.ordinal,
+            grid = ?launch.grid,
+            block = launch.block,
+            cluster = launch.cluster,
+            shared_bytes = launch.shared_bytes,
+            "launch"
+        );
         // SAFETY: the driver copies the arguments before it returns, and writes none; the rest is the
         // caller's.
-        let result = unsafe {
-            sys::cuLaunchKernelEx(
+        unsafe {
+            driver.cuLaunchKernelEx(
                 &raw const config,
                 function,
                 args.as_mut_ptr(),
                 ptr::null_mut(),
             )
-        };
-        check("cuLaunchKernelEx", result)
-    }
-}
-
-impl Drop for Context {
-    fn drop(&mut self) {
-        let mut context = ptr::null_mut();
-        // SAFETY: `enter` pushed it on this thread; a Context is not Send.
-        unsafe { sys::cuCtxPopCurrent_v2(&raw mut context) };
+        }
     }
 }
 
@@ -174,13 +221,13 @@ fn config(
 }
 
 /// What the copy engine wants to know of a tensor. Made on the host, at once.
-fn tensor_map(tensor: &Tensor) -> Result<sys::CUtensorMap, String> {
+fn tensor_map(driver: &Driver, tensor: &Tensor) -> Result<sys::CUtensorMap, String> {
     let mut map = sys::CUtensorMap { opaque: [0; 16] };
     let (sizes, strides, box_sizes) = tensor.layout();
     // SAFETY: all pointers are to arrays of the length that 4 dimensions ask for; the tensor's memory is
     // not touched.
     let result = unsafe {
-        sys::cuTensorMapEncodeTiled(
+        driver.cuTensorMapEncodeTiled(
             &raw mut map,
             sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
             sizes.len() as u32,
@@ -196,21 +243,31 @@ fn tensor_map(tensor: &Tensor) -> Result<sys::CUtensorMap, String> {
             sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
     };
-    check("cuTensorMapEncodeTiled", result)
+    result
         .map(|()| map)
         .map_err(|reason| format!("{reason}: {tensor:?}"))
 }
 
 /// The GPU of this number, whose context is the current one.
-fn gpu(ordinal: c_int) -> Result<Arc<Gpu>, String> {
+fn gpu(driver: &Driver, ordinal: c_int) -> Result<Arc<Gpu>, String> {
     let gpus = GPUS.read().unwrap_or_else(PoisonError::into_inner);
     if let Some(gpu) = gpus.get(&ordinal) {
         return Ok(gpu.clone());
     }
     drop(gpus);
-    let mut device = device(ordinal)?;
-    check_capability(device.capability)?;
-    device.max_clusters = max_clusters(&device)?;
+    let device = find_device(driver, ordinal).inspect_err(
+        |reason| tracing::info!(target: TARGET, device = ordinal, %reason, "the GPU cannot be used"),
+    )?;
+    tracing::info!(
+        target: TARGET,
+        device = ordinal,
+        name = driver.device_name(ordinal).unwrap_or_default(),
+        capability = ?device.capability,
+        multiprocessors = device.num_sms,
+        shared_bytes = device.max_shared_bytes,
+        clusters = ?device.max_clusters,
+        "GPU found"
+    );
     let mut gpus = GPUS.write().unwrap_or_else(PoisonError::into_inner);
     let gpu = gpus.entry(ordinal).or_insert_with(|| {
         Arc::new(Gpu {
@@ -221,14 +278,23 @@ fn gpu(ordinal: c_int) -> Result<Arc<Gpu>, String> {
     Ok(gpu.clone())
 }
 
+/// What plans need to know of the GPU whose context is the current one, if the kernels run there.
+fn find_device(driver: &Driver, ordinal: c_int) -> Result<Device, String> {
+    let mut device = driver.device(ordinal)?;
+    check_device(&device)?;
+    device.max_clusters = max_clusters(driver, &device)?;
+    Ok(device)
+}
+
 /// How many clusters run at once. Every kernel for clusters has a multiprocessor for each block, so that
 /// this depends on the size of the clusters alone, and [`PROBE`] can tell for all.
-fn max_clusters(device: &Device) -> Result<[u32; CLUSTER_SIZES.len()], String> {
+fn max_clusters(driver: &Driver, device: &Device) -> Result<[u32; CLUSTER_SIZES.len()], String> {
     let mut most = [0; CLUSTER_SIZES.len()];
     if image(&PROBE, device.capability).is_none() {
         return Ok(most);
     }
-    let function = load(&PROBE, device)?.0;
+    let in_probe = |reason| format!("{}: {reason}", PROBE.symbol());
+    let function = load(driver, &PROBE, device).map_err(in_probe)?.0;
     for (most, size) in most.iter_mut().zip(CLUSTER_SIZES) {
         let probe = Launch {
             kernel: PROBE,
@@ -242,19 +308,17 @@ fn max_clusters(device: &Device) -> Result<[u32; CLUSTER_SIZES.len()], String> {
         let (mut cluster, mut num) = (cluster_of(size), 0);
         let config = config(&probe, ptr::null_mut(), &mut cluster);
         // SAFETY: the function is loaded in the current context; nothing is launched.
-        let result =
-            unsafe { sys::cuOccupancyMaxActiveClusters(&raw mut num, function, &raw const config) };
-        check("cuOccupancyMaxActiveClusters", result)?;
-        *most = num as u32;
+        unsafe { driver.cuOccupancyMaxActiveClusters(&raw mut num, function, &raw const config) }
+            .map_err(in_probe)?;
+        *most = checked("cuOccupancyMaxActiveClusters", num, 0..=c_int::MAX)?;
     }
     Ok(most)
 }
 
 /// Loads a kernel into the current context, which is that of `device`.
-fn load(kernel: &Kernel, device: &Device) -> Result<Function, String> {
+fn load(driver: &Driver, kernel: &Kernel, device: &Device) -> Result<Function, String> {
     use sys::CUfunction_attribute as Attribute;
     let symbol = kernel.symbol();
-    let in_kernel = |what: &str| format!("{what}({symbol})");
     let (index, image) = image(kernel, device.capability)
         .ok_or_else(|| format!("{symbol} is not in this build of jax-mhc"))?;
     let mut libraries = LIBRARIES.lock().unwrap_or_else(PoisonError::into_inner);
@@ -266,7 +330,7 @@ fn load(kernel: &Kernel, device: &Device) -> Result<Function, String> {
             // SAFETY: the code is what a CUDA compiler wrote, and there are no options. The driver copies
             // it unless asked not to (CU_LIBRARY_BINARY_IS_PRESERVED).
             let result = unsafe {
-                sys::cuLibraryLoadData(
+                driver.cuLibraryLoadData(
                     &raw mut library,
                     code.as_ptr().cast(),
                     ptr::null_mut(),
@@ -277,7 +341,10 @@ fn load(kernel: &Kernel, device: &Device) -> Result<Function, String> {
                     0,
                 )
             };
-            check(&in_kernel("cuLibraryLoadData"), result)?;
+            result.inspect_err(
+                |reason| tracing::info!(target: TARGET, %image, %reason, "image not loaded"),
+            )?;
+            tracing::info!(target: TARGET, %image, bytes = code.len(), "image loaded");
             libraries.insert(index, Library(library));
             library
         }
@@ -285,27 +352,22 @@ fn load(kernel: &Kernel, device: &Device) -> Result<Function, String> {
     drop(libraries);
     let name = CString::new(symbol.as_str()).map_err(|error| error.to_string())?;
     let (mut loaded, mut function, mut static_bytes) = (ptr::null_mut(), ptr::null_mut(), 0);
+    let (ordinal, most) = (device.ordinal, device.max_shared_bytes as c_int);
     // SAFETY: the library is loaded and stays, and the kernel belongs to it.
     unsafe {
-        let result = sys::cuLibraryGetKernel(&raw mut loaded, library, name.as_ptr());
-        check(&in_kernel("cuLibraryGetKernel"), result)?;
+        driver.cuLibraryGetKernel(&raw mut loaded, library, name.as_ptr())?;
         // All that the GPU has: what a launch gets is its own choice.
         let attribute = Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
-        let ordinal = device.ordinal;
-        let result = sys::cuKernelGetAttribute(&raw mut static_bytes, attribute, loaded, ordinal);
-        check(&in_kernel("cuKernelGetAttribute"), result)?;
+        driver.cuKernelGetAttribute(&raw mut static_bytes, attribute, loaded, ordinal)?;
+        checked("cuKernelGetAttribute", static_bytes, 0..=most)?;
         let attribute = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        let most = device.max_shared_bytes as c_int - static_bytes;
-        let result = sys::cuKernelSetAttribute(attribute, most, loaded, ordinal);
-        check(&in_kernel("cuKernelSetAttribute"), result)?;
+        driver.cuKernelSetAttribute(attribute, most - static_bytes, loaded, ordinal)?;
         if image.has_clusters() {
             // More than 8 blocks.
             let attribute = Attribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED;
-            let result = sys::cuKernelSetAttribute(attribute, 1, loaded, ordinal);
-            check(&in_kernel("cuKernelSetAttribute"), result)?;
+            driver.cuKernelSetAttribute(attribute, 1, loaded, ordinal)?;
         }
-        let result = sys::cuKernelGetFunction(&raw mut function, loaded);
-        check(&in_kernel("cuKernelGetFunction"), result)?;
+        driver.cuKernelGetFunction(&raw mut function, loaded)?;
     }
     Ok(Function(function))
 }
@@ -317,7 +379,7 @@ mod tests {
     #[test]
     fn without_a_driver_there_is_a_reason() {
         // Nothing can be told where there is one.
-        let Err(reason) = driver() else { return };
+        let Some(reason) = driver().err() else { return };
         assert!(
             reason.contains("driver") || reason.contains("cuInit"),
             "{reason}"

@@ -181,10 +181,11 @@ pub fn forward(call: &Call, device: &Device) -> Option<Launch> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::launch::CLUSTER_SHARED_BYTES;
     use super::*;
 
-    /// What a block may have on GPUs with clusters, and more than half of which it must have.
-    const MAX_BYTES: usize = 232_448;
+    /// What a block may have, and more than half of which it must have.
+    const MAX_BYTES: usize = CLUSTER_SHARED_BYTES as usize;
 
     /// Seam or pre, with a norm or without.
     const VARIANTS: [(bool, bool); 4] =

@@ -1,6 +1,6 @@
 //! Launches of the products with phi (kernels/cuda/projection.cu).
 
-use super::launch::{Arg, Device, Kernel, Launch, Problem};
+use super::launch::{Arg, Device, Kernel, Launch, MAX_ROWS, Problem, SHARED_BYTES};
 use super::memory::{Part, TILE};
 use super::post;
 use super::sizes::{for_rows, is_aligned};
@@ -8,8 +8,6 @@ use crate::signature::Call;
 use crate::view::DType;
 
 const WARPS: usize = 8;
-/// What fits on every GPU that there are kernels for.
-const SHARED_BYTES: usize = 98 << 10;
 /// Blocks of d_phi's kernel that a large GPU runs at once. A constant, because the order of the sums
 /// follows from it.
 const D_PHI_BLOCKS: usize = 264;
@@ -154,7 +152,8 @@ pub fn project(call: &Call, device: &Device, shape: Shape, x: u64, partial: u64)
     let slices = shape.slices();
     let resident = (device.max_shared_bytes as usize / shared_bytes).clamp(1, 2);
     let slots = device.num_sms as usize * resident;
-    let groups = (slots / (slices * chunks)).clamp(1, call.tokens.div_ceil(TILE * WARPS).max(1));
+    let most = call.tokens.div_ceil(TILE * WARPS).clamp(1, MAX_ROWS);
+    let groups = (slots / (slices * chunks)).clamp(1, most);
     let function = for_rows(shape.c, ["project", "project_unaligned"]);
     Some(Launch {
         kernel: shape.kernel(function),
@@ -280,7 +279,8 @@ pub fn project_back(
     let registers_allow = if shape.dtype == DType::F32 { 1 } else { 2 } * WARPS / warps;
     let shared_allows = device.max_shared_bytes as usize / shared_bytes.max(1);
     let slots = device.num_sms as usize * registers_allow.min(shared_allows).max(1);
-    let groups = (slots / blocks).clamp(1, call.tokens.div_ceil(TILE).max(1));
+    let most = call.tokens.div_ceil(TILE).clamp(1, MAX_ROWS);
+    let groups = (slots / blocks).clamp(1, most);
     let back = Launch {
         kernel: shape.kernel(for_rows(shape.c, functions)),
         grid: [blocks as u32, groups as u32, 1],

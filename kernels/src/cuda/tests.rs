@@ -1,7 +1,10 @@
 //! What can be known of the CUDA side without a GPU.
 
+mod random;
+mod scratch;
+
 use super::images::{build, has_symbol};
-use super::launch::{Arg, Device, Tensor};
+use super::launch::{Arg, Device, Launch, Tensor};
 use super::{check_device_call, plan, status, workspace};
 use crate::permutations::MAX_PERMUTED;
 use crate::signature::{Example, Op};
@@ -109,38 +112,52 @@ fn examples() -> Vec<(String, Example)> {
     examples
 }
 
+/// Checks the limits of CUDA and of a GPU.
+fn check_launch(launch: &Launch, device: &Device, name: &str) {
+    let [x, y, z] = launch.grid;
+    assert!(x < 1 << 31 && y < 1 << 16 && z < 1 << 16, "{name}");
+    assert!(
+        launch.block <= 1024 && launch.block.is_multiple_of(32),
+        "{name}"
+    );
+    assert!(launch.shared_bytes <= device.max_shared_bytes, "{name}");
+    assert_eq!(x % launch.cluster, 0, "{name}");
+    for arg in &launch.args {
+        match arg {
+            Arg::I32(number) => assert!(*number >= 0, "{name}"),
+            Arg::I64(number) => assert!(*number >= 0, "{name}"),
+            Arg::TensorMap(tensor) => {
+                let (sizes, strides, box_sizes) = tensor.layout();
+                assert!(tensor.hidden.is_multiple_of(64), "{name}");
+                let least = u64::from(!launch.grid.contains(&0));
+                let possible = |size: &u64| (least..=1 << 32).contains(size);
+                assert!(sizes.iter().all(possible), "{name}");
+                let possible = |stride: &u64| stride.is_multiple_of(16) && *stride < 1 << 40;
+                assert!(strides.iter().all(possible), "{name}");
+                let possible = |size: &u32| (1..=256).contains(size);
+                assert!(box_sizes.iter().all(possible), "{name}");
+            }
+            _ => {}
+        }
+    }
+}
+
 #[test]
 fn plans_name_kernels_that_exist_and_fit_the_gpu() {
     let mut seen = std::collections::HashSet::new();
     for (name, example) in examples() {
         let needed = example.check(|call| {
             let call = call.unwrap();
-            workspace(&call.problem()).len(call.tokens)
+            workspace(&call.problem()).unwrap().len(call.tokens)
         });
         let example = example.with_workspace(needed);
         for device in [H100, B200, L4] {
             let launches = example.check(|call| plan(&call.unwrap(), &device));
             for launch in launches {
-                assert!(launch.block <= 1024 && launch.block % 32 == 0, "{name}");
-                assert!(launch.shared_bytes <= device.max_shared_bytes, "{name}");
-                let [x, y, z] = launch.grid;
-                assert_eq!(x % launch.cluster, 0, "{name}");
+                check_launch(&launch, &device, &name);
                 // So that a multiprocessor has one block, as Device::max_clusters says.
                 let alone = launch.shared_bytes > device.max_shared_bytes / 2;
                 assert!(launch.cluster == 1 || alone, "{name}");
-                for arg in &launch.args {
-                    if let Arg::TensorMap(tensor) = arg {
-                        let (sizes, strides, box_sizes) = tensor.layout();
-                        assert!(tensor.hidden.is_multiple_of(64), "{name}");
-                        assert!(sizes.iter().all(|size| *size > 0), "{name}");
-                        assert!(strides.iter().all(|stride| stride % 16 == 0), "{name}");
-                        assert!(
-                            box_sizes.iter().all(|size| (1..=256).contains(size)),
-                            "{name}"
-                        );
-                    }
-                }
-                assert!(x < 1 << 31 && y < 1 << 16 && z < 1 << 16, "{name}");
                 let runs = build().is_some_and(|build| {
                     let (major, minor) = device.capability;
                     build
@@ -158,7 +175,7 @@ fn plans_name_kernels_that_exist_and_fit_the_gpu() {
 
 /// The kernels of a call of 17 tokens, in their order.
 fn functions_of(example: Example, device: &Device) -> Vec<&'static str> {
-    let needed = example.check(|call| workspace(&call.unwrap().problem()).len(17));
+    let needed = example.check(|call| workspace(&call.unwrap().problem()).unwrap().len(17));
     let launches = (example.with_workspace(needed)).check(|call| plan(&call.unwrap(), device));
     launches
         .iter()
@@ -271,7 +288,7 @@ fn every_call_does_something() {
     for (name, example) in examples() {
         let needed = example.check(|call| {
             let call = call.unwrap();
-            workspace(&call.problem()).len(call.tokens)
+            workspace(&call.problem()).unwrap().len(call.tokens)
         });
         example.with_workspace(needed).check(|call| {
             let call = call.unwrap();

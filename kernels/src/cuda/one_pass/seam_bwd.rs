@@ -125,17 +125,17 @@ fn phi(call: &Call, device: &Device, shape: Shape, r_dm: u64, d_phi: u64) -> Lau
     const CHANNELS: usize = 128;
     const THREADS: u32 = 256;
     const SHARED_BYTES: u32 = 95_232;
-    const BLOCKS_OF_SM: u32 = 2;
+    const BLOCKS_OF_SM: usize = 2;
     let operand = |name| call.operand(name).data as u64;
     let tensor = |name, num_streams| {
         let dims = [call.tokens, num_streams, call.c];
         Arg::TensorMap(Tensor::new(operand(name), dims, [TILE, CHANNELS]))
     };
-    let slices = (call.c / CHANNELS) as u32;
+    let slices = call.c / CHANNELS;
     // There is room for as many sums as clusters make.
-    let most = (BLOCKS_OF_SM * device.num_sms / slices).clamp(1, shape.max_clusters());
-    let tiles = call.tokens.div_ceil(TILE);
-    let num_sums = most.min(tiles.try_into().unwrap_or(most));
+    let most = shape.max_clusters() as usize;
+    let most = (BLOCKS_OF_SM * device.num_sms as usize / slices).clamp(1, most);
+    let num_sums = most.min(call.tokens.div_ceil(TILE));
     let mut args = vec![tensor("x", STREAMS), tensor("y", 1)];
     args.extend(["h_post", "h_res"].map(|name| Arg::Pointer(operand(name))));
     args.extend([r_dm, d_phi].map(Arg::Pointer));
@@ -147,7 +147,7 @@ fn phi(call: &Call, device: &Device, shape: Shape, r_dm: u64, d_phi: u64) -> Lau
             size: "w128",
             dtype: call.dtype,
         },
-        grid: [slices, num_sums, 1],
+        grid: [slices as u32, num_sums as u32, 1],
         block: THREADS,
         cluster: 1,
         shared_bytes: SHARED_BYTES,
