@@ -7,7 +7,8 @@ import pytest
 from cases import DTYPES, PLATFORM
 
 from jax_mhc import _library
-from jax_mhc._calls import Call, bind
+from jax_mhc._calls import Call
+from jax_mhc._primitive import bind
 
 FORWARD, BACKWARD = Call("collapse_fwd", None), Call("collapse_bwd", None)
 

@@ -40,7 +40,9 @@ def test_disable_jit(op, where):
         value, pullback = jax.vjp(functools.partial(where, op), operands)
         lead = jax.tree.leaves(value)[0].ndim - jax.tree.leaves(cotangents)[0].ndim
         size = jax.tree.leaves(value)[0].shape[:lead]
-        stacked = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*size, *leaf.shape)), cotangents)
+        stacked = jax.tree.map(
+            lambda leaf: jnp.broadcast_to(leaf, (*size, *leaf.shape)), cotangents
+        )
         return value, pullback(stacked)
 
     expected = jax.jit(value_and_gradient)(operands)
@@ -94,9 +96,7 @@ def gradient_of_stack(layer=lambda u, s: jnp.tanh(u) * s):
     """With layers that are new functions in every call."""
     return jax.grad(
         lambda params: jnp.sum(
-            mhc.stack(
-                [lambda u, s: layer(u, s)] * 2, X, [params] * 2, xs=jnp.ones(8, jnp.float32)
-            )
+            mhc.stack([lambda u, s: layer(u, s)] * 2, X, [params] * 2, xs=jnp.ones(8, jnp.float32))
         )
     )(MANY)
 

@@ -373,7 +373,12 @@ def test_a_refused_handler_for_gpus(monkeypatch):
 
     library = _library._load()
     library["handlers"] += [
-        {"name": _library.target_name("pre_fwd"), "platform": "CUDA", "initialize": 8, "execute": 16}
+        {
+            "name": _library.target_name("pre_fwd"),
+            "platform": "CUDA",
+            "initialize": 8,
+            "execute": 16,
+        }
     ]
     monkeypatch.setattr(_library, "_load", lambda: library)
     monkeypatch.setattr(_library, "_outcome", None)

@@ -176,7 +176,8 @@ def test_initial_gates_can_move():
 
     def loss(params):
         u, ctx = pre(x, params, implementation="reference")
-        return jnp.sum(u**2) + jnp.sum(ctx.h_post * jnp.arange(1, 5).astype(u.dtype))
+        factors = jnp.broadcast_to(jnp.arange(1, 5).astype(u.dtype), ctx.h_post.shape)
+        return jnp.sum(u**2) + jnp.sum(ctx.h_post * factors)
 
     gradient = jax.grad(loss)(params)
     assert jnp.all(jnp.any(gradient.phi[:, :8] != 0, axis=0))

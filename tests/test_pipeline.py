@@ -31,7 +31,8 @@ def plain(connection):
     # Connections away from their initial values, so that all of them have gradients.
     rng = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda leaf: np.asarray(leaf + 0.02 * rng.normal(size=leaf.shape), np.float32), params
+        lambda leaf: np.asarray(np.asarray(leaf) + 0.02 * rng.normal(size=leaf.shape), np.float32),
+        params,
     )
     tokens = pipeline.load_batches(settings)[0]
     both = jax.value_and_grad(functools.partial(pipeline.plain_loss, s=settings))

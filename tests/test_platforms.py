@@ -34,10 +34,7 @@ from jax_mhc import _calls, _library, presets
 CASE = Case((6, 5), 4, 64)
 CHECKS = [
     export.DisabledSafetyCheck.platform(),
-    *(
-        export.DisabledSafetyCheck.custom_call(_library.target_name(name))
-        for name in _calls._CALLS
-    ),
+    *(export.DisabledSafetyCheck.custom_call(_library.target_name(name)) for name in _calls._CALLS),
 ]
 
 
@@ -87,7 +84,10 @@ def test_every_platform_of_a_program_gets_its_own(op):
 @pytest.mark.parametrize("op", ["pre", "post", "post_pre", "sinkhorn", "head"])
 def test_fused_is_an_error_where_there_are_no_kernels(op):
     """At lowering: before, nobody can know the platform."""
-    for dtype, platform, error in ((np.float32, "tpu", ValueError), (np.float64, "cuda", TypeError)):
+    for dtype, platform, error in (
+        (np.float32, "tpu", ValueError),
+        (np.float64, "cuda", TypeError),
+    ):
         if dtype == np.float64 and PLATFORM == "cuda":
             continue  # refused when it is traced
         run, arrays = value_and_gradients(op, CASE, "fused"), arrays_of(op, CASE, dtype)
@@ -151,8 +151,7 @@ print(json.dumps([float(np.sum(value)), float(np.sum(gradient)), float(np.sum(co
 
 
 def test_programs_run_in_a_fresh_process(tmp_path):
-    """One that imports the package and traces nothing: exported ones, their gradients, executables.
-    """
+    """One that imports the package and traces nothing: exported ones, their gradients, executables."""
     import pickle
 
     from jax.experimental import serialize_executable

@@ -132,7 +132,7 @@ def test_expand_and_reduce(shape, dtype):
     assert x.shape == (*shape[:-1], 3, 6) and x.dtype == u.dtype
     for i in range(3):
         np.testing.assert_array_equal(x[..., i, :], u)
-    x = x * jnp.arange(1, 4).astype(dtype)[:, None]
+    x = x * jnp.broadcast_to(jnp.arange(1, 4).astype(dtype)[:, None], x.shape)
     wide = np.asarray(x, np.float64)
     tolerance = {"rtol": 2 * float(jnp.finfo(dtype).eps)}
     for method, exact in [("mean", wide.mean(-2)), ("sum", wide.sum(-2))]:

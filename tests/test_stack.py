@@ -245,7 +245,7 @@ def with_all_kinds_of_values(o, scale, table, **options):
     def first(u, s):
         mixed = jnp.tanh(jnp.matmul(u, s["weights"][0], precision="highest"))
         dropped = jax.random.bernoulli(s["key"], 0.5, u.shape)
-        return jnp.where(dropped, 0, mixed[..., numbers] * scale * table)
+        return jnp.where(dropped, 0, mixed[..., numbers] * scale * jnp.broadcast_to(table, u.shape))
 
     @jax.checkpoint
     def second(u, s):

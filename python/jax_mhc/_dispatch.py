@@ -170,8 +170,7 @@ def _batched(spread: Spread) -> Callable[..., Sequence[jax.Array]]:
     def _(axis_size: int, batched: list[bool], *operands: jax.Array) -> Any:
         everywhere = [True] * len(spread.call.results)
         if has_batch:
-            again = Spread(spread.call, tuple(batched), spread.hidden_axes)
-            return map_batch(call, again, operands), everywhere
+            return _batch_of_batches(spread, tuple(batched))(*operands), everywhere
         backward = any(map(is_parameter, spread.call.results))
         if backward or any(b and is_parameter(n) for n, b in zip(names, batched, strict=True)):
             mapped = spread._replace(mapped=tuple(batched))
@@ -186,6 +185,14 @@ def _batched(spread: Spread) -> Callable[..., Sequence[jax.Array]]:
         ), everywhere
 
     return call
+
+
+@functools.cache
+def _batch_of_batches(spread: Spread, mapped: tuple[bool, ...]) -> Callable[..., Any]:
+    """The batches of a mapped batch, one after the other; outside of `jax.jit` compiled once."""
+    again = spread._replace(mapped=mapped)
+    call = _batched(spread)
+    return jax.jit(lambda *operands: map_batch(call, again, operands), inline=True)
 
 
 # ---- derivatives that the kernels do not have ---------------------------------------------------

@@ -1,9 +1,9 @@
 """The shared library with the fused kernels: checked, loaded and registered on import.
 
-Programs that were exported or compiled elsewhere hold calls of these handlers, and run in a process
-that traces no op; so the handlers of all platforms are there once the package is imported. That
-takes 2 ms, starts no backend and no thread, and leaves the CUDA driver alone, which is asked when an
-op is traced for an NVIDIA GPU. XLA refuses a handler that it does not know how to call when a
+Programs that were exported or compiled elsewhere hold calls of these handlers, and run in processes
+that trace no op; so the handlers of all platforms are there once the package is imported. That
+takes 2 ms, starts no backend and no thread, and leaves the CUDA driver alone, which is asked when
+an op is traced for an NVIDIA GPU. XLA refuses a handler that it does not know how to call when a
 backend starts, and then no JAX program runs at all; so everything is checked before anything is
 registered.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import math
 import re
 import struct
 import sys
@@ -245,7 +246,7 @@ def _load() -> dict[str, Any]:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a file has all bytes that an ELF library says it maps.
+    """Whether a file has all bytes that an ELF library says it has.
 
     To touch those that a truncated one lacks would end the process (SIGBUS). Other formats are left
     to their loaders, which check it themselves.
@@ -256,11 +257,11 @@ def _is_whole(path: Path) -> bool:
             return not b"\x7fELF\x02\x01".startswith(header[:6])
         if len(header) < 64:
             return False
-        start, size, num = struct.unpack_from("<32xQ14xHH", header)
+        start, sections, size, num, *of_sections = struct.unpack_from("<32xQQ6xHHHH", header)
         file.seek(start)
         table = file.read(size * num)
         length = file.seek(0, 2)
-    if len(table) < size * num:
+    if len(table) < size * num or length < sections + math.prod(of_sections):
         return False
     # Of each segment its offset in the file and its size there.
     segments = (struct.unpack_from("<8xQ16xQ", table, at * size) for at in range(num))

@@ -214,17 +214,13 @@ def _normalized(u: Any, scale: Any, eps: float) -> tuple[Any, Any]:
     return reference.for_tokens(scale, u) * (rho * u), rho
 
 
-def _project_back(
-    x: Any, phi: Any, m: Any, r: Any, config: MHCConfig, d_m: Any
-) -> tuple[Any, Any]:
+def _project_back(x: Any, phi: Any, m: Any, r: Any, config: MHCConfig, d_m: Any) -> tuple[Any, Any]:
     """The gradients of x and phi through m = r · (vec(x) phi)."""
     highest = jax.lax.Precision.HIGHEST
     width = math.prod(x.shape[-2:])
     flat, r_d_m = x.reshape(*x.shape[:-2], width), r[..., None] * d_m
     tokens = tuple(range(r.ndim))
-    d_phi = jax.lax.dot_general(
-        flat, r_d_m, (((tokens), (tokens)), ((), ())), precision=highest
-    )
+    d_phi = jax.lax.dot_general(flat, r_d_m, (((tokens), (tokens)), ((), ())), precision=highest)
     # r depends on x, too: the term of the norm.
     factor = r * jnp.sum(d_m * m, -1) / width
     if config.norm_eps_mode == "inside":

@@ -1,8 +1,8 @@
 """The primitive that a call is: its types, and what becomes of it where a program is lowered.
 
-A call runs on one device, on what that device has; `_mesh` spreads it over many. The platform that a
-program is lowered for, and not the one that it is traced on, says what it becomes: a custom call, or
-plain JAX (`_plain.py`). A batch of calls, whose elements have parameters of their own, is one
+A call runs on one device, on what that device has; `_mesh` spreads it over many. The platform that
+a program is lowered for, and not the one that it is traced on, says what it becomes: a custom call,
+or plain JAX (`_plain.py`). A batch of calls, whose elements have parameters of their own, is one
 primitive too, so that it can become whichever is faster.
 """
 
@@ -70,7 +70,7 @@ def _result_types(
     lead: tuple[int, ...] = ()
     if mapped is not None:
         sizes = [value.shape[0] for value, m in zip(operands, mapped, strict=True) if m]
-        lead = sizes[0], 
+        lead = (sizes[0],)
         elements = [
             jax.ShapeDtypeStruct(value.shape[m:], value.dtype)
             for value, m in zip(operands, mapped, strict=True)
@@ -116,11 +116,17 @@ def _lower_plain(
     """Plain JAX, for platforms without kernels."""
     if call.fused:
         platform, *_ = context.platforms or context.module_context.platforms
-        refuse_fused(call.op, platform, context.avals_in[0].dtype.name)
+        refuse_fused(call.op, platform, _dtype(context))
     run: Callable[..., Any] = functools.partial(_plain.run, call)
     if mapped is not None:
         run = jax.vmap(run, in_axes=[0 if m else None for m in mapped])
     return mlir.lower_fun(run, multiple_results=True)(context, *operands)
+
+
+def _dtype(context: mlir.LoweringRuleContext) -> str:
+    """The dtype of the streams, or of what has their place."""
+    streams: Any = context.avals_in[0]
+    return streams.dtype.name
 
 
 def _lower_cpu(
@@ -136,7 +142,7 @@ def _lower_cuda(
     context: mlir.LoweringRuleContext, *operands: Any, call: Call, mapped: Any
 ) -> Sequence[Any]:
     """The same with the workspace, which XLA then owns as it owns every result."""
-    if context.avals_in[0].dtype.name not in KERNELS["cuda"]:
+    if _dtype(context) not in KERNELS["cuda"]:
         return _lower_plain(context, *operands, call=call, mapped=mapped)
     if mapped is not None:
         return _lower_batch(context, *operands, call=call, mapped=mapped)
@@ -176,9 +182,7 @@ def _is_small(call: Call, operands: Sequence[Any], mapped: tuple[bool, ...]) -> 
 _SMALL = 1 << 14
 
 
-def _lower_call(
-    context: mlir.LoweringRuleContext, *operands: Any, call: Call
-) -> Sequence[Any]:
+def _lower_call(context: mlir.LoweringRuleContext, *operands: Any, call: Call) -> Sequence[Any]:
     """The custom call."""
     aliases = {
         call.operands.index(operand): call.results.index(result)

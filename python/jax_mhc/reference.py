@@ -42,7 +42,7 @@ def _inverse_rms(x: jax.Array, config: MHCConfig) -> jax.Array:
 
 
 def projection(x: jax.Array, phi: jax.Array, config: MHCConfig) -> tuple[jax.Array, jax.Array]:
-    """Normalised projection m = r · (vec(x) phi), and r [14, 15]: [..., n, C] -> [..., K], [...]."""
+    """Projection m = r · (vec(x) phi) `[..., K]` and r `[...]` [14, 15] of x `[..., n, C]`."""
     # Not -1 for the last size: it cannot be inferred where there are no tokens.
     flat = x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
     projected = jnp.matmul(flat, phi, precision=lax.Precision.HIGHEST)

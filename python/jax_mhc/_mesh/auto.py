@@ -184,9 +184,9 @@ def _layout(spread: Spread, mesh: AbstractMesh, operands: Sequence[Any]) -> Layo
 def _warn_of_streams(axes: Axes) -> None:
     """Tells once of streams that XLA gathers, since nobody may have asked for their split."""
     logging.getLogger("jax_mhc").warning(
-        "XLA splits the streams of a token (n) over the mesh axes %s, and gathers them for every op, "
-        "in which each stream mixes with all others; sharding constraints on [..., n, C] should name "
-        "an axis for each dimension, and None for n", axes
+        "XLA splits the streams of a token (n) over the mesh axes %s, and gathers them for every "
+        "op, in which each stream mixes with all others; sharding constraints on [..., n, C] "
+        "should name an axis for each dimension, and None for n", axes
     )  # fmt: skip
 
 

@@ -151,7 +151,8 @@ def mixing(h_res: jax.Array) -> Mixing:
     tiny = jnp.finfo(h_res.dtype).tiny
     shares = sizes / jnp.maximum(jnp.sum(sizes, -1, keepdims=True), tiny)
     entropy = -jnp.sum(shares * jnp.log(jnp.maximum(shares, tiny)), -1)
-    difference = h_res - jnp.eye(h_res.shape[-1], dtype=h_res.dtype)
+    identity = jnp.eye(h_res.shape[-1], dtype=h_res.dtype)
+    difference = h_res - jax.lax.expand_dims(identity, range(h_res.ndim - 2))
     return Mixing(
         row_error=jnp.max(jnp.abs(jnp.sum(h_res, -1) - 1), -1),
         column_error=jnp.max(jnp.abs(jnp.sum(h_res, -2) - 1), -1),
@@ -184,5 +185,5 @@ def stream_similarity(x: jax.Array) -> jax.Array:
     size = jnp.sqrt(jnp.sum(x * x, -1, keepdims=True))
     # With lengths of 1, the squared length of the sum is n and the similarities of all pairs.
     total = jnp.sum(x / jnp.where(size == 0, 1, size), -2)
-    own = jnp.sum(size[..., 0] != 0, -1)
+    own = jnp.sum(size[..., 0] != 0, -1, dtype=x.dtype)
     return (jnp.sum(total * total, -1) - own) / (n * (n - 1))
