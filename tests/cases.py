@@ -309,9 +309,8 @@ def _run_head(o, config, implementation, **where):
 def _run_residual(o, config, implementation, **where):
     def layer(u):
         wide = u.astype(o["gain"].dtype)
-        return jnp.tanh(wide * jax.lax.expand_dims(o["gain"], range(u.ndim - 1))).astype(
-            u.dtype
-        ), jnp.mean(wide**2, axis=-1)
+        gain = jax.lax.expand_dims(o["gain"], range(u.ndim - 1))
+        return jnp.tanh(wide * gain).astype(u.dtype), jnp.mean(wide**2, axis=-1)
 
     options = {
         "config": config,

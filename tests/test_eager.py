@@ -40,10 +40,8 @@ def test_disable_jit(op, where):
         value, pullback = jax.vjp(functools.partial(where, op), operands)
         lead = jax.tree.leaves(value)[0].ndim - jax.tree.leaves(cotangents)[0].ndim
         size = jax.tree.leaves(value)[0].shape[:lead]
-        stacked = jax.tree.map(
-            lambda leaf: jnp.broadcast_to(leaf, (*size, *leaf.shape)), cotangents
-        )
-        return value, pullback(stacked)
+        copies = [jnp.broadcast_to(ct, (*size, *ct.shape)) for ct in jax.tree.leaves(cotangents)]
+        return value, pullback(jax.tree.unflatten(jax.tree.structure(value), copies))
 
     expected = jax.jit(value_and_gradient)(operands)
     with jax.disable_jit():

@@ -151,7 +151,7 @@ print(json.dumps([float(np.sum(value)), float(np.sum(gradient)), float(np.sum(co
 
 
 def test_programs_run_in_a_fresh_process(tmp_path):
-    """One that imports the package and traces nothing: exported ones, their gradients, executables."""
+    """One that imports the package: exported ones, gradients of these, executables."""
     import pickle
 
     from jax.experimental import serialize_executable

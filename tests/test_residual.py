@@ -1,5 +1,7 @@
 """Entry, exit, a whole sublayer; and the plain residual model that training starts from."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,6 +148,24 @@ def test_reduce_rounds_once():
     # In bfloat16 each of these additions to 256 would be rounded away.
     x = jnp.array([[256], [1], [1], [1], [1]], jnp.bfloat16)
     assert reduce(x, method="sum") == 260
+
+
+def test_gradient_of_expand_rounds_once():
+    """A sum over the streams, in every mode; in bfloat16 each of these ones would be lost."""
+    cotangent = jnp.array([[256], [1], [1], [1], [1]], jnp.bfloat16)
+    u = jnp.zeros((1,), jnp.bfloat16)
+
+    def run(u):
+        return expand(u, streams=5)
+
+    def gradient(run, u, cotangent):
+        return jax.vjp(run, u)[1](cotangent)[0]
+
+    assert gradient(run, u, cotangent) == 260
+    assert jax.linear_transpose(run, u)(cotangent)[0] == 260
+    assert gradient(lambda u: jax.jvp(run, (u,), (u,))[1], u, cotangent) == 260
+    of_many = jax.vmap(functools.partial(gradient, run))
+    assert (of_many(jnp.stack([u, u]), jnp.stack([cotangent, cotangent])) == 260).all()
 
 
 def test_expand_and_reduce_have_every_derivative():

@@ -103,6 +103,21 @@ def test_gradient_of_vmap(op, mapped):
     assert_trees_close(actual, (outputs, summed(gradients, mapped)))
 
 
+def test_gradient_of_shared_streams_rounds_once():
+    """It is a sum over the batch; in bfloat16 each of these ones would be lost."""
+    params = jax.vmap(lambda key: jax_mhc.init_params(key, streams=2, hidden=3))(
+        jax.random.split(jax.random.key(0), 5)
+    )
+
+    def streams(x):
+        return jax.vmap(lambda p: jax_mhc.pre(x, p, implementation="fused")[1].x)(params)
+
+    x = jnp.ones((2, 3), jnp.bfloat16)
+    cotangent = jnp.ones((5, 2, 3), jnp.bfloat16).at[0].set(256)
+    (d_x,) = jax.vjp(streams, x)[1](cotangent)
+    assert (d_x == 260).all()
+
+
 @pytest.mark.parametrize("op, mapped", MAPPED)
 def test_vmap_of_gradient(op, mapped):
     axes, operands, cotangents, expected = batch(op, mapped)

@@ -64,7 +64,11 @@ __device__ inline void collapse(const Stream* row, const float (&h)[N], Stream* 
   }
 }
 
-KERNEL(pre_fwd, kThreads, EXACT ? (N <= 4 ? 4 : 2) : 1)
+// Blocks at once on a multiprocessor; with eight streams not so many where the compiler would spill registers.
+constexpr bool kForwardSpills = N > 4 && (sizeof(Stream) == 4 || __CUDA_ARCH__ >= 1200);
+constexpr int kForwardBlocks = !EXACT ? 1 : kForwardSpills ? 2 : 4;
+
+KERNEL(pre_fwd, kThreads, kForwardBlocks)
 (const Stream* x, const float* partial, int slices, const float* alpha, const float* bias,
  Stream* u, float* h_pre, float* h_post, float* h_res, float* m, float* r, int tokens, int hidden,
  int columns, Layout layout, Settings settings) {

@@ -12,6 +12,14 @@
 
 #include "common.cuh"
 
+// What rounding takes from a - b, exactly (Knuth), up to 64: where it is more, numbers of the size of a - b
+// differ by more than 64. Where a - b is infinite, it is a number too.
+__device__ inline float rounded_off(float a, float b) {
+  const float difference = a - b, less = difference - a;
+  const float lost = (a - (difference - less)) - (b + less);
+  return fminf(fmaxf(lost, -64.f), 64.f);
+}
+
 template <int N, int LANES = N>
 struct Sinkhorn {
   // Columns of a lane.
@@ -163,7 +171,7 @@ struct Sinkhorn {
     softmax(z, m, largest, scale);
     if (settings.sinkhorn_eps == 0.f) {
       // A whole group of the second axis may have vanished. Start again from the logits: here a group's
-      // largest element is scaled to 1 before anything is rounded away.
+      // largest element is scaled to about 1 before anything is rounded away.
       Matrix shifted;
       for_each([&](int k, int i) {
         shifted[k][i] = active(k, i) ? z[k][i] - largest[k] : __uint_as_float(0xff800000);
@@ -171,7 +179,8 @@ struct Sinkhorn {
       float shift[N];
       over_lanes(shifted, shift, [](float a, float b) { return fmaxf(a, b); });
       for_each([&](int k, int i) {
-        m[k][i] = active(k, i) ? expf(z[k][i] - largest[k] - shift[i]) * scale[k] : 0.f;
+        const float log = z[k][i] - largest[k] - shift[i] + rounded_off(z[k][i], largest[k]);
+        m[k][i] = active(k, i) ? expf(log) * scale[k] : 0.f;
       });
     } else if (!settings.clamp) {
       for_each([&](int k, int i) { m[k][i] = active(k, i) ? m[k][i] + settings.sinkhorn_eps : 0.f; });

@@ -68,6 +68,16 @@ fn normalise<V: Vector>(m: &mut [V], n: usize, axis: Axis, eps: V, mode: EpsMode
     }
 }
 
+/// What rounding took from `difference` = a - b, exactly (Knuth), up to 64: where it is more, numbers of
+/// this size differ by more than 64. Where the difference is infinite, it is a number too.
+#[inline(always)]
+fn rounded_off<V: Vector>(a: V, b: V, difference: V) -> V {
+    let less = difference - a;
+    let excess = (b + less) - (a - (difference - less));
+    let least = V::splat(V::Real::from_f64(-64.0));
+    (V::zero() - excess.max(least)).max(least)
+}
+
 /// h <- project(z). `history` is empty, or has room for [`history_len`] vectors.
 ///
 /// `N` is n where the compiler should know it, and [`MAX_STREAMS`] otherwise.
@@ -121,7 +131,7 @@ pub fn forward<V: Vector, const N: usize>(
 
     if config.sinkhorn_eps == 0.0 {
         // A whole group of the second axis may have vanished. Start again from the logits: here a
-        // group's largest element is scaled to 1 before anything is rounded away.
+        // group's largest element is scaled to about 1 before anything is rounded away.
         for group in 0..n {
             let at = |k: usize| group * second.group + k * second.element;
             let mut shift = z[at(0)] - largest[0];
@@ -129,7 +139,9 @@ pub fn forward<V: Vector, const N: usize>(
                 shift = shift.max(z[at(k)] - largest[k]);
             }
             for k in 0..n {
-                h[at(k)] = (z[at(k)] - largest[k] - shift).exp() * scale[k];
+                let below = z[at(k)] - largest[k];
+                let lost = rounded_off(z[at(k)], largest[k], below);
+                h[at(k)] = (below - shift + lost).exp() * scale[k];
             }
         }
     } else if mode == EpsMode::Add {

@@ -29,6 +29,7 @@ from jax.interpreters import ad, batching, mlir
 
 from jax_mhc import _library
 from jax_mhc._calls import KERNELS, Call, is_parameter, refuse_fused
+from jax_mhc._copies import copies
 from jax_mhc._errors import choice, fail
 from jax_mhc._mesh import Spread, map_batch, run
 from jax_mhc._types import MHCConfig
@@ -258,7 +259,7 @@ def _primitives() -> _Primitives:
         if axes[0] is None:
             mapped = zip(others, axes[1:], strict=True)
             size = next(other.shape[axis] for other, axis in mapped if axis is not None)
-            streams, axes = jnp.broadcast_to(streams, (size, *streams.shape)), (0, *axes[1:])
+            streams, axes = copies(streams, size, axis=0), (0, *axes[1:])
         return reverse_mode.bind(streams, *others, op=op), axes
 
     reverse_mode.multiple_results = True

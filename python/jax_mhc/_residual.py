@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, _errors
+from jax_mhc._copies import copies
 from jax_mhc._dispatch import Implementation
 from jax_mhc._ops.post import post
 from jax_mhc._ops.pre import pre
@@ -25,14 +26,15 @@ def expand(u: jax.Array, *, streams: int) -> jax.Array:
         streams: n, from 1 to 16.
 
     Returns:
-        The streams `[..., n, C]`, of u's dtype. Differentiable in every mode.
+        The streams `[..., n, C]`, of u's dtype. Differentiable in every mode; the gradient, a sum
+        over the streams, is float32 (float64 for float64 streams) and rounded once.
 
     Raises:
         ValueError, TypeError: u without a hidden axis or of another dtype; streams out of range.
     """
     n = _errors.num_streams("expand", "streams", streams)
     u = _check.hidden_state("expand", "u", u)
-    return jnp.broadcast_to(u[..., None, :], (*u.shape[:-1], n, u.shape[-1]))
+    return copies(u, n, axis=-2)
 
 
 def reduce(x: jax.Array, *, method: Literal["mean", "sum"] = "mean") -> jax.Array:

@@ -97,12 +97,23 @@ def head_from_deepseek_v4(hc_fn: Any, hc_base: Any, hc_scale: Any) -> HeadParams
 def from_megatron(weight: Any, alpha: Any, bias: Any) -> MHCParams:
     """Parameters of one Megatron Core hyper-connection; use them with `presets.MEGATRON`.
 
-    This is the first form of its `HyperConnectionModule`, which multiplies the streams by h_res as
-    we do, so that nothing is transposed but the weight. In May 2026 Megatron Core went over to
-    DeepSeek-V4's convention (softmax with an added eps, product with the transpose of h_res).
-    Parameters trained since then are `from_deepseek_v4(weight, bias, alpha)` with
-    `dataclasses.replace(presets.DEEPSEEK_V4, norm_eps_mode="outside")`. The state dict does not
-    tell the two apart.
+    This is the form of `HyperConnectionModule` in its branch main (as of August 2026), which
+    multiplies the streams by h_res as we do, so that nothing is transposed but the weight. Its
+    branch dev went over to DeepSeek-V4's convention in May 2026. Parameters trained with that are
+    `from_deepseek_v4(weight, bias, alpha)` with
+    `dataclasses.replace(presets.DEEPSEEK_V4, norm_eps_mode="outside")`.
+
+    Names and shapes are the same in both, and the wrong form is off by 0.6 without an error. What
+    tells them apart is the code that trained the parameters, in its Sinkhorn and its product:
+
+    - main: exp of the logits less the largest of their row, then divisions by sums clamped at
+      eps. The streams are multiplied by h_res.
+    - dev: `softmax(dim=-1) + eps`, then divisions by `sum + eps`. The streams are multiplied by the
+      transpose of h_res (`H_res^T`).
+
+    Or what that code computes with an eps of 1e-2: the columns of main's h_res sum to 1 to
+    rounding, those of dev's to 1 less about eps. With a checkpoint alone compare the model's loss
+    under both: the right one gives that of the training.
 
     Args:
         weight: `mapping_proj.weight`, `[n² + 2n, nC]`.

@@ -3,8 +3,8 @@
 - `PAPER`: arXiv 2512.24880; the defaults of `MHCConfig`.
 - `DEEPSEEK_V4`: DeepSeek-V4 and what follows its kernels. Its `comb` is the transpose of our h_res,
   so that its softmax over rows followed by columns is column_row here.
-- `MEGATRON`: the first hyper-connections of Megatron Core (before it took over DeepSeek-V4's
-  convention; see `jax_mhc.convert.from_megatron`).
+- `MEGATRON`: the hyper-connections of Megatron Core's branch main, as of August 2026. Its branch
+  dev has taken over DeepSeek-V4's convention; `jax_mhc.convert.from_megatron` says how to tell.
 """
 
 from jax_mhc._types import MHCConfig

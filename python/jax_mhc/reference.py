@@ -24,6 +24,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc._check import accumulation_dtype
+from jax_mhc._log_derivatives import log_normalized, log_shifted, matrix_of
 from jax_mhc._types import Context, HeadParams, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
@@ -74,6 +75,17 @@ def weighted_sum(weights: jax.Array, x: jax.Array) -> jax.Array:
     return mix(weights[..., None, :], x)[..., 0, :]
 
 
+def _rounded_off(minuend: jax.Array, subtrahend: jax.Array, difference: jax.Array) -> jax.Array:
+    """What rounding took from a difference, exactly (Knuth), up to 64.
+
+    Where it is larger, neighbouring numbers differ by more than 64. Where the difference is
+    infinite, it is a number too.
+    """
+    less = difference - minuend
+    lost = (minuend - (difference - less)) - (subtrahend + less)
+    return jnp.fmin(jnp.fmax(lost, -64.0), 64.0)
+
+
 # Jitted, so that its loop is compiled once outside of jax.jit, too; inside it leaves no trace.
 @functools.partial(jax.jit, static_argnames="config", inline=True)
 def sinkhorn(logits: jax.Array, *, config: MHCConfig = PAPER) -> jax.Array:
@@ -83,29 +95,41 @@ def sinkhorn(logits: jax.Array, *, config: MHCConfig = PAPER) -> jax.Array:
     # Tokens last, so that the sums over n values vectorise over tokens: [n, n, ...].
     logits = jnp.moveaxis(logits, (-2, -1), (0, 1))
     first, second = (0, 1) if config.order == "column_row" else (1, 0)
-    eps = config.sinkhorn_eps
+    eps, add = config.sinkhorn_eps, config.sinkhorn_eps_mode == "add"
 
-    def normalize(matrix: jax.Array, axis: int) -> jax.Array:
+    # Differentiated with respect to log M, as the kernels do it; see _log_derivatives.py.
+    def normalize(state: tuple[jax.Array, jax.Array], axis: int) -> tuple[jax.Array, jax.Array]:
+        matrix, log = state
         total = jnp.sum(matrix, axis, keepdims=True)
-        add = config.sinkhorn_eps_mode == "add"
-        return matrix / (total + eps if add else jnp.maximum(total, eps))
+        matrix = matrix / (total + eps if add else jnp.maximum(total, eps))
+        normalized = log_normalized(log, matrix, axis)
+        # Where eps took the place of the sum, it has no derivative.
+        return matrix, normalized if add or eps == 0 else jnp.where(total < eps, log, normalized)
 
+    # The softmax over the first axis.
+    z = lax.stop_gradient(logits)
+    largest = jnp.max(z, first, keepdims=True)
+    below = z - largest
+    matrix = jnp.exp(below)
+    scale = 1 / jnp.sum(matrix, first, keepdims=True)
+    matrix = matrix * scale
+    log = log_normalized(logits, matrix, first)
     if eps == 0:
-        # In the log domain, so that no finite logits can divide zero by zero. After this every sum
-        # is at least 1 / n², and plain divisions are safe.
-        matrix = jax.nn.softmax(jax.nn.log_softmax(logits, first), second)
-    else:
-        matrix = jax.nn.softmax(logits, first)
-        if config.sinkhorn_eps_mode == "add":
-            matrix = matrix + eps
-        matrix = normalize(matrix, second)
-    matrix = lax.fori_loop(
+        # A whole group of the second axis may have vanished. Start again from the logits: here a
+        # group's largest element is scaled to about 1 before anything is rounded away. After this
+        # every sum is at least 1 / n², and plain divisions are safe.
+        shift = jnp.max(below, second, keepdims=True)
+        matrix = jnp.exp(below - shift + _rounded_off(z, largest, below)) * scale
+    elif add:
+        log = log_shifted(log, matrix, eps)
+        matrix = matrix + eps
+    matrix, log = lax.fori_loop(
         1,
         config.sinkhorn_iters,
-        lambda _, matrix: normalize(normalize(matrix, first), second),
-        matrix,
+        lambda _, state: normalize(normalize(state, first), second),
+        normalize((matrix, log), second),
     )
-    return jnp.moveaxis(matrix, (0, 1), (-2, -1))
+    return jnp.moveaxis(matrix_of(matrix, log), (0, 1), (-2, -1))
 
 
 def _mixed_permutations(logits: jax.Array, streams: int) -> jax.Array:

@@ -32,9 +32,11 @@ def sinkhorn(
 
     T_c divides each column by its sum (over i of M[i, j]), T_r each row; `config.order` swaps them.
     The axis that comes last sums to 1 to rounding, the other only to convergence, which is slow
-    for peaked logits. Finite logits give finite results, whatever their size (but for
-    sinkhorn_iters = 0, which is exp). Source: arXiv 2512.24880; docs/mathematics.md has the place
-    of each epsilon.
+    for peaked logits. Finite logits up to 1e38 in size give finite results and gradients (but for
+    sinkhorn_iters = 0, which is exp). A common offset of a row or a column costs no digits: with
+    sinkhorn_eps = 0 the results are right to some roundings where the logits of a column (of a row,
+    if rows come first) differ by less than 2^31, in float64 by less than 2^60. Source: arXiv
+    2512.24880; docs/mathematics.md has the place of each epsilon.
 
     Computed in the dtype of the logits. Differentiable through all iterations, in reverse mode of
     first order (the reference: in every mode); the backward pass keeps the logits alone and repeats
