@@ -4,7 +4,7 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 
 use crate::parallel::{Pool, Serial, Task};
 use crate::scratch::{Exhausted, filled};
@@ -63,7 +63,7 @@ unsafe impl GlobalAlloc for Refusing {
 #[derive(Default)]
 struct Helper(Mutex<Vec<std::thread::JoinHandle<()>>>);
 
-impl Pool for Arc<Helper> {
+impl Pool for Helper {
     fn num_threads(&self) -> usize {
         2
     }
@@ -133,9 +133,9 @@ fn every_allocation_may_fail() {
 #[test]
 fn every_allocation_may_fail_on_any_thread() {
     for op in [Op::PreFwd, Op::SeamBwd, Op::SinkhornBwd] {
-        let pool = Arc::new(Helper::default());
+        let pool = Helper::default();
         refuse_each(&example(op, Constraint::Birkhoff), &pool);
-        for thread in pool.0.lock().unwrap().drain(..) {
+        for thread in pool.0.into_inner().unwrap() {
             thread.join().unwrap();
         }
     }
