@@ -41,7 +41,7 @@ lint: .venv/installed-test,dev,examples,bench  ## run the formatters' and linter
 
 # Undefined behaviour in the portable path, on Rust's nightly toolchain with its component `miri`. CUDA's tests have
 # a libcuda to load, and loom's have threads of their own kind.
-miri:  ## run the Rust tests of the CPU kernels in Miri; takes a quarter of an hour
+miri:  ## run the Rust tests of the CPU kernels in Miri, which takes long
 	MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test --locked --package jax-mhc-kernels --lib \
 	  -- --skip cuda --skip interleavings
 
@@ -51,8 +51,8 @@ reproduce: .venv/ready | $(HEADERS) $(COMPILER)  ## build the wheel at two paths
 	  git clone --quiet . .build/reproduce/$$place && \
 	  $(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir .build/reproduce/$$place/dist \
 	    .build/reproduce/$$place || exit 1; done
-	sha256sum .build/reproduce/*/dist/*.whl .build/reproduce/elsewhere/and/deeper/dist/*.whl
 	cmp .build/reproduce/here/dist/*.whl .build/reproduce/elsewhere/and/deeper/dist/*.whl
+	sha256sum .build/reproduce/here/dist/*.whl
 
 bench: .venv/installed-bench  ## compare the fused kernels with plain JAX; writes benches/results/
 	$(BIN)/python benches/cpu.py
