@@ -40,9 +40,9 @@ lint: .venv/installed-test,dev,examples,bench  ## run the formatters' and linter
 	$(BIN)/mypy
 
 # Undefined behaviour in the portable path, on Rust's nightly toolchain with its component `miri`. CUDA's tests have
-# a libcuda to load, and loom's have threads of their own kind.
+# a libcuda to load, and loom's have threads of their own kind. Miri's exp would be another one at each call.
 miri:  ## run the Rust tests of the CPU kernels in Miri, which takes long
-	MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test --locked --package jax-mhc-kernels --lib \
+	MIRIFLAGS="-Zmiri-disable-isolation -Zmiri-deterministic-floats" cargo +nightly miri test --locked --package jax-mhc-kernels --lib \
 	  -- --skip cuda --skip interleavings
 
 reproduce: .venv/ready | $(HEADERS) $(COMPILER)  ## build the wheel at two paths and compare the bytes

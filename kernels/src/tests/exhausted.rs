@@ -146,6 +146,7 @@ fn every_allocation_may_fail_on_any_thread() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "Miri has no answer for so much memory")]
 fn more_than_any_memory_is_an_error() {
     for len in [usize::MAX, isize::MAX as usize, isize::MAX as usize / 8] {
         let bytes = len.saturating_mul(8);
