@@ -18,7 +18,7 @@ endif
 SOURCES := pyproject.toml hatch_build.py Cargo.toml Cargo.lock \
 	$(shell find kernels ffi xla_plugin python -type f ! -name '*.pyc')
 
-.PHONY: help demo test lint bench bench-gpu clean
+.PHONY: help demo test lint miri reproduce bench bench-gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\): .*## \(.*\)/make \1\t\2/p' Makefile
@@ -38,6 +38,21 @@ lint: .venv/installed-test,dev,examples,bench  ## run the formatters' and linter
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# Undefined behaviour in the portable path, on Rust's nightly toolchain with its component `miri`. CUDA's tests have
+# a libcuda to load, and loom's have threads of their own kind. Miri's exp would be another one at each call.
+miri:  ## run the Rust tests of the CPU kernels in Miri, which takes long
+	MIRIFLAGS="-Zmiri-disable-isolation -Zmiri-deterministic-floats" cargo +nightly miri test --locked --package jax-mhc-kernels --lib \
+	  -- --skip cuda --skip interleavings
+
+reproduce: .venv/ready | $(HEADERS) $(COMPILER)  ## build the wheel at two paths and compare the bytes
+	@rm -rf .build/reproduce
+	for place in here elsewhere/and/deeper; do \
+	  git clone --quiet . .build/reproduce/$$place && \
+	  $(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir .build/reproduce/$$place/dist \
+	    .build/reproduce/$$place || exit 1; done
+	cmp .build/reproduce/here/dist/*.whl .build/reproduce/elsewhere/and/deeper/dist/*.whl
+	sha256sum .build/reproduce/here/dist/*.whl
 
 bench: .venv/installed-bench  ## compare the fused kernels with plain JAX; writes benches/results/
 	$(BIN)/python benches/cpu.py

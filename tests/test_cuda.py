@@ -315,7 +315,7 @@ def test_command_buffers_give_the_same_bits():
         )
         assert done.returncode == 0, done.stderr
         outputs.append(done.stdout)
-        num_executed.append(len(re.findall("entry=CudaExecute", done.stderr)))
+        num_executed.append(len(re.findall("stage=Execute", done.stderr)))
     assert outputs[0] == outputs[1]
     # Each run has four calls. Recording takes one for each set of addresses; replaying takes none.
     assert num_executed[0] >= 4 * RUNS

@@ -3,13 +3,15 @@
 
 use std::ffi::{CStr, CString, c_char};
 use std::panic::catch_unwind;
-use std::str::FromStr;
 use std::sync::LazyLock;
 
 use jax_mhc_ffi::{Entry, handler_address};
 use jax_mhc_kernels::{DType, Op, cuda};
 use serde::Serialize;
-use tracing_subscriber::filter::LevelFilter;
+
+use log::Log;
+
+mod log;
 
 /// The version of the table of calls in docs/architecture.md, part of every target's name.
 const TARGET_VERSION: u32 = 2;
@@ -44,10 +46,11 @@ struct Description {
     instruction_set: &'static str,
     /// None where there are no CUDA kernels in it.
     cuda: Option<cuda::Build>,
+    log: Log,
     handlers: Vec<Handler>,
 }
 
-fn describe() -> Description {
+fn describe(log: Log) -> Description {
     let name = |op: Op| format!("jax_mhc_{}_v{TARGET_VERSION}", op.name());
     let cpu = Op::ALL.into_iter().map(|op| Handler {
         name: name(op),
@@ -75,23 +78,8 @@ fn describe() -> Description {
         architecture: std::env::consts::ARCH,
         instruction_set: jax_mhc_kernels::instruction_set(),
         cuda: cuda::build(),
+        log,
         handlers: cpu.chain(cuda).collect(),
-    }
-}
-
-/// Sends events of the level in `JAX_MHC_LOG` and above to standard error; nothing by default.
-fn start_log() {
-    let Ok(level) = std::env::var("JAX_MHC_LOG") else {
-        return;
-    };
-    match LevelFilter::from_str(&level) {
-        Ok(level) => tracing_subscriber::fmt()
-            .with_max_level(level)
-            .with_writer(std::io::stderr)
-            .init(),
-        Err(_) => eprintln!(
-            "jax-mhc: JAX_MHC_LOG: expected off, error, warn, info, debug or trace, got {level:?}"
-        ),
     }
 }
 
@@ -100,8 +88,24 @@ fn start_log() {
 #[unsafe(no_mangle)]
 pub extern "C" fn jax_mhc_describe() -> *const c_char {
     static DESCRIPTION: LazyLock<Option<CString>> = LazyLock::new(|| {
-        start_log();
-        CString::new(serde_json::to_string(&describe()).ok()?).ok()
+        let description = describe(log::start());
+        let Description {
+            version,
+            commit,
+            instruction_set,
+            ..
+        } = description;
+        tracing::info!(
+            target: "jax_mhc",
+            version,
+            commit,
+            instruction_set,
+            cuda_kernels = description.cuda.as_ref().map_or("none".into(), |build| {
+                format!("{} by {}", build.architectures.join(" "), build.compiler)
+            }),
+            "the shared library is loaded"
+        );
+        CString::new(serde_json::to_string(&description).ok()?).ok()
     });
     let describe = || {
         DESCRIPTION

@@ -20,7 +20,8 @@ fn run<R: Real>(isa: &str, config: &Config, n: usize, z: &[R], d_h_res: Option<&
             matrices: z.len() / (n * n),
             pool: &Serial,
         },
-    );
+    )
+    .unwrap();
     result
 }
 

@@ -97,7 +97,7 @@ impl Call {
         outcomes.map(|outcome| {
             outcome.map_err(|error| match error {
                 Error::Device(message) => message,
-                Error::Refused(message) => panic!("refused: {message}"),
+                other => panic!("not the device's: {other}"),
             })
         })
     }
