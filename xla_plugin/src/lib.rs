@@ -7,7 +7,7 @@ use std::str::FromStr;
 use std::sync::LazyLock;
 
 use jax_mhc_ffi::{Entry, handler_address};
-use jax_mhc_kernels::{DType, Op, cuda};
+use jax_mhc_kernels::{DType, Op, Row, cuda};
 use serde::Serialize;
 use tracing_subscriber::filter::LevelFilter;
 
@@ -45,6 +45,8 @@ struct Description {
     /// None where there are no CUDA kernels in it.
     cuda: Option<cuda::Build>,
     handlers: Vec<Handler>,
+    /// What every call has and is.
+    calls: Vec<Row>,
 }
 
 fn describe() -> Description {
@@ -76,6 +78,7 @@ fn describe() -> Description {
         instruction_set: jax_mhc_kernels::instruction_set(),
         cuda: cuda::build(),
         handlers: cpu.chain(cuda).collect(),
+        calls: Op::ALL.into_iter().map(Op::table_row).collect(),
     }
 }
 
