@@ -16,6 +16,8 @@ pub struct Description {
     pub commit: Option<String>,
     /// What its kernels for CPUs run with on this machine.
     pub instruction_set: String,
+    /// Whether it was built with debug assertions, and so with checks of overflow.
+    pub debug_assertions: bool,
     handlers: Vec<Handler>,
     calls: Vec<Op>,
 }

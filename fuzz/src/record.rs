@@ -34,8 +34,8 @@ pub struct Record {
     jobs: u64,
     /// Whether memory errors are found that leave the pages around a buffer alone.
     address_sanitizer: bool,
-    /// Whether the fuzzer, and the library with it, were built with checks of overflow.
-    overflow_checks: bool,
+    /// Whether the library was built with debug assertions, and so with checks of overflow.
+    debug_assertions: bool,
     first_seed: u64,
     frames: u64,
     seconds: f64,
@@ -61,7 +61,6 @@ impl Record {
             processor: processor(),
             jobs: options.jobs,
             address_sanitizer: has_address_sanitizer(),
-            overflow_checks: cfg!(debug_assertions),
             first_seed: options.seed,
             ..Self::default()
         }
@@ -74,10 +73,12 @@ impl Record {
                 instruction_set,
                 version,
                 commit,
+                debug_assertions,
             } => {
                 self.instruction_set = instruction_set;
                 self.version = version;
                 self.commit = commit;
+                self.debug_assertions = debug_assertions;
             }
             Line::Finding { seed, kind, detail } => {
                 self.findings.push(Found { kind, seed, detail });

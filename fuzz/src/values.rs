@@ -118,26 +118,34 @@ fn pattern(dtype: i32) -> [u8; 8] {
 /// Fills a result before a call.
 pub fn mark(dtype: i32, memory: &mut [u8]) {
     let pattern = pattern(dtype);
-    for piece in memory.chunks_mut(8) {
-        piece.copy_from_slice(&pattern[..piece.len()]);
-    }
+    let (words, rest) = memory.as_chunks_mut();
+    words.fill(pattern);
+    rest.copy_from_slice(&pattern[..rest.len()]);
 }
 
 /// Whether all of it is as [`mark`] left it.
 pub fn is_untouched(dtype: i32, memory: &[u8]) -> bool {
     let pattern = pattern(dtype);
-    memory
-        .chunks(8)
-        .all(|piece| *piece == pattern[..piece.len()])
+    let (words, rest) = memory.as_chunks();
+    words.iter().all(|word| *word == pattern) && *rest == pattern[..rest.len()]
 }
 
 /// The first element of one of the four dtypes that is as [`mark`] left it.
 pub fn first_unwritten(dtype: i32, memory: &[u8]) -> Option<usize> {
-    let size = dtype::num_bytes(dtype);
+    fn first<const SIZE: usize>(pattern: [u8; 8], memory: &[u8]) -> Option<usize> {
+        let pattern = *pattern.first_chunk::<SIZE>()?;
+        memory
+            .as_chunks()
+            .0
+            .iter()
+            .position(|element| *element == pattern)
+    }
     let pattern = pattern(dtype);
-    memory
-        .chunks_exact(size)
-        .position(|element| *element == pattern[..size])
+    match dtype::num_bytes(dtype) {
+        2 => first::<2>(pattern, memory),
+        4 => first::<4>(pattern, memory),
+        _ => first::<8>(pattern, memory),
+    }
 }
 
 #[cfg(test)]

@@ -29,6 +29,8 @@ pub enum Line {
         version: String,
         /// Of its sources.
         commit: Option<String>,
+        /// Whether it checks itself.
+        debug_assertions: bool,
     },
     /// Something that must not be.
     Finding {
@@ -57,6 +59,7 @@ pub fn run(options: &Options, board: &Path) -> Result<(), String> {
         instruction_set: description.instruction_set,
         version: description.version,
         commit: description.commit,
+        debug_assertions: description.debug_assertions,
     });
     let mut checker = Checker::new(ops).map_err(|error| format!("no memory: {error}"))?;
     let mut told: HashMap<String, u64> = HashMap::new();

@@ -42,6 +42,8 @@ struct Description {
     ffi_api_version: String,
     architecture: &'static str,
     instruction_set: &'static str,
+    /// Whether it checks itself, for overflow too: a build for tests.
+    debug_assertions: bool,
     /// None where there are no CUDA kernels in it.
     cuda: Option<cuda::Build>,
     handlers: Vec<Handler>,
@@ -76,6 +78,7 @@ fn describe() -> Description {
         ffi_api_version: format!("{major}.{minor}"),
         architecture: std::env::consts::ARCH,
         instruction_set: jax_mhc_kernels::instruction_set(),
+        debug_assertions: cfg!(debug_assertions),
         cuda: cuda::build(),
         handlers: cpu.chain(cuda).collect(),
         calls: Op::ALL.into_iter().map(Op::table_row).collect(),
