@@ -1,7 +1,7 @@
 #include "jax-mhc-ffi/src/handler.h"
 
 #include <array>
-#include <sstream>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -14,36 +14,25 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-std::string Name(ffi::DataType dtype) {
-  // XLA's own operator<< is undefined for the types that later versions add.
-  if (dtype > ffi::DataType::F8E8M0FNU) {
-    return "type " + std::to_string(static_cast<int>(dtype));
-  }
-  std::ostringstream name;
-  name << dtype;
-  return name.str();
-}
-
-DType Supported(ffi::DataType dtype) {
+DType Supported(XLA_FFI_DataType dtype) {
   switch (dtype) {
-    case ffi::DataType::F32:
+    case XLA_FFI_DataType_F32:
       return DType::F32;
-    case ffi::DataType::F64:
+    case XLA_FFI_DataType_F64:
       return DType::F64;
-    case ffi::DataType::BF16:
+    case XLA_FFI_DataType_BF16:
       return DType::Bf16;
-    case ffi::DataType::F16:
+    case XLA_FFI_DataType_F16:
       return DType::F16;
     default:
-      throw std::invalid_argument("expected F32, F64, BF16 or F16, got " + Name(dtype));
+      throw Unexpected("F32, F64, BF16 or F16", Name(dtype));
   }
 }
 
-Buffer View(const ffi::AnyBuffer& buffer) {
-  const ffi::AnyBuffer::Dimensions dims = buffer.dimensions();
-  return Buffer{static_cast<std::uint8_t*>(buffer.untyped_data()),
-                rust::Slice<const std::int64_t>(dims.begin(), dims.size()),
-                Supported(buffer.element_type())};
+Buffer View(const XLA_FFI_Buffer& buffer) {
+  if (buffer.rank < 0) throw Unexpected("a rank of 0 or more", std::to_string(buffer.rank));
+  const rust::Slice<const std::int64_t> dims(buffer.dims, static_cast<std::size_t>(buffer.rank));
+  return Buffer{static_cast<std::uint8_t*>(buffer.data), dims, Supported(buffer.dtype)};
 }
 
 // Throws what XLA says where `value` holds an error.
@@ -67,9 +56,13 @@ struct Handler {
         return ffi::Error::Success();
       case Code::InvalidArgument:
         return ffi::Error::InvalidArgument(std::string(outcome.message));
+      case Code::ResourceExhausted:
+        return ffi::Error(ffi::ErrorCode::kResourceExhausted, std::string(outcome.message));
       default:
         return ffi::Error::Internal(std::string(outcome.message));
     }
+  } catch (const std::bad_alloc& error) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, error.what());
   } catch (const std::exception& error) {
     return ffi::Error::Internal(error.what());
   }
@@ -78,6 +71,12 @@ struct Handler {
 // XLA knows a handler by its address alone, so every op needs a function of its own.
 template <Entry kEntry, std::size_t kOp>
 XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame) {
+  // As frame.h says: `Call` prints a stage that it does not expect.
+  if (const int stage = static_cast<int>(frame->stage);
+      stage < XLA_FFI_ExecutionStage_INSTANTIATE || XLA_FFI_ExecutionStage_EXECUTE < stage) {
+    const std::string message = "expected a known stage, got " + std::to_string(stage);
+    return ffi::internal::CreateError(frame->api, ffi::Error::InvalidArgument(message));
+  }
   if constexpr (kEntry == Entry::Cpu) {
     static const auto handler = ffi::Ffi::Bind()
                                     .RemainingArgs()
@@ -113,32 +112,35 @@ std::size_t Address(std::size_t op, std::index_sequence<kOps...>) {
 
 }  // namespace
 
-Buffer Call::arg(std::size_t index) const { return View(Unwrap(args_.get<ffi::AnyBuffer>(index))); }
-
-Buffer Call::ret(std::size_t index) const {
-  return View(*Unwrap(rets_.get<ffi::AnyBuffer>(index)));
+Buffer Call::arg(std::size_t index) const {
+  return View(AsBuffer(Unwrap(args_.get<RawArg>(index)), XLA_FFI_ArgType_BUFFER));
 }
 
-template <typename T>
-T Call::attribute(rust::Str name, const char* expected) const {
-  const std::string_view key(name.data(), name.size());
-  const ffi::ErrorOr<T> value = attributes_.get<T>(key);
-  if (value.has_value()) return *value;
-  throw std::invalid_argument(std::string("expected ") + expected + ", got " +
-                              (attributes_.contains(key) ? "another type" : "none"));
+Buffer Call::ret(std::size_t index) const {
+  return View(AsBuffer(*Unwrap(rets_.get<RawRet>(index)), XLA_FFI_RetType_BUFFER));
+}
+
+RawAttribute Call::attribute(rust::Str name, const char* expected) const {
+  const auto value = attributes_.get<RawAttribute>(std::string_view(name.data(), name.size()));
+  if (!value.has_value()) throw Unexpected(expected, "none");
+  return *value;
 }
 
 rust::Str Call::string_attribute(rust::Str name) const {
-  const auto text = attribute<std::string_view>(name, "a string");
-  return rust::Str(text.data(), text.size());
+  const std::string_view text = AsString(attribute(name, "a string"));
+  try {
+    return rust::Str(text.data(), text.size());
+  } catch (const std::invalid_argument&) {
+    throw Unexpected("a string of UTF-8", "bytes that are none");
+  }
 }
 
 std::int64_t Call::int64_attribute(rust::Str name) const {
-  return attribute<std::int64_t>(name, "an int64");
+  return AsScalar<std::int64_t, XLA_FFI_DataType_S64>(attribute(name, "S64"));
 }
 
 double Call::float64_attribute(rust::Str name) const {
-  return attribute<double>(name, "a float64");
+  return AsScalar<double, XLA_FFI_DataType_F64>(attribute(name, "F64"));
 }
 
 void Call::schedule(rust::Box<Task> task) const {

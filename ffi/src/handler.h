@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "jax-mhc-ffi/src/frame.h"
 #include "rust/cxx.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -45,8 +46,7 @@ class Call {
   std::size_t stream() const { return reinterpret_cast<std::size_t>(stream_); }
 
  private:
-  template <typename T>
-  T attribute(rust::Str name, const char* expected) const;
+  RawAttribute attribute(rust::Str name, const char* expected) const;
 
   xla::ffi::RemainingArgs args_;
   xla::ffi::RemainingRets rets_;

@@ -6,7 +6,6 @@
 
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::time::Instant;
 
 use jax_mhc_kernels::{Config, DType, Error, Op, Pool, View, cuda};
 
@@ -37,9 +36,11 @@ mod bridge {
         dtype: DType,
     }
 
+    #[derive(Clone, Copy)]
     enum Code {
         Ok,
         InvalidArgument,
+        ResourceExhausted,
         Internal,
     }
 
@@ -62,7 +63,7 @@ mod bridge {
         fn int64_attribute(&self, name: &str) -> Result<i64>;
         fn float64_attribute(&self, name: &str) -> Result<f64>;
         fn num_threads(&self) -> i64;
-        fn schedule(&self, task: Box<Task>);
+        fn schedule(&self, task: Box<Task>) -> Result<()>;
         fn stream(&self) -> usize;
 
         fn handler_address(entry: Entry, op: usize) -> Result<usize>;
@@ -104,6 +105,7 @@ fn outcome(op: Op, run: impl FnOnce() -> Result<(), Error>) -> bridge::Outcome {
         Ok(Ok(())) => (bridge::Code::Ok, String::new()),
         Ok(Err(Error::Refused(message))) => (bridge::Code::InvalidArgument, message),
         Ok(Err(Error::Device(message))) => (bridge::Code::Internal, message),
+        Ok(Err(Error::Exhausted(message))) => (bridge::Code::ResourceExhausted, message),
         Err(panic) => {
             let message = (panic.downcast_ref().map(String::as_str))
                 .or_else(|| panic.downcast_ref().copied())
@@ -112,6 +114,9 @@ fn outcome(op: Op, run: impl FnOnce() -> Result<(), Error>) -> bridge::Outcome {
             (bridge::Code::Internal, message)
         }
     };
+    if code != bridge::Code::Ok {
+        tracing::error!(target: "jax_mhc", "{message}");
+    }
     bridge::Outcome { code, message }
 }
 
@@ -121,7 +126,6 @@ fn decode_and_run(entry: Entry, op: Op, call: &bridge::Call) -> Result<(), Error
     let rets = views("result", call.num_rets(), |index| call.ret(index)).map_err(in_op)?;
     refuse_overlap(op, &args, &rets).map_err(in_op)?;
     let config = config(op, call).map_err(in_op)?;
-    let start = tracing::enabled!(tracing::Level::DEBUG).then(Instant::now);
     let stream = call.stream() as *mut std::ffi::c_void;
     // SAFETY: XLA's buffers hold the elements that their dimensions tell, on the GPU where XLA lends a
     // stream. They live until the handler returns, or until the work on the stream is done; no result
@@ -132,17 +136,7 @@ fn decode_and_run(entry: Entry, op: Op, call: &bridge::Call) -> Result<(), Error
             Entry::CudaInitialize => cuda::initialize(op, &args, &rets, &config, stream),
             _ => cuda::execute(op, &args, &rets, &config, stream),
         }
-    }?;
-    if let Some(start) = start {
-        tracing::debug!(
-            op = op.name(),
-            entry = ?entry,
-            dtype = args.first().map(|view| tracing::field::debug(view.dtype)),
-            shapes = ?args.iter().map(|view| view.dims).collect::<Vec<_>>(),
-            time_us = start.elapsed().as_micros() as u64,
-        );
     }
-    Ok(())
 }
 
 fn views<'a>(
@@ -169,12 +163,14 @@ fn views<'a>(
 
 /// Kernels rely on results that share memory with nothing else. XLA sees to it unless the program asks
 /// for `input_output_aliases`; the one that kernels know is that of [`Op::adds_in_place`].
+///
+/// A view too large for any memory overlaps nothing: the kernels' own check refuses it by name.
 fn refuse_overlap(op: Op, args: &[View], rets: &[View]) -> Result<(), String> {
     for (index, ret) in rets.iter().map(span).enumerate() {
         let is_sum = |arg| op.adds_in_place() && index == 0 && arg + 1 == args.len();
-        let mut args = args.iter().map(span).enumerate();
+        let mut others = args.iter().map(span).enumerate();
         let mut earlier = rets[..index].iter().map(span);
-        if args.any(|(arg, other)| overlap(&ret, &other) && !(is_sum(arg) && ret == other))
+        if others.any(|(arg, other)| overlap(&ret, &other) && !(is_sum(arg) && ret == other))
             || earlier.any(|other| overlap(&ret, &other))
         {
             return Err(format!(
@@ -186,11 +182,11 @@ fn refuse_overlap(op: Op, args: &[View], rets: &[View]) -> Result<(), String> {
     Ok(())
 }
 
-/// The addresses of a view.
+/// The addresses of a view; none where it has no elements, or more than there is memory.
 fn span(view: &View) -> Range<usize> {
-    let num_elements: i64 = view.dims.iter().product();
     let start = view.data as usize;
-    start..start + num_elements as usize * view.dtype.num_bytes()
+    let end = view.num_bytes().and_then(|bytes| start.checked_add(bytes));
+    start..end.unwrap_or(start)
 }
 
 fn overlap(a: &Range<usize>, b: &Range<usize>) -> bool {
@@ -254,7 +250,8 @@ impl Pool for LentPool<'_> {
     }
 
     fn schedule(&self, task: jax_mhc_kernels::Task) {
-        self.0.schedule(Box::new(Task(task)));
+        // Without memory to schedule it there is a thread less, and the others do its work.
+        let _ = self.0.schedule(Box::new(Task(task)));
     }
 }
 
@@ -272,50 +269,4 @@ fn run_task(task: Box<Task>) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_op_has_handlers_of_its_own() {
-        let addresses: std::collections::HashSet<usize> =
-            [Entry::Cpu, Entry::CudaInitialize, Entry::CudaExecute]
-                .into_iter()
-                .flat_map(|entry| Op::ALL.map(|op| handler_address(entry, op)))
-                .collect();
-        assert_eq!(addresses.len(), 3 * Op::ALL.len());
-    }
-
-    #[test]
-    fn a_panic_becomes_an_internal_error() {
-        let panics: [fn() -> Result<(), Error>; 2] = [|| panic!("row {}", 7), || panic!("row 7")];
-        for run in panics {
-            let outcome = outcome(Op::PreFwd, run);
-            assert!(outcome.code == bridge::Code::Internal);
-            assert_eq!(outcome.message, "pre_fwd: panicked: row 7");
-        }
-    }
-
-    #[test]
-    fn the_oldest_ffi_is_used() {
-        assert_eq!(api_version(), (0, 1));
-    }
-
-    #[test]
-    fn a_result_must_not_lie_on_another_buffer() {
-        let mut memory = [0f32; 8];
-        let mut view = |offset: usize, dims| View {
-            data: memory[offset..].as_mut_ptr().cast(),
-            dims,
-            dtype: DType::F32,
-        };
-        let (low, high, middle) = (view(0, &[4]), view(4, &[2, 2]), view(3, &[2]));
-        assert!(refuse_overlap(Op::PostFwd, &[low], &[high]).is_ok());
-        assert!(refuse_overlap(Op::PostFwd, &[low], &[middle]).is_err());
-        assert!(refuse_overlap(Op::PostFwd, &[], &[low, middle]).is_err());
-        assert!(refuse_overlap(Op::PostFwd, &[low], &[view(1, &[0])]).is_ok());
-        // The first result of pre_bwd may be its last operand, and nothing else.
-        assert!(refuse_overlap(Op::PreBwd, &[high, low], &[low]).is_ok());
-        assert!(refuse_overlap(Op::PreBwd, &[low, high], &[low]).is_err());
-        assert!(refuse_overlap(Op::PreBwd, &[high, low], &[middle]).is_err());
-    }
-}
+mod tests;

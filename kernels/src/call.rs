@@ -1,9 +1,13 @@
 //! Runs a call on the CPU: hands typed slices to the kernels.
 
+use std::time::Instant;
+
 use half::{bf16, f16};
 
 use crate::coefficients::{CoefficientsMut, Cotangents, Gates};
+use crate::plan::plan;
 use crate::pre::{HandedOn, Params};
+use crate::scratch::Exhausted;
 use crate::signature::{Call, Op};
 use crate::simd::Real;
 use crate::sinkhorn::Sinkhorn;
@@ -15,8 +19,9 @@ use crate::{Config, Error, Pool, collapse, head, post, pre, seam, sinkhorn};
 /// alone.
 ///
 /// # Errors
-/// A wrong number of operands or results, or one of the wrong shape, dtype or alignment. Nothing has been
-/// written then.
+/// A wrong number of operands or results, or one of the wrong shape, dtype or alignment, or a setting out
+/// of its bounds: nothing has been written then. No memory for what the call needs for itself: the results
+/// hold anything then, and a later call may have it.
 ///
 /// # Safety
 /// Every view must be valid for reads (operands) or writes (results) of all its elements until the
@@ -29,18 +34,33 @@ pub unsafe fn call(
     pool: &dyn Pool,
 ) -> Result<(), Error> {
     let call = Call::check(op, args, rets, config)?;
+    let config = &config.rounded(call.dtype);
+    let call = call.with_config(config);
+    let start = tracing::enabled!(target: "jax_mhc", tracing::Level::DEBUG).then(Instant::now);
+    let _passes = tracing::trace_span!(target: "jax_mhc", "call", op = op.name()).entered();
     // SAFETY: promised by the caller.
     let memory = unsafe { Memory::new(call) };
-    match call.dtype {
+    let outcome = match call.dtype {
         DType::F32 => run::<f32>(memory, pool),
         DType::F64 => run::<f64>(memory, pool),
         DType::Bf16 => run::<bf16>(memory, pool),
         DType::F16 => run::<f16>(memory, pool),
+    };
+    outcome.map_err(|exhausted| op.exhausted(exhausted))?;
+    if let Some(start) = start {
+        tracing::debug!(
+            target: "jax_mhc",
+            op = op.name(),
+            dtype = call.dtype.name(),
+            shapes = ?args.iter().map(|view| view.dims).collect::<Vec<_>>(),
+            plan = plan(&call, pool),
+            time_us = start.elapsed().as_micros() as u64,
+        );
     }
     Ok(())
 }
 
-fn run<S: Stream>(mut memory: Memory, pool: &dyn Pool) {
+fn run<S: Stream>(mut memory: Memory, pool: &dyn Pool) -> Result<(), Exhausted> {
     let memory = &mut memory;
     let Call { op, tokens, .. } = memory.call();
     match op {
@@ -224,7 +244,7 @@ fn post_gradients<'a, S: Stream>(memory: &mut Memory<'a>) -> post::Gradients<'a,
     }
 }
 
-fn sinkhorn<R: Real>(memory: &mut Memory, pool: &dyn Pool) {
+fn sinkhorn<R: Real>(memory: &mut Memory, pool: &dyn Pool) -> Result<(), Exhausted> {
     let Call {
         op,
         config,
@@ -244,5 +264,5 @@ fn sinkhorn<R: Real>(memory: &mut Memory, pool: &dyn Pool) {
         out: memory.rows_mut(out),
         matrices: tokens,
         pool,
-    });
+    })
 }

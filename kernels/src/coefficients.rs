@@ -4,6 +4,7 @@
 
 use crate::config::{Config, Constraint, NormEpsMode};
 use crate::permutations::{self, MAX_PERMUTED, number};
+use crate::scratch::{Exhausted, filled};
 use crate::simd::{Isa, Kernel, MAX_LANES, Real, Vector, for_streams};
 use crate::sinkhorn::{self, gather, scatter};
 use crate::stream::{Rows, RowsMut};
@@ -123,20 +124,20 @@ pub struct Scratch<V> {
 
 impl<V: Vector> Scratch<V> {
     /// For [`forward`], and for [`backward`] where `differentiate`.
-    pub fn new(config: &Config, layout: Layout, differentiate: bool) -> Self {
-        let zeros = |len| vec![V::zero(); len];
+    pub fn new(config: &Config, layout: Layout, differentiate: bool) -> Result<Self, Exhausted> {
+        let zeros = |len| filled(V::zero(), len);
         let needs_history = differentiate && uses_sinkhorn(config, layout);
         let history_len = if needs_history {
             sinkhorn::history_len(config, layout.n)
         } else {
             0
         };
-        Self {
-            z: zeros(layout.num()),
-            h: zeros(layout.n * layout.n),
-            g: zeros(layout.num()),
-            history: zeros(history_len),
-        }
+        Ok(Self {
+            z: zeros(layout.num())?,
+            h: zeros(layout.n * layout.n)?,
+            g: zeros(layout.num())?,
+            history: zeros(history_len)?,
+        })
     }
 }
 
@@ -311,11 +312,11 @@ pub struct GateSums {
 
 impl GateSums {
     /// All zero.
-    pub fn new(num_alpha: usize, layout: Layout) -> Self {
-        Self {
-            d_alpha: vec![0.0; num_alpha],
-            d_bias: vec![0.0; layout.num()],
-        }
+    pub fn new(num_alpha: usize, layout: Layout) -> Result<Self, Exhausted> {
+        Ok(Self {
+            d_alpha: filled(0.0, num_alpha)?,
+            d_bias: filled(0.0, layout.num())?,
+        })
     }
     /// Adds those of other tokens.
     pub fn add(&mut self, other: &Self) {

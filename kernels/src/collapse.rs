@@ -2,11 +2,12 @@
 //! respect to h_pre: a part of pre, and a call of its own where the channels are split over devices.
 
 use crate::parallel::{Pool, for_each};
+use crate::scratch::{Exhausted, pieces};
 use crate::simd::{Call, Isa, Kernel, MAX_STREAMS, Real, Vector, for_streams};
 use crate::stream::{Acc, Rows, RowsMut, Stream, for_blocks};
 
 /// Tokens in one piece of work.
-const CHUNK: usize = 32;
+pub const CHUNK: usize = 32;
 
 /// u = sum over i of h_pre[i] X[i]
 pub fn forward_chunk<S: Stream, I: Isa>(
@@ -109,24 +110,26 @@ pub struct Forward<'a, S: Stream> {
 }
 
 /// Runs the forward call.
-pub fn forward<S: Stream>(call: Forward<S>) {
-    S::Real::dispatch(call);
+pub fn forward<S: Stream>(call: Forward<S>) -> Result<(), Exhausted> {
+    S::Real::dispatch(call)
 }
 
 impl<S: Stream> Call for Forward<'_, S> {
-    fn run<I: Isa>(mut self) {
-        let mut chunks = Vec::with_capacity(self.tokens.div_ceil(CHUNK));
-        for first in (0..self.tokens).step_by(CHUNK) {
-            let tokens = CHUNK.min(self.tokens - first);
+    fn run<I: Isa>(mut self) -> Result<(), Exhausted> {
+        let chunks = pieces(self.tokens, CHUNK, |tokens| {
             let (x, h_pre) = (self.x.split_off(tokens), self.h_pre.split_off(tokens));
-            chunks.push((x, h_pre, tokens, self.u.split_off(tokens)));
-        }
+            (x, h_pre, tokens, self.u.split_off(tokens))
+        })?;
         for_each(
+            "tokens",
             self.pool,
             chunks,
-            || (),
-            |(), _, (x, h_pre, tokens, u)| forward_chunk::<S, I>(x, h_pre, tokens, u),
-        );
+            || Ok(()),
+            |(), _, (x, h_pre, tokens, u)| {
+                forward_chunk::<S, I>(x, h_pre, tokens, u);
+                Ok(())
+            },
+        )
     }
 }
 
@@ -145,25 +148,25 @@ pub struct Backward<'a, S: Stream> {
 }
 
 /// Runs the backward call.
-pub fn backward<S: Stream>(call: Backward<S>) {
-    S::Real::dispatch(call);
+pub fn backward<S: Stream>(call: Backward<S>) -> Result<(), Exhausted> {
+    S::Real::dispatch(call)
 }
 
 impl<S: Stream> Call for Backward<'_, S> {
-    fn run<I: Isa>(mut self) {
-        let mut chunks = Vec::with_capacity(self.tokens.div_ceil(CHUNK));
-        for first in (0..self.tokens).step_by(CHUNK) {
-            let tokens = CHUNK.min(self.tokens - first);
+    fn run<I: Isa>(mut self) -> Result<(), Exhausted> {
+        let chunks = pieces(self.tokens, CHUNK, |tokens| {
             let (x, d_u) = (self.x.split_off(tokens), self.d_u.split_off(tokens));
-            chunks.push((x, d_u, tokens, self.d_h_pre.split_off(tokens)));
-        }
+            (x, d_u, tokens, self.d_h_pre.split_off(tokens))
+        })?;
         for_each(
+            "tokens",
             self.pool,
             chunks,
-            || (),
+            || Ok(()),
             |(), _, (x, d_u, tokens, d_h_pre)| {
                 backward_chunk::<S, I>(x, d_u, None, tokens, d_h_pre);
+                Ok(())
             },
-        );
+        )
     }
 }

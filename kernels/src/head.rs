@@ -5,6 +5,7 @@
 use crate::coefficients::{CoefficientsMut, Cotangents};
 use crate::parallel::Pool;
 use crate::pre::{self, BackwardInputs, Outputs, ParamGradients, Params};
+use crate::scratch::{Exhausted, filled};
 use crate::stream::{Rows, RowsMut, Stream};
 
 /// The forward call on `tokens` tokens.
@@ -26,7 +27,7 @@ pub struct Forward<'a, S: Stream> {
 }
 
 /// Runs the forward call.
-pub fn forward<S: Stream>(call: Forward<S>) {
+pub fn forward<S: Stream>(call: Forward<S>) -> Result<(), Exhausted> {
     let Forward {
         params,
         x,
@@ -37,7 +38,7 @@ pub fn forward<S: Stream>(call: Forward<S>) {
         pool,
     } = call;
     let n = params.gates.layout.n;
-    let mut h_pre = vec![S::Real::default(); tokens * n];
+    let mut h_pre = filled(S::Real::default(), tokens.saturating_mul(n))?;
     let h = CoefficientsMut {
         h_pre: RowsMut::new(&mut h_pre, n),
         h_post: RowsMut::new(&mut [], 0),
@@ -55,7 +56,7 @@ pub fn forward<S: Stream>(call: Forward<S>) {
         },
         tokens,
         pool,
-    });
+    })
 }
 
 /// The backward call on `tokens` tokens.
@@ -81,7 +82,7 @@ pub struct Backward<'a, S: Stream> {
 }
 
 /// Runs the backward call.
-pub fn backward<S: Stream>(call: Backward<S>) {
+pub fn backward<S: Stream>(call: Backward<S>) -> Result<(), Exhausted> {
     let Backward {
         params,
         x,
@@ -94,7 +95,7 @@ pub fn backward<S: Stream>(call: Backward<S>) {
         pool,
     } = call;
     let n = params.gates.layout.n;
-    let no_cotangent = vec![S::Real::default(); tokens * n];
+    let no_cotangent = filled(S::Real::default(), tokens.saturating_mul(n))?;
     let d_h = Cotangents {
         h_pre: Rows::new(&no_cotangent, n),
         h_post: Rows::new(&[], 0),
@@ -116,5 +117,5 @@ pub fn backward<S: Stream>(call: Backward<S>) {
         d_params,
         tokens,
         pool,
-    });
+    })
 }

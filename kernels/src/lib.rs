@@ -13,14 +13,17 @@ mod head;
 mod pages;
 mod parallel;
 mod permutations;
+mod plan;
 mod post;
 mod pre;
 mod projection;
+mod scratch;
 mod seam;
 mod signature;
 mod simd;
 mod sinkhorn;
 mod stream;
+mod sync;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -41,12 +44,16 @@ pub enum Error {
     Refused(String),
     /// The device cannot run it: op, what was tried, the device's error.
     Device(String),
+    /// There is no memory for it: op, how much was wanted, what to do.
+    Exhausted(String),
 }
 
 impl std::fmt::Display for Error {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Refused(message) | Self::Device(message) => f.write_str(message),
+            Self::Refused(message) | Self::Device(message) | Self::Exhausted(message) => {
+                f.write_str(message)
+            }
         }
     }
 }

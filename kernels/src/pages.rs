@@ -5,10 +5,10 @@
 //! written there (docs/performance.md); with pages of 2 MiB it costs nearly nothing.
 
 /// Results smaller than this are not worth a system call.
-#[cfg(target_os = "linux")]
+#[cfg(all(target_os = "linux", not(miri)))]
 const LEAST_BYTES: usize = 4 << 20;
 
-#[cfg(target_os = "linux")]
+#[cfg(all(target_os = "linux", not(miri)))]
 const PAGE_BYTES: usize = 2 << 20;
 
 /// Asks the system to back this memory with large pages. Its contents stay as they are.

@@ -1,11 +1,12 @@
 //! The depth connection: X'[i] = sum over j of H_res[i, j] X[j], plus h_post[i] y.
 
 use crate::parallel::{Pool, for_each};
+use crate::scratch::{Exhausted, pieces};
 use crate::simd::{Call, Isa, Kernel, MAX_STREAMS, Real, Vector, for_streams};
 use crate::stream::{Acc, Rows, RowsMut, Stream, for_blocks};
 
 /// Tokens in one piece of work.
-const CHUNK: usize = 32;
+pub const CHUNK: usize = 32;
 
 /// What post reads for some tokens.
 #[derive(Clone, Copy)]
@@ -203,24 +204,26 @@ pub struct Forward<'a, S: Stream> {
 }
 
 /// Runs the forward call.
-pub fn forward<S: Stream>(call: Forward<S>) {
-    S::Real::dispatch(call);
+pub fn forward<S: Stream>(call: Forward<S>) -> Result<(), Exhausted> {
+    S::Real::dispatch(call)
 }
 
 impl<S: Stream> Call for Forward<'_, S> {
-    fn run<I: Isa>(mut self) {
-        let mut chunks = Vec::with_capacity(self.tokens.div_ceil(CHUNK));
-        for first in (0..self.tokens).step_by(CHUNK) {
-            let tokens = CHUNK.min(self.tokens - first);
+    fn run<I: Isa>(mut self) -> Result<(), Exhausted> {
+        let chunks = pieces(self.tokens, CHUNK, |tokens| {
             let (inputs, x_new) = (self.inputs.split_off(tokens), self.x_new.split_off(tokens));
-            chunks.push((inputs, tokens, x_new));
-        }
+            (inputs, tokens, x_new)
+        })?;
         for_each(
+            "tokens",
             self.pool,
             chunks,
-            || (),
-            |(), _, (inputs, tokens, x_new)| forward_chunk::<S, I>(inputs, tokens, x_new),
-        );
+            || Ok(()),
+            |(), _, (inputs, tokens, x_new)| {
+                forward_chunk::<S, I>(inputs, tokens, x_new);
+                Ok(())
+            },
+        )
     }
 }
 
@@ -239,28 +242,28 @@ pub struct Backward<'a, S: Stream> {
 }
 
 /// Runs the backward call.
-pub fn backward<S: Stream>(call: Backward<S>) {
-    S::Real::dispatch(call);
+pub fn backward<S: Stream>(call: Backward<S>) -> Result<(), Exhausted> {
+    S::Real::dispatch(call)
 }
 
 impl<S: Stream> Call for Backward<'_, S> {
-    fn run<I: Isa>(mut self) {
-        let mut chunks = Vec::with_capacity(self.tokens.div_ceil(CHUNK));
-        for first in (0..self.tokens).step_by(CHUNK) {
-            let tokens = CHUNK.min(self.tokens - first);
+    fn run<I: Isa>(mut self) -> Result<(), Exhausted> {
+        let chunks = pieces(self.tokens, CHUNK, |tokens| {
             let (inputs, d_x_new) = (
                 self.inputs.split_off(tokens),
                 self.d_x_new.split_off(tokens),
             );
-            chunks.push((inputs, d_x_new, tokens, self.out.split_off(tokens)));
-        }
+            (inputs, d_x_new, tokens, self.out.split_off(tokens))
+        })?;
         for_each(
+            "tokens",
             self.pool,
             chunks,
-            || (),
+            || Ok(()),
             |(), _, (inputs, d_x_new, tokens, out)| {
                 backward_chunk::<S, I>(inputs, d_x_new, tokens, out);
+                Ok(())
             },
-        );
+        )
     }
 }

@@ -6,6 +6,7 @@
 //! that do not exist are zero there.
 
 use crate::parallel::{Pool, Serial, for_each};
+use crate::scratch::{Exhausted, collected, filled};
 use crate::simd::{Isa, Kernel, MAX_LANES, Vector};
 use crate::stream::{Acc, Rows, Stream};
 
@@ -77,44 +78,47 @@ pub struct Packed<V> {
 
 impl<V: Vector> Packed<V> {
     /// All zero.
-    pub fn zeros(shape: Shape) -> Self {
-        Self {
+    pub fn zeros(shape: Shape) -> Result<Self, Exhausted> {
+        Ok(Self {
             shape,
-            vectors: vec![[V::zero(); COLUMNS]; shape.n * shape.stream_len()],
-        }
+            vectors: filled([V::zero(); COLUMNS], shape.n * shape.stream_len())?,
+        })
     }
 
     /// Repacks `phi`.
-    pub fn pack<I: Isa>(phi: &[V::Real], shape: Shape, pool: &dyn Pool) -> Self {
-        let mut packed = Self::zeros(shape);
+    pub fn pack<I: Isa>(phi: &[V::Real], shape: Shape, pool: &dyn Pool) -> Result<Self, Exhausted> {
+        let mut packed = Self::zeros(shape)?;
         let pool = shape.pool(pool);
         if shape.stream_len() > 0 {
             let from = phi.chunks_exact(shape.c * shape.columns);
             let to = packed.vectors.chunks_exact_mut(shape.stream_len());
-            let streams = from
-                .zip(to)
-                .map(|(from, to)| Pack { shape, from, to })
-                .collect();
-            for_each(pool, streams, || (), |(), _, stream| I::enter(stream));
+            let streams = from.zip(to).map(|(from, to)| Pack { shape, from, to });
+            let streams = collected(shape.n, streams)?;
+            each_stream::<I, _>("phi", pool, streams)?;
         }
-        packed
+        Ok(packed)
     }
 
     /// The sum of `parts`, in their order, in the layout of phi.
-    pub fn unpack_sum<I: Isa>(parts: &[Self], shape: Shape, to: &mut [V::Real], pool: &dyn Pool) {
+    pub fn unpack_sum<I: Isa>(
+        parts: &[Self],
+        shape: Shape,
+        to: &mut [V::Real],
+        pool: &dyn Pool,
+    ) -> Result<(), Exhausted> {
         let pool = shape.pool(pool);
         if shape.stream_len() > 0 {
             let to = to.chunks_exact_mut(shape.c * shape.columns).enumerate();
-            let streams = to
-                .map(|(stream, to)| UnpackSum {
-                    shape,
-                    stream,
-                    parts,
-                    to,
-                })
-                .collect();
-            for_each(pool, streams, || (), |(), _, stream| I::enter(stream));
+            let streams = to.map(|(stream, to)| UnpackSum {
+                shape,
+                stream,
+                parts,
+                to,
+            });
+            let streams = collected(shape.n, streams)?;
+            each_stream::<I, _>("d_phi", pool, streams)?;
         }
+        Ok(())
     }
 
     /// Columns, with those that fill the last tile.
@@ -141,6 +145,24 @@ impl<V: Vector> Packed<V> {
         let at = stream * self.shape.stream_len() + tile * self.shape.blocks + first;
         &mut self.vectors[at..at + count]
     }
+}
+
+/// Runs a kernel for each stream.
+fn each_stream<I: Isa, K: Kernel<I> + Send>(
+    pass: &'static str,
+    pool: &dyn Pool,
+    streams: Vec<K>,
+) -> Result<(), Exhausted> {
+    for_each(
+        pass,
+        pool,
+        streams,
+        || Ok(()),
+        |(), _, stream| {
+            I::enter(stream);
+            Ok(())
+        },
+    )
 }
 
 /// One stream of [`Packed::pack`].

@@ -7,6 +7,7 @@ use crate::pre::{
     self, BackwardInputs, CHUNK, HandedOn, Outputs, ParamGradients, ParamSums, Params,
 };
 use crate::projection::{Packed, Shape};
+use crate::scratch::{Exhausted, filled, pieces};
 use crate::simd::{Call, Isa, Real};
 use crate::stream::{Acc, RowsMut, Stream};
 
@@ -27,21 +28,20 @@ pub struct Forward<'a, S: Stream> {
 }
 
 /// Runs the forward call.
-pub fn forward<S: Stream>(call: Forward<S>) {
-    S::Real::dispatch(call);
+pub fn forward<S: Stream>(call: Forward<S>) -> Result<(), Exhausted> {
+    S::Real::dispatch(call)
 }
 
 impl<S: Stream> Call for Forward<'_, S> {
-    fn run<I: Isa>(mut self) {
+    fn run<I: Isa>(mut self) -> Result<(), Exhausted> {
         let shape = self.params.shape::<I>();
-        let phi = Packed::pack::<I>(self.params.phi, shape, self.pool);
-        let mut chunks = Vec::with_capacity(self.tokens.div_ceil(CHUNK));
-        for first in (0..self.tokens).step_by(CHUNK) {
-            let tokens = CHUNK.min(self.tokens - first);
+        let phi = Packed::pack::<I>(self.params.phi, shape, self.pool)?;
+        let chunks = pieces(self.tokens, CHUNK, |tokens| {
             let (inputs, x_new) = (self.inputs.split_off(tokens), self.x_new.split_off(tokens));
-            chunks.push((tokens, inputs, x_new, self.out.split_off(tokens)));
-        }
+            (tokens, inputs, x_new, self.out.split_off(tokens))
+        })?;
         for_each(
+            "tokens",
             self.pool,
             chunks,
             || pre::ForwardScratch::new::<I>(&self.params, self.tokens),
@@ -49,8 +49,9 @@ impl<S: Stream> Call for Forward<'_, S> {
                 post::forward_chunk::<S, I>(inputs, tokens, x_new.reborrow());
                 let x_new = x_new.as_rows();
                 pre::forward_chunk::<S, I>(&self.params, &phi, x_new, tokens, &mut out, scratch);
+                Ok(())
             },
-        );
+        )
     }
 }
 
@@ -77,40 +78,37 @@ pub struct Backward<'a, S: Stream> {
 }
 
 /// Runs the backward call.
-pub fn backward<S: Stream>(call: Backward<S>) {
-    S::Real::dispatch(call);
+pub fn backward<S: Stream>(call: Backward<S>) -> Result<(), Exhausted> {
+    S::Real::dispatch(call)
 }
 
 impl<S: Stream> Call for Backward<'_, S> {
-    fn run<I: Isa>(mut self) {
+    fn run<I: Isa>(mut self) -> Result<(), Exhausted> {
         let shape = self.params.shape::<I>();
-        let phi = Packed::pack::<I>(self.params.phi, shape, self.pool);
+        let phi = Packed::pack::<I>(self.params.phi, shape, self.pool)?;
         let step = pre::group_tokens(self.tokens);
-        let mut sums: Vec<Option<ParamSums<Acc<S, I>>>> = Vec::new();
-        sums.resize_with(self.tokens.div_ceil(step), || None);
-        let mut groups = Vec::with_capacity(sums.len());
-        for (index, sums) in sums.iter_mut().enumerate() {
-            let tokens = step.min(self.tokens - index * step);
-            groups.push(BackwardGroup::<S, I> {
-                inputs: self.inputs.split_off(tokens),
-                params: &self.params,
-                phi: &phi,
-                pre_inputs: self.pre_inputs.split_off(tokens),
-                d_x_new: self.d_x_new.split_off(tokens),
-                handed_on: self.handed_on.split_off(tokens),
-                out: self.out.split_off(tokens),
-                tokens,
-                sums,
-            });
-        }
+        let mut sums: Vec<Option<ParamSums<Acc<S, I>>>> = pieces(self.tokens, step, |_| None)?;
+        let mut of_group = sums.iter_mut();
+        let groups = pieces(self.tokens, step, |tokens| BackwardGroup::<S, I> {
+            inputs: self.inputs.split_off(tokens),
+            params: &self.params,
+            phi: &phi,
+            pre_inputs: self.pre_inputs.split_off(tokens),
+            d_x_new: self.d_x_new.split_off(tokens),
+            handed_on: self.handed_on.split_off(tokens),
+            out: self.out.split_off(tokens),
+            tokens,
+            sums: of_group.next().expect("one for each group"),
+        })?;
         let params = &self.params;
         for_each(
+            "groups of tokens",
             self.pool,
             groups,
             || Scratch::<S, I>::new(params),
             |scratch, _, group| group.run(shape, scratch),
-        );
-        self.d_params.write::<I>(params, sums, self.pool);
+        )?;
+        self.d_params.write::<I>(params, sums, self.pool)
     }
 }
 
@@ -121,12 +119,12 @@ struct Scratch<S: Stream, I: Isa> {
 }
 
 impl<S: Stream, I: Isa> Scratch<S, I> {
-    fn new(params: &Params<S::Real>) -> Self {
+    fn new(params: &Params<S::Real>) -> Result<Self, Exhausted> {
         let len = CHUNK * params.gates.layout.n * params.c;
-        Self {
-            x_new: vec![S::default(); len],
-            pre: pre::BackwardScratch::new::<I>(params),
-        }
+        Ok(Self {
+            x_new: filled(S::default(), len)?,
+            pre: pre::BackwardScratch::new::<I>(params)?,
+        })
     }
 }
 
@@ -144,13 +142,14 @@ struct BackwardGroup<'a, S: Stream, I: Isa> {
 }
 
 impl<S: Stream, I: Isa> BackwardGroup<'_, S, I> {
-    fn run(mut self, shape: Shape, scratch: &mut Scratch<S, I>) {
-        let mut sums = ParamSums::new(self.params, shape);
+    fn run(mut self, shape: Shape, scratch: &mut Scratch<S, I>) -> Result<(), Exhausted> {
+        let mut sums = ParamSums::new(self.params, shape)?;
         for first in (0..self.tokens).step_by(CHUNK) {
             let tokens = CHUNK.min(self.tokens - first);
             self.run_chunk(tokens, &mut sums, scratch);
         }
         *self.sums = Some(sums);
+        Ok(())
     }
 
     fn run_chunk(

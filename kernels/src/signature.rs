@@ -2,11 +2,12 @@
 //! whichever device runs it.
 
 use crate::coefficients::Layout;
-use crate::config::{Constraint, MAX_SINKHORN_ITERS};
+use crate::config::Constraint;
 use crate::permutations::MAX_PERMUTED;
+use crate::scratch::Exhausted;
 use crate::simd::MAX_STREAMS;
 use crate::table::{Dim, Precision, Value};
-use crate::view::{DType, View};
+use crate::view::{DType, View, product};
 use crate::{Config, Error};
 
 /// Every call that this library answers.
@@ -155,6 +156,15 @@ impl Op {
         let op = self.name();
         Error::Refused(format!("{op}: `{name}`: expected {expected}, got {got}"))
     }
+
+    /// An error about memory that the call needs for itself.
+    pub(crate) fn exhausted(self, exhausted: Exhausted) -> Error {
+        let (op, bytes) = (self.name(), exhausted.bytes);
+        Error::Exhausted(format!(
+            "{op}: scratch memory: expected {bytes} bytes more, got none from the system; free memory, or \
+             run fewer tokens at a time, fewer Sinkhorn iterations or fewer threads"
+        ))
+    }
 }
 
 /// One call, checked: its sizes, and its operands and results by name.
@@ -209,12 +219,10 @@ impl<'a> Call<'a> {
         rets: &'a [View<'a>],
         config: &'a Config,
     ) -> Result<Self, Error> {
-        if config.sinkhorn_iters > MAX_SINKHORN_ITERS {
-            let expected = format!("at most {MAX_SINKHORN_ITERS}");
-            let got = config.sinkhorn_iters.to_string();
-            return Err(op.error("sinkhorn_iters", &expected, &got));
-        }
         let call = Self::sizes(op, args, rets, config)?;
+        if let Err((field, expected, got)) = config.check(call.dtype) {
+            return Err(op.error(field, &expected, &got));
+        }
         call.check_all(op.operands(), args, "an operand")?;
         call.check_all(op.results(), rets, "a result")?;
         let (operands, results) = (op.operands().len(), op.results().len());
@@ -235,6 +243,11 @@ impl<'a> Call<'a> {
             rets.len() - results
         );
         Err(op.error("operands and results", "no more", &got))
+    }
+
+    /// The same call with settings that kernels read in place of those that were checked.
+    pub fn with_config(self, config: &'a Config) -> Self {
+        Self { config, ..self }
     }
 
     /// Takes the sizes from the first operand, from phi and from norm_scale.
@@ -259,7 +272,7 @@ impl<'a> Call<'a> {
         let possible = (1..=MAX_STREAMS as i64).contains(n)
             && if is_z { n == c } else { *c >= 1 }
             && n.checked_mul(*c).is_some();
-        let tokens = num_elements(lead).filter(|_| possible);
+        let tokens = product(lead).filter(|_| possible);
         let Some(tokens) = tokens else {
             let expected = if is_z {
                 "[..., n, n] with 1 <= n <= 16"
@@ -394,7 +407,7 @@ impl<'a> Call<'a> {
     /// Address of the workspace and its number of floats, where the call has one.
     pub fn workspace(&self) -> Option<(u64, usize)> {
         let view = self.rets.get(self.op.results().len())?;
-        Some((view.data as u64, num_elements(view.dims)?))
+        Some((view.data as u64, view.num_elements()?))
     }
 }
 
@@ -402,19 +415,16 @@ const SOUND: &str = "aligned memory of a possible size";
 
 /// Whether its memory can be what it says.
 fn is_sound(view: &View) -> bool {
-    match num_elements(view.dims) {
+    match view.num_bytes() {
         Some(0) => true,
-        Some(_) => {
-            !view.data.is_null() && (view.data as usize).is_multiple_of(view.dtype.num_bytes())
+        Some(bytes) => {
+            let start = view.data as usize;
+            start != 0
+                && start.is_multiple_of(view.dtype.num_bytes())
+                && start.checked_add(bytes).is_some()
         }
         None => false,
     }
-}
-
-fn num_elements(dims: &[i64]) -> Option<usize> {
-    dims.iter().try_fold(1_usize, |len, dim| {
-        len.checked_mul(usize::try_from(*dim).ok()?)
-    })
 }
 
 /// A call of given sizes without its memory, for tests.
@@ -504,6 +514,26 @@ impl Example {
     pub fn with_workspace(mut self, len: usize) -> Self {
         self.rets.push((DType::F32, vec![len as i64]));
         self
+    }
+
+    /// Hands out op, operands, results and settings, in memory of their own.
+    pub fn with_memory<T>(&self, then: impl FnOnce(Op, &[View], &[View], &Config) -> T) -> T {
+        type Room = Vec<Vec<f64>>;
+        fn room(types: &[(DType, Vec<i64>)]) -> Room {
+            let len = |dims: &[i64]| dims.iter().product::<i64>() as usize;
+            types.iter().map(|(_, dims)| vec![0.0; len(dims)]).collect()
+        }
+        fn views<'a>(types: &'a [(DType, Vec<i64>)], room: &mut Room) -> Vec<View<'a>> {
+            let views = types.iter().zip(room).map(|((dtype, dims), room)| View {
+                data: room.as_mut_ptr().cast(),
+                dims,
+                dtype: *dtype,
+            });
+            views.collect()
+        }
+        let (mut args, mut rets) = (room(&self.args), room(&self.rets));
+        let (args, rets) = (views(&self.args, &mut args), views(&self.rets, &mut rets));
+        then(self.op, &args, &rets, &self.config)
     }
 
     /// Hands out the call, if it passes. Nothing lies at its addresses.

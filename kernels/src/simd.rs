@@ -11,7 +11,8 @@ use std::ops::{Add, Div, Mul, Sub};
 
 use half::{bf16, f16};
 
-use crate::view::Element;
+use crate::scratch::Exhausted;
+use crate::view::{DType, Element};
 
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 mod x86;
@@ -32,7 +33,7 @@ pub trait Real:
     type Vector<I: Isa>: Vector<Real = Self>;
 
     /// Runs `call` with the best instruction set of this machine for this type.
-    fn dispatch(call: impl Call);
+    fn dispatch(call: impl Call) -> Result<(), Exhausted>;
     /// Rounds to this type.
     fn from_f64(value: f64) -> Self;
     /// Exact.
@@ -161,7 +162,7 @@ pub(crate) use for_streams;
 /// A whole call, which does its work through [`Isa::enter`].
 pub trait Call {
     /// Runs with an instruction set that the machine has.
-    fn run<I: Isa>(self);
+    fn run<I: Isa>(self) -> Result<(), Exhausted>;
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -197,12 +198,20 @@ pub fn instruction_set() -> &'static str {
     }
 }
 
-/// float64 is for checks, not for speed: it has one path, which keeps the library small.
-fn dispatch_f64(call: impl Call) {
-    call.run::<Portable>();
+/// The instruction set that calls with streams of this type use.
+pub fn instruction_set_of(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F64 => "portable",
+        _ => instruction_set(),
+    }
 }
 
-fn dispatch_f32(call: impl Call) {
+/// float64 is for checks, not for speed: it has one path, which keeps the library small.
+fn dispatch_f64(call: impl Call) -> Result<(), Exhausted> {
+    call.run::<Portable>()
+}
+
+fn dispatch_f32(call: impl Call) -> Result<(), Exhausted> {
     match detect() {
         #[cfg(all(target_arch = "x86_64", not(miri)))]
         Level::Avx512 => call.run::<x86::Avx512>(),
@@ -215,18 +224,20 @@ fn dispatch_f32(call: impl Call) {
 /// The instruction sets that this machine has.
 #[cfg(test)]
 pub fn instruction_sets() -> Vec<&'static str> {
-    let mut names = vec!["portable"];
-    #[cfg(all(target_arch = "x86_64", not(miri)))]
-    {
-        names.extend(x86::has_avx2().then_some("avx2"));
-        names.extend(x86::has_avx512().then_some("avx512"));
-    }
-    names
+    let have = [
+        ("portable", true),
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
+        ("avx2", x86::has_avx2()),
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
+        ("avx512", x86::has_avx512()),
+    ];
+    let names = have.into_iter().filter(|(_, has)| *has);
+    names.map(|(name, _)| name).collect()
 }
 
 /// Runs `call` with one of [`instruction_sets`].
 #[cfg(test)]
-pub fn dispatch_to(name: &str, call: impl Call) {
+pub fn dispatch_to(name: &str, call: impl Call) -> Result<(), Exhausted> {
     assert!(instruction_sets().contains(&name));
     match name {
         #[cfg(all(target_arch = "x86_64", not(miri)))]
@@ -363,8 +374,8 @@ macro_rules! real {
     ($real:ident, $member:ident, $dispatch:ident) => {
         impl Real for $real {
             type Vector<I: Isa> = I::$member;
-            fn dispatch(call: impl Call) {
-                $dispatch(call);
+            fn dispatch(call: impl Call) -> Result<(), Exhausted> {
+                $dispatch(call)
             }
             #[inline(always)]
             fn from_f64(value: f64) -> Self {

@@ -6,11 +6,12 @@
 
 use crate::config::{Config, EpsMode, Order};
 use crate::parallel::{Pool, for_each};
+use crate::scratch::{Exhausted, filled, pieces};
 use crate::simd::{Call, Isa, Kernel, MAX_LANES, MAX_STREAMS, Real, Vector, for_streams};
 use crate::stream::{Rows, RowsMut};
 
 /// Matrices that one task works on.
-const CHUNK: usize = 256;
+pub const CHUNK: usize = 256;
 
 /// Elements of one row or column: those that one sum runs over.
 #[derive(Clone, Copy)]
@@ -236,12 +237,12 @@ pub struct Sinkhorn<'a, R> {
 }
 
 /// Runs the op.
-pub fn run<R: Real>(call: Sinkhorn<R>) {
-    R::dispatch(call);
+pub fn run<R: Real>(call: Sinkhorn<R>) -> Result<(), Exhausted> {
+    R::dispatch(call)
 }
 
 impl<R: Real> Call for Sinkhorn<'_, R> {
-    fn run<I: Isa>(mut self) {
+    fn run<I: Isa>(mut self) -> Result<(), Exhausted> {
         let Self {
             config,
             n,
@@ -249,57 +250,81 @@ impl<R: Real> Call for Sinkhorn<'_, R> {
             pool,
             ..
         } = self;
-        let mut chunks = Vec::with_capacity(matrices.div_ceil(CHUNK));
-        for first in (0..matrices).step_by(CHUNK) {
-            let count = CHUNK.min(matrices - first);
+        let differentiate = self.d_h_res.is_some();
+        let chunks = pieces(matrices, CHUNK, |count| {
             let d_h_res = self.d_h_res.as_mut().map(|d| d.split_off(count));
-            chunks.push((
+            (
                 self.z.split_off(count),
                 d_h_res,
                 self.out.split_off(count),
                 count,
-            ));
-        }
+            )
+        })?;
         for_each(
+            "matrices",
             pool,
             chunks,
-            || (),
-            |(), _, (z, d_h_res, out, count)| {
-                for_streams!(n, N => I::enter(Chunk::<_, N> { config, n, z, d_h_res, out, count }));
+            || Scratch::<R::Vector<I>>::new(config, n, differentiate),
+            |scratch, _, (z, d_h_res, out, count)| {
+                for_streams!(n, N => {
+                    I::enter(Chunk::<_, I, N> { config, n, z, d_h_res, out, count, scratch });
+                });
+                Ok(())
             },
-        );
+        )
     }
 }
 
-struct Chunk<'a, R, const N: usize> {
+/// Room for as many matrices as a vector has lanes.
+struct Scratch<V> {
+    z: Vec<V>,
+    h: Vec<V>,
+    g: Vec<V>,
+    history: Vec<V>,
+}
+
+impl<V: Vector> Scratch<V> {
+    fn new(config: &Config, n: usize, differentiate: bool) -> Result<Self, Exhausted> {
+        let zeros = |len| filled(V::zero(), len);
+        let history_len = if differentiate {
+            history_len(config, n)
+        } else {
+            0
+        };
+        Ok(Self {
+            z: zeros(n * n)?,
+            h: zeros(n * n)?,
+            g: zeros(n * n)?,
+            history: zeros(history_len)?,
+        })
+    }
+}
+
+struct Chunk<'a, R: Real, I: Isa, const N: usize> {
     config: &'a Config,
     n: usize,
     z: Rows<'a, R>,
     d_h_res: Option<Rows<'a, R>>,
     out: RowsMut<'a, R>,
     count: usize,
+    scratch: &'a mut Scratch<R::Vector<I>>,
 }
 
-impl<R: Real, I: Isa, const N: usize> Kernel<I> for Chunk<'_, R, N> {
+impl<R: Real, I: Isa, const N: usize> Kernel<I> for Chunk<'_, R, I, N> {
     #[inline(always)]
     fn run(mut self) {
         let Self { config, n, .. } = self;
-        let zero = R::Vector::<I>::zero();
-        let mut z = vec![zero; n * n];
-        let mut h = vec![zero; n * n];
-        let mut g = vec![zero; n * n];
-        let history_len = self.d_h_res.map_or(0, |_| history_len(config, n));
-        let mut history = vec![zero; history_len];
+        let Scratch { z, h, g, history } = self.scratch;
         for first in (0..self.count).step_by(R::Vector::<I>::LANES) {
             let count = (self.count - first).min(R::Vector::<I>::LANES);
-            gather(&self.z, first, count, &mut z);
-            forward::<_, N>(config, n, &z, &mut h, &mut history);
+            gather(&self.z, first, count, z);
+            forward::<_, N>(config, n, z, h, history);
             match &self.d_h_res {
-                None => scatter(&h, first, count, &mut self.out),
+                None => scatter(h, first, count, &mut self.out),
                 Some(d_h_res) => {
-                    gather(d_h_res, first, count, &mut g);
-                    backward::<_, N>(config, n, &h, &history, &mut g);
-                    scatter(&g, first, count, &mut self.out);
+                    gather(d_h_res, first, count, g);
+                    backward::<_, N>(config, n, h, history, g);
+                    scatter(g, first, count, &mut self.out);
                 }
             }
         }

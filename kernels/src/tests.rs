@@ -5,6 +5,9 @@
 //! kernels of all other types and instruction sets against the float64 kernels.
 
 mod collapse;
+mod exhausted;
+mod interleavings;
+mod parallel;
 mod scalar;
 mod seam;
 mod simd;

@@ -61,6 +61,31 @@ pub struct View<'a> {
     pub dtype: DType,
 }
 
+impl View<'_> {
+    /// Number of elements, where memory can hold as many.
+    pub fn num_elements(&self) -> Option<usize> {
+        self.num_bytes().map(|bytes| bytes / self.dtype.num_bytes())
+    }
+
+    /// Number of bytes, where memory can hold as many: no more than `isize::MAX`, as Rust's slices want.
+    /// Nobody else multiplies dimensions.
+    pub fn num_bytes(&self) -> Option<usize> {
+        let bytes = product(self.dims)?.checked_mul(self.dtype.num_bytes())?;
+        isize::try_from(bytes).is_ok().then_some(bytes)
+    }
+}
+
+/// The product of some dimensions, 0 where any of them is, however large the others are. None where it
+/// does not fit or one is negative.
+pub fn product(dims: &[i64]) -> Option<usize> {
+    let dims = dims.iter().map(|dim| usize::try_from(*dim).ok());
+    if dims.clone().any(|dim| dim == Some(0)) && dims.clone().all(|dim| dim.is_some()) {
+        return Some(0);
+    }
+    dims.into_iter()
+        .try_fold(1_usize, |product, dim| product.checked_mul(dim?))
+}
+
 /// A type that a view can have.
 pub trait Element: Copy + 'static {
     /// Its name.
@@ -169,6 +194,5 @@ impl<'a> Memory<'a> {
 /// Number of elements of a checked view of this type, if it has any.
 fn len<T: Element>(view: &View) -> Option<usize> {
     assert!(view.dtype == T::DTYPE, "a view of {}", view.dtype.name());
-    let len = view.dims.iter().product::<i64>() as usize;
-    (len > 0).then_some(len)
+    view.num_elements().filter(|len| *len > 0)
 }

@@ -3,13 +3,15 @@
 
 use std::ffi::{CStr, CString, c_char};
 use std::panic::catch_unwind;
-use std::str::FromStr;
 use std::sync::LazyLock;
 
 use jax_mhc_ffi::{Entry, handler_address};
 use jax_mhc_kernels::{DType, Op, Row, cuda};
 use serde::Serialize;
-use tracing_subscriber::filter::LevelFilter;
+
+use log::Log;
+
+mod log;
 
 /// The version of the table of calls in docs/architecture.md, part of every target's name.
 const TARGET_VERSION: u32 = 2;
@@ -46,12 +48,13 @@ struct Description {
     debug_assertions: bool,
     /// None where there are no CUDA kernels in it.
     cuda: Option<cuda::Build>,
+    log: Log,
     handlers: Vec<Handler>,
     /// What every call has and is.
     calls: Vec<Row>,
 }
 
-fn describe() -> Description {
+fn describe(log: Log) -> Description {
     let name = |op: Op| format!("jax_mhc_{}_v{TARGET_VERSION}", op.name());
     let cpu = Op::ALL.into_iter().map(|op| Handler {
         name: name(op),
@@ -80,24 +83,9 @@ fn describe() -> Description {
         instruction_set: jax_mhc_kernels::instruction_set(),
         debug_assertions: cfg!(debug_assertions),
         cuda: cuda::build(),
+        log,
         handlers: cpu.chain(cuda).collect(),
         calls: Op::ALL.into_iter().map(Op::table_row).collect(),
-    }
-}
-
-/// Sends events of the level in `JAX_MHC_LOG` and above to standard error; nothing by default.
-fn start_log() {
-    let Ok(level) = std::env::var("JAX_MHC_LOG") else {
-        return;
-    };
-    match LevelFilter::from_str(&level) {
-        Ok(level) => tracing_subscriber::fmt()
-            .with_max_level(level)
-            .with_writer(std::io::stderr)
-            .init(),
-        Err(_) => eprintln!(
-            "jax-mhc: JAX_MHC_LOG: expected off, error, warn, info, debug or trace, got {level:?}"
-        ),
     }
 }
 
@@ -106,8 +94,24 @@ fn start_log() {
 #[unsafe(no_mangle)]
 pub extern "C" fn jax_mhc_describe() -> *const c_char {
     static DESCRIPTION: LazyLock<Option<CString>> = LazyLock::new(|| {
-        start_log();
-        CString::new(serde_json::to_string(&describe()).ok()?).ok()
+        let description = describe(log::start());
+        let Description {
+            version,
+            commit,
+            instruction_set,
+            ..
+        } = description;
+        tracing::info!(
+            target: "jax_mhc",
+            version,
+            commit,
+            instruction_set,
+            cuda_kernels = description.cuda.as_ref().map_or("none".into(), |build| {
+                format!("{} by {}", build.architectures.join(" "), build.compiler)
+            }),
+            "the shared library is loaded"
+        );
+        CString::new(serde_json::to_string(&description).ok()?).ok()
     });
     let describe = || {
         DESCRIPTION
@@ -121,8 +125,20 @@ pub extern "C" fn jax_mhc_describe() -> *const c_char {
 /// driver, and the others give the same answer. Null where there is no answer.
 #[unsafe(no_mangle)]
 pub extern "C" fn jax_mhc_cuda_status() -> *const c_char {
-    static STATUS: LazyLock<Option<CString>> =
-        LazyLock::new(|| CString::new(serde_json::to_string(&cuda::status()).ok()?).ok());
+    static STATUS: LazyLock<Option<CString>> = LazyLock::new(|| {
+        let status = cuda::status();
+        for (ordinal, device) in status.devices.iter().enumerate() {
+            let cuda::DeviceStatus {
+                name,
+                capability,
+                error,
+            } = device;
+            tracing::info!(target: "jax_mhc", ordinal, name, capability, error, "a GPU");
+        }
+        let cuda::Status { driver, error, .. } = &status;
+        tracing::info!(target: "jax_mhc", driver, error, "the CUDA driver was asked for GPUs");
+        CString::new(serde_json::to_string(&status).ok()?).ok()
+    });
     let status = || {
         STATUS
             .as_ref()

@@ -8,6 +8,7 @@ use crate::parallel::{Pool, for_each};
 use crate::projection::{
     Packed, STAGE, Shape, Staged, accumulate_d_phi, project_back, stage, stages,
 };
+use crate::scratch::{Exhausted, filled, pieces};
 use crate::simd::{Call, Isa, Kernel, MAX_STREAMS, Real, Vector, for_streams};
 use crate::stream::{Acc, Rows, RowsMut, Stream};
 
@@ -54,25 +55,25 @@ pub struct BackwardScratch<V: Vector> {
 
 impl<V: Vector> BackwardScratch<V> {
     /// For chunks of up to [`CHUNK`] tokens.
-    pub fn new<I: Isa>(params: &Params<V::Real>) -> Self
+    pub fn new<I: Isa>(params: &Params<V::Real>) -> Result<Self, Exhausted>
     where
         V::Real: Real<Vector<I> = V>,
     {
         let Gates { config, layout, .. } = params.gates;
         let shape = params.shape::<I>();
-        let norm_scale: Vec<V> = norm::pack(params.norm_scale);
-        let zeros = |width: usize| vec![V::Real::default(); CHUNK * width];
-        Self {
-            staged: vec![[V::zero(); STAGE]; CHUNK],
-            mixed: vec![[V::zero(); STAGE]; CHUNK * layout.n],
-            d_h_pre: zeros(layout.n),
-            r_dm: zeros(shape.padded_columns()),
-            norm: zeros(1),
-            h_pre: zeros(layout.n),
-            d_sum: vec![V::zero(); CHUNK * norm_scale.len()],
+        let norm_scale: Vec<V> = norm::pack(params.norm_scale)?;
+        let zeros = |width: usize| filled(V::Real::default(), CHUNK * width);
+        Ok(Self {
+            staged: filled([V::zero(); STAGE], CHUNK)?,
+            mixed: filled([V::zero(); STAGE], CHUNK * layout.n)?,
+            d_h_pre: zeros(layout.n)?,
+            r_dm: zeros(shape.padded_columns())?,
+            norm: zeros(1)?,
+            h_pre: zeros(layout.n)?,
+            d_sum: filled(V::zero(), CHUNK * norm_scale.len())?,
             norm_scale,
-            coefficients: coefficients::Scratch::new(config, layout, true),
-        }
+            coefficients: coefficients::Scratch::new(config, layout, true)?,
+        })
     }
 }
 
@@ -387,38 +388,35 @@ pub struct Backward<'a, S: Stream> {
 }
 
 /// Runs the backward call.
-pub fn backward<S: Stream>(call: Backward<S>) {
-    S::Real::dispatch(call);
+pub fn backward<S: Stream>(call: Backward<S>) -> Result<(), Exhausted> {
+    S::Real::dispatch(call)
 }
 
 impl<S: Stream> Call for Backward<'_, S> {
-    fn run<I: Isa>(mut self) {
+    fn run<I: Isa>(mut self) -> Result<(), Exhausted> {
         let shape = self.params.shape::<I>();
-        let phi = Packed::pack::<I>(self.params.phi, shape, self.pool);
+        let phi = Packed::pack::<I>(self.params.phi, shape, self.pool)?;
         let step = group_tokens(self.tokens);
-        let mut sums: Vec<Option<ParamSums<Acc<S, I>>>> = Vec::new();
-        sums.resize_with(self.tokens.div_ceil(step), || None);
-        let mut groups = Vec::with_capacity(sums.len());
-        for (index, sums) in sums.iter_mut().enumerate() {
-            let tokens = step.min(self.tokens - index * step);
-            groups.push(BackwardGroup::<S, I> {
-                params: &self.params,
-                phi: &phi,
-                x: self.x.split_off(tokens),
-                handed_on: self.handed_on.split_off(tokens),
-                inputs: self.inputs.split_off(tokens),
-                d_x: self.d_x.split_off(tokens),
-                tokens,
-                sums,
-            });
-        }
+        let mut sums: Vec<Option<ParamSums<Acc<S, I>>>> = pieces(self.tokens, step, |_| None)?;
+        let mut of_group = sums.iter_mut();
+        let groups = pieces(self.tokens, step, |tokens| BackwardGroup::<S, I> {
+            params: &self.params,
+            phi: &phi,
+            x: self.x.split_off(tokens),
+            handed_on: self.handed_on.split_off(tokens),
+            inputs: self.inputs.split_off(tokens),
+            d_x: self.d_x.split_off(tokens),
+            tokens,
+            sums: of_group.next().expect("one for each group"),
+        })?;
         for_each(
+            "groups of tokens",
             self.pool,
             groups,
             || BackwardScratch::new::<I>(&self.params),
             |scratch, _, group| group.run(shape, scratch),
-        );
-        self.d_params.write::<I>(&self.params, sums, self.pool);
+        )?;
+        self.d_params.write::<I>(&self.params, sums, self.pool)
     }
 }
 
@@ -435,8 +433,12 @@ struct BackwardGroup<'a, S: Stream, I: Isa> {
 }
 
 impl<S: Stream, I: Isa> BackwardGroup<'_, S, I> {
-    fn run(mut self, shape: Shape, scratch: &mut BackwardScratch<Acc<S, I>>) {
-        let sums = self.sums.insert(ParamSums::new(self.params, shape));
+    fn run(
+        mut self,
+        shape: Shape,
+        scratch: &mut BackwardScratch<Acc<S, I>>,
+    ) -> Result<(), Exhausted> {
+        let sums = self.sums.insert(ParamSums::new(self.params, shape)?);
         for first in (0..self.tokens).step_by(CHUNK) {
             let tokens = CHUNK.min(self.tokens - first);
             backward_chunk::<S, I>(
@@ -451,5 +453,6 @@ impl<S: Stream, I: Isa> BackwardGroup<'_, S, I> {
                 scratch,
             );
         }
+        Ok(())
     }
 }

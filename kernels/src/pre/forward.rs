@@ -7,6 +7,7 @@ use crate::collapse;
 use crate::config::{Config, NormEpsMode};
 use crate::parallel::{Pool, for_each};
 use crate::projection::{Packed, STAGE, Staged, project, stage, stages};
+use crate::scratch::{Exhausted, filled, pieces};
 use crate::simd::{Call, Isa, Kernel, Real, Vector, for_streams};
 use crate::stream::{Acc, Rows, RowsMut, Stream};
 
@@ -49,21 +50,21 @@ pub struct ForwardScratch<V> {
 
 impl<V: Vector> ForwardScratch<V> {
     /// For the chunks of a call with `tokens` tokens.
-    pub fn new<I: Isa>(params: &Params<V::Real>, tokens: usize) -> Self
+    pub fn new<I: Isa>(params: &Params<V::Real>, tokens: usize) -> Result<Self, Exhausted>
     where
         V::Real: Real<Vector<I> = V>,
     {
         let Gates { config, layout, .. } = params.gates;
         let (chunk, columns) = (tokens.min(CHUNK), params.shape::<I>().padded_columns());
-        let norm_scale: Vec<V> = norm::pack(params.norm_scale);
-        Self {
-            sums: vec![V::zero(); norm_scale.len()],
+        let norm_scale: Vec<V> = norm::pack(params.norm_scale)?;
+        Ok(Self {
+            sums: filled(V::zero(), norm_scale.len())?,
             norm_scale,
-            staged: vec![[V::zero(); STAGE]; chunk],
-            totals: vec![V::zero(); chunk * columns],
-            squares: vec![V::zero(); chunk],
-            coefficients: coefficients::Scratch::new(config, layout, false),
-        }
+            staged: filled([V::zero(); STAGE], chunk)?,
+            totals: filled(V::zero(), chunk * columns)?,
+            squares: filled(V::zero(), chunk)?,
+            coefficients: coefficients::Scratch::new(config, layout, false)?,
+        })
     }
 }
 
@@ -205,26 +206,26 @@ pub struct Forward<'a, S: Stream> {
 }
 
 /// Runs the forward call.
-pub fn forward<S: Stream>(call: Forward<S>) {
-    S::Real::dispatch(call);
+pub fn forward<S: Stream>(call: Forward<S>) -> Result<(), Exhausted> {
+    S::Real::dispatch(call)
 }
 
 impl<S: Stream> Call for Forward<'_, S> {
-    fn run<I: Isa>(mut self) {
+    fn run<I: Isa>(mut self) -> Result<(), Exhausted> {
         let shape = self.params.shape::<I>();
-        let phi = Packed::pack::<I>(self.params.phi, shape, self.pool);
-        let mut chunks = Vec::with_capacity(self.tokens.div_ceil(CHUNK));
-        for first in (0..self.tokens).step_by(CHUNK) {
-            let tokens = CHUNK.min(self.tokens - first);
-            chunks.push((tokens, self.x.split_off(tokens), self.out.split_off(tokens)));
-        }
+        let phi = Packed::pack::<I>(self.params.phi, shape, self.pool)?;
+        let chunks = pieces(self.tokens, CHUNK, |tokens| {
+            (tokens, self.x.split_off(tokens), self.out.split_off(tokens))
+        })?;
         for_each(
+            "tokens",
             self.pool,
             chunks,
             || ForwardScratch::new::<I>(&self.params, self.tokens),
             |scratch, _, (tokens, x, mut out)| {
                 forward_chunk::<S, I>(&self.params, &phi, x, tokens, &mut out, scratch);
+                Ok(())
             },
-        );
+        )
     }
 }

@@ -1,17 +1,19 @@
 //! The RMSNorm of the layer's input that may follow the sum over streams: ũ = w · rho · u with
 //! rho = 1 / sqrt(mean(u²) + eps), and its backward pass.
 
+use crate::scratch::{Exhausted, collected};
 use crate::simd::{Isa, Kernel, MAX_LANES, MAX_STREAMS, Real, Vector};
 use crate::stream::{Acc, Rows, RowsMut, Stream, for_blocks};
 
 /// w in vectors, with zeros behind the last channel.
-pub fn pack<V: Vector>(norm_scale: &[V::Real]) -> Vec<V> {
+pub fn pack<V: Vector>(norm_scale: &[V::Real]) -> Result<Vec<V>, Exhausted> {
     let pack_block = |block: &[V::Real]| {
         let mut lanes = [V::Real::default(); MAX_LANES];
         lanes[..block.len()].copy_from_slice(block);
         V::load(&lanes)
     };
-    norm_scale.chunks(V::LANES).map(pack_block).collect()
+    let blocks = norm_scale.chunks(V::LANES);
+    collected(blocks.len(), blocks.map(pack_block))
 }
 
 /// ũ and rho. u is summed up before it is rounded, and rounded once, as ũ.

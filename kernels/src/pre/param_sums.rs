@@ -5,6 +5,7 @@ use super::{CHUNK, Params};
 use crate::coefficients::{GateSums, Gates};
 use crate::parallel::Pool;
 use crate::projection::{Packed, Shape};
+use crate::scratch::{Exhausted, filled, with_capacity};
 use crate::simd::{Isa, Real, Vector};
 
 /// Tokens whose gradients of the parameters are summed before they meet those of other tokens.
@@ -36,13 +37,13 @@ pub struct ParamSums<V> {
 
 impl<V: Vector> ParamSums<V> {
     /// All zero.
-    pub fn new(params: &Params<V::Real>, shape: Shape) -> Self {
+    pub fn new(params: &Params<V::Real>, shape: Shape) -> Result<Self, Exhausted> {
         let Gates { layout, alpha, .. } = params.gates;
-        Self {
-            d_phi: Packed::zeros(shape),
-            gates: GateSums::new(alpha.len(), layout),
-            d_norm_scale: vec![V::zero(); params.norm_scale.len().div_ceil(V::LANES)],
-        }
+        Ok(Self {
+            d_phi: Packed::zeros(shape)?,
+            gates: GateSums::new(alpha.len(), layout)?,
+            d_norm_scale: filled(V::zero(), params.norm_scale.len().div_ceil(V::LANES))?,
+        })
     }
 }
 
@@ -65,16 +66,16 @@ impl<R: Real> ParamGradients<'_, R> {
         params: &Params<R>,
         groups: Vec<Option<ParamSums<R::Vector<I>>>>,
         pool: &dyn Pool,
-    ) {
-        let mut gates = GateSums::new(self.d_alpha.len(), params.gates.layout);
-        let mut parts = Vec::with_capacity(groups.len());
-        let mut norm_parts = Vec::with_capacity(groups.len());
+    ) -> Result<(), Exhausted> {
+        let mut gates = GateSums::new(self.d_alpha.len(), params.gates.layout)?;
+        let mut parts = with_capacity(groups.len())?;
+        let mut norm_parts = with_capacity(groups.len())?;
         for group in groups.into_iter().flatten() {
             gates.add(&group.gates);
             parts.push(group.d_phi);
             norm_parts.push(group.d_norm_scale);
         }
-        Packed::unpack_sum::<I>(&parts, params.shape::<I>(), self.d_phi, pool);
+        Packed::unpack_sum::<I>(&parts, params.shape::<I>(), self.d_phi, pool)?;
         I::enter(SumPacked {
             parts: &norm_parts,
             to: self.d_norm_scale,
@@ -85,5 +86,6 @@ impl<R: Real> ParamGradients<'_, R> {
         for (to, from) in self.d_bias.iter_mut().zip(gates.d_bias) {
             *to = R::from_f64(from);
         }
+        Ok(())
     }
 }

@@ -58,7 +58,7 @@ impl Data {
             tokens,
             pool,
         };
-        dispatch_to(isa, forward);
+        dispatch_to(isa, forward).unwrap();
         let backward = collapse::Backward {
             x,
             d_u: Rows::new(&d_u[..], c),
@@ -66,7 +66,7 @@ impl Data {
             tokens,
             pool,
         };
-        dispatch_to(isa, backward);
+        dispatch_to(isa, backward).unwrap();
         [to_f64(&u), to_f64(&d_h_pre)]
     }
 }

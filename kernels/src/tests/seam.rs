@@ -60,7 +60,8 @@ fn seam_is_post_then_pre<S: Stream>(isa: &str, case: &Case) {
             tokens,
             pool,
         },
-    );
+    )
+    .unwrap();
     let mut want = Room::<S>::new(case);
     let x_new_rows = Rows::new(&x_new[..], n * c);
     dispatch_to(
@@ -72,7 +73,8 @@ fn seam_is_post_then_pre<S: Stream>(isa: &str, case: &Case) {
             tokens,
             pool,
         },
-    );
+    )
+    .unwrap();
 
     let mut seam_x_new = x.clone();
     let mut got = Room::<S>::new(case);
@@ -88,7 +90,8 @@ fn seam_is_post_then_pre<S: Stream>(isa: &str, case: &Case) {
             tokens,
             pool,
         },
-    );
+    )
+    .unwrap();
     assert!(
         to_f64(&seam_x_new) == to_f64(&x_new),
         "{isa} x_new in {case:?}"
@@ -144,7 +147,7 @@ fn seam_is_post_then_pre<S: Stream>(isa: &str, case: &Case) {
                 tokens,
                 pool,
             };
-            dispatch_to(isa, call);
+            dispatch_to(isa, call).unwrap();
         } else {
             let call = pre::Backward {
                 params,
@@ -156,7 +159,7 @@ fn seam_is_post_then_pre<S: Stream>(isa: &str, case: &Case) {
                 tokens,
                 pool,
             };
-            dispatch_to(isa, call);
+            dispatch_to(isa, call).unwrap();
             let call = post::Backward {
                 inputs,
                 d_x_new: Rows::new(&d_x_new, n * c),
@@ -164,7 +167,7 @@ fn seam_is_post_then_pre<S: Stream>(isa: &str, case: &Case) {
                 tokens,
                 pool,
             };
-            dispatch_to(isa, call);
+            dispatch_to(isa, call).unwrap();
         }
         let params = [&d_phi, &d_alpha, &d_bias, &d_norm_scale];
         let reals = [&d_h[1], &d_h[2]]

@@ -29,7 +29,8 @@ fn extreme_logits_stay_on_the_manifold() {
                     matrices: 19,
                     pool: &Serial,
                 },
-            );
+            )
+            .unwrap();
             for row in h.chunks(n) {
                 let sum: f32 = row.iter().sum();
                 assert!(

@@ -52,7 +52,8 @@ fn sublayer<S: Stream>(isa: &str, case: &Case, data: &Data, pool: &dyn Pool) -> 
             tokens,
             pool,
         },
-    );
+    )
+    .unwrap();
 
     let inputs = room.post_inputs(case, &x, &y);
     let mut x_new = from_f64::<S>(&vec![f64::NAN; tokens * n * c]);
@@ -65,7 +66,8 @@ fn sublayer<S: Stream>(isa: &str, case: &Case, data: &Data, pool: &dyn Pool) -> 
             tokens,
             pool,
         },
-    );
+    )
+    .unwrap();
 
     let d_x_new = from_f64::<S>(&data.d_x_new);
     let mut d_y = y.clone();
@@ -85,7 +87,8 @@ fn sublayer<S: Stream>(isa: &str, case: &Case, data: &Data, pool: &dyn Pool) -> 
             tokens,
             pool,
         },
-    );
+    )
+    .unwrap();
 
     let mut d_x = if case.deferred {
         d_x_new
@@ -128,7 +131,8 @@ fn sublayer<S: Stream>(isa: &str, case: &Case, data: &Data, pool: &dyn Pool) -> 
             tokens,
             pool,
         },
-    );
+    )
+    .unwrap();
     let [h_pre, h_post, h_res] = &room.h;
     let reals = [h_pre, h_post, h_res].map(|h| to_f64(h));
     let mut results = vec![to_f64(&room.u)];
