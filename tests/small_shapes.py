@@ -5,7 +5,7 @@ settings of each are drawn. float64 is compared with the oracle, its gradients w
 complex steps along one direction of all operands at once. The other dtypes are compared with float64,
 on operands that all dtypes can hold.
 
-    python tests/small_shapes.py --library libjax_mhc_xla.so --record shapes.json
+    python tests/small_shapes.py --record shapes.json
 """
 
 import argparse
@@ -448,19 +448,23 @@ def _tell(num: int, total: int, findings: int, seconds: float) -> None:
 def main() -> int:
     """Reads the command line and checks."""
     parser = argparse.ArgumentParser(description="All small shapes through the handlers.")
-    parser.add_argument("--library", type=Path, required=True, help="the shared library")
+    parser.add_argument("--library", type=Path, help="the shared library; default: jax_mhc's")
     parser.add_argument("--headers", type=Path, help="XLA's FFI headers; default: jaxlib's")
     parser.add_argument("--shapes", type=int, help="how many of all 20160")
     parser.add_argument("--seconds", type=float, default=math.inf, help="end after so long")
     parser.add_argument("--record", type=Path, help="write what came out as JSON")
     options = parser.parse_args()
-    headers = options.headers
+    library, headers = options.library, options.headers
+    if library is None:
+        from jax_mhc import _library
+
+        library = _library._PATH
     if headers is None:
         import jax.ffi
 
         headers = Path(jax.ffi.include_dir())
     with tempfile.TemporaryDirectory() as build:
-        handlers = Handlers(options.library, headers, Path(build))
+        handlers = Handlers(library, headers, Path(build))
         record = run(handlers, draw_shapes(options.shapes), options.seconds)
     text = json.dumps(record, indent=2)
     if options.record:

@@ -62,7 +62,7 @@ pub struct Checker {
 struct Placed {
     args: Vec<usize>,
     rets: Vec<usize>,
-    /// Whether a buffer is said to be larger than its slot.
+    /// Whether a buffer is not what it says.
     lies: bool,
 }
 
@@ -115,6 +115,10 @@ impl Checker {
             0 => self.check_accepted(frame, &placed, verdict),
             code => self.check_refused(frame, verdict, code),
         };
+        if code == 0 && checked.is_err() {
+            self.pool.finish();
+            return checked;
+        }
         let settled = self.check_afterwards(frame, &placed, code == 0);
         let outcome = checked?;
         settled?;
@@ -153,9 +157,7 @@ impl Checker {
             frame.rets.iter().any(in_it)
         };
         for (index, buffer) in frame.args.iter().enumerate() {
-            placed.lies |= buffer
-                .num_bytes()
-                .is_none_or(|num_bytes| num_bytes + 8 > SLOT_BYTES);
+            placed.lies |= lies(buffer);
             placed.args.push(match buffer.place {
                 Place::Own { at_end, shift } => {
                     let (slot, offset) = own(index, buffer, at_end, shift);
@@ -177,9 +179,7 @@ impl Checker {
         }
         // Results in the order of their slots; those that lie in others follow.
         for (index, buffer) in frame.rets.iter().enumerate() {
-            placed.lies |= buffer
-                .num_bytes()
-                .is_none_or(|num_bytes| num_bytes + 8 > SLOT_BYTES);
+            placed.lies |= lies(buffer);
             placed.rets.push(match buffer.place {
                 Place::Own { at_end, shift } => {
                     let (slot, offset) = own(frame.args.len() + index, buffer, at_end, shift);
@@ -464,6 +464,15 @@ fn finding(op: &Op, kind: String, detail: String) -> Finding {
     }
 }
 
+/// Whether a buffer says that there is more memory than there is, and that it is not null.
+fn lies(buffer: &Buffer) -> bool {
+    match (buffer.num_bytes(), buffer.place) {
+        (Some(0), _) => false,
+        (None, _) | (_, Place::Nowhere(1..)) => true,
+        (Some(num_bytes), _) => num_bytes + 8 > SLOT_BYTES,
+    }
+}
+
 /// The bytes beside a result's, in its slot.
 fn margin(range: &std::ops::Range<usize>) -> std::ops::Range<usize> {
     match range.end == SLOT_BYTES {
@@ -481,5 +490,59 @@ fn raw(value: &Attr) -> (i32, *const c_void, usize) {
         Attr::Scalar(dtype, bits) => (*dtype, (&raw const *bits).cast(), 1),
         Attr::Array(dtype, numbers) => (*dtype, numbers.as_ptr().cast(), numbers.len()),
         Attr::Kind(_) => (0, std::ptr::null(), 0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The table of one call, in the library's words.
+    const TABLE: &str = r#"[{
+        "name": "collapse_fwd", "adds_in_place": false, "attributes": [],
+        "operands": [
+            {"name": "x", "precision": "streams", "has_tokens": true, "dims": ["n", "C"]},
+            {"name": "h_pre", "precision": "accumulation", "has_tokens": true, "dims": ["n"]}
+        ],
+        "results": [{"name": "u", "precision": "streams", "has_tokens": true, "dims": ["C"]}]
+    }]"#;
+
+    /// A handler that takes every frame and does nothing.
+    extern "C" fn take(_: *mut c_void) -> *mut c_void {
+        std::ptr::null_mut()
+    }
+
+    #[test]
+    fn a_handler_that_does_nothing_is_found() {
+        let mut ops: Vec<Op> = serde_json::from_str(TABLE).unwrap();
+        ops[0].handler = take as *const () as usize;
+        let mut checker = Checker::new(ops).unwrap();
+        let (mut unwritten, mut against_a_rule, mut passed) = (0, 0, 0);
+        for seed in 0..2000 {
+            let frame = checker.frame(seed);
+            match checker.check(&frame, seed) {
+                Err(Finding { kind, .. }) if kind == "u not written" => {
+                    unwritten += 1;
+                }
+                Err(Finding { kind, .. }) => {
+                    assert!(kind.starts_with("accepted against the rule"), "{kind}");
+                    assert!(!frame.changes.is_empty(), "{frame:?}");
+                    against_a_rule += 1;
+                }
+                // Nothing to write.
+                Ok(_) => passed += 1,
+            }
+        }
+        assert!(unwritten > 600 && against_a_rule > 400 && passed < 400);
+    }
+
+    #[test]
+    fn a_seed_is_a_frame() {
+        let ops = || serde_json::from_str(TABLE).unwrap();
+        let (one, other) = (Checker::new(ops()).unwrap(), Checker::new(ops()).unwrap());
+        for seed in [1, 7, u64::MAX] {
+            let frames = [one.frame(seed), other.frame(seed)].map(|frame| format!("{frame:?}"));
+            assert_eq!(frames[0], frames[1]);
+        }
     }
 }

@@ -99,7 +99,7 @@ fn half_bits(value: f64) -> u16 {
     } else {
         let exponent = magnitude.log2().floor().min(15.0);
         let mantissa = (magnitude / exponent.exp2() - 1.0).min(1023.0 / 1024.0);
-        (((exponent as u16) + 15) << 10) + (mantissa * 1024.0) as u16
+        (((exponent as i32 + 15) as u16) << 10) + (mantissa * 1024.0) as u16
     };
     sign + bits
 }
