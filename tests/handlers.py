@@ -108,8 +108,8 @@ class Handlers:
 
         Args:
             name: such as `pre_fwd`.
-            given: arrays by name, those of the operands and perhaps others. That of the first operand
-                has the dtype of the streams.
+            given: arrays by name, those of the operands and perhaps others. The first operand has
+                the dtype of the streams.
             sizes: `tokens`, a tuple, and the letters of docs/architecture.md: n, C, K, P, A, W, w.
             settings: attributes by name, those of the call and perhaps others.
 

@@ -3,9 +3,9 @@
 Written from the equations alone and as literally as possible: loops, no shared code with the
 package, every published Sinkhorn iteration spelled out in the orientation in which its authors
 wrote it and only then turned to ours (`h_res[i, j]` is the weight of stream j in new stream i).
-Arguments may have any dtype; they are read as float64, complex ones as complex128: every function is
-analytic where it is smooth, so that (f(x + ih) - f(x)) / ih needs no difference, Im f(x + ih) / h.
-`config` is anything with the fields of `MHCConfig`.
+Arguments may have any dtype; they are read as float64, complex ones as complex128, for derivatives
+by complex steps: every function is analytic where it is smooth. `config` is anything with the
+fields of `MHCConfig`.
 """
 
 from typing import NamedTuple

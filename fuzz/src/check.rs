@@ -187,6 +187,7 @@ impl Checker {
                 }
                 Place::Nowhere(address) => address,
                 Place::Operand { index, offset } => {
+                    placed.lies |= !fits(buffer, frame.args.get(index), offset);
                     placed.args.get(index).map_or(0, |address| address + offset)
                 }
                 Place::Result { .. } => 0,
@@ -194,6 +195,7 @@ impl Checker {
         }
         for (index, buffer) in frame.rets.iter().enumerate() {
             if let Place::Result { index: other } = buffer.place {
+                placed.lies |= !fits(buffer, frame.rets.get(other), 0);
                 placed.rets[index] = placed.rets.get(other).copied().unwrap_or(0);
             }
         }
@@ -461,6 +463,17 @@ fn finding(op: &Op, kind: String, detail: String) -> Finding {
     Finding {
         kind,
         detail: format!("{}: {detail}", op.name),
+    }
+}
+
+/// Whether a result fits into the memory of another buffer, which must have memory of its own.
+fn fits(result: &Buffer, other: Option<&Buffer>, offset: usize) -> bool {
+    let bytes = |buffer: &Buffer| buffer.num_bytes();
+    let own = other.filter(|other| matches!(other.place, Place::Own { shift: 0, .. }));
+    match (bytes(result), own.and_then(bytes)) {
+        (Some(0), _) => true,
+        (Some(result), Some(other)) => result.saturating_add(offset) <= other,
+        _ => false,
     }
 }
 
