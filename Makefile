@@ -26,7 +26,7 @@ SANITIZED = RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address CXXFLAGS=-fsanitize=
 SOURCES := pyproject.toml hatch_build.py Cargo.toml Cargo.lock \
 	$(shell find kernels ffi xla_plugin python -type f ! -name '*.pyc')
 
-.PHONY: help demo test lint fuzz fuzz-folder shapes bench bench-gpu clean
+.PHONY: help demo test lint fuzz fuzz-folder shapes miri reproduce bench bench-gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\): .*## \(.*\)/make \1\t\2/p' Makefile
@@ -49,9 +49,9 @@ lint: .venv/installed-test,dev,examples,bench  ## run the formatters' and linter
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-fuzz: $(HEADERS)  ## call 40 million made-up frames under AddressSanitizer, in an hour or so
+fuzz: $(HEADERS)  ## call 40 million made-up frames under AddressSanitizer, in an hour and a quarter
 	env -u JAX_MHC_NVRTC $(SANITIZED)
-	nice $(TARGET)/asan/$(HOST)/fuzz/jax-mhc-fuzz --frames 40000000 --jobs $(shell nproc) --record fuzz.json
+	nice $(TARGET)/asan/$(HOST)/fuzz/jax-mhc-fuzz --frames 40000000 --jobs $$(nproc) --record fuzz.json
 
 fuzz-folder: $(HEADERS)  ## the same program with all that it needs, to copy to another machine
 	env -u JAX_MHC_NVRTC $(SANITIZED)
@@ -59,8 +59,23 @@ fuzz-folder: $(HEADERS)  ## the same program with all that it needs, to copy to 
 	cp $(addprefix $(TARGET)/asan/$(HOST)/fuzz/,jax-mhc-fuzz libjax_mhc_xla.so) dist/fuzz
 	strip --strip-debug dist/fuzz/*
 
-shapes: .venv/installed-test  ## run all small shapes through the handlers, against NumPy, in an hour or so
+shapes: .venv/installed-test  ## run all small shapes through the handlers, against NumPy, in ten minutes
 	OPENBLAS_NUM_THREADS=1 nice $(BIN)/python tests/small_shapes.py --record shapes.json
+
+# Undefined behaviour in the portable path, on Rust's nightly toolchain with its component `miri`. CUDA's tests have
+# a libcuda to load, and loom's have threads of their own kind.
+miri:  ## run the Rust tests of the CPU kernels in Miri, which takes long
+	MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test --locked --package jax-mhc-kernels --lib \
+	  -- --skip cuda --skip interleavings
+
+reproduce: .venv/ready | $(HEADERS) $(COMPILER)  ## build the wheel at two paths and compare the bytes
+	@rm -rf .build/reproduce
+	for place in here elsewhere/and/deeper; do \
+	  git clone --quiet . .build/reproduce/$$place && \
+	  $(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir .build/reproduce/$$place/dist \
+	    .build/reproduce/$$place || exit 1; done
+	cmp .build/reproduce/here/dist/*.whl .build/reproduce/elsewhere/and/deeper/dist/*.whl
+	sha256sum .build/reproduce/here/dist/*.whl
 
 bench: .venv/installed-bench  ## compare the fused kernels with plain JAX; writes benches/results/
 	$(BIN)/python benches/cpu.py

@@ -1,4 +1,4 @@
-// Raw values of a call frame: their type's code and where they lie.
+// The values of a call frame as they lie there: a code that says what each is, and an address.
 //
 // XLA's own decoding prints the code of a type that it did not expect, by an operator<< that is undefined
 // for codes without a name: those of a newer XLA, and whatever a broken program holds. So nothing is
@@ -18,16 +18,19 @@
 
 namespace jax_mhc {
 
+// An operand.
 struct RawArg {
   XLA_FFI_ArgType type;
   void* value;
 };
 
+// A result.
 struct RawRet {
   XLA_FFI_RetType type;
   void* value;
 };
 
+// An attribute.
 struct RawAttribute {
   XLA_FFI_AttrType type;
   void* value;

@@ -71,9 +71,12 @@ struct Handler {
 // XLA knows a handler by its address alone, so every op needs a function of its own.
 template <Entry kEntry, std::size_t kOp>
 XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame) {
-  // As frame.h says: `Call` prints a stage that it does not expect.
-  if (const int stage = static_cast<int>(frame->stage);
-      stage < XLA_FFI_ExecutionStage_INSTANTIATE || XLA_FFI_ExecutionStage_EXECUTE < stage) {
+  // As frame.h says: `Call` prints a stage that it does not expect. (With an extension a frame is a
+  // question about the handler, in no stage.)
+  const int stage = static_cast<int>(frame->stage);
+  const bool is_known =
+      XLA_FFI_ExecutionStage_INSTANTIATE <= stage && stage <= XLA_FFI_ExecutionStage_EXECUTE;
+  if (frame->extension_start == nullptr && !is_known) {
     const std::string message = "expected a known stage, got " + std::to_string(stage);
     return ffi::internal::CreateError(frame->api, ffi::Error::InvalidArgument(message));
   }

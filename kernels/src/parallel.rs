@@ -170,7 +170,8 @@ impl Hidden {
 }
 
 /// Hands every item to exactly one call of `run`, on this thread and on the pool's; each thread that
-/// gets work makes one state with `init`. Returns when all calls have returned.
+/// gets work makes one state with `init`. Returns when all calls have returned. `pass` is its name in
+/// the log.
 ///
 /// Threads take items from a counter, so a slow or missing helper never holds up the rest: the
 /// caller waits only for items that somebody has begun. After an error or a panic nobody begins

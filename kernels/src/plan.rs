@@ -4,8 +4,8 @@ use crate::signature::{Call, Op};
 use crate::simd::instruction_set_of;
 use crate::{Pool, collapse, post, pre, sinkhorn};
 
-/// The instruction set, and the pieces of work that threads share; sums over tokens are added in their
-/// order. Such as `avx2, 2 threads, 7 x 16 tokens`.
+/// The instruction set, and the chunks of work that threads share; sums over tokens are added in their
+/// order. Such as `avx2, chunks: 7 of 16 tokens, threads: 2`.
 pub fn plan(call: &Call, pool: &dyn Pool) -> String {
     let tokens = match call.op {
         Op::PreFwd | Op::SeamFwd | Op::HeadFwd => pre::CHUNK,
@@ -14,8 +14,8 @@ pub fn plan(call: &Call, pool: &dyn Pool) -> String {
         Op::CollapseFwd | Op::CollapseBwd => collapse::CHUNK,
         Op::SinkhornFwd | Op::SinkhornBwd => sinkhorn::CHUNK,
     };
-    let pieces = call.tokens.div_ceil(tokens);
-    let threads = pool.num_threads().clamp(1, pieces.max(1));
+    let chunks = call.tokens.div_ceil(tokens);
+    let threads = pool.num_threads().clamp(1, chunks.max(1));
     let instruction_set = instruction_set_of(call.dtype);
-    format!("{instruction_set}, {threads} threads, {pieces} x {tokens} tokens")
+    format!("{instruction_set}, chunks: {chunks} of {tokens} tokens, threads: {threads}")
 }

@@ -125,20 +125,8 @@ pub extern "C" fn jax_mhc_describe() -> *const c_char {
 /// driver, and the others give the same answer. Null where there is no answer.
 #[unsafe(no_mangle)]
 pub extern "C" fn jax_mhc_cuda_status() -> *const c_char {
-    static STATUS: LazyLock<Option<CString>> = LazyLock::new(|| {
-        let status = cuda::status();
-        for (ordinal, device) in status.devices.iter().enumerate() {
-            let cuda::DeviceStatus {
-                name,
-                capability,
-                error,
-            } = device;
-            tracing::info!(target: "jax_mhc", ordinal, name, capability, error, "a GPU");
-        }
-        let cuda::Status { driver, error, .. } = &status;
-        tracing::info!(target: "jax_mhc", driver, error, "the CUDA driver was asked for GPUs");
-        CString::new(serde_json::to_string(&status).ok()?).ok()
-    });
+    static STATUS: LazyLock<Option<CString>> =
+        LazyLock::new(|| CString::new(serde_json::to_string(&cuda::status()).ok()?).ok());
     let status = || {
         STATUS
             .as_ref()

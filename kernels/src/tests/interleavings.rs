@@ -14,6 +14,7 @@ mod sync {
 }
 
 #[path = "../parallel.rs"]
+#[allow(clippy::duplicate_mod)] // the purpose of this module
 #[allow(dead_code)] // what the models do not use
 mod parallel;
 
