@@ -31,7 +31,7 @@ def test_errors_show(handlers):
     want = small_shapes.expected_forward(shape, {**given, "h_post": given["h_post"] * 1.02})
     for name, dtype in small_shapes.DTYPES.items():
         got = small_shapes.run_calls(handlers, shape, dtype, given)
-        errors = small_shapes.compare(shape, name, got, want)
+        errors = small_shapes.compare(shape, name, got, want, {})
         error, allowed = errors["post_fwd.x_new"]
         assert error > allowed
         error, allowed = errors["pre_fwd.h_pre"]
