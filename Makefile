@@ -15,10 +15,18 @@ export JAX_MHC_NVRTC := $(CURDIR)/.build/nvidia/cuda_nvrtc/lib/libnvrtc.so.12
 COMPILER := .build/nvidia/cuda_nvrtc/lib/libnvrtc.so.12
 endif
 
+# The fuzzer and the library that it calls, without CUDA kernels. rustc has AddressSanitizer, but lets no
+# stable release use it without being told so.
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+BUILD_FUZZER := cargo build --locked --profile fuzz --package jax-mhc-fuzz --package jax-mhc-xla-plugin
+HOST = $(shell rustc -vV | sed -n 's/^host: //p')
+SANITIZED = RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address CXXFLAGS=-fsanitize=address \
+	$(BUILD_FUZZER) --target $(HOST) --target-dir $(TARGET)/asan
+
 SOURCES := pyproject.toml hatch_build.py Cargo.toml Cargo.lock \
 	$(shell find kernels ffi xla_plugin python -type f ! -name '*.pyc')
 
-.PHONY: help demo test lint miri reproduce bench bench-gpu clean
+.PHONY: help demo test lint fuzz fuzz-folder shapes miri reproduce bench bench-gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\): .*## \(.*\)/make \1\t\2/p' Makefile
@@ -28,6 +36,8 @@ demo: .venv/installed-examples  ## train a small GPT with plain residuals, HC an
 
 test: lint  ## run all checks and tests of Rust and Python
 	CXXFLAGS=-Werror cargo test --locked --workspace
+	env -u JAX_MHC_NVRTC $(BUILD_FUZZER)
+	$(TARGET)/fuzz/jax-mhc-fuzz --frames 200000 --jobs 2
 	$(BIN)/python -m pytest -n 2
 	$(BIN)/python -m pytest -n 2 --devices=8
 	@echo "All tests passed. Next: make demo, or docs/architecture.md for how it works."
@@ -38,6 +48,19 @@ lint: .venv/installed-test,dev,examples,bench  ## run the formatters' and linter
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+fuzz: $(HEADERS)  ## call 40 million made-up frames under AddressSanitizer, in an hour and a quarter
+	env -u JAX_MHC_NVRTC $(SANITIZED)
+	nice $(TARGET)/asan/$(HOST)/fuzz/jax-mhc-fuzz --frames 40000000 --jobs $$(nproc) --record fuzz.json
+
+fuzz-folder: $(HEADERS)  ## the same program with all that it needs, to copy to another machine
+	env -u JAX_MHC_NVRTC $(SANITIZED)
+	mkdir -p dist/fuzz
+	cp $(addprefix $(TARGET)/asan/$(HOST)/fuzz/,jax-mhc-fuzz libjax_mhc_xla.so) dist/fuzz
+	strip --strip-debug dist/fuzz/*
+
+shapes: .venv/installed-test  ## run all small shapes through the handlers, against NumPy, in ten minutes
+	OPENBLAS_NUM_THREADS=1 nice $(BIN)/python tests/small_shapes.py --record shapes.json
 
 # Undefined behaviour in the portable path, on Rust's nightly toolchain with its component `miri`. CUDA's tests have
 # a libcuda to load, and loom's have threads of their own kind. Miri's exp would be another one at each call.

@@ -3,8 +3,9 @@
 Written from the equations alone and as literally as possible: loops, no shared code with the
 package, every published Sinkhorn iteration spelled out in the orientation in which its authors
 wrote it and only then turned to ours (`h_res[i, j]` is the weight of stream j in new stream i).
-Arguments may have any dtype; they are read as float64. `config` is anything with the fields of
-`MHCConfig`.
+Arguments may have any dtype; they are read as float64, complex ones as complex128, for derivatives
+by complex steps: every function is analytic where it is smooth. `config` is anything with the
+fields of `MHCConfig`.
 """
 
 from typing import NamedTuple
@@ -19,6 +20,12 @@ class Pre(NamedTuple):
     h_pre: np.ndarray  # [..., n]
     h_post: np.ndarray  # [..., n]
     h_res: np.ndarray  # [..., n, n]
+
+
+def wide(array):
+    """The array as float64, or complex128."""
+    array = np.asarray(array)
+    return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64, copy=False)
 
 
 def sigmoid(z):
@@ -69,7 +76,7 @@ def sinkhorn(z, config):
 
     The two iterations with eps are written rows first; columns first is the same on the transpose.
     """
-    z = np.asarray(z, np.float64)
+    z = wide(z)
     if config.sinkhorn_iters == 0:
         return np.exp(z)
     if config.sinkhorn_eps == 0 and config.order == "column_row":
@@ -91,7 +98,7 @@ def mixed_permutations(z, n):
     """H_res of mHC-lite from z [..., n!]: permutation matrices with weights softmax(z)."""
     weights = np.exp(z - z.max(axis=-1, keepdims=True))
     weights = weights / weights.sum(axis=-1, keepdims=True)
-    h_res = np.zeros((*z.shape[:-1], n, n))
+    h_res = np.zeros((*z.shape[:-1], n, n), z.dtype)
     for p, images in enumerate(permutations(n)):
         for i, j in enumerate(images):
             h_res[..., i, j] += weights[..., p]
@@ -119,13 +126,13 @@ def rms_norm(u, scale, eps):
 
 def pre(x, params, config, norm_scale=None, norm_scale_eps=None):
     """Width connection, equations 14 to 19, for x [..., n, C]; params.phi may be None (static)."""
-    x = np.asarray(x, np.float64)
-    bias = np.asarray(params.bias, np.float64)
+    x = wide(x)
+    bias = wide(params.bias)
     *tokens, n, _ = x.shape
     if params.phi is None:
         z = np.broadcast_to(bias, (*tokens, bias.size))
     else:
-        alpha, phi = np.asarray(params.alpha, np.float64), np.asarray(params.phi, np.float64)
+        alpha, phi = wide(params.alpha), wide(params.phi)
         gates = np.repeat(alpha, [n, n, bias.size - 2 * n])
         z = gates * project(x, phi, config) + bias
     z_pre, z_post, z_res = z[..., :n], z[..., n : 2 * n], z[..., 2 * n :]
@@ -142,20 +149,20 @@ def pre(x, params, config, norm_scale=None, norm_scale_eps=None):
         h_res = sinkhorn(z_res.reshape(*tokens, n, n), config)
     u = np.einsum("...i,...ic->...c", h_pre, x)
     if norm_scale is not None:
-        u = rms_norm(u, np.asarray(norm_scale, np.float64), norm_scale_eps)
+        u = rms_norm(u, wide(norm_scale), norm_scale_eps)
     return Pre(u, h_pre, h_post, h_res)
 
 
 def post(y, x, h_post, h_res):
     """Depth connection: X'[i] = sum_j H_res[i, j] X[j] + h_post[i] y, [..., n, C]."""
-    y, x, h_post, h_res = (np.asarray(array, np.float64) for array in (y, x, h_post, h_res))
+    y, x, h_post, h_res = (wide(array) for array in (y, x, h_post, h_res))
     return np.einsum("...ij,...jc->...ic", h_res, x) + h_post[..., :, None] * y[..., None, :]
 
 
 def head(x, params, config):
     """The learned exit: u = sum_i (sigmoid(alpha m_i + b_i) + eps) X[i], [..., C]."""
-    x = np.asarray(x, np.float64)
-    alpha, bias, phi = (np.asarray(p, np.float64) for p in (params.alpha, params.bias, params.phi))
+    x = wide(x)
+    alpha, bias, phi = (wide(p) for p in (params.alpha, params.bias, params.phi))
     h_pre = sigmoid(alpha * project(x, phi, config) + bias) + config.pre_eps
     return np.einsum("...i,...ic->...c", h_pre, x)
 

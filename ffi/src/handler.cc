@@ -131,7 +131,11 @@ RawAttribute Call::attribute(rust::Str name, const char* expected) const {
 
 rust::Str Call::string_attribute(rust::Str name) const {
   const std::string_view text = AsString(attribute(name, "a string"));
-  return rust::Str(text.data(), text.size());
+  try {
+    return rust::Str(text.data(), text.size());
+  } catch (const std::invalid_argument&) {
+    throw Unexpected("a string of UTF-8", "bytes that are none");
+  }
 }
 
 std::int64_t Call::int64_attribute(rust::Str name) const {

@@ -155,9 +155,14 @@ impl Default for Config {
     }
 }
 
-/// Implements `FromStr` with the spelling that Python uses.
+/// Implements `FromStr` with the spelling that Python uses, and lists it.
 macro_rules! spelled {
     ($type:ident, $field:literal, $($text:literal => $value:ident),+) => {
+        impl $type {
+            /// The spelling of every value.
+            pub const WORDS: &[&str] = &[$($text),+];
+        }
+
         impl std::str::FromStr for $type {
             type Err = String;
             fn from_str(text: &str) -> Result<Self, String> {
@@ -165,7 +170,7 @@ macro_rules! spelled {
                     $($text => Ok(Self::$value),)+
                     _ => Err(format!(
                         concat!("attribute `", $field, "`: expected one of {:?}, got {:?}"),
-                        [$($text),+], text,
+                        Self::WORDS, text,
                     )),
                 }
             }

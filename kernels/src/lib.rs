@@ -24,6 +24,7 @@ mod simd;
 mod sinkhorn;
 mod stream;
 mod sync;
+mod table;
 #[cfg(test)]
 mod tests;
 mod view;
@@ -33,6 +34,7 @@ pub use config::{Config, Constraint, EpsMode, NormEpsMode, Order};
 pub use parallel::{Pool, Serial, Task};
 pub use signature::Op;
 pub use simd::instruction_set;
+pub use table::{Dim, Precision, Row, Setting, Value};
 pub use view::{DType, View};
 
 /// Why a call did not run.

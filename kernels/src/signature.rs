@@ -1,11 +1,12 @@
-//! The table of calls: the names of operands and results, and from a name its dtype and shape. The one
-//! check of a call, whichever device runs it.
+//! The calls: the names of their operands and results. The one check of a call by the table of calls,
+//! whichever device runs it.
 
 use crate::coefficients::Layout;
 use crate::config::Constraint;
 use crate::permutations::MAX_PERMUTED;
 use crate::scratch::Exhausted;
 use crate::simd::MAX_STREAMS;
+use crate::table::{Dim, Precision, Value};
 use crate::view::{DType, View, product};
 use crate::{Config, Error};
 
@@ -343,36 +344,37 @@ impl<'a> Call<'a> {
         Ok(())
     }
 
-    /// What the table says of a name: `d_<name>` is as `<name>`.
+    /// What the table says of a name, with the sizes of this call.
     fn shape(&self, name: &str) -> Shape {
-        let streams = self.dtype;
-        let wide = match self.dtype {
-            DType::F64 => DType::F64,
-            _ => DType::F32,
+        let value = Value::named(name);
+        let dtype = match (value.precision, self.dtype) {
+            (Precision::Streams, dtype) => dtype,
+            (Precision::Accumulation, DType::F64) => DType::F64,
+            (Precision::Accumulation, _) => DType::F32,
         };
-        let num_alpha = if self.layout.num_post > 0 { 3 } else { 1 };
-        let (n, c) = (self.n, self.c);
-        let value = name.strip_prefix("d_").unwrap_or(name);
-        let (dtype, has_tokens, row, rank) = match value {
-            "x" | "x_new" | "x_in" | "x_new_in" => (streams, true, [n, c], 2),
-            "y" | "u" => (streams, true, [c, 0], 1),
-            "h_pre" | "h_post" => (wide, true, [n, 0], 1),
-            "h_res" | "h_res_new" | "z" => (wide, true, [n, n], 2),
-            "m" => (wide, true, [self.columns, 0], 1),
-            "r" => (wide, true, [0, 0], 0),
-            "rho" => (wide, true, [self.norm_width.min(1), 0], 1),
-            "u_norm" => (streams, true, [self.norm_width, 0], 1),
-            "norm_scale" => (wide, false, [self.norm_width, 0], 1),
-            "phi" => (wide, false, [n * c, self.columns], 2),
-            "alpha" => (wide, false, [num_alpha, 0], 1),
-            "bias" => (wide, false, [self.layout.num(), 0], 1),
-            _ => unreachable!("no `{name}` in the table of calls"),
-        };
+        let mut row = [0; 2];
+        for (size, dim) in row.iter_mut().zip(value.dims) {
+            *size = self.size(*dim);
+        }
         Shape {
             dtype,
-            has_tokens,
+            has_tokens: value.has_tokens,
             row,
-            rank,
+            rank: value.dims.len(),
+        }
+    }
+
+    fn size(&self, dim: Dim) -> usize {
+        match dim {
+            Dim::Streams => self.n,
+            Dim::Hidden => self.c,
+            Dim::Flat => self.n * self.c,
+            Dim::Coefficients => self.layout.num(),
+            Dim::Columns => self.columns,
+            Dim::Gates if self.layout.num_post > 0 => 3,
+            Dim::Gates => 1,
+            Dim::NormWidth => self.norm_width,
+            Dim::Norms => self.norm_width.min(1),
         }
     }
 

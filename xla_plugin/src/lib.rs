@@ -6,7 +6,7 @@ use std::panic::catch_unwind;
 use std::sync::LazyLock;
 
 use jax_mhc_ffi::{Entry, handler_address};
-use jax_mhc_kernels::{DType, Op, cuda};
+use jax_mhc_kernels::{DType, Op, Row, cuda};
 use serde::Serialize;
 
 use log::Log;
@@ -44,10 +44,14 @@ struct Description {
     ffi_api_version: String,
     architecture: &'static str,
     instruction_set: &'static str,
+    /// Whether it checks itself, for overflow too: a build for tests.
+    debug_assertions: bool,
     /// None where there are no CUDA kernels in it.
     cuda: Option<cuda::Build>,
     log: Log,
     handlers: Vec<Handler>,
+    /// What every call has and is.
+    calls: Vec<Row>,
 }
 
 fn describe(log: Log) -> Description {
@@ -77,9 +81,11 @@ fn describe(log: Log) -> Description {
         ffi_api_version: format!("{major}.{minor}"),
         architecture: std::env::consts::ARCH,
         instruction_set: jax_mhc_kernels::instruction_set(),
+        debug_assertions: cfg!(debug_assertions),
         cuda: cuda::build(),
         log,
         handlers: cpu.chain(cuda).collect(),
+        calls: Op::ALL.into_iter().map(Op::table_row).collect(),
     }
 }
 

@@ -1,0 +1,158 @@
+//! The shared library: loaded as Python loads it, and its own description of its calls.
+
+use std::collections::HashMap;
+use std::ffi::{CStr, c_char};
+use std::path::Path;
+
+use libloading::{Library, Symbol};
+use serde::Deserialize;
+
+/// What the library tells of itself.
+#[derive(Debug, Deserialize)]
+pub struct Description {
+    /// Version of the package.
+    pub version: String,
+    /// Commit of its sources.
+    pub commit: Option<String>,
+    /// What its kernels for CPUs run with on this machine.
+    pub instruction_set: String,
+    /// Whether it was built with debug assertions, and so with checks of overflow.
+    pub debug_assertions: bool,
+    handlers: Vec<Handler>,
+    calls: Vec<Op>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Handler {
+    name: String,
+    platform: String,
+    address: Option<usize>,
+}
+
+/// One call of the table.
+#[derive(Debug, Deserialize)]
+pub struct Op {
+    /// Such as `pre_fwd`.
+    pub name: String,
+    /// In order.
+    pub operands: Vec<Value>,
+    /// In order.
+    pub results: Vec<Value>,
+    /// Whether the first result may lie where the last operand lies.
+    pub adds_in_place: bool,
+    /// In any order.
+    pub attributes: Vec<Attribute>,
+    /// Address of the handler for CPUs.
+    #[serde(skip)]
+    pub handler: usize,
+}
+
+/// An operand or a result.
+#[derive(Debug, Deserialize)]
+pub struct Value {
+    /// Such as `d_x`.
+    pub name: String,
+    /// Which dtype it has.
+    pub precision: Precision,
+    /// Whether the dimensions of tokens come first.
+    pub has_tokens: bool,
+    /// The dimensions of one token, as letters.
+    pub dims: Vec<String>,
+}
+
+/// Which dtype a value has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Precision {
+    /// That of the streams.
+    Streams,
+    /// float32, or float64 for streams of float64.
+    Accumulation,
+}
+
+/// An attribute.
+#[derive(Debug, Deserialize)]
+pub struct Attribute {
+    /// Such as `norm_eps`.
+    pub name: String,
+    /// What it may be.
+    #[serde(flatten)]
+    pub setting: Setting,
+}
+
+/// What an attribute may be.
+#[derive(Debug, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum Setting {
+    /// One of these words.
+    String {
+        /// The words.
+        choices: Vec<String>,
+    },
+    /// 0 to `max`.
+    Int64 {
+        /// The largest.
+        max: i64,
+    },
+    /// A number.
+    Float64,
+}
+
+impl Op {
+    /// Whether it is about logits alone.
+    pub fn takes_logits(&self) -> bool {
+        self.operands[0].name == "z"
+    }
+
+    /// Whether it has the coefficients of the learned exit: those of h_pre alone.
+    pub fn is_head(&self) -> bool {
+        self.name.starts_with("head")
+    }
+
+    /// Whether it has an operand of this name.
+    pub fn takes(&self, name: &str) -> bool {
+        self.operands.iter().any(|value| value.name == name)
+    }
+}
+
+/// Loads the library. It stays loaded: its handlers may be called until the process ends.
+///
+/// # Errors
+/// There is none there, or one that does not describe its calls.
+pub fn load(path: &Path) -> Result<(Description, Vec<Op>), String> {
+    let failed = |error: &dyn std::fmt::Display| {
+        format!(
+            "--library: expected the shared library of jax-mhc, got {}: {error}",
+            path.display()
+        )
+    };
+    // SAFETY: the library's initialisers are those of Rust and C++ alone.
+    let library = unsafe { Library::new(path) }.map_err(|error| failed(&error))?;
+    let text = {
+        // SAFETY: the type that xla_plugin gives it.
+        let describe: Symbol<extern "C" fn() -> *const c_char> =
+            unsafe { library.get(b"jax_mhc_describe\0") }.map_err(|error| failed(&error))?;
+        let text = describe();
+        if text.is_null() {
+            return Err(failed(&"it has no description"));
+        }
+        // SAFETY: a text with a final zero that is never freed.
+        unsafe { CStr::from_ptr(text) }
+    };
+    std::mem::forget(library);
+    let mut description: Description =
+        serde_json::from_slice(text.to_bytes()).map_err(|error| failed(&error))?;
+    let addresses: HashMap<&str, usize> = (description.handlers.iter())
+        .filter(|handler| handler.platform == "cpu")
+        .filter_map(|handler| {
+            let name = handler.name.strip_prefix("jax_mhc_")?;
+            Some((name.rsplit_once("_v")?.0, handler.address?))
+        })
+        .collect();
+    let mut ops = std::mem::take(&mut description.calls);
+    for op in &mut ops {
+        op.handler = *(addresses.get(op.name.as_str()))
+            .ok_or_else(|| failed(&format!("no handler of {}", op.name)))?;
+    }
+    Ok((description, ops))
+}
