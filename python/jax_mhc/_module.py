@@ -18,6 +18,8 @@ from jax_mhc._types import MHCParams
 
 def streams(op: str, x: Any, num_streams: int, hidden: int) -> jax.Array:
     """Streams `[..., n, C]` of the n and C that a module was made for."""
+    _errors.num_streams(op, "streams", num_streams)
+    _errors.width(op, hidden)
     x = _check.array(op, "x", x)
     if x.shape[-2:] != (num_streams, hidden):
         _errors.fail(

@@ -67,7 +67,9 @@ def _real_numbers(op: str, argument: str, value: Any) -> Any:
         value = np.asarray(value)
     else:
         value = _check.array(op, argument, value)
-    if not any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+    if jnp.issubdtype(value.dtype, jnp.integer):
+        value = value.astype(float)
+    if not jnp.issubdtype(value.dtype, jnp.floating):
         fail(
             TypeError, op, argument, "real numbers", f"dtype {value.dtype}",
             "Take what the functions of jax_mhc.diagnostics return.",

@@ -65,7 +65,7 @@ def plot_gain(
     if axes is None:
         axes = _new_figure(op, (7, 4.5)).subplots()
     else:
-        (axes,) = _checked_axes(op, [axes])
+        _check_axes(op, axes, [axes])
     if band is not None:
         axes.axhspan(*band, color=GREY, alpha=0.12, lw=0, label=f"{band[0]:g} to {band[1]:g}")
     axes.axhline(1, color=GREY, lw=1, ls=":", label="residual connection")
@@ -133,11 +133,13 @@ def plot_mixing(
     shown = _checked_sublayers(op, sublayers, matrices, len(values.entropy))
     if axes is None:
         axes = _mixing_axes(_new_figure(op, (10, 6.2 if shown else 3.2)), len(shown))
-    elif len(axes := _checked_axes(op, axes)) != 3 + len(shown):
-        fail(
-            ValueError, op, "axes", f"3 for the curves and {len(shown)} for sublayers", len(axes),
-            "Give one for each, in this order.",
-        )  # fmt: skip
+    else:
+        _check_axes(op, axes, axes)
+        if len(axes) != 3 + len(shown):
+            fail(
+                ValueError, op, "axes", f"3 for the curves and {len(shown)} for sublayers",
+                len(axes), "Give one for each, in this order.",
+            )  # fmt: skip
     _draw_mixing(axes[:3], values, None if matrices is None else matrices.shape[-1])
     if matrices is not None:
         _draw_matrices(axes[3:], matrices, shown)
@@ -300,16 +302,16 @@ def _checked_x(op: str, x: Any, curves: dict[str, Gain]) -> Any:
     return x
 
 
-def _checked_axes(op: str, axes: Any) -> list[Axes]:
+def _check_axes(op: str, given: Any, axes: Any) -> None:
+    """All of `axes`, which are what is given or a list of it, are matplotlib's."""
     _errors.require(op, "matplotlib", "plots")
     from matplotlib.axes import Axes
 
-    if not isinstance(axes, Iterable) or not all(isinstance(each, Axes) for each in axes):
+    if not isinstance(axes, Sequence | np.ndarray) or not all(isinstance(a, Axes) for a in axes):
         fail(
-            TypeError, op, "axes", "axes of matplotlib", _errors.shown(axes),
+            TypeError, op, "axes", "axes of matplotlib", _errors.shown(given),
             "Make them with matplotlib's subplots, or leave them out for a new figure.",
         )  # fmt: skip
-    return list(axes)
 
 
 def _checked_sublayers(op: str, sublayers: Any, matrices: Any, num: int) -> list[int]:
