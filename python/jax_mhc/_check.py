@@ -51,8 +51,7 @@ def array(op: str, argument: str, value: Any) -> jax.Array:
 def shape(op: str, argument: str, value: Any) -> tuple[int, ...]:
     """The shape of what JAX takes for an array, Python's numbers too, which stays what it is."""
     try:
-        # Of what converts itself, when that is asked of it.
-        return jax.typeof(value).shape if not hasattr(value, "__jax_array__") else value.shape
+        return jax.typeof(jnp.asarray(value) if hasattr(value, "__jax_array__") else value).shape
     except TypeError:
         fail(
             TypeError, op, argument, "an array", _errors.typed(value),
@@ -62,15 +61,16 @@ def shape(op: str, argument: str, value: Any) -> tuple[int, ...]:
 
 def key(op: str, argument: str, value: Any) -> None:
     """One random key, of either of JAX's kinds."""
-    is_array = isinstance(value, jax.Array | np.ndarray) or hasattr(value, "__jax_array__")
-    key = array(op, argument, value) if is_array else None
-    if key is not None and key.dtype == np.uint32:  # the older kind
-        try:
-            key = jax.random.wrap_key_data(key)
-        except (TypeError, ValueError):
-            key = None
+    key, got = None, _errors.typed(value)
+    if isinstance(value, jax.Array | np.ndarray) or hasattr(value, "__jax_array__"):
+        key = array(op, argument, value)
+        got = f"{key.dtype.name}{list(key.shape)}"
+        if key.dtype == np.uint32:  # the older kind
+            try:
+                key = jax.random.wrap_key_data(key)
+            except (TypeError, ValueError):
+                key = None
     if key is None or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape:
-        got = f"{value.dtype}{list(value.shape)}" if is_array else _errors.typed(value)
         fail(
             TypeError, op, argument, "a random key", got,
             "Make one with jax.random.key(seed); for several, use jax.vmap.",

@@ -136,7 +136,8 @@ def init_params(
 
     Raises:
         ValueError: streams or hidden outside their range, more streams than the constraint is
-            for; pre_eps or post_scale with which the properties above cannot be had.
+            for; pre_eps or post_scale with which the properties above cannot be had; settings that
+            dtype cannot hold.
         TypeError: a key that is none; another dtype, or float64 while 64-bit types are off.
     """
     op = "init_params"

@@ -96,7 +96,8 @@ def mhc_residual(
         The new streams `[..., n, C]`, or `(streams, aux)` with has_aux.
 
     Raises:
-        ValueError, TypeError: what `pre` raises; a layer that returns another shape or dtype.
+        ValueError, TypeError: what `pre` raises; a layer that is no function of u, or returns
+            another shape or dtype.
     """
     op = "mhc_residual"
     _errors.function(

@@ -103,7 +103,8 @@ def stack(
 
     Raises:
         ValueError, TypeError: what `pre` raises; numbers of layers, parameters or blocks that
-            differ; a stretch that does not fit; a layer that returns another shape or dtype.
+            differ; a stretch that does not fit; a layer that is no function of u (and of a slice of
+            xs), or returns another shape or dtype; a policy that is none.
     """
     x = _check.streams(_OP, "x", x)
     config = _check.config(_OP, config, x.dtype)

@@ -61,7 +61,8 @@ class MHC(eqx.Module):
         norm_scale: of the norm `[C]`, initially ones, or None.
 
     Raises:
-        ValueError, TypeError: what `jax_mhc.init_params` raises.
+        ValueError, TypeError: what `jax_mhc.init_params` raises; a layer that cannot be called;
+            settings that are none.
     """
 
     layer: Callable[..., Any]

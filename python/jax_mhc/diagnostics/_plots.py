@@ -52,7 +52,8 @@ def plot_gain(
         The figure; `figure.savefig("gain.png")` writes it.
 
     Raises:
-        ValueError, TypeError: gains of no or of other lengths or types.
+        ValueError, TypeError: gains of no or of other lengths or types, or traced ones; x, a band
+            or axes that do not fit.
         ImportError: matplotlib is not installed.
     """
     op = "diagnostics.plot_gain"

@@ -89,7 +89,8 @@ def watch_gain(
             raises it (inside of a jitted step the step fails, and JAX's error quotes it).
 
     Raises:
-        ValueError, TypeError: gain that is no `Gain`; a band that is none; step that is no integer.
+        ValueError, TypeError: gain that is no `Gain` of numbers; a band that is none; step that is
+            no integer; a name or a callback that is none.
     """
     low, high = _checks.band(_OP, band)
     values = _checks.gain(_OP, "gain", gain)

@@ -57,7 +57,8 @@ class MHC(nnx.Module):
         norm_scale: of the norm `[C]`, initially ones, or None.
 
     Raises:
-        ValueError, TypeError: what `jax_mhc.init_params` raises.
+        ValueError, TypeError: what `jax_mhc.init_params` raises; a layer that cannot be called;
+            settings or rngs that are none.
     """
 
     def __init__(
@@ -211,11 +212,12 @@ def stack(
             `jax_mhc.stack` raises.
     """
     sublayers = _checked_names(sublayers)
-    for name in options.keys() & _SETTINGS:
-        _errors.fail(
-            TypeError, _STACK, name, "nothing: it is a setting of the sublayers",
-            _errors.typed(options[name]), "Give it to each MHC instead.",
-        )  # fmt: skip
+    for name in (*_SETTINGS, "params", "xs", "norm_scale"):
+        if name in options:
+            _errors.fail(
+                TypeError, _STACK, name, "no such option, since the sublayers have it",
+                _errors.typed(options[name]), "Give it to each MHC instead.",
+            )  # fmt: skip
     modules = {name: _sublayer(blocks, name) for name in sublayers}
     first = next(iter(modules.values()))
     settings = {name: getattr(first, name) for name in _SETTINGS}
