@@ -219,7 +219,7 @@ BAD = [
     ("MHCConfig.num_coefficients", "config", [5], CONFIGS["permutations"].num_coefficients),
 ]  # fmt: skip
 for op, init in (("init_params", mhc.init_params), ("init_head", mhc.init_head)):
-    make = functools.partial(init, **{"key": KEY, "streams": N, "hidden": C})
+    make = functools.partial(init, key=KEY, streams=N, hidden=C)
     too_large = [MHCConfig(pre_eps=0.25), *TOO_LARGE]
     BAD += rows(
         op, make, key=RANDOM_KEY, streams=STREAMS, hidden=WIDTH, config=[*CONFIG, *too_large],
@@ -238,8 +238,8 @@ BAD += [
     *rows("reduce", functools.partial(mhc.reduce, X), method=[*CHOICE, None]),
 ]
 for op, call in (
-    ("pre", functools.partial(mhc.pre, **{"x": X, "params": PARAMS})),
-    ("post_pre", functools.partial(mhc.post_pre, **{"y": Y, "ctx": CTX, "params": PARAMS})),
+    ("pre", functools.partial(mhc.pre, x=X, params=PARAMS)),
+    ("post_pre", functools.partial(mhc.post_pre, y=Y, ctx=CTX, params=PARAMS)),
 ):
     BAD += rows(
         op, call, params=MHC_PARAMS, config=[*CONFIG, *TOO_LARGE],
@@ -261,7 +261,7 @@ BAD += [
     ),
     *rows("head", functools.partial(mhc.head, params=HEAD), x=X_BAD),
     *rows(
-        "head", functools.partial(mhc.head, **{"x": X, "params": HEAD}),
+        "head", functools.partial(mhc.head, x=X, params=HEAD),
         params=HEAD_PARAMS, config=[*CONFIG, *TOO_LARGE], hidden_axis_name=AXIS,
         implementation=CHOICE,
     ),
@@ -298,7 +298,7 @@ BAD += [
         keep_streams_every=[*INT, 2, 4, "some"], norm_scale=[[zeros(C)], [object()]],
     ),
     *rows(
-        "remat_policy", functools.partial(mhc.remat_policy, **{"streams": N, "hidden": C}),
+        "remat_policy", functools.partial(mhc.remat_policy, streams=N, hidden=C),
         recompute=[*CHOICE, None], streams=STREAMS, hidden=WIDTH, layers=POLICY,
     ),
     # Conversion.
@@ -354,7 +354,7 @@ BAD += [
     # Diagnostics.
     *rows(
         "diagnostics.sample_tokens",
-        functools.partial(diagnostics.sample_tokens, **{"h_res": Z, "count": 3}),
+        functools.partial(diagnostics.sample_tokens, h_res=Z, count=3),
         h_res=MATRICES, count=INT,
     ),
     *rows("diagnostics.amax_gain", diagnostics.amax_gain, h_res=MATRICES),
@@ -362,7 +362,7 @@ BAD += [
     *rows("diagnostics.mixing", diagnostics.mixing, h_res=MATRICES),
     *rows("diagnostics.stream_similarity", diagnostics.stream_similarity, x=[*X_BAD, X[:, :1]]),
     *rows(
-        "diagnostics.watch_gain", functools.partial(diagnostics.watch_gain, **{"gain": GAIN}),
+        "diagnostics.watch_gain", functools.partial(diagnostics.watch_gain, gain=GAIN),
         gain=[
             *GAINS, *(diagnostics.Gain(value, H) for value in (None, "a", [1.0], H > 0, 1j * H)),
             diagnostics.Gain(H, np.array([None])), diagnostics.Gain(H, True),
@@ -371,7 +371,7 @@ BAD += [
         callback=FUNCTION[1:],
     ),
     *rows(
-        "diagnostics.plot_gain", functools.partial(diagnostics.plot_gain, **{"gains": GAIN}),
+        "diagnostics.plot_gain", functools.partial(diagnostics.plot_gain, gains=GAIN),
         gains=[
             *GAINS,
             *(diagnostics.Gain(value, value) for value in (None, "a", 1.0, H[:0])),
@@ -382,7 +382,7 @@ BAD += [
         band=BAND, axes=[3, "a", [None]], xlabel=[3, b"a"],
     ),
     *rows(
-        "diagnostics.plot_mixing", functools.partial(diagnostics.plot_mixing, **{"h_res": Z}),
+        "diagnostics.plot_mixing", functools.partial(diagnostics.plot_mixing, h_res=Z),
         h_res=[
             *MATRICES, zeros(N, N), zeros(0, N, N), diagnostics.Mixing(None, None, None, None),
             diagnostics.Mixing(H, H, H, H[:3]), diagnostics.Mixing(*4 * [1.0]),

@@ -34,7 +34,8 @@ def fault(op, argument, call, value):
     try:
         run(op, call, value)
     except (TypeError, ValueError) as error:
-        where = rf"jax_mhc\.{re.escape(op)}: {re.escape(argument)}[^:]*"
+        # Or a part of the argument, such as params.bias or layers[0].
+        where = rf"jax_mhc\.{re.escape(op)}: {re.escape(argument)}([.\[][^:]*)?"
         form = rf"{where}: expected [^\n]+, got [^\n]+\. [A-Z][^\n]+[.?]"
         return None if re.fullmatch(form, str(error)) else f"{type(error).__name__}: {error}"
     except Exception as error:
