@@ -39,6 +39,12 @@ def zeros(*shape, dtype=jnp.float32):
     return jnp.zeros(shape, dtype)
 
 
+def deleted(*shape):
+    array = zeros(*shape)
+    array.delete()
+    return array
+
+
 def deepseek(fn=(8, 6), base=(8,), scale=(3,), dtype=jnp.float32):
     return mhc.convert.from_deepseek_v4(*(zeros(*s, dtype=dtype) for s in (fn, base, scale)))
 
@@ -254,6 +260,11 @@ ERRORS = [
         TypeError, "mhc_residual", "layer's result", "a tuple of 2",
     ),
     (
+        lambda: sublayer(lambda u, s: u),
+        TypeError, "mhc_residual", "layer",
+        "one that is not: <lambda>.<locals>.<lambda>() missing 1 required positional argument: 's'",
+    ),
+    (
         lambda: sublayer(lambda u: u, has_aux=True),
         TypeError, "mhc_residual", "layer's result", type(X).__name__,
     ),
@@ -273,9 +284,32 @@ ERRORS = [
         lambda: mhc.sinkhorn(Z, config=MHCConfig(constraint="none")),
         ValueError, "sinkhorn", "config.constraint", "'none'",
     ),
+    # Settings that only float64 holds.
+    (pre(config=MHCConfig(post_scale=1e300)), ValueError, "pre", "config.post_scale", "1e+300"),
+    (pre(config=MHCConfig(norm_eps=1e-60)), ValueError, "pre", "config.norm_eps", "1e-60"),
+    (pre(norm_scale_eps=1e39), ValueError, "pre", "norm_scale_eps", "1e+39"),
+    # What is no array, or no longer.
+    (pre(np.array([None])), TypeError, "pre", "x", "array([None], dtype=object) (ndarray)"),
+    (pre(deleted(5, N, C)), ValueError, "pre", "x", "a deleted one, float32[5, 2, 3]"),
     # Implementations.
     (pre(implementation="cuda"), ValueError, "pre", "implementation", "'cuda'"),
     # Initial values.
+    (
+        lambda: mhc.init_params(3, streams=N, hidden=C),
+        TypeError, "init_params", "key", "3 (int)",
+    ),
+    (
+        lambda: mhc.init_params(jax.random.split(KEY, 3), streams=N, hidden=C),
+        TypeError, "init_params", "key", "key<fry>[3]",
+    ),
+    (
+        lambda: mhc.init_params(KEY, streams=N, hidden=C, static="yes"),
+        TypeError, "init_params", "static", "'yes' (str)",
+    ),
+    (
+        lambda: mhc.init_params(KEY, streams=N, hidden=2**31),
+        ValueError, "init_params", "hidden", "2147483648",
+    ),
     (
         lambda: mhc.init_params(KEY, streams=17, hidden=C),
         ValueError, "init_params", "streams", "17",
@@ -363,6 +397,17 @@ ERRORS = [
         ),
         ValueError, "convert.to_deepseek_v4", "params.phi.T", "[6, 9]",
     ),
+    (
+        # As many columns as those of 2 streams.
+        lambda: mhc.convert.to_deepseek_v4(
+            mhc.init_params(KEY, streams=4, hidden=C, config=MHCConfig(constraint="identity"))
+        ),
+        ValueError, "convert.to_deepseek_v4", "streams", "None",
+    ),
+    (
+        lambda: mhc.convert.to_deepseek_v4(PARAMS, streams=3),
+        ValueError, "convert.to_deepseek_v4", "params.phi", "[6, 8]",
+    ),
     # Stacks.
     (lambda: mhc.stack([], Y[0], []), ValueError, "stack", "x", "[3]"),
     (stack(config={}), TypeError, "stack", "config", "dict"),
@@ -380,6 +425,7 @@ ERRORS = [
     (stack(keep_streams_every=0), ValueError, "stack", "keep_streams_every", "0"),
     (stack(unroll=2), ValueError, "stack", "unroll", "2"),
     (stack_in_scan(unroll=0), ValueError, "stack", "unroll", "0"),
+    (stack(xs=[object]), TypeError, "stack", "xs[0]", "<class 'object'> (type)"),
     (stack_in_scan(num_xs=3), ValueError, "stack", "params[0].phi", "shape [4, 6, 8]"),
     (stack(xs=[zeros(2), zeros(3)]), ValueError, "stack", "xs[1]", "shape [3]"),
     (stack([], [], xs=0.0), ValueError, "stack", "xs", "shape []"),
@@ -416,6 +462,12 @@ ERRORS += [
     (watch(band=(1, 2, 3)), ValueError, "diagnostics.watch_gain", "band", "(1, 2, 3)"),
     (watch(step=0.5), TypeError, "diagnostics.watch_gain", "step", "0.5"),
     (watch(step="0"), TypeError, "diagnostics.watch_gain", "step", "'0'"),
+    (watch(name=3), TypeError, "diagnostics.watch_gain", "name", "3 (int)"),
+    (watch(callback=3), TypeError, "diagnostics.watch_gain", "callback", "int"),
+    (
+        watch(mhc.diagnostics.Gain(H, H > 0)),
+        TypeError, "diagnostics.watch_gain", "gain.backward", "dtype bool",
+    ),
     (plot(Z), TypeError, "diagnostics.plot_gain", "gains", type(Z).__name__),
     (plot({"a": H}), TypeError, "diagnostics.plot_gain", "gains", f"dict of {type(H).__name__}"),
     (
@@ -428,6 +480,13 @@ ERRORS += [
     ),
     (plot(GAIN, x=[1, 2]), ValueError, "diagnostics.plot_gain", "x", "[2]"),
     (plot(GAIN, x=1), ValueError, "diagnostics.plot_gain", "x", "[]"),
+    (plot(GAIN, x=5 * ["a"]), TypeError, "diagnostics.plot_gain", "x", "dtype <U1"),
+    (plot(GAIN, axes=3), TypeError, "diagnostics.plot_gain", "axes", "3"),
+    (
+        lambda: jax.eval_shape(lambda gain: plot(gain)(), GAIN),
+        TypeError, "diagnostics.plot_gain", "gains", "values of a traced function",
+    ),
+    (plot_mixing(Z, sublayers=3), TypeError, "diagnostics.plot_mixing", "sublayers", "3 (int)"),
     (plot_mixing(zeros(4, 3)), ValueError, "diagnostics.plot_mixing", "h_res", "[4, 3]"),
     (plot_mixing(zeros(4, 4)), ValueError, "diagnostics.plot_mixing", "h_res", "[4, 4]"),
     (plot_mixing(Z, sublayers=[5]), ValueError, "diagnostics.plot_mixing", "sublayers", "5"),
@@ -460,6 +519,14 @@ ERRORS += [
     (
         lambda: module(lambda u: u[:4])(X),
         ValueError, "flax.nnx.MHC", "the layer's result", "[4, 3]",
+    ),
+    (
+        lambda: mhc_nnx.MHC(jnp.tanh, C, rngs=0),
+        TypeError, "flax.nnx.MHC", "rngs", "0 (int)",
+    ),
+    (
+        lambda: mhc_nnx.stack(module(), X, ["mlp"], config=MHCConfig()),
+        TypeError, "flax.nnx.stack", "config", f"{_errors.shown(MHCConfig())} (MHCConfig)",
     ),
     (nnx_stack(), ValueError, "flax.nnx.stack", "sublayers", "()"),
     (lambda: mhc_nnx.stack(module(), X, "mlp"), ValueError, "flax.nnx.stack", "sublayers", "'mlp'"),

@@ -78,6 +78,8 @@ def test_equal_configs_hash_alike():
     assert config == MHCConfig(sinkhorn_iters=3)
     assert hash(config) == hash(MHCConfig(sinkhorn_iters=3))
     assert type(config.sinkhorn_iters) is int and type(config.pre_eps) is float
+    other = MHCConfig(order=np.str_("row_column"))
+    assert other == MHCConfig(order="row_column") and type(other.order) is str
 
 
 def test_config_is_frozen():
@@ -230,6 +232,17 @@ def test_deepseek_round_trip_is_exact(streams, dtype, as_array):
     assert params.phi.shape == arrays[0].T.shape
     for back, array in zip(convert.to_deepseek_v4(params), arrays, strict=True):
         assert back.dtype == dtype
+        np.testing.assert_array_equal(back, array)
+
+
+@pytest.mark.parametrize("streams", [2, 4])
+def test_deepseek_round_trip_where_shapes_do_not_tell_the_streams(streams):
+    """phi of 4 or of 12 streams without h_res would have the same shape."""
+    arrays = deepseek_arrays(streams, hidden=6)
+    params = convert.from_deepseek_v4(*arrays)
+    with pytest.raises(ValueError, match=f"Pass streams={streams}"):
+        convert.to_deepseek_v4(params)
+    for back, array in zip(convert.to_deepseek_v4(params, streams=streams), arrays, strict=True):
         np.testing.assert_array_equal(back, array)
 
 

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_mhc import _errors
 from jax_mhc._axes import varying_axes
-from jax_mhc._errors import MAX_STREAMS, fail, number
-from jax_mhc._types import Context, HeadParams, MHCConfig, MHCParams
+from jax_mhc._errors import MAX_STREAMS, fail
+from jax_mhc._types import NUMBERS, Context, HeadParams, MHCConfig, MHCParams
 
 STREAM_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -30,9 +31,50 @@ def array(op: str, argument: str, value: Any) -> jax.Array:
             TypeError, op, argument, "an array", type(value).__name__,
             "Convert it with jax.numpy.asarray.",
         )  # fmt: skip
-    value = jnp.asarray(value)
+    try:
+        value = jnp.asarray(value)
+    except (TypeError, ValueError):
+        fail(
+            TypeError, op, argument, "an array of numbers", _errors.typed(value),
+            "Arrays of Python objects or of strings, and masked ones, have to be converted.",
+        )  # fmt: skip
+    if not isinstance(value, jax.core.Tracer) and value.is_deleted():
+        fail(
+            ValueError, op, argument, "an array with values",
+            f"a deleted one, {value.dtype.name}{list(value.shape)}",
+            "Its memory was given away, such as by donate_argnums; use what came back instead.",
+        )  # fmt: skip
     # A weak type would not survive the op, and so would change a scan's carry.
     return jnp.asarray(value, dtype=value.dtype)
+
+
+def shape(op: str, argument: str, value: Any) -> tuple[int, ...]:
+    """The shape of what JAX takes for an array, Python's numbers too, which stays what it is."""
+    try:
+        return jax.typeof(jnp.asarray(value) if hasattr(value, "__jax_array__") else value).shape
+    except TypeError:
+        fail(
+            TypeError, op, argument, "an array", _errors.typed(value),
+            "Convert it with jax.numpy.asarray.",
+        )  # fmt: skip
+
+
+def key(op: str, argument: str, value: Any) -> None:
+    """One random key, of either of JAX's kinds."""
+    key, got = None, _errors.typed(value)
+    if isinstance(value, jax.Array | np.ndarray) or hasattr(value, "__jax_array__"):
+        key = array(op, argument, value)
+        got = f"{key.dtype.name}{list(key.shape)}"
+        if key.dtype == np.uint32:  # the older kind
+            try:
+                key = jax.random.wrap_key_data(key)
+            except (TypeError, ValueError):
+                key = None
+    if key is None or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape:
+        fail(
+            TypeError, op, argument, "a random key", got,
+            "Make one with jax.random.key(seed); for several, use jax.vmap.",
+        )  # fmt: skip
 
 
 def hidden_state(op: str, argument: str, u: Any) -> jax.Array:
@@ -43,8 +85,11 @@ def hidden_state(op: str, argument: str, u: Any) -> jax.Array:
             TypeError, op, argument, f"dtype {', '.join(STREAM_DTYPES)}", u.dtype.name,
             "Convert it, for example with u.astype(jnp.float32).",
         )  # fmt: skip
-    if u.ndim < 1:
-        fail(ValueError, op, argument, "shape [..., C]", [], "The last axis is the hidden width.")
+    if u.ndim < 1 or u.shape[-1] < 1:
+        fail(
+            ValueError, op, argument, "shape [..., C] with C at least 1", list(u.shape),
+            "The last axis is the hidden width; only leading axes may be empty.",
+        )  # fmt: skip
     return u
 
 
@@ -85,20 +130,40 @@ def hidden_axes(op: str, value: Any, x: jax.Array) -> tuple[str, ...]:
     if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
         fail(
             TypeError, op, argument, "the name of a mesh axis, or several, or None",
-            f"{value!r} ({type(value).__name__})", remedy,
+            _errors.typed(value), remedy,
         )  # fmt: skip
     varying = varying_axes(x)
     if not varying.issuperset(names) or len(set(names)) < len(names):
         fail(
             ValueError, op, argument,
-            f"different mesh axes over which x varies, here {sorted(varying)}", repr(value), remedy,
+            f"different mesh axes over which x varies, here {sorted(varying)}",
+            _errors.shown(value), remedy,
         )  # fmt: skip
     return tuple(names)
+
+
+def implementation(op: str, value: Any) -> None:
+    """None, "fused" or "reference"."""
+    _errors.choice(op, "implementation", value, (None, "fused", "reference"))
 
 
 def num_channels(x: jax.Array, hidden_axes: tuple[str, ...]) -> int:
     """C, of which x may have a part."""
     return x.shape[-1] * math.prod(jax.lax.axis_size(axis) for axis in hidden_axes)
+
+
+def call(op: str, argument: str, what: str, layer: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """What a layer returns; if it cannot be called with these arguments, `what` names them."""
+    try:
+        return layer(*args, **kwargs)
+    except TypeError as error:
+        if _errors.takes(layer, *args, **kwargs):
+            raise
+        reason = str(error).partition("\n")[0].rstrip(".")
+    fail(
+        TypeError, op, argument, f"a function of {what}", f"one that is not: {reason}",
+        "Bind its other arguments, for example with functools.partial.",
+    )  # fmt: skip
 
 
 def layer_output(op: str, argument: str, y: Any, x: jax.Array) -> jax.Array:
@@ -177,13 +242,18 @@ def norm_scale(
     hidden_axes: tuple[str, ...] = (),
 ) -> tuple[jax.Array | None, float]:
     """The norm of the layer's input: its parameter, checked against the streams, and its eps."""
-    eps = number(op, "norm_scale_eps", eps)
+    dtype = accumulation_dtype(x.dtype)
+    eps = norm_scale_eps(op, eps, dtype)
     if scale is None:
         return None, eps
     remedy = f"It has one value for each channel of the streams {list(x.shape)}."
-    dtype = accumulation_dtype(x.dtype)
     shape = (num_channels(x, hidden_axes),)
     return _parameter(op, argument, scale, shape, dtype, remedy), eps
+
+
+def norm_scale_eps(op: str, eps: Any, dtype: np.dtype) -> float:
+    """The eps of a norm that is computed in `dtype`."""
+    return _errors.held(op, argument := "norm_scale_eps", _errors.number(op, argument, eps), dtype)
 
 
 def head_params(
@@ -264,11 +334,13 @@ def matrices(op: str, argument: str, value: Any) -> jax.Array:
     return value
 
 
-def config(op: str, config: MHCConfig) -> MHCConfig:
-    """A config of our type."""
+def config(op: str, config: MHCConfig, dtype: np.dtype) -> MHCConfig:
+    """A config for streams of `dtype`, whose coefficients can hold its numbers."""
     if not isinstance(config, MHCConfig):
         fail(
             TypeError, op, "config", "jax_mhc.MHCConfig", type(config).__name__,
             "Make one with jax_mhc.MHCConfig(...) or take one of jax_mhc.presets.",
         )  # fmt: skip
+    for field in NUMBERS:
+        _errors.held(op, f"config.{field}", getattr(config, field), accumulation_dtype(dtype))
     return config

@@ -27,10 +27,9 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.interpreters import ad, batching, mlir
 
-from jax_mhc import _library
+from jax_mhc import _check, _library
 from jax_mhc._calls import KERNELS, Call, is_parameter, refuse_fused
 from jax_mhc._copies import copies
-from jax_mhc._errors import choice, fail
 from jax_mhc._mesh import Spread, map_batch, run
 from jax_mhc._types import MHCConfig
 
@@ -56,7 +55,7 @@ def use_fused(
             a broken installation would only show as lost speed. Also "fused" on an NVIDIA GPU
             for which there are no kernels, or with a driver that is too old for them.
     """
-    choice(op, "implementation", implementation, (None, "fused", "reference"))
+    _check.implementation(op, implementation)
     if _runs_fused(op, implementation, dtype):
         return True
     if hidden_axes:

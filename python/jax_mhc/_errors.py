@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
+import reprlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -15,6 +18,12 @@ MAX_STREAMS = 16
 
 # Streams of which there are few enough permutations: 5 have 120.
 MAX_PERMUTED_STREAMS = 4
+
+# The largest size of a dimension that XLA indexes with 32 bits.
+MAX_SIZE = 2**31 - 1
+
+_repr = reprlib.Repr()
+_repr.maxother = _repr.maxstring = 60
 
 
 def fail(
@@ -38,26 +47,90 @@ def require(op: str, package: str, extra: str) -> ModuleType:
     )  # fmt: skip
 
 
+def shown(value: Any) -> str:
+    """A value in a message: on one line and short, whatever it is."""
+    try:
+        return " ".join(_repr.repr(value).split())
+    except ValueError:  # an int of more digits than Python prints
+        return f"an int of {value.bit_length()} bits"
+
+
+def typed(value: Any) -> str:
+    """A value of a wrong type in a message."""
+    return f"{shown(value)} ({type(value).__name__})"
+
+
 def integer(op: str, argument: str, value: Any, low: int, high: int | None, remedy: str) -> int:
     """`value` as an int in [low, high]; bool is no number here."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        fail(TypeError, op, argument, "an int", f"{value!r} ({type(value).__name__})", remedy)
+        fail(TypeError, op, argument, "an int", typed(value), remedy)
     if value < low or (high is not None and value > high):
         bounds = f"an int of at least {low}" if high is None else f"an int from {low} to {high}"
-        fail(ValueError, op, argument, bounds, int(value), remedy)
+        fail(ValueError, op, argument, bounds, shown(int(value)), remedy)
     return int(value)
 
 
 def number(op: str, argument: str, value: Any, *, positive: bool = False) -> float:
     """`value` as a finite float of at least 0, or above 0."""
     remedy = "Settings are compiled in: pass a Python number."
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        fail(TypeError, op, argument, "a float", f"{value!r} ({type(value).__name__})", remedy)
-    value = float(value)
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+    # Of NumPy's numbers complex ones are left, of which float() drops a part.
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        fail(TypeError, op, argument, "a float", typed(value), remedy)
+    try:
+        result = float(value)
+    except OverflowError:  # an int
+        result = math.inf
+    if not math.isfinite(result) or result < 0 or (positive and result == 0):
         expected = "a finite number above 0" if positive else "a finite number of at least 0"
-        fail(ValueError, op, argument, expected, value, remedy)
+        fail(ValueError, op, argument, expected, result, remedy)
+    return result
+
+
+def held(op: str, argument: str, value: float, dtype: np.dtype) -> float:
+    """`value`, which `dtype` can hold: it would be infinity there, or 0, or 0 on some devices."""
+    limits = np.finfo(dtype)
+    least, most = float(limits.tiny), float(limits.max)
+    if value and not least <= value <= most:
+        fail(
+            ValueError, op, argument, f"0 or a number from {least:.2g} to {most:.2g}", value,
+            f"Coefficients are computed in {dtype.name}, where it would be infinity or nothing.",
+        )  # fmt: skip
     return value
+
+
+def flag(op: str, argument: str, value: Any) -> bool:
+    """`value` as a bool: of anything else the truth may be another than is meant."""
+    if not isinstance(value, bool | np.bool_):
+        fail(
+            TypeError, op, argument, "True or False", typed(value),
+            "It is a Python bool, known when the program is made.",
+        )  # fmt: skip
+    return bool(value)
+
+
+def text(op: str, argument: str, value: Any) -> None:
+    """`value` is a string."""
+    if not isinstance(value, str):
+        fail(TypeError, op, argument, "a string", typed(value), "Give a name to be shown.")
+
+
+def function(op: str, argument: str, value: Any, expected: str, remedy: str) -> None:
+    """`value` can be called."""
+    if not callable(value):
+        fail(TypeError, op, argument, expected, type(value).__name__, remedy)
+
+
+def takes(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> bool:
+    """Whether a function can be called with these arguments, or does not tell."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def num_streams(op: str, argument: str, value: Any) -> int:
@@ -68,10 +141,19 @@ def num_streams(op: str, argument: str, value: Any) -> int:
     )  # fmt: skip
 
 
-def choice(op: str, argument: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """`value` is one of `choices`."""
-    if value not in choices:
-        fail(
-            ValueError, op, argument, f"one of {', '.join(map(repr, choices))}", repr(value),
-            "Choose one of these.",
-        )  # fmt: skip
+def width(op: str, value: Any) -> int:
+    """C, where it is given as a number."""
+    return integer(op, "hidden", value, 1, MAX_SIZE, "It is the width of the layer, C.")
+
+
+def choice(op: str, argument: str, value: Any, choices: tuple[Any, ...], *others: str) -> Any:
+    """That of `choices`, None and strings, which `value` is; `others` are named in the error."""
+    # Arrays have an == of their own.
+    if value is None or isinstance(value, str):
+        for each in choices:
+            if each == value:
+                return each
+    fail(
+        ValueError, op, argument, f"one of {', '.join([*map(repr, choices), *others])}",
+        shown(value), "Choose one of these.",
+    )  # fmt: skip

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_mhc import _check
-from jax_mhc._errors import fail, integer, num_streams
+from jax_mhc._errors import fail, flag, num_streams, shown, width
 from jax_mhc._types import HeadParams, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
@@ -22,17 +22,13 @@ _H_RES_DIAGONAL = 0.9
 
 
 def _checked(
-    op: str, streams: int, hidden: int, config: MHCConfig, dtype: Any
+    op: str, key: Any, streams: int, hidden: int, config: MHCConfig, dtype: Any
 ) -> tuple[int, int, np.dtype]:
-    num_streams(op, "streams", streams)
-    integer(op, "hidden", hidden, 1, None, "It is the width of the layer, C.")
-    _check.config(op, config)
-    dtype = jnp.dtype(dtype)
-    if dtype.name not in ("float32", "float64"):
-        fail(
-            TypeError, op, "dtype", "float32, or float64 for float64 streams", dtype.name,
-            "Parameters are small and stay float32 beside streams of half precision.",
-        )  # fmt: skip
+    _check.key(op, "key", key)
+    streams = num_streams(op, "streams", streams)
+    hidden = width(op, hidden)
+    dtype = _dtype(op, dtype)
+    _check.config(op, config, dtype)
     # JAX adds its settings to `config` at run time, unseen by type checkers.
     if dtype.name == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         fail(
@@ -45,6 +41,21 @@ def _checked(
             config.pre_eps, "The weights in h_pre must be able to sum to 1; choose a smaller one.",
         )  # fmt: skip
     return streams, hidden, dtype
+
+
+def _dtype(op: str, value: Any) -> np.dtype:
+    try:
+        # None is NumPy's float64.
+        dtype = jnp.dtype("" if value is None else value)
+        name = dtype.name
+    except Exception:  # even a SyntaxError
+        name = shown(value)
+    if name not in ("float32", "float64"):
+        fail(
+            TypeError, op, "dtype", "float32, or float64 for float64 streams", name,
+            "Parameters are small and stay float32 beside streams of half precision.",
+        )  # fmt: skip
+    return dtype
 
 
 def _saturated(dtype: np.dtype) -> float:
@@ -125,11 +136,13 @@ def init_params(
 
     Raises:
         ValueError: streams or hidden outside their range, more streams than the constraint is
-            for; pre_eps or post_scale with which the properties above cannot be had.
-        TypeError: another dtype, or float64 while 64-bit types are off.
+            for; pre_eps or post_scale with which the properties above cannot be had; settings that
+            dtype cannot hold.
+        TypeError: a key that is none; another dtype, or float64 while 64-bit types are off.
     """
     op = "init_params"
-    n, hidden, dtype = _checked(op, streams, hidden, config, dtype)
+    n, hidden, dtype = _checked(op, key, streams, hidden, config, dtype)
+    static = flag(op, "static", static)
     num = config.num_coefficients(n, op=op)
     if config.post_scale < 1:
         fail(
@@ -177,9 +190,9 @@ def init_head(
 
     Raises:
         ValueError: streams or hidden outside their range, or pre_eps of at least 1 / streams.
-        TypeError: another dtype, or float64 while 64-bit types are off.
+        TypeError: a key that is none; another dtype, or float64 while 64-bit types are off.
     """
-    n, hidden, dtype = _checked("init_head", streams, hidden, config, dtype)
+    n, hidden, dtype = _checked("init_head", key, streams, hidden, config, dtype)
     return HeadParams(
         phi=jnp.zeros((n * hidden, n), dtype),
         alpha=jnp.full((1,), _ALPHA, dtype),

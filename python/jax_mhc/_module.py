@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, _errors
@@ -17,6 +18,8 @@ from jax_mhc._types import MHCParams
 
 def streams(op: str, x: Any, num_streams: int, hidden: int) -> jax.Array:
     """Streams `[..., n, C]` of the n and C that a module was made for."""
+    _errors.num_streams(op, "streams", num_streams)
+    _errors.width(op, hidden)
     x = _check.array(op, "x", x)
     if x.shape[-2:] != (num_streams, hidden):
         _errors.fail(
@@ -27,18 +30,40 @@ def streams(op: str, x: Any, num_streams: int, hidden: int) -> jax.Array:
     return _check.streams(op, "x", x)
 
 
+def settings(
+    op: str,
+    *,
+    layer: Any,
+    static: Any,
+    norm: Any,
+    norm_scale_eps: Any,
+    implementation: Any,
+) -> None:
+    """Checks what the initial values do not."""
+    _errors.function(
+        op, "layer", layer, "a module or function, layer(u, ...)",
+        "Pass the layer that the residual connection goes around.",
+    )  # fmt: skip
+    _errors.flag(op, "static", static)
+    _errors.flag(op, "norm", norm)
+    _check.norm_scale_eps(op, norm_scale_eps, np.dtype(np.float32))
+    _check.implementation(op, implementation)
+
+
 def residual(
     op: str,
-    layer: Callable[[jax.Array], Any],
+    layer: Callable[..., Any],
     x: jax.Array,
     params: MHCParams,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
     *,
     implementation: Implementation,
     **options: Any,
 ) -> tuple[Any, jax.Array]:
     """`mhc_residual`, and h_res; of a layer that returns `(y, *rest)`, `(streams, *rest)`."""
     u, ctx = pre(x, params, implementation=implementation, **options)
-    out = layer(u)
+    out = _check.call(op, "layer", "u and the arguments of the call", layer, u, *args, **kwargs)
     # An empty tuple is no array, which the check says.
     returns_rest = isinstance(out, tuple) and len(out) > 0
     y, rest = (out[0], out[1:]) if returns_rest else (out, ())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Literal
 
 from jax_mhc import _errors
@@ -56,15 +56,27 @@ def remat_policy(
             policy.
     """
     op = "remat_policy"
-    _errors.choice(op, "recompute", recompute, tuple(_NAMES))
+    recompute = _errors.choice(op, "recompute", recompute, tuple(_NAMES))
     n = _errors.num_streams(op, "streams", streams)
-    hidden = _errors.integer(op, "hidden", hidden, 1, None, "It is the width of the layer, C.")
-    if layers is not None and not callable(layers):
-        _errors.fail(
-            TypeError, op, "layers", "a policy, or None", repr(layers),
-            "Take one of jax.checkpoint_policies.",
-        )  # fmt: skip
+    hidden = _errors.width(op, hidden)
+    if layers is not None:
+        check_policy(op, "layers", layers)
     return policy_of((n, hidden), recompute, layers)
+
+
+def check_policy(op: str, argument: str, policy: Any) -> None:
+    """A policy of `jax.checkpoint`.
+
+    JAX asks it about a primitive, with any number of operands and settings, and may know it by its
+    type or identity: it cannot be wrapped in a function that checks more.
+    """
+    is_policy = callable(policy) and _errors.takes(policy, None, None, None, setting=None)
+    if not is_policy or not isinstance(policy, Hashable):
+        _errors.fail(
+            TypeError, op, argument, "a policy of jax.checkpoint", _errors.shown(policy),
+            "Take one of jax.checkpoint_policies, or a hashable function (primitive, *avals, "
+            "**settings) -> bool.",
+        )  # fmt: skip
 
 
 @functools.cache

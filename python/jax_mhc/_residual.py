@@ -98,20 +98,21 @@ def mhc_residual(
         The new streams `[..., n, C]`, or `(streams, aux)` with has_aux.
 
     Raises:
-        ValueError, TypeError: what `pre` raises; a layer that returns another shape or dtype.
+        ValueError, TypeError: what `pre` raises; a layer that is no function of u, or returns
+            another shape or dtype.
     """
     op = "mhc_residual"
-    if not callable(layer):
-        _errors.fail(
-            TypeError, op, "layer", "a function from [..., C] to [..., C]", type(layer).__name__,
-            "Pass the sublayer itself: mhc_residual(layer, x, params).",
-        )  # fmt: skip
+    _errors.function(
+        op, "layer", layer, "a function from [..., C] to [..., C]",
+        "Pass the sublayer itself: mhc_residual(layer, x, params).",
+    )  # fmt: skip
+    has_aux = _errors.flag(op, "has_aux", has_aux)
     norm: dict[str, Any] = {"norm_scale": norm_scale, "norm_scale_eps": norm_scale_eps}
     u, ctx = pre(
         x, params, config=config, hidden_axis_name=hidden_axis_name, implementation=implementation,
         **norm,
     )  # fmt: skip
-    y, aux = layer(u), None
+    y, aux = _check.call(op, "layer", "u", layer, u), None
     if has_aux:
         if not isinstance(y, tuple) or len(y) != 2:
             _errors.fail(

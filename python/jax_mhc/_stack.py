@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, _errors, diagnostics
@@ -21,7 +20,7 @@ from jax_mhc._ops.post import post
 from jax_mhc._ops.pre import dense, pre
 from jax_mhc._ops.scan import Stretches, no_sublayer, scan_of_seams
 from jax_mhc._ops.seam import post_pre
-from jax_mhc._remat import Recompute, best_length, policy_of
+from jax_mhc._remat import Recompute, best_length, check_policy, policy_of
 from jax_mhc._types import Context, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
@@ -104,23 +103,30 @@ def stack(
 
     Raises:
         ValueError, TypeError: what `pre` raises; numbers of layers, parameters or blocks that
-            differ; a stretch that does not fit; a layer that returns another shape or dtype.
+            differ; a stretch that does not fit; a layer that is no function of u (and of a slice of
+            xs), or returns another shape or dtype; a policy that is none.
     """
     x = _check.streams(_OP, "x", x)
-    config = _check.config(_OP, config)
+    config = _check.config(_OP, config, x.dtype)
     layers = _elements("layers", layers, "functions, one for each sublayer")
     params = _elements("params", params, "jax_mhc.MHCParams, one for each of layers")
     scales: tuple[Any, ...] = (None,) * len(layers)
     if norm_scale is not None:
         scales = _elements("norm_scale", norm_scale, "arrays, one for each of layers")
     _check_layers(layers, params, scales)
-    if keep_streams_every != "auto":
-        _errors.integer(
+    of_what = "u" if xs is None else "u and a slice of xs"
+    layers = tuple(
+        partial(_check.call, _OP, f"layers[{i}]", of_what, layer) for i, layer in enumerate(layers)
+    )
+    if not (isinstance(keep_streams_every, str) and keep_streams_every == "auto"):
+        keep_streams_every = _errors.integer(
             _OP, "keep_streams_every", keep_streams_every, 1, None,
             "Give 1 to keep the streams before every sublayer, or 'auto'.",
         )  # fmt: skip
-    if not callable(policy):
-        _errors.choice(_OP, "policy", policy, ("streams", "mhc", "a function"))
+    if callable(policy):
+        check_policy(_OP, "policy", policy)
+    else:
+        policy = _errors.choice(_OP, "policy", policy, ("streams", "mhc"), "a function")
     num_samples = _errors.integer(
         _OP, "sample_tokens", sample_tokens, 0, None, "Give 0 for no samples of h_res."
     )
@@ -132,8 +138,11 @@ def stack(
             "Without xs there is no loop; leave unroll out.",
         )  # fmt: skip
     axes = _check.hidden_axes(_OP, hidden_axis_name, x)
+    eps = _check.norm_scale_eps(_OP, norm_scale_eps, _check.accumulation_dtype(x.dtype))
+    # The ops check it, too, but there may be none.
+    _check.implementation(_OP, implementation)
     options: dict[str, Any] = {
-        "config": config, "implementation": implementation, "norm_scale_eps": norm_scale_eps,
+        "config": config, "implementation": implementation, "norm_scale_eps": eps,
         "hidden_axis_name": axes,
     }  # fmt: skip
     of_slices = "" if xs is None else "a slice of "
@@ -142,7 +151,7 @@ def stack(
         samples = []
         for i, layer, p, scale in sublayers:
             _check.params(_OP, p, x, config, f"{of_slices}params[{i}]", axes)
-            _check.norm_scale(_OP, scale, norm_scale_eps, x, f"{of_slices}norm_scale[{i}]", axes)
+            _check.norm_scale(_OP, scale, eps, x, f"{of_slices}norm_scale[{i}]", axes)
             if isinstance(before, _Pending):
                 u, ctx = post_pre(*before.operands(), p, norm_scale=scale, **options)
             else:
@@ -184,7 +193,7 @@ def stack(
             stretches = Stretches(every, num_together, policy == "streams")
             x_new, h_res = _scan_of_seams(
                 layers, x, params, scales, xs,
-                Settings(config, float(norm_scale_eps), axes, implementation == "fused"),
+                Settings(config, eps, axes, implementation == "fused"),
                 stretches, num_samples,
             )  # fmt: skip
             return (x_new, h_res) if num_samples else x_new
@@ -341,24 +350,24 @@ def _with_slice(layer: Callable[..., Any], s: Any, u: jax.Array) -> Any:
 
 
 def _elements(argument: str, value: Any, expected: str) -> tuple[Any, ...]:
-    if not isinstance(value, Iterable):
+    try:
+        return tuple(value)
+    except TypeError:
         _errors.fail(
             TypeError, _OP, argument, f"a sequence of {expected}", type(value).__name__,
             f"Put it into a list; {argument} stacked over blocks are given as one for each sublayer"
             " of a block, with xs.",
         )  # fmt: skip
-    return tuple(value)
 
 
 def _check_layers(
     layers: tuple[Any, ...], params: tuple[Any, ...], scales: tuple[Any, ...]
 ) -> None:
     for i, layer in enumerate(layers):
-        if not callable(layer):
-            _errors.fail(
-                TypeError, _OP, f"layers[{i}]", "a function", type(layer).__name__,
-                "Pass the sublayers themselves: stack([attention, mlp], x, params).",
-            )  # fmt: skip
+        _errors.function(
+            _OP, f"layers[{i}]", layer, "a function",
+            "Pass the sublayers themselves: stack([attention, mlp], x, params).",
+        )  # fmt: skip
     if len(params) != len(layers):
         _errors.fail(
             ValueError, _OP, "params", f"{len(layers)} MHCParams, one for each of layers",
@@ -386,7 +395,8 @@ def _num_blocks(params: tuple[MHCParams, ...], scales: tuple[Any, ...], xs: Any)
     num_blocks, first = None, ""
     for argument, tree in (("xs", xs), ("params", params), ("norm_scale", scales)):
         for path, leaf in jax.tree.leaves_with_path(tree):
-            name, shape = argument + jax.tree_util.keystr(path), np.shape(leaf)
+            name = argument + jax.tree_util.keystr(path)
+            shape = _check.shape(_OP, name, leaf)
             if num_blocks is None and shape:
                 num_blocks, first = shape[0], name
             elif shape[:1] != (num_blocks,):

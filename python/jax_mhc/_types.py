@@ -11,6 +11,9 @@ import jax.export
 
 from jax_mhc import _errors
 
+# The settings that are no integers.
+NUMBERS = ("sinkhorn_eps", "norm_eps", "pre_eps", "post_scale")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MHCConfig:
@@ -38,9 +41,12 @@ class MHCConfig:
             ``"row_column"``: the other way round.
         norm_eps: see `norm_eps_mode`.
         norm_eps_mode: ``"inside"``: r = 1 / sqrt(mean(x²) + eps). ``"outside"``:
-            r = 1 / (sqrt(mean(x²)) + eps).
+            r = 1 / (sqrt(mean(x²)) + eps). With 0 a token of zeros gives NaN.
         pre_eps: added to h_pre after the sigmoid.
         post_scale: h_post = post_scale · sigmoid(z_post).
+
+    The ops refuse numbers that their coefficients cannot hold: for all but float64 streams those
+    that are infinity in float32 or, other than 0, below its normal numbers (1.2e-38).
 
     Raises:
         TypeError, ValueError: a setting of the wrong type or outside its range.
@@ -57,19 +63,25 @@ class MHCConfig:
     post_scale: float = 2.0
 
     def __post_init__(self) -> None:
-        """Checks every setting; stores plain Python numbers, so that equal configs hash alike."""
+        """Checks every setting; stores plain Python values, so that equal configs hash alike."""
         op = "MHCConfig"
-        constraints = ("birkhoff", "none", "identity", "permutations")
-        _errors.choice(op, "constraint", self.constraint, constraints)
-        _errors.choice(op, "sinkhorn_eps_mode", self.sinkhorn_eps_mode, ("add", "clamp"))
-        _errors.choice(op, "order", self.order, ("column_row", "row_column"))
-        _errors.choice(op, "norm_eps_mode", self.norm_eps_mode, ("inside", "outside"))
-        iters = _errors.integer(
+        choices = {
+            "constraint": ("birkhoff", "none", "identity", "permutations"),
+            "sinkhorn_eps_mode": ("add", "clamp"),
+            "order": ("column_row", "row_column"),
+            "norm_eps_mode": ("inside", "outside"),
+        }
+        plain: dict[str, Any] = {
+            field: _errors.choice(op, field, getattr(self, field), of)
+            for field, of in choices.items()
+        }
+        plain["sinkhorn_iters"] = _errors.integer(
             op, "sinkhorn_iters", self.sinkhorn_iters, 0, 10_000, "The paper uses 20."
         )
-        object.__setattr__(self, "sinkhorn_iters", iters)
-        for field in ("sinkhorn_eps", "norm_eps", "pre_eps", "post_scale"):
-            value = _errors.number(op, field, getattr(self, field), positive=field == "post_scale")
+        for field in NUMBERS:
+            positive = field == "post_scale"
+            plain[field] = _errors.number(op, field, getattr(self, field), positive=positive)
+        for field, value in plain.items():
             object.__setattr__(self, field, value)
 
     def num_coefficients(self, streams: int, *, op: str = "MHCConfig.num_coefficients") -> int:
@@ -78,12 +90,13 @@ class MHCConfig:
         It is 2n + n², 2n for constraint "identity", and 2n + n! for "permutations".
 
         Args:
-            streams: n.
+            streams: n, from 1 to 16.
             op: what an error names.
 
         Raises:
-            ValueError: more streams than the constraint is for.
+            ValueError, TypeError: streams that are no such number; more than the constraint is for.
         """
+        streams = _errors.num_streams(op, "streams", streams)
         if self.constraint == "permutations":
             if streams > _errors.MAX_PERMUTED_STREAMS:
                 _errors.fail(

@@ -2,8 +2,9 @@
 
 All of them order the coefficients pre, post, res and hold the projection as a weight `[K, nC]`, the
 transpose of our phi. What differs is which index of the n x n matrix meets the old streams.
-Arrays may be NumPy's or JAX's; results are float32 (float64 where the input is), so that nothing
-is rounded on the way there and back.
+Arrays may be NumPy's or JAX's, of float32, bfloat16, float16 or float64; results are float32
+(float64 where the input is, while JAX's 64-bit types are on), so that nothing is rounded on the way
+there and back. Settings are not part of parameters: each function names those to use.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_mhc._check import accumulation_dtype, array
-from jax_mhc._errors import fail
+from jax_mhc._check import STREAM_DTYPES, accumulation_dtype, array
+from jax_mhc._errors import MAX_STREAMS, fail, num_streams
 from jax_mhc._types import HeadParams, MHCParams
 
 __all__ = ["from_deepseek_v4", "from_megatron", "head_from_deepseek_v4", "to_deepseek_v4"]
@@ -43,13 +44,30 @@ def from_deepseek_v4(fn: Any, base: Any, scale: Any) -> MHCParams:
     return MHCParams(phi=_transpose_res(fn, n).T, alpha=scale, bias=_transpose_res(base, n))
 
 
-def to_deepseek_v4(params: MHCParams) -> tuple[jax.Array, jax.Array, jax.Array]:
+def to_deepseek_v4(
+    params: MHCParams, *, streams: int | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The inverse of `from_deepseek_v4`: `(fn, base, scale)`, bit for bit.
+
+    Parameters for constraint "identity" have no columns for h_res, and DeepSeek-V4 cannot do
+    without. In two cases phi has the shape of either, and `streams` must say which it is:
+
+    - `[·, 8]` with a multiple of 4 rows: 2 streams, or 4 without h_res;
+    - `[·, 24]` with a multiple of 12 rows (4 streams of a C that 3 divides, such as 768): 4
+      streams, or 12 without h_res.
+
+    Args:
+        params: of one hyper-connection.
+        streams: n; None: as the shape of phi tells it.
+
+    Returns:
+        fn `[n² + 2n, nC]`, base `[n² + 2n]` and scale `[3]`.
 
     Raises:
         TypeError: anything but MHCParams, or a dtype that does not fit.
         ValueError: static coefficients, or parameters without the n² columns of h_res (made for
-            constraint "identity" or "permutations"): DeepSeek-V4 has neither.
+            constraint "identity" or "permutations"): DeepSeek-V4 has neither. Parameters that may
+            be such, where streams is None.
     """
     op = "convert.to_deepseek_v4"
     if not isinstance(params, MHCParams):
@@ -62,10 +80,11 @@ def to_deepseek_v4(params: MHCParams) -> tuple[jax.Array, jax.Array, jax.Array]:
             ValueError, op, "params.phi", "a projection [nC, K]", None,
             "DeepSeek-V4 has no static coefficients; a phi of zeros computes the same.",
         )  # fmt: skip
+    phi = array(op, "params.phi", params.phi)
+    _check_columns(op, phi.shape, streams)
     fn, base, scale, n = _checked(
-        op, ("params.phi.T", jnp.transpose(array(op, "params.phi", params.phi))),
-        ("params.bias", params.bias), ("params.alpha", params.alpha),
-    )  # fmt: skip
+        op, ("params.phi.T", phi.T), ("params.bias", params.bias), ("params.alpha", params.alpha)
+    )
     return _transpose_res(fn, n), _transpose_res(base, n), scale
 
 
@@ -82,15 +101,16 @@ def head_from_deepseek_v4(hc_fn: Any, hc_base: Any, hc_scale: Any) -> HeadParams
     """
     op = "convert.head_from_deepseek_v4"
     fn = _floating(op, "hc_fn", hc_fn)
-    if fn.ndim != 2 or not fn.shape[0] or fn.shape[1] % fn.shape[0]:
+    n = fn.shape[0] if fn.ndim == 2 else 0
+    if not 1 <= n <= MAX_STREAMS or not fn.shape[1] or fn.shape[1] % n:
         fail(
-            ValueError, op, "hc_fn", "shape [n, n·C]", list(fn.shape),
-            "It is the weight of the projection, one row for each stream.",
+            ValueError, op, "hc_fn", f"shape [n, n·C] with n from 1 to {MAX_STREAMS}",
+            list(fn.shape), "It is the weight of the projection, one row for each stream.",
         )  # fmt: skip
     return HeadParams(
         phi=fn.T,
         alpha=_shaped(op, "hc_scale", hc_scale, (1,)),
-        bias=_shaped(op, "hc_base", hc_base, (fn.shape[0],)),
+        bias=_shaped(op, "hc_base", hc_base, (n,)),
     )
 
 
@@ -132,6 +152,33 @@ def from_megatron(weight: Any, alpha: Any, bias: Any) -> MHCParams:
     return MHCParams(phi=weight.T, alpha=alpha, bias=bias)
 
 
+def _check_columns(op: str, shape: tuple[int, ...], streams: Any) -> None:
+    """Refuses parameters without the columns of h_res, and what may be such.
+
+    For constraint "identity" K is 2n, which is n² + 2n of fewer streams, too, for n = 4 and 12. Of
+    the K for "permutations", 3, 6, 12 and 32, only the first is, of one stream, whose h_res is 1.
+    """
+    rows, num = shape if len(shape) == 2 else (0, 0)
+    if streams is not None:
+        n = num_streams(op, "streams", streams)
+        if (rows % n, num) != (0, n * n + 2 * n):
+            fail(
+                ValueError, op, "params.phi", f"shape [{n}·C, {n * n + 2 * n}] for {n} streams",
+                list(shape), "Parameters for constraint 'identity' or 'permutations' have other "
+                "columns, and DeepSeek-V4 has neither constraint.",
+            )  # fmt: skip
+        return
+    n, others = math.isqrt(num + 1) - 1, num // 2
+    if num in (8, 24) and rows % others == 0:
+        fail(
+            ValueError, op, "streams",
+            f"the number of streams, since phi {list(shape)} may be of {n}, or of {others} for "
+            "constraint 'identity'", None,
+            f"Pass streams={n}, if {n * n} of the {num} columns are those of h_res; DeepSeek-V4 "
+            "has no counterpart of the other.",
+        )  # fmt: skip
+
+
 def _checked(
     op: str, weight: tuple[str, Any], bias: tuple[str, Any], alpha: tuple[str, Any]
 ) -> tuple[jax.Array, jax.Array, jax.Array, int]:
@@ -139,10 +186,12 @@ def _checked(
     fn = _floating(op, *weight)
     num = fn.shape[0] if fn.ndim == 2 else 0
     n = math.isqrt(num + 1) - 1
-    if n < 1 or n * n + 2 * n != num or fn.shape[1] % n:
+    fits = 1 <= n <= MAX_STREAMS and n * n + 2 * n == num
+    if not fits or not fn.shape[1] or fn.shape[1] % n:
         fail(
-            ValueError, op, weight[0], "shape [n² + 2n, n·C], such as [24, 4·C]", list(fn.shape),
-            "It is the weight of the projection, one row for each coefficient.",
+            ValueError, op, weight[0],
+            f"shape [n² + 2n, n·C] with n from 1 to {MAX_STREAMS}, such as [24, 4·C]",
+            list(fn.shape), "It is the weight of the projection, one row for each coefficient.",
         )  # fmt: skip
     return fn, _shaped(op, *bias, (num,)), _shaped(op, *alpha, (3,)), n
 
@@ -159,10 +208,11 @@ def _shaped(op: str, argument: str, value: Any, shape: tuple[int, ...]) -> jax.A
 
 def _floating(op: str, argument: str, value: Any) -> jax.Array:
     value = array(op, argument, value)
-    if not jnp.issubdtype(value.dtype, jnp.floating):
+    # Of float8 and the like the scales are missing.
+    if value.dtype.name not in STREAM_DTYPES:
         fail(
-            TypeError, op, argument, "a floating dtype", value.dtype.name,
-            "Pass the stored parameters; quantised ones must be decoded first.",
+            TypeError, op, argument, f"dtype {', '.join(STREAM_DTYPES)}", value.dtype.name,
+            "Pass the stored parameters; quantised ones have to be multiplied by their scales.",
         )  # fmt: skip
     return value.astype(accumulation_dtype(value.dtype))
 

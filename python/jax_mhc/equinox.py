@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 import jax_mhc
-from jax_mhc import _errors, _module
+from jax_mhc import _check, _errors, _module
 from jax_mhc._dispatch import Implementation
 from jax_mhc._types import HeadParams, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
@@ -61,7 +61,8 @@ class MHC(eqx.Module):
         norm_scale: of the norm `[C]`, initially ones, or None.
 
     Raises:
-        ValueError, TypeError: what `jax_mhc.init_params` raises.
+        ValueError, TypeError: what `jax_mhc.init_params` raises; a layer that cannot be called;
+            settings that are none.
     """
 
     layer: Callable[..., Any]
@@ -89,6 +90,10 @@ class MHC(eqx.Module):
         key: jax.Array,
     ):
         """See the class."""
+        _module.settings(
+            "equinox.MHC", layer=layer, static=static, norm=norm, norm_scale_eps=norm_scale_eps,
+            implementation=implementation,
+        )  # fmt: skip
         params = jax_mhc.init_params(
             key, streams=streams, hidden=hidden, config=config, static=static
         )
@@ -121,8 +126,8 @@ class MHC(eqx.Module):
         """
         op = "equinox.MHC"
         out, _ = _module.residual(
-            op, lambda u: self.layer(u, *args, **kwargs),
-            _module.streams(op, x, self.streams, self.hidden), self.params,
+            op, self.layer, _module.streams(op, x, self.streams, self.hidden), self.params,
+            args, kwargs,
             config=self.config, norm_scale=self.norm_scale,
             norm_scale_eps=self.norm_scale_eps, implementation=self.implementation,
         )  # fmt: skip
@@ -169,6 +174,7 @@ class Head(eqx.Module):
         key: jax.Array,
     ):
         """See the class."""
+        _check.implementation("equinox.Head", implementation)
         params = jax_mhc.init_head(key, streams=streams, hidden=hidden, config=config)
         self.phi, self.alpha, self.bias = params.phi, params.alpha, params.bias
         self.hidden, self.streams, self.config = hidden, streams, config

@@ -57,7 +57,7 @@ def head(
     """
     op = "head"
     x = _check.streams(op, "x", x)
-    config = _check.config(op, config)
+    config = _check.config(op, config, x.dtype)
     axes = _check.hidden_axes(op, hidden_axis_name, x)
     phi, alpha, bias = _check.head_params(op, params, x, axes)
     with jax.named_scope("mhc_head"):

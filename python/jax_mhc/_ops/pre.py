@@ -95,7 +95,7 @@ def pre(
     """
     op = "pre"
     x = _check.streams(op, "x", x)
-    config = _check.config(op, config)
+    config = _check.config(op, config, x.dtype)
     axes = _check.hidden_axes(op, hidden_axis_name, x)
     phi, alpha, bias = _check.params(op, params, x, config, hidden_axes=axes)
     norm_scale, eps = _check.norm_scale(op, norm_scale, norm_scale_eps, x, hidden_axes=axes)

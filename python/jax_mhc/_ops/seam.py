@@ -71,7 +71,7 @@ def post_pre(
     op = "post_pre"
     ctx = _check.context(op, ctx)
     y = _check.layer_output(op, "y", y, ctx.x)
-    config = _check.config(op, config)
+    config = _check.config(op, config, ctx.x.dtype)
     axes = _check.hidden_axes(op, hidden_axis_name, ctx.x)
     phi, alpha, bias = _check.params(op, params, ctx.x, config, hidden_axes=axes)
     norm_scale, eps = _check.norm_scale(op, norm_scale, norm_scale_eps, ctx.x, hidden_axes=axes)

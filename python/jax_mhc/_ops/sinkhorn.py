@@ -58,7 +58,7 @@ def sinkhorn(
     """
     op = "sinkhorn"
     logits = _check.matrices(op, "logits", logits)
-    config = _check.config(op, config)
+    config = _check.config(op, config, logits.dtype)
     if config.constraint != "birkhoff":
         _errors.fail(
             ValueError, op, "config.constraint", "'birkhoff'", repr(config.constraint),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 
 from jax_mhc import _check, _errors
 from jax_mhc._errors import fail
+from jax_mhc.diagnostics import _checks
 from jax_mhc.diagnostics._numbers import BAND, Gain, Mixing, mixing
 
 if TYPE_CHECKING:
@@ -51,14 +52,21 @@ def plot_gain(
         The figure; `figure.savefig("gain.png")` writes it.
 
     Raises:
-        ValueError, TypeError: gains of no or of other lengths or types.
+        ValueError, TypeError: gains of no or of other lengths or types, or traced ones; x, a band
+            or axes that do not fit.
         ImportError: matplotlib is not installed.
     """
     op = "diagnostics.plot_gain"
     curves = _checked_gains(op, gains)
     x = None if x is None else _checked_x(op, x, curves)
+    if xlabel is not None:
+        _errors.text(op, "xlabel", xlabel)
+    if band is not None:
+        band = _checks.band(op, band)
     if axes is None:
         axes = _new_figure(op, (7, 4.5)).subplots()
+    else:
+        _check_axes(op, axes, [axes])
     if band is not None:
         axes.axhspan(*band, color=GREY, alpha=0.12, lw=0, label=f"{band[0]:g} to {band[1]:g}")
     axes.axhline(1, color=GREY, lw=1, ls=":", label="residual connection")
@@ -112,24 +120,27 @@ def plot_mixing(
         ImportError: matplotlib is not installed.
     """
     op = "diagnostics.plot_mixing"
-    if isinstance(h_res, Mixing):
-        matrices, values = None, jax.device_get(h_res)
-    else:
-        matrices, values = jax.device_get((_check.matrices(op, "h_res", h_res), mixing(h_res)))
-    if np.ndim(values.entropy) < 1 or np.size(values.entropy) == 0:
-        of_what = values.entropy if matrices is None else matrices
-        fail(
-            ValueError, op, "h_res", "shape [L, ..., n, n], or mixing of it", list(of_what.shape),
-            "Stack the matrices of all sublayers: jnp.stack([...]).",
-        )  # fmt: skip
+    matrices = None
+    if not isinstance(h_res, Mixing):
+        matrices = _check.matrices(op, "h_res", h_res)
+        if matrices.ndim < 3 or matrices.size == 0:
+            fail(
+                ValueError, op, "h_res", "shape [L, ..., n, n], or mixing of it",
+                list(matrices.shape), "Stack the matrices of all sublayers: jnp.stack([...]).",
+            )  # fmt: skip
+        h_res = mixing(matrices)
+    values = _checks.curves(op, "h_res", h_res)
+    matrices = jax.device_get(matrices)
     shown = _checked_sublayers(op, sublayers, matrices, len(values.entropy))
     if axes is None:
         axes = _mixing_axes(_new_figure(op, (10, 6.2 if shown else 3.2)), len(shown))
-    elif len(axes) != 3 + len(shown):
-        fail(
-            ValueError, op, "axes", f"3 for the curves and {len(shown)} for sublayers", len(axes),
-            "Give one for each, in this order.",
-        )  # fmt: skip
+    else:
+        _check_axes(op, axes, axes)
+        if len(axes) != 3 + len(shown):
+            fail(
+                ValueError, op, "axes", f"3 for the curves and {len(shown)} for sublayers",
+                len(axes), "Give one for each, in this order.",
+            )  # fmt: skip
     _draw_mixing(axes[:3], values, None if matrices is None else matrices.shape[-1])
     if matrices is not None:
         _draw_matrices(axes[3:], matrices, shown)
@@ -259,27 +270,29 @@ def _figure_of(axes: Any) -> Any:
 def _checked_gains(op: str, gains: Any) -> dict[str, Gain]:
     if isinstance(gains, Gain):
         gains = {"": gains}
-    if not isinstance(gains, Mapping) or not all(isinstance(g, Gain) for g in gains.values()):
+    if not (
+        isinstance(gains, Mapping) and gains and all(isinstance(g, Gain) for g in gains.values())
+    ):
         got = type(gains).__name__
         if isinstance(gains, Mapping):
-            got += f" of {', '.join(sorted({type(g).__name__ for g in gains.values()}))}"
+            got += f" of {', '.join(sorted({type(g).__name__ for g in gains.values()})) or 'none'}"
         fail(
             TypeError, op, "gains", "a Gain, or a dict of labels and Gains", got,
             "Make them with jax_mhc.diagnostics.amax_gain.",
         )  # fmt: skip
-    # One by one: of a dict device_get would sort the labels.
-    curves = {label: jax.device_get(gain) for label, gain in gains.items()}
-    for label, gain in curves.items():
-        if np.ndim(gain.forward) < 1 or np.size(gain.forward) == 0:
-            fail(
-                ValueError, op, f"gains[{label!r}]" if label else "gains", "shape [L] or [L, ...]",
-                list(np.shape(gain.forward)), "Give the gains of several depths or steps.",
-            )  # fmt: skip
-    return curves
+    return {
+        label: _checks.curves(op, f"gains[{label!r}]" if label else "gains", gain)
+        for label, gain in gains.items()
+    }
 
 
 def _checked_x(op: str, x: Any, curves: dict[str, Gain]) -> Any:
-    x = np.asarray(x)
+    try:
+        x = np.asarray(x)
+    except (TypeError, ValueError):
+        x = np.empty((), object)
+    if x.ndim and x.dtype.kind not in "biufmM":
+        fail(TypeError, op, "x", "numbers", f"dtype {x.dtype}", "Give the numbers of the steps.")
     lengths = {len(gain.forward) for gain in curves.values()}
     if x.ndim != 1 or lengths - {len(x)}:
         fail(
@@ -290,15 +303,32 @@ def _checked_x(op: str, x: Any, curves: dict[str, Gain]) -> Any:
     return x
 
 
+def _check_axes(op: str, given: Any, axes: Any) -> None:
+    """All of `axes`, which are what is given or a list of it, are matplotlib's."""
+    _errors.require(op, "matplotlib", "plots")
+    from matplotlib.axes import Axes
+
+    if not isinstance(axes, Sequence | np.ndarray) or not all(isinstance(a, Axes) for a in axes):
+        fail(
+            TypeError, op, "axes", "axes of matplotlib", _errors.shown(given),
+            "Make them with matplotlib's subplots, or leave them out for a new figure.",
+        )  # fmt: skip
+
+
 def _checked_sublayers(op: str, sublayers: Any, matrices: Any, num: int) -> list[int]:
     if matrices is None:
-        if sublayers:
+        if sublayers is not None and not (isinstance(sublayers, Sequence) and not sublayers):
             fail(
-                ValueError, op, "sublayers", "none where there are no matrices", list(sublayers),
-                "Pass h_res in place of its mixing.",
+                ValueError, op, "sublayers", "None where there are no matrices",
+                _errors.shown(sublayers), "Pass h_res in place of its mixing.",
             )  # fmt: skip
         return []
     if sublayers is None:
         return sorted({0, num // 2, num - 1})
+    if not isinstance(sublayers, Iterable):
+        fail(
+            TypeError, op, "sublayers", "a sequence of ints", _errors.typed(sublayers),
+            "Put it into a list.",
+        )  # fmt: skip
     remedy = "Sublayers are counted from 0."
     return [_errors.integer(op, "sublayers", at, 0, num - 1, remedy) for at in sublayers]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
 
+from jax_mhc import _errors
 from jax_mhc._errors import fail
+from jax_mhc.diagnostics import _checks
 from jax_mhc.diagnostics._numbers import BAND, Gain
 
 _OP = "diagnostics.watch_gain"
@@ -88,11 +89,18 @@ def watch_gain(
             raises it (inside of a jitted step the step fails, and JAX's error quotes it).
 
     Raises:
-        ValueError, TypeError: gain that is no `Gain`; a band that is none; step that is no integer.
+        ValueError, TypeError: gain that is no `Gain` of numbers; a band that is none; step that is
+            no integer; a name or a callback that is none.
     """
-    low, high = _checked_band(band)
-    values = _checked_gain(gain)
+    low, high = _checks.band(_OP, band)
+    values = _checks.gain(_OP, "gain", gain)
     step = _checked_step(step)
+    _errors.text(_OP, "name", name)
+    if callback is not None:
+        _errors.function(
+            _OP, "callback", callback, "a function of a GainWarning, or None",
+            "Leave it out to be warned by warnings.warn.",
+        )  # fmt: skip
 
     def report(bounds: Any, step: Any) -> None:
         # NumPy's: JAX may not compute anything inside of a callback.
@@ -135,38 +143,12 @@ def _warn(warning: GainWarning) -> None:
     warnings.warn(warning, stacklevel=2)
 
 
-def _checked_band(band: Any) -> tuple[float, float]:
-    got = repr(band)
-    try:
-        low, high = map(float, band)
-    except (TypeError, ValueError):
-        low = high = math.nan
-    if not 0 < low < high:
-        fail(
-            ValueError, _OP, "band", "two numbers above 0, the smaller first", got,
-            f"A plain residual connection has 1; {BAND} suits mHC.",
-        )  # fmt: skip
-    return low, high
-
-
-def _checked_gain(gain: Any) -> list[Any]:
-    if not isinstance(gain, Gain):
-        fail(
-            TypeError, _OP, "gain", "jax_mhc.diagnostics.Gain", type(gain).__name__,
-            "Make it with jax_mhc.diagnostics.amax_gain.",
-        )  # fmt: skip
-    if all(isinstance(value, float | np.number | np.ndarray) for value in gain):
-        return [np.asarray(value) for value in gain]
-    return [jnp.asarray(value) for value in gain]
-
-
 def _checked_step(step: Any) -> Any:
-    is_number = isinstance(step, int | np.integer | np.ndarray | jax.Array)
-    if step is not None and not (
-        is_number and jnp.issubdtype(jnp.result_type(step), jnp.integer) and np.ndim(step) == 0
-    ):
-        fail(
-            TypeError, _OP, "step", "an int, or an array of one", repr(step),
-            "Pass the number of the training step.",
-        )  # fmt: skip
-    return step
+    is_array = isinstance(step, np.ndarray | jax.Array) and np.ndim(step) == 0
+    is_number = isinstance(step, int | np.integer) and not isinstance(step, bool)
+    if step is None or is_number or (is_array and jnp.issubdtype(step.dtype, jnp.integer)):
+        return step
+    fail(
+        TypeError, _OP, "step", "an int, or an array of one", _errors.shown(step),
+        "Pass the number of the training step.",
+    )  # fmt: skip

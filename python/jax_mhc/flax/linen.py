@@ -75,6 +75,10 @@ class MHC(nn.Module):
                 returns another shape or dtype; what `jax_mhc.init_params` and `jax_mhc.pre` raise.
         """
         op = "flax.linen.MHC"
+        _module.settings(
+            op, layer=self.layer, static=self.static, norm=self.norm,
+            norm_scale_eps=self.norm_scale_eps, implementation=self.implementation,
+        )  # fmt: skip
         x = _module.streams(op, x, self.streams, self.hidden)
         param = partial(_param, self, jax_mhc.init_params)
         phi, alpha = (None, None) if self.static else (param("phi"), param("alpha"))
@@ -82,7 +86,7 @@ class MHC(nn.Module):
         if self.norm:
             scale = self.param("norm_scale", nn.initializers.ones, (self.hidden,), "float32")
         out, h_res = _module.residual(
-            op, lambda u: self.layer(u, *args, **kwargs), x, MHCParams(phi, alpha, param("bias")),
+            op, self.layer, x, MHCParams(phi, alpha, param("bias")), args, kwargs,
             config=self.config, norm_scale=scale, norm_scale_eps=self.norm_scale_eps,
             implementation=self.implementation,
         )  # fmt: skip

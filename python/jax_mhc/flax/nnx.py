@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import jax_mhc
-from jax_mhc import _errors, _module
+from jax_mhc import _check, _errors, _module
 from jax_mhc._dispatch import Implementation
 from jax_mhc._types import HeadParams, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
@@ -57,7 +57,8 @@ class MHC(nnx.Module):
         norm_scale: of the norm `[C]`, initially ones, or None.
 
     Raises:
-        ValueError, TypeError: what `jax_mhc.init_params` raises.
+        ValueError, TypeError: what `jax_mhc.init_params` raises; a layer that cannot be called;
+            settings or rngs that are none.
     """
 
     def __init__(
@@ -74,8 +75,12 @@ class MHC(nnx.Module):
         rngs: nnx.Rngs,
     ):
         """See the class."""
+        _module.settings(
+            "flax.nnx.MHC", layer=layer, static=static, norm=norm, norm_scale_eps=norm_scale_eps,
+            implementation=implementation,
+        )  # fmt: skip
         params = jax_mhc.init_params(
-            _key(rngs), streams=streams, hidden=hidden, config=config, static=static
+            _key("flax.nnx.MHC", rngs), streams=streams, hidden=hidden, config=config, static=static
         )
         self.layer = layer
         self.phi = None if static else nnx.Param(params.phi)
@@ -107,8 +112,8 @@ class MHC(nnx.Module):
         """
         op = "flax.nnx.MHC"
         out, _ = _module.residual(
-            op, lambda u: self.layer(u, *args, **kwargs),
-            _module.streams(op, x, self.streams, self.hidden), self.params,
+            op, self.layer, _module.streams(op, x, self.streams, self.hidden), self.params,
+            args, kwargs,
             config=self.config, norm_scale=_value(self.norm_scale),
             norm_scale_eps=self.norm_scale_eps, implementation=self.implementation,
         )  # fmt: skip
@@ -147,7 +152,9 @@ class Head(nnx.Module):
         rngs: nnx.Rngs,
     ):
         """See the class."""
-        params = jax_mhc.init_head(_key(rngs), streams=streams, hidden=hidden, config=config)
+        _check.implementation("flax.nnx.Head", implementation)
+        key = _key("flax.nnx.Head", rngs)
+        params = jax_mhc.init_head(key, streams=streams, hidden=hidden, config=config)
         self.phi = nnx.Param(params.phi)
         self.alpha = nnx.Param(params.alpha)
         self.bias = nnx.Param(params.bias)
@@ -204,11 +211,13 @@ def stack(
             `MHC`, or has other settings than the first; a variable that changes; what
             `jax_mhc.stack` raises.
     """
-    if isinstance(sublayers, str) or not sublayers:
-        _errors.fail(
-            ValueError, _STACK, "sublayers", "a sequence of names of attributes of blocks",
-            repr(sublayers), "Name the sublayers in their order: ['attention', 'mlp'].",
-        )  # fmt: skip
+    sublayers = _checked_names(sublayers)
+    for name in (*_SETTINGS, "params", "xs", "norm_scale"):
+        if name in options:
+            _errors.fail(
+                TypeError, _STACK, name, "no such option, since the sublayers have it",
+                _errors.typed(options[name]), "Give it to each MHC instead.",
+            )  # fmt: skip
     modules = {name: _sublayer(blocks, name) for name in sublayers}
     first = next(iter(modules.values()))
     settings = {name: getattr(first, name) for name in _SETTINGS}
@@ -257,6 +266,25 @@ _STACK = "flax.nnx.stack"
 _SETTINGS = ("config", "norm_scale_eps", "implementation")
 
 
+def _checked_names(sublayers: Any) -> Any:
+    """A mapping as it is, and of anything else a tuple."""
+    names: tuple[Any, ...] = ()
+    if isinstance(sublayers, Iterable) and not isinstance(sublayers, str):
+        names = tuple(sublayers)
+    of_layers = sublayers.values() if isinstance(sublayers, Mapping) else ()
+    if (
+        not names
+        or not all(isinstance(name, str) for name in names)
+        or not all(isinstance(arguments, Mapping) for arguments in of_layers)
+    ):
+        _errors.fail(
+            ValueError, _STACK, "sublayers",
+            "a sequence of names of attributes of blocks, or a mapping of them to arguments",
+            _errors.shown(sublayers), "Name the sublayers in their order: ['attention', 'mlp'].",
+        )  # fmt: skip
+    return sublayers if isinstance(sublayers, Mapping) else names
+
+
 def _sublayer(blocks: nnx.Module, name: str) -> MHC:
     module = getattr(blocks, name, None)
     if not isinstance(module, MHC):
@@ -267,8 +295,16 @@ def _sublayer(blocks: nnx.Module, name: str) -> MHC:
     return module
 
 
-def _key(rngs: nnx.Rngs) -> jax.Array:
-    return (rngs.mhc if "mhc" in rngs else rngs.params)()
+def _key(op: str, rngs: nnx.Rngs) -> jax.Array:
+    stream = None
+    if isinstance(rngs, nnx.Rngs):
+        stream = getattr(rngs, "mhc" if "mhc" in rngs else "params", None)
+    if stream is None:
+        _errors.fail(
+            TypeError, op, "rngs", "nnx.Rngs with a stream mhc or params", _errors.typed(rngs),
+            "Make them with nnx.Rngs(seed).",
+        )  # fmt: skip
+    return stream()
 
 
 def _value(variable: nnx.Param[Any] | None) -> jax.Array | None:
