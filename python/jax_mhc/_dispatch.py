@@ -30,6 +30,7 @@ from jax.interpreters import ad, batching, mlir
 from jax_mhc import _check, _library
 from jax_mhc._calls import KERNELS, Call, is_parameter, refuse_fused
 from jax_mhc._copies import copies
+from jax_mhc._errors import fail
 from jax_mhc._mesh import Spread, map_batch, run
 from jax_mhc._types import MHCConfig
 
