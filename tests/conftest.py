@@ -41,6 +41,8 @@ def pytest_addoption(parser):
         help="run the tests of meshes alone, on this many simulated devices of the CPU",
     )
 
+    parser.addoption("--kills", type=int, default=2, help="kills of a training in test_resume.py")
+
 
 def pytest_configure(config):
     if num := config.getoption("--devices"):
