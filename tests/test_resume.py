@@ -78,7 +78,7 @@ def kill_in_a_save(out, seconds):
     return len(saves()) > 1 or not all(name.isdecimal() for name in saves())
 
 
-# 2 in `make test`; `make kills` makes 30.
+# Twice in `make test`; `make kills` for more.
 def test_killed_runs_lose_nothing(whole, tmp_path, request):
     """At random moments, most of them in saves; resumed, the run equals one run to the bit."""
     rng = random.Random(17)
