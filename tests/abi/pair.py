@@ -23,6 +23,9 @@ from jax import export  # noqa: E402
 
 import jax_mhc as mhc  # noqa: E402
 
+# XLA's own optimisations are of no interest here.
+jax.config.update("jax_disable_most_optimizations", True)
+
 KEY = jax.random.key(0)
 STREAMS, HIDDEN, TOKENS = 4, 32, 8
 

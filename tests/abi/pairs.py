@@ -1,9 +1,9 @@
 """One wheel on every pair of jaxlib and Python that it is for, each in an environment of its own.
 
 Runs pair.py in each of them: the ops, their gradients and transformations, and the export of a
-program; then the programs of each pair in all that have the same or a newer jaxlib, in processes
-that import jax_mhc alone. Ends with a table and the number of failures. What cannot be had here is
-named: Pythons are looked for on PATH and where pyenv has them, and --pythons adds others.
+program; then, in processes that import jax_mhc alone, the programs of all Pythons with the same
+jaxlib and of one with each older jaxlib. Ends with a table; what cannot be had here is named in it.
+Pythons are looked for on PATH and where pyenv has them, and --pythons adds others.
 """
 
 import dataclasses
@@ -117,12 +117,12 @@ def run_all(pairs: list[Pair], options: Options, console: Console, folder: Path)
         run(pair, options.wheel, "write", folder / pair.name)
 
     def load(pair: Pair) -> None:
-        order = options.jax.index
-        found = [
-            folder / other.name for other in here
-            if order(other.jax) <= order(pair.jax) and (folder / other.name / "program").exists()
-        ]  # fmt: skip
-        run(pair, options.wheel, "load", *found)
+        written = [other for other in here if (folder / other.name / "program").exists()]
+        same = [other for other in written if other.jax == pair.jax]
+        older = options.jax[: options.jax.index(pair.jax)]
+        first = [next((o for o in written if o.jax == jax), None) for jax in older]
+        others = [*filter(None, first), *same]
+        run(pair, options.wheel, "load", *(folder / other.name for other in others))
 
     columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(TextColumn(columns[0]), *columns[1:], console=console) as progress:
