@@ -13,13 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 # The oldest JAX that the package accepts, and the newest of each later minor; with the oldest
@@ -125,19 +125,15 @@ def run_all(pairs: list[Pair], options: Options, console: Console, folder: Path)
         run(pair, options.wheel, "load", *(folder / other.name for other in others))
 
     columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(TextColumn(columns[0]), *columns[1:], console=console) as progress:
+    with Progress(*columns, console=console) as progress:
         for label, what in (("ops and exports", write), ("programs of others", load)):
             task = progress.add_task(label, total=len(here))
 
-            def step(pair: Pair, what: Callable[[Pair], None] = what, task=task) -> Pair:
-                what(pair)
-                progress.advance(task)
-                return pair
-
             with ThreadPoolExecutor(options.jobs) as pool:
-                for pair in pool.map(step, here):
+                for pair, _ in zip(here, pool.map(what, here), strict=True):
                     bad = sum(map(bool, pair.errors.values()))
                     progress.print(f"{pair.name}: {len(pair.errors) - bad} ok, {bad} failed")
+                    progress.advance(task)
 
 
 def make_table(pairs: list[Pair]) -> Table:
