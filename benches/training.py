@@ -29,7 +29,7 @@ from tabulate import tabulate
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.append(str(EXAMPLES))
 
-from gpt import report, text, training  # noqa: E402 - in the folder that the line above adds
+from gpt import checkpoints, report, text, training  # noqa: E402 - in the folder that the line above adds
 from gpt.settings import PRESETS, Connection, Settings  # noqa: E402 - likewise
 
 
@@ -113,12 +113,12 @@ def record_of(jobs: list[tuple[Connection, int]], options: Options, commit: str)
         folder = options.folder / "checkpoints" / f"{connection}-{seed}"
         if not folder.exists():
             continue
-        checkpoints = training.Checkpoints(folder)
-        if checkpoints.step == settings.steps:
-            told, names = checkpoints.load(settings), {"connection": connection, "seed": seed}
+        found = checkpoints.Checkpoints(folder)
+        if found.step == settings.steps:
+            told, names = found.load(settings), {"connection": connection, "seed": seed}
             results.append(names | training.summarize(told, settings))
             runs.append(names | {"points": report.points(told)})
-        checkpoints.close()
+        found.close()
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit,

@@ -29,6 +29,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
 
+CACHE = Path(__file__).parents[1] / ".build" / "tests"
+
 # JAX's names; on a GPU the CPU is there too, for what the tests expect.
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu"}
 
@@ -44,6 +46,8 @@ def pytest_addoption(parser):
         help="run the tests of meshes alone, on this many simulated devices of the CPU",
     )
 
+    parser.addoption("--kills", type=int, default=2, help="kills of a training in test_resume.py")
+
 
 def pytest_configure(config):
     if num := config.getoption("--devices"):
@@ -52,6 +56,18 @@ def pytest_configure(config):
     if platform := config.getoption("--platform"):
         jax.config.update("jax_platforms", PLATFORMS[platform])
         os.environ["JAX_PLATFORMS"] = PLATFORMS[platform]
+    _share_compilations()
+
+
+def _share_compilations():
+    """Four fifths of the tests' time is XLA's, and workers compile many programs alike.
+
+    What XLA compiled stays in a folder; `make test` begins with an empty one.
+    """
+    if jax.default_backend() == "cpu":
+        jax.config.update("jax_compilation_cache_dir", str(CACHE))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(params=["fused", "reference"])

@@ -151,33 +151,6 @@ def test_the_other_connections_start_alike_and_learn(tmp_path):
         assert f"{label}, seed 0" in output
 
 
-def test_a_run_goes_on_to_the_same_losses(tmp_path):
-    """From its checkpoint, to the bit; and it is not lost by mistake."""
-    options = [*SMALL[:-2], "--steps", 12, "--connections", "mhc", "--checkpoint-every", 4]
-    options += ["--text", README]
-
-    def records(out):
-        with open(out / "records.csv", newline="") as file:
-            return [
-                {k: v for k, v in row.items() if k != "step_ms"} for row in csv.DictReader(file)
-            ]
-
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run("examples/train_gpt.py", *options, "--out", whole)[0] == 0
-    status, output = run("examples/train_gpt.py", *options, "--minutes", 1e-6, "--out", parts)
-    assert status == 0 and "The same command with --resume goes on" in output
-    assert not (parts / "records.csv").exists()
-    status, output = run("examples/train_gpt.py", *options, "--out", parts)
-    assert status == 2 and "mhc-0 holds a run; add --resume to go on" in output
-    status, output = run("examples/train_gpt.py", *options, "--resume", "--out", parts)
-    assert status == 0 and "goes on after step 4" in output, output
-    assert records(parts) == records(whole)
-    status, output = run("examples/train_gpt.py", *options, "--resume", "--seq", 16, "--out", parts)
-    assert status == 2 and "has a run with --seq 32, here it is 16" in output
-    status, output = run("examples/train_gpt.py", *options, "--resume", "--out", parts)
-    assert status == 0 and "finished before" in output and "compiled in" not in output
-
-
 def test_own_text_bfloat16_and_reference(tmp_path):
     for i in range(2):
         text = "to be, or not to be, that is the question. " * (50 + i)

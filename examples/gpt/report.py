@@ -16,6 +16,7 @@ from rich.table import Table
 
 import jax_mhc
 
+from .files import replacing
 from .settings import Connection, Settings
 
 # Label, colour (Okabe-Ito: told apart by colour-blind readers too) and line width. The curves often
@@ -151,7 +152,6 @@ def points(run: dict[str, Any]) -> list[dict[str, float]]:
 
 def save(runs: list[dict[str, Any]], results: list[dict], settings: Settings, text: str) -> None:
     """Write train_gpt.png, records.csv (a line for each step) and summary.json into the folder."""
-    draw_figure(runs, settings).savefig(settings.out / "train_gpt.png", dpi=100)
     rows = [
         dict(connection=run["connection"], seed=run["seed"], **record)
         for run in runs
@@ -159,10 +159,6 @@ def save(runs: list[dict[str, Any]], results: list[dict], settings: Settings, te
     ]
     # A first step has more to tell than the one before all.
     names = list(dict.fromkeys(name for row in rows[1:2] + rows for name in row))
-    with open(settings.out / "records.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
     summary = dict(
         settings=dataclasses.asdict(settings),
         text=text,
@@ -173,4 +169,14 @@ def save(runs: list[dict[str, Any]], results: list[dict], settings: Settings, te
             dict(connection=run["connection"], seed=run["seed"], points=points(run)) for run in runs
         ],
     )
-    (settings.out / "summary.json").write_text(json.dumps(summary, indent=2, default=str) + "\n")
+    with (
+        replacing(settings.out / "train_gpt.png") as figure_path,
+        replacing(settings.out / "records.csv") as records_path,
+        replacing(settings.out / "summary.json") as summary_path,
+    ):
+        draw_figure(runs, settings).savefig(figure_path, dpi=100)
+        with open(records_path, "w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(rows)
+        summary_path.write_text(json.dumps(summary, indent=2, default=str) + "\n")

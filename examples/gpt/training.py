@@ -5,14 +5,12 @@ import math
 import re
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from flax import nnx
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 import jax_mhc as mhc
 
 from . import text
+from .checkpoints import Checkpoints
 from .model import GPT
 from .report import LABELS
 from .settings import CONNECTIONS, Connection, Settings, fail
@@ -111,50 +110,6 @@ class Run:
             mean_gain_forward=float(mean_forward.mean()),
             mean_gain_backward=float(mean_backward.mean()),
         )
-
-
-class Checkpoints:
-    """What a run has left in a folder: model, optimizer, and records. Without a folder, nothing."""
-
-    def __init__(self, folder: Path | None):
-        self._manager = None
-        if folder is not None:
-            options = ocp.CheckpointManagerOptions(max_to_keep=1)
-            self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
-        self.step = self._manager and self._manager.latest_step()
-
-    def load(self, settings: Settings) -> dict[str, Any]:
-        """Its records and facts; ends the program if they are of other settings."""
-        told = self._restore("told", ocp.args.JsonRestore())
-        for name, value in settings.of_a_run.items():
-            if (got := told["settings"].get(name)) != value:
-                option = name.replace("_", "-")
-                fail(
-                    f"--out: {settings.out} has a run with --{option} {got}, here it is {value}; "
-                    "choose another folder"
-                )
-        return told
-
-    def restore(self, run: Run) -> None:
-        """Sets model and optimizer to what they were, to the bit."""
-        state = nnx.state((run.model, run.optimizer))
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, nnx.to_pure_dict(state))
-        restored = self._restore("state", ocp.args.StandardRestore(abstract))
-        nnx.replace_by_pure_dict(state, restored)
-        nnx.update((run.model, run.optimizer), state)
-
-    def _restore(self, item: str, how: Any) -> Any:
-        return self._manager.restore(self.step, args=ocp.args.Composite(**{item: how}))[item]
-
-    def save(self, step: int, run: Run) -> None:
-        state = nnx.to_pure_dict(nnx.state((run.model, run.optimizer)))
-        told = dict(settings=run.settings.of_a_run, facts=run.facts, records=run.records)
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), told=ocp.args.JsonSave(told))
-        self._manager.save(step, args=items)
-
-    def close(self) -> None:
-        if self._manager is not None:
-            self._manager.close()
 
 
 def train(

@@ -1,0 +1,98 @@
+"""Checkpoints of a run: model, optimizer and records, all of one moment."""
+
+import copy
+import fcntl
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from .settings import Settings, fail
+
+if TYPE_CHECKING:
+    from .training import Run
+
+
+class Checkpoints:
+    """What a run has left in a folder. Without a folder, nothing.
+
+    A process that is killed, at any moment, leaves the newest checkpoint that was whole.
+    """
+
+    def __init__(self, folder: Path | None):
+        self._folder, self._manager, self.step = folder, None, None
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(folder, os.O_RDONLY)
+        try:  # the system takes the lock off when the process ends, however it does
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"--out: {folder} is in use by another process; wait for its end or end it")
+        # Those that a killed process had begun are removed.
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self.step = self._manager.latest_step()
+
+    def load(self, settings: Settings) -> dict[str, Any]:
+        """Records and facts; ends the program if they are of other settings or another step."""
+        told = self._restore("told", ocp.args.JsonRestore())
+        for name, value in settings.of_a_run.items():
+            if (got := told["settings"].get(name)) != value:
+                option = name.replace("_", "-")
+                fail(
+                    f"--out: {settings.out} has a run with --{option} {got}, here it is {value}; "
+                    "choose another folder"
+                )
+        steps = [record["step"] for record in told["records"]]
+        if steps != list(range(self.step + 1)):
+            self._refuse(f"records of the steps 0 to {self.step}", _span(steps))
+        return told
+
+    def restore(self, run: "Run") -> None:
+        """Sets model and optimizer to what they were, to the bit."""
+        state = nnx.state((run.model, run.optimizer))
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, nnx.to_pure_dict(state))
+        restored = self._restore("state", ocp.args.StandardRestore(abstract))
+        nnx.replace_by_pure_dict(state, restored)
+        nnx.update((run.model, run.optimizer), state)
+        if (step := int(run.optimizer.step[...])) != self.step:
+            self._refuse(f"arrays of step {self.step}", f"those of step {step}")
+
+    def _restore(self, item: str, how: Any) -> Any:
+        try:
+            return self._manager.restore(self.step, args=ocp.args.Composite(**{item: how}))[item]
+        except (OSError, ValueError, KeyError) as error:
+            self._refuse(f"a whole checkpoint of step {self.step}", str(error).splitlines()[0])
+
+    def _refuse(self, expected: str, got: str) -> NoReturn:
+        fail(
+            f"--out: {self._folder}: expected {expected}, got {got}; remove the folder to begin "
+            "that run anew, or choose another --out"
+        )
+
+    def save(self, step: int, run: "Run") -> None:
+        """Begins to write; `close` and the next `save` wait for the end."""
+        # Copies, since Orbax writes while the next step takes over the arrays, which are donated to
+        # it, and adds to the records.
+        state = nnx.to_pure_dict(nnx.state((run.model, run.optimizer)))
+        state = jax.tree.map(np.array, jax.device_get(state))
+        told = dict(settings=run.settings.of_a_run, facts=run.facts, records=run.records)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), told=ocp.args.JsonSave(copy.deepcopy(told))
+        )
+        self._manager.save(step, args=items)
+
+    def close(self) -> None:
+        """Waits until all is written."""
+        if self._manager is not None:
+            self._manager.close()
+            os.close(self._lock)
+
+
+def _span(steps: list[int]) -> str:
+    return f"{len(steps)}, of the steps {steps[0]} to {steps[-1]}" if steps else "none"
