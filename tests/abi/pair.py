@@ -164,8 +164,6 @@ def main(what, *folders):
         checks = {function.__name__.removeprefix("check_"): function for function in named}
         checks["export"] = checks_of_export(folders[0])
     else:
-        # TODO: remove this line once `import jax_mhc` alone registers the handlers.
-        mhc.sinkhorn(jnp.zeros((1, 1)), implementation="fused")
         checks = {folder.name: check_load(folder) for folder in folders}
     errors = {}
     for name, check in checks.items():
