@@ -4,11 +4,12 @@ The ops build `jax.custom_vjp` functions from `fused_call`, which is
 
     custom_vmap(run(call))
 
-- **call** (`_calls.py`): a primitive, lowered to one custom call on one device.
+- **call** (`_primitive.py`): a primitive, lowered to one custom call on one device, or to plain JAX
+  for platforms without kernels.
 - **run** (`_mesh`): that on all devices. Leading dimensions are handed over as they are.
 - **custom_vmap**: a mapped axis becomes one more leading dimension of the same call. That cannot
   be where each element of the batch has its own parameters or its own parameter gradient; there
-  every device runs its elements one after another (`jax.lax.map`).
+  every device runs its elements one after another, or small ones together in plain JAX.
 
 The kernels have a reverse mode of first order. Other derivatives raise an error that says so:
 forward mode in `reverse_mode_only`, a derivative of the derivative in `fused_call`.

@@ -97,7 +97,7 @@ def status() -> dict[str, Any]:
     """
     outcome = _load_once()
     library, error = ({}, outcome) if isinstance(outcome, str) else (outcome, None)
-    fields = ("version", "commit", "ffi_api_version", "architecture", "instruction_set")
+    fields = ("version", "commit", "ffi_api_version", "architecture", "instruction_set", "log")
     platforms = sorted({_platform(handler) for handler in library.get("handlers", ())})
     return {
         "path": str(_PATH),

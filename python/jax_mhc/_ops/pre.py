@@ -60,7 +60,9 @@ def pre(
 
     Under `jax.vmap` a mapped x makes one call with one more leading dimension; mapped parameters,
     and the backward pass of a mapped call (whose parameter gradients differ from element to
-    element), run element by element. Leading dimensions of x cost nothing: prefer them to vmap.
+    element), run element by element; small elements, for which a kernel has next to nothing to do,
+    together in plain JAX unless `implementation="fused"`. Leading dimensions of x cost nothing:
+    prefer them to vmap.
 
     Args:
         x: the streams `[..., n, C]`, n from 1 to 16: float32, bfloat16, float16, float64 (in plain
@@ -78,9 +80,8 @@ def pre(
             platforms that have them (CPU, NVIDIA GPUs), plain JAX elsewhere, for float64 streams on
             a GPU, and on GPUs that cannot be used (older than compute capability 8.0, a driver
             older than CUDA 12, a build without CUDA kernels), which is logged once. The
-            platform is that of `jax_default_device`, or else `jax.default_backend()`. Programs
-            exported with `jax.export` hold custom calls, which it wants to be told of:
-            `disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("jax_mhc_pre_fwd_v2")]`.
+            platform is that which a program is lowered for; docs/deployment.md has the details,
+            and what exported programs need.
 
     Returns:
         u `[..., C]`, of x's dtype, and the context for `post`: `.x`, `.h_pre` `[..., n]`,
