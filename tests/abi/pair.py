@@ -106,6 +106,36 @@ def check_sharding():
     assert_close(run(spread), run(x))
 
 
+# How often the seam's forward call is in a program whose policy has the streams computed again:
+# twice, or once where JAX ignores the policy, as 0.12 does with the first of these settings alone.
+SEAMS = {(): 2, ("jax_remat3",): 1, ("jax_remat3", "jax_custom_vjp3"): 2}
+
+
+def check_remat3():
+    """What docs/deployment.md says of JAX's new rematerialisation, where there is one."""
+    if jax.__version_info__ < (0, 12):
+        return
+    x, params, _ = inputs()
+    policy = mhc.remat_policy(streams=STREAMS, hidden=HIDDEN)
+
+    def two_sublayers(x):
+        u, ctx = mhc.pre(x, params, implementation="fused")
+        u, ctx = mhc.post_pre(jnp.tanh(u), ctx, params, implementation="fused")
+        return jnp.sum(mhc.post(jnp.tanh(u), ctx, implementation="fused"))
+
+    for settings, expected in SEAMS.items():
+        for name in settings:
+            jax.config.update(name, True)
+        try:
+            run = jax.grad(jax.checkpoint(two_sublayers, policy=policy))
+            program = jax.jit(run).lower(x).as_text()
+        finally:
+            for name in settings:
+                jax.config.update(name, False)
+        found = program.count("custom_call @jax_mhc_seam_fwd")
+        assert found == expected, f"{settings or 'no setting'}: {found} seams, not {expected}"
+
+
 def check_info():
     from jax_mhc import info
 
@@ -160,7 +190,9 @@ def check_load(folder):
 def main(what, *folders):
     folders = [Path(folder) for folder in folders]
     if what == "write":
-        named = [check_gradient, check_scan, check_vmap, check_sharding, check_info]
+        named = [
+            check_gradient, check_scan, check_vmap, check_sharding, check_remat3, check_info
+        ]  # fmt: skip
         checks = {function.__name__.removeprefix("check_"): function for function in named}
         checks["export"] = checks_of_export(folders[0])
     else:
