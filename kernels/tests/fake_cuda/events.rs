@@ -30,6 +30,7 @@ fn told(level: LevelFilter) -> Vec<String> {
     let subscriber = tracing_subscriber::fmt()
         .with_max_level(level)
         .without_time()
+        .with_ansi(false)
         .with_writer(move || writer.clone())
         .finish();
     tracing::subscriber::with_default(subscriber, || {
