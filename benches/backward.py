@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_mhc import MHCParams
-from jax_mhc._dispatch import fused_call, use_fused
+from jax_mhc._dispatch import Settings, fused_call, use_fused
 from jax_mhc._types import Context
 from jax_mhc.presets import PAPER
 
@@ -73,6 +73,7 @@ def gradients(backward: Pass, named: dict[str, Any], cotangents: dict[str, Any])
 # ---- the fused kernels --------------------------------------------------------------------------
 
 # What the calls of docs/architecture.md take, in order, before the gradients.
+_POST, _PRE = Settings(fused=True), Settings(PAPER, norm_scale_eps=0.0, fused=True)
 _KEPT = {
     "post_bwd": "x y h_post h_res",
     "pre_bwd": "x phi alpha bias m r h_res",
@@ -94,17 +95,16 @@ def _keep_fused(name: str, named: dict[str, Any]) -> Any:
     x, ctx, params = (named.get(key) for key in ("x", "ctx", "params"))
     if name == "post_bwd":
         operands = (ctx.x, named["y"], ctx.h_post, ctx.h_res)
-        return {"x_new": fused_call("post_fwd", None, *operands)[0]}, operands
+        return {"x_new": fused_call("post_fwd", _POST, *operands)[0]}, operands
     no_norm = jnp.zeros((0,), jnp.float32)
     operands = params.phi, params.alpha, params.bias, no_norm
-    options = {"norm_scale_eps": 0.0}
     if name == "pre_bwd":
         operands = x, *operands
-        u, h_pre, h_post, h_res, m, r, rho = fused_call("pre_fwd", PAPER, *operands, **options)
+        u, h_pre, h_post, h_res, m, r, rho = fused_call("pre_fwd", _PRE, *operands)
         results = {}
     else:
         operands = ctx.x, named["y"], ctx.h_post, ctx.h_res, *operands
-        results = fused_call("seam_fwd", PAPER, *operands, **options)
+        results = fused_call("seam_fwd", _PRE, *operands)
         x_new, u, h_pre, h_post, h_res, m, r, rho = results
         results = {"x_new": x_new}
     results |= {"u": u, "h_pre": h_pre, "h_post": h_post, "h_res": h_res}
@@ -114,9 +114,8 @@ def _keep_fused(name: str, named: dict[str, Any]) -> Any:
 
 def _run_fused(name: str, kept: Any, cotangents: dict[str, Any]) -> dict[str, Any]:
     given = (cotangents[key] for key in _COTANGENTS[name].split())
-    config = None if name == "post_bwd" else PAPER
-    options = {} if name == "post_bwd" else {"deferred": True, "norm_scale_eps": 0.0}
-    results = fused_call(name, config, *kept, *given, **options)
+    settings, options = (_POST, {}) if name == "post_bwd" else (_PRE, {"deferred": True})
+    results = fused_call(name, settings, *kept, *given, **options)
     # The last is the gradient of a norm that is not there.
     return dict(zip(_RESULTS[name].split(), results, strict=False))
 

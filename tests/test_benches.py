@@ -55,6 +55,13 @@ def test_steps(script, options, tmp_path):
     assert path.with_suffix(".md").read_text() in output
 
 
+@pytest.mark.cpu("its sizes are for the CPU")
+def test_batches():
+    status, output = run("benches/batches.py", "--tiny")
+    assert status == 0, output
+    assert output.count("calls in plain JAX") == 4
+
+
 @pytest.mark.cpu("its tiny model is for the CPU")
 def test_training(tmp_path):
     """Runs of both kinds, two at once; then the page's figure and table of the record."""

@@ -115,8 +115,7 @@ def _lower_plain(
 ) -> Sequence[Any]:
     """Plain JAX, for platforms without kernels."""
     if call.fused:
-        platform, *_ = context.platforms or context.module_context.platforms
-        refuse_fused(call.op, platform, _dtype(context))
+        refuse_fused(call.op, _platform(context), _dtype(context))
     run: Callable[..., Any] = functools.partial(_plain.run, call)
     if mapped is not None:
         run = jax.vmap(run, in_axes=[0 if m else None for m in mapped])
@@ -166,20 +165,35 @@ def _lower_batch(
 
         return jax.lax.map(one, [array for array, m in zip(operands, mapped, strict=True) if m])
 
-    if not call.fused and _is_small(call, context.avals_in, mapped):
+    if not call.fused and _is_small(call, context, mapped):
         return _lower_plain(context, *operands, call=call, mapped=mapped)
     return mlir.lower_fun(one_by_one, multiple_results=True)(context, *operands)
 
 
-def _is_small(call: Call, operands: Sequence[Any], mapped: tuple[bool, ...]) -> bool:
-    """Whether a kernel has so little to do for an element of a batch that its call costs more."""
-    shape = operands[0].shape[mapped[0] :]
+def _is_small(call: Call, context: mlir.LoweringRuleContext, mapped: tuple[bool, ...]) -> bool:
+    """Whether the elements of a batch are so small that all together are faster in plain JAX.
+
+    Measured, not derived: benches/batches.py, benches/results/*/2026-11-29-batches.md.
+    """
+    operands: Sequence[Any] = context.avals_in
+    (num, *_) = (value.shape[0] for value, m in zip(operands, mapped, strict=True) if m)
+    *tokens, n, last = operands[0].shape[mapped[0] :]
     # A size may be a symbol, of which nothing is known.
-    return all(isinstance(size, int) for size in shape) and math.prod(shape) <= _SMALL
+    if not all(isinstance(size, int) for size in (num, *tokens, last)):
+        return False
+    num_tokens = math.prod(tokens)
+    num_values = num_tokens * n * last
+    if _platform(context) == "cuda":
+        # A call takes 10 to 20 us however little it does.
+        return num >= 16 and num_values <= 1 << 18
+    if call.name.endswith("_fwd"):
+        return num_tokens <= 128
+    return num_tokens <= 4 or num_values <= 1 << 12
 
 
-# Values of the streams of an element.
-_SMALL = 1 << 14
+def _platform(context: mlir.LoweringRuleContext) -> str:
+    """The platform that an operation is lowered for, or one of several."""
+    return (context.platforms or context.module_context.platforms)[0]
 
 
 def _lower_call(context: mlir.LoweringRuleContext, *operands: Any, call: Call) -> Sequence[Any]:
