@@ -1,6 +1,7 @@
 """Calls outside of `jax.jit`, and with it disabled: the same values, compiled once."""
 
 import functools
+import gc
 
 import jax
 import jax.numpy as jnp
@@ -161,3 +162,24 @@ def test_small_elements_of_a_batch_run_in_plain_jax(tokens, is_small):
 
     assert ("jax_mhc_pre_bwd" in program(None)) == (not is_small)
     assert "jax_mhc_pre_bwd" in program("fused")
+
+
+# ---- what is kept -------------------------------------------------------------------------------
+
+
+def test_nothing_is_kept_of_eager_calls():
+    """Of calls with layers that are new every time, beyond what the first ones compile."""
+    for _ in range(3):
+        jax.block_until_ready(gradient_of_stack())
+    gc.collect()
+    before = len(gc.get_objects())
+    for _ in range(10):
+        jax.block_until_ready(gradient_of_stack())
+    gc.collect()
+    assert len(gc.get_objects()) - before < 2000
+
+
+@pytest.mark.parametrize("call", ["gradient", "its gradient", "gradient of a stack with xs"])
+def test_no_tracer_leaks(call):
+    with jax.checking_leaks():
+        jax.jit(EAGER[call])()
