@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import DTYPES, PLATFORM
+from cases import DTYPES, PLATFORM, accumulation
 
 from jax_mhc import _library
 from jax_mhc._calls import Call
@@ -16,7 +16,7 @@ FORWARD, BACKWARD = Call("collapse_fwd", None), Call("collapse_bwd", None)
 def operands(tokens, streams, hidden, dtype):
     """Streams, h_pre and d_u."""
     rng = np.random.default_rng(0)
-    wide = jnp.promote_types(dtype, "float32")
+    wide = accumulation(dtype)
 
     def normal(*shape, dtype=dtype):
         return jnp.asarray(rng.normal(size=shape), dtype)
@@ -45,10 +45,10 @@ def test_it_agrees_with_float64(tokens, streams, hidden, dtype):
     # Of the result, and of sums that are in float32 at least.
     rounding, wide = (float(jnp.finfo(array.dtype).eps) for array in (u, given[1]))
     size = np.einsum("tn,tnc->tc", abs(h_pre), abs(x))
-    error = abs(np.einsum("tn,tnc->tc", h_pre, x) - u)
+    error = abs(np.einsum("tn,tnc->tc", h_pre, x) - np.asarray(u, np.float64))
     assert np.all(error <= (rounding + wide * np.sqrt(streams)) * size)
     size = np.einsum("tc,tnc->tn", abs(d_u), abs(x))
-    error = abs(np.einsum("tc,tnc->tn", d_u, x) - d_h_pre)
+    error = abs(np.einsum("tc,tnc->tn", d_u, x) - np.asarray(d_h_pre, np.float64))
     assert np.all(error <= wide * (1 + np.sqrt(hidden)) * size)
 
 

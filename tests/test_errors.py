@@ -545,7 +545,7 @@ ERRORS += [
 
 # Raised under conditions that the tests below make.
 CONDITIONAL = {
-    "_runs_fused": 2, "_forward_mode": 1, "_second_order": 1, "_checked": 1,
+    "refuse_fused": 2, "_forward_mode": 1, "_second_order": 1, "_checked": 1,
     # Those on meshes: test_mesh.py.
     "use_fused": 1, "check_streams": 1, "_fail_to_agree": 1,
 }  # fmt: skip

@@ -190,7 +190,7 @@ def test_value_and_grad(problem):
     op, operands, cotangents, (outputs, gradients) = problem
 
     def loss(outputs):
-        products = jax.tree.map(jnp.vdot, outputs, cotangents)
+        products = jax.tree.map(lambda o, ct: jnp.vdot(o, ct.astype(o.dtype)), outputs, cotangents)
         return jax.tree.reduce(jnp.add, products)
 
     value_and_grad = jax.jit(jax.value_and_grad(lambda operands: loss(run(op, operands))))

@@ -57,7 +57,7 @@ class Variable:
 
 
 def masked(u, mask):
-    return u * mask
+    return u * jnp.broadcast_to(mask, u.shape)
 
 
 WIDE = MHCConfig(post_scale=1e300, norm_eps=1e-60)

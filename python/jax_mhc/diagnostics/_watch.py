@@ -112,7 +112,10 @@ def watch_gain(
         # Without JAX, whose GPU may be busy with the next step.
         bounds: Any = np.array([_least_and_most(np, value) for value in values])
     else:
-        bounds = jnp.stack([_bounds(jax.lax.stop_gradient(value)) for value in values])
+        # The two may have different dtypes.
+        is_double = any(value.dtype == np.float64 for value in values)
+        wide = np.float64 if is_double else np.float32
+        bounds = jnp.stack([_bounds(jax.lax.stop_gradient(v)).astype(wide) for v in values])
     inside = ((bounds[:, 0] >= low) & (bounds[:, 1] <= high)).all()  # false for NaN
     if any(isinstance(value, jax.core.Tracer) for value in (inside, step)):
         # One condition for all of a batch: of many vmap would make a cond that runs both branches.
