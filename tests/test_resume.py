@@ -44,6 +44,13 @@ def records(out):
         return [{k: v for k, v in row.items() if k != "step_ms"} for row in csv.DictReader(file)]
 
 
+@pytest.fixture(autouse=True)
+def implicit_promotion():
+    """Optax mixes dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The records of a run that nothing interrupted."""

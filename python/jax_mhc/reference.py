@@ -86,8 +86,8 @@ def _rounded_off(minuend: jax.Array, subtrahend: jax.Array, difference: jax.Arra
     return jnp.fmin(jnp.fmax(lost, -64.0), 64.0)
 
 
-# Jitted, so that its loop is compiled once outside of jax.jit, too; inside it leaves no trace.
-@functools.partial(jax.jit, static_argnames="config", inline=True)
+# Jitted, so that its loop, and that of its gradient, are compiled once outside of jax.jit, too.
+@functools.partial(jax.jit, static_argnames="config")
 def sinkhorn(logits: jax.Array, *, config: MHCConfig = PAPER) -> jax.Array:
     """Projects `[..., n, n]` onto the doubly stochastic matrices [9]; see `jax_mhc.sinkhorn`."""
     if config.sinkhorn_iters == 0:
