@@ -29,8 +29,6 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
 
-CACHE = Path(__file__).parents[1] / ".build" / "tests"
-
 # JAX's names; on a GPU the CPU is there too, for what the tests expect.
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu"}
 
@@ -64,6 +62,8 @@ def _share_compilations():
 
     What XLA compiled stays in a folder; `make test` begins with an empty one.
     """
+    from programs import CACHE
+
     if jax.default_backend() == "cpu":
         jax.config.update("jax_compilation_cache_dir", str(CACHE))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

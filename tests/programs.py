@@ -3,16 +3,17 @@
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 
+# What XLA compiled, for all tests and what they run; `make test` begins with an empty folder.
+CACHE = ROOT / ".build" / "tests"
+
 # Most of their time here is compilation, of programs that several runs have in common.
-_cache = tempfile.TemporaryDirectory(prefix="jax-mhc-tests-")
 ENVIRONMENT = {
-    "JAX_COMPILATION_CACHE_DIR": _cache.name,
+    "JAX_COMPILATION_CACHE_DIR": str(CACHE),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     # By default a GPU rounds the factors of a product in float32 to 10 bits, which would hide that
     # all connections start alike.
