@@ -48,7 +48,10 @@ def measure(hidden, tokens, num, dtype, repeats):
         for name, run in passes(implementation).items():
             run = jax.jit(run)
             results.setdefault(name, {})[label] = jax.block_until_ready(run(x, params))
-            timed = lambda run=run: jax.block_until_ready(run(x, params))  # noqa: E731 - is timed
+
+            def timed(run=run):
+                jax.block_until_ready(run(x, params))
+
             times.setdefault(name, {})[label] = common.median_us(timed, repeats)
     for of_all in results.values():
         expected = jax.tree.leaves(of_all.pop("plain JAX"))

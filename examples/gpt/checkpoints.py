@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Checkpoints:
-    """What a run has left in a folder. Without a folder, nothing.
+    """The checkpoints of a run in a folder; none without a folder.
 
     A process that is killed, at any moment, leaves the newest checkpoint that was whole.
     """
@@ -33,7 +33,7 @@ class Checkpoints:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             fail(f"--out: {folder} is in use by another process; wait for its end or end it")
-        # Those that a killed process had begun are removed.
+        # Saves that a killed process had begun are removed.
         options = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
         self.step = self._manager.latest_step()

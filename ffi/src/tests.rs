@@ -98,7 +98,7 @@ const STRING: i32 = 4;
 const F32: i32 = 11;
 const F64: i32 = 12;
 
-/// What a handler says.
+/// The answer of a handler.
 #[derive(Debug)]
 struct Refusal {
     code: i32,
@@ -113,7 +113,7 @@ extern "C" fn create_error(args: &CreateError) -> *mut Refusal {
     Box::into_raw(Box::new(Refusal { code, message }))
 }
 
-/// What is in a frame besides what every frame has.
+/// The parts of a frame that differ from test to test.
 struct Contents {
     stage: i32,
     args: Vec<(i32, *const c_void)>,
@@ -133,7 +133,7 @@ impl Default for Contents {
     }
 }
 
-/// What the handler of sinkhorn_fwd on the CPU says of a frame, which it must refuse.
+/// The refusal of a frame by the handler of sinkhorn_fwd on the CPU.
 fn refusal(contents: &Contents) -> String {
     let api = Api {
         struct_size: size_of::<Api>(),
@@ -189,9 +189,9 @@ fn refusal(contents: &Contents) -> String {
     refusal.message
 }
 
-/// What the handler says of one attribute.
+/// The refusal of one attribute by the same handler.
 fn refused_attribute(name: &'static str, kind: i32, value: *const c_void) -> String {
-    // What is read before it.
+    // The attributes that are read before it.
     let birkhoff = Text::new("birkhoff");
     let iters = Typed {
         dtype: 5,

@@ -1,4 +1,4 @@
-//! What a worker tells as it goes, in memory that outlives it: a crash loses nothing of it.
+//! The board on which a worker tells how far it is, in memory that outlives it: a crash loses nothing.
 
 use std::fs::OpenOptions;
 use std::os::fd::AsRawFd;
