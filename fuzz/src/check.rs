@@ -22,7 +22,7 @@ const MARGIN: usize = 64;
 /// Room for an error's message; what is longer is cut.
 const MESSAGE: usize = 4096;
 
-/// What became of a frame.
+/// The outcome of a frame.
 #[derive(Debug)]
 pub enum Outcome {
     /// Nobody called it: it tells of memory that is not there, and nothing in it shows that.
