@@ -79,7 +79,7 @@ shapes: .venv/installed-test  ## run all small shapes through the handlers, agai
 # a libcuda to load, and loom's have threads of their own kind. Miri's exp would be another one at each call.
 miri:  ## run the Rust tests of the CPU kernels in Miri, which takes long
 	MIRIFLAGS="-Zmiri-disable-isolation -Zmiri-deterministic-floats" cargo +nightly miri test --locked --package jax-mhc-kernels --lib \
-	  -- --skip cuda --skip interleavings
+	  -- --skip gpu --skip interleavings
 
 reproduce: .venv/ready | $(HEADERS) $(COMPILER)  ## build the wheel at two paths and compare the bytes
 	@rm -rf .build/reproduce

@@ -6,7 +6,7 @@ returns what it takes and returns there:
 
 - post_bwd: from d_x_new to d_y, d_h_post and d_h_res;
 - pre_bwd: from d_u, the gradients of the coefficients and G to d_x and those of the parameters;
-- seam_bwd: the same for x_new, then post's of the sublayer before.
+- post_pre_bwd: the same for x_new, then post's of the sublayer before.
 
 They come in two steps: `keep` runs the forward pass and returns what the backward pass needs, `run`
 is the backward pass. For the fused kernels these are their calls, for any other module with
@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_mhc import MHCParams
-from jax_mhc._dispatch import Settings, fused_call, use_fused
+from jax_mhc._call.dispatch import Settings, fused_call, use_fused
 from jax_mhc._types import Context
 from jax_mhc.presets import PAPER
 
@@ -58,7 +58,7 @@ def passes(ops: Any, rounded: Any = None) -> dict[str, Pass]:
     return {
         "post_bwd": Pass(functools.partial(_keep_post, ops), _run_post),
         "pre_bwd": Pass(functools.partial(_keep_pre, ops), _run_pre),
-        "seam_bwd": Pass(*seam),
+        "post_pre_bwd": Pass(*seam),
     }
 
 
@@ -77,17 +77,17 @@ _POST, _PRE = Settings(fused=True), Settings(PAPER, norm_scale_eps=0.0, fused=Tr
 _KEPT = {
     "post_bwd": "x y h_post h_res",
     "pre_bwd": "x phi alpha bias m r h_res",
-    "seam_bwd": "x y h_post h_res phi alpha bias m r h_res_new",
+    "post_pre_bwd": "x y h_post h_res phi alpha bias m r h_res_new",
 }
 _COTANGENTS = {
     "post_bwd": "d_x_new",
     "pre_bwd": "d_u d_h_pre d_h_post d_h_res d_x_new",
-    "seam_bwd": "d_u d_h_pre d_h_post d_h_res d_x_new",
+    "post_pre_bwd": "d_u d_h_pre d_h_post d_h_res d_x_new",
 }
 _RESULTS = {
     "post_bwd": "d_y d_h_post d_h_res",
     "pre_bwd": "d_x d_phi d_alpha d_bias",
-    "seam_bwd": "d_x_new d_y d_h_post d_h_res d_phi d_alpha d_bias",
+    "post_pre_bwd": "d_x_new d_y d_h_post d_h_res d_phi d_alpha d_bias",
 }
 
 
@@ -104,7 +104,7 @@ def _keep_fused(name: str, named: dict[str, Any]) -> Any:
         results = {}
     else:
         operands = ctx.x, named["y"], ctx.h_post, ctx.h_res, *operands
-        results = fused_call("seam_fwd", _PRE, *operands)
+        results = fused_call("post_pre_fwd", _PRE, *operands)
         x_new, u, h_pre, h_post, h_res, m, r, rho = results
         results = {"x_new": x_new}
     results |= {"u": u, "h_pre": h_pre, "h_post": h_post, "h_res": h_res}

@@ -1,6 +1,6 @@
 """Batches of sublayers with parameters of their own: kernels one after the other, or plain JAX.
 
-What `_primitive._is_small` decides by. Compares, for elements of several sizes under `jax.vmap`,
+What `primitive._is_small` decides by. Compares, for elements of several sizes under `jax.vmap`,
 the kernels for every element in turn (implementation="fused"), the calls in plain JAX for all at
 once (None, whatever the size), and plain JAX with JAX's own derivative ("reference"); after
 checking that all agree. Writes benches/results/<machine>/<date>-batches.
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_mhc as mhc
-from jax_mhc import _dispatch, _primitive
+from jax_mhc._call import dispatch, primitive
 
 RESULTS = Path(__file__).parent / "results"
 IMPLEMENTATIONS = {"kernels": "fused", "calls in plain JAX": None, "plain JAX": "reference"}
@@ -67,7 +67,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="one small size, and no record")
     tiny = parser.parse_args().tiny
-    _primitive._is_small = lambda *_: True
+    primitive._is_small = lambda *_: True
     rows = []
     sizes = [(64, 4)] if tiny else itertools.product(HIDDEN, TOKENS)
     for dtype, (hidden, tokens) in itertools.product(("float32", "bfloat16"), sizes):
@@ -77,7 +77,7 @@ def main():
         times = measure(hidden, tokens, num, dtype, 1 if tiny else REPEATS)
         rows.append({"dtype": dtype, "C": hidden, "tokens": tokens, "elements": num, "us": times})
         print(rows[-1], flush=True)
-    platform = _dispatch.default_platform()
+    platform = dispatch.default_platform()
     record = {
         "date": datetime.date.today().isoformat(),
         "commit": common.commit(),

@@ -4,9 +4,9 @@
 they are called <date>-wrong and it exits with 1. It takes some minutes.
 
 - pre, post, seam (post and the next pre), sinkhorn, head: the forward pass. post_bwd, pre_bwd,
-  seam_bwd: the backward pass alone, as a chain of sublayers runs it (backward.py). fb: pre and
+  post_pre_bwd: the backward pass alone, as a chain of sublayers runs it (backward.py). fb: pre and
   post of a sublayer whose layer's output y is an independent input, and the gradients of x, y, phi,
-  alpha and bias, with cotangents on both results. fb_seams: seam and seam_bwd, which is what a
+  alpha and bias, with cotangents on both results. fb_seams: seam and post_pre_bwd, which is what a
   sublayer in the middle of a chain costs.
 - Kernel time: what the GPU's profiler sums up over all kernels of a call. Wall time: of calls
   queued one after the other. Both go round several sets of inputs, so that none is in the L2
@@ -68,7 +68,7 @@ OpName = Literal[
     "head",
     "post_bwd",
     "pre_bwd",
-    "seam_bwd",
+    "post_pre_bwd",
     "fb",
     "fb_seams",
     "pre_norm",

@@ -24,7 +24,11 @@ from jax_mhc._types import Context
 DTYPE = "bfloat16"
 IMPLEMENTATIONS = {"fused": common.FUSED, "plain": plain}
 SIGMAS = (1.0, 3.0, 6.0, 10.0)
-PEAKED_OPS = ("pre", "fb", "seam_bwd")  # what is checked at these deviations of the logits of h_res
+PEAKED_OPS = (
+    "pre",
+    "fb",
+    "post_pre_bwd",
+)  # what is checked at these deviations of the logits of h_res
 # Every set of inputs is used again only after so many bytes: four times the L2 cache of an H200.
 ROTATED_BYTES = 240e6
 
@@ -132,7 +136,7 @@ def _fb_norm(ops: Any, norm_scale: Any, *args: Any) -> dict[str, Any]:
 def _fb_seams(ops: Any, y: Any, ctx: Any, params: Any, *cotangents: Any) -> dict[str, Any]:
     named = {"y": y, "ctx": ctx, "params": params}
     given = dict(zip(_COTANGENTS, cotangents, strict=True))
-    return backward.gradients(backward.passes(ops)["seam_bwd"], named, given)
+    return backward.gradients(backward.passes(ops)["post_pre_bwd"], named, given)
 
 
 _SUBLAYER = ("x", "y", "params", "d_u", "d_x_new")
@@ -143,15 +147,15 @@ OPS = {
     "pre": Op(_pre, ("x", "params"), ("pre_fwd",), _n + 1, goals_us=(92, 83, 112, 33)),
     "post": Op(_post, ("y", "ctx"), ("post_fwd",), 2 * _n + 1, goals_us=(147, 129, 183, 48)),
     "seam": Op(
-        _seam, ("y", "ctx", "params"), ("seam_fwd",), 2 * _n + 2, goals_us=(180, 165, 222, 62)
+        _seam, ("y", "ctx", "params"), ("post_pre_fwd",), 2 * _n + 2, goals_us=(180, 165, 222, 62)
     ),
     "sinkhorn": Op(_sinkhorn, ("z",), ("sinkhorn_fwd",), 0, numbers=2 * _n**2, first_shape=True),
     "head": Op(_head, ("x", "head_params"), ("head_fwd",), _n + 1, first_shape=True),
     # The gradient of x is left to pre's.
     "post_bwd": Op(None, ("d_x_new",), ("post_bwd",), 2 * _n + 2),
     "pre_bwd": Op(None, _COTANGENTS, ("pre_bwd",), 3 * _n + 1, donated=("d_x_new",)),
-    "seam_bwd": Op(
-        None, _COTANGENTS, ("seam_bwd",), 3 * _n + 3, goals_us=(315,), donated=("d_x_new",)
+    "post_pre_bwd": Op(
+        None, _COTANGENTS, ("post_pre_bwd",), 3 * _n + 3, goals_us=(315,), donated=("d_x_new",)
     ),
     "fb": Op(
         _fb,
@@ -164,7 +168,7 @@ OPS = {
     ),
     # With a norm of the layer's input, for which nothing more has to move.
     "pre_norm": Op(_pre, ("x", "params", "norm_scale"), ("pre_fwd",), _n + 1),
-    "seam_norm": Op(_seam, ("y", "ctx", "params", "norm_scale"), ("seam_fwd",), 2 * _n + 2),
+    "seam_norm": Op(_seam, ("y", "ctx", "params", "norm_scale"), ("post_pre_fwd",), 2 * _n + 2),
     "fb_norm": Op(
         _fb_norm,
         ("norm_scale", *_SUBLAYER),
@@ -175,7 +179,7 @@ OPS = {
     "fb_seams": Op(
         _fb_seams,
         ("y", "ctx", "params", *_COTANGENTS),
-        ("seam_bwd", "seam_fwd"),
+        ("post_pre_bwd", "post_pre_fwd"),
         (2 * _n + 2) + (3 * _n + 3),
         goals_us=(500,),
         donated=("d_x_new",),
@@ -309,7 +313,7 @@ def _exact(name: str) -> Callable[..., dict[str, Any]]:
         if op.run is not None and name != "fb_seams":
             return op.run(mhc.reference, *(named[argument] for argument in op.arguments))
         # Rounded where the two halves of a seam meet, as the kernels do.
-        one = backward.passes(mhc.reference, DTYPE)["seam_bwd" if name == "fb_seams" else name]
+        one = backward.passes(mhc.reference, DTYPE)["post_pre_bwd" if name == "fb_seams" else name]
         return backward.gradients(one, named, {key: named[key] for key in _COTANGENTS})
 
     # Without optimizations: compiles in half the time.

@@ -36,7 +36,7 @@ OPS = {
     "fb": "fb: a sublayer and its gradients",
     "pre_bwd": "backward of pre",
     "post_bwd": "backward of post",
-    "seam_bwd": "backward of the seam",
+    "post_pre_bwd": "backward of the seam",
     "fb_seams": "fb with both seams",
     "pre_norm": "pre with a norm",
     "seam_norm": "seam with a norm",
@@ -199,8 +199,8 @@ def error_text(record: dict[str, Any]) -> str:
         for implementation, sigmas in largest.items():
             found = sigmas.setdefault(row["sigma"], {})
             for name, error in row[implementation].items():
-                if row.get("op") == "seam_bwd":
-                    name = f"{name} of seam_bwd"
+                if row.get("op") == "post_pre_bwd":
+                    name = f"{name} of post_pre_bwd"
                 found[name] = max(found.get(name, 0.0), error)
     sigmas = min(largest["fused"]), max(largest["fused"])
     rows = [
@@ -232,7 +232,7 @@ def memory_text(record: dict[str, Any]) -> str:
 
     scratch = ", ".join(
         f"{op} {streams(op, 'fused', 'temp')} (plain JAX: {streams(op, 'plain', 'temp')})"
-        for op in ("pre", "seam", "seam_bwd", "fb")
+        for op in ("pre", "seam", "post_pre_bwd", "fb")
         if any(op in ops for ops in kernel_rows(record).values())
     )
     return (

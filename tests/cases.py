@@ -19,16 +19,17 @@ import numpy as np
 import oracle
 
 import jax_mhc
-from jax_mhc import HeadParams, MHCConfig, MHCParams, _calls, _dispatch, presets
+from jax_mhc import HeadParams, MHCConfig, MHCParams, presets
+from jax_mhc._call import dispatch, table
 from jax_mhc._types import Context
 
 # ---- the platform -------------------------------------------------------------------------------
 
-PLATFORM = _dispatch.default_platform()
+PLATFORM = dispatch.default_platform()
 CPU = jax.devices("cpu")[0]
 
 # The dtypes of streams that have kernels here, and the widest of them.
-DTYPES = _calls.KERNELS[PLATFORM]
+DTYPES = table.KERNELS[PLATFORM]
 WIDEST = jnp.dtype("float64" if "float64" in DTYPES else "float32")
 
 

@@ -198,10 +198,10 @@ def run_calls(handlers: Handlers, shape: Shape, dtype: np.dtype, given) -> dict[
     call("pre_bwd", {key: pre[key] for key in (*saved, "h_res")})
     call("post_fwd", {})
     call("post_bwd", {})
-    seam = call("seam_fwd", {})
+    seam = call("post_pre_fwd", {})
     u_norm = seam["u"] if shape.norm else np.empty((*shape.tokens, 0), dtype)
     more = {key: seam[key] for key in saved}
-    call("seam_bwd", {**more, "u_norm": u_norm, "h_res_new": seam["h_res"]})
+    call("post_pre_bwd", {**more, "u_norm": u_norm, "h_res_new": seam["h_res"]})
 
     head = {name: given[f"head.{name}"] for name in ("phi", "alpha", "bias")}
     head_sizes = {**sizes, "K": shape.n, "P": shape.n, "A": 1}
@@ -248,7 +248,7 @@ def expected_forward(shape: Shape, given) -> dict[str, np.ndarray]:
     logits = dataclasses.replace(settings, constraint="birkhoff")
     return {
         **{f"pre_fwd.{name}": value for name, value in pre.items()},
-        **{f"seam_fwd.{name}": value for name, value in seam.items()},
+        **{f"post_pre_fwd.{name}": value for name, value in seam.items()},
         "post_fwd.x_new": x_new,
         **{f"post_bwd.{name}": value for name, value in post_gradients(given, d_x_new).items()},
         "sinkhorn_fwd.h_res": oracle.sinkhorn(given["d_h_res"], logits),
@@ -302,9 +302,9 @@ def derivatives(shape: Shape, given, got) -> dict[str, tuple[float, float]]:
     errors = {}
     eye = np.eye(shape.n)
     params = ("phi", "alpha", "bias", "norm_scale")
-    for call, h_res in (("pre_bwd", "pre_fwd.h_res"), ("seam_bwd", "seam_fwd.h_res")):
+    for call, h_res in (("pre_bwd", "pre_fwd.h_res"), ("post_pre_bwd", "post_pre_fwd.h_res")):
         directions, at = moved(params)
-        x = given["x"] if call == "pre_bwd" else got["seam_fwd.x_new"]
+        x = given["x"] if call == "pre_bwd" else got["post_pre_fwd.x_new"]
         direction = rng.standard_normal(x.shape)
         of_x = "d_x" if call == "pre_bwd" else "d_x_new"
         handed_on = got[h_res] if settings.deferred else eye
@@ -367,10 +367,10 @@ def check(handlers: Handlers, shape: Shape) -> dict[tuple[str, str], tuple[float
     given = operands(shape)
     exact = run_calls(handlers, shape, DTYPES["float64"], given)
     condition = conditions("pre_fwd", given["x"], exact)
-    condition |= conditions("seam_fwd", exact["seam_fwd.x_new"], exact)
+    condition |= conditions("post_pre_fwd", exact["post_pre_fwd.x_new"], exact)
     found = compare(shape, "float64", exact, expected_forward(shape, given), condition)
-    gradients = post_gradients(given, exact["seam_bwd.d_x_new"])
-    want = {f"seam_bwd.{name}": value for name, value in gradients.items()}
+    gradients = post_gradients(given, exact["post_pre_bwd.d_x_new"])
+    want = {f"post_pre_bwd.{name}": value for name, value in gradients.items()}
     found |= compare(shape, "float64", exact, want, {})
     found |= derivatives(shape, given, exact)
     errors = {("float64", name): error for name, error in found.items()}
@@ -378,15 +378,15 @@ def check(handlers: Handlers, shape: Shape) -> dict[tuple[str, str], tuple[float
         got = run_calls(handlers, shape, DTYPES[dtype], given)
         want = dict(exact)
         # What the seam computes, it computes from streams that were rounded.
-        rounded = {**given, "x": got["seam_fwd.x_new"]}
+        rounded = {**given, "x": got["post_pre_fwd.x_new"]}
         again = run_pre(handlers, shape, rounded)
         names = {"d_x": "d_x_new"}
         for name, value in again.items():
             call, _, result = name.partition(".")
             want[f"{call.replace('pre', 'seam')}.{names.get(result, result)}"] = value
-        gradients = post_gradients(given, got["seam_bwd.d_x_new"])
-        want |= {f"seam_bwd.{name}": value for name, value in gradients.items()}
-        condition |= conditions("seam_fwd", got["seam_fwd.x_new"], want)
+        gradients = post_gradients(given, got["post_pre_bwd.d_x_new"])
+        want |= {f"post_pre_bwd.{name}": value for name, value in gradients.items()}
+        condition |= conditions("post_pre_fwd", got["post_pre_fwd.x_new"], want)
         found = compare(shape, dtype, got, want, condition)
         errors |= {(dtype, name): error for name, error in found.items()}
     return errors
@@ -466,9 +466,9 @@ def main() -> int:
     options = parser.parse_args()
     library, headers = options.library, options.headers
     if library is None:
-        from jax_mhc import _library
+        from jax_mhc._call import library
 
-        library = _library._PATH
+        library = library._PATH
     if headers is None:
         import jax.ffi
 

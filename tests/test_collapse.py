@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from cases import DTYPES, PLATFORM, accumulation
 
-from jax_mhc import _library
-from jax_mhc._calls import Call
-from jax_mhc._primitive import bind
+from jax_mhc._call import library
+from jax_mhc._call.primitive import bind
+from jax_mhc._call.table import Call
 
 FORWARD, BACKWARD = Call("collapse_fwd", None), Call("collapse_bwd", None)
 
@@ -26,7 +26,7 @@ def operands(tokens, streams, hidden, dtype):
 
 
 def run(x, h_pre, d_u):
-    _library.ensure_registered(PLATFORM)
+    library.ensure_registered(PLATFORM)
     (u,), (d_h_pre,) = bind(FORWARD, x, h_pre), bind(BACKWARD, x, d_u)
     return u, d_h_pre
 

@@ -106,7 +106,7 @@ def test_a_scan_runs_every_call_once(with_seams):
 
     counts = custom_calls(compiled_text(jax.grad(loss, argnums=(0, 1, 2)), x, params, weights))
     if with_seams:
-        expected = {"seam_fwd": 1, "seam_bwd": 1, "post_bwd": 1}
+        expected = {"post_pre_fwd": 1, "post_pre_bwd": 1, "post_bwd": 1}
     else:
         expected = {"pre_fwd": 1, "post_fwd": 1, "pre_bwd": 1, "post_bwd": 1}
     assert counts == expected

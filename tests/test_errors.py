@@ -14,7 +14,8 @@ import pytest
 from flax import nnx
 
 import jax_mhc as mhc
-from jax_mhc import MHCConfig, MHCParams, _dispatch, _errors, _library
+from jax_mhc import MHCConfig, MHCParams, _errors
+from jax_mhc._call import dispatch, library
 from jax_mhc._types import Context
 from jax_mhc.flax import nnx as mhc_nnx
 
@@ -669,13 +670,13 @@ def test_the_remedy(op, derivative):
 
 @pytest.fixture
 def without_kernels(monkeypatch):
-    monkeypatch.setattr(_dispatch, "default_platform", lambda: "other")
+    monkeypatch.setattr(dispatch, "default_platform", lambda: "other")
 
 
 @pytest.fixture
 def records(caplog):
     """What is logged, with its level, as by a new process."""
-    _dispatch._log_once.cache_clear()
+    dispatch._log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="jax_mhc"):
         yield lambda: [(record.levelname, record.getMessage()) for record in caplog.records]
 
@@ -703,9 +704,9 @@ def nvidia(monkeypatch):
     """An NVIDIA GPU, as far as the choice of an implementation goes; sets what is against it."""
 
     def set_reason(reason):
-        monkeypatch.setattr(_library, "_cuda_outcome", reason)
+        monkeypatch.setattr(library, "_cuda_outcome", reason)
 
-    monkeypatch.setattr(_dispatch, "default_platform", lambda: "cuda")
+    monkeypatch.setattr(dispatch, "default_platform", lambda: "cuda")
     set_reason("")
     return set_reason
 
@@ -746,8 +747,8 @@ def test_an_nvidia_gpu_that_cannot_be_used(nvidia, records):
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
 @pytest.mark.parametrize("implementation", [None, "fused"])
 def test_an_unusable_library_is_not_passed_over(monkeypatch, implementation, platform):
-    monkeypatch.setattr(_dispatch, "default_platform", lambda: platform)
-    monkeypatch.setattr(_library, "_outcome", "the library is missing; reinstall jax-mhc")
+    monkeypatch.setattr(dispatch, "default_platform", lambda: platform)
+    monkeypatch.setattr(library, "_outcome", "the library is missing; reinstall jax-mhc")
     with pytest.raises(RuntimeError, match="reinstall jax-mhc.*reference"):
         mhc.pre(X, PARAMS, implementation=implementation)
     assert mhc.pre(X, PARAMS, implementation="reference")[0].shape == Y.shape
@@ -756,9 +757,9 @@ def test_an_unusable_library_is_not_passed_over(monkeypatch, implementation, pla
 @pytest.mark.parametrize("device", ["cpu", jax.devices("cpu")[0]])
 def test_platform_is_that_of_the_default_device(monkeypatch, device):
     monkeypatch.setattr(jax, "default_backend", lambda: "other")
-    assert _dispatch.default_platform() == "other"
+    assert dispatch.default_platform() == "other"
     with jax.default_device(device):
-        assert _dispatch.default_platform() == "cpu"
+        assert dispatch.default_platform() == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -770,7 +771,7 @@ def test_gpus_are_told_apart(monkeypatch, version, platform):
     device = SimpleNamespace(platform="gpu", client=client)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda backend: [device])
-    assert _dispatch.default_platform() == platform
+    assert dispatch.default_platform() == platform
 
 
 def test_optional_dependencies(tmp_path, monkeypatch):

@@ -10,7 +10,8 @@ import pytest
 from cases import PLATFORM
 
 import jax_mhc
-from jax_mhc import _library, info
+from jax_mhc import info
+from jax_mhc._call import library
 
 
 def test_a_working_installation():
@@ -22,13 +23,13 @@ def test_a_working_installation():
     assert described["library"]["instruction_set"]
     assert described["library"]["ffi_api_version"] == "0.1"
     assert described["fused"] == dict.fromkeys({"cpu", PLATFORM}, "registered")
-    assert described["cuda"] == _library.cuda_status()
+    assert described["cuda"] == library.cuda_status()
     assert json.loads(json.dumps(described)) == described
 
 
 def test_a_missing_library_is_no_obstacle(monkeypatch, tmp_path):
-    monkeypatch.setattr(_library, "_outcome", None)
-    monkeypatch.setattr(_library, "_PATH", tmp_path / "lib.so")
+    monkeypatch.setattr(library, "_outcome", None)
+    monkeypatch.setattr(library, "_PATH", tmp_path / "lib.so")
     described = info.collect()
     assert "is missing" in described["library"]["error"]
     assert "is missing" in described["fused"]["cpu"]
@@ -43,7 +44,7 @@ def test_gpus_are_described(monkeypatch, capsys):
     ]
     cuda = {"architectures": ["sm_80", "sm_90"], "compiler": "NVRTC 12.9", "driver": "13.0"}
     cuda |= {"devices": devices, "error": None}
-    monkeypatch.setattr(_library, "cuda_status", lambda: cuda)
+    monkeypatch.setattr(library, "cuda_status", lambda: cuda)
     assert info.collect()["cuda"] == cuda
     info._main([])
     printed = capsys.readouterr().out

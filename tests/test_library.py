@@ -16,17 +16,17 @@ import pytest
 from cases import PLATFORM, WIDEST
 
 import jax_mhc
-from jax_mhc import _calls, _dispatch, _library
+from jax_mhc._call import dispatch, library, table
 
-ATTRIBUTES = _calls.attributes(_calls.Call("pre_fwd", jax_mhc.MHCConfig()))
+ATTRIBUTES = table.attributes(table.Call("pre_fwd", jax_mhc.MHCConfig()))
 
 
 def call(name, args, rets, attributes=ATTRIBUTES, **options):
     """A custom call without any of Python's checks."""
-    _library.ensure_registered(PLATFORM)
+    library.ensure_registered(PLATFORM)
     rets = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in rets]
     args = [jnp.ones(shape, dtype) for shape, dtype in args]
-    raw = jax.ffi.ffi_call(_library.target_name(name), rets, **options)
+    raw = jax.ffi.ffi_call(library.target_name(name), rets, **options)
     return jax.block_until_ready(jax.jit(lambda *args: raw(*args, **attributes))(*args))
 
 
@@ -126,7 +126,7 @@ MALFORMED = {
         "attribute `deferred`: expected S64, got none",
     ),
     "a cotangent of another kind": (
-        "seam_bwd", [Z], [Z],
+        "post_pre_bwd", [Z], [Z],
         {"attributes": ATTRIBUTES | {"norm_scale_eps": np.float64(0), "deferred": np.int64(2)}},
         "attribute `deferred`: expected 0 or 1, got 2",
     ),
@@ -214,32 +214,32 @@ def test_a_workspace_is_accepted():
 
 
 def test_the_library_answers_every_call():
-    described = _library.status()
+    described = library.status()
     for platform in {"cpu", PLATFORM}:
         handlers = described["handlers"][platform]
-        assert sorted(handlers) == sorted(map(_library.target_name, _calls._CALLS))
+        assert sorted(handlers) == sorted(map(library.target_name, table._CALLS))
     assert described["version"] == metadata.version("jax-mhc")
     assert described["error"] is None
 
 
 def test_the_library_does_not_tell_where_it_was_built():
-    library = _library._PATH.read_bytes()
+    contents = library._PATH.read_bytes()
     checkout = Path(__file__).parents[1]
     for folder in (Path.home(), checkout, Path(os.environ.get("CARGO_HOME", checkout))):
-        assert f"{folder}/".encode() not in library, folder
+        assert f"{folder}/".encode() not in contents, folder
 
 
 def test_the_library_is_registered_once(monkeypatch):
     """With the handlers of all platforms that it has."""
     registered = []
-    monkeypatch.setattr(_library, "_outcome", None)
+    monkeypatch.setattr(library, "_outcome", None)
     monkeypatch.setattr(
         jax.ffi,
         "register_ffi_target",
         lambda name, *_, platform: registered.append((platform.lower(), name)),
     )
-    in_threads(lambda: _library.missing("cpu"))
-    handlers = _library.status()["handlers"]
+    in_threads(lambda: library.missing("cpu"))
+    handlers = library.status()["handlers"]
     assert sorted(registered) == sorted((p, name) for p in handlers for name in handlers[p])
 
 
@@ -253,11 +253,11 @@ def test_an_interrupted_registration_starts_over(monkeypatch):
             raise KeyboardInterrupt
         original(name, *_, **__)
 
-    monkeypatch.setattr(_library, "_outcome", None)
+    monkeypatch.setattr(library, "_outcome", None)
     monkeypatch.setattr(jax.ffi, "register_ffi_target", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        _library.missing("cpu")
-    assert _library.missing("cpu") is None
+        library.missing("cpu")
+    assert library.missing("cpu") is None
     assert calls[5:10] == calls[:5]
     np.testing.assert_allclose(jax_mhc.sinkhorn(jnp.ones((2, 2), WIDEST)), 0.5)
 
@@ -278,7 +278,7 @@ def unregistered(monkeypatch):
     def refuse(name, *_, **__):
         raise AssertionError(f"{name} was registered")
 
-    monkeypatch.setattr(_library, "_outcome", None)
+    monkeypatch.setattr(library, "_outcome", None)
     monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
 
 
@@ -292,34 +292,34 @@ def check_unusable(reason):
         messages.add(str(error.value))
     assert len(messages) == 1
     assert re.search(reason, messages.pop())
-    assert re.search(reason, _library.status()["error"])
+    assert re.search(reason, library.status()["error"])
     np.testing.assert_allclose(jax_mhc.sinkhorn(z, implementation="reference"), 0.5)
 
 
 @pytest.mark.usefixtures("unregistered")
 class TestUnusableLibrary:
     def test_missing(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(_library, "_PATH", tmp_path / "lib.so")
+        monkeypatch.setattr(library, "_PATH", tmp_path / "lib.so")
         check_unusable(r"lib\.so is missing; reinstall jax-mhc")
 
     def test_no_library(self, monkeypatch, tmp_path):
         path = tmp_path / "lib.so"
         path.write_bytes(b"not a shared library")
-        monkeypatch.setattr(_library, "_PATH", path)
+        monkeypatch.setattr(library, "_PATH", path)
         check_unusable(r"lib\.so cannot be loaded on this machine \(.+\); reinstall jax-mhc")
 
     @pytest.mark.skipif(sys.platform != "linux", reason="its loader maps what is not there")
     @pytest.mark.parametrize("share", [0.0, 1e-6, 1e-5, 0.1, 0.9, 0.999])
     def test_cut_off(self, monkeypatch, tmp_path, share):
         """To map it and read on would end the process."""
-        code = _library._PATH.read_bytes()
+        code = library._PATH.read_bytes()
         path = tmp_path / "lib.so"
         path.write_bytes(code[: int(share * len(code))])
-        monkeypatch.setattr(_library, "_PATH", path)
+        monkeypatch.setattr(library, "_PATH", path)
         check_unusable(r"lib\.so is cut off; reinstall jax-mhc")
 
     def test_of_somebody_else(self, monkeypatch):
-        monkeypatch.setattr(_library, "_PATH", Path(np._core._multiarray_umath.__file__))
+        monkeypatch.setattr(library, "_PATH", Path(np._core._multiarray_umath.__file__))
         check_unusable("is not the library of jax-mhc")
 
     def test_of_another_version(self, monkeypatch):
@@ -327,7 +327,7 @@ class TestUnusableLibrary:
         check_unusable(r"expected version 9\.8\.7 with calls of version 2, got version \d")
 
     def test_with_other_calls(self, monkeypatch):
-        monkeypatch.setattr(_library, "TARGET_VERSION", 7)
+        monkeypatch.setattr(library, "TARGET_VERSION", 7)
         check_unusable(r"with calls of version 7, got version .* with calls of version 2")
 
     @pytest.mark.parametrize("version", ["0.8.3", "0.4.38", "?"])
@@ -338,23 +338,23 @@ class TestUnusableLibrary:
 
 @pytest.mark.parametrize("version", ["0.9.0", "0.9.0.1", "0.12.0.dev20260901", "1.0"])
 def test_jaxlib_new_enough(monkeypatch, version):
-    monkeypatch.setattr(_library, "_outcome", None)
+    monkeypatch.setattr(library, "_outcome", None)
     monkeypatch.setattr(jaxlib.version, "__version__", version)
-    assert _library.missing("cpu") is None
+    assert library.missing("cpu") is None
 
 
 def test_a_refused_handler(monkeypatch):
     def refuse(name, *_, **__):
         raise ValueError("too new")
 
-    monkeypatch.setattr(_library, "_outcome", None)
+    monkeypatch.setattr(library, "_outcome", None)
     monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
     check_unusable(r"XLA refused jax_mhc_pre_fwd_v2 \(too new\)")
 
 
 def test_a_platform_without_kernels():
     with pytest.raises(RuntimeError, match="this build of jax-mhc has none for platform 'tpu'"):
-        _library.ensure_registered("tpu")
+        library.ensure_registered("tpu")
 
 
 # ---- NVIDIA GPUs --------------------------------------------------------------------------------
@@ -389,15 +389,15 @@ def cuda(monkeypatch):
     def set_status(status):
         handlers = [
             {"name": name, "platform": "CUDA", "initialize": 8 * i + 8, "execute": 8 * i + 16}
-            for i, name in enumerate(map(_library.target_name, _calls._CALLS))
+            for i, name in enumerate(map(library.target_name, table._CALLS))
         ]
-        library = {**_library._load(), "handlers": handlers}
-        monkeypatch.setattr(_library, "_outcome", library)
-        monkeypatch.setattr(_library, "_cuda_outcome", None)
-        monkeypatch.setattr(_library, "cuda_status", lambda: status)
-        monkeypatch.setattr(_dispatch, "default_platform", lambda: "cuda")
+        description = {**library._load(), "handlers": handlers}
+        monkeypatch.setattr(library, "_outcome", description)
+        monkeypatch.setattr(library, "_cuda_outcome", None)
+        monkeypatch.setattr(library, "cuda_status", lambda: status)
+        monkeypatch.setattr(dispatch, "default_platform", lambda: "cuda")
         monkeypatch.setattr(jax.ffi, "register_ffi_target", register)
-        _dispatch._log_once.cache_clear()
+        dispatch._log_once.cache_clear()
         return registered
 
     return set_status
@@ -420,8 +420,8 @@ def test_a_gpu_that_cannot_be_used(cuda, caplog, what):
 
 def test_gpus_are_asked_for_once(cuda, monkeypatch):
     registered, asked = cuda(CUDA), []
-    monkeypatch.setattr(_library, "cuda_status", lambda: asked.append(1) or CUDA)
-    in_threads(lambda: _library.ensure_registered("cuda"))
+    monkeypatch.setattr(library, "cuda_status", lambda: asked.append(1) or CUDA)
+    in_threads(lambda: library.ensure_registered("cuda"))
     assert len(asked) == 1
     # The handlers are there since the import.
     assert not registered
@@ -436,26 +436,26 @@ def test_a_refused_handler_for_gpus(monkeypatch):
             raise ValueError("too new")
         original(name, *rest, platform=platform)
 
-    library = _library._load()
-    library["handlers"] += [
+    description = library._load()
+    description["handlers"] += [
         {
-            "name": _library.target_name("pre_fwd"),
+            "name": library.target_name("pre_fwd"),
             "platform": "CUDA",
             "initialize": 8,
             "execute": 16,
         }
     ]
-    monkeypatch.setattr(_library, "_load", lambda: library)
-    monkeypatch.setattr(_library, "_outcome", None)
-    monkeypatch.setattr(_library, "_cuda_outcome", None)
+    monkeypatch.setattr(library, "_load", lambda: description)
+    monkeypatch.setattr(library, "_outcome", None)
+    monkeypatch.setattr(library, "_cuda_outcome", None)
     monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
     with pytest.raises(RuntimeError, match=r"XLA refused jax_mhc_pre_fwd_v2 \(too new\)"):
-        _library.ensure_registered("cuda")
-    assert _library.missing("cpu") is None
+        library.ensure_registered("cuda")
+    assert library.missing("cpu") is None
 
 
 def test_what_the_library_tells_of_gpus():
-    status = _library.cuda_status()
+    status = library.cuda_status()
     assert status.keys() == CUDA.keys()
     for device in status["devices"]:
         assert device.keys() == OLD_GPU.keys()
@@ -468,7 +468,7 @@ def test_what_the_library_tells_of_gpus():
 
 
 def test_a_cpu_program_leaves_the_driver_alone():
-    code = "import jax_mhc._library as library; assert library._cuda_outcome is None"
+    code = "import jax_mhc._call.library as library; assert library._cuda_outcome is None"
     run(f"{SINKHORN}; {code}", JAX_PLATFORMS="cpu")
 
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 from cases import PLATFORM
 
-from jax_mhc import _library
+from jax_mhc._call import library
 
 CALL = "import jax, jax_mhc; print(jax_mhc.sinkhorn(jax.numpy.ones((3, 2, 2))).sum())"
 DESCRIBE = """
@@ -33,7 +33,7 @@ def run(code, level=None, **options):
     if level is not None:
         env["JAX_MHC_LOG"] = level
     options = {"stderr": subprocess.PIPE} | options
-    command = [sys.executable, "-W", "error", "-c", code, str(_library._PATH)]
+    command = [sys.executable, "-W", "error", "-c", code, str(library._PATH)]
     return subprocess.run(
         command, env=env, check=True, text=True, stdout=subprocess.PIPE, **options
     )
@@ -61,10 +61,10 @@ def test_nothing_is_told_unasked(level):
 def test_a_failed_call_is_an_error_in_the_log():
     code = """
 import jax, jax.numpy as jnp, numpy as np
-from jax_mhc import _dispatch, _library
-_library.ensure_registered(_dispatch.default_platform())
+from jax_mhc._call import dispatch, library
+library.ensure_registered(dispatch.default_platform())
 z = jnp.ones((2, 3, 3), jnp.float32)
-call = jax.ffi.ffi_call(_library.target_name("sinkhorn_fwd"), z)
+call = jax.ffi.ffi_call(library.target_name("sinkhorn_fwd"), z)
 try:
     jax.block_until_ready(call(z))
 except jax.errors.JaxRuntimeError:
@@ -109,6 +109,6 @@ def test_no_call_fails_for_the_log(level):
 
 
 def test_the_library_describes_its_log():
-    describe = ctypes.CDLL(str(_library._PATH)).jax_mhc_describe
+    describe = ctypes.CDLL(str(library._PATH)).jax_mhc_describe
     describe.restype = ctypes.c_char_p
     assert json.loads(describe())["log"].keys() == {"level", "error"}

@@ -379,7 +379,7 @@ def test_nnx_blocks_in_a_loop(run, options):
 
 def test_an_nnx_stack_is_made_of_seams():
     _, calls = nnx_value_and_grads(in_stack)
-    assert set(calls) == {"seam_fwd", "post_fwd", "seam_bwd", "post_bwd"}
+    assert set(calls) == {"post_pre_fwd", "post_fwd", "post_pre_bwd", "post_bwd"}
     blocks = nnx_blocks(NNXLayer)()
     blocks.attention.implementation = blocks.mlp.implementation = "reference"
     assert "jax_mhc" not in nnx.jit(in_stack).lower(blocks, streams(5)).as_text()

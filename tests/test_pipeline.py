@@ -67,7 +67,7 @@ def test_it_computes_what_one_device_does(overlap, stages, data, connection):
     ):
         limit = 2e-4 * np.abs(other).max() + 1e-9
         np.testing.assert_allclose(one, other, atol=limit, err_msg=jax.tree_util.keystr(path))
-    assert ("jax_mhc_seam_bwd" in text) == (connection == "mhc")
+    assert ("jax_mhc_post_pre_bwd" in text) == (connection == "mhc")
     # Streams, once forward and once backward, are all that is sent to other stages.
     num, size = collectives(text)["collective-permute"]
     tick_bytes = settings.boundary_bytes // settings.micro_batches // data

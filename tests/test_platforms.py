@@ -31,12 +31,13 @@ from jax import export
 from test_hlo import backward, forward
 
 import jax_mhc as mhc
-from jax_mhc import _calls, _library, presets
+from jax_mhc import presets
+from jax_mhc._call import library, table
 
 CASE = Case((6, 5), 4, 64)
 CHECKS = [
     export.DisabledSafetyCheck.platform(),
-    *(export.DisabledSafetyCheck.custom_call(_library.target_name(name)) for name in _calls._CALLS),
+    *(export.DisabledSafetyCheck.custom_call(library.target_name(name)) for name in table._CALLS),
 ]
 
 

@@ -12,8 +12,8 @@ from jax import checkpoint_policies
 from test_hlo import compiled_text, custom_calls, residuals
 
 import jax_mhc as mhc
-from jax_mhc._remat import best_length
-from jax_mhc._stack import _stretch
+from jax_mhc._stack.public import _stretch
+from jax_mhc._stack.remat import best_length
 
 N, C, T, BLOCKS = 4, 20, 7, 3
 

@@ -7,7 +7,7 @@ import pytest
 import small_shapes
 from handlers import Handlers
 
-from jax_mhc import _library
+from jax_mhc._call import library
 
 pytestmark = pytest.mark.cpu("handlers for CPUs")
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.cpu("handlers for CPUs")
 @pytest.fixture(scope="module")
 def handlers(tmp_path_factory):
     build = tmp_path_factory.mktemp("frame")
-    return Handlers(_library._PATH, Path(jax.ffi.include_dir()), build)
+    return Handlers(library._PATH, Path(jax.ffi.include_dir()), build)
 
 
 def test_sample(handlers):

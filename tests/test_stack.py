@@ -348,30 +348,30 @@ def calls(form, size, **options):
 
 def test_a_row_is_joined_by_seams():
     forward, backward = calls(in_a_row, (2, 3))
-    assert forward == {"pre_fwd": 1, "seam_fwd": 5, "post_fwd": 1}
-    assert backward == {"pre_bwd": 1, "seam_bwd": 5, "post_bwd": 1}
+    assert forward == {"pre_fwd": 1, "post_pre_fwd": 5, "post_fwd": 1}
+    assert backward == {"pre_bwd": 1, "post_pre_bwd": 5, "post_bwd": 1}
 
 
 def test_a_block_begins_with_a_seam():
     """There is no pre, and one post after the loop."""
     forward, backward = calls(scanned, (4, 3))
-    assert forward == {"seam_fwd": 3, "post_fwd": 1}
-    assert backward == {"seam_bwd": 3, "post_bwd": 1}
+    assert forward == {"post_pre_fwd": 3, "post_fwd": 1}
+    assert backward == {"post_pre_bwd": 3, "post_bwd": 1}
 
 
 def test_streams_are_computed_again_by_post_alone():
     """Those between the first and the last of a stretch, whose layers do not run again."""
     forward, backward = calls(scanned, (4, 3), keep_streams_every=3)
-    assert forward == {"seam_fwd": 3, "post_fwd": 1}
-    assert backward == {"post_fwd": 2, "seam_bwd": 3, "post_bwd": 1}
+    assert forward == {"post_pre_fwd": 3, "post_fwd": 1}
+    assert backward == {"post_fwd": 2, "post_pre_bwd": 3, "post_bwd": 1}
     _, backward = calls(scanned, (4, 1), keep_streams_every=2)
     # The forward pass that keeps something has both blocks of a stretch in its loop.
-    assert backward == {"seam_fwd": 1, "post_fwd": 1, "seam_bwd": 2, "post_bwd": 1}
+    assert backward == {"post_pre_fwd": 1, "post_fwd": 1, "post_pre_bwd": 2, "post_bwd": 1}
 
 
 def test_the_layers_inputs_are_computed_again_by_seams():
     _, backward = calls(scanned, (4, 3), keep_streams_every=3, policy="mhc")
-    assert backward == {"seam_fwd": 3, "seam_bwd": 3, "post_bwd": 1}
+    assert backward == {"post_pre_fwd": 3, "post_pre_bwd": 3, "post_bwd": 1}
 
 
 @pytest.mark.parametrize("form", [scanned, in_a_row])
@@ -387,7 +387,7 @@ def test_no_layer_runs_again(form, policy):
 
 def test_unroll():
     forward, _ = calls(scanned, (4, 1), unroll=2)
-    assert forward == {"seam_fwd": 2, "post_fwd": 1}
+    assert forward == {"post_pre_fwd": 2, "post_fwd": 1}
 
 
 def test_reference_has_no_custom_call():

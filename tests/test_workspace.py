@@ -11,7 +11,8 @@ from cases import KERNELS, OPS, Case, make_cotangents, make_operands, value_and_
 from jax import export
 
 import jax_mhc
-from jax_mhc import _calls, _library, _primitive, presets
+from jax_mhc import presets
+from jax_mhc._call import library, primitive, table
 
 CASE = Case((6, 5), 4, 64)
 PER_TOKEN, FIXED = 7, 11
@@ -28,7 +29,7 @@ def workspace(monkeypatch):
             asked.append(problem)
             return per_token, fixed
 
-        monkeypatch.setattr(_library, "workspace", size)
+        monkeypatch.setattr(library, "workspace", size)
         return asked
 
     return set_size
@@ -36,7 +37,7 @@ def workspace(monkeypatch):
 
 def calls(op, platform, dtype=jnp.bfloat16):
     """The custom calls of an op and its gradients: name and types of the results."""
-    _library.ensure_registered("cpu")
+    library.ensure_registered("cpu")
     arrays = [make(op, CASE, dtype) for make in (make_operands, make_cotangents)]
     function = functools.partial(value_and_vjp, op, presets.PAPER, "fused")
     with jax.default_device("cpu"):
@@ -70,17 +71,17 @@ def test_an_empty_one_is_left_out(workspace):
 def test_its_size_follows_a_symbolic_batch(workspace):
     workspace(PER_TOKEN, FIXED)
     tokens, more = export.symbolic_shape("tokens, more")
-    call = _calls.Call("pre_fwd", presets.PAPER)
+    call = table.Call("pre_fwd", presets.PAPER)
     shapes = [(tokens, more, 4, 64), (256, 24), (3,), (24,), (0,)]
     operands = [jax.ShapeDtypeStruct(shape, np.dtype(np.float32)) for shape in shapes]
-    assert _primitive._workspace(call, operands).shape == (PER_TOKEN * tokens * more + FIXED,)
+    assert primitive._workspace(call, operands).shape == (PER_TOKEN * tokens * more + FIXED,)
 
 
 @pytest.mark.parametrize("platforms", [["cuda"], ["cpu", "cuda"]])
 def test_export_for_gpus_from_any_machine(workspace, platforms):
     workspace(PER_TOKEN, FIXED)
     (tokens,) = export.symbolic_shape("tokens")
-    target = _library.target_name("sinkhorn_fwd")
+    target = library.target_name("sinkhorn_fwd")
     exported = export.export(
         jax.jit(functools.partial(jax_mhc.sinkhorn, implementation="fused")),
         platforms=platforms,
@@ -94,15 +95,15 @@ def test_export_for_gpus_from_any_machine(workspace, platforms):
 
 
 @pytest.mark.parametrize("element_bytes", [2, 4])
-@pytest.mark.parametrize("name", _calls._CALLS)
+@pytest.mark.parametrize("name", table._CALLS)
 def test_sizes_are_those_of_the_library(name, element_bytes):
     for streams, hidden in ((1, 1), (4, 4096), (16, 7)):
         columns = streams if name.startswith("head") else streams * (streams + 2)
         problem = (element_bytes, streams, hidden, columns, 20, hidden)
-        sizes = _library.workspace(name, *problem)
+        sizes = library.workspace(name, *problem)
         assert all(type(size) is int and size >= 0 for size in sizes)
 
 
 def test_an_unknown_call_has_none():
     with pytest.raises(RuntimeError, match="the shared library knows no such CUDA call"):
-        _library.workspace("other", 2, 4, 64, 24, 20, 0)
+        library.workspace("other", 2, 4, 64, 24, 20, 0)

@@ -46,11 +46,11 @@ T Unwrap(const ffi::ErrorOr<T>& value) {
 template <typename Context>
 struct Handler {
   Entry entry;
-  std::size_t op;
+  std::size_t call;
 
   ffi::Error operator()(ffi::RemainingArgs args, ffi::RemainingRets rets,
                         ffi::Dictionary attributes, Context context) const try {
-    const Outcome outcome = run_call(entry, op, Call(args, rets, attributes, context));
+    const Outcome outcome = run_call(entry, call, Frame(args, rets, attributes, context));
     switch (outcome.code) {
       case Code::Ok:
         return ffi::Error::Success();
@@ -106,30 +106,30 @@ XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame) {
 // More than there are ops, so that the list of ops stays in Rust alone.
 constexpr std::size_t kNumHandlers = 32;
 
-template <Entry kEntry, std::size_t... kOps>
-std::size_t Address(std::size_t op, std::index_sequence<kOps...>) {
-  static constexpr std::array<XLA_FFI_Handler*, sizeof...(kOps)> kHandlers = {
-      Handle<kEntry, kOps>...};
-  return reinterpret_cast<std::size_t>(kHandlers.at(op));
+template <Entry kEntry, std::size_t... kCalls>
+std::size_t Address(std::size_t call, std::index_sequence<kCalls...>) {
+  static constexpr std::array<XLA_FFI_Handler*, sizeof...(kCalls)> kHandlers = {
+      Handle<kEntry, kCalls>...};
+  return reinterpret_cast<std::size_t>(kHandlers.at(call));
 }
 
 }  // namespace
 
-Buffer Call::arg(std::size_t index) const {
+Buffer Frame::arg(std::size_t index) const {
   return View(AsBuffer(Unwrap(args_.get<RawArg>(index)), XLA_FFI_ArgType_BUFFER));
 }
 
-Buffer Call::ret(std::size_t index) const {
+Buffer Frame::ret(std::size_t index) const {
   return View(AsBuffer(*Unwrap(rets_.get<RawRet>(index)), XLA_FFI_RetType_BUFFER));
 }
 
-RawAttribute Call::attribute(rust::Str name, const char* expected) const {
+RawAttribute Frame::attribute(rust::Str name, const char* expected) const {
   const auto value = attributes_.get<RawAttribute>(std::string_view(name.data(), name.size()));
   if (!value.has_value()) throw Unexpected(expected, "none");
   return *value;
 }
 
-rust::Str Call::string_attribute(rust::Str name) const {
+rust::Str Frame::string_attribute(rust::Str name) const {
   const std::string_view text = AsString(attribute(name, "a string"));
   try {
     return rust::Str(text.data(), text.size());
@@ -138,15 +138,15 @@ rust::Str Call::string_attribute(rust::Str name) const {
   }
 }
 
-std::int64_t Call::int64_attribute(rust::Str name) const {
+std::int64_t Frame::int64_attribute(rust::Str name) const {
   return AsScalar<std::int64_t, XLA_FFI_DataType_S64>(attribute(name, "S64"));
 }
 
-double Call::float64_attribute(rust::Str name) const {
+double Frame::float64_attribute(rust::Str name) const {
   return AsScalar<double, XLA_FFI_DataType_F64>(attribute(name, "F64"));
 }
 
-void Call::schedule(rust::Box<Task> task) const {
+void Frame::schedule(rust::Box<Task> task) const {
   // The scheduled closure holds the task and nothing of this call, so it may run after the call.
   // The copy is for `Schedule`, which is not const.
   if (!pool_) throw std::logic_error("XLA lends no threads on a GPU");
@@ -154,15 +154,15 @@ void Call::schedule(rust::Box<Task> task) const {
       [task = std::move(task)]() mutable { run_task(std::move(task)); });
 }
 
-std::size_t handler_address(Entry entry, std::size_t op) {
-  constexpr auto kOps = std::make_index_sequence<kNumHandlers>();
+std::size_t handler_address(Entry entry, std::size_t call) {
+  constexpr auto kCalls = std::make_index_sequence<kNumHandlers>();
   switch (entry) {
     case Entry::Cpu:
-      return Address<Entry::Cpu>(op, kOps);
+      return Address<Entry::Cpu>(call, kCalls);
     case Entry::CudaInitialize:
-      return Address<Entry::CudaInitialize>(op, kOps);
+      return Address<Entry::CudaInitialize>(call, kCalls);
     default:
-      return Address<Entry::CudaExecute>(op, kOps);
+      return Address<Entry::CudaExecute>(call, kCalls);
   }
 }
 

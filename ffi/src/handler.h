@@ -18,12 +18,12 @@ struct Task;
 
 // The decoded call frame. Everything it hands out belongs to XLA and lives until the handler
 // returns. Methods that can fail throw, and cxx turns that into a Rust `Err`.
-class Call {
+class Frame {
  public:
-  Call(xla::ffi::RemainingArgs args, xla::ffi::RemainingRets rets, xla::ffi::Dictionary attributes,
+  Frame(xla::ffi::RemainingArgs args, xla::ffi::RemainingRets rets, xla::ffi::Dictionary attributes,
        xla::ffi::ThreadPool pool)
       : args_(args), rets_(rets), attributes_(attributes), pool_(pool) {}
-  Call(xla::ffi::RemainingArgs args, xla::ffi::RemainingRets rets, xla::ffi::Dictionary attributes,
+  Frame(xla::ffi::RemainingArgs args, xla::ffi::RemainingRets rets, xla::ffi::Dictionary attributes,
        void* stream)
       : args_(args), rets_(rets), attributes_(attributes), stream_(stream) {}
 
@@ -56,7 +56,7 @@ class Call {
 };
 
 // The address of the handler of the op with this index; throws where there are fewer handlers.
-std::size_t handler_address(Entry entry, std::size_t op);
+std::size_t handler_address(Entry entry, std::size_t call);
 
 // The version of the FFI that the handlers are compiled against.
 constexpr std::int32_t api_major() { return XLA_FFI_API_MAJOR; }

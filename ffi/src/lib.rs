@@ -2,12 +2,12 @@
 //! errors.
 //!
 //! The only place that knows XLA's FFI. Nothing here depends on what an op computes: every handler
-//! is the same code with another [`Op`].
+//! is the same code with another [`Call`].
 
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use jax_mhc_kernels::{Config, DType, Error, Op, Pool, View, cuda};
+use jax_mhc_kernels::{Call, Config, DType, Error, View, cpu, gpu};
 
 #[cxx::bridge(namespace = "jax_mhc")]
 mod bridge {
@@ -53,20 +53,20 @@ mod bridge {
     unsafe extern "C++" {
         include!("jax-mhc-ffi/src/handler.h");
 
-        type Call;
+        type Frame;
         fn num_args(&self) -> usize;
         fn num_rets(&self) -> usize;
         fn num_attributes(&self) -> usize;
         fn arg(&self, index: usize) -> Result<Buffer<'_>>;
         fn ret(&self, index: usize) -> Result<Buffer<'_>>;
-        fn string_attribute<'a>(self: &'a Call, name: &str) -> Result<&'a str>;
+        fn string_attribute<'a>(self: &'a Frame, name: &str) -> Result<&'a str>;
         fn int64_attribute(&self, name: &str) -> Result<i64>;
         fn float64_attribute(&self, name: &str) -> Result<f64>;
         fn num_threads(&self) -> i64;
         fn schedule(&self, task: Box<Task>) -> Result<()>;
         fn stream(&self) -> usize;
 
-        fn handler_address(entry: Entry, op: usize) -> Result<usize>;
+        fn handler_address(entry: Entry, call: usize) -> Result<usize>;
         fn api_major() -> i32;
         fn api_minor() -> i32;
     }
@@ -74,7 +74,7 @@ mod bridge {
     extern "Rust" {
         type Task;
         fn run_task(task: Box<Task>);
-        fn run_call(entry: Entry, op: usize, call: &Call) -> Outcome;
+        fn run_call(entry: Entry, call: usize, frame: &Frame) -> Outcome;
     }
 }
 
@@ -84,8 +84,8 @@ pub use bridge::Entry;
 ///
 /// # Panics
 /// There are more ops than handlers compiled in: raise `kNumHandlers` in handler.cc.
-pub fn handler_address(entry: Entry, op: Op) -> usize {
-    bridge::handler_address(entry, op as usize).expect("every op has a handler")
+pub fn handler_address(entry: Entry, call: Call) -> usize {
+    bridge::handler_address(entry, call as usize).expect("every op has a handler")
 }
 
 /// The version of XLA's FFI (major, minor) that the handlers are compiled against.
@@ -94,13 +94,13 @@ pub fn api_version() -> (i32, i32) {
 }
 
 /// Runs one call; the C++ handlers end here.
-fn run_call(entry: Entry, op: usize, call: &bridge::Call) -> bridge::Outcome {
-    let op = Op::ALL[op];
-    outcome(op, || decode_and_run(entry, op, call))
+fn run_call(entry: Entry, call: usize, frame: &bridge::Frame) -> bridge::Outcome {
+    let call = Call::ALL[call];
+    outcome(call, || decode_and_run(entry, call, frame))
 }
 
 /// What `run` came to; a panic must not unwind into C++.
-fn outcome(op: Op, run: impl FnOnce() -> Result<(), Error>) -> bridge::Outcome {
+fn outcome(call: Call, run: impl FnOnce() -> Result<(), Error>) -> bridge::Outcome {
     let (code, message) = match catch_unwind(AssertUnwindSafe(run)) {
         Ok(Ok(())) => (bridge::Code::Ok, String::new()),
         Ok(Err(Error::Refused(message))) => (bridge::Code::InvalidArgument, message),
@@ -110,7 +110,7 @@ fn outcome(op: Op, run: impl FnOnce() -> Result<(), Error>) -> bridge::Outcome {
             let message = (panic.downcast_ref().map(String::as_str))
                 .or_else(|| panic.downcast_ref().copied())
                 .unwrap_or("no message");
-            let message = format!("{}: panicked: {message}", op.name());
+            let message = format!("{}: panicked: {message}", call.name());
             (bridge::Code::Internal, message)
         }
     };
@@ -120,21 +120,21 @@ fn outcome(op: Op, run: impl FnOnce() -> Result<(), Error>) -> bridge::Outcome {
     bridge::Outcome { code, message }
 }
 
-fn decode_and_run(entry: Entry, op: Op, call: &bridge::Call) -> Result<(), Error> {
-    let in_op = |reason| Error::Refused(format!("{}: {reason}", op.name()));
-    let args = views("operand", call.num_args(), |index| call.arg(index)).map_err(in_op)?;
-    let rets = views("result", call.num_rets(), |index| call.ret(index)).map_err(in_op)?;
-    refuse_overlap(op, &args, &rets).map_err(in_op)?;
-    let config = config(op, call).map_err(in_op)?;
-    let stream = call.stream() as *mut std::ffi::c_void;
+fn decode_and_run(entry: Entry, call: Call, frame: &bridge::Frame) -> Result<(), Error> {
+    let in_op = |reason| Error::Refused(format!("{}: {reason}", call.name()));
+    let args = views("operand", frame.num_args(), |index| frame.arg(index)).map_err(in_op)?;
+    let rets = views("result", frame.num_rets(), |index| frame.ret(index)).map_err(in_op)?;
+    refuse_overlap(call, &args, &rets).map_err(in_op)?;
+    let config = config(call, frame).map_err(in_op)?;
+    let stream = frame.stream() as *mut std::ffi::c_void;
     // SAFETY: XLA's buffers hold the elements that their dimensions tell, on the GPU where XLA lends a
     // stream. They live until the handler returns, or until the work on the stream is done; no result
     // overlaps another view.
     unsafe {
         match entry {
-            Entry::Cpu => jax_mhc_kernels::call(op, &args, &rets, &config, &LentPool(call)),
-            Entry::CudaInitialize => cuda::initialize(op, &args, &rets, &config, stream),
-            _ => cuda::execute(op, &args, &rets, &config, stream),
+            Entry::Cpu => cpu::run(call, &args, &rets, &config, &LentPool(frame)),
+            Entry::CudaInitialize => gpu::initialize(call, &args, &rets, &config, stream),
+            _ => gpu::execute(call, &args, &rets, &config, stream),
         }
     }
 }
@@ -162,12 +162,12 @@ fn views<'a>(
 }
 
 /// Kernels rely on results that share memory with nothing else. XLA sees to it unless the program asks
-/// for `input_output_aliases`; the one that kernels know is that of [`Op::adds_in_place`].
+/// for `input_output_aliases`; the one that kernels know is that of [`Call::adds_in_place`].
 ///
 /// A view too large for any memory overlaps nothing: the kernels' own check refuses it by name.
-fn refuse_overlap(op: Op, args: &[View], rets: &[View]) -> Result<(), String> {
+fn refuse_overlap(call: Call, args: &[View], rets: &[View]) -> Result<(), String> {
     for (index, ret) in rets.iter().map(span).enumerate() {
-        let is_sum = |arg| op.adds_in_place() && index == 0 && arg + 1 == args.len();
+        let is_sum = |arg| call.adds_in_place() && index == 0 && arg + 1 == args.len();
         let mut others = args.iter().map(span).enumerate();
         let mut earlier = rets[..index].iter().map(span);
         if others.any(|(arg, other)| overlap(&ret, &other) && !(is_sum(arg) && ret == other))
@@ -194,22 +194,22 @@ fn overlap(a: &Range<usize>, b: &Range<usize>) -> bool {
 }
 
 /// The attributes of a call: the fields of [`Config`] by their names, or none. Only calls that
-/// [`Op::can_defer`] have `deferred`, 0 or 1, and only those that [`Op::can_normalize`] have
+/// [`Call::can_defer`] have `deferred`, 0 or 1, and only those that [`Call::can_normalize`] have
 /// `norm_scale_eps`.
-fn config(op: Op, call: &bridge::Call) -> Result<Config, String> {
-    let check_num = |expected: usize| match call.num_attributes() {
+fn config(call: Call, frame: &bridge::Frame) -> Result<Config, String> {
+    let check_num = |expected: usize| match frame.num_attributes() {
         got if got == expected => Ok(()),
         got => Err(format!("expected {expected} attributes, got {got}")),
     };
-    if !op.has_config() {
+    if !call.has_config() {
         check_num(0)?;
         return Ok(Config::default());
     }
     let refused =
         |name: &str, reason: &dyn std::fmt::Display| format!("attribute `{name}`: {reason}");
-    let text = |name| call.string_attribute(name).map_err(|e| refused(name, &e));
-    let number = |name| call.float64_attribute(name).map_err(|e| refused(name, &e));
-    let integer = |name| call.int64_attribute(name).map_err(|e| refused(name, &e));
+    let text = |name| frame.string_attribute(name).map_err(|e| refused(name, &e));
+    let number = |name| frame.float64_attribute(name).map_err(|e| refused(name, &e));
+    let integer = |name| frame.int64_attribute(name).map_err(|e| refused(name, &e));
     let count = |name| {
         let value = integer(name)?;
         usize::try_from(value)
@@ -230,33 +230,33 @@ fn config(op: Op, call: &bridge::Call) -> Result<Config, String> {
         norm_eps_mode: text("norm_eps_mode")?.parse()?,
         pre_eps: number("pre_eps")?,
         post_scale: number("post_scale")?,
-        norm_scale_eps: if op.can_normalize() {
+        norm_scale_eps: if call.can_normalize() {
             number("norm_scale_eps")?
         } else {
             0.0
         },
-        deferred: op.can_defer() && flag("deferred")?,
+        deferred: call.can_defer() && flag("deferred")?,
     };
-    check_num(9 + usize::from(op.can_defer()) + usize::from(op.can_normalize()))?;
+    check_num(9 + usize::from(call.can_defer()) + usize::from(call.can_normalize()))?;
     Ok(config)
 }
 
 /// XLA's threads, for the time of one call.
-struct LentPool<'a>(&'a bridge::Call);
+struct LentPool<'a>(&'a bridge::Frame);
 
-impl Pool for LentPool<'_> {
+impl cpu::Pool for LentPool<'_> {
     fn num_threads(&self) -> usize {
         usize::try_from(self.0.num_threads()).unwrap_or(0)
     }
 
-    fn schedule(&self, task: jax_mhc_kernels::Task) {
+    fn schedule(&self, task: cpu::Task) {
         // Without memory to schedule it there is a thread less, and the others do its work.
         let _ = self.0.schedule(Box::new(Task(task)));
     }
 }
 
 /// A task in C++'s hands.
-struct Task(jax_mhc_kernels::Task);
+struct Task(cpu::Task);
 
 /// Runs on one of XLA's threads, perhaps after the call has returned: there is nobody left to
 /// tell of a panic, and kernels hand those of their own work to the caller themselves.

@@ -176,7 +176,7 @@ fn refusal(contents: &Contents) -> String {
         },
         future: null(),
     };
-    let address = handler_address(Entry::Cpu, Op::SinkhornFwd);
+    let address = handler_address(Entry::Cpu, Call::SinkhornFwd);
     // SAFETY: the type of a handler; the frame has the layout of c_api.h and outlives the call, and a
     // refusal is what `create_error` made.
     let refusal = unsafe {
@@ -338,11 +338,11 @@ fn products_of_dimensions_do_not_wrap() {
         };
         assert_eq!(large.num_bytes(), None);
         assert!(span(&large).is_empty());
-        assert!(refuse_overlap(Op::SinkhornFwd, &[small], &[large]).is_ok());
+        assert!(refuse_overlap(Call::SinkhornFwd, &[small], &[large]).is_ok());
         // SAFETY: refused.
         let call = |args: &[View], rets: &[View]| unsafe {
-            let pool = &jax_mhc_kernels::Serial;
-            jax_mhc_kernels::call(Op::SinkhornFwd, args, rets, &Config::default(), pool)
+            let pool = &jax_mhc_kernels::cpu::Serial;
+            cpu::run(Call::SinkhornFwd, args, rets, &Config::default(), pool)
         };
         assert!(matches!(call(&[large], &[large]), Err(Error::Refused(_))));
         assert!(matches!(call(&[small], &[large]), Err(Error::Refused(_))));
@@ -359,16 +359,16 @@ fn every_op_has_handlers_of_its_own() {
     let addresses: std::collections::HashSet<usize> =
         [Entry::Cpu, Entry::CudaInitialize, Entry::CudaExecute]
             .into_iter()
-            .flat_map(|entry| Op::ALL.map(|op| handler_address(entry, op)))
+            .flat_map(|entry| Call::ALL.map(|op| handler_address(entry, op)))
             .collect();
-    assert_eq!(addresses.len(), 3 * Op::ALL.len());
+    assert_eq!(addresses.len(), 3 * Call::ALL.len());
 }
 
 #[test]
 fn a_panic_becomes_an_internal_error() {
     let panics: [fn() -> Result<(), Error>; 2] = [|| panic!("row {}", 7), || panic!("row 7")];
     for run in panics {
-        let outcome = outcome(Op::PreFwd, run);
+        let outcome = outcome(Call::PreFwd, run);
         assert!(outcome.code == bridge::Code::Internal);
         assert_eq!(outcome.message, "pre_fwd: panicked: row 7");
     }
@@ -388,12 +388,12 @@ fn a_result_must_not_lie_on_another_buffer() {
         dtype: DType::F32,
     };
     let (low, high, middle) = (view(0, &[4]), view(4, &[2, 2]), view(3, &[2]));
-    assert!(refuse_overlap(Op::PostFwd, &[low], &[high]).is_ok());
-    assert!(refuse_overlap(Op::PostFwd, &[low], &[middle]).is_err());
-    assert!(refuse_overlap(Op::PostFwd, &[], &[low, middle]).is_err());
-    assert!(refuse_overlap(Op::PostFwd, &[low], &[view(1, &[0])]).is_ok());
+    assert!(refuse_overlap(Call::PostFwd, &[low], &[high]).is_ok());
+    assert!(refuse_overlap(Call::PostFwd, &[low], &[middle]).is_err());
+    assert!(refuse_overlap(Call::PostFwd, &[], &[low, middle]).is_err());
+    assert!(refuse_overlap(Call::PostFwd, &[low], &[view(1, &[0])]).is_ok());
     // The first result of pre_bwd may be its last operand, and nothing else.
-    assert!(refuse_overlap(Op::PreBwd, &[high, low], &[low]).is_ok());
-    assert!(refuse_overlap(Op::PreBwd, &[low, high], &[low]).is_err());
-    assert!(refuse_overlap(Op::PreBwd, &[high, low], &[middle]).is_err());
+    assert!(refuse_overlap(Call::PreBwd, &[high, low], &[low]).is_ok());
+    assert!(refuse_overlap(Call::PreBwd, &[low, high], &[low]).is_err());
+    assert!(refuse_overlap(Call::PreBwd, &[high, low], &[middle]).is_err());
 }

@@ -1,41 +1,17 @@
 //! What jax-mhc computes: kernels for the CPU and for CUDA, the plain description of a call, and its
 //! checks.
 //!
-//! [`call`] runs a call on the CPU and [`cuda`] on a GPU. They take views of memory and know nothing of
+//! [`cpu`] runs a call on CPUs and [`gpu`] on NVIDIA GPUs. They take views of memory and know nothing of
 //! XLA or JAX.
 
-mod call;
-mod coefficients;
-mod collapse;
-mod config;
-pub mod cuda;
-mod head;
-mod pages;
-mod parallel;
-mod permutations;
-mod plan;
-mod post;
-mod pre;
-mod projection;
-mod scratch;
-mod seam;
-mod signature;
-mod simd;
-mod sinkhorn;
-mod stream;
-mod sync;
-mod table;
-#[cfg(test)]
-mod tests;
-mod view;
+mod contract;
+pub mod cpu;
+pub mod gpu;
 
-pub use call::call;
-pub use config::{Config, Constraint, EpsMode, NormEpsMode, Order};
-pub use parallel::{Pool, Serial, Task};
-pub use signature::Op;
-pub use simd::instruction_set;
-pub use table::{Dim, Precision, Row, Setting, Value};
-pub use view::{DType, View};
+pub use contract::check::Call;
+pub use contract::config::{Config, Constraint, EpsMode, NormEpsMode, Order};
+pub use contract::table::{Dim, Precision, Row, Setting, Value};
+pub use contract::view::{DType, View};
 
 /// Why a call did not run.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -15,16 +15,17 @@ installation. `jax_mhc.flax.nnx`, `jax_mhc.flax.linen` and `jax_mhc.equinox`, to
 these names, have modules that own the parameters.
 """
 
-from jax_mhc import _library, convert, diagnostics, presets, reference
+from jax_mhc import convert, diagnostics, presets, reference
+from jax_mhc._call import library
 from jax_mhc._init import init_head, init_params
 from jax_mhc._ops.head import head
 from jax_mhc._ops.post import post
+from jax_mhc._ops.post_pre import post_pre
 from jax_mhc._ops.pre import pre
-from jax_mhc._ops.seam import post_pre
 from jax_mhc._ops.sinkhorn import sinkhorn
-from jax_mhc._remat import remat_policy
 from jax_mhc._residual import expand, mhc_residual, reduce
-from jax_mhc._stack import stack
+from jax_mhc._stack.public import stack
+from jax_mhc._stack.remat import remat_policy
 from jax_mhc._types import Context, HeadParams, MHCConfig, MHCParams
 
 __all__ = [
@@ -52,7 +53,7 @@ __all__ = [
 ]
 
 
-_library.register()
+library.register()
 
 
 def __getattr__(name: str) -> object:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, _errors
-from jax_mhc._dispatch import Implementation
+from jax_mhc._call.dispatch import Implementation
 from jax_mhc._ops.post import post
 from jax_mhc._ops.pre import pre
 from jax_mhc._types import MHCParams

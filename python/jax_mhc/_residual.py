@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, _errors
+from jax_mhc._call.dispatch import Implementation
 from jax_mhc._copies import copies
-from jax_mhc._dispatch import Implementation
 from jax_mhc._ops.post import post
 from jax_mhc._ops.pre import pre
 from jax_mhc._types import MHCConfig, MHCParams

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from jax_mhc import _dispatch, _library
+from jax_mhc._call import dispatch, library
 
 
 def collect() -> dict[str, Any]:
@@ -40,7 +40,7 @@ def collect() -> dict[str, Any]:
     platforms = ["cpu"]
     try:
         devices = dict(collections.Counter(device.platform for device in jax.devices()))
-        platforms += [_dispatch.default_platform()]
+        platforms += [dispatch.default_platform()]
     except RuntimeError as error:
         devices_error = str(error)
     return {
@@ -53,9 +53,9 @@ def collect() -> dict[str, Any]:
         "os": platform.platform(),
         "devices": devices,
         "devices_error": devices_error,
-        "library": _library.status(),
-        "cuda": _library.cuda_status(),
-        "fused": {name: _library.missing(name) or "registered" for name in platforms},
+        "library": library.status(),
+        "cuda": library.cuda_status(),
+        "fused": {name: library.missing(name) or "registered" for name in platforms},
     }
 
 

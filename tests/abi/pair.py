@@ -132,7 +132,7 @@ def check_remat3():
         finally:
             for name in settings:
                 jax.config.update(name, False)
-        found = program.count("custom_call @jax_mhc_seam_fwd")
+        found = program.count("custom_call @jax_mhc_post_pre_fwd")
         assert found == expected, f"{settings or 'no setting'}: {found} seams, not {expected}"
 
 
@@ -152,7 +152,9 @@ def checks_of_export(folder):
         shapes += jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), others)
         # Leaves: a process that loads it need not know the pytrees' classes.
         shapes, treedef = jax.tree.flatten(shapes)
-        calls = "pre_fwd pre_bwd post_fwd post_bwd seam_fwd seam_bwd head_fwd head_bwd".split()
+        calls = (
+            "pre_fwd pre_bwd post_fwd post_bwd post_pre_fwd post_pre_bwd head_fwd head_bwd".split()
+        )
         targets = [f"jax_mhc_{name}_v2" for name in calls]
         checks = [export.DisabledSafetyCheck.custom_call(target) for target in targets]
 
@@ -161,7 +163,7 @@ def checks_of_export(folder):
             return jax.tree.leaves(gradient(*jax.tree.unflatten(treedef, leaves)))
 
         exported = export.export(flat, disabled_checks=checks)(*shapes)
-        assert "jax_mhc_seam_bwd_v2" in exported.mlir_module()
+        assert "jax_mhc_post_pre_bwd_v2" in exported.mlir_module()
         given = jax.tree.leaves(inputs())
         results = exported.call(*given)
         assert_close(results, jax.tree.leaves(gradient(*inputs())))

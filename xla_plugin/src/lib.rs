@@ -6,7 +6,7 @@ use std::panic::catch_unwind;
 use std::sync::LazyLock;
 
 use jax_mhc_ffi::{Entry, handler_address};
-use jax_mhc_kernels::{DType, Op, Row, cuda};
+use jax_mhc_kernels::{Call, DType, Row, cpu, gpu};
 use serde::Serialize;
 
 use log::Log;
@@ -47,7 +47,7 @@ struct Description {
     /// Whether it checks itself, for overflow too: a build for tests.
     debug_assertions: bool,
     /// None where there are no CUDA kernels in it.
-    cuda: Option<cuda::Build>,
+    cuda: Option<gpu::Build>,
     log: Log,
     handlers: Vec<Handler>,
     /// What every call has and is.
@@ -55,15 +55,15 @@ struct Description {
 }
 
 fn describe(log: Log) -> Description {
-    let name = |op: Op| format!("jax_mhc_{}_v{TARGET_VERSION}", op.name());
-    let cpu = Op::ALL.into_iter().map(|op| Handler {
+    let name = |op: Call| format!("jax_mhc_{}_v{TARGET_VERSION}", op.name());
+    let cpu = Call::ALL.into_iter().map(|op| Handler {
         name: name(op),
         platform: "cpu",
         addresses: Addresses::Cpu {
             address: handler_address(Entry::Cpu, op),
         },
     });
-    let cuda_ops = cuda::build().map_or(&[][..], |_| &Op::ALL);
+    let cuda_ops = gpu::build().map_or(&[][..], |_| &Call::ALL);
     let cuda = cuda_ops.iter().map(|&op| Handler {
         name: name(op),
         platform: "CUDA",
@@ -80,12 +80,12 @@ fn describe(log: Log) -> Description {
         target_version: TARGET_VERSION,
         ffi_api_version: format!("{major}.{minor}"),
         architecture: std::env::consts::ARCH,
-        instruction_set: jax_mhc_kernels::instruction_set(),
+        instruction_set: cpu::instruction_set(),
         debug_assertions: cfg!(debug_assertions),
-        cuda: cuda::build(),
+        cuda: gpu::build(),
         log,
         handlers: cpu.chain(cuda).collect(),
-        calls: Op::ALL.into_iter().map(Op::table_row).collect(),
+        calls: Call::ALL.into_iter().map(Call::table_row).collect(),
     }
 }
 
@@ -126,7 +126,7 @@ pub extern "C" fn jax_mhc_describe() -> *const c_char {
 #[unsafe(no_mangle)]
 pub extern "C" fn jax_mhc_cuda_status() -> *const c_char {
     static STATUS: LazyLock<Option<CString>> =
-        LazyLock::new(|| CString::new(serde_json::to_string(&cuda::status()).ok()?).ok());
+        LazyLock::new(|| CString::new(serde_json::to_string(&gpu::status()).ok()?).ok());
     let status = || {
         STATUS
             .as_ref()
@@ -155,8 +155,8 @@ pub unsafe extern "C" fn jax_mhc_workspace(
     let call = unsafe { CStr::from_ptr(call) };
     let workspace = || -> Option<[i64; 2]> {
         let count = |number: i64| usize::try_from(number).ok();
-        let workspace = cuda::workspace(&cuda::Problem {
-            op: Op::ALL
+        let workspace = gpu::workspace(&gpu::Problem {
+            kind: Call::ALL
                 .into_iter()
                 .find(|op| op.name().as_bytes() == call.to_bytes())?,
             dtype: match element_bytes {
@@ -206,7 +206,7 @@ mod tests {
             for absurd in [-1, i64::MIN, i64::MAX, 1 << 31, 1 << 62] {
                 let mut sizes = possible;
                 sizes[at] = absurd;
-                for op in Op::ALL {
+                for op in Call::ALL {
                     let call = CString::new(op.name()).unwrap();
                     assert_eq!(workspace(&call, sizes), None, "{op:?} {sizes:?}");
                 }

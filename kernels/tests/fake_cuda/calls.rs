@@ -2,11 +2,11 @@
 
 use std::ptr;
 
-use jax_mhc_kernels::{Config, DType, Error, Op, View, cuda};
+use jax_mhc_kernels::{Call, Config, DType, Error, View, gpu};
 
 /// One call.
-pub struct Call {
-    pub op: Op,
+pub struct Case {
+    pub op: Call,
     dtype: DType,
     tokens: usize,
     n: usize,
@@ -16,8 +16,8 @@ pub struct Call {
 
 /// Kernels that read the streams once and that read them twice, one without a projection, and one that has a workspace
 /// alone.
-pub fn calls() -> [Call; 6] {
-    let call = |op, dtype, [tokens, n, c]: [usize; 3]| Call {
+pub fn calls() -> [Case; 6] {
+    let call = |op, dtype, [tokens, n, c]: [usize; 3]| Case {
         op,
         dtype,
         tokens,
@@ -26,24 +26,24 @@ pub fn calls() -> [Call; 6] {
         config: Config::default(),
     };
     [
-        call(Op::PreFwd, DType::Bf16, [64, 4, 2560]),
-        call(Op::PreFwd, DType::F32, [17, 2, 33]),
-        call(Op::PostFwd, DType::F16, [64, 4, 256]),
-        call(Op::CollapseFwd, DType::Bf16, [5, 3, 7]),
-        call(Op::SinkhornFwd, DType::F32, [100, 4, 4]),
-        Call {
+        call(Call::PreFwd, DType::Bf16, [64, 4, 2560]),
+        call(Call::PreFwd, DType::F32, [17, 2, 33]),
+        call(Call::PostFwd, DType::F16, [64, 4, 256]),
+        call(Call::CollapseFwd, DType::Bf16, [5, 3, 7]),
+        call(Call::SinkhornFwd, DType::F32, [100, 4, 4]),
+        Case {
             config: Config {
                 sinkhorn_iters: 200,
                 ..Config::default()
             },
-            ..call(Op::SinkhornBwd, DType::F32, [100, 4, 4])
+            ..call(Call::SinkhornBwd, DType::F32, [100, 4, 4])
         },
     ]
 }
 
 type Type = (DType, Vec<i64>);
 
-impl Call {
+impl Case {
     /// The operands and the results.
     fn types(&self) -> [Vec<Type>; 2] {
         let [t, n, c] = [self.tokens, self.n, self.c].map(|size| size as i64);
@@ -53,33 +53,37 @@ impl Call {
         let (x, u, matrix) = (streams(&[t, n, c]), streams(&[t, c]), wide(&[t, n, n]));
         let row = |len: i64| wide(&[t, len]);
         let mut types = match self.op {
-            Op::PreFwd => [
+            Call::PreFwd => [
                 vec![x, wide(&[n * c, k]), wide(&[3]), wide(&[k]), wide(&[0])],
                 vec![u, row(n), row(n), matrix, row(k), wide(&[t]), row(0)],
             ],
-            Op::PostFwd => [vec![x.clone(), u, row(n), matrix], vec![x]],
-            Op::CollapseFwd => [vec![x, row(n)], vec![u]],
-            Op::SinkhornFwd => [vec![matrix.clone()], vec![matrix]],
-            Op::SinkhornBwd => [vec![matrix.clone(), matrix.clone()], vec![matrix]],
+            Call::PostFwd => [vec![x.clone(), u, row(n), matrix], vec![x]],
+            Call::CollapseFwd => [vec![x, row(n)], vec![u]],
+            Call::SinkhornFwd => [vec![matrix.clone()], vec![matrix]],
+            Call::SinkhornBwd => [vec![matrix.clone(), matrix.clone()], vec![matrix]],
             _ => unreachable!("no such call here"),
         };
-        let problem = cuda::Problem {
-            op: self.op,
+        let problem = gpu::Problem {
+            kind: self.op,
             dtype: self.dtype,
             n: self.n,
             c: self.c,
-            columns: if self.op == Op::PreFwd { k as usize } else { 0 },
+            columns: if self.op == Call::PreFwd {
+                k as usize
+            } else {
+                0
+            },
             sinkhorn_iters: self.config.sinkhorn_iters,
             norm_width: 0,
         };
-        let len = cuda::workspace(&problem).unwrap().len(self.tokens);
+        let len = gpu::workspace(&problem).unwrap().len(self.tokens);
         types[1].push(wide(&[len as i64]));
         types
     }
 
     /// Whether the call's kernel takes boxes of the streams, where clusters run.
     pub fn reads_once(&self) -> bool {
-        self.op == Op::PreFwd && self.dtype == DType::Bf16
+        self.op == Call::PreFwd && self.dtype == DType::Bf16
     }
 
     /// What XLA does at every execution: what became of both stages.
@@ -90,8 +94,8 @@ impl Call {
         // SAFETY: the fake driver looks at no memory, and any address is a stream to it.
         let outcomes = unsafe {
             [
-                cuda::initialize(self.op, &args, &rets, &self.config, stream),
-                cuda::execute(self.op, &args, &rets, &self.config, stream),
+                gpu::initialize(self.op, &args, &rets, &self.config, stream),
+                gpu::execute(self.op, &args, &rets, &self.config, stream),
             ]
         };
         outcomes.map(|outcome| {

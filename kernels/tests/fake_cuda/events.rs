@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::{Arc, Mutex};
 
-use jax_mhc_kernels::cuda;
+use jax_mhc_kernels::gpu;
 use tracing_subscriber::filter::LevelFilter;
 
 use crate::calls::calls;
@@ -34,7 +34,7 @@ fn told(level: LevelFilter) -> Vec<String> {
         .with_writer(move || writer.clone())
         .finish();
     tracing::subscriber::with_default(subscriber, || {
-        cuda::status();
+        gpu::status();
         for call in calls() {
             let _ = call.run();
         }
@@ -48,7 +48,7 @@ fn told(level: LevelFilter) -> Vec<String> {
 
 /// Checks the events of a level, or of `info` where there is nothing that can be used. One outcome.
 pub fn check(level: &str) -> usize {
-    let has_kernels = cuda::build().is_some();
+    let has_kernels = gpu::build().is_some();
     let driver = FakeDriver::load();
     if level == "unusable" {
         driver.set("cuInit", 999);

@@ -1,6 +1,6 @@
 //! Every function fails with every code, and then no more.
 
-use jax_mhc_kernels::cuda;
+use jax_mhc_kernels::gpu;
 
 use crate::calls::calls;
 use crate::driver::FakeDriver;
@@ -10,7 +10,7 @@ const CODES: [i32; 5] = [1, 2, 700, 999, 12345];
 
 /// In which of (status, device, initialize, execute) a call looks at a function's result.
 fn told_by(function: &str) -> [bool; 4] {
-    let has_kernels = cuda::build().is_some();
+    let has_kernels = gpu::build().is_some();
     match function {
         "cuInit" | "cuDriverGetVersion" => [true, true, true, true],
         "cuDeviceGetCount" => [true, true, false, false],
@@ -27,7 +27,7 @@ fn told_by(function: &str) -> [bool; 4] {
 /// Runs everything while a function returns each code, and again without. How many outcomes there were while it did.
 pub fn check(function: &str) -> usize {
     let driver = FakeDriver::load();
-    let has_kernels = cuda::build().is_some();
+    let has_kernels = gpu::build().is_some();
     let [by_status, by_device, initialize, execute] = told_by(function);
     let mut outcomes = 0;
     for code in CODES {
@@ -39,7 +39,7 @@ pub fn check(function: &str) -> usize {
             message.contains(if is_named { &known } else { &number })
         };
         driver.set(function, code);
-        let status = cuda::status();
+        let status = gpu::status();
         let error = status.error.as_deref().filter(|_| has_kernels);
         assert_eq!(
             error.is_some_and(in_driver),
@@ -74,7 +74,7 @@ pub fn check(function: &str) -> usize {
     }
     names_of_errors_may_fail(&driver, function);
     driver.set(function, 0);
-    let status = cuda::status();
+    let status = gpu::status();
     assert_eq!(status.error.is_none(), has_kernels, "{status:?}");
     for call in calls() {
         for outcome in call.run() {
@@ -88,7 +88,7 @@ pub fn check(function: &str) -> usize {
 
 fn check_healthy(outcome: Result<(), String>) {
     match outcome {
-        Ok(()) => assert!(cuda::build().is_some()),
+        Ok(()) => assert!(gpu::build().is_some()),
         Err(message) => assert!(message.contains("no CUDA kernels"), "{message}"),
     }
 }

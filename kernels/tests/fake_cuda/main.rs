@@ -19,7 +19,7 @@ use std::process::Command;
 use std::sync::LazyLock;
 
 use driver::{FUNCTIONS, build, build_broken};
-use jax_mhc_kernels::cuda;
+use jax_mhc_kernels::gpu;
 
 /// The driver that has all functions.
 static HEALTHY: LazyLock<std::path::PathBuf> = LazyLock::new(|| build("healthy", None));
@@ -68,11 +68,11 @@ fn case_of_this_process() {
 
 /// Whether the kernels are for some architectures alone (JAX_MHC_CUDA_ARCHITECTURES): perhaps not for the fake GPUs.
 fn is_partial() -> bool {
-    let has_all = |build: cuda::Build| {
+    let has_all = |build: gpu::Build| {
         let needed = ["sm_90", "compute_100"];
         needed.iter().all(|name| build.architectures.contains(name))
     };
-    cuda::build().is_some_and(|build| !has_all(build))
+    gpu::build().is_some_and(|build| !has_all(build))
 }
 
 /// Runs cases with the driver that has all functions, and tells what it ran.

@@ -1,6 +1,6 @@
 //! What a driver may tell of itself and of its GPUs.
 
-use jax_mhc_kernels::cuda;
+use jax_mhc_kernels::gpu;
 
 use crate::calls::calls;
 use crate::driver::FakeDriver;
@@ -38,7 +38,7 @@ pub fn check(what: &str) -> usize {
     let value: i32 = value.parse().unwrap();
     let driver = FakeDriver::load();
     driver.set(name, value);
-    let status = cuda::status();
+    let status = gpu::status();
     let is_negative = value < 0;
     let refused = match name {
         "version" => Some("expected a driver for CUDA 12.0 or newer, got one for CUDA"),
@@ -57,7 +57,7 @@ pub fn check(what: &str) -> usize {
         }
         _ => None,
     };
-    let has_kernels = cuda::build().is_some();
+    let has_kernels = gpu::build().is_some();
     match name {
         "count" => {
             let possible = (0..=1024).contains(&value);

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_mhc._axes import Axes, axes_of, spec_axes
-from jax_mhc._calls import dims, fingerprint, is_gradient
+from jax_mhc._call.table import dims, fingerprint, is_gradient
 from jax_mhc._mesh.manual import on_device, sum_up
 from jax_mhc._mesh.spread import Layout, Spread, run_here
 

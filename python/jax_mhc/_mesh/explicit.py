@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, reshard
 
 from jax_mhc._axes import Axes, entries, varying_axes
-from jax_mhc._calls import Call, dims, is_parameter
+from jax_mhc._call.table import Call, dims, is_parameter
 from jax_mhc._errors import fail
 from jax_mhc._mesh.manual import missing_axes, on_device, sum_up
 from jax_mhc._mesh.spread import Layout, Spread, check_streams, pack, run_here, unpack

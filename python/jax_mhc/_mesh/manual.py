@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_mhc._axes import Axes, varying_axes
-from jax_mhc._calls import Call, dims, is_parameter
+from jax_mhc._call.table import Call, dims, is_parameter
 from jax_mhc._mesh.split import run_split
 from jax_mhc._mesh.spread import Spread, Value, map_batch, pack, unpack
 

@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 
 from jax_mhc import reference
-from jax_mhc._calls import Call
-from jax_mhc._plain import head_gate, logits
+from jax_mhc._call.plain import head_gate, logits
+from jax_mhc._call.table import Call
 from jax_mhc._types import MHCConfig
 
 # Runs a call on the channels of this device, `(call, *operands) -> results`.
@@ -46,7 +46,7 @@ def run_split(inner: Inner, call: Call, axes: tuple[str, ...], *operands: Any) -
 
 
 def _forward(inner: Inner, call: Call, axes: tuple[str, ...], given: dict[str, Any]) -> Any:
-    """pre_fwd and seam_fwd."""
+    """pre_fwd and post_pre_fwd."""
     config, n = _config(call), given["x"].shape[-2]
     got = _run(inner, call, _without_norm(given))
     streams = got.get("x_new", given["x"])
@@ -69,7 +69,7 @@ def _forward(inner: Inner, call: Call, axes: tuple[str, ...], given: dict[str, A
 
 
 def _backward(inner: Inner, call: Call, axes: tuple[str, ...], given: dict[str, Any]) -> Any:
-    """pre_bwd and seam_bwd."""
+    """pre_bwd and post_pre_bwd."""
     num, d_norm_scale = _num_devices(axes), jnp.zeros_like(given["norm_scale"])
     d_us = [given["d_u"]]
     if d_norm_scale.size:
@@ -147,8 +147,8 @@ def _head_backward(inner: Inner, call: Call, axes: tuple[str, ...], given: dict[
 _PROGRAMS = {
     "pre_fwd": _forward,
     "pre_bwd": _backward,
-    "seam_fwd": _forward,
-    "seam_bwd": _backward,
+    "post_pre_fwd": _forward,
+    "post_pre_bwd": _backward,
     "head_fwd": _head_forward,
     "head_bwd": _head_backward,
 }

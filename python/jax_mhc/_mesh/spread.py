@@ -9,9 +9,9 @@ import jax
 from jax.sharding import PartitionSpec
 
 from jax_mhc._axes import Axes
-from jax_mhc._calls import Call, dims
+from jax_mhc._call.primitive import bind
+from jax_mhc._call.table import Call, dims
 from jax_mhc._errors import fail
-from jax_mhc._primitive import bind
 
 
 class Value(NamedTuple):

@@ -9,7 +9,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, reference
-from jax_mhc._dispatch import (
+from jax_mhc._call.dispatch import (
     Implementation,
     Settings,
     fused_call,

@@ -18,7 +18,7 @@ import jax
 
 import jax_mhc
 from jax_mhc import _module
-from jax_mhc._dispatch import Implementation
+from jax_mhc._call.dispatch import Implementation
 from jax_mhc._types import HeadParams, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 

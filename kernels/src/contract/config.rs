@@ -1,0 +1,242 @@
+//! The settings of one call: the fields of `MHCConfig` under their own names, and what else a call
+//! carries.
+//!
+//! Bounds, checked in one place ([`Config::check`]) for every device:
+//!
+//! - The real numbers are finite and not negative. Every eps guards a division or a root, which a
+//!   negative one would let vanish; there is no largest one, since too large an eps gives small numbers
+//!   and no wrong ones. `pre_eps` and `post_scale` keep the coefficients in the range that the equations
+//!   give them, [0, inf). (0 is no error here. Python asks for a `post_scale` above 0, since streams that no
+//!   layer adds to are a mistake there.)
+//! - They are finite as the kernels see them: as float32, but where the streams are float64. Otherwise 1e39
+//!   would be an infinity in one dtype and a number in another.
+//! - Smaller than the smallest normal number of that type is 0 ([`Config::rounded`]). XLA's threads flush
+//!   subnormal numbers to 0, and then every decision that asks for eps = 0 must find it.
+//! - `sinkhorn_iters` is at most [`MAX_SINKHORN_ITERS`].
+
+use crate::contract::limits::MAX_SINKHORN_ITERS;
+use crate::contract::view::DType;
+
+/// Which set the matrix H_res is kept on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Constraint {
+    /// Doubly stochastic matrices, by Sinkhorn-Knopp.
+    Birkhoff,
+    /// Any matrix: H_res = z_res (unconstrained hyper-connections).
+    None,
+    /// H_res = I; no coefficients for it.
+    Identity,
+    /// Weighted means of permutation matrices.
+    Permutations,
+}
+
+/// Which axis of h_res[i, j] each Sinkhorn iteration normalises first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// Columns (sums over i) first, so that rows sum to 1 at the end.
+    ColumnRow,
+    /// Rows (sums over j) first, so that columns sum to 1 at the end.
+    RowColumn,
+}
+
+/// How `sinkhorn_eps` enters the divisions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EpsMode {
+    /// Divide by (sum + eps), and add eps once after the first softmax.
+    Add,
+    /// Divide by max(sum, eps).
+    Clamp,
+}
+
+/// How `norm_eps` enters r.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormEpsMode {
+    /// r = 1 / sqrt(mean(x^2) + eps)
+    Inside,
+    /// r = 1 / (sqrt(mean(x^2)) + eps)
+    Outside,
+}
+
+/// The settings of one call.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Config {
+    /// Which set H_res is kept on.
+    pub constraint: Constraint,
+    /// t_max of equation 9.
+    pub sinkhorn_iters: usize,
+    /// See [`EpsMode`].
+    pub sinkhorn_eps: f64,
+    /// See [`EpsMode`].
+    pub sinkhorn_eps_mode: EpsMode,
+    /// See [`Order`].
+    pub order: Order,
+    /// See [`NormEpsMode`].
+    pub norm_eps: f64,
+    /// See [`NormEpsMode`].
+    pub norm_eps_mode: NormEpsMode,
+    /// Added to h_pre after the sigmoid.
+    pub pre_eps: f64,
+    /// h_post = post_scale * sigmoid(z_post).
+    pub post_scale: f64,
+    /// Added to mean(u²) where the layer's input is normalised ([`Call::can_normalize`]).
+    ///
+    /// [`Call::can_normalize`]: crate::Call::can_normalize
+    pub norm_scale_eps: f64,
+    /// Whether the cotangent that a call adds to ([`Call::can_defer`]) is that of the streams which post
+    /// made, so that the transposed h_res has yet to be applied.
+    ///
+    /// [`Call::can_defer`]: crate::Call::can_defer
+    pub deferred: bool,
+}
+
+impl Config {
+    /// The real numbers, by their names.
+    fn reals(&mut self) -> [(&'static str, &mut f64); 5] {
+        [
+            ("sinkhorn_eps", &mut self.sinkhorn_eps),
+            ("norm_eps", &mut self.norm_eps),
+            ("pre_eps", &mut self.pre_eps),
+            ("post_scale", &mut self.post_scale),
+            ("norm_scale_eps", &mut self.norm_scale_eps),
+        ]
+    }
+
+    /// The first setting out of its bounds for streams of this type: its name, what was expected, and what
+    /// it is.
+    pub(crate) fn check(mut self, dtype: DType) -> Result<(), (&'static str, String, String)> {
+        if self.sinkhorn_iters > MAX_SINKHORN_ITERS {
+            let expected = format!("at most {MAX_SINKHORN_ITERS}");
+            return Err(("sinkhorn_iters", expected, self.sinkhorn_iters.to_string()));
+        }
+        let (largest, of) = match dtype {
+            DType::F64 => (f64::MAX, "float64"),
+            _ => (f64::from(f32::MAX), "float32"),
+        };
+        for (name, value) in self.reals() {
+            // NaN is in no range.
+            if !(0.0..=largest).contains(value) {
+                let expected = format!("a number of 0 or more that is finite in {of}");
+                return Err((name, expected, format!("{value:?}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// The settings as kernels for streams of this type see them.
+    pub(crate) fn rounded(mut self, dtype: DType) -> Self {
+        for (_, value) in self.reals() {
+            let (rounded, smallest) = match dtype {
+                DType::F64 => (*value, f64::MIN_POSITIVE),
+                _ => (f64::from(*value as f32), f64::from(f32::MIN_POSITIVE)),
+            };
+            *value = if rounded < smallest { 0.0 } else { rounded };
+        }
+        self
+    }
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            constraint: Constraint::Birkhoff,
+            sinkhorn_iters: 20,
+            sinkhorn_eps: 0.0,
+            sinkhorn_eps_mode: EpsMode::Add,
+            order: Order::ColumnRow,
+            norm_eps: 1e-6,
+            norm_eps_mode: NormEpsMode::Inside,
+            pre_eps: 0.0,
+            post_scale: 2.0,
+            norm_scale_eps: 1e-6,
+            deferred: false,
+        }
+    }
+}
+
+/// Implements `FromStr` with the spelling that Python uses, and lists it.
+macro_rules! spelled {
+    ($type:ident, $field:literal, $($text:literal => $value:ident),+) => {
+        impl $type {
+            /// The spelling of every value.
+            pub const WORDS: &[&str] = &[$($text),+];
+        }
+
+        impl std::str::FromStr for $type {
+            type Err = String;
+            fn from_str(text: &str) -> Result<Self, String> {
+                match text {
+                    $($text => Ok(Self::$value),)+
+                    _ => Err(format!(
+                        concat!("attribute `", $field, "`: expected one of {:?}, got {:?}"),
+                        Self::WORDS, text,
+                    )),
+                }
+            }
+        }
+    };
+}
+
+spelled!(
+    Constraint, "constraint",
+    "birkhoff" => Birkhoff, "none" => None, "identity" => Identity, "permutations" => Permutations
+);
+spelled!(Order, "order", "column_row" => ColumnRow, "row_column" => RowColumn);
+spelled!(EpsMode, "sinkhorn_eps_mode", "add" => Add, "clamp" => Clamp);
+spelled!(NormEpsMode, "norm_eps_mode", "inside" => Inside, "outside" => Outside);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FIELDS: [&str; 5] = [
+        "sinkhorn_eps",
+        "norm_eps",
+        "pre_eps",
+        "post_scale",
+        "norm_scale_eps",
+    ];
+
+    fn with(field: usize, value: f64) -> Config {
+        let mut config = Config::default();
+        *config.reals()[field].1 = value;
+        config
+    }
+
+    #[test]
+    fn every_number_has_its_bounds() {
+        for (field, name) in FIELDS.into_iter().enumerate() {
+            for value in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -1e-6, -1.0] {
+                for dtype in [DType::F32, DType::F64, DType::Bf16, DType::F16] {
+                    let (refused, expected, got) = with(field, value).check(dtype).unwrap_err();
+                    assert_eq!(refused, name);
+                    assert!(expected.starts_with("a number of 0 or more"), "{expected}");
+                    assert_eq!(got, format!("{value:?}"));
+                }
+            }
+            for value in [0.0, -0.0, 1e-320, 1e-6, 3.4e38] {
+                assert!(with(field, value).check(DType::Bf16).is_ok());
+            }
+            assert!(with(field, 1e39).check(DType::F64).is_ok());
+            let (refused, expected, _) = with(field, 1e39).check(DType::F16).unwrap_err();
+            assert_eq!(refused, name);
+            assert!(expected.ends_with("finite in float32"), "{expected}");
+        }
+        let many = Config {
+            sinkhorn_iters: 10_001,
+            ..Config::default()
+        };
+        assert_eq!(many.check(DType::F32).unwrap_err().0, "sinkhorn_iters");
+    }
+
+    #[test]
+    fn what_kernels_cannot_tell_from_zero_is_zero() {
+        for field in 0..FIELDS.len() {
+            let rounded = |value, dtype| *with(field, value).rounded(dtype).reals()[field].1;
+            for value in [-0.0, 1e-320, 1e-50, 1e-40] {
+                assert_eq!(rounded(value, DType::Bf16).to_bits(), 0);
+            }
+            assert_eq!(rounded(1e-50, DType::F64), 1e-50);
+            assert_eq!(rounded(1e-6, DType::F32), f64::from(1e-6_f32));
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! The calls on NVIDIA GPUs.
+//!
+//! A call is checked as on the CPU, a pure `plan` makes a list of launches of it, and these go to XLA's
+//! stream. Nothing is allocated on the device and nothing waits for it.
+
+mod api;
+mod driver;
+mod images;
+mod launch;
+mod modules;
+mod schedules;
+#[cfg(test)]
+mod tests;
+mod workspace;
+
+use std::ffi::c_void;
+
+use serde::Serialize;
+
+use crate::contract::check::{Call, CheckedCall};
+use crate::contract::view::{DType, View};
+use crate::{Config, Error};
+use driver::{Driver, check_device, driver};
+use launch::{Device, Launch, MAX_COUNT};
+use modules::Context;
+use schedules::{collapse, head, post, post_pre, pre, sinkhorn};
+
+pub use images::{Build, build};
+pub use launch::{Problem, Workspace};
+
+/// The target of the library's events.
+const TARGET: &str = "jax_mhc";
+
+/// The launches of a call, in their order.
+fn plan(call: &CheckedCall, device: &Device) -> Vec<Launch> {
+    match call.kind {
+        Call::PreFwd | Call::PreBwd => pre::plan(call, device),
+        Call::PostFwd | Call::PostBwd => post::plan(call, device),
+        Call::PostPreFwd | Call::PostPreBwd => post_pre::plan(call, device),
+        Call::SinkhornFwd | Call::SinkhornBwd => sinkhorn::plan(call, device),
+        Call::HeadFwd | Call::HeadBwd => head::plan(call, device),
+        Call::CollapseFwd | Call::CollapseBwd => collapse::plan(call, device),
+    }
+}
+
+/// The workspace that a call needs. None where no call has such sizes.
+pub fn workspace(problem: &Problem) -> Option<Workspace> {
+    problem.is_possible().then(|| match problem.kind {
+        Call::PreFwd | Call::PreBwd => pre::workspace(problem),
+        Call::PostFwd | Call::PostBwd => post::workspace(problem),
+        Call::PostPreFwd | Call::PostPreBwd => post_pre::workspace(problem),
+        Call::SinkhornFwd | Call::SinkhornBwd => sinkhorn::workspace(problem),
+        Call::HeadFwd | Call::HeadBwd => head::workspace(problem),
+        Call::CollapseFwd | Call::CollapseBwd => collapse::workspace(problem),
+    })
+}
+
+/// Loads the kernels of a call, so that [`execute`] may be recorded into a CUDA graph. Cheap where they
+/// are loaded.
+///
+/// # Errors
+/// Those of [`execute`].
+///
+/// # Safety
+/// As for [`execute`].
+pub unsafe fn initialize(
+    kind: Call,
+    args: &[View],
+    rets: &[View],
+    config: &Config,
+    stream: *mut c_void,
+) -> Result<(), Error> {
+    // SAFETY: promised by the caller.
+    unsafe { run(kind, args, rets, config, stream, Stage::Initialize) }
+}
+
+/// Launches the kernels of a call on `stream`: operands and results as in the table of
+/// docs/calls.md, with the workspace as the last result where the call needs one.
+///
+/// # Errors
+/// As [`crate::call`], or a dtype without kernels, or a workspace that is too small; what the driver
+/// says, errors of earlier work on the device among it.
+///
+/// # Safety
+/// `stream` must be a stream of the driver. Every view must be device memory that is valid for reads
+/// (operands) or writes (results) of all its elements until the work is done, and no result may overlap
+/// any other view, but where [`Call::adds_in_place`].
+pub unsafe fn execute(
+    kind: Call,
+    args: &[View],
+    rets: &[View],
+    config: &Config,
+    stream: *mut c_void,
+) -> Result<(), Error> {
+    // SAFETY: promised by the caller; plans launch what the kernels declare.
+    unsafe { run(kind, args, rets, config, stream, Stage::Execute) }
+}
+
+/// What XLA wants of a call.
+#[derive(Debug, Clone, Copy)]
+enum Stage {
+    Initialize,
+    Execute,
+}
+
+/// Does for every launch of a call what the stage wants.
+///
+/// # Safety
+/// As for [`execute`].
+unsafe fn run(
+    kind: Call,
+    args: &[View],
+    rets: &[View],
+    config: &Config,
+    stream: *mut c_void,
+    stage: Stage,
+) -> Result<(), Error> {
+    let call = CheckedCall::check(kind, args, rets, config)?;
+    check_device_call(&call)?;
+    let in_op = |reason| Error::Device(format!("{}: {reason}", kind.name()));
+    // SAFETY: promised by the caller.
+    let context = unsafe { Context::enter(stream) }.map_err(in_op)?;
+    let mut launches = plan(&call, context.device());
+    launches.retain(|launch| !launch.grid.contains(&0));
+    tracing::debug!(
+        target: TARGET,
+        op = kind.name(),
+        stage = ?stage,
+        device = context.device().ordinal,
+        dtype = call.dtype.name(),
+        shapes = ?args.iter().map(|view| view.dims).collect::<Vec<_>>(),
+        kernels = ?launches.iter().map(|launch| launch.kernel.symbol()).collect::<Vec<_>>(),
+        workspace = call.workspace().map_or(0, |(_, len)| len),
+        "plan"
+    );
+    for launch in &launches {
+        match stage {
+            Stage::Initialize => context.load(&launch.kernel),
+            // SAFETY: promised by the caller; plans launch what the kernels declare.
+            Stage::Execute => unsafe { context.launch(launch) },
+        }
+        .map_err(|reason| failure(&call, launch, &context, &reason))?;
+    }
+    context.leave().map_err(in_op)
+}
+
+/// What the driver said, with what it was about.
+fn failure(call: &CheckedCall, launch: &Launch, context: &Context, reason: &str) -> Error {
+    let names = call.kind.operands().iter();
+    let operands: Vec<String> = names
+        .map(|name| {
+            let view = call.operand(name);
+            format!("{name} {}{:?}", view.dtype.name(), view.dims)
+        })
+        .collect();
+    Error::Device(format!(
+        "{}: {} on cuda:{}: {reason}; operands: {}",
+        call.kind.name(),
+        launch.kernel.symbol(),
+        context.device().ordinal,
+        operands.join(", ")
+    ))
+}
+
+/// More than the memory of any GPU: the streams of a call whose launches no grid has room for are larger.
+const MAX_BYTES: usize = 1 << 46;
+
+/// What the CPU does not ask for.
+fn check_device_call(call: &CheckedCall) -> Result<(), Error> {
+    let kind = call.kind;
+    let refuse = |expected: &str, got: &str| Err(kind.error(kind.operands()[0], expected, got));
+    if call.dtype == DType::F64 {
+        let expected = "float32, bfloat16 or float16 (no CUDA kernels for others)";
+        return refuse(expected, call.dtype.name());
+    }
+    let (tokens, width) = (call.tokens, call.n * call.c);
+    if tokens > MAX_COUNT || width > MAX_COUNT {
+        let expected = format!("at most {MAX_COUNT} tokens and as many values a token");
+        return refuse(&expected, &format!("{tokens} and {width}"));
+    }
+    let bytes = tokens * width * call.dtype.num_bytes();
+    if bytes > MAX_BYTES {
+        return refuse(&format!("at most {MAX_BYTES} bytes"), &bytes.to_string());
+    }
+    let workspace = workspace(&call.problem()).expect("checked calls have possible sizes");
+    let needed = workspace.len(tokens);
+    let got = call.workspace().map_or(0, |(_, len)| len);
+    if got < needed {
+        let (expected, got) = (format!("float32[{needed}]"), format!("float32[{got}]"));
+        return Err(kind.error("workspace", &expected, &got));
+    }
+    Ok(())
+}
+
+/// What there is of CUDA here.
+#[derive(Debug, Clone, Serialize)]
+pub struct Status {
+    /// That the kernels were compiled for.
+    pub architectures: &'static [&'static str],
+    /// What compiled them.
+    pub compiler: Option<&'static str>,
+    /// The CUDA version of the driver.
+    pub driver: Option<String>,
+    /// Why no GPU can be used, and what to do.
+    pub error: Option<String>,
+    /// All that the driver shows.
+    pub devices: Vec<DeviceStatus>,
+}
+
+/// What there is of one GPU.
+#[derive(Debug, Clone, Serialize)]
+pub struct DeviceStatus {
+    /// As NVIDIA calls it.
+    pub name: Option<String>,
+    /// Compute capability.
+    pub capability: Option<String>,
+    /// Why it cannot be used.
+    pub error: Option<String>,
+}
+
+/// Looks for the driver and its GPUs. Makes no context.
+pub fn status() -> Status {
+    let build = build();
+    let driver = driver();
+    let num_devices = driver.clone().and_then(Driver::num_devices);
+    let error = match (build, &num_devices) {
+        (None, _) => Some(images::NO_KERNELS.to_owned()),
+        (_, Err(reason)) => Some(reason.clone()),
+        (_, Ok(0)) => Some("the CUDA driver shows no GPU".to_owned()),
+        _ => None,
+    };
+    let devices = driver.clone().ok().into_iter().flat_map(|driver| {
+        let ordinals = 0..num_devices.clone().unwrap_or(0) as i32;
+        ordinals.map(|ordinal| device_status(driver, ordinal))
+    });
+    Status {
+        architectures: build.map_or(&[], |build| build.architectures),
+        compiler: build.map(|build| build.compiler),
+        driver: driver.clone().ok().map(Driver::version),
+        error,
+        devices: devices.collect(),
+    }
+}
+
+fn device_status(driver: &Driver, ordinal: i32) -> DeviceStatus {
+    let device = driver.device(ordinal);
+    let capability = device.as_ref().ok().map(|device| device.capability);
+    let usable = device.and_then(|device| check_device(&device));
+    DeviceStatus {
+        name: driver.device_name(ordinal).ok(),
+        capability: capability.map(|(major, minor)| format!("{major}.{minor}")),
+        error: usable.err(),
+    }
+}

@@ -1,0 +1,339 @@
+//! What can be known of the CUDA side without a GPU.
+
+mod random;
+mod scratch;
+
+use super::images::{build, has_symbol};
+use super::launch::{Arg, Device, Launch, Tensor};
+use super::{check_device_call, plan, status, workspace};
+use crate::contract::check::{Call, Example};
+use crate::contract::limits::MAX_PERMUTED;
+use crate::contract::view::DType;
+use crate::{Config, Constraint};
+
+const H100: Device = Device {
+    ordinal: 0,
+    capability: (9, 0),
+    num_sms: 132,
+    max_shared_bytes: 227 << 10,
+    max_clusters: [66, 30, 15, 7],
+};
+
+const B200: Device = Device {
+    capability: (10, 0),
+    num_sms: 148,
+    max_clusters: [74, 36, 18, 8],
+    ..H100
+};
+
+/// Ada: the least shared memory of all that there are kernels for.
+const L4: Device = Device {
+    ordinal: 0,
+    capability: (8, 9),
+    num_sms: 58,
+    max_shared_bytes: 99 << 10,
+    max_clusters: [0; 4],
+};
+
+#[test]
+fn tensors_have_the_layout_that_one_pass_kernels_read() {
+    let tensor = Tensor::new(1 << 20, [100, 4, 4096], [8, 256]);
+    let strides = |step: u64| [4 * 8192, 128, step * 8192];
+    assert_eq!(tensor.start(), 1 << 20);
+    assert_eq!(
+        tensor.layout(),
+        ([64, 100, 64, 4], strides(1), [64, 8, 4, 4])
+    );
+    for first_stream in [0, 1] {
+        let half = tensor.every_second(first_stream);
+        assert_eq!(half.start(), (1 << 20) + 8192 * first_stream as u64);
+        assert_eq!(half.layout(), ([64, 100, 64, 2], strides(2), [64, 8, 4, 2]));
+    }
+}
+
+#[test]
+fn clusters_are_as_many_as_run_at_once() {
+    assert_eq!(H100.num_clusters(16, 1000), Some(7));
+    assert_eq!(H100.num_clusters(8, 3), Some(3));
+    assert_eq!(H100.num_clusters(8, 0), Some(0));
+    assert_eq!(H100.num_clusters(3, 1000), None);
+    assert_eq!(L4.num_clusters(16, 1000), None);
+}
+
+/// All ops in many sizes.
+fn examples() -> Vec<(String, Example)> {
+    let mut examples = Vec::new();
+    for kind in Call::ALL {
+        for dtype in [DType::F32, DType::Bf16, DType::F16] {
+            if dtype != DType::F32 && matches!(kind, Call::SinkhornFwd | Call::SinkhornBwd) {
+                continue;
+            }
+            for (tokens, sizes) in [
+                (0, [4, 64]),
+                (1, [1, 1]),
+                (17, [2, 33]),
+                (1000, [3, 7]),
+                (8192, [4, 4096]),
+                (1000, [4, 2560]),
+                (16, [8, 100]),
+                (300, [8, 4096]),
+                (5, [16, 8]),
+            ] {
+                // The divisors of many iterations lie in the workspace and not in shared memory.
+                for (constraint, sinkhorn_iters, deferred) in [
+                    (Constraint::Birkhoff, 20, true),
+                    (Constraint::Birkhoff, 200, false),
+                    (Constraint::None, 20, false),
+                    (Constraint::Identity, 20, true),
+                    (Constraint::Permutations, 20, true),
+                ] {
+                    if constraint == Constraint::Permutations && sizes[0] > MAX_PERMUTED {
+                        continue;
+                    }
+                    let config = Config {
+                        constraint,
+                        sinkhorn_iters,
+                        deferred,
+                        ..Config::default()
+                    };
+                    let example = || Example::new(kind, dtype, tokens, sizes, config);
+                    let name = format!(
+                        "{kind:?} {dtype:?} {tokens} {sizes:?} {constraint:?} {sinkhorn_iters}"
+                    );
+                    examples.push((format!("{name} static"), example().into_static()));
+                    if kind.can_normalize() {
+                        examples.push((format!("{name} norm"), example().with_norm()));
+                    }
+                    examples.push((name, example()));
+                }
+            }
+        }
+    }
+    examples
+}
+
+/// Checks the limits of CUDA and of a GPU.
+fn check_launch(launch: &Launch, device: &Device, name: &str) {
+    let [x, y, z] = launch.grid;
+    assert!(x < 1 << 31 && y < 1 << 16 && z < 1 << 16, "{name}");
+    assert!(
+        launch.block <= 1024 && launch.block.is_multiple_of(32),
+        "{name}"
+    );
+    assert!(launch.shared_bytes <= device.max_shared_bytes, "{name}");
+    assert_eq!(x % launch.cluster, 0, "{name}");
+    for arg in &launch.args {
+        match arg {
+            Arg::I32(number) => assert!(*number >= 0, "{name}"),
+            Arg::I64(number) => assert!(*number >= 0, "{name}"),
+            Arg::TensorMap(tensor) => {
+                let (sizes, strides, box_sizes) = tensor.layout();
+                assert!(tensor.hidden.is_multiple_of(64), "{name}");
+                let least = u64::from(!launch.grid.contains(&0));
+                let possible = |size: &u64| (least..=1 << 32).contains(size);
+                assert!(sizes.iter().all(possible), "{name}");
+                let possible = |stride: &u64| stride.is_multiple_of(16) && *stride < 1 << 40;
+                assert!(strides.iter().all(possible), "{name}");
+                let possible = |size: &u32| (1..=256).contains(size);
+                assert!(box_sizes.iter().all(possible), "{name}");
+            }
+            _ => {}
+        }
+    }
+}
+
+#[test]
+fn plans_name_kernels_that_exist_and_fit_the_gpu() {
+    let mut seen = std::collections::HashSet::new();
+    for (name, example) in examples() {
+        let needed = example.check(|call| {
+            let call = call.unwrap();
+            workspace(&call.problem()).unwrap().len(call.tokens)
+        });
+        let example = example.with_workspace(needed);
+        for device in [H100, B200, L4] {
+            let launches = example.check(|call| plan(&call.unwrap(), &device));
+            for launch in launches {
+                check_launch(&launch, &device, &name);
+                // So that a multiprocessor has one block, as Device::max_clusters says.
+                let alone = launch.shared_bytes > device.max_shared_bytes / 2;
+                assert!(launch.cluster == 1 || alone, "{name}");
+                let runs = build().is_some_and(|build| {
+                    let (major, minor) = device.capability;
+                    build
+                        .architectures
+                        .contains(&&*format!("sm_{major}{minor}"))
+                });
+                if runs && seen.insert((launch.kernel, device.capability)) {
+                    let symbol = launch.kernel.symbol();
+                    assert!(has_symbol(&launch.kernel, device.capability), "{symbol}");
+                }
+            }
+        }
+    }
+}
+
+/// The kernels of a call of 17 tokens, in their order.
+fn functions_of(example: Example, device: &Device) -> Vec<&'static str> {
+    let needed = example.check(|call| workspace(&call.unwrap().problem()).unwrap().len(17));
+    let launches = (example.with_workspace(needed)).check(|call| plan(&call.unwrap(), device));
+    launches
+        .iter()
+        .map(|launch| launch.kernel.function)
+        .collect()
+}
+
+#[test]
+fn deferred_cotangents_are_mixed_on_their_way_where_that_fits() {
+    let mixes = |device: &Device, kind, dtype, sizes, deferred| {
+        let config = Config {
+            deferred,
+            ..Config::default()
+        };
+        let example = Example::new(kind, dtype, 17, sizes, config);
+        functions_of(example, device).contains(&"mix")
+    };
+    for kind in [Call::PreBwd, Call::PostPreBwd] {
+        assert!(!mixes(&H100, kind, DType::Bf16, [4, 4096], true));
+        assert!(!mixes(&L4, kind, DType::F32, [4, 4096], true));
+        assert!(!mixes(&H100, kind, DType::Bf16, [8, 4096], true));
+        assert!(mixes(&L4, kind, DType::Bf16, [8, 4096], true));
+        assert!(mixes(&H100, kind, DType::F32, [16, 64], true));
+        assert!(!mixes(&H100, kind, DType::F32, [16, 64], false));
+    }
+}
+
+#[test]
+fn the_seam_reads_the_streams_once_where_a_kernel_does() {
+    let functions = |device: &Device, dtype, c| {
+        let example = Example::new(Call::PostPreBwd, dtype, 17, [4, c], Config::default());
+        functions_of(example, device)
+    };
+    let once = ["gates_bwd", "seam_bwd_one_pass", "sum_gradients"];
+    assert_eq!(functions(&H100, DType::Bf16, 4096), once);
+    assert_eq!(functions(&H100, DType::Bf16, 1024), once);
+    let but_phi = ["gates_bwd", "seam_bwd_one_pass", "phi_bwd", "sum_gradients"];
+    for c in [640, 2560, 6144, 7168] {
+        assert_eq!(functions(&H100, DType::Bf16, c), but_phi);
+    }
+    let pre_once = [
+        "post_fwd",
+        "gates_bwd",
+        "pre_bwd_one_pass",
+        "sum_gradients",
+        "post_bwd",
+    ];
+    assert_eq!(functions(&B200, DType::Bf16, 4096), pre_once);
+    assert_eq!(functions(&B200, DType::Bf16, 2560), pre_once);
+    for (device, dtype, c) in [
+        (L4, DType::Bf16, 4096),
+        (H100, DType::F32, 4096),
+        (H100, DType::Bf16, 4160),
+    ] {
+        let functions = functions(&device, dtype, c);
+        assert!(!functions.iter().any(|name| name.ends_with("one_pass")));
+    }
+}
+
+#[test]
+fn permutations_have_columns_that_no_kernel_reads_the_streams_once_for() {
+    let config = Config {
+        constraint: Constraint::Permutations,
+        ..Config::default()
+    };
+    for kind in [
+        Call::PreFwd,
+        Call::PreBwd,
+        Call::PostPreFwd,
+        Call::PostPreBwd,
+    ] {
+        let example = || Example::new(kind, DType::Bf16, 17, [4, 4096], config);
+        for example in [example(), example().into_static(), example().with_norm()] {
+            let functions = functions_of(example, &H100);
+            let once = |name: &&str| name.ends_with("one_pass") || *name == "gates_bwd";
+            assert!(!functions.iter().any(once), "{functions:?}");
+        }
+    }
+}
+
+#[test]
+fn the_norm_is_in_the_kernels_that_read_the_streams_once() {
+    let functions = |device: &Device, kind, c| {
+        let example = Example::new(kind, DType::Bf16, 17, [4, c], Config::default()).with_norm();
+        functions_of(example, device)
+    };
+    let pre = ["project", "pre_fwd", "norm_fwd"];
+    assert_eq!(functions(&L4, Call::PreFwd, 4096), pre);
+    assert_eq!(functions(&L4, Call::PostPreFwd, 4096)[1..], pre);
+    let before = ["norm_bwd", "sum_norm_scale"];
+    assert_eq!(functions(&L4, Call::PreBwd, 4096)[..2], before);
+    assert_eq!(functions(&H100, Call::PreBwd, 6144)[..2], before);
+    for c in [4096, 2560, 7168] {
+        assert_eq!(functions(&H100, Call::PreFwd, c), ["pre_norm_fwd_one_pass"]);
+        assert_eq!(
+            functions(&H100, Call::PostPreFwd, c),
+            ["seam_norm_fwd_one_pass"]
+        );
+        let pre = [
+            "gates_bwd",
+            "pre_norm_bwd_one_pass",
+            "sum_gradients",
+            "sum_norm_scale",
+        ];
+        assert_eq!(functions(&H100, Call::PreBwd, c), pre);
+        let seam = [
+            "seam_norm_bwd",
+            "sum_norm_scale",
+            "gates_bwd",
+            "seam_bwd_one_pass",
+        ];
+        assert_eq!(functions(&H100, Call::PostPreBwd, c)[..4], seam);
+    }
+}
+
+#[test]
+fn every_call_does_something() {
+    for (name, example) in examples() {
+        let needed = example.check(|call| {
+            let call = call.unwrap();
+            workspace(&call.problem()).unwrap().len(call.tokens)
+        });
+        example.with_workspace(needed).check(|call| {
+            let call = call.unwrap();
+            let writes = call.tokens > 0 || call.kind.results().contains(&"d_bias");
+            let launches = plan(&call, &H100);
+            let runs = launches.iter().any(|launch| !launch.grid.contains(&0));
+            assert!(runs || !writes, "{name}");
+        });
+    }
+}
+
+#[test]
+fn what_the_kernels_cannot_take_is_refused() {
+    let refusal = |dtype, tokens, workspace| {
+        let example = Example::new(Call::PreFwd, dtype, tokens, [1, 1], Config::default());
+        let check = |example: &Example| {
+            example
+                .check(|call| check_device_call(&call.unwrap()).map_err(|error| error.to_string()))
+        };
+        match workspace {
+            Some(len) => check(&example.with_workspace(len)),
+            None => check(&example),
+        }
+        .unwrap_err()
+    };
+    assert!(refusal(DType::F64, 1, None).contains("no CUDA kernels"));
+    assert!(refusal(DType::Bf16, (1 << 30) + 1, None).contains("at most 1073741824 tokens"));
+    assert!(refusal(DType::Bf16, 100, None).contains("`workspace`: expected float32["));
+    assert!(refusal(DType::Bf16, 100, Some(5)).contains("got float32[5]"));
+}
+
+#[test]
+fn the_status_is_there_on_every_machine() {
+    let status = status();
+    assert_eq!(status.compiler.is_some(), build().is_some());
+    assert_eq!(
+        status.devices.is_empty(),
+        status.error.is_some() || status.driver.is_none()
+    );
+}

@@ -1,0 +1,127 @@
+//! What kernels touch of the workspace, by what kernels/cuda says of their arguments, and not by the plans.
+
+use super::super::launch::{Arg, Launch};
+use crate::contract::check::CheckedCall;
+use crate::contract::view::DType;
+
+/// Columns of phi in the kernels that read the streams once.
+const COLUMNS: usize = 24;
+
+/// Memory of the workspace: its address and its bytes.
+pub type Span = (u64, usize);
+
+/// What the launch touches of the workspace of a call, which begins at `start`.
+pub fn spans(call: &CheckedCall, launch: &Launch, start: u64) -> Vec<Span> {
+    let of_pointers =
+        (floats(call, launch).into_iter()).map(|(at, floats)| match launch.args[at] {
+            Arg::Pointer(address) => (address, floats * size_of::<f32>()),
+            ref other => panic!("{}: {other:?} at {at}", launch.kernel.symbol()),
+        });
+    let of_tensors = launch.args.iter().filter_map(|arg| match arg {
+        Arg::TensorMap(tensor) => {
+            let (sizes, strides, _) = tensor.layout();
+            let outer = sizes[1..].iter().zip(strides);
+            let last: u64 = outer
+                .map(|(size, stride)| size.saturating_sub(1) * stride)
+                .sum();
+            Some((tensor.start(), last as usize + 128))
+        }
+        _ => None,
+    });
+    let spans = of_pointers.chain(of_tensors);
+    spans.filter(|(address, _)| *address >= start).collect()
+}
+
+/// The arguments that may lie in the workspace, each with its number of floats.
+fn floats(call: &CheckedCall, launch: &Launch) -> Vec<(usize, usize)> {
+    let int = |at: usize| match launch.args[at] {
+        Arg::I32(number) => number as usize,
+        Arg::I64(number) => number as usize,
+        ref other => panic!("{}: {other:?} at {at}", launch.kernel.symbol()),
+    };
+    let [blocks, rows, _] = launch.grid.map(|blocks| blocks as usize);
+    let (tokens, n, c, columns) = (call.tokens, call.n, call.c, call.columns);
+    let streams = |values: usize| (values * call.dtype.num_bytes()).div_ceil(size_of::<f32>());
+    let partial = |slices: usize| tokens * slices * (columns.div_ceil(8) * 8 + 2);
+    let parts = if call.dtype == DType::F32 { 3 } else { 2 };
+    let fragments = |groups: usize, words: usize| tokens.div_ceil(16) * groups * parts * 32 * words;
+    let dm = [
+        fragments(columns.div_ceil(16), 4),
+        fragments(columns.div_ceil(8), 2),
+    ];
+    let sums = columns + 3;
+    let iters = call.config.sinkhorn_iters;
+    let d_phi = n * c * columns;
+    let function = launch.kernel.function;
+    match function.strip_suffix("_unaligned").unwrap_or(function) {
+        "project" => vec![(2, partial(blocks))],
+        "pre_fwd" => vec![(0, streams(tokens * n * c)), (1, partial(int(2)))],
+        "pre_bwd" => vec![
+            (0, streams(tokens * n * c)),
+            (5, streams(tokens * c)),
+            (6, tokens * n),
+            (9, dm[0]),
+            (10, dm[1]),
+            (11, tokens * n),
+            (12, tokens),
+            (13, blocks * (call.layout.num() + 3)),
+            (14, blocks * 2 * iters * 32),
+        ],
+        "sum_gates" => vec![(0, int(3) * (int(4) + 3))],
+        "project_back" | "project_back_mixing" => vec![
+            (0, streams(tokens * n * c)),
+            (2, dm[0]),
+            (3, dm[1]),
+            (5, tokens * n),
+            (6, tokens),
+            (7, streams(tokens * c)),
+        ],
+        "d_phi" => vec![
+            (0, streams(tokens * n * c)),
+            (1, dm[0]),
+            (2, dm[1]),
+            (4, rows * d_phi),
+        ],
+        "sum_d_phi" => vec![(0, int(2) * int(3))],
+        "norm_fwd" => vec![(0, streams(tokens * n * c))],
+        "norm_bwd" => vec![
+            (0, streams(tokens * n * c)),
+            (8, streams(tokens * c)),
+            (9, blocks * c),
+            (10, tokens * n),
+        ],
+        "sum_norm_scale" => vec![(0, int(2) * int(3))],
+        "seam_norm_bwd" => vec![(11, streams(tokens * c)), (12, blocks * c)],
+        "gates_bwd" => vec![(5, tokens * COLUMNS)],
+        "pre_bwd_one_pass" | "pre_norm_bwd_one_pass" => {
+            let clusters = blocks / launch.cluster as usize;
+            let common = [
+                (10, tokens * n),
+                (11, tokens * COLUMNS),
+                (12, clusters * d_phi),
+                (13, blocks * sums),
+            ];
+            let norm = function.contains("norm").then_some((20, clusters * c));
+            common.into_iter().chain(norm).collect()
+        }
+        "seam_bwd_one_pass" => {
+            let clusters = blocks / launch.cluster as usize;
+            let is_summed = launch.kernel.size == "w256";
+            let product = if is_summed {
+                clusters * d_phi
+            } else {
+                tokens * COLUMNS
+            };
+            vec![
+                (18, tokens * COLUMNS),
+                (21, product),
+                (22, 2 * blocks * sums),
+            ]
+        }
+        "phi_bwd" => vec![(4, tokens * COLUMNS), (5, rows * d_phi)],
+        "sum_gradients" => vec![(0, 4 * int(5) * int(7)), (1, int(6) * (COLUMNS + 3))],
+        "sinkhorn_bwd" => vec![(3, blocks * 2 * iters * launch.block as usize)],
+        "post_fwd" => vec![(4, streams(tokens * n * c))],
+        _ => vec![],
+    }
+}

@@ -1,0 +1,1 @@
+"""The stack of sublayers: the public function, its own scan, and what is computed again."""
