@@ -392,6 +392,18 @@ impl<'a> CheckedCall<'a> {
         &self.rets[self.position(self.kind.results(), name)]
     }
 
+    /// Address of an operand, 0 where the call has none of this name: what a kernel gets as its argument.
+    pub fn operand_address(&self, name: &str) -> u64 {
+        let at = self.kind.operands().iter().position(|other| *other == name);
+        at.map_or(0, |at| self.args[at].data as u64)
+    }
+
+    /// Address of a result, 0 where the call has none of this name.
+    pub fn result_address(&self, name: &str) -> u64 {
+        let at = self.kind.results().iter().position(|other| *other == name);
+        at.map_or(0, |at| self.rets[at].data as u64)
+    }
+
     fn position(&self, names: &[&str], name: &str) -> usize {
         let found = names.iter().position(|other| *other == name);
         found.unwrap_or_else(|| panic!("{}: no `{name}` among {names:?}", self.kind.name()))

@@ -5,7 +5,7 @@ use crate::contract::config::{Config, Constraint, EpsMode, NormEpsMode, Order};
 use crate::contract::layout::CoefficientLayout;
 use crate::contract::limits::MAX_SINKHORN_ITERS;
 use crate::contract::limits::MAX_STREAMS;
-use crate::contract::view::{DType, View};
+use crate::contract::view::DType;
 
 /// A kernel: the symbol `mhc_<function>_<size>_<dtype>` of a file in kernels/cuda.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -53,11 +53,6 @@ pub enum Arg {
 }
 
 impl Arg {
-    /// Of an operand or a result.
-    pub fn of(view: &View) -> Self {
-        Self::Pointer(view.data as u64)
-    }
-
     /// Where its value lies; None where the driver has to make it first.
     pub(super) fn value(&self) -> Option<*const std::ffi::c_void> {
         Some(match self {

@@ -14,9 +14,9 @@ pub fn plan(call: &CheckedCall, _device: &Device) -> Vec<Launch> {
         Call::CollapseBwd => {
             let threads = call.c.div_ceil(channels(call)).min(MAX_BACKWARD_THREADS);
             let args = vec![
-                Arg::of(call.operand("x")),
-                Arg::of(call.operand("d_u")),
-                Arg::of(call.result("d_h_pre")),
+                Arg::Pointer(call.operand_address("x")),
+                Arg::Pointer(call.operand_address("d_u")),
+                Arg::Pointer(call.result_address("d_h_pre")),
             ];
             let functions = ["collapse_bwd", "collapse_bwd_unaligned"];
             (functions, [call.tokens as u32, 1, 1], threads, args)
@@ -24,9 +24,9 @@ pub fn plan(call: &CheckedCall, _device: &Device) -> Vec<Launch> {
         _ => {
             let (grid, slab) = grid(call);
             let args = vec![
-                Arg::of(call.operand("x")),
-                Arg::of(call.operand("h_pre")),
-                Arg::of(call.result("u")),
+                Arg::Pointer(call.operand_address("x")),
+                Arg::Pointer(call.operand_address("h_pre")),
+                Arg::Pointer(call.result_address("u")),
                 Arg::I32(call.tokens as i32),
                 Arg::I32(slab as i32),
             ];

@@ -9,7 +9,7 @@ use crate::gpu::workspace::{Memory, room};
 /// The launches of a call, in their order.
 pub fn plan(call: &CheckedCall, device: &Device) -> Vec<Launch> {
     let memory = &mut Memory::of(call);
-    let x = call.operand("x").data as u64;
+    let x = call.operand_address("x");
     if call.kind == Call::HeadFwd {
         pre::forward(call, device, memory, x)
     } else {

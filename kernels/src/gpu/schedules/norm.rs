@@ -57,10 +57,10 @@ pub fn forward(call: &CheckedCall, x: u64) -> Option<Launch> {
     let args = || {
         vec![
             Arg::Pointer(x),
-            Arg::of(call.result("h_pre")),
-            Arg::of(call.operand("norm_scale")),
-            Arg::of(call.result("u")),
-            Arg::of(call.result("rho")),
+            Arg::Pointer(call.result_address("h_pre")),
+            Arg::Pointer(call.operand_address("norm_scale")),
+            Arg::Pointer(call.result_address("u")),
+            Arg::Pointer(call.result_address("rho")),
             Arg::F32(call.config.norm_scale_eps as f32),
             Arg::I32(call.tokens as i32),
             Arg::I32(call.c as i32),
@@ -75,7 +75,7 @@ pub fn forward(call: &CheckedCall, x: u64) -> Option<Launch> {
 pub fn backward(call: &CheckedCall, memory: &mut Memory, x: u64) -> ([u64; 2], Vec<Launch>) {
     if call.norm_width == 0 {
         let has = |name| call.kind.operands().contains(&name);
-        let operand = |name| call.operand(name).data as u64;
+        let operand = |name| call.operand_address(name);
         let given = ["d_u", "d_h_pre"].map(|name| if has(name) { operand(name) } else { 0 });
         return (given, vec![]);
     }
@@ -83,7 +83,7 @@ pub fn backward(call: &CheckedCall, memory: &mut Memory, x: u64) -> ([u64; 2], V
     let blocks = call.tokens.min(MAX_BLOCKS);
     let mut args = vec![Arg::Pointer(x)];
     let names = ["alpha", "bias", "m", "norm_scale", "rho", "d_u", "d_h_pre"];
-    args.extend(names.map(|name| Arg::of(call.operand(name))));
+    args.extend(names.map(|name| Arg::Pointer(call.operand_address(name))));
     args.extend([
         Arg::Pointer(d_sum),
         Arg::Pointer(d_w),
@@ -104,7 +104,7 @@ pub fn backward(call: &CheckedCall, memory: &mut Memory, x: u64) -> ([u64; 2], V
 /// The first of both for the one-pass kernel of the seam, from u_norm and without X'.
 pub fn seam_backward(call: &CheckedCall, memory: &mut Memory) -> (u64, Vec<Launch>) {
     if call.norm_width == 0 {
-        return (call.operand("d_u").data as u64, vec![]);
+        return (call.operand_address("d_u"), vec![]);
     }
     let [d_sum, d_w, _] = parts(&call.problem()).map(|part| memory.take(part));
     let blocks = call.tokens.min(if call.c < WIDE {
@@ -125,7 +125,9 @@ pub fn seam_backward(call: &CheckedCall, memory: &mut Memory) -> (u64, Vec<Launc
         "u_norm",
         "d_u",
     ];
-    let mut args = names.map(|name| Arg::of(call.operand(name))).to_vec();
+    let mut args = names
+        .map(|name| Arg::Pointer(call.operand_address(name)))
+        .to_vec();
     args.extend([
         Arg::Pointer(d_sum),
         Arg::Pointer(d_w),
@@ -153,7 +155,7 @@ pub fn seam_backward(call: &CheckedCall, memory: &mut Memory) -> (u64, Vec<Launc
 pub fn sum(call: &CheckedCall, d_w: u64, rows: usize) -> Launch {
     let args = vec![
         Arg::Pointer(d_w),
-        Arg::of(call.result("d_norm_scale")),
+        Arg::Pointer(call.result_address("d_norm_scale")),
         Arg::I32(rows as i32),
         Arg::I32(call.c as i32),
     ];

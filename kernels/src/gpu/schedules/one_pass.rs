@@ -132,13 +132,13 @@ pub fn forward(call: &CheckedCall, device: &Device) -> Option<Launch> {
     let plan = Forward::new(shape.channels, is_seam, has_norm);
     let tensor = |name, num_streams| {
         Arg::TensorMap(Tensor::new(
-            call.operand(name).data as u64,
+            call.operand_address(name),
             [call.tokens, num_streams, call.c],
             [plan.tokens, shape.channels],
         ))
     };
-    let operand = |name| Arg::of(call.operand(name));
-    let result = |name| Arg::of(call.result(name));
+    let operand = |name| Arg::Pointer(call.operand_address(name));
+    let result = |name| Arg::Pointer(call.result_address(name));
     let mut args = vec![tensor("x", STREAMS)];
     if is_seam {
         args.extend([tensor("y", 1), operand("h_post"), operand("h_res")]);

@@ -13,8 +13,8 @@ const SLAB_THREADS: usize = 1 << 30;
 /// The launches of a call, in their order.
 pub fn plan(call: &CheckedCall, _device: &Device) -> Vec<Launch> {
     vec![match call.kind {
-        Call::PostBwd => backward(call, call.operand("d_x_new").data as u64),
-        _ => forward(call, call.result("x_new").data as u64),
+        Call::PostBwd => backward(call, call.operand_address("d_x_new")),
+        _ => forward(call, call.result_address("x_new")),
     }]
 }
 
@@ -61,10 +61,10 @@ pub fn forward(call: &CheckedCall, x_new: u64) -> Launch {
         cluster: 1,
         shared_bytes: 0,
         args: vec![
-            Arg::of(call.operand("x")),
-            Arg::of(call.operand("y")),
-            Arg::of(call.operand("h_post")),
-            Arg::of(call.operand("h_res")),
+            Arg::Pointer(call.operand_address("x")),
+            Arg::Pointer(call.operand_address("y")),
+            Arg::Pointer(call.operand_address("h_post")),
+            Arg::Pointer(call.operand_address("h_res")),
             Arg::Pointer(x_new),
             Arg::I32(call.tokens as i32),
             Arg::I32(slab as i32),
@@ -104,13 +104,13 @@ pub fn backward(call: &CheckedCall, d_x_new: u64) -> Launch {
         cluster: 1,
         shared_bytes: 0,
         args: vec![
-            Arg::of(call.operand("x")),
-            Arg::of(call.operand("y")),
-            Arg::of(call.operand("h_post")),
+            Arg::Pointer(call.operand_address("x")),
+            Arg::Pointer(call.operand_address("y")),
+            Arg::Pointer(call.operand_address("h_post")),
             Arg::Pointer(d_x_new),
-            Arg::of(call.result("d_y")),
-            Arg::of(call.result("d_h_post")),
-            Arg::of(call.result("d_h_res")),
+            Arg::Pointer(call.result_address("d_y")),
+            Arg::Pointer(call.result_address("d_h_post")),
+            Arg::Pointer(call.result_address("d_h_res")),
             Arg::I32(call.n as i32),
             Arg::I32(call.c as i32),
         ],

@@ -13,7 +13,7 @@ pub fn plan(call: &CheckedCall, device: &Device) -> Vec<Launch> {
         if let Some(launch) = one_pass::forward(call, device) {
             return vec![launch];
         }
-        let x_new = call.result("x_new").data as u64;
+        let x_new = call.result_address("x_new");
         let mut launches = vec![post::forward(call, x_new)];
         launches.extend(pre::forward(call, device, memory, x_new));
         return launches;
@@ -26,7 +26,7 @@ pub fn plan(call: &CheckedCall, device: &Device) -> Vec<Launch> {
     let handed_on = pre::handed_on(call, "d_x_new_in", "h_res_new");
     let mut launches = vec![post::forward(call, x_new)];
     launches.extend(pre::backward(call, device, memory, x_new, handed_on));
-    launches.push(post::backward(call, call.result("d_x_new").data as u64));
+    launches.push(post::backward(call, call.result_address("d_x_new")));
     launches
 }
 

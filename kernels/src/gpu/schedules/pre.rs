@@ -22,7 +22,7 @@ pub fn plan(call: &CheckedCall, device: &Device) -> Vec<Launch> {
         return vec![launch];
     }
     let memory = &mut Memory::of(call);
-    let x = call.operand("x").data as u64;
+    let x = call.operand_address("x");
     match call.kind {
         Call::PreBwd => {
             let handed_on = handed_on(call, "d_x_in", "h_res");
@@ -50,8 +50,8 @@ pub fn backward_workspace(problem: &Problem) -> Workspace {
 /// The cotangent of the streams at the operand `d_x_in`, deferred or not.
 pub fn handed_on(call: &CheckedCall, d_x_in: &str, h_res: &str) -> HandedOn {
     HandedOn {
-        d_x_in: call.operand(d_x_in).data as u64,
-        h_res: (call.config.deferred).then(|| call.operand(h_res).data as u64),
+        d_x_in: call.operand_address(d_x_in),
+        h_res: (call.config.deferred).then(|| call.operand_address(h_res)),
     }
 }
 
@@ -61,24 +61,6 @@ fn kernel(call: &CheckedCall, function: &'static str) -> Kernel {
         function,
         size: streams_size(call.n, is_aligned(call.c)),
         dtype: call.dtype,
-    }
-}
-
-/// A result that the head does not have.
-fn optional_result(call: &CheckedCall, name: &str) -> Arg {
-    if call.kind.results().contains(&name) {
-        Arg::of(call.result(name))
-    } else {
-        Arg::Pointer(0)
-    }
-}
-
-/// The same for an operand.
-fn optional_operand(call: &CheckedCall, name: &str) -> Arg {
-    if call.kind.operands().contains(&name) {
-        Arg::of(call.operand(name))
-    } else {
-        Arg::Pointer(0)
     }
 }
 
@@ -96,14 +78,14 @@ pub fn forward(call: &CheckedCall, device: &Device, memory: &mut Memory, x: u64)
             Arg::Pointer(x),
             Arg::Pointer(partial),
             Arg::I32(shape.slices() as i32),
-            Arg::of(call.operand("alpha")),
-            Arg::of(call.operand("bias")),
-            Arg::of(call.result("u")),
-            optional_result(call, "h_pre"),
-            optional_result(call, "h_post"),
-            optional_result(call, "h_res"),
-            Arg::of(call.result("m")),
-            Arg::of(call.result("r")),
+            Arg::Pointer(call.operand_address("alpha")),
+            Arg::Pointer(call.operand_address("bias")),
+            Arg::Pointer(call.result_address("u")),
+            Arg::Pointer(call.result_address("h_pre")),
+            Arg::Pointer(call.result_address("h_post")),
+            Arg::Pointer(call.result_address("h_res")),
+            Arg::Pointer(call.result_address("m")),
+            Arg::Pointer(call.result_address("r")),
             Arg::I32(call.tokens as i32),
             Arg::I32(call.c as i32),
             Arg::I32(call.columns as i32),
@@ -202,14 +184,14 @@ pub fn backward(
         shared_bytes: shared_bytes.unwrap_or(0) as u32,
         args: vec![
             Arg::Pointer(x),
-            Arg::of(call.operand("alpha")),
-            Arg::of(call.operand("bias")),
-            Arg::of(call.operand("m")),
-            Arg::of(call.operand("r")),
+            Arg::Pointer(call.operand_address("alpha")),
+            Arg::Pointer(call.operand_address("bias")),
+            Arg::Pointer(call.operand_address("m")),
+            Arg::Pointer(call.operand_address("r")),
             Arg::Pointer(d_u),
             Arg::Pointer(d_h_pre),
-            optional_operand(call, "d_h_post"),
-            optional_operand(call, "d_h_res"),
+            Arg::Pointer(call.operand_address("d_h_post")),
+            Arg::Pointer(call.operand_address("d_h_res")),
             Arg::Pointer(dm_rows),
             Arg::Pointer(dm_columns),
             Arg::Pointer(h_pre),
@@ -231,8 +213,8 @@ pub fn backward(
         shared_bytes: 0,
         args: vec![
             Arg::Pointer(gate_sums),
-            Arg::of(call.result("d_bias")),
-            Arg::of(call.result("d_alpha")),
+            Arg::Pointer(call.result_address("d_bias")),
+            Arg::Pointer(call.result_address("d_alpha")),
             Arg::I32(blocks as i32),
             Arg::I32(num as i32),
             Arg::I32(num_alpha as i32),

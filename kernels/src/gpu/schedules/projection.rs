@@ -169,7 +169,7 @@ pub fn project(
         shared_bytes: shared_bytes as u32,
         args: vec![
             Arg::Pointer(x),
-            Arg::of(call.operand("phi")),
+            Arg::Pointer(call.operand_address("phi")),
             Arg::Pointer(partial),
             Arg::I32(call.tokens as i32),
             Arg::I32(shape.width() as i32),
@@ -264,7 +264,7 @@ pub fn project_back(
     factors: &Factors,
     handed_on: HandedOn,
 ) -> Vec<Launch> {
-    let d_x = call.result(call.kind.results()[0]).data as u64;
+    let d_x = call.result_address(call.kind.results()[0]);
     // H_res^T is applied on the way where that fits, and beforehand where not.
     let mixing = handed_on.h_res.and_then(|_| shape.mixing_block(device));
     let mix = (handed_on.h_res)
@@ -295,7 +295,7 @@ pub fn project_back(
         shared_bytes: shared_bytes as u32,
         args: vec![
             Arg::Pointer(x),
-            Arg::of(call.operand("phi")),
+            Arg::Pointer(call.operand_address("phi")),
             Arg::Pointer(factors.dm[0]),
             Arg::Pointer(factors.dm[1]),
             Arg::I32(shape.columns as i32),
@@ -349,7 +349,7 @@ pub fn d_phi(call: &CheckedCall, shape: Shape, x: u64, dm: [u64; 2], partial: u6
             shared_bytes: 0,
             args: vec![
                 Arg::Pointer(partial),
-                Arg::of(call.result("d_phi")),
+                Arg::Pointer(call.result_address("d_phi")),
                 Arg::I32(splits as i32),
                 Arg::I64(size as i64),
             ],

@@ -26,17 +26,17 @@ pub fn plan(call: &CheckedCall, _device: &Device) -> Vec<Launch> {
         Arg::I32(call.n as i32),
         Arg::Settings(call.config.into()),
     ];
-    let mut args = vec![Arg::of(call.operand("z"))];
+    let mut args = vec![Arg::Pointer(call.operand_address("z"))];
     let (kernel, shared_bytes) = if call.kind == Call::SinkhornFwd {
-        args.push(Arg::of(call.result("h_res")));
+        args.push(Arg::Pointer(call.result_address("h_res")));
         (kernel("sinkhorn_fwd"), 0)
     } else {
         let history = match shared_bytes {
             Some(_) => 0,
             None => Memory::of(call).take(history(&problem)),
         };
-        args.push(Arg::of(call.operand("d_h_res")));
-        args.push(Arg::of(call.result("d_z")));
+        args.push(Arg::Pointer(call.operand_address("d_h_res")));
+        args.push(Arg::Pointer(call.result_address("d_z")));
         args.push(Arg::Pointer(history));
         (kernel("sinkhorn_bwd"), shared_bytes.unwrap_or(0))
     };

@@ -103,8 +103,8 @@ fn check_memory(call: &CheckedCall, launches: &[Launch], name: &str) {
     let (start, len) = call.workspace().expect("there is one");
     let end = start + 4 * len as u64;
     let names = [call.kind.operands(), call.kind.results()];
-    let operands = names[0].iter().map(|name| call.operand(name).data as u64);
-    let results = names[1].iter().map(|name| call.result(name).data as u64);
+    let operands = names[0].iter().map(|name| call.operand_address(name));
+    let results = names[1].iter().map(|name| call.result_address(name));
     let given: Vec<u64> = operands.chain(results).chain([0]).collect();
     let mut parts: Vec<Span> = Vec::new();
     for launch in launches.iter().filter(|launch| !launch.grid.contains(&0)) {

@@ -54,8 +54,8 @@ pub fn plan(call: &CheckedCall, device: &Device, memory: &mut Memory) -> Option<
         .map(|part| memory.take(part));
     let r_dm = memory.take(r_dm(shape));
     let (d_u, mut launches) = norm::seam_backward(call, memory);
-    let operand = |name| call.operand(name).data as u64;
-    let result = |name| call.result(name).data as u64;
+    let operand = |name| call.operand_address(name);
+    let result = |name| call.result_address(name);
     let tensor = |address, num_streams| {
         let dims = [call.tokens, num_streams, call.c];
         Tensor::new(address, dims, [TILE, shape.channels])
@@ -126,7 +126,7 @@ fn phi(call: &CheckedCall, device: &Device, shape: Shape, r_dm: u64, d_phi: u64)
     const THREADS: u32 = 256;
     const SHARED_BYTES: u32 = 95_232;
     const BLOCKS_OF_SM: usize = 2;
-    let operand = |name| call.operand(name).data as u64;
+    let operand = |name| call.operand_address(name);
     let tensor = |name, num_streams| {
         let dims = [call.tokens, num_streams, call.c];
         Arg::TensorMap(Tensor::new(operand(name), dims, [TILE, CHANNELS]))

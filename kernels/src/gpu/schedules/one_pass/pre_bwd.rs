@@ -145,7 +145,7 @@ pub fn plan(
     let [d_z, gate_sums, d_phi] = Parts::of(&problem, shape)
         .all()
         .map(|part| memory.take(part));
-    let operand = |name| call.operand(name).data as u64;
+    let operand = |name| call.operand_address(name);
     let (d_w, ([d_u, d_h_pre], mut launches)) = if normalizes {
         let d_w = memory.take(norm_sums(&problem, shape));
         (d_w, (["d_u", "d_h_pre"].map(operand), vec![]))
@@ -164,7 +164,7 @@ pub fn plan(
         tensor(x, STREAMS),
         tensor(d_u, 1),
         tensor(handed_on.d_x_in, STREAMS),
-        tensor(call.result(call.kind.results()[0]).data as u64, STREAMS),
+        tensor(call.result_address(call.kind.results()[0]), STREAMS),
     ];
     args.extend(["phi", "alpha", "bias", "m", "r"].map(|name| Arg::Pointer(operand(name))));
     args.extend([
@@ -222,7 +222,9 @@ pub fn gates(call: &CheckedCall, d_z: u64) -> Launch {
     const LANES: usize = 2;
     const TOKENS: usize = 32 / LANES;
     let names = ["m", "alpha", "bias", "d_h_post", "d_h_res"];
-    let mut args = names.map(|name| Arg::of(call.operand(name))).to_vec();
+    let mut args = names
+        .map(|name| Arg::Pointer(call.operand_address(name)))
+        .to_vec();
     args.extend([
         Arg::Pointer(d_z),
         Arg::I32(call.tokens as i32),
@@ -257,9 +259,9 @@ pub fn sum_gradients(
         args: vec![
             Arg::Pointer(d_phi),
             Arg::Pointer(gate_sums),
-            Arg::of(call.result("d_phi")),
-            Arg::of(call.result("d_bias")),
-            Arg::of(call.result("d_alpha")),
+            Arg::Pointer(call.result_address("d_phi")),
+            Arg::Pointer(call.result_address("d_bias")),
+            Arg::Pointer(call.result_address("d_alpha")),
             Arg::I32(clusters as i32),
             Arg::I32(rows as i32),
             Arg::I32(size as i32),
