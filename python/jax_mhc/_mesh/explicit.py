@@ -1,58 +1,47 @@
-"""Calls on explicit axes: the types of the operands tell how they lie."""
+"""Calls on explicit axes: the types of the operands say how they are sharded."""
 
 from __future__ import annotations
 
 import functools
 import logging
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import NoReturn
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, reshard
 
 from jax_mhc._axes import Axes, entries, varying_axes
-from jax_mhc._call.table import Call, dims, is_parameter
+from jax_mhc._call.table import Call, Values
 from jax_mhc._errors import fail
 from jax_mhc._mesh.manual import missing_axes, on_device, sum_up
-from jax_mhc._mesh.spread import Layout, Spread, check_streams, pack, run_here, unpack
+from jax_mhc._mesh.spread import MeshLayout, Spread, check_streams, run_here
 
 
-def run_explicit(spread: Spread, *operands: Any) -> list[Any]:
-    """Runs a call on all devices. What does not lie as the streams do is brought there."""
-    mesh = jax.typeof(operands[0]).sharding.mesh
+def run_explicit(spread: Spread, operands: Values) -> Values:
+    """The results of a call on all devices. Operands are resharded as the streams are."""
+    mesh = jax.typeof(operands[spread.call.operands[0]]).sharding.mesh
     if AxisType.Auto in mesh.axis_types:
         _warn_of_auto(mesh)
-    layout, values = _layout(spread, operands), spread.operands()
-    batch = layout.lead[0] or None if spread.mapped is not None else None
-    # Gradients lie as what they are gradients of, those of elements of a batch where these lie.
-    of_batch = [batch] * (spread.mapped is not None)
+    layout, described = _layout(spread, operands), spread.operands()
+    # Gradients are sharded as their operands are, gradients of elements of a batch as the batch.
+    of_batch = [layout.lead[0] or None] if spread.has_batch else []
     specs_kept = {
-        f"d_{value.name}": PartitionSpec(*of_batch, *jax.typeof(o).sharding.spec[value.mapped :])
-        for value, o in zip(values, operands, strict=True)
+        f"d_{name}": PartitionSpec(*of_batch, *jax.typeof(operands[name]).sharding.spec[is_mapped:])
+        for name, (_, is_mapped) in described.items()
     }
 
-    def lie(array: Any, spec: PartitionSpec) -> Any:
+    def resharded(array: jax.Array, spec: PartitionSpec) -> jax.Array:
         return reshard(array, NamedSharding(mesh, spec))
 
-    # phi's rows, n times C, cannot be split as C is: it goes through a form that is whole.
-    whole = [
-        lie(o, PartitionSpec(*[batch] * value.mapped)) if value.name == "phi" else o
-        for value, o in zip(values, operands, strict=True)
-    ]
-    packed = pack(values, whole, operands[0].shape[-2])
-    specs = [layout.spec(spread, value) for value in values]
-    types = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in packed)
-    results = _on_all(spread, layout, mesh, types)(*map(lie, packed, specs))
-    whole = [
-        lie(result, PartitionSpec(*[batch] * value.mapped)) if value.name == "d_phi" else result
-        for value, result in zip(spread.results(), results, strict=True)
-    ]
-    return [
-        lie(result, specs_kept[value.name]) if value.name in specs_kept else result
-        for value, result in zip(spread.results(), unpack(spread.results(), whole), strict=True)
-    ]
+    given = {
+        name: resharded(operands[name], layout.spec(spread, *value))
+        for name, value in described.items()
+    }
+    results = _on_all(spread, layout, mesh)(given)
+    return {
+        name: resharded(result, specs_kept[name]) if name in specs_kept else result
+        for name, result in results.items()
+    }
 
 
 @functools.cache
@@ -64,84 +53,59 @@ def _warn_of_auto(mesh: AbstractMesh) -> None:
 
 
 @functools.cache
-def _on_all(
-    spread: Spread, layout: Layout, mesh: AbstractMesh, types: tuple[jax.ShapeDtypeStruct, ...]
-) -> Callable[..., Any]:
-    """types: those of the operands, which are not to be taken from the program (`kept.py`)."""
-    operand_specs = tuple(layout.spec(spread, value) for value in spread.operands())
-    result_specs = tuple(layout.spec(spread, value) for value in spread.results())
-    result_types = jax.eval_shape(functools.partial(run_here, spread), *types)
+def _on_all(spread: Spread, layout: MeshLayout, mesh: AbstractMesh) -> Callable[[Values], Values]:
+    operand_specs = {name: layout.spec(spread, *v) for name, v in spread.operands().items()}
+    result_specs = {name: layout.spec(spread, *v) for name, v in spread.results().items()}
     spread = spread._replace(hidden_axes=layout.hidden)
-    batch = layout.lead[0] if spread.mapped is not None else ()
+    batch = layout.lead[0] if spread.has_batch else ()
 
-    def of_one(*values: Any) -> Any:
-        own = [_part(type, spec, mesh) for type, spec in zip(types, operand_specs, strict=True)]
-        operands = _with_empty(values, own)
+    def of_one(operands: Values) -> Values:
         # Every element of a batch has a gradient of its own.
-        kept = [varying_axes(operand).union(batch) for operand in operands]
-        results = on_device(run_here, spread, *operands)
-        return _without_empty(sum_up(results, missing_axes(spread, kept, operands)), result_types)
+        kept = {name: varying_axes(array).union(batch) for name, array in operands.items()}
+        results = on_device(run_here, spread, operands)
+        return sum_up(results, missing_axes(spread, kept, operands))
 
-    run = of_one
+    run: Callable[[Values], Values] = of_one
     if layout.axes():
         run = jax.shard_map(
             of_one,
             mesh=mesh,
-            in_specs=_without_empty(operand_specs, types),
-            out_specs=_without_empty(result_specs, result_types),
-            # Not those over which nothing is split: an enclosing jax.vmap may have them.
+            in_specs=(operand_specs,),
+            out_specs=result_specs,
+            # No axis over which nothing is sharded: an enclosing jax.vmap may have it.
             axis_names=set(layout.axes()),
         )
 
-    def of_all(*operands: Any) -> list[Any]:
-        results = _with_empty(run(*_without_empty(operands, types)), result_types)
-        return [
-            reshard(r, NamedSharding(mesh, s)) for r, s in zip(results, result_specs, strict=True)
-        ]
+    def of_all(operands: Values) -> Values:
+        return {
+            name: reshard(result, NamedSharding(mesh, result_specs[name]))
+            for name, result in run(operands).items()
+        }
 
     return jax.jit(of_all)
 
 
-def _without_empty(values: Sequence[Any], types: Sequence[jax.ShapeDtypeStruct]) -> tuple[Any, ...]:
-    """The values, one for each of the types, but those of the types that are empty."""
-    return tuple(value for value, type in zip(values, types, strict=True) if type.size)
-
-
-def _with_empty(values: Sequence[Any], types: Sequence[jax.ShapeDtypeStruct]) -> list[Any]:
-    """The other way round."""
-    rest = iter(values)
-    return [next(rest) if type.size else jnp.zeros(type.shape, type.dtype) for type in types]
-
-
-def _part(
-    type: jax.ShapeDtypeStruct, spec: PartitionSpec, mesh: AbstractMesh
-) -> jax.ShapeDtypeStruct:
-    """What one device has of an array of a type."""
-    shape = [
-        size // math.prod(mesh.shape[axis] for axis in axes)
-        for size, axes in zip(type.shape, entries(spec, len(type.shape)), strict=True)
-    ]
-    return jax.ShapeDtypeStruct(shape, type.dtype)
-
-
-def _layout(spread: Spread, operands: Sequence[Any]) -> Layout:
-    """That of the streams; what they leave open is as other operands have it."""
-    has_batch = spread.mapped is not None
-    rank = operands[0].ndim - 2 - spread.operands()[0].mapped
-    found: dict[Any, Axes] = {}
-    for value, operand in zip(spread.operands(), operands, strict=True):
-        if is_parameter(value.name):
+def _layout(spread: Spread, operands: Values) -> MeshLayout:
+    """The layout of the streams; other operands say what these leave open."""
+    described = spread.operands()
+    (streams, of_batch), *_ = described.values()
+    rank = operands[streams.name].ndim - 2 - of_batch
+    found: dict[int | str, Axes] = {}
+    for name, (value, is_mapped) in described.items():
+        if not value.has_tokens:
             continue
-        # Which dimension of the call each one of the operand is: a number, or its letter.
-        which: list[Any] = [0] if value.mapped else []
-        for dim in dims(value.name):
-            which += range(has_batch, has_batch + rank) if dim == "*" else [dim]
-        of_dims = entries(jax.typeof(operand).sharding.spec, operand.ndim)
+        # The dimension of the call that each dimension of the operand is: a number, or a letter.
+        which: list[int | str] = [0] if is_mapped else []
+        which += range(spread.has_batch, spread.has_batch + rank)
+        which += value.dims
+        of_dims = entries(jax.typeof(operands[name]).sharding.spec, operands[name].ndim)
         for dim, axes in zip(which, of_dims, strict=True):
-            check_streams(spread.call, value.name, axes if dim == "n" else ())
-            if axes and dim != "-" and found.setdefault(dim, axes) != axes:
-                _fail_to_agree(spread.call, value.name, found[dim], axes)
-    layout = Layout(tuple(found.get(at, ()) for at in range(has_batch + rank)), found.get("C", ()))
+            check_streams(spread.call, name, axes if value.is_streams and dim == "n" else ())
+            is_shared = isinstance(dim, int) or dim == "C"
+            if axes and is_shared and found.setdefault(dim, axes) != axes:
+                _fail_to_agree(spread.call, name, found[dim], axes)
+    lead = tuple(found.get(at, ()) for at in range(spread.has_batch + rank))
+    layout = MeshLayout(lead, found.get("C", ()))
     if len(set(layout.axes())) < len(layout.axes()):
         _fail_to_agree(spread.call, "y", layout.lead, layout.hidden)
     return layout

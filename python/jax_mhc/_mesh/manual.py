@@ -2,97 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from jax_mhc._axes import Axes, varying_axes
-from jax_mhc._call.table import Call, dims, is_parameter
+from jax_mhc._call.table import Call, Value, Values
 from jax_mhc._mesh.split import run_split
-from jax_mhc._mesh.spread import Spread, Value, map_batch, pack, unpack
+from jax_mhc._mesh.spread import Spread, map_batch
 
-# Runs a call whose channels are not split over manual axes, `(spread, *operands) -> results`.
-Leaf = Callable[..., Sequence[Any]]
-
-
-def run_manual(leaf: Leaf, spread: Spread, *operands: Any) -> list[Any]:
-    """Runs a call on this device, and sums gradients up. Parameters come with all channels."""
-    values = spread.operands()
-    whole = pack(values, operands, operands[0].shape[-2])
-    own = [
-        _own_channels(spread.hidden_axes, value, array)
-        for value, array in zip(values, whole, strict=True)
-    ]
-    results = [
-        _all_channels(spread.hidden_axes, value, array)
-        for value, array in zip(spread.results(), on_device(leaf, spread, *own), strict=True)
-    ]
-    kept = [varying_axes(array) for array in whole]
-    return unpack(spread.results(), sum_up(results, missing_axes(spread, kept, own)))
+# Runs a call whose channels are not sharded over manual axes.
+Leaf: TypeAlias = Callable[[Spread, Values], Values]
 
 
-def on_device(leaf: Leaf, spread: Spread, *operands: Any) -> Sequence[Any]:
-    """What a device computes of what it has, phi being [n, C, K]; nothing is summed up."""
+def run_manual(leaf: Leaf, spread: Spread, operands: Values) -> Values:
+    """The results of a call on this device, with gradients summed over devices.
+
+    Parameters come with all channels.
+    """
+    axes = spread.hidden_axes
+    own = {
+        name: _own_channels(axes, operands[name], *described)
+        for name, described in spread.operands().items()
+    }
+    here = on_device(leaf, spread, own)
+    results = {
+        name: _all_channels(axes, here[name], *described)
+        for name, described in spread.results().items()
+    }
+    kept = {name: varying_axes(array) for name, array in operands.items()}
+    return sum_up(results, missing_axes(spread, kept, own))
+
+
+def on_device(leaf: Leaf, spread: Spread, operands: Values) -> Values:
+    """The results of a call on a device's own shards; nothing is summed over devices."""
     if not spread.hidden_axes:
-        return leaf(spread, *operands)
-    if spread.mapped is not None:
+        return leaf(spread, operands)
+    if spread.has_batch:
         return map_batch(partial(on_device, leaf, spread._replace(mapped=None)), spread, operands)
 
-    def inner(call: Call, *operands: Any) -> Sequence[Any]:
-        return leaf(Spread(call), *operands)
+    def inner(call: Call, operands: Values) -> Values:
+        return leaf(Spread(call), operands)
 
-    return run_split(inner, spread.call, spread.hidden_axes, *operands)
+    return run_split(inner, spread.call, spread.hidden_axes, operands)
 
 
 def missing_axes(
-    spread: Spread, kept: Sequence[frozenset[str]], operands: Sequence[Any]
-) -> list[Axes]:
-    """Of each result, the axes over which it is to be summed up: only gradients have any.
+    spread: Spread, kept: Mapping[str, frozenset[str]], operands: Values
+) -> dict[str, Axes]:
+    """The axes over which each result is to be summed: only gradients have any.
 
     Args:
         spread: the call.
         kept: the axes over which the gradient of each operand may vary.
-        operands: those of the call.
+        operands: the operands of the call.
     """
-    everywhere = frozenset[str]().union(*map(varying_axes, operands))
-    of_gradients = dict(zip((f"d_{name}" for name in spread.call.operands), kept, strict=True))
-    missing = (everywhere - of_gradients.get(name, everywhere) for name in spread.call.results)
+    everywhere = frozenset[str]().union(*map(varying_axes, operands.values()))
     # In the mesh's order, which is the same in every process.
-    names = jax.typeof(operands[0]).sharding.mesh.axis_names
-    return [tuple(name for name in names if name in axes) for axes in missing]
+    streams = operands[spread.call.operands[0]]
+    names = jax.typeof(streams).sharding.mesh.axis_names
+    missing = {
+        result: everywhere - kept.get(result.removeprefix("d_"), everywhere)
+        if result.startswith("d_")
+        else frozenset[str]()
+        for result in spread.call.results
+    }
+    return {
+        result: tuple(name for name in names if name in axes) for result, axes in missing.items()
+    }
 
 
-def sum_up(results: Sequence[Any], axes: Sequence[Axes]) -> list[Any]:
-    """Sums each result up over its axes; XLA makes one all-reduce of those with the same axes."""
-    return [
-        jax.lax.psum(result, some) if some else result
-        for result, some in zip(results, axes, strict=True)
-    ]
+def sum_up(results: Values, axes: Mapping[str, Axes]) -> Values:
+    """The sum of each result over its axes; XLA makes one all-reduce of equal axes."""
+    return {
+        name: jax.lax.psum(result, axes[name]) if axes[name] else result
+        for name, result in results.items()
+    }
 
 
-def _channels_axis(value: Value) -> int | None:
-    """Which axis of a parameter has the channels, if any."""
-    if not is_parameter(value.name) or "C" not in dims(value.name):
+def _channels_axis(value: Value, is_mapped: bool) -> int | None:
+    """The axis of a parameter that has the channels, if any."""
+    if value.has_tokens or "C" not in value.dims:
         return None
-    return dims(value.name).index("C") + value.mapped
+    return value.dims.index("C") + is_mapped
 
 
-def _own_channels(axes: Axes, value: Value, array: Any) -> Any:
-    """This device's channels of a parameter; all of other values."""
-    at = _channels_axis(value)
-    if not axes or at is None or not array.shape[at]:
+def _own_channels(axes: Axes, array: jax.Array, value: Value, is_mapped: bool) -> jax.Array:
+    """This device's channels of a parameter; other values as they are."""
+    at = _channels_axis(value, is_mapped)
+    if not axes or at is None:
         return array
     own = array.shape[at] // jax.lax.axis_size(axes)
     return jax.lax.dynamic_slice_in_dim(array, jax.lax.axis_index(axes) * own, own, at)
 
 
-def _all_channels(axes: Axes, value: Value, array: Any) -> Any:
+def _all_channels(axes: Axes, array: jax.Array, value: Value, is_mapped: bool) -> jax.Array:
     """The gradient of all channels of a parameter, zero for those of other devices."""
-    at = _channels_axis(value)
-    if not axes or at is None or not array.shape[at]:
+    at = _channels_axis(value, is_mapped)
+    if not axes or at is None:
         return array
     own, shape = array.shape[at], list(array.shape)
     shape[at] *= jax.lax.axis_size(axes)

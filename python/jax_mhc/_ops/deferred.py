@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from jax_mhc._check import accumulation_dtype
+from jax_mhc._ops.fused_op import instantiate
 from jax_mhc._types import Context
 from jax_mhc.reference import mix
 
@@ -32,28 +33,27 @@ def streams(ctx: Context) -> tuple[bool, jax.Array]:
     return True, ctx._deferred
 
 
-def gradient(deferred: bool, d_x_new: Any, h_res: Any) -> jax.Array:
-    """The cotangent of these streams from that of X'."""
-    return d_x_new if deferred else _mix_back(h_res, d_x_new).astype(d_x_new.dtype)
+def gradient(defers: bool, d_x_new: jax.Array, h_res: jax.Array) -> jax.Array:
+    """The cotangent of the streams that post reads, from that of X'."""
+    return d_x_new if defers else _mix_back(h_res, d_x_new).astype(d_x_new.dtype)
 
 
-def _mix_back(h_res: Any, g: Any) -> jax.Array:
+def _mix_back(h_res: jax.Array, g: jax.Array) -> jax.Array:
     """H_resᵀ G in the accumulation dtype."""
     return mix(jnp.swapaxes(h_res, -1, -2), g.astype(accumulation_dtype(g.dtype)))
 
 
-def handed_on(d_x: Any, d_deferred: Any, h_res: Any) -> tuple[jax.Array, bool]:
-    """What pre's backward adds to, from the cotangents of both; and whether it is deferred."""
+def d_x_in(d_x: Any, d_deferred: Any, h_res: jax.Array) -> tuple[jax.Array, bool]:
+    """The cotangent that pre's backward adds to, and whether it is deferred.
+
+    Args:
+        d_x: the cotangent of the public streams, or a symbolic zero.
+        d_deferred: the deferred cotangent, or a symbolic zero.
+        h_res: the matrix of the post that d_deferred comes from.
+    """
     if isinstance(d_deferred, SymbolicZero):
         return instantiate(d_x), False
     if isinstance(d_x, SymbolicZero):
         return d_deferred, True
     # Somebody beside post reads the streams: rare enough for a pass of its own.
     return (d_x + _mix_back(h_res, d_deferred)).astype(d_x.dtype), False
-
-
-def instantiate(cotangent: Any) -> Any:
-    """An array in place of a symbolic zero."""
-    if isinstance(cotangent, SymbolicZero):
-        return jnp.zeros(cotangent.shape, cotangent.dtype)
-    return cotangent

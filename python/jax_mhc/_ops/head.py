@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, reference
-from jax_mhc._call.dispatch import (
-    Implementation,
-    Settings,
-    fused_call,
-    reverse_mode_only,
-    use_fused,
-)
+from jax_mhc._call import Implementation, Settings, Values, use_fused
+from jax_mhc._ops.fused_op import fused_call, fused_op, instantiate, named
 from jax_mhc._types import HeadParams, MHCConfig
 from jax_mhc.presets import PAPER
 
@@ -64,22 +57,19 @@ def head(
         if not use_fused(op, implementation, x.dtype, axes):
             return reference.head(x, HeadParams(phi, alpha, bias), config=config)
         settings = Settings(config, hidden_axes=axes, fused=implementation == "fused")
-        return _head(settings, *reverse_mode_only(op, x, phi, alpha, bias))
+        operands = {"x": x, "phi": phi, "alpha": alpha, "bias": bias}
+        return _head(op, settings, operands)["u"]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _head(settings: Settings, *operands: Any) -> Any:
-    return _head_fwd(settings, *operands)[0]
+def _forward(settings: Settings, operands: Values) -> tuple[Values, Values]:
+    got = named(fused_call("head_fwd", settings, operands))
+    return {"u": got["u"]}, operands | {"m": got["m"], "r": got["r"]}
 
 
-def _head_fwd(settings: Settings, *operands: Any) -> Any:
-    u, *normalized = fused_call("head_fwd", settings, *operands)
-    m, r = checkpoint_name(normalized, "mhc_coefficients")
-    return checkpoint_name(u, "mhc_layer_input"), (*operands, m, r)
+def _backward(settings: Settings, kept: Values, cotangents: dict[str, Any]) -> Values:
+    operands = kept | {"d_u": instantiate(cotangents["u"])}
+    got = fused_call("head_bwd", settings, operands)
+    return {name.removeprefix("d_"): gradient for name, gradient in got.items()}
 
 
-def _head_bwd(settings: Settings, saved: Any, d_u: Any) -> Any:
-    return tuple(fused_call("head_bwd", settings, *saved, d_u))
-
-
-_head.defvjp(_head_fwd, _head_bwd)
+_head = fused_op(_forward, _backward)

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, reference
-from jax_mhc._call.dispatch import (
-    Implementation,
-    Settings,
-    fused_call,
-    reverse_mode_only,
-    use_fused,
-)
-from jax_mhc._ops.deferred import gradient, handed_on, instantiate, streams
-from jax_mhc._ops.kept import keep, named, restore
-from jax_mhc._ops.pre import dense
+from jax_mhc._call import Implementation, Settings, Values, use_fused
+from jax_mhc._ops.deferred import d_x_in, gradient, streams
+from jax_mhc._ops.fused_op import fused_call, fused_op, named
+from jax_mhc._ops.params import operands_of
+from jax_mhc._ops.pre import KEPT, context_of, cotangents_of
 from jax_mhc._types import Context, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
@@ -81,48 +73,32 @@ def post_pre(
                 y, ctx, MHCParams(phi, alpha, bias), config=config,
                 norm_scale=norm_scale, norm_scale_eps=eps,
             )  # fmt: skip
-        deferred, x = streams(ctx)
-        params_and_scale = dense(phi, alpha, bias, norm_scale, x, axes)
-        operands = (x, y, ctx.h_post, ctx.h_res, *params_and_scale)
-        settings = Settings(config, eps, axes, implementation == "fused")
-        u, *context = _post_pre(settings, deferred, *reverse_mode_only(op, *operands))
-        return u, Context._of(*context)
+        defers, x = streams(ctx)
+        operands = {"x": x, "y": y, "h_post": ctx.h_post, "h_res": ctx.h_res}
+        operands |= operands_of(phi, alpha, bias, norm_scale)
+        settings = Settings(config, eps, axes, implementation == "fused", defers)
+        results = _post_pre(op, settings, operands)
+        return results["u"], context_of(results)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _post_pre(settings: Settings, deferred: bool, *operands: Any) -> Any:
-    return _run(settings, *operands)[0]
+def _forward(settings: Settings, operands: Values) -> tuple[Values, Values]:
+    got = named(fused_call("post_pre_fwd", settings, operands))
+    results = {name: got[name] for name in ("u", "h_pre", "h_post", "h_res")}
+    results |= {"x": got["x_new"], "deferred": got["x_new"]}
+    kept = operands | {name: got[name] for name in KEPT if name in got}
+    kept["h_res_new"] = got["h_res"]
+    if "norm_scale" in operands:
+        # The layer keeps its input, too.
+        kept["u_norm"] = got["u"]
+    return results, kept
 
 
-def _run(settings: Settings, *operands: Any) -> Any:
-    x_new, u, *coefficients = fused_call("post_pre_fwd", settings, *operands)
-    x_new = checkpoint_name(x_new, "mhc_streams")
-    u = checkpoint_name(u, "mhc_layer_input")
-    h_pre, h_post, h_res, *others = named(coefficients, "mhc_coefficients")
-    *_, norm_scale = operands
-    kept = keep((*operands, *others, u_norm(u, norm_scale), h_res))
-    return (u, x_new, x_new, h_pre, h_post, h_res), kept
+def _backward(settings: Settings, kept: Values, cotangents: dict[str, Any]) -> Values:
+    d_x_new, deferred = d_x_in(cotangents["x"], cotangents["deferred"], kept["h_res_new"])
+    operands = kept | {"d_x_new_in": d_x_new} | cotangents_of(cotangents)
+    got = fused_call("post_pre_bwd", settings, operands, deferred=deferred)
+    d_x = gradient(settings.defers, got.pop("d_x_new"), kept["h_res"])
+    return {"x": d_x} | {name.removeprefix("d_"): value for name, value in got.items()}
 
 
-def u_norm(u: Any, norm_scale: Any) -> Any:
-    """What the backward pass wants of u, which the layer keeps too: all, if there is a norm."""
-    return u if norm_scale.shape[0] else jnp.zeros((*u.shape[:-1], 0), u.dtype)
-
-
-def _post_pre_fwd(settings: Settings, deferred: bool, *operands: Any) -> Any:
-    return _run(settings, *(operand.value for operand in operands))
-
-
-def _post_pre_bwd(settings: Settings, deferred: bool, saved: Any, cotangents: Any) -> Any:
-    saved = restore(saved)
-    d_u, d_x_new, d_deferred, *d_h = cotangents
-    _, _, _, h_res, *_, h_res_new = saved
-    d_x_new_in, deferred_new = handed_on(d_x_new, d_deferred, h_res_new)
-    others = map(instantiate, (d_u, *d_h))
-    d_x_new, *gradients = fused_call(
-        "post_pre_bwd", settings, *saved, *others, d_x_new_in, deferred=deferred_new
-    )
-    return gradient(deferred, d_x_new, h_res), *gradients
-
-
-_post_pre.defvjp(_post_pre_fwd, _post_pre_bwd, symbolic_zeros=True)
+_post_pre = fused_op(_forward, _backward)

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, reference
-from jax_mhc._call.dispatch import (
-    Implementation,
-    Settings,
-    fused_call,
-    reverse_mode_only,
-    use_fused,
-)
-from jax_mhc._ops.deferred import handed_on, instantiate
-from jax_mhc._ops.kept import keep, named, restore
+from jax_mhc._call import Implementation, Settings, Values, use_fused
+from jax_mhc._ops.deferred import d_x_in
+from jax_mhc._ops.fused_op import fused_call, fused_op, instantiate, named
+from jax_mhc._ops.params import operands_of
 from jax_mhc._types import Context, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
@@ -106,55 +98,41 @@ def pre(
                 x, MHCParams(phi, alpha, bias), config=config,
                 norm_scale=norm_scale, norm_scale_eps=eps,
             )  # fmt: skip
-        operands = (x, *dense(phi, alpha, bias, norm_scale, x, axes))
+        operands = {"x": x} | operands_of(phi, alpha, bias, norm_scale)
         settings = Settings(config, eps, axes, implementation == "fused")
-        u, *context = _pre(settings, *reverse_mode_only(op, *operands))
-        return u, Context._of(*context)
+        results = _pre(op, settings, operands)
+        return results["u"], context_of(results)
 
 
-def dense(
-    phi: jax.Array | None,
-    alpha: jax.Array | None,
-    bias: jax.Array,
-    norm_scale: jax.Array | None,
-    x: jax.Array,
-    hidden_axes: tuple[str, ...] = (),
-) -> tuple[jax.Array, ...]:
-    """The form that the kernels take: what is not there has no values.
-
-    Static coefficients are a phi without columns.
-    """
-    dtype = _check.accumulation_dtype(x.dtype)
-    if phi is None or alpha is None:
-        phi = jnp.zeros((x.shape[-2] * _check.num_channels(x, hidden_axes), 0), dtype)
-        alpha = jnp.zeros((3,), dtype)
-    if norm_scale is None:
-        norm_scale = jnp.zeros((0,), dtype)
-    return phi, alpha, bias, norm_scale
+def context_of(results: Values) -> Context:
+    """The context of a sublayer, from the results of pre or post_pre."""
+    fields = "x", "deferred", "h_pre", "h_post", "h_res"
+    return Context._of(*(results[name] for name in fields))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _pre(settings: Settings, *operands: Any) -> Any:
-    return _run(settings, *operands)[0]
+def _forward(settings: Settings, operands: Values) -> tuple[Values, Values]:
+    got = named(fused_call("pre_fwd", settings, operands))
+    kept = operands | {name: got[name] for name in KEPT if name in got}
+    x = operands["x"]
+    results = {name: got[name] for name in ("u", "h_pre", "h_post", "h_res")}
+    return results | {"x": x, "deferred": x}, kept | {"h_res": got["h_res"]}
 
 
-def _run(settings: Settings, x: Any, *params: Any) -> Any:
-    u, *coefficients = fused_call("pre_fwd", settings, x, *params)
-    u = checkpoint_name(u, "mhc_layer_input")
-    h_pre, h_post, h_res, *others = named(coefficients, "mhc_coefficients")
-    return (u, x, x, h_pre, h_post, h_res), keep((x, *params, *others, h_res))
+# Results of the forward calls of pre and post_pre that the backward calls take.
+KEPT = ("m", "r", "rho")
 
 
-def _pre_fwd(settings: Settings, *operands: Any) -> Any:
-    return _run(settings, *(operand.value for operand in operands))
+def _backward(settings: Settings, kept: Values, cotangents: dict[str, Any]) -> Values:
+    d_x, deferred = d_x_in(cotangents["x"], cotangents["deferred"], kept["h_res"])
+    operands = kept | {"d_x_in": d_x} | cotangents_of(cotangents)
+    got = fused_call("pre_bwd", settings, operands, deferred=deferred)
+    return {name.removeprefix("d_"): gradient for name, gradient in got.items()}
 
 
-def _pre_bwd(settings: Settings, saved: Any, cotangents: Any) -> Any:
-    saved = restore(saved)
-    d_u, d_x, d_deferred, *d_h = cotangents
-    d_x_in, deferred = handed_on(d_x, d_deferred, h_res=saved[-1])
-    others = map(instantiate, (d_u, *d_h))
-    return tuple(fused_call("pre_bwd", settings, *saved, *others, d_x_in, deferred=deferred))
+def cotangents_of(cotangents: dict[str, Any]) -> Values:
+    """The cotangents of the layer's input and of the coefficients as operands of a call."""
+    names = "u", "h_pre", "h_post", "h_res"
+    return {f"d_{name}": instantiate(cotangents[name]) for name in names}
 
 
-_pre.defvjp(_pre_fwd, _pre_bwd, symbolic_zeros=True)
+_pre = fused_op(_forward, _backward)

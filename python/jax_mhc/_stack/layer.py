@@ -1,4 +1,4 @@
-"""A layer of a scan of seams: its passes, and what it keeps between them.
+"""A layer of the own scan: its passes, and what it keeps between them.
 
 It keeps what JAX's derivative of it does, but for what the backward pass has anyway (slices of xs,
 what the layer closes over), what follows from the latter alone, and wider copies of other values,
@@ -17,8 +17,8 @@ import jax.numpy as jnp
 class Layer:
     """The forward and the backward pass of a layer `(u, s, constants) -> y`.
 
-    has_norm: whether the seam's backward pass wants u.
-    keeps_input: whether u is kept, where it is wanted; else it is computed again.
+    has_norm: whether the backward pass of pre requires u.
+    keeps_input: whether u is kept, where it is required; else it is computed again.
 
     `given` is (s, other_s, constants, other_constants), of which each pair makes up the layer's
     s and constants; those without a name have no gradient.
@@ -69,10 +69,8 @@ class Layer:
         y, *kept = jax.core.eval_jaxpr(self.passes, self.consts, u, *jax.tree.leaves(given))
         return y, kept
 
-    def input(self, kept: list[Any], again: Any, like: Any) -> Any:
-        """The u that the seam wants, kept or there again; without a norm nothing of `like`."""
-        if not self.has_norm:
-            return jnp.zeros((*like.shape[:-1], 0), like.dtype)
+    def input(self, kept: list[Any], again: Any) -> Any:
+        """The u that the backward pass of the norm requires, kept or computed again."""
         return dict(zip(self.kept, kept, strict=True)).get(id(self.u), again)
 
     def backward(self, kept: list[Any], again: Any, given: Any) -> Any:

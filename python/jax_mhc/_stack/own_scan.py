@@ -1,10 +1,10 @@
-"""A scan over blocks of sublayers that are joined by seams, with a backward pass of its own.
+"""A scan over blocks of sublayers that post_pre joins, with a backward pass of its own.
 
 JAX's derivative of a scan copies what an iteration keeps for the backward pass into an array over
 all iterations, and fills that array with zeros beforehand: of the streams, 3 n·C values a token
-for every sublayer. Here the loop carries the arrays of streams. A seam writes its streams to their
-place there, and the next one reads them from there; on GPUs XLA hands the kernels these places
-themselves (dynamic-slice fusion), and nothing is filled.
+for every sublayer. Here the loop carries the arrays of streams. A post_pre writes its streams to
+their place there, and the next one reads them from there; on GPUs XLA hands the kernels these
+places themselves (dynamic-slice fusion), and nothing is filled.
 
 Streams are kept before every stretch of sublayers, which may be one of them; within longer ones the
 backward pass computes them again from what the layers returned, and runs no layer.
@@ -21,19 +21,20 @@ import jax
 import jax.numpy as jnp
 
 from jax_mhc._axes import varying_like
-from jax_mhc._call.dispatch import Settings, fused_call, reverse_mode_only
+from jax_mhc._call import Settings, Values, reverse_mode_only
 from jax_mhc._check import accumulation_dtype
 from jax_mhc._mesh.types import empty_stack, empty_stack_of, of_tokens
-from jax_mhc._ops.kept import keep, restore
+from jax_mhc._ops.fused_op import fused_call
+from jax_mhc._ops.pre import KEPT
 from jax_mhc._stack.layer import Layer, is_inexact, merge, partition
 from jax_mhc._stack.structure import structure
 from jax_mhc.diagnostics import sample_tokens
 
 
-def scan_of_seams(
+def own_scan(
     layers: Sequence[Callable[..., Any]],
     x: Any,
-    params: Sequence[tuple[Any, ...]],
+    params: Sequence[Values],
     xs: Any,
     *,
     settings: Settings,
@@ -46,10 +47,10 @@ def scan_of_seams(
         layers: the sublayers of a block, `(u, s) -> y`. They are traced once and may close over
             arrays.
         x: the streams.
-        params: what `dense` gives for each of layers, stacked over the blocks, of which there is at
-            least one.
+        params: the parameters of each of layers as operands of its call, stacked over the blocks,
+            of which there is at least one.
         xs: a pytree of arrays, stacked too.
-        settings: those of all sublayers.
+        settings: the settings of all sublayers.
         stretches: what is computed again. An iteration has at least two sublayers; one alone would
             read from the array that it writes to.
         num_samples: S, or 0.
@@ -65,14 +66,13 @@ def scan_of_seams(
         [value for layer in traced for value in layer.consts],
         lambda value: isinstance(value, jax.core.Tracer) and is_inexact(value),
     )
-    operands, treedef = jax.tree.flatten((x, params, xs, constants))
-    operands = jax.tree.unflatten(treedef, reverse_mode_only("stack", *operands))
+    x, others = reverse_mode_only("stack", x, (params, xs, constants))
+    operands = (x, *others)
 
     scan = _Scan(traced, settings, stretches, num_samples)
-    norms = tuple(norm_scale.shape[1] > 0 for *_, norm_scale in params)
     layout = jax.tree.structure((operands, other_xs, other_constants))
     layers_structure = tuple(structure(layer.jaxpr) for layer in traced)
-    key = layers_structure, norms, layout, settings, stretches, num_samples
+    key = layers_structure, layout, settings, stretches, num_samples
     run = _compiled(_Keyed(key, scan))
     x_new, h_res = run(*operands, other_xs, other_constants)
     return x_new, jax.tree.map(lambda h: h.reshape(-1, *h.shape[2:]), h_res)
@@ -119,20 +119,15 @@ class _Scan:
         num_samples: int,
     ):
         self.traced, self.hidden_axes = traced, settings.hidden_axes
-        self.seam_settings = settings
-        self.post_settings = settings._replace(config=None, norm_scale_eps=None)
+        self.settings = settings
         self.length, self.num_together, self.keeps_inputs = stretches
         self.num_samples = num_samples
         # The layers' forward and backward passes: known once there is a backward pass.
         self.layers: list[Layer] = []
 
-    def seam(self, name: str, *operands: Any, **options: Any) -> Any:
-        """Runs a call of the seam's."""
-        return fused_call(name, self.seam_settings, *operands, **options)
-
-    def post(self, name: str, *operands: Any) -> Any:
-        """Runs a call of post's."""
-        return fused_call(name, self.post_settings, *operands)
+    def call(self, name: str, operands: Values, **options: Any) -> Values:
+        """The results of a call of post or post_pre."""
+        return fused_call(name, self.settings, operands, **options)
 
     def layer(self, j: int, u: Any, s: list[Any], constants: list[Any]) -> Any:
         """The output of sublayer j."""
@@ -160,27 +155,26 @@ class _Scan:
     ) -> Any:
         constants = merge(constants, other_constants)
 
-        def step(pending: Any, slices: Any) -> tuple[Any, Any]:
+        def step(pending: Values, slices: Any) -> tuple[Values, Any]:
             block_params, s, other_s = slices
             samples = []
             for j, p in enumerate(block_params):
-                x_new, u, _, h_post, h_res, *_ = self.seam("post_pre_fwd", *pending, *p)
-                samples.append(h_res)
-                y = self.layer(j, u, merge(s, other_s), constants)
-                pending = x_new, y, h_post, h_res
+                got = self.call("post_pre_fwd", pending | p)
+                samples.append(got["h_res"])
+                y = self.layer(j, got["u"], merge(s, other_s), constants)
+                pending = {"x": got["x_new"], "y": y} | _post_of(got)
             return pending, self.stacked(samples)
 
-        pending, samples = jax.lax.scan(
-            step, (x, *no_sublayer(x, self.hidden_axes)), (params, xs, other_xs)
-        )
-        return self.post("post_fwd", *pending)[0], samples
+        first = {"x": x} | no_sublayer(x, self.hidden_axes)
+        pending, samples = jax.lax.scan(step, first, (params, xs, other_xs))
+        return self.call("post_fwd", pending)["x_new"], samples
 
     def forward_and_keep(
         self, x: Any, params: Any, xs: Any, constants: Any, other_xs: Any, other_constants: Any
     ) -> tuple[Any, Any]:
         stretches = self.stretches()
-        num_steps, last = params[0][0].shape[0] // self.num_together, len(stretches) - 1
-        # streams[k][i]: those after stretch k of iteration i, but for the seam's post of its last
+        num_steps, last = _num_blocks(params) // self.num_together, len(stretches) - 1
+        # streams[k][i]: the streams after stretch k of iteration i, but for the post of its last
         # layer. Of the last stretch they are one further, behind the first of all.
         streams = [empty_stack_of(num_steps + (k == last), x) for k in range(last + 1)]
         streams[last] = _put(streams[last], x, 0)
@@ -188,9 +182,9 @@ class _Scan:
         self.layers = [
             Layer(
                 partial(self.layer, j), layer.in_avals[0], given,
-                has_norm=norm_scale.shape[1] > 0, keeps_input=self.keeps_inputs,
+                has_norm="norm_scale" in of_layer, keeps_input=self.keeps_inputs,
             )
-            for j, (layer, (*_, norm_scale)) in enumerate(zip(self.traced, params, strict=True))
+            for j, (layer, of_layer) in enumerate(zip(self.traced, params, strict=True))
         ]  # fmt: skip
 
         def step(i: Any, carry: Any, blocks: Any, _: Any) -> Any:
@@ -201,17 +195,19 @@ class _Scan:
                 x = _at(streams[k - 1], i)
                 for b, j in stretch:
                     block_params, s, other_s = blocks[b]
-                    x, u, _, h_post, h_res, *m_r_rho = self.seam(
-                        "post_pre_fwd", x, *pending, *block_params[j],
-                        kept_alone=("x_new", "m", "r", "rho"),
+                    got = self.call(
+                        "post_pre_fwd", {"x": x} | pending | block_params[j],
+                        kept_alone=("x_new", *KEPT),
                     )  # fmt: skip
-                    samples.append(h_res)
-                    y, new = self.layers[j].forward(u, (s, other_s, constants, other_constants))
+                    x, of_pre = got["x_new"], {name: got[name] for name in KEPT if name in got}
+                    samples.append(got["h_res"])
+                    given = s, other_s, constants, other_constants
+                    y, new = self.layers[j].forward(got["u"], given)
                     if not self.keeps_inputs:
-                        # Of the coefficients those alone that the stretch begins with.
-                        pending, m_r_rho = pending[: 3 if not kept[k] else 1], []
-                    kept[k].append((pending, m_r_rho, new))
-                    pending = y, h_post, h_res
+                        # The coefficients that the stretch begins with, and no others.
+                        pending, of_pre = pending if not kept[k] else {"y": pending["y"]}, {}
+                    kept[k].append((pending, of_pre, new))
+                    pending = {"y": y} | _post_of(got)
                 streams[k] = _put(streams[k], x, i + 1 if k == last else i)
             return (tuple(streams), pending), len(blocks) * [()], (kept, self.stacked(samples))
 
@@ -219,78 +215,93 @@ class _Scan:
         (streams, pending), _, (kept, samples) = _loop(
             step, num_steps, carry, (params, xs, other_xs), (), self.num_together
         )
-        x_new = self.post("post_fwd", streams[last][-1], *pending)[0]
+        x_new = self.call("post_fwd", {"x": streams[last][-1]} | pending)["x_new"]
         given = params, xs, constants, other_xs, other_constants
-        return (x_new, samples), keep((streams, pending, kept, given))
+        return (x_new, samples), (streams, pending, kept, given)
 
     def again(self, x: Any, stretch_params: list[Any], stretch_kept: list[Any]) -> list[Any]:
-        """What the seams of a stretch had before them, and made for the backward pass.
+        """The operands of the calls of a stretch, and what they made for the backward pass.
 
-        Of each x, (y, h_post, h_res), (m, r, rho), and u where that is not kept.
+        For each sublayer x, y, h_post and h_res; m, r and rho; and u where that is not kept.
         """
         made: list[Any] = []
-        coefficients: Any = ()
-        for s, (p, (pending, m_r_rho, _)) in enumerate(
+        coefficients: Values = {}
+        for s, (p, (pending, of_pre, _)) in enumerate(
             zip(stretch_params, stretch_kept, strict=True)
         ):
-            pending, u, x_new = (*pending, *coefficients), None, None
+            pending, u, x_new = {"x": x} | pending | coefficients, None, None
             if not self.keeps_inputs:
-                x_new, u, _, *coefficients, m, r, rho = self.seam("post_pre_fwd", x, *pending, *p)
-                m_r_rho = m, r, rho
+                got = self.call("post_pre_fwd", pending | p)
+                x_new, u, coefficients = got["x_new"], got["u"], _post_of(got)
+                of_pre = {name: got[name] for name in KEPT if name in got}
             elif s < len(stretch_kept) - 1:
-                (x_new,) = self.post("post_fwd", x, *pending)
-            made.append((x, pending, m_r_rho, u))
+                x_new = self.call("post_fwd", pending)["x_new"]
+            made.append((pending, of_pre, u))
             x = x_new
         return made
 
     def backward(self, saved: Any, cotangents: Any) -> Any:
         d_x_new, _ = cotangents
-        streams, pending, kept, (params, xs, constants, other_xs, other_constants) = restore(saved)
+        streams, pending, kept, (params, xs, constants, other_xs, other_constants) = saved
         stretches = self.stretches()
-        y, h_post, h_res = pending
-        d_pending = self.post("post_bwd", streams[-1][-1], *pending, d_x_new)
-        d_h_pre = jnp.zeros_like(h_post)
+        d_pending = self.call("post_bwd", {"x": streams[-1][-1], "d_x_new": d_x_new} | pending)
+        d_h_pre = jnp.zeros_like(pending["h_post"])
 
         def step(i: Any, carry: Any, blocks: Any, step_kept: Any) -> Any:
-            # The streams' cotangent is deferred all along, and so is that of the seam before.
-            d_x, d_y, d_h_post, d_h_res, h_res_new, d_constants = carry
+            # The streams' cotangent is deferred all along, and so is that of the call before.
+            d_x, d_pending, h_res_new, d_constants = carry
             d_params: list[Any] = [[None] * len(self.traced) for _ in blocks]
             d_s = [jax.tree.map(jnp.zeros_like, s) for _, s, _ in blocks]
             for k, stretch in reversed(list(enumerate(stretches))):
                 own_params = [blocks[b][0][j] for b, j in stretch]
                 made = self.again(_at(streams[k - 1], i), own_params, step_kept[k])
-                for (b, j), p, (*_, new), (x, pending, m_r_rho, u) in reversed(
+                for (b, j), p, (*_, new), (pending, of_pre, u) in reversed(
                     list(zip(stretch, own_params, step_kept[k], made, strict=True))
                 ):
                     given = (*blocks[b][1:], constants, other_constants)
-                    u_norm = self.layers[j].input(new, u, like=d_y)
-                    d_u, *d_given = self.layers[j].backward(new, u, given)(d_y)
+                    layer, cotangents = self.layers[j], dict(d_pending)
+                    if layer.has_norm:
+                        of_pre = of_pre | {"u_norm": layer.input(new, u)}
+                    d_u, *d_given = layer.backward(new, u, given)(cotangents.pop("d_y"))
                     d_s[b], d_constants = jax.tree.map(jnp.add, [d_s[b], d_constants], d_given)
-                    d_x, d_y, d_h_post, d_h_res, *d_p = self.seam(
-                        "post_pre_bwd", x, *pending, *p, *m_r_rho, u_norm, h_res_new,
-                        d_u, d_h_pre, d_h_post, d_h_res, d_x, deferred=True,
-                    )  # fmt: skip
-                    d_params[b][j] = tuple(d_p)
-                    h_res_new = pending[-1]
+                    cotangents |= {"d_u": d_u, "d_h_pre": d_h_pre, "d_x_new_in": d_x}
+                    of_next = of_pre | {"h_res_new": h_res_new}
+                    got = self.call(
+                        "post_pre_bwd", pending | p | of_next | cotangents, deferred=True
+                    )
+                    d_x = got["d_x_new"]
+                    d_pending = {name: got[name] for name in d_pending}
+                    d_params[b][j] = {name: got[f"d_{name}"] for name in p}
+                    h_res_new = pending["h_res"]
             of_blocks = [(tuple(d_p), d) for d_p, d in zip(d_params, d_s, strict=True)]
-            return (d_x, d_y, d_h_post, d_h_res, h_res_new, d_constants), of_blocks, ()
+            return (d_x, d_pending, h_res_new, d_constants), of_blocks, ()
 
-        num_steps = params[0][0].shape[0] // self.num_together
-        carry = (d_x_new, *d_pending, h_res, jax.tree.map(jnp.zeros_like, constants))
+        num_steps = _num_blocks(params) // self.num_together
+        carry = d_x_new, d_pending, pending["h_res"], jax.tree.map(jnp.zeros_like, constants)
         (d_x, *_, d_constants), (d_params, d_xs), _ = _loop(
             step, num_steps, carry, (params, xs, other_xs), kept, self.num_together, reverse=True
         )
-        # The first seam's h_res is I, so that what is deferred is the gradient itself.
+        # The first h_res is I, so that the deferred cotangent is the gradient itself.
         return d_x, d_params, d_xs, d_constants, None, None
 
 
-def no_sublayer(x: Any, hidden_axes: tuple[str, ...]) -> tuple[Any, Any, Any]:
-    """y, h_post and h_res of a post that gives back x, and the cotangent of x, exactly."""
+def _num_blocks(params: Sequence[Values]) -> int:
+    """The number of blocks that parameters are stacked over."""
+    return params[0]["bias"].shape[0]
+
+
+def _post_of(got: Values) -> Values:
+    """The coefficients of the post that follows a call of pre."""
+    return {name: got[name] for name in ("h_post", "h_res")}
+
+
+def no_sublayer(x: jax.Array, hidden_axes: tuple[str, ...]) -> Values:
+    """The operands y, h_post and h_res of a post that returns x, and its cotangent, exactly."""
     *tokens, n, _ = x.shape
     wide = accumulation_dtype(x.dtype)
     h_res = jnp.broadcast_to(jnp.eye(n, dtype=wide), (*tokens, n, n))
     h_post, h_res = (of_tokens(h, x, hidden_axes) for h in (jnp.zeros((*tokens, n), wide), h_res))
-    return jnp.zeros_like(x[..., 0, :]), h_post, h_res
+    return {"y": jnp.zeros_like(x[..., 0, :]), "h_post": h_post, "h_res": h_res}
 
 
 def _first(stacked: Any) -> Any:
