@@ -11,10 +11,9 @@ import numpy as np
 
 from jax_mhc import _errors
 from jax_mhc._axes import varying_axes
-from jax_mhc._errors import MAX_STREAMS, fail
+from jax_mhc._errors import fail
+from jax_mhc._limits import MAX_STREAMS, STREAM_DTYPES
 from jax_mhc._types import NUMBERS, Context, HeadParams, MHCConfig, MHCParams
-
-STREAM_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def accumulation_dtype(dtype: Any) -> np.dtype:

@@ -10,6 +10,7 @@ import jax
 import jax.export
 
 from jax_mhc import _errors
+from jax_mhc._limits import MAX_PERMUTED_STREAMS, MAX_SINKHORN_ITERS
 
 # The settings that are no integers.
 NUMBERS = ("sinkhorn_eps", "norm_eps", "pre_eps", "post_scale")
@@ -76,7 +77,7 @@ class MHCConfig:
             for field, of in choices.items()
         }
         plain["sinkhorn_iters"] = _errors.integer(
-            op, "sinkhorn_iters", self.sinkhorn_iters, 0, 10_000, "The paper uses 20."
+            op, "sinkhorn_iters", self.sinkhorn_iters, 0, MAX_SINKHORN_ITERS, "The paper uses 20."
         )
         for field in NUMBERS:
             positive = field == "post_scale"
@@ -98,11 +99,11 @@ class MHCConfig:
         """
         streams = _errors.num_streams(op, "streams", streams)
         if self.constraint == "permutations":
-            if streams > _errors.MAX_PERMUTED_STREAMS:
+            if streams > MAX_PERMUTED_STREAMS:
                 _errors.fail(
                     ValueError, op, "config.constraint",
                     f"one for {streams} streams (this one has a coefficient for each of n! "
-                    f"permutations, and is for up to {_errors.MAX_PERMUTED_STREAMS})",
+                    f"permutations, and is for up to {MAX_PERMUTED_STREAMS})",
                     repr(self.constraint), "Take fewer streams, or 'birkhoff'.",
                 )  # fmt: skip
             return 2 * streams + math.factorial(streams)

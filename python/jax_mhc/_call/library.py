@@ -25,9 +25,9 @@ from typing import Any
 import jax
 import jaxlib.version
 
-#: Version of the table of calls in docs/architecture.md. Compiled programs outlive the library, so
+#: Version of the table of calls. Compiled programs outlive the library, so
 #: it is a part of every target's name.
-TARGET_VERSION = 2
+TARGET_VERSION = 3
 
 OLDEST_JAXLIB = (0, 9)
 
@@ -66,10 +66,14 @@ def ensure_registered(platform: str) -> None:
             JAX itself stays usable.
     """
     if reason := missing(platform):
-        raise RuntimeError(
-            f"jax_mhc: no fused kernels: {reason}. implementation='reference' works without them, "
-            "and python -m jax_mhc.info shows what is installed."
-        )
+        raise RuntimeError(_no_kernels(reason))
+
+
+def _no_kernels(reason: str) -> str:
+    return (
+        f"jax_mhc: no fused kernels: {reason}. implementation='reference' works without them, "
+        "and python -m jax_mhc.info shows what is installed."
+    )
 
 
 def missing(platform: str) -> str | None:
@@ -88,6 +92,18 @@ def broken() -> str | None:
     """Why the shared library cannot be used at all; None where it can."""
     outcome = _load_once()
     return outcome if isinstance(outcome, str) else None
+
+
+def description() -> dict[str, Any]:
+    """What the library tells of itself: the table of calls, their limits, handlers and more.
+
+    Raises:
+        RuntimeError: the library cannot be used.
+    """
+    outcome = _load_once()
+    if isinstance(outcome, str):
+        raise RuntimeError(_no_kernels(outcome))
+    return outcome
 
 
 def status() -> dict[str, Any]:

@@ -13,12 +13,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, _errors, diagnostics
 from jax_mhc._axes import varying_like
-from jax_mhc._call.dispatch import Implementation, Settings, use_fused
-from jax_mhc._mesh.types import lie_like
+from jax_mhc._call import Implementation, Settings, Values, use_fused
+from jax_mhc._mesh.types import sharded_like
 from jax_mhc._ops.deferred import streams
+from jax_mhc._ops.fused_op import present
 from jax_mhc._ops.post import post
 from jax_mhc._ops.post_pre import post_pre
-from jax_mhc._ops.pre import dense, pre
+from jax_mhc._ops.pre import pre
 from jax_mhc._stack.own_scan import Stretches, no_sublayer, scan_of_seams
 from jax_mhc._stack.remat import Recompute, best_length, check_policy, policy_of
 from jax_mhc._types import Context, MHCConfig, MHCParams
@@ -157,7 +158,7 @@ def stack(
             else:
                 u, ctx = pre(before, p, norm_scale=scale, **options)
             # Loops want the type of y to be that of u.
-            y = lie_like(_layer_output(i, layer(u), x), u)
+            y = sharded_like(_layer_output(i, layer(u), x), u)
             y = checkpoint_name(y, "mhc_layer_output")
             before = _Pending(streams(ctx)[1], y, ctx.h_post, ctx.h_res)
             if num_samples:
@@ -315,17 +316,17 @@ def _scan_of_seams(
     stretches: Stretches,
     num_samples: int,
 ) -> tuple[jax.Array, Any]:
-    config, eps, axes, _ = settings
+    config, eps, axes = settings.config, settings.norm_scale_eps, settings.hidden_axes
     assert config is not None
 
-    def of_block(i: int, p: MHCParams, scale: Any) -> tuple[jax.Array, ...]:
-        phi_alpha_bias = _check.params(_OP, p, x, config, f"a slice of params[{i}]", axes)
+    def of_block(i: int, p: MHCParams, scale: Any) -> Values:
+        phi, alpha, bias = _check.params(_OP, p, x, config, f"a slice of params[{i}]", axes)
         of_slice = f"a slice of norm_scale[{i}]"
         scale, _ = _check.norm_scale(_OP, scale, eps, x, of_slice, axes)
-        return dense(*phi_alpha_bias, scale, x, axes)
+        return present(phi=phi, alpha=alpha, bias=bias, norm_scale=scale)
 
     def checked(i: int, u: jax.Array, s: Any) -> jax.Array:
-        return lie_like(_layer_output(i, layers[i](u, s), x), u)
+        return sharded_like(_layer_output(i, layers[i](u, s), x), u)
 
     with jax.named_scope("mhc_stack"):
         return scan_of_seams(
