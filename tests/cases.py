@@ -374,7 +374,7 @@ OPS = {
         {"y": layer_output, "ctx": context, "params": params, "norm_scale": norm_scale},
         _run_post_pre,
         _oracle_post_pre,
-        ("seam",),
+        ("post_pre",),
         ("y", "ctx"),
         lambda case: case in _COMPOSED,
     ),
@@ -417,7 +417,7 @@ OPS = {
         {"x": streams, "params": params, "y": layer_output, "norm_scale": norm_scale},
         _run_two_sublayers,
         _oracle_two_sublayers,
-        ("pre", "seam", "post"),
+        ("pre", "post_pre", "post"),
         ("x", "y"),
         lambda case: (
             case

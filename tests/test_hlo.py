@@ -113,7 +113,7 @@ def test_named_values_are_not_computed_twice(names):
         outputs, pullback = jax.vjp(jax.checkpoint(model, policy=policy), x, params)
         return outputs, pullback(cotangent)
 
-    once = {f"{call}_{way}": 1 for call in ("pre", "seam", "post") for way in ("fwd", "bwd")}
+    once = {f"{call}_{way}": 1 for call in ("pre", "post_pre", "post") for way in ("fwd", "bwd")}
     # As handed to XLA, which on the CPU may merge what is computed twice.
     program = jax.jit(value_and_gradients).lower(x, params, x).as_text()
     calls = re.findall(r"custom_call @jax_mhc_(\w+)_v2", program)

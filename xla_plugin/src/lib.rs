@@ -5,16 +5,13 @@ use std::ffi::{CStr, CString, c_char};
 use std::panic::catch_unwind;
 use std::sync::LazyLock;
 
-use jax_mhc_ffi::{Entry, handler_address};
-use jax_mhc_kernels::{Call, DType, Row, cpu, gpu};
+use jax_mhc_ffi::{Entry, handler_address, retired_handler_address};
+use jax_mhc_kernels::{Call, DType, TARGET_VERSION, cpu, gpu, limits};
 use serde::Serialize;
 
 use log::Log;
 
 mod log;
-
-/// The version of the table of calls in docs/architecture.md, part of every target's name.
-const TARGET_VERSION: u32 = 2;
 
 /// One handler, as `jax.ffi.register_ffi_target` wants it. Traits are not listed: XLA asks the
 /// handler itself.
@@ -50,8 +47,58 @@ struct Description {
     cuda: Option<gpu::Build>,
     log: Log,
     handlers: Vec<Handler>,
-    /// What every call has and is.
-    calls: Vec<Row>,
+    /// Handlers of names that older versions of the table had: each is an error that says what to do.
+    retired: Vec<Handler>,
+    /// Dtypes of streams that there are kernels for, by platform.
+    dtypes: Dtypes,
+    /// Bounds of sizes and settings.
+    limits: Limits,
+    /// The table of calls.
+    calls: Vec<jax_mhc_kernels::Description>,
+}
+
+#[derive(Serialize)]
+struct Limits {
+    streams: usize,
+    permuted_streams: usize,
+    sinkhorn_iters: usize,
+}
+
+#[derive(Serialize)]
+struct Dtypes {
+    cpu: Vec<&'static str>,
+    cuda: Vec<&'static str>,
+}
+
+/// Calls of version 2 of the table, in which post_pre was called seam.
+const RETIRED: [&str; 12] = [
+    "pre_fwd",
+    "pre_bwd",
+    "post_fwd",
+    "post_bwd",
+    "seam_fwd",
+    "seam_bwd",
+    "sinkhorn_fwd",
+    "sinkhorn_bwd",
+    "head_fwd",
+    "head_bwd",
+    "collapse_fwd",
+    "collapse_bwd",
+];
+
+fn retired() -> Vec<Handler> {
+    let handler = |call: &&str, platform, addresses| Handler {
+        name: format!("jax_mhc_{call}_v2"),
+        platform,
+        addresses,
+    };
+    let address = retired_handler_address();
+    let both = |call| {
+        let cpu = Addresses::Cpu { address };
+        let cuda = Addresses::Cpu { address };
+        [handler(call, "cpu", cpu), handler(call, "CUDA", cuda)]
+    };
+    RETIRED.iter().flat_map(both).collect()
 }
 
 fn describe(log: Log) -> Description {
@@ -85,7 +132,17 @@ fn describe(log: Log) -> Description {
         cuda: gpu::build(),
         log,
         handlers: cpu.chain(cuda).collect(),
-        calls: Call::ALL.into_iter().map(Call::table_row).collect(),
+        retired: retired(),
+        dtypes: Dtypes {
+            cpu: DType::ALL.map(DType::name).to_vec(),
+            cuda: gpu::DTYPES.map(DType::name).to_vec(),
+        },
+        limits: Limits {
+            streams: limits::MAX_STREAMS,
+            permuted_streams: limits::MAX_PERMUTED,
+            sinkhorn_iters: limits::MAX_SINKHORN_ITERS,
+        },
+        calls: Call::ALL.into_iter().map(Call::describe).collect(),
     }
 }
 

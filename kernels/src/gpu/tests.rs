@@ -6,8 +6,9 @@ mod scratch;
 use super::images::{build, has_symbol};
 use super::launch::{Arg, Device, Launch, Tensor};
 use super::{check_device_call, plan, status, workspace};
-use crate::contract::check::{Call, Example};
+use crate::contract::check::Example;
 use crate::contract::limits::MAX_PERMUTED;
+use crate::contract::table::Call;
 use crate::contract::view::DType;
 use crate::{Config, Constraint};
 
@@ -101,7 +102,7 @@ fn examples() -> Vec<(String, Example)> {
                         "{kind:?} {dtype:?} {tokens} {sizes:?} {constraint:?} {sinkhorn_iters}"
                     );
                     examples.push((format!("{name} static"), example().into_static()));
-                    if kind.can_normalize() {
+                    if !kind.groups().is_empty() {
                         examples.push((format!("{name} norm"), example().with_norm()));
                     }
                     examples.push((name, example()));
@@ -300,7 +301,7 @@ fn every_call_does_something() {
         });
         example.with_workspace(needed).check(|call| {
             let call = call.unwrap();
-            let writes = call.tokens > 0 || call.kind.results().contains(&"d_bias");
+            let writes = call.tokens > 0 || call.result("d_bias").is_some();
             let launches = plan(&call, &H100);
             let runs = launches.iter().any(|launch| !launch.grid.contains(&0));
             assert!(runs || !writes, "{name}");

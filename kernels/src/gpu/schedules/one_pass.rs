@@ -4,7 +4,8 @@
 pub mod post_pre_bwd;
 pub mod pre_bwd;
 
-use crate::contract::check::{Call, CheckedCall};
+use crate::contract::check::CheckedCall;
+use crate::contract::table::Call;
 use crate::contract::view::DType;
 use crate::gpu::launch::{
     Arg, CLUSTER_SIZES, Device, Kernel, Launch, MAX_CLUSTER_BLOCKS, Problem, Tensor,

@@ -164,7 +164,7 @@ pub fn plan(
         tensor(x, STREAMS),
         tensor(d_u, 1),
         tensor(handed_on.d_x_in, STREAMS),
-        tensor(call.result_address(call.kind.results()[0]), STREAMS),
+        tensor(call.result_address(call.kind.first_result()), STREAMS),
     ];
     args.extend(["phi", "alpha", "bias", "m", "r"].map(|name| Arg::Pointer(operand(name))));
     args.extend([
