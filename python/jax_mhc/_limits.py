@@ -6,10 +6,11 @@ platforms told apart where there is no library too. A test compares the two.
 
 from __future__ import annotations
 
-#: Streams of a token, n.
+#: Streams of a token, n. The kernels keep one token's coefficients in registers and on the stack.
+#: A larger number is nearly always a tensor laid out [..., hidden, streams].
 MAX_STREAMS = 16
 
-#: Streams of a token for constraint "permutations", which has n! coefficients.
+#: Streams of a token for constraint "permutations", which has n! coefficients: 5 have 120.
 MAX_PERMUTED_STREAMS = 4
 
 #: Iterations of Sinkhorn, whose matrices the backward pass holds.

@@ -10,36 +10,38 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from jax_mhc import reference
 from jax_mhc._axes import varying_like
-from jax_mhc._call.table import Call, Values
 from jax_mhc._check import accumulation_dtype
 from jax_mhc._types import MHCConfig
 
+if TYPE_CHECKING:
+    from jax_mhc._call.table import Call, Values
+
 
 def run(call: Call, operands: Values) -> Values:
-    """The results of a call, as docs/calls.md describes them, from its operands."""
+    """Runs a call: its results from its operands, both by name."""
     results = _PROGRAMS[call.name](call, operands)
     return {name: results[name] for name in call.results}
 
 
-def logits(given: Values, like: jax.Array) -> jax.Array:
-    """The logits z `[..., K]` [16] of all tokens of `like` `[..., n, C]`, from m, alpha and bias.
+def logits(given: Values, streams: int) -> jax.Array:
+    """The logits z `[..., K]` [16] from m, alpha and bias; without m the coefficients are static.
 
-    Static coefficients have neither m nor alpha: their logits are the bias.
+    The tokens of static ones are those of r `[...]`.
     """
     bias = given["bias"]
     if "m" in given:
-        m = varying_like(given["m"], like)
-        return reference.gated(m, given["alpha"], bias, like.shape[-2])
+        return reference.gated(given["m"], given["alpha"], bias, streams)
+    r = given["r"][..., None]
     # To JAX it varies with the tokens, although it does not.
-    tokens = like[..., 0, :1].astype(bias.dtype)
-    bias = reference.for_tokens(bias, tokens)
-    return varying_like(jnp.broadcast_to(bias, (*tokens.shape[:-1], bias.shape[-1])), like)
+    of_tokens = jnp.broadcast_to(reference.for_tokens(bias, r), (*r.shape[:-1], *bias.shape))
+    return varying_like(of_tokens, r)
 
 
 # ---- forward ------------------------------------------------------------------------------------
@@ -47,16 +49,16 @@ def logits(given: Values, like: jax.Array) -> jax.Array:
 
 def _pre_fwd(call: Call, given: Values) -> Values:
     config, x = _config(call), _wide(given["x"])
-    results = {"r": varying_like(jnp.zeros(x.shape[:-2], x.dtype), x)}
+    made = {"r": varying_like(jnp.zeros(x.shape[:-2], x.dtype), x)}
     if "phi" in given:
-        results["m"], results["r"] = reference.projection(x, _flat(given["phi"]), config)
-    h_pre, h_post, h_res = _coefficients(logits(given | results, x), x.shape[-2], config)
-    results |= {"h_pre": h_pre, "h_post": h_post, "h_res": h_res}
-    u = reference.weighted_sum(h_pre, x)
+        made["m"], made["r"] = reference.projection(x, _rows(given["phi"]), config)
+    n = x.shape[-2]
+    h = _coefficients(logits(given | made, n), n, config)
+    made["h_pre"], made["h_post"], made["h_res"] = h
+    u = reference.weighted_sum(made["h_pre"], x)
     if "norm_scale" in given:
-        eps = call.attribute("norm_scale_eps")
-        u, results["rho"] = _normalized(u, given["norm_scale"], eps)
-    return results | {"u": u.astype(given["x"].dtype)}
+        u, made["rho"] = _normalized(u, given["norm_scale"], call.attribute("norm_scale_eps"))
+    return made | {"u": u.astype(given["x"].dtype)}
 
 
 def _post_fwd(call: Call, given: Values) -> Values:
@@ -72,7 +74,7 @@ def _post_pre_fwd(call: Call, given: Values) -> Values:
 
 def _head_fwd(call: Call, given: Values) -> Values:
     config, x = _config(call), _wide(given["x"])
-    m, r = reference.projection(x, _flat(given["phi"]), config)
+    m, r = reference.projection(x, _rows(given["phi"]), config)
     h_pre = head_gate(m, given) + config.pre_eps
     return {"u": reference.weighted_sum(h_pre, x).astype(given["x"].dtype), "m": m, "r": r}
 
@@ -90,17 +92,17 @@ def _sinkhorn_fwd(call: Call, given: Values) -> Values:
 
 
 def _pre_bwd(call: Call, given: Values) -> Values:
-    config, x, d_u = _config(call), _wide(given["x"]), _wide(given["d_u"])
-    n = x.shape[-2]
-    results: Values = {}
-    z = logits(given, x)
+    config, x = _config(call), _wide(given["x"])
+    n, d_u = x.shape[-2], _wide(given["d_u"])
+    made: Values = {}
+    given = given | {name: varying_like(given[name], x) for name in ("m", "r") if name in given}
+    z = logits(given, n)
     h_pre = jax.nn.sigmoid(z[..., :n]) + config.pre_eps
     if "norm_scale" in given:
-        # The cotangent of u before its norm, and of the norm's parameter.
-        scale = given["norm_scale"]
+        # Of u before its norm, and of the norm's parameter.
         u, rho = reference.weighted_sum(h_pre, x), given["rho"]
-        w_d_u = reference.for_tokens(scale, d_u) * d_u
-        results["d_norm_scale"] = _sum_tokens(d_u * (rho * u))
+        w_d_u = reference.for_tokens(given["norm_scale"], d_u) * d_u
+        made["d_norm_scale"] = _sum_tokens(d_u * (rho * u))
         dot = jnp.mean(w_d_u * u, -1, keepdims=True)
         d_u = rho * w_d_u - rho**3 * dot * u
     d_h_pre = given["d_h_pre"] + _dots(x, d_u)
@@ -108,7 +110,7 @@ def _pre_bwd(call: Call, given: Values) -> Values:
     def inner_product(z: jax.Array) -> jax.Array:
         h = _coefficients(z, n, config)
         d_h = d_h_pre, given["d_h_post"], given["d_h_res"]
-        return jnp.sum(jnp.stack([jnp.sum(a * b) for a, b in zip(h, d_h, strict=True)]))
+        return functools.reduce(jnp.add, (jnp.sum(a * b) for a, b in zip(h, d_h, strict=True)))
 
     d_z = jax.grad(inner_product)(z)
     d_x = _wide(given["d_x_in"])
@@ -117,13 +119,12 @@ def _pre_bwd(call: Call, given: Values) -> Values:
     d_x = d_x + h_pre[..., None] * d_u[..., None, :]
     if "phi" in given:
         m = given["m"]
-        by_column = _sum_tokens(d_z * m)
-        groups = jnp.split(by_column, (n, 2 * n))
-        results["d_alpha"] = jnp.stack([jnp.sum(group) for group in groups])
+        groups = jnp.split(_sum_tokens(d_z * m), (n, 2 * n))
+        made["d_alpha"] = jnp.stack([jnp.sum(group) for group in groups])
         d_m = reference.for_tokens(reference.gates(given["alpha"], n, m.shape[-1]), m) * d_z
-        from_m, results["d_phi"] = _project_back(given, x, config, d_m)
+        from_m, made["d_phi"] = _project_back(x, given, config, d_m)
         d_x = d_x + from_m
-    return results | {"d_x": d_x.astype(given["x"].dtype), "d_bias": _sum_tokens(d_z)}
+    return made | {"d_x": d_x.astype(given["x"].dtype), "d_bias": _sum_tokens(d_z)}
 
 
 def _post_bwd(call: Call, given: Values) -> Values:
@@ -145,7 +146,7 @@ def _head_bwd(call: Call, given: Values) -> Values:
     gate = head_gate(m, given)
     d_z = _dots(x, d_u) * gate * (1 - gate)
     alpha = reference.for_tokens(given["alpha"], m)
-    from_m, d_phi = _project_back(given, x, config, alpha * d_z)
+    from_m, d_phi = _project_back(x, given, config, alpha * d_z)
     d_x = (gate + config.pre_eps)[..., None] * d_u[..., None, :] + from_m
     return {
         "d_x": d_x.astype(given["x"].dtype), "d_phi": d_phi,
@@ -211,17 +212,17 @@ def _normalized(u: jax.Array, scale: jax.Array, eps: float) -> tuple[jax.Array, 
     return reference.for_tokens(scale, u) * (rho * u), rho
 
 
-def _flat(phi: jax.Array) -> jax.Array:
-    """The parameter phi `[n, C, K]` as the matrix `[n·C, K]`."""
-    return phi.reshape(-1, phi.shape[-1])
+def _rows(phi: jax.Array) -> jax.Array:
+    """A phi `[n, C, K]` as the reference has it, `[n*C, K]`."""
+    return phi.reshape(phi.shape[0] * phi.shape[1], phi.shape[2])
 
 
 def _project_back(
-    given: Values, x: jax.Array, config: MHCConfig, d_m: jax.Array
+    x: jax.Array, given: Values, config: MHCConfig, d_m: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The gradients of x and phi through m = r · (vec(x) phi)."""
     highest = jax.lax.Precision.HIGHEST
-    phi, m, r = _flat(given["phi"]), given["m"], given["r"]
+    phi, m, r = _rows(given["phi"]), given["m"], given["r"]
     width = math.prod(x.shape[-2:])
     flat, r_d_m = x.reshape(*x.shape[:-2], width), r[..., None] * d_m
     tokens = tuple(range(r.ndim))

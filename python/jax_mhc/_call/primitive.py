@@ -25,9 +25,9 @@ from jax_mhc._limits import KERNEL_DTYPES
 
 if TYPE_CHECKING:
     from jax.extend.core import Primitive
+    from jax.extend.mlir import ir
 
-    # Values of MLIR, whose stubs are no part of its wheel.
-    IrValue: TypeAlias = Any
+    IrValue: TypeAlias = ir.Value[Any]
     IrValues: TypeAlias = Sequence[IrValue | Sequence[IrValue]]
 
 # The names of the operands of a batch of calls whose first axis is that of the batch.

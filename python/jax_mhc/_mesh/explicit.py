@@ -1,4 +1,4 @@
-"""Calls on explicit axes: the types of the operands say how they are sharded."""
+"""Calls on explicit axes: the types of the operands tell how they are sharded."""
 
 from __future__ import annotations
 
@@ -8,38 +8,46 @@ from collections.abc import Callable
 from typing import NoReturn
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, reshard
 
-from jax_mhc._axes import Axes, entries, varying_axes
-from jax_mhc._call.table import Call, Values
+from jax_mhc._axes import Axes, axes_of, entries, varying_axes
+from jax_mhc._call import Call, Values
 from jax_mhc._errors import fail
 from jax_mhc._mesh.manual import missing_axes, on_device, sum_up
 from jax_mhc._mesh.spread import MeshLayout, Spread, check_streams, run_here
 
 
+def is_explicit(streams: jax.Array) -> bool:
+    """Whether a call on these streams runs on explicit axes."""
+    return bool(axes_of(streams, AxisType.Explicit))
+
+
 def run_explicit(spread: Spread, operands: Values) -> Values:
-    """The results of a call on all devices. Operands are resharded as the streams are."""
+    """Runs a call on all devices. Operands that are sharded otherwise than the streams are moved.
+
+    Gradients are sharded as what they are gradients of; those of elements of a batch have the axes
+    of the batch besides.
+    """
     mesh = jax.typeof(operands[spread.call.operands[0]]).sharding.mesh
     if AxisType.Auto in mesh.axis_types:
         _warn_of_auto(mesh)
-    layout, described = _layout(spread, operands), spread.operands()
-    # Gradients are sharded as their operands are, gradients of elements of a batch as the batch.
-    of_batch = [layout.lead[0] or None] if spread.has_batch else []
-    specs_kept = {
-        f"d_{name}": PartitionSpec(*of_batch, *jax.typeof(operands[name]).sharding.spec[is_mapped:])
-        for name, (_, is_mapped) in described.items()
+    layout = _layout(spread, operands)
+    values = spread.operands
+    batch = [] if spread.mapped is None else [layout.batch or None]
+    specs = {
+        f"d_{name}": PartitionSpec(
+            *batch, *jax.typeof(operands[name]).sharding.spec[value.is_mapped :]
+        )
+        for name, value in values.items()
     }
-
-    def resharded(array: jax.Array, spec: PartitionSpec) -> jax.Array:
-        return reshard(array, NamedSharding(mesh, spec))
-
-    given = {
-        name: resharded(operands[name], layout.spec(spread, *value))
-        for name, value in described.items()
+    moved = {
+        name: reshard(operands[name], NamedSharding(mesh, layout.spec(value)))
+        for name, value in values.items()
     }
-    results = _on_all(spread, layout, mesh)(given)
+    results = _on_all(spread, layout, mesh)(moved)
     return {
-        name: resharded(result, specs_kept[name]) if name in specs_kept else result
+        name: reshard(result, NamedSharding(mesh, specs[name])) if name in specs else result
         for name, result in results.items()
     }
 
@@ -54,60 +62,63 @@ def _warn_of_auto(mesh: AbstractMesh) -> None:
 
 @functools.cache
 def _on_all(spread: Spread, layout: MeshLayout, mesh: AbstractMesh) -> Callable[[Values], Values]:
-    operand_specs = {name: layout.spec(spread, *v) for name, v in spread.operands().items()}
-    result_specs = {name: layout.spec(spread, *v) for name, v in spread.results().items()}
-    spread = spread._replace(hidden_axes=layout.hidden)
-    batch = layout.lead[0] if spread.has_batch else ()
+    """The call on arrays that are sharded by this layout."""
+    specs = {name: layout.spec(value) for name, value in spread.results.items()}
+    of_device = spread._replace(hidden_axes=layout.hidden)
 
     def of_one(operands: Values) -> Values:
         # Every element of a batch has a gradient of its own.
-        kept = {name: varying_axes(array).union(batch) for name, array in operands.items()}
-        results = on_device(run_here, spread, operands)
-        return sum_up(results, missing_axes(spread, kept, operands))
+        kept = {
+            name: varying_axes(operand).union(layout.batch) for name, operand in operands.items()
+        }
+        results = on_device(run_here, of_device, operands)
+        return sum_up(results, missing_axes(of_device, kept, operands))
 
-    run: Callable[[Values], Values] = of_one
+    run = of_one
     if layout.axes():
         run = jax.shard_map(
             of_one,
             mesh=mesh,
-            in_specs=(operand_specs,),
-            out_specs=result_specs,
-            # No axis over which nothing is sharded: an enclosing jax.vmap may have it.
+            in_specs=({name: layout.spec(value) for name, value in spread.operands.items()},),
+            out_specs=specs,
+            # Not those over which nothing is sharded: an enclosing jax.vmap may have them.
             axis_names=set(layout.axes()),
         )
 
     def of_all(operands: Values) -> Values:
+        if 0 in operands[spread.call.operands[0]].shape:
+            # XLA of jaxlib 0.11 crashes where an array without values leaves a jax.shard_map.
+            types = jax.eval_shape(functools.partial(run_here, spread), operands)
+            results = {name: jnp.zeros(type.shape, type.dtype) for name, type in types.items()}
+        else:
+            results = run(operands)
         return {
-            name: reshard(result, NamedSharding(mesh, result_specs[name]))
-            for name, result in run(operands).items()
+            name: reshard(result, NamedSharding(mesh, specs[name]))
+            for name, result in results.items()
         }
 
     return jax.jit(of_all)
 
 
 def _layout(spread: Spread, operands: Values) -> MeshLayout:
-    """The layout of the streams; other operands say what these leave open."""
-    described = spread.operands()
-    (streams, of_batch), *_ = described.values()
-    rank = operands[streams.name].ndim - 2 - of_batch
-    found: dict[int | str, Axes] = {}
-    for name, (value, is_mapped) in described.items():
-        if not value.has_tokens:
+    """The layout of the streams; what they leave open is as other operands have it."""
+    found: dict[str, Axes] = {}
+    for name, value in spread.operands.items():
+        if not value.value.has_tokens:
             continue
-        # The dimension of the call that each dimension of the operand is: a number, or a letter.
-        which: list[int | str] = [0] if is_mapped else []
-        which += range(spread.has_batch, spread.has_batch + rank)
-        which += value.dims
-        of_dims = entries(jax.typeof(operands[name]).sharding.spec, operands[name].ndim)
-        for dim, axes in zip(which, of_dims, strict=True):
-            check_streams(spread.call, name, axes if value.is_streams and dim == "n" else ())
-            is_shared = isinstance(dim, int) or dim == "C"
-            if axes and is_shared and found.setdefault(dim, axes) != axes:
-                _fail_to_agree(spread.call, name, found[dim], axes)
-    lead = tuple(found.get(at, ()) for at in range(spread.has_batch + rank))
-    layout = MeshLayout(lead, found.get("C", ()))
+        operand = operands[name]
+        of_dims = entries(jax.typeof(operand).sharding.spec, operand.ndim)
+        for factor, axes in zip(value.factors(operand.ndim), of_dims, strict=True):
+            check_streams(spread.call, name, axes if factor == "n" else ())
+            if axes and factor != "-" and found.setdefault(factor, axes) != axes:
+                _fail_to_agree(spread.call, name, found[factor], axes)
+    first = spread.call.operands[0]
+    factors = spread.operands[first].factors(operands[first].ndim)
+    tokens = tuple(found.get(factor, ()) for factor in factors if factor.startswith("t"))
+    layout = MeshLayout(found.get("b", ()), tokens, found.get("C", ()))
     if len(set(layout.axes())) < len(layout.axes()):
-        _fail_to_agree(spread.call, "y", layout.lead, layout.hidden)
+        batch = () if spread.mapped is None else (layout.batch,)
+        _fail_to_agree(spread.call, "y", (*batch, *layout.tokens), layout.hidden)
     return layout
 
 

@@ -1,6 +1,6 @@
-"""Calls whose channels are sharded: a device has some channels of all streams of its tokens.
+"""Calls whose channels are sharded: each device has a part of C of all streams of its tokens.
 
-A call on one shard of the channels returns m and r as if there were no others, which are sums over
+A call on a part of the channels returns m and r as if there were no others. They are sums over
 these channels in another form: m / r = vec(x) phi, and 1 / r² = mean(x²) + eps. So one all-reduce
 of K + 1 numbers a token gives the true m and r, of which the coefficients follow, and `collapse`
 makes the layer's input of them. Backward the sums <d_u, X[i]> come first: what other devices have
@@ -17,6 +17,7 @@ The norm of the layer's input needs one more number a token, each way, and is pl
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import TypeAlias
@@ -26,40 +27,41 @@ import jax.numpy as jnp
 
 from jax_mhc import reference
 from jax_mhc._axes import Axes
+from jax_mhc._call import Call, Settings, Values
 from jax_mhc._call.plain import head_gate, logits
-from jax_mhc._call.table import Call, Values
 from jax_mhc._types import MHCConfig
 
-# Runs a call on the channels of this device.
+# A function that runs a call on the channels of this device.
 Inner: TypeAlias = Callable[[Call, Values], Values]
 
 
 def run_split(inner: Inner, call: Call, axes: Axes, operands: Values) -> Values:
-    """The results of a call whose channels are sharded over mesh axes.
+    """Runs a call whose channels are sharded over mesh axes.
 
-    Gradients of replicated operands are left as partial sums, one for each device.
+    Gradients of what all these devices have are left as partial sums, one for each device.
     """
     run = _PROGRAMS.get(call.name)
-    return inner(call, operands) if run is None else run(inner, call, axes, operands)
+    if run is None:
+        return inner(call, operands)
+    results = run(inner, call, axes, operands)
+    return {name: results[name] for name in call.results}
 
 
 def _forward(inner: Inner, call: Call, axes: Axes, given: Values) -> Values:
-    """The results of pre_fwd and post_pre_fwd."""
+    """pre_fwd and post_pre_fwd."""
     config, n = _config(call), given["x"].shape[-2]
-    got = inner(*_without_norm(call, given))
-    streams, like = got.get("x_new", given["x"]), got["r"]
-    if "m" in got:
-        got["m"], got["r"] = _normalized(got["m"], got["r"], config, axes)
+    got = _run(inner, _without_norm(call), given)
+    streams = got.get("x_new", given["x"])
+    got |= _normalized(got, config, axes)
 
     def project(z: jax.Array) -> jax.Array:
         return inner(Call("sinkhorn_fwd", config), {"z": z})["h_res"]
 
-    z = logits(given | got, streams)
-    h = reference.coefficients(z, n, config, project)
-    got |= dict(zip(("h_pre", "h_post", "h_res"), h, strict=True))
+    z = logits(given | got, n)
+    got["h_pre"], got["h_post"], got["h_res"] = reference.coefficients(z, n, config, project)
     u = inner(Call("collapse_fwd"), {"x": streams, "h_pre": got["h_pre"]})["u"]
     if "norm_scale" in given:
-        wide = u.astype(like.dtype)
+        wide = u.astype(got["r"].dtype)
         mean = jax.lax.psum(jnp.sum(wide * wide, -1, keepdims=True), axes) / _channels(u, axes)
         rho = got["rho"] = 1 / jnp.sqrt(mean + call.attribute("norm_scale_eps"))
         u = (reference.for_tokens(given["norm_scale"], u) * (rho * wide)).astype(u.dtype)
@@ -67,34 +69,34 @@ def _forward(inner: Inner, call: Call, axes: Axes, given: Values) -> Values:
 
 
 def _backward(inner: Inner, call: Call, axes: Axes, given: Values) -> Values:
-    """The results of pre_bwd and post_pre_bwd."""
-    num, d_us, of_norm = _num_devices(axes), [given["d_u"]], Values()
+    """pre_bwd and post_pre_bwd."""
+    num = _num_devices(axes)
+    made: Values = {}
+    d_us = [given["d_u"]]
     if "norm_scale" in given:
-        d_us, of_norm["d_norm_scale"] = _norm_backward(inner, call, axes, given)
-    dots = sum((_dots(inner, given, d_u) for d_u in d_us[1:]), _dots(inner, given, d_us[0]))
+        d_us, made["d_norm_scale"] = _norm_backward(inner, call, axes, given)
+    dots = functools.reduce(jnp.add, (_dots(inner, given, d_u) for d_u in d_us))
     # The call adds those of its own channels, but for what the rounding of d_u took from them.
     others = jax.lax.psum(dots, axes) - _dots(inner, given, d_us[0])
     root, config = math.sqrt(num), _config(call)
     if config.norm_eps_mode == "outside":  # where rms = 1 / r - eps
         config = dataclasses.replace(config, norm_eps=root * config.norm_eps)
-    call, changed = _without_norm(call._replace(config=config), given)
-    changed |= {"r": given["r"] / root, "d_u": d_us[0], "d_h_pre": given["d_h_pre"] + others}
-    if "m" in given:
-        changed |= {"m": given["m"] / root, "alpha": root * given["alpha"]}
-    got = inner(call, changed)
-    got["d_bias"] = got["d_bias"] / num
-    if "m" in given:
-        got["d_alpha"] = got["d_alpha"] / root
-    return got | of_norm
+    changed = given | {"d_u": d_us[0], "d_h_pre": given["d_h_pre"] + others}
+    changed |= {name: given[name] / root for name in ("m", "r") if name in given}
+    if "alpha" in given:
+        changed["alpha"] = root * given["alpha"]
+    got = _run(inner, _without_norm(call)._replace(config=config), changed)
+    if "alpha" in given:
+        made["d_alpha"] = got["d_alpha"] / root
+    return got | made | {"d_bias": got["d_bias"] / num}
 
 
 def _norm_backward(
     inner: Inner, call: Call, axes: Axes, given: Values
 ) -> tuple[list[jax.Array], jax.Array]:
     """The cotangent of u before its norm, as a sum of two in the streams' dtype; d_norm_scale."""
-    scale, rho, x = given["norm_scale"], given["rho"], given["x"]
-    z = logits(given, x)
-    h_pre = jax.nn.sigmoid(z[..., : x.shape[-2]]) + _config(call).pre_eps
+    scale, rho, n = given["norm_scale"], given["rho"], given["x"].shape[-2]
+    h_pre = jax.nn.sigmoid(logits(given, n)[..., :n]) + _config(call).pre_eps
     u = _collapse(inner, given, h_pre).astype(rho.dtype)
     wide = given["d_u"].astype(rho.dtype)
     scaled = reference.for_tokens(scale, wide) * wide
@@ -106,14 +108,14 @@ def _norm_backward(
 
 
 def _head_forward(inner: Inner, call: Call, axes: Axes, given: Values) -> Values:
-    got = inner(call, given)
-    m, r = _normalized(got["m"], got["r"], _config(call), axes)
-    h_pre = head_gate(m, given) + _config(call).pre_eps
-    return inner(Call("collapse_fwd"), {"x": given["x"], "h_pre": h_pre}) | {"m": m, "r": r}
+    got = _run(inner, call, given)
+    got |= _normalized(got, _config(call), axes)
+    h_pre = head_gate(got["m"], given) + _config(call).pre_eps
+    return got | inner(Call("collapse_fwd"), {"x": given["x"], "h_pre": h_pre})
 
 
 def _head_backward(inner: Inner, call: Call, axes: Axes, given: Values) -> Values:
-    """The results of pre_bwd with zeros for h_post and h_res: head_bwd has no d_h_pre to add to."""
+    """That of pre without h_post and h_res, since the head has no d_h_pre to add to."""
     x, m = given["x"], given["m"]
     n, zeros = x.shape[-2], jnp.zeros_like(m)
     matrices = jnp.broadcast_to(zeros[..., None], (*zeros.shape, n))
@@ -129,15 +131,14 @@ def _head_backward(inner: Inner, call: Call, axes: Axes, given: Values) -> Value
         "d_x_in": jnp.zeros_like(x),
     }
     config = dataclasses.replace(_config(call), constraint="identity")
-    attributes = (("deferred", False), ("norm_scale_eps", 0.0))
-    pre = Call("pre_bwd", config, attributes, ("dynamic",), call.fused)
+    pre = Settings(config, fused=call.fused).call("pre_bwd", given | as_pre, deferred=False)
     got = _backward(inner, pre, axes, given | as_pre)
     return got | {
         "d_phi": got["d_phi"][..., :n], "d_alpha": got["d_alpha"][:1], "d_bias": got["d_bias"][:n]
     }  # fmt: skip
 
 
-_PROGRAMS = {
+_PROGRAMS: dict[str, Callable[[Inner, Call, Axes, Values], Values]] = {
     "pre_fwd": _forward,
     "pre_bwd": _backward,
     "post_pre_fwd": _forward,
@@ -150,6 +151,11 @@ _PROGRAMS = {
 # ---- parts --------------------------------------------------------------------------------------
 
 
+def _run(inner: Inner, call: Call, given: Values) -> Values:
+    """Runs a call on those of the values that are its operands."""
+    return inner(call, {name: given[name] for name in call.operands})
+
+
 def _config(call: Call) -> MHCConfig:
     assert call.config is not None
     return call.config
@@ -160,25 +166,24 @@ def _num_devices(axes: Axes) -> int:
 
 
 def _channels(u: jax.Array, axes: Axes) -> int:
-    """C of the whole streams."""
+    """C of the streams on all devices."""
     return u.shape[-1] * _num_devices(axes)
 
 
-def _without_norm(call: Call, given: Values) -> tuple[Call, Values]:
-    """The call that does not normalise the layer's input, and its operands."""
-    call = call._replace(groups=tuple(group for group in call.groups if group != "norm"))
-    return call, {name: given[name] for name in call.operands}
+def _without_norm(call: Call) -> Call:
+    """The call without the norm of the layer's input."""
+    return call._replace(groups=tuple(group for group in call.groups if group != "norm"))
 
 
-def _normalized(
-    m: jax.Array, r: jax.Array, config: MHCConfig, axes: Axes
-) -> tuple[jax.Array, jax.Array]:
-    """M and r of all channels from those of this device's."""
+def _normalized(got: Values, config: MHCConfig, axes: Axes) -> Values:
+    """The r, and m if there is one, of all channels from those of this device's."""
     eps, inside = config.norm_eps, config.norm_eps_mode == "inside"
+    r = got["r"]
     mean = 1 / (r * r) if inside else jnp.square(1 / r - eps)
-    projected, mean = jax.lax.psum((m / r[..., None], mean / _num_devices(axes)), axes)
+    projected = {"m": got["m"] / r[..., None]} if "m" in got else {}
+    projected, mean = jax.lax.psum((projected, mean / _num_devices(axes)), axes)
     r = 1 / jnp.sqrt(mean) if inside else 1 / (jnp.sqrt(mean) + eps)
-    return r[..., None] * projected, r
+    return {"r": r} | {name: r[..., None] * value for name, value in projected.items()}
 
 
 def _collapse(inner: Inner, given: Values, h_pre: jax.Array) -> jax.Array:
@@ -193,7 +198,7 @@ def _collapse(inner: Inner, given: Values, h_pre: jax.Array) -> jax.Array:
 
 
 def _dots(inner: Inner, given: Values, d_u: jax.Array) -> jax.Array:
-    """<d_u, X[i]> over this device's channels of the streams of a backward call."""
+    """The inner products <d_u, X[i]> over this device's channels, of the same streams."""
     call = Call("collapse_bwd")
     dots = inner(call, {"x": given["x"], "d_u": d_u})["d_h_pre"]
     if "y" not in given:

@@ -1,17 +1,42 @@
-"""A call that is spread over devices, and how its arrays are sharded over a mesh."""
+"""A call that is spread over devices, and how its arrays are sharded on a mesh."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 from jax.sharding import PartitionSpec
 
 from jax_mhc._axes import Axes
-from jax_mhc._call.primitive import bind
-from jax_mhc._call.table import Call, Value, Values
+from jax_mhc._call import Call, Value, Values, bind
 from jax_mhc._errors import fail
+
+
+class SpreadValue(NamedTuple):
+    """An operand or result of a call that is spread.
+
+    Attributes:
+        value: what the table tells of it.
+        is_mapped: whether it has the axis of a batch in front; see `Spread`.
+    """
+
+    value: Value
+    is_mapped: bool
+
+    def factors(self, rank: int) -> list[str]:
+        """What each dimension of an array of this rank may be sharded along.
+
+        "b": the batch. "t0", "t1" and so on: the tokens. "n": the streams of values `[..., n, C]`.
+        "C": the channels. "-": nothing; the dimension is replicated.
+        """
+        num_tokens = rank - self.is_mapped - len(self.value.dims)
+        along = {"C": "C"} | ({"n": "n"} if self.value.is_streams else {})
+        return [
+            *["b"] * self.is_mapped,
+            *(f"t{at}" for at in range(num_tokens)),
+            *(along.get(dim, "-") for dim in self.value.dims),
+        ]
 
 
 class Spread(NamedTuple):
@@ -19,9 +44,8 @@ class Spread(NamedTuple):
 
     Attributes:
         call: the call.
-        mapped: the names of the operands whose first axis is that of a batch whose elements have
-            parameters, or gradients of parameters, of their own; all results have this axis. None:
-            no such batch.
+        mapped: the operands whose first axis is that of a batch whose elements have parameters, or
+            gradients of parameters, of their own; all results have this axis. None: no such batch.
         hidden_axes: the manual axes over which C is sharded.
     """
 
@@ -30,53 +54,47 @@ class Spread(NamedTuple):
     hidden_axes: Axes = ()
 
     @property
-    def has_batch(self) -> bool:
-        """Whether the call is a batch of calls."""
-        return self.mapped is not None
+    def operands(self) -> dict[str, SpreadValue]:
+        """The operands by name, in order."""
+        mapped = self.mapped or ()
+        values = self.call.operand_values
+        return {value.name: SpreadValue(value, value.name in mapped) for value in values}
 
-    def is_mapped(self, operand: str) -> bool:
-        """Whether an operand has the axis of a batch."""
-        return self.mapped is not None and operand in self.mapped
-
-    def operands(self) -> dict[str, tuple[Value, bool]]:
-        """The operands by name: the row of the table, and whether it has the axis of a batch."""
-        return {
-            value.name: (value, self.is_mapped(value.name)) for value in self.call.operand_values
-        }
-
-    def results(self) -> dict[str, tuple[Value, bool]]:
-        """The results by name: the row of the table, and whether it has the axis of a batch."""
-        return {value.name: (value, self.has_batch) for value in self.call.result_values}
+    @property
+    def results(self) -> dict[str, SpreadValue]:
+        """The results by name, in order."""
+        values = self.call.result_values
+        return {value.name: SpreadValue(value, self.mapped is not None) for value in values}
 
 
 class MeshLayout(NamedTuple):
-    """How the arrays of a call are sharded over a mesh.
+    """The axes of a mesh over which the arrays of a call are sharded.
 
     Attributes:
-        lead: the axes over which each leading dimension of the streams is sharded, first that of a
-            batch if there is one.
-        hidden: the axes over which C is sharded.
+        batch: the axes of the batch; none where there is no batch.
+        tokens: the axes of each dimension of the tokens.
+        hidden: the axes of C.
     """
 
-    lead: tuple[Axes, ...]
+    batch: Axes
+    tokens: tuple[Axes, ...]
     hidden: Axes
 
     def axes(self) -> Axes:
         """All axes over which anything is sharded."""
-        return tuple(axis for axes in (*self.lead, self.hidden) for axis in axes)
+        return tuple(a for axes in (self.batch, *self.tokens, self.hidden) for a in axes)
 
-    def spec(self, spread: Spread, value: Value, is_mapped: bool) -> PartitionSpec:
-        """The sharding of an operand or result."""
-        tokens = self.lead[1:] if spread.has_batch else self.lead
-        of_dims: list[Axes] = [self.lead[0]] if is_mapped else []
-        if value.has_tokens:
-            of_dims += tokens
-        of_dims += [self.hidden if dim == "C" else () for dim in value.dims]
-        return PartitionSpec(*(axes or None for axes in of_dims))
+    def spec(self, value: SpreadValue) -> PartitionSpec:
+        """The sharding of one value."""
+        along = {f"t{at}": axes for at, axes in enumerate(self.tokens)}
+        along |= {"b": self.batch, "C": self.hidden}
+        num_tokens = len(self.tokens) if value.value.has_tokens else 0
+        factors = value.factors(value.is_mapped + num_tokens + len(value.value.dims))
+        return PartitionSpec(*(along.get(factor) or None for factor in factors))
 
 
 def check_streams(call: Call, name: str, axes: Axes) -> None:
-    """Raises unless the streams of a token are on one device."""
+    """Raises an error unless the streams of a token are on one device."""
     if axes:
         fail(
             ValueError, call.op, name, "streams [..., n, C] whose n is not split over devices",
@@ -85,15 +103,14 @@ def check_streams(call: Call, name: str, axes: Axes) -> None:
         )  # fmt: skip
 
 
-def run_here(spread: Spread, operands: Values) -> Values:
-    """The results of a call, or of a batch of calls, on one device."""
+def run_here(spread: Spread, operands: Mapping[str, jax.Array]) -> Values:
+    """Runs a call, or a batch of calls, on one device."""
     return bind(spread.call, operands, mapped=spread.mapped)
 
 
-def map_batch(function: Callable[[Values], Values], spread: Spread, operands: Values) -> Values:
-    """The results of one element of a batch after the other; unmapped operands are shared."""
-    assert spread.mapped is not None
-    return jax.lax.map(
-        lambda elements: function(operands | elements),
-        {name: operands[name] for name in spread.mapped},
-    )
+def map_batch(
+    function: Callable[[Values], Values], spread: Spread, operands: Mapping[str, jax.Array]
+) -> Values:
+    """Runs one element of a batch after the other; operands that are not mapped are shared."""
+    mapped = {name: operands[name] for name in spread.mapped or ()}
+    return jax.lax.map(lambda elements: function({**operands, **elements}), mapped)

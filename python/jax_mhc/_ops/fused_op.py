@@ -1,158 +1,160 @@
-"""What every fused op is made of: a function with a backward pass of its own, on calls by name.
+"""What the ops have in common: their calls by name, and an op as a function with a derivative.
 
-    custom_vjp(forward, backward), both of which run
+An op is, from the outside in,
 
-        custom_vmap(run(call))
+    reverse_mode_only -> custom_vjp -> first_order -> the call under vmap, on all devices
 
-- **call** (`_call/primitive.py`): a primitive, lowered to one custom call on one device, or to
-  plain JAX for platforms without kernels.
-- **run** (`_mesh`): the call on all devices. Leading dimensions are handed over as they are.
-- **custom_vmap**: a mapped axis becomes one more leading dimension of the same call. That cannot
-  be where each element of the batch has its own parameters or its own parameter gradient; there
-  every device runs its elements one after another, or small ones together in plain JAX.
-
-Values of a call go by name. Those of an absent group (no norm, static coefficients) are not there.
+whose last steps are those of `fused_call`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeAlias, TypeVar
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.custom_batching import custom_vmap
-from jax.custom_derivatives import SymbolicZero
+from jax.sharding import NamedSharding, PartitionSpec, reshard
 
-from jax_mhc._call import Settings, Values, first_order, reverse_mode_only
-from jax_mhc._mesh import Spread, map_batch, run
-from jax_mhc._ops.params import packed_phi, unpacked_phi
+from jax_mhc._axes import spec_axes
+from jax_mhc._call import (
+    Implementation,
+    Settings,
+    Values,
+    first_order,
+    reverse_mode_only,
+    use_fused,
+)
+from jax_mhc._mesh import Spread, batched
 
-# Results of an op by name, and what its backward pass keeps.
-Forward: TypeAlias = Callable[[Settings, Values], tuple[Values, Values]]
+Results = TypeVar("Results")
 
-# Gradients of an op's operands by their names, from what is kept and the cotangents of its results.
-# A cotangent may be a `SymbolicZero`.
-Backward: TypeAlias = Callable[[Settings, Values, dict[str, Any]], Values]
-
-# The name for policies of `jax.checkpoint` that each result of a forward call has.
-_NAMES = {"x_new": "mhc_streams", "u": "mhc_layer_input"}
+#: Results of forward calls that nothing reads but the backward pass, which keeps them.
+KEPT = ("m", "r", "rho")
 
 
-def fused_op(forward: Forward, backward: Backward) -> Callable[[str, Settings, Values], Values]:
-    """The op `(name, settings, operands) -> results`, differentiable once in reverse mode.
-
-    The first of the operands has to be the streams, or what is in their place.
-    """
-
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-    def op(settings: Settings, operands: Values) -> Values:
-        return forward(settings, operands)[0]
-
-    def keep(settings: Settings, operands: dict[str, Any]) -> tuple[Values, Values]:
-        return forward(settings, {name: operand.value for name, operand in operands.items()})
-
-    def gradients(settings: Settings, kept: Values, cotangents: dict[str, Any]) -> tuple[Values]:
-        return (backward(settings, kept, cotangents),)
-
-    op.defvjp(keep, gradients, symbolic_zeros=True)
-
-    def checked(name: str, settings: Settings, operands: Values) -> Values:
-        first, *_ = operands
-        others = {key: value for key, value in operands.items() if key != first}
-        streams, others = reverse_mode_only(name, operands[first], others)
-        return op(settings, {first: streams} | others)
-
-    return checked
+# ---- calls --------------------------------------------------------------------------------------
 
 
 def fused_call(
     name: str,
     settings: Settings,
-    operands: Values,
+    operands: Mapping[str, jax.Array],
     *,
-    kept_alone: Sequence[str] = ("m", "r", "rho"),
+    kept_alone: Collection[str] = KEPT,
     **attributes: bool | float,
 ) -> Values:
-    """The results of the call `name` of docs/calls.md on all devices. It has no derivative.
+    """Runs the call `name` on all devices. It cannot be differentiated.
 
     Args:
-        name: the name of the call.
-        settings: the settings of its op.
-        operands: its operands, without absent groups; phi is `[n·C, K]`, as its gradient is.
+        name: the name of its row in the table.
+        settings: the settings of the op.
+        operands: the operands by name, without those that are absent; phi is `[n·C, K]`, and so is
+            its gradient.
         kept_alone: the results that nothing reads but what keeps them for the backward pass.
-        attributes: the call's own attributes.
+        attributes: the attributes that the call has beside those of the settings.
+
+    Returns:
+        The results by name.
     """
     call = settings.call(name, operands, **attributes)
-    phi = operands.get("phi")
-    if phi is not None:
-        operands = operands | {"phi": packed_phi(phi, operands["x"].shape[-2])}
-    operands = {key: first_order(call.op, operand) for key, operand in operands.items()}
-    results = _batched(Spread(call, hidden_axes=settings.hidden_axes))(operands)
-    if phi is not None and "d_phi" in results:
-        results = results | {"d_phi": unpacked_phi(results["d_phi"], phi)}
+    given = {name: first_order(call.op, operand) for name, operand in _split_rows(operands).items()}
+    results = batched(Spread(call, hidden_axes=settings.hidden_axes))(given)
     if not call.is_forward:
-        return results
+        return _join_rows(results, operands)
     # Where a scan stacks a result, XLA for GPUs lets the call write it to its place (dynamic-slice
     # fusion). If somebody else in the loop reads that result, the versions of JAX 0.11 leave a
     # second call for him (openxla/xla#45799).
     return {
-        key: result if key in kept_alone else jax.lax.optimization_barrier(result)
-        for key, result in results.items()
+        result: value if result in kept_alone else jax.lax.optimization_barrier(value)
+        for result, value in results.items()
     }
 
 
-def named(results: Values) -> Values:
-    """The results of a forward call with names for policies of `jax.checkpoint`."""
-    return {
-        key: checkpoint_name(result, _NAMES.get(key, "mhc_coefficients"))
-        for key, result in results.items()
-    }
+def present(**operands: jax.Array | None) -> Values:
+    """The operands that are not None."""
+    return {name: operand for name, operand in operands.items() if operand is not None}
 
 
-def instantiate(cotangent: Any) -> jax.Array:
-    """The array that a symbolic zero stands for, or the cotangent itself."""
-    if isinstance(cotangent, SymbolicZero):
-        return jnp.zeros(cotangent.shape, cotangent.dtype)
-    return cotangent
+def _split_rows(operands: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
+    """Operands with phi `[n*C, K]` as calls take it, `[n, C, K]`; n is that of x."""
+    if "phi" not in operands:
+        return operands
+    phi, n = operands["phi"], operands["x"].shape[-2]
+    sharding = jax.typeof(phi).sharding
+    if spec_axes(sharding.spec):
+        # Rows, n times C, cannot be sharded as C is.
+        phi = reshard(phi, NamedSharding(sharding.mesh, PartitionSpec()))
+    return dict(operands) | {"phi": phi.reshape(n, phi.shape[0] // n, phi.shape[1])}
 
 
-@functools.cache
-def _batched(spread: Spread) -> Callable[[Values], Values]:
-    """The call with a rule for `jax.vmap`."""
-    described = spread.operands()
+def _join_rows(gradients: Values, operands: Mapping[str, jax.Array]) -> Values:
+    """Gradients with d_phi `[n, C, K]` in the form that phi has in `operands`."""
+    if "d_phi" not in gradients:
+        return gradients
+    phi, d_phi = operands["phi"], gradients["d_phi"]
+    sharding = jax.typeof(phi).sharding
+    d_phi = d_phi.reshape(phi.shape)
+    if spec_axes(sharding.spec):
+        d_phi = reshard(d_phi, sharding)
+    return gradients | {"d_phi": d_phi}
 
-    @custom_vmap
-    def call(operands: Values) -> Values:
-        return run(spread, operands)
 
-    @call.def_vmap
-    def _(
-        axis_size: int, in_batched: list[dict[str, bool]], operands: Values
-    ) -> tuple[Values, dict[str, bool]]:
-        (batched,) = in_batched
-        mapped = tuple(name for name in spread.call.operands if batched[name])
-        everywhere = dict.fromkeys(spread.call.results, True)
-        if spread.has_batch:
-            return _batch_of_batches(spread, mapped)(operands), everywhere
-        has_gradients = any(not value.has_tokens for value, _ in spread.results().values())
-        if has_gradients or any(not described[name][0].has_tokens for name in mapped):
-            return _batched(spread._replace(mapped=mapped))(operands), everywhere
-        copied = {
-            name: operand
-            if batched[name] or not described[name][0].has_tokens
-            else jnp.broadcast_to(operand, (axis_size, *operand.shape))
-            for name, operand in operands.items()
+# ---- ops ----------------------------------------------------------------------------------------
+
+# Results of the op, and what its backward pass keeps, from the operands and the call's results.
+Forward: TypeAlias = Callable[[Values, Values], tuple[Results, Values]]
+# Gradients by name, from settings, what was kept, and the cotangents of the results. Any of these
+# may be a SymbolicZero.
+Backward: TypeAlias = Callable[[Settings, Values, Any], Values]
+# The op, from operands (of which the streams come first), settings and implementation; the last
+# argument is the op in plain JAX.
+FusedOp: TypeAlias = Callable[[Values, Settings, Implementation, Callable[[], Results]], Results]
+
+# The names of results for policies of `jax.checkpoint`; those of all others are coefficients.
+_NAMES = {"x_new": "mhc_streams", "u": "mhc_layer_input"}
+
+
+def fused_op(op: str, forward: Forward[Results], backward: Backward) -> FusedOp[Results]:
+    """An op as a function with a derivative, from what its two calls take and give."""
+
+    def call(settings: Settings, operands: Values) -> tuple[Results, Values]:
+        results = fused_call(f"{op}_fwd", settings, operands)
+        named = {
+            name: checkpoint_name(result, _NAMES.get(name, "mhc_coefficients"))
+            for name, result in results.items()
         }
-        return call(copied), everywhere
+        return forward(operands, named)
 
-    return call
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def run(settings: Settings, operands: Values) -> Results:
+        return call(settings, operands)[0]
 
+    def run_fwd(settings: Settings, operands: dict[str, Any]) -> tuple[Results, Values]:
+        return call(settings, {name: operand.value for name, operand in operands.items()})
 
-@functools.cache
-def _batch_of_batches(spread: Spread, mapped: tuple[str, ...]) -> Callable[[Values], Values]:
-    """The batches of a mapped batch, one after the other; outside of `jax.jit` compiled once."""
-    run_one, outer = _batched(spread), spread._replace(mapped=mapped)
-    return jax.jit(lambda operands: map_batch(run_one, outer, operands), inline=True)
+    def run_bwd(settings: Settings, saved: Values, cotangents: Any) -> tuple[Values]:
+        gradients = backward(settings, saved, cotangents)
+        return ({name.removeprefix("d_"): value for name, value in gradients.items()},)
+
+    run.defvjp(run_fwd, run_bwd, symbolic_zeros=True)
+
+    def fused(
+        operands: Values,
+        settings: Settings,
+        implementation: Implementation,
+        plain: Callable[[], Results],
+    ) -> Results:
+        first, *others = operands
+        with jax.named_scope(f"mhc_{op}"):
+            streams = operands[first]
+            if not use_fused(op, implementation, streams.dtype, settings.hidden_axes):
+                return plain()
+            settings = settings._replace(fused=implementation == "fused")
+            streams, of_others = reverse_mode_only(
+                op, streams, {name: operands[name] for name in others}
+            )
+            return run(settings, {first: streams} | of_others)
+
+    return fused

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 
 from jax_mhc import _check, reference
-from jax_mhc._call import Implementation, Settings, Values, use_fused
-from jax_mhc._ops.fused_op import fused_call, fused_op, instantiate, named
+from jax_mhc._call import Implementation, Settings, Values
+from jax_mhc._ops.deferred import instantiate
+from jax_mhc._ops.fused_op import fused_call, fused_op
 from jax_mhc._types import HeadParams, MHCConfig
 from jax_mhc.presets import PAPER
 
@@ -53,23 +54,21 @@ def head(
     config = _check.config(op, config, x.dtype)
     axes = _check.hidden_axes(op, hidden_axis_name, x)
     phi, alpha, bias = _check.head_params(op, params, x, axes)
-    with jax.named_scope("mhc_head"):
-        if not use_fused(op, implementation, x.dtype, axes):
-            return reference.head(x, HeadParams(phi, alpha, bias), config=config)
-        settings = Settings(config, hidden_axes=axes, fused=implementation == "fused")
-        operands = {"x": x, "phi": phi, "alpha": alpha, "bias": bias}
-        return _head(op, settings, operands)["u"]
+    return _head(
+        {"x": x, "phi": phi, "alpha": alpha, "bias": bias},
+        Settings(config, hidden_axes=axes),
+        implementation,
+        lambda: reference.head(x, HeadParams(phi, alpha, bias), config=config),
+    )
 
 
-def _forward(settings: Settings, operands: Values) -> tuple[Values, Values]:
-    got = named(fused_call("head_fwd", settings, operands))
-    return {"u": got["u"]}, operands | {"m": got["m"], "r": got["r"]}
+def _forward(operands: Values, results: Values) -> tuple[jax.Array, Values]:
+    u = results.pop("u")
+    return u, operands | results
 
 
-def _backward(settings: Settings, kept: Values, cotangents: dict[str, Any]) -> Values:
-    operands = kept | {"d_u": instantiate(cotangents["u"])}
-    got = fused_call("head_bwd", settings, operands)
-    return {name.removeprefix("d_"): gradient for name, gradient in got.items()}
+def _backward(settings: Settings, saved: Values, d_u: Any) -> Values:
+    return fused_call("head_bwd", settings, saved | {"d_u": instantiate(d_u)})
 
 
-_head = fused_op(_forward, _backward)
+_head = fused_op("head", _forward, _backward)

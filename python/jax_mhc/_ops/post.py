@@ -7,9 +7,9 @@ from typing import Any
 import jax
 
 from jax_mhc import _check, reference
-from jax_mhc._call import Implementation, Settings, Values, use_fused
-from jax_mhc._ops.deferred import gradient, streams
-from jax_mhc._ops.fused_op import fused_call, fused_op, instantiate, named
+from jax_mhc._call import Implementation, Settings, Values
+from jax_mhc._ops.deferred import gradient, instantiate, streams
+from jax_mhc._ops.fused_op import fused_call, fused_op
 from jax_mhc._types import Context
 
 
@@ -41,24 +41,23 @@ def post(y: jax.Array, ctx: Context, *, implementation: Implementation = None) -
     op = "post"
     ctx = _check.context(op, ctx)
     y = _check.layer_output(op, "y", y, ctx.x)
-    with jax.named_scope("mhc_post"):
-        if not use_fused(op, implementation, ctx.x.dtype):
-            return reference.post(y, ctx)
-        defers, x = streams(ctx)
-        operands = {"x": x, "y": y, "h_post": ctx.h_post, "h_res": ctx.h_res}
-        settings = Settings(fused=implementation == "fused", defers=defers)
-        return _post(op, settings, operands)["x_new"]
+    deferred, x = streams(ctx)
+    return _post(
+        {"x": x, "y": y, "h_post": ctx.h_post, "h_res": ctx.h_res},
+        Settings(defers=deferred),
+        implementation,
+        lambda: reference.post(y, ctx),
+    )
 
 
-def _forward(settings: Settings, operands: Values) -> tuple[Values, Values]:
-    return named(fused_call("post_fwd", settings, operands)), operands
+def _forward(operands: Values, results: Values) -> tuple[jax.Array, Values]:
+    return results["x_new"], operands
 
 
-def _backward(settings: Settings, kept: Values, cotangents: dict[str, Any]) -> Values:
-    d_x_new = instantiate(cotangents["x_new"])
-    got = fused_call("post_bwd", settings, kept | {"d_x_new": d_x_new})
-    gradients = {name.removeprefix("d_"): gradient for name, gradient in got.items()}
-    return gradients | {"x": gradient(settings.defers, d_x_new, kept["h_res"])}
+def _backward(settings: Settings, saved: Values, d_x_new: Any) -> Values:
+    d_x_new = instantiate(d_x_new)
+    d_x = gradient(settings.defers, d_x_new, saved["h_res"])
+    return {"d_x": d_x} | fused_call("post_bwd", settings, saved | {"d_x_new": d_x_new})
 
 
-_post = fused_op(_forward, _backward)
+_post = fused_op("post", _forward, _backward)

@@ -8,11 +8,10 @@ from typing import Any
 import jax
 
 from jax_mhc import _check, reference
-from jax_mhc._call import Implementation, Settings, Values, use_fused
-from jax_mhc._ops.deferred import d_x_in, gradient, streams
-from jax_mhc._ops.fused_op import fused_call, fused_op, named
-from jax_mhc._ops.params import operands_of
-from jax_mhc._ops.pre import KEPT, context_of, cotangents_of
+from jax_mhc._call import Implementation, Settings, Values
+from jax_mhc._ops.deferred import d_streams_in, gradient, streams
+from jax_mhc._ops.fused_op import KEPT, fused_call, fused_op, present
+from jax_mhc._ops.pre import context, cotangents_of
 from jax_mhc._types import Context, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
@@ -67,38 +66,41 @@ def post_pre(
     axes = _check.hidden_axes(op, hidden_axis_name, ctx.x)
     phi, alpha, bias = _check.params(op, params, ctx.x, config, hidden_axes=axes)
     norm_scale, eps = _check.norm_scale(op, norm_scale, norm_scale_eps, ctx.x, hidden_axes=axes)
-    with jax.named_scope("mhc_post_pre"):
-        if not use_fused(op, implementation, ctx.x.dtype, axes):
-            return reference.post_pre(
-                y, ctx, MHCParams(phi, alpha, bias), config=config,
-                norm_scale=norm_scale, norm_scale_eps=eps,
-            )  # fmt: skip
-        defers, x = streams(ctx)
-        operands = {"x": x, "y": y, "h_post": ctx.h_post, "h_res": ctx.h_res}
-        operands |= operands_of(phi, alpha, bias, norm_scale)
-        settings = Settings(config, eps, axes, implementation == "fused", defers)
-        results = _post_pre(op, settings, operands)
-        return results["u"], context_of(results)
+    deferred, x = streams(ctx)
+    return _post_pre(
+        present(
+            x=x, y=y, h_post=ctx.h_post, h_res=ctx.h_res,
+            phi=phi, alpha=alpha, bias=bias, norm_scale=norm_scale,
+        ),
+        Settings(config, eps, axes, defers=deferred),
+        implementation,
+        lambda: reference.post_pre(
+            y, ctx, MHCParams(phi, alpha, bias), config=config,
+            norm_scale=norm_scale, norm_scale_eps=eps,
+        ),
+    )  # fmt: skip
 
 
-def _forward(settings: Settings, operands: Values) -> tuple[Values, Values]:
-    got = named(fused_call("post_pre_fwd", settings, operands))
-    results = {name: got[name] for name in ("u", "h_pre", "h_post", "h_res")}
-    results |= {"x": got["x_new"], "deferred": got["x_new"]}
-    kept = operands | {name: got[name] for name in KEPT if name in got}
-    kept["h_res_new"] = got["h_res"]
+def _forward(operands: Values, results: Values) -> tuple[tuple[jax.Array, Context], Values]:
+    ctx = context(results["x_new"], results)
+    kept = {name: result for name, result in results.items() if name in KEPT}
     if "norm_scale" in operands:
-        # The layer keeps its input, too.
-        kept["u_norm"] = got["u"]
-    return results, kept
+        # The layer keeps u, too.
+        kept["u_norm"] = results["u"]
+    return (results["u"], ctx), operands | kept | {"h_res_new": results["h_res"]}
 
 
-def _backward(settings: Settings, kept: Values, cotangents: dict[str, Any]) -> Values:
-    d_x_new, deferred = d_x_in(cotangents["x"], cotangents["deferred"], kept["h_res_new"])
-    operands = kept | {"d_x_new_in": d_x_new} | cotangents_of(cotangents)
-    got = fused_call("post_pre_bwd", settings, operands, deferred=deferred)
-    d_x = gradient(settings.defers, got.pop("d_x_new"), kept["h_res"])
-    return {"x": d_x} | {name.removeprefix("d_"): value for name, value in got.items()}
+def _backward(settings: Settings, saved: Values, cotangents: tuple[Any, Context]) -> Values:
+    d_u, d_ctx = cotangents
+    d_x_new_in, deferred = d_streams_in(d_ctx, saved["h_res_new"])
+    gradients = fused_call(
+        "post_pre_bwd",
+        settings,
+        saved | cotangents_of(d_u, d_ctx) | {"d_x_new_in": d_x_new_in},
+        deferred=deferred,
+    )
+    d_x_new = gradients.pop("d_x_new")
+    return gradients | {"d_x": gradient(settings.defers, d_x_new, saved["h_res"])}
 
 
-_post_pre = fused_op(_forward, _backward)
+_post_pre = fused_op("post_pre", _forward, _backward)

@@ -8,10 +8,9 @@ from typing import Any
 import jax
 
 from jax_mhc import _check, reference
-from jax_mhc._call import Implementation, Settings, Values, use_fused
-from jax_mhc._ops.deferred import d_x_in
-from jax_mhc._ops.fused_op import fused_call, fused_op, instantiate, named
-from jax_mhc._ops.params import operands_of
+from jax_mhc._call import Implementation, Settings, Values
+from jax_mhc._ops.deferred import d_streams_in, instantiate
+from jax_mhc._ops.fused_op import KEPT, fused_call, fused_op, present
 from jax_mhc._types import Context, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
@@ -92,47 +91,46 @@ def pre(
     axes = _check.hidden_axes(op, hidden_axis_name, x)
     phi, alpha, bias = _check.params(op, params, x, config, hidden_axes=axes)
     norm_scale, eps = _check.norm_scale(op, norm_scale, norm_scale_eps, x, hidden_axes=axes)
-    with jax.named_scope("mhc_pre"):
-        if not use_fused(op, implementation, x.dtype, axes):
-            return reference.pre(
-                x, MHCParams(phi, alpha, bias), config=config,
-                norm_scale=norm_scale, norm_scale_eps=eps,
-            )  # fmt: skip
-        operands = {"x": x} | operands_of(phi, alpha, bias, norm_scale)
-        settings = Settings(config, eps, axes, implementation == "fused")
-        results = _pre(op, settings, operands)
-        return results["u"], context_of(results)
+    return _pre(
+        present(x=x, phi=phi, alpha=alpha, bias=bias, norm_scale=norm_scale),
+        Settings(config, eps, axes),
+        implementation,
+        lambda: reference.pre(
+            x, MHCParams(phi, alpha, bias), config=config,
+            norm_scale=norm_scale, norm_scale_eps=eps,
+        ),
+    )  # fmt: skip
 
 
-def context_of(results: Values) -> Context:
-    """The context of a sublayer, from the results of pre or post_pre."""
-    fields = "x", "deferred", "h_pre", "h_post", "h_res"
-    return Context._of(*(results[name] for name in fields))
+def _forward(operands: Values, results: Values) -> tuple[tuple[jax.Array, Context], Values]:
+    h_res = results["h_res"]
+    ctx = context(operands["x"], results)
+    kept = {name: result for name, result in results.items() if name in KEPT}
+    return (results["u"], ctx), operands | kept | {"h_res": h_res}
 
 
-def _forward(settings: Settings, operands: Values) -> tuple[Values, Values]:
-    got = named(fused_call("pre_fwd", settings, operands))
-    kept = operands | {name: got[name] for name in KEPT if name in got}
-    x = operands["x"]
-    results = {name: got[name] for name in ("u", "h_pre", "h_post", "h_res")}
-    return results | {"x": x, "deferred": x}, kept | {"h_res": got["h_res"]}
+def context(x: jax.Array, results: Values) -> Context:
+    """The context of streams x with the coefficients that a call gave."""
+    return Context._of(x, x, results["h_pre"], results["h_post"], results["h_res"])
 
 
-# Results of the forward calls of pre and post_pre that the backward calls take.
-KEPT = ("m", "r", "rho")
+def _backward(settings: Settings, saved: Values, cotangents: tuple[Any, Context]) -> Values:
+    d_u, d_ctx = cotangents
+    d_x_in, deferred = d_streams_in(d_ctx, saved["h_res"])
+    return fused_call(
+        "pre_bwd", settings, saved | cotangents_of(d_u, d_ctx) | {"d_x_in": d_x_in},
+        deferred=deferred,
+    )  # fmt: skip
 
 
-def _backward(settings: Settings, kept: Values, cotangents: dict[str, Any]) -> Values:
-    d_x, deferred = d_x_in(cotangents["x"], cotangents["deferred"], kept["h_res"])
-    operands = kept | {"d_x_in": d_x} | cotangents_of(cotangents)
-    got = fused_call("pre_bwd", settings, operands, deferred=deferred)
-    return {name.removeprefix("d_"): gradient for name, gradient in got.items()}
+def cotangents_of(d_u: Any, d_ctx: Context) -> Values:
+    """The cotangents of u and of the coefficients, which a backward call takes."""
+    return {
+        "d_u": instantiate(d_u),
+        "d_h_pre": instantiate(d_ctx.h_pre),
+        "d_h_post": instantiate(d_ctx.h_post),
+        "d_h_res": instantiate(d_ctx.h_res),
+    }
 
 
-def cotangents_of(cotangents: dict[str, Any]) -> Values:
-    """The cotangents of the layer's input and of the coefficients as operands of a call."""
-    names = "u", "h_pre", "h_post", "h_res"
-    return {f"d_{name}": instantiate(cotangents[name]) for name in names}
-
-
-_pre = fused_op(_forward, _backward)
+_pre = fused_op("pre", _forward, _backward)

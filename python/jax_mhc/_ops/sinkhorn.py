@@ -8,8 +8,9 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, _errors, reference
-from jax_mhc._call import Implementation, Settings, Values, use_fused
-from jax_mhc._ops.fused_op import fused_call, fused_op, instantiate
+from jax_mhc._call import Implementation, Settings, Values
+from jax_mhc._ops.deferred import instantiate
+from jax_mhc._ops.fused_op import fused_call, fused_op
 from jax_mhc._types import MHCConfig
 from jax_mhc.presets import PAPER
 
@@ -58,22 +59,20 @@ def sinkhorn(
             ValueError, op, "config.constraint", "'birkhoff'", repr(config.constraint),
             "Sinkhorn is the projection of this constraint alone.",
         )  # fmt: skip
-    with jax.named_scope("mhc_sinkhorn"):
-        if use_fused(op, implementation, logits.dtype):
-            settings = Settings(config, fused=implementation == "fused")
-            h_res = _sinkhorn(op, settings, {"z": logits})["h_res"]
-        else:
-            h_res = reference.sinkhorn(logits, config=config)
-        return checkpoint_name(h_res, "mhc_coefficients")
+    return _sinkhorn(
+        {"z": logits},
+        Settings(config),
+        implementation,
+        lambda: checkpoint_name(reference.sinkhorn(logits, config=config), "mhc_coefficients"),
+    )
 
 
-def _forward(settings: Settings, operands: Values) -> tuple[Values, Values]:
-    return fused_call("sinkhorn_fwd", settings, operands), operands
+def _forward(operands: Values, results: Values) -> tuple[jax.Array, Values]:
+    return results["h_res"], operands
 
 
-def _backward(settings: Settings, kept: Values, cotangents: dict[str, Any]) -> Values:
-    operands = kept | {"d_h_res": instantiate(cotangents["h_res"])}
-    return {"z": fused_call("sinkhorn_bwd", settings, operands)["d_z"]}
+def _backward(settings: Settings, saved: Values, d_h_res: Any) -> Values:
+    return fused_call("sinkhorn_bwd", settings, saved | {"d_h_res": instantiate(d_h_res)})
 
 
-_sinkhorn = fused_op(_forward, _backward)
+_sinkhorn = fused_op("sinkhorn", _forward, _backward)

@@ -1,4 +1,4 @@
-"""A stack of sublayers, which post_pre joins."""
+"""A stack of sublayers, joined by seams."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax_mhc import _check, _errors, diagnostics
 from jax_mhc._axes import varying_like
 from jax_mhc._call import Implementation, Settings, Values, use_fused
-from jax_mhc._mesh.types import lie_like
+from jax_mhc._mesh.types import sharded_like
 from jax_mhc._ops.deferred import streams
-from jax_mhc._ops.params import operands_of
+from jax_mhc._ops.fused_op import present
 from jax_mhc._ops.post import post
 from jax_mhc._ops.post_pre import post_pre
 from jax_mhc._ops.pre import pre
-from jax_mhc._stack.own_scan import Stretches, no_sublayer, own_scan
+from jax_mhc._stack.own_scan import Stretches, no_sublayer, scan_of_seams
 from jax_mhc._stack.remat import Recompute, best_length, check_policy, policy_of
 from jax_mhc._types import Context, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
@@ -158,7 +158,7 @@ def stack(
             else:
                 u, ctx = pre(before, p, norm_scale=scale, **options)
             # Loops want the type of y to be that of u.
-            y = lie_like(_layer_output(i, layer(u), x), u)
+            y = sharded_like(_layer_output(i, layer(u), x), u)
             y = checkpoint_name(y, "mhc_layer_output")
             before = _Pending(streams(ctx)[1], y, ctx.h_post, ctx.h_res)
             if num_samples:
@@ -190,11 +190,9 @@ def stack(
         num_blocks = _num_blocks(params, scales, xs)
         every, num_together = _stretch(keep_streams_every, n, len(layers), num_blocks)
         steps = _Steps(num_blocks, num_together, unroll)
-        if not callable(policy) and _takes_own_scan(
-            layers, x, params, steps, every, implementation
-        ):
+        if not callable(policy) and _seams_alone(layers, x, params, steps, every, implementation):
             stretches = Stretches(every, num_together, policy == "streams")
-            x_new, h_res = _own_scan(
+            x_new, h_res = _scan_of_seams(
                 layers, x, params, scales, xs,
                 Settings(config, eps, axes, implementation == "fused"),
                 stretches, num_samples,
@@ -280,12 +278,12 @@ def _scan(
             lambda leaf: leaf.reshape(steps.num, num_together, *leaf.shape[1:]), stacked
         )
     x = varying_like(x, x, *jax.tree.leaves(stacked[:2]))
-    first = _Pending(x, **no_sublayer(x, hidden_axes))
+    first = _Pending(x, *no_sublayer(x, hidden_axes))
     before, h_res = jax.lax.scan(step, first, stacked, unroll=unroll)
     return before, jax.tree.map(lambda h: h.reshape(-1, *h.shape[2:]), h_res)
 
 
-def _takes_own_scan(
+def _seams_alone(
     layers: tuple[Callable[..., Any], ...],
     x: jax.Array,
     params: tuple[MHCParams, ...],
@@ -293,7 +291,7 @@ def _takes_own_scan(
     every: int,
     implementation: Implementation,
 ) -> bool:
-    """Whether `own_scan` takes these sublayers.
+    """Whether `scan_of_seams` takes these sublayers.
 
     Of a loop of one step nothing is left, and XLA could merge what is computed again with the
     forward pass.
@@ -308,7 +306,7 @@ def _takes_own_scan(
     )
 
 
-def _own_scan(
+def _scan_of_seams(
     layers: tuple[Callable[..., Any], ...],
     x: jax.Array,
     params: tuple[MHCParams, ...],
@@ -318,20 +316,20 @@ def _own_scan(
     stretches: Stretches,
     num_samples: int,
 ) -> tuple[jax.Array, Any]:
-    config, eps, axes, *_ = settings
+    config, eps, axes = settings.config, settings.norm_scale_eps, settings.hidden_axes
     assert config is not None
 
     def of_block(i: int, p: MHCParams, scale: Any) -> Values:
-        phi_alpha_bias = _check.params(_OP, p, x, config, f"a slice of params[{i}]", axes)
+        phi, alpha, bias = _check.params(_OP, p, x, config, f"a slice of params[{i}]", axes)
         of_slice = f"a slice of norm_scale[{i}]"
         scale, _ = _check.norm_scale(_OP, scale, eps, x, of_slice, axes)
-        return operands_of(*phi_alpha_bias, scale)
+        return present(phi=phi, alpha=alpha, bias=bias, norm_scale=scale)
 
     def checked(i: int, u: jax.Array, s: Any) -> jax.Array:
-        return lie_like(_layer_output(i, layers[i](u, s), x), u)
+        return sharded_like(_layer_output(i, layers[i](u, s), x), u)
 
     with jax.named_scope("mhc_stack"):
-        return own_scan(
+        return scan_of_seams(
             [partial(checked, i) for i in range(len(layers))],
             x,
             [

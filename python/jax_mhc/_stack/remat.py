@@ -95,12 +95,11 @@ def policy_of(
         results = getattr(options.get("call_jaxpr"), "out_avals", ())
         shapes = [getattr(aval, "shape", ()) for aval in (*avals, *results)]
         shapes.append(options.get("shape") or ())
-        # And identities, which would only be copies, and arrays without values (kept.py).
+        # And identities, which would only be copies.
         if (
             primitive.name.startswith("mhc_")
             or primitive.name == "optimization_barrier"
             or any(map(is_streams, shapes))
-            or any(0 in shape for shape in shapes)
         ):
             return False
         return (
