@@ -34,7 +34,7 @@ pub struct Image {
 impl Image {
     /// The code itself.
     pub fn decompress(&self) -> Vec<u8> {
-        decompress_to_vec(self.code).expect("build.rs compressed it")
+        decompress_to_vec(self.code).expect("the build compressed it")
     }
 
     /// Whether its kernels run in clusters of blocks.
@@ -200,16 +200,16 @@ mod tests {
         let clusters: [(_, &[_], &[DType]); 6] = [
             ("one_pass_fwd", channels, &all[..1]),
             ("pre_bwd_one_pass", channels, &all[..1]),
-            ("seam_bwd_one_pass", channels, &all[..1]),
+            ("post_pre_bwd_one_pass", channels, &all[..1]),
             ("phi_bwd", &["w128"], &all[..1]),
-            ("gates_bwd", &streams[1..2], &all[2..]),
+            ("logits_bwd", &streams[1..2], &all[2..]),
             ("sum_gradients", &streams[1..2], &all[2..]),
         ];
         for architecture in build.architectures {
             let (_, number) = architecture.split_once('_').unwrap();
             let number: u32 = number.parse().unwrap();
             let has_clusters = matches!(*architecture, "sm_90" | "sm_100");
-            let of_hopper = ["seam_bwd_one_pass", "phi_bwd"];
+            let of_hopper = ["post_pre_bwd_one_pass", "phi_bwd"];
             let clusters = (clusters.iter())
                 .filter(|_| has_clusters)
                 .filter(|(file, ..)| *architecture == "sm_90" || !of_hopper.contains(file));
