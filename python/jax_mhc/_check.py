@@ -60,7 +60,7 @@ def shape(op: str, argument: str, value: Any) -> tuple[int, ...]:
 
 
 def key(op: str, argument: str, value: Any) -> None:
-    """One random key, of either of JAX's kinds."""
+    """Checks one random key, of either of JAX's kinds."""
     key, got = None, _errors.typed(value)
     if isinstance(value, jax.Array | np.ndarray) or hasattr(value, "__jax_array__"):
         key = array(op, argument, value)
@@ -143,7 +143,7 @@ def hidden_axes(op: str, value: Any, x: jax.Array) -> tuple[str, ...]:
 
 
 def implementation(op: str, value: Any) -> None:
-    """None, "fused" or "reference"."""
+    """Checks an implementation: None, "fused" or "reference"."""
     _errors.choice(op, "implementation", value, (None, "fused", "reference"))
 
 
