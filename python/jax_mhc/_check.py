@@ -153,7 +153,7 @@ def num_channels(x: jax.Array, hidden_axes: tuple[str, ...]) -> int:
 
 
 def call(op: str, argument: str, what: str, layer: Any, /, *args: Any, **kwargs: Any) -> Any:
-    """What a layer returns; if it cannot be called with these arguments, `what` names them."""
+    """Calls a layer; if these arguments do not fit, the error names them by `what`."""
     try:
         return layer(*args, **kwargs)
     except TypeError as error:
