@@ -142,7 +142,10 @@ def width(op: str, value: Any) -> int:
 
 
 def choice(op: str, argument: str, value: Any, choices: tuple[Any, ...], *others: str) -> Any:
-    """That of `choices`, None and strings, which `value` is; `others` are named in the error."""
+    """Returns the element of `choices` (None and strings) that equals `value`.
+
+    The error names `others` beside them.
+    """
     # Arrays have an == of their own.
     if value is None or isinstance(value, str):
         for each in choices:

@@ -1,4 +1,4 @@
-"""The types that users hold: settings, parameters, and what pre hands to post."""
+"""Types that users hold: settings, parameters, and the context from pre to post."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class HeadParams:
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What `pre` hands to `post`: the streams and their coefficients; a pytree.
+    """Streams and their coefficients, which `pre` hands to `post`; a pytree.
 
     Any number of `post` and `post_pre` may read a context, or none, and its fields may enter other
     computations; gradients are right in every case. `dataclasses.replace(ctx, h_res=...)` changes
@@ -186,7 +186,7 @@ class Context:
 
     @classmethod
     def _of(cls, x: Any, deferred: Any, h_pre: Any, h_post: Any, h_res: Any) -> Context:
-        """One with its private field."""
+        """Returns a context with its private field set."""
         ctx = cls(x, h_pre, h_post, h_res)
         object.__setattr__(ctx, "_deferred", deferred)
         return ctx

@@ -37,7 +37,7 @@ Tree: TypeAlias = Any
 Carry: TypeAlias = Any
 
 
-def scan_of_seams(
+def own_scan(
     layers: Sequence[Callable[[jax.Array, Tree], jax.Array]],
     x: jax.Array,
     params: Sequence[Values],

@@ -1,4 +1,4 @@
-"""What the backward pass of many sublayers keeps, and what it computes again (section 4.3.2)."""
+"""Policies for what a backward pass of many sublayers keeps and recomputes (section 4.3.2)."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def keep_all(primitive: Any, *avals: Any, **options: Any) -> bool:
 
 
 def best_length(streams: int, num_sublayers: int, lengths: list[int]) -> int:
-    """That of `lengths` which is nearest to the L_r of least memory, in ratio.
+    """Returns the element of `lengths` nearest, in ratio, to the L_r of least memory.
 
     Kept: n C values a token for each of L / L_r stretches; for a stretch, while the backward pass
     is in it, (n + 2) C L_r. Their sum is least at sqrt(n L / (n + 2)).
