@@ -1,12 +1,13 @@
 //! What the shared library exports: a function that hands out everything that Python needs to register
 //! the handlers, and two that tell of CUDA.
 
+use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char};
 use std::panic::catch_unwind;
 use std::sync::LazyLock;
 
 use jax_mhc_ffi::{Entry, handler_address, retired_handler_address};
-use jax_mhc_kernels::{Call, DType, TARGET_VERSION, cpu, gpu, limits};
+use jax_mhc_kernels::{Call, DType, Group, TARGET_VERSION, cpu, gpu, limits};
 use serde::Serialize;
 
 use log::Log;
@@ -53,6 +54,8 @@ struct Description {
     dtypes: Dtypes,
     /// Bounds of sizes and settings.
     limits: Limits,
+    /// Sentences that say when a call lacks the values of a group, by its name.
+    groups: BTreeMap<&'static str, &'static str>,
     /// The table of calls.
     calls: Vec<jax_mhc_kernels::Description>,
 }
@@ -142,6 +145,9 @@ fn describe(log: Log) -> Description {
             permuted_streams: limits::MAX_PERMUTED,
             sinkhorn_iters: limits::MAX_SINKHORN_ITERS,
         },
+        groups: Group::ALL
+            .map(|group| (group.name(), group.meaning()))
+            .into(),
         calls: Call::ALL.into_iter().map(Call::describe).collect(),
     }
 }
@@ -241,6 +247,24 @@ pub unsafe extern "C" fn jax_mhc_workspace(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_group_of_the_table_is_described() {
+        let description = serde_json::to_value(describe(log::start())).unwrap();
+        let groups = description["groups"].as_object().unwrap();
+        let mut found = std::collections::BTreeSet::new();
+        for call in description["calls"].as_array().unwrap() {
+            let values = ["operands", "results"].map(|role| call[role].as_array().unwrap());
+            let attributes = call["attributes"].as_array().unwrap();
+            let values = values.into_iter().flatten();
+            for group in values.filter_map(|value| value["group"].as_str()) {
+                let names = |attribute: &serde_json::Value| attribute["name"] == group;
+                assert!(attributes.iter().any(names), "{call}");
+                found.insert(group.to_owned());
+            }
+        }
+        assert!(found.iter().eq(groups.keys()), "{found:?} {groups:?}");
+    }
 
     #[test]
     fn only_possible_sizes_have_a_workspace() {

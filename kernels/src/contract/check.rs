@@ -1,8 +1,7 @@
 //! The one check of a call by the table of calls, whichever device runs it.
 
-use crate::contract::config::Constraint;
 use crate::contract::layout::CoefficientLayout;
-use crate::contract::limits::{MAX_PERMUTED, MAX_STREAMS};
+use crate::contract::limits::MAX_STREAMS;
 use crate::contract::table::{Call, Dim, Precision, Value};
 use crate::contract::view::{DType, View, product};
 use crate::{Config, Error};
@@ -139,17 +138,17 @@ impl<'a> CheckedCall<'a> {
         let tokens = product(lead).filter(|_| possible);
         let Some(tokens) = tokens else {
             let expected = if is_z {
-                "[..., n, n] with 1 <= n <= 16"
+                format!("[..., n, n] with 1 <= n <= {MAX_STREAMS}")
             } else {
-                "[..., n, C] with 1 <= n <= 16 and C >= 1"
+                format!("[..., n, C] with 1 <= n <= {MAX_STREAMS} and C >= 1")
             };
-            return Err(kind.error(name, expected, &format!("{:?}", first.dims)));
+            return Err(kind.error(name, &expected, &format!("{:?}", first.dims)));
         };
         let (n, c) = (*n as usize, *c as usize);
-        let permutes = kind.has_config() && config.constraint == Constraint::Permutations;
-        if permutes && n > MAX_PERMUTED && !kind.is_head() {
+        let mixes = kind.has_config() && !kind.is_head();
+        if mixes && n > config.constraint.max_streams() {
             let expected = format!("one for {n} streams");
-            return Err(kind.error("constraint", &expected, "permutations"));
+            return Err(kind.error("constraint", &expected, config.constraint.word()));
         }
         let layout = kind.layout(n, config);
         let has = |name: &str| {

@@ -14,22 +14,85 @@
 //!   subnormal numbers to 0, and then every decision that asks for eps = 0 must find it.
 //! - `sinkhorn_iters` is at most [`MAX_SINKHORN_ITERS`].
 
-use crate::contract::limits::MAX_SINKHORN_ITERS;
+use crate::contract::layout::factorial;
+use crate::contract::limits::{MAX_PERMUTED, MAX_SINKHORN_ITERS, MAX_STREAMS};
 use crate::contract::table::Group;
 use crate::contract::view::DType;
 
-/// The set that the matrix H_res is kept on. Its number is the one that CUDA kernels know it by.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(i32)]
-pub enum Constraint {
+/// Defines [`Constraint`]: a row has the number that CUDA kernels know the constraint by, the word of
+/// `MHCConfig`, the number of columns of phi for H_res of n streams, and the most streams.
+macro_rules! constraints {
+    ($($(#[$doc:meta])* $name:ident = $number:literal, $word:literal, $columns:expr, $max:expr;)+) => {
+        /// The set that the matrix H_res is kept on. Its number is the one that CUDA kernels know it by.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        #[repr(i32)]
+        pub enum Constraint {
+            $($(#[$doc])* $name = $number,)+
+        }
+
+        impl Constraint {
+            /// Every constraint, in the order of [`Constraint::WORDS`].
+            pub const ALL: &[Constraint] = &[$(Self::$name),+];
+
+            /// Number of coefficients that make up H_res of n streams.
+            pub(crate) fn num_columns(self, n: usize) -> usize {
+                let columns: fn(usize) -> usize = match self {
+                    $(Self::$name => $columns,)+
+                };
+                columns(n)
+            }
+
+            /// The most streams that the constraint is there for.
+            pub(crate) const fn max_streams(self) -> usize {
+                match self {
+                    $(Self::$name => $max,)+
+                }
+            }
+
+            /// The spelling that Python uses.
+            pub const fn word(self) -> &'static str {
+                match self {
+                    $(Self::$name => $word,)+
+                }
+            }
+        }
+
+        spelled!(Constraint, "constraint", $($word => $name),+);
+    };
+}
+
+/// Implements `FromStr` with the spelling that Python uses, and lists it.
+macro_rules! spelled {
+    ($type:ident, $field:literal, $($text:literal => $value:ident),+) => {
+        impl $type {
+            /// The spelling of every value.
+            pub const WORDS: &[&str] = &[$($text),+];
+        }
+
+        impl std::str::FromStr for $type {
+            type Err = String;
+            fn from_str(text: &str) -> Result<Self, String> {
+                match text {
+                    $($text => Ok(Self::$value),)+
+                    _ => Err(format!(
+                        concat!("attribute `", $field, "`: expected one of {:?}, got {:?}"),
+                        Self::WORDS, text,
+                    )),
+                }
+            }
+        }
+    };
+}
+
+constraints! {
     /// Doubly stochastic matrices, by Sinkhorn-Knopp.
-    Birkhoff = 0,
+    Birkhoff = 0, "birkhoff", |n| n * n, MAX_STREAMS;
     /// Any matrix: H_res = z_res (unconstrained hyper-connections).
-    None = 1,
+    None = 1, "none", |n| n * n, MAX_STREAMS;
     /// H_res = I; no coefficients for it.
-    Identity = 2,
+    Identity = 2, "identity", |_| 0, MAX_STREAMS;
     /// Weighted means of permutation matrices.
-    Permutations = 3,
+    Permutations = 3, "permutations", factorial, MAX_PERMUTED;
 }
 
 /// Which axis of h_res[i, j] each Sinkhorn iteration normalises first.
@@ -212,33 +275,6 @@ impl Default for Config {
     }
 }
 
-/// Implements `FromStr` with the spelling that Python uses, and lists it.
-macro_rules! spelled {
-    ($type:ident, $field:literal, $($text:literal => $value:ident),+) => {
-        impl $type {
-            /// The spelling of every value.
-            pub const WORDS: &[&str] = &[$($text),+];
-        }
-
-        impl std::str::FromStr for $type {
-            type Err = String;
-            fn from_str(text: &str) -> Result<Self, String> {
-                match text {
-                    $($text => Ok(Self::$value),)+
-                    _ => Err(format!(
-                        concat!("attribute `", $field, "`: expected one of {:?}, got {:?}"),
-                        Self::WORDS, text,
-                    )),
-                }
-            }
-        }
-    };
-}
-
-spelled!(
-    Constraint, "constraint",
-    "birkhoff" => Birkhoff, "none" => None, "identity" => Identity, "permutations" => Permutations
-);
 spelled!(Order, "order", "column_row" => ColumnRow, "row_column" => RowColumn);
 spelled!(EpsMode, "sinkhorn_eps_mode", "add" => Add, "clamp" => Clamp);
 spelled!(NormEpsMode, "norm_eps_mode", "inside" => Inside, "outside" => Outside);
@@ -285,6 +321,23 @@ mod tests {
             ..Config::default()
         };
         assert_eq!(many.check(DType::F32).unwrap_err().0, "sinkhorn_iters");
+    }
+
+    #[test]
+    fn constraints_have_their_numbers_and_columns() {
+        let of = |word: &str| word.parse::<Constraint>().unwrap();
+        let numbers = Constraint::WORDS.iter().map(|word| of(word) as usize);
+        assert!(numbers.eq(0..Constraint::ALL.len()));
+        for constraint in Constraint::ALL {
+            assert_eq!(of(constraint.word()), *constraint);
+        }
+        let columns =
+            ["birkhoff", "none", "identity", "permutations"].map(|word| of(word).num_columns(3));
+        assert_eq!(columns, [9, 9, 0, 6]);
+        let streams = Constraint::ALL
+            .iter()
+            .map(|constraint| constraint.max_streams());
+        assert!(streams.eq([16, 16, 16, 4]));
     }
 
     #[test]

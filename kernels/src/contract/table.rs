@@ -59,7 +59,7 @@ struct Row {
     adds_in_place: bool,
 }
 
-const BOTH: &[Group] = &[Group::Dynamic, Group::Norm];
+const BOTH: &[Group] = &Group::ALL;
 
 #[rustfmt::skip]
 const ROWS: [Row; 12] = [
@@ -249,6 +249,27 @@ pub enum Group {
     Norm,
 }
 
+impl Group {
+    /// Every group.
+    pub const ALL: [Group; 2] = [Group::Dynamic, Group::Norm];
+
+    /// The attribute of the calls that may lack the group: 1 where they have it, 0 where they do not.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Group::Dynamic => "dynamic",
+            Group::Norm => "norm",
+        }
+    }
+
+    /// A sentence for docs/calls.md: when the values of the group are absent.
+    pub const fn meaning(self) -> &'static str {
+        match self {
+            Group::Dynamic => "Absent for static coefficients, which are the same for all tokens.",
+            Group::Norm => "Absent where the layer's input is not normalised.",
+        }
+    }
+}
+
 /// A dimension of a value, under its letter in docs/calls.md.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub enum Dim {
@@ -384,8 +405,8 @@ const ATTRIBUTES: [Attribute; 13] = [
     Attribute { name: "norm_eps_mode", of: Of::Config, setting: Setting::String { choices: NormEpsMode::WORDS } },
     Attribute { name: "pre_eps", of: Of::Config, setting: Setting::Float64 },
     Attribute { name: "post_scale", of: Of::Config, setting: Setting::Float64 },
-    Attribute { name: "dynamic", of: Of::Group(Group::Dynamic), setting: FLAG },
-    Attribute { name: "norm", of: Of::Group(Group::Norm), setting: FLAG },
+    Attribute { name: Group::Dynamic.name(), of: Of::Group(Group::Dynamic), setting: FLAG },
+    Attribute { name: Group::Norm.name(), of: Of::Group(Group::Norm), setting: FLAG },
     Attribute { name: "norm_scale_eps", of: Of::Group(Group::Norm), setting: Setting::Float64 },
     Attribute { name: "deferred", of: Of::AddsInPlace, setting: FLAG },
 ];
