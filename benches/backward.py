@@ -1,4 +1,4 @@
-"""The backward passes of post, pre and the seam by themselves.
+"""The backward passes of post, pre and post_pre by themselves.
 
 Inside a chain of sublayers the gradient of X is handed back as G, the gradient of the X' that post
 makes of it, before the transposed h_res is applied (docs/architecture.md). Each pass here takes and
@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 
 from jax_mhc import MHCParams
-from jax_mhc._call.dispatch import Settings, fused_call, use_fused
+from jax_mhc._call import Settings, use_fused
+from jax_mhc._ops.fused_op import KEPT, fused_call, join_rows, split_rows
 from jax_mhc._types import Context
 from jax_mhc.presets import PAPER
 
@@ -52,7 +53,7 @@ def passes(ops: Any, rounded: Any = None) -> dict[str, Pass]:
         use_fused("backward", "fused", jnp.dtype("bfloat16"))  # makes the kernels known to XLA
         return {
             name: Pass(functools.partial(_keep_fused, name), functools.partial(_run_fused, name))
-            for name in _KEPT
+            for name in ("post_bwd", "pre_bwd", "post_pre_bwd")
         }
     seam = functools.partial(_keep_seam, ops, rounded), functools.partial(_run_seam, rounded)
     return {
@@ -72,52 +73,33 @@ def gradients(backward: Pass, named: dict[str, Any], cotangents: dict[str, Any])
 
 # ---- the fused kernels --------------------------------------------------------------------------
 
-# What the calls of docs/architecture.md take, in order, before the gradients.
-_POST, _PRE = Settings(fused=True), Settings(PAPER, norm_scale_eps=0.0, fused=True)
-_KEPT = {
-    "post_bwd": "x y h_post h_res",
-    "pre_bwd": "x phi alpha bias m r h_res",
-    "post_pre_bwd": "x y h_post h_res phi alpha bias m r h_res_new",
-}
-_COTANGENTS = {
-    "post_bwd": "d_x_new",
-    "pre_bwd": "d_u d_h_pre d_h_post d_h_res d_x_new",
-    "post_pre_bwd": "d_u d_h_pre d_h_post d_h_res d_x_new",
-}
-_RESULTS = {
-    "post_bwd": "d_y d_h_post d_h_res",
-    "pre_bwd": "d_x d_phi d_alpha d_bias",
-    "post_pre_bwd": "d_x_new d_y d_h_post d_h_res d_phi d_alpha d_bias",
-}
+_SETTINGS = Settings(PAPER, fused=True)
 
 
 def _keep_fused(name: str, named: dict[str, Any]) -> Any:
-    x, ctx, params = (named.get(key) for key in ("x", "ctx", "params"))
-    if name == "post_bwd":
-        operands = (ctx.x, named["y"], ctx.h_post, ctx.h_res)
-        return {"x_new": fused_call("post_fwd", _POST, *operands)[0]}, operands
-    no_norm = jnp.zeros((0,), jnp.float32)
-    operands = params.phi, params.alpha, params.bias, no_norm
-    if name == "pre_bwd":
-        operands = x, *operands
-        u, h_pre, h_post, h_res, m, r, rho = fused_call("pre_fwd", _PRE, *operands)
-        results = {}
+    op = name.removesuffix("_bwd")
+    if op == "pre":
+        operands = {"x": named["x"]}
     else:
-        operands = ctx.x, named["y"], ctx.h_post, ctx.h_res, *operands
-        results = fused_call("post_pre_fwd", _PRE, *operands)
-        x_new, u, h_pre, h_post, h_res, m, r, rho = results
-        results = {"x_new": x_new}
-    results |= {"u": u, "h_pre": h_pre, "h_post": h_post, "h_res": h_res}
-    of_norm = (rho,) if name == "pre_bwd" else (rho, u[..., :0])
-    return results, (*operands, m, r, *of_norm, h_res)
+        ctx = named["ctx"]
+        operands = {"x": ctx.x, "y": named["y"], "h_post": ctx.h_post, "h_res": ctx.h_res}
+    if op != "post":
+        params = named["params"]
+        operands |= {"phi": params.phi, "alpha": params.alpha, "bias": params.bias}
+    results = fused_call(f"{op}_fwd", _SETTINGS, split_rows(operands))
+    kept = operands | {key: results.pop(key) for key in KEPT if key in results}
+    if op != "post":
+        kept["h_res" if op == "pre" else "h_res_new"] = results["h_res"]
+    return results, kept
 
 
 def _run_fused(name: str, kept: Any, cotangents: dict[str, Any]) -> dict[str, Any]:
-    given = (cotangents[key] for key in _COTANGENTS[name].split())
-    settings, options = (_POST, {}) if name == "post_bwd" else (_PRE, {"deferred": True})
-    results = fused_call(name, settings, *kept, *given, **options)
-    # The last is the gradient of a norm that is not there.
-    return dict(zip(_RESULTS[name].split(), results, strict=False))
+    d_x_new, options = {"pre_bwd": "d_x_in", "post_pre_bwd": "d_x_new_in"}, {}
+    given = dict(cotangents)
+    if name in d_x_new:
+        given[d_x_new[name]], options["deferred"] = given.pop("d_x_new"), True
+    results = fused_call(name, _SETTINGS, split_rows(kept | given), **options)
+    return join_rows(results, kept)
 
 
 # ---- plain JAX ----------------------------------------------------------------------------------

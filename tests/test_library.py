@@ -16,9 +16,13 @@ import pytest
 from cases import PLATFORM, WIDEST
 
 import jax_mhc
-from jax_mhc._call import dispatch, library, table
+from jax_mhc import _limits, presets
+from jax_mhc._call import Settings, dispatch, library, table
 
-ATTRIBUTES = table.attributes(table.Call("pre_fwd", jax_mhc.MHCConfig()))
+ATTRIBUTES = table.attributes(table.Call("sinkhorn_fwd", jax_mhc.MHCConfig()))
+
+GROUPS = {"dynamic": np.int64(1), "norm": np.int64(0)}
+EPS = {"norm_scale_eps": np.float64(0)}
 
 
 def call(name, args, rets, attributes=ATTRIBUTES, **options):
@@ -122,20 +126,24 @@ MALFORMED = {
         "expected 9 attributes, got 10",
     ),
     "a cotangent of unknown kind": (
-        "pre_bwd", [Z], [Z], {"attributes": ATTRIBUTES | {"norm_scale_eps": np.float64(0)}},
+        "pre_bwd", [Z], [Z], {"attributes": ATTRIBUTES | GROUPS | EPS},
         "attribute `deferred`: expected S64, got none",
     ),
     "a cotangent of another kind": (
         "post_pre_bwd", [Z], [Z],
-        {"attributes": ATTRIBUTES | {"norm_scale_eps": np.float64(0), "deferred": np.int64(2)}},
+        {"attributes": ATTRIBUTES | GROUPS | EPS | {"deferred": np.int64(2)}},
         "attribute `deferred`: expected 0 or 1, got 2",
     ),
     "no eps of the norm": (
-        "pre_fwd", [Z], [Z], {"attributes": ATTRIBUTES},
+        "pre_fwd", [Z], [Z], {"attributes": ATTRIBUTES | GROUPS},
         "attribute `norm_scale_eps`: expected F64, got none",
     ),
+    "a group of unknown kind": (
+        "pre_fwd", [Z], [Z], {"attributes": ATTRIBUTES | EPS | GROUPS | {"norm": np.int64(2)}},
+        "attribute `norm`: expected 0 or 1, got 2",
+    ),
     "a norm where there is none": (
-        "sinkhorn_fwd", [Z], [Z], {"attributes": ATTRIBUTES | {"norm_scale_eps": np.float64(1)}},
+        "sinkhorn_fwd", [Z], [Z], {"attributes": ATTRIBUTES | EPS},
         "expected 9 attributes, got 10",
     ),
     "a cotangent where there is none": (
@@ -217,9 +225,84 @@ def test_the_library_answers_every_call():
     described = library.status()
     for platform in {"cpu", PLATFORM}:
         handlers = described["handlers"][platform]
-        assert sorted(handlers) == sorted(map(library.target_name, table._CALLS))
+        assert sorted(handlers) == sorted(map(library.target_name, table.rows()))
     assert described["version"] == metadata.version("jax-mhc")
     assert described["error"] is None
+
+
+# ---- the table of calls -------------------------------------------------------------------------
+
+
+def test_limits_and_dtypes_are_those_of_the_library():
+    """Arguments are checked without a library, too."""
+    described = library.description()
+    assert described["limits"] == {
+        "streams": _limits.MAX_STREAMS,
+        "permuted_streams": _limits.MAX_PERMUTED_STREAMS,
+        "sinkhorn_iters": _limits.MAX_SINKHORN_ITERS,
+    }
+    assert {key: tuple(value) for key, value in described["dtypes"].items()} == (
+        _limits.KERNEL_DTYPES
+    )
+
+
+def with_groups(name, groups):
+    row = table.rows()[name]
+    names = [value.name for value in row.operands if value.group in (None, *groups)]
+    more = {"deferred": True} if "deferred" in row.attributes else {}
+    return Settings(presets.PAPER, norm_scale_eps=0.5).call(name, names, **more), names
+
+
+@pytest.mark.parametrize("groups", [(), ("dynamic",), ("norm",), ("dynamic", "norm")])
+@pytest.mark.parametrize("name", ["pre_fwd", "pre_bwd", "post_pre_fwd", "post_pre_bwd", "head_bwd"])
+def test_a_call_has_the_operands_of_its_groups(name, groups):
+    made, names = with_groups(name, groups)
+    assert made.operands == names
+    has = set(made.groups)
+    assert has == (set(groups) if not name.startswith("head") else set())
+    gone = {"norm_scale", "rho", "u_norm", "d_norm_scale"} if "norm" not in groups else set()
+    if "dynamic" not in groups and not name.startswith("head"):
+        gone |= {"phi", "alpha", "m", "d_phi", "d_alpha"}
+    assert gone.isdisjoint([*made.operands, *made.results])
+    # Each gradient belongs to an operand that is there.
+    gradients = [result.removeprefix("d_") for result in made.results if result.startswith("d_")]
+    assert set(gradients) <= {*made.operands, "x_new"}
+
+
+@pytest.mark.parametrize("name", ["phi", "h_res_new"])
+def test_a_call_without_an_operand_is_refused(name):
+    _, names = with_groups("post_pre_bwd", ("dynamic",))
+    operands = [other for other in names if other != name]
+    with pytest.raises(TypeError, match="post_pre_bwd: expected operands"):
+        Settings(presets.PAPER).call("post_pre_bwd", operands, deferred=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["pre_fwd", "post_bwd", "post_pre_bwd", "sinkhorn_bwd", "head_fwd"]
+)
+def test_attributes_are_those_of_the_table(name):
+    made, _ = with_groups(name, ("norm",))
+    assert sorted(table.attributes(made)) == sorted(table.rows()[name].attributes)
+
+
+def test_values_of_one_name_are_alike():
+    """Operands and results of a call may have a name in common, and so may calls."""
+    found = {}
+    for row in table.rows().values():
+        for value in (*row.operands, *row.results):
+            assert found.setdefault(value.name, value)[:4] == value[:4]
+
+
+@pytest.mark.parametrize("name", ["pre_fwd", "seam_fwd", "seam_bwd", "head_bwd"])
+def test_programs_of_version_2_are_told_to_be_exported_again(name):
+    library.ensure_registered(PLATFORM)
+    target = f"jax_mhc_{name}_v2"
+    raw = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(*Z))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="export the program again"):
+        jax.block_until_ready(jax.jit(raw)(jnp.ones(*Z)))
+
+
+# ---- the file -----------------------------------------------------------------------------------
 
 
 def test_the_library_does_not_tell_where_it_was_built():
@@ -324,11 +407,11 @@ class TestUnusableLibrary:
 
     def test_of_another_version(self, monkeypatch):
         monkeypatch.setattr(metadata, "version", lambda name: "9.8.7")
-        check_unusable(r"expected version 9\.8\.7 with calls of version 2, got version \d")
+        check_unusable(r"expected version 9\.8\.7 with calls of version 3, got version \d")
 
     def test_with_other_calls(self, monkeypatch):
         monkeypatch.setattr(library, "TARGET_VERSION", 7)
-        check_unusable(r"with calls of version 7, got version .* with calls of version 2")
+        check_unusable(r"with calls of version 7, got version .* with calls of version 3")
 
     @pytest.mark.parametrize("version", ["0.8.3", "0.4.38", "?"])
     def test_jaxlib_too_old(self, monkeypatch, version):
@@ -349,7 +432,7 @@ def test_a_refused_handler(monkeypatch):
 
     monkeypatch.setattr(library, "_outcome", None)
     monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
-    check_unusable(r"XLA refused jax_mhc_pre_fwd_v2 \(too new\)")
+    check_unusable(r"XLA refused jax_mhc_pre_fwd_v3 \(too new\)")
 
 
 def test_a_platform_without_kernels():
@@ -389,7 +472,7 @@ def cuda(monkeypatch):
     def set_status(status):
         handlers = [
             {"name": name, "platform": "CUDA", "initialize": 8 * i + 8, "execute": 8 * i + 16}
-            for i, name in enumerate(map(library.target_name, table._CALLS))
+            for i, name in enumerate(map(library.target_name, table.rows()))
         ]
         description = {**library._load(), "handlers": handlers}
         monkeypatch.setattr(library, "_outcome", description)
@@ -449,7 +532,7 @@ def test_a_refused_handler_for_gpus(monkeypatch):
     monkeypatch.setattr(library, "_outcome", None)
     monkeypatch.setattr(library, "_cuda_outcome", None)
     monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
-    with pytest.raises(RuntimeError, match=r"XLA refused jax_mhc_pre_fwd_v2 \(too new\)"):
+    with pytest.raises(RuntimeError, match=r"XLA refused jax_mhc_pre_fwd_v3 \(too new\)"):
         library.ensure_registered("cuda")
     assert library.missing("cpu") is None
 

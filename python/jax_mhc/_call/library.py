@@ -297,7 +297,9 @@ def _check_devices(status: dict[str, Any]) -> None:
 
 
 def _register(library: dict[str, Any], platform: str) -> None:
-    for handler in _handlers(library, platform):
+    # Those of retired versions tell programs that were exported with them to be exported again.
+    retired = [handler for handler in library["retired"] if _platform(handler) == platform]
+    for handler in [*_handlers(library, platform), *retired]:
         # A handler is one function, or one for each stage of a call.
         stages = {
             stage: jax.ffi.pycapsule(handler[stage])

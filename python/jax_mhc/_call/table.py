@@ -63,7 +63,7 @@ class Row(NamedTuple):
         adds_in_place: whether the first result takes the memory of the last operand, to which the
             kernel adds.
         has_config: whether the settings of an `MHCConfig` are attributes of the call.
-        attributes: the names of the other attributes.
+        attributes: the names of all attributes.
     """
 
     operands: tuple[Value, ...]

@@ -119,7 +119,7 @@ def fused_op(op: str, forward: Forward[Results], backward: Backward) -> FusedOp[
     """An op as a function with a derivative, from what its two calls take and give."""
 
     def call(settings: Settings, operands: Values) -> tuple[Results, Values]:
-        results = fused_call(f"{op}_fwd", settings, operands)
+        results = fused_call(f"{op}_fwd", settings, split_rows(operands))
         named = {
             name: checkpoint_name(result, _NAMES.get(name, "mhc_coefficients"))
             for name, result in results.items()
@@ -134,7 +134,8 @@ def fused_op(op: str, forward: Forward[Results], backward: Backward) -> FusedOp[
         return call(settings, {name: operand.value for name, operand in operands.items()})
 
     def run_bwd(settings: Settings, saved: Values, cotangents: Any) -> tuple[Values]:
-        gradients = backward(settings, saved, cotangents)
+        # phi is kept as it came, which costs no memory.
+        gradients = join_rows(backward(settings, split_rows(saved), cotangents), saved)
         return ({name.removeprefix("d_"): value for name, value in gradients.items()},)
 
     run.defvjp(run_fwd, run_bwd, symbolic_zeros=True)
@@ -154,6 +155,6 @@ def fused_op(op: str, forward: Forward[Results], backward: Backward) -> FusedOp[
             streams, of_others = reverse_mode_only(
                 op, streams, {name: operands[name] for name in others}
             )
-            return run(settings, split_rows({first: streams} | of_others))
+            return run(settings, {first: streams} | of_others)
 
     return fused
