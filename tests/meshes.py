@@ -20,8 +20,8 @@ K = CASE.config.num_coefficients(CASE.streams)
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """Over which mesh axes batch, sequence and hidden width are split."""
+class MeshLayout:
+    """The mesh axes over which batch, sequence and hidden width are sharded."""
 
     batch: tuple[str, ...] = ()
     sequence: tuple[str, ...] = ()
@@ -64,12 +64,12 @@ class Layout:
 
 
 LAYOUTS = {
-    "batch": Layout(batch=("a",)),
-    "batch over two axes": Layout(batch=("a", "b")),
-    "batch and sequence": Layout(batch=("a",), sequence=("b",)),
-    "hidden": Layout(hidden=("b",)),
-    "hidden over two axes": Layout(hidden=("a", "b")),
-    "batch and hidden": Layout(batch=("a",), hidden=("b",)),
+    "batch": MeshLayout(batch=("a",)),
+    "batch over two axes": MeshLayout(batch=("a", "b")),
+    "batch and sequence": MeshLayout(batch=("a",), sequence=("b",)),
+    "hidden": MeshLayout(hidden=("b",)),
+    "hidden over two axes": MeshLayout(hidden=("a", "b")),
+    "batch and hidden": MeshLayout(batch=("a",), hidden=("b",)),
 }
 
 # The kind of each of the mesh axes a and b, and which of them are those of a shard_map.
@@ -97,7 +97,7 @@ def rows() -> list[tuple[str, str]]:
     ]
 
 
-def make_mesh(mode: str, layout: Layout = LAYOUTS["batch"]) -> Any:
+def make_mesh(mode: str, layout: MeshLayout = LAYOUTS["batch"]) -> Any:
     """Two axes over all devices; of two devices the one that tells more."""
     num = jax.device_count()
     shape = (num // 2, 2) if num > 2 else (1, 2) if "b" in layout.hidden else (2, 1)
@@ -111,8 +111,10 @@ def only(spec: P, axes: Any) -> P:
     return P(*(entry or None for entry in kept))
 
 
-def spread(function: Any, mode: str, layout: Layout, mesh: Any, arrays: Any, results: Any) -> Any:
-    """`function(*arrays, hidden_axis_name=...)`, on the mesh, and the arrays as they lie on it."""
+def spread(
+    function: Any, mode: str, layout: MeshLayout, mesh: Any, arrays: Any, results: Any
+) -> Any:
+    """`function(*arrays, hidden_axis_name=...)`, on the mesh, and the sharded arrays."""
     specs = [layout.specs(array) for array in arrays]
     placed = [
         jax.tree.map(lambda leaf, s: jax.device_put(leaf, NamedSharding(mesh, s)), *pair)
@@ -180,7 +182,7 @@ def num_parameters(op: str, channels: int) -> tuple[int, int]:
     return (n * channels * n, 1 + n) if op == "head" else (num * n * channels * K, num * (3 + K))
 
 
-def expected(op: str, mode: str, layout: Layout, mesh: Any) -> tuple[dict, dict]:
+def expected(op: str, mode: str, layout: MeshLayout, mesh: Any) -> tuple[dict, dict]:
     """What `collectives` may give at most, forward and backward: the kinds and their sizes."""
     tokens, channels = layout.tokens(mesh), layout.channels(mesh)
     forward_sums, backward_sums = (tokens * size * bool(layout.hidden) for size in SUMS[op])

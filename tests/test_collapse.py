@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 from cases import DTYPES, PLATFORM, accumulation
 
-from jax_mhc._call import library
-from jax_mhc._call.primitive import bind
-from jax_mhc._call.table import Call
+from jax_mhc._call import Call, bind, library
 
 FORWARD, BACKWARD = Call("collapse_fwd"), Call("collapse_bwd")
 

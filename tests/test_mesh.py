@@ -151,7 +151,7 @@ def residual(x, params, weights, **options):
 
 
 def elementwise(u, s):
-    """A layer that works however u lies: the products of real ones add all-reduces of their own."""
+    """A layer for any sharding of u: the products of real ones add all-reduces of their own."""
     return jax.numpy.tanh(s * u)
 
 
@@ -350,7 +350,7 @@ def test_split_streams_on_manual_axes_are_refused():
 @pytest.mark.parametrize("spec", [P("a"), P(("a", "b")), P(None, "b"), P("a", "b")])
 @pytest.mark.parametrize("mode", ["auto", "explicit"])
 def test_split_parameters_are_gathered(mode, spec):
-    """Rows, as fully sharded training has them, or columns; gradients lie as the parameters do."""
+    """Rows, as fully sharded training has them, or columns; gradients are sharded alike."""
     operands, cotangents, wanted = problem("pre")
     mesh, x, params = placed_pre(mode, P("a"), {"phi": spec, "alpha": P(), "bias": P("b")})
     cotangents = jax.device_put(cotangents, NamedSharding(mesh, P()))
@@ -366,7 +366,7 @@ def test_split_parameters_are_gathered(mode, spec):
 
 
 @pytest.mark.parametrize("mode", ["auto", "explicit"])
-def test_streams_and_output_that_lie_differently(mode):
+def test_streams_and_output_that_are_sharded_differently(mode):
     """On auto axes XLA brings one to the other; explicit axes are for those who want to know."""
     operands, _, wanted = problem("post")
     if jax.device_count() < 4:
@@ -435,10 +435,10 @@ def test_without_jit(mode):
 # ---- checkpoints --------------------------------------------------------------------------------
 
 
-@pytest.mark.cpu("Orbax does not know where parameters lie")
+@pytest.mark.cpu("Orbax does not know how parameters are sharded")
 @pytest.mark.parametrize("restored_spec", [P(), P("a"), P(("b", "a"))])
 def test_checkpoints_of_split_parameters(restored_spec, tmp_path):
-    """Saved as fully sharded training has them, restored to where they are wanted, bit for bit."""
+    """Saved as fully sharded training has them, restored with other shardings, bit for bit."""
     ocp = pytest.importorskip("orbax.checkpoint")
     mesh, x, params = placed_pre(
         "auto", P("a"), {"phi": P(("a", "b")), "alpha": P(), "bias": P("b")}
