@@ -20,7 +20,8 @@ import oracle
 
 import jax_mhc
 from jax_mhc import HeadParams, MHCConfig, MHCParams, presets
-from jax_mhc._call import dispatch, table
+from jax_mhc._call import dispatch
+from jax_mhc._limits import KERNEL_DTYPES
 from jax_mhc._types import Context
 
 # ---- the platform -------------------------------------------------------------------------------
@@ -29,7 +30,7 @@ PLATFORM = dispatch.default_platform()
 CPU = jax.devices("cpu")[0]
 
 # The dtypes of streams that have kernels here, and the widest of them.
-DTYPES = table.KERNELS[PLATFORM]
+DTYPES = KERNEL_DTYPES[PLATFORM]
 WIDEST = jnp.dtype("float64" if "float64" in DTYPES else "float32")
 
 

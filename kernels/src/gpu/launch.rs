@@ -8,14 +8,14 @@ use crate::contract::limits::MAX_STREAMS;
 use crate::contract::table::Call;
 use crate::contract::view::DType;
 
-/// A kernel: the symbol `mhc_<function>_<size>_<dtype>` of a file in kernels/cuda.
+/// A kernel: the symbol `mhc_<function>_<size>_<dtype>` of a file in kernels/device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Kernel {
     /// Stem of the file.
     pub file: &'static str,
     /// Name in the file.
     pub function: &'static str,
-    /// One of the sizes that build.rs lists for the file, such as `n4`.
+    /// One of the sizes that build/main.rs lists for the file, such as `n4`.
     pub size: &'static str,
     /// Of the streams; float32 where the file has no other.
     pub dtype: DType,

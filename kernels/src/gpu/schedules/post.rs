@@ -1,4 +1,4 @@
-//! Launches of `post_fwd` and `post_bwd`, for the seam too, and of the part of post's gradient that pre has.
+//! Launches of `post_fwd` and `post_bwd`, for post_pre too, and of the part of post's gradient that pre has.
 
 use super::sizes::{for_rows, is_aligned, streams_bound, streams_size};
 use crate::contract::check::CheckedCall;

@@ -1,4 +1,4 @@
-//! Launches of `seam_fwd` and `seam_bwd`: those of post and of pre.
+//! Launches of `post_pre_fwd` and `post_pre_bwd`: those of post and of pre.
 
 use super::projection::Shape;
 use super::{one_pass, post, pre};

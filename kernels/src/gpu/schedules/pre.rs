@@ -1,4 +1,4 @@
-//! Launches of `pre_fwd` and `pre_bwd`, and of what the seam and the head share with them.
+//! Launches of `pre_fwd` and `pre_bwd`, and of what post_pre and the head share with them.
 
 use super::projection::{self, Factors, HandedOn, Shape};
 use super::sizes::{is_aligned, streams_size};

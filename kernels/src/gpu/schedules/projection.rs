@@ -1,4 +1,4 @@
-//! Launches of the products with phi (kernels/cuda/projection.cu).
+//! Launches of the products with phi (kernels/device/projection.cu).
 
 use super::post;
 use super::sizes::{for_rows, is_aligned};
