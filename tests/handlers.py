@@ -98,6 +98,7 @@ class Handlers:
             if handler["platform"] == "cpu"
         }
         self._rows = {call["name"]: call for call in self.description["calls"]}
+        self._groups = set(self.description["groups"])
         self._suffix = f"_v{version}"
         self._pool = _Pool(num_threads=1)
         self._message = ctypes.create_string_buffer(4096)
@@ -110,8 +111,9 @@ class Handlers:
             name: such as `pre_fwd`.
             given: arrays by name, those of the operands and perhaps others. The first operand has
                 the dtype of the streams.
-            sizes: `tokens`, a tuple, and the letters of docs/architecture.md: n, C, K, P, A, W, w.
-            settings: attributes by name, those of the call and perhaps others.
+            sizes: `tokens`, a tuple, and the letters of docs/calls.md: n, C, K, A.
+            settings: attributes by name, those of the call and perhaps others. Operands and results
+                of a group whose attribute is 0 are not in the call.
 
         Returns:
             The results by name, which hold NaN where nothing was written.
@@ -120,11 +122,14 @@ class Handlers:
             ValueError: the handler refused the call.
         """
         row = self._rows[name]
-        operands = [given[value["name"]] for value in row["operands"]]
+        sizes = {**sizes, "1": 1}
+        names = {attribute["name"] for attribute in row["attributes"]}
+        absent = {group for group in self._groups & names if not settings[group]}
+        operands = [given[value["name"]] for value in _present(row["operands"], absent)]
         streams = operands[0].dtype
         wide = np.dtype(np.float64 if streams == np.float64 else np.float32)
         results = {}
-        for value in row["results"]:
+        for value in _present(row["results"], absent):
             lead = sizes["tokens"] if value["has_tokens"] else ()
             shape = (*lead, *(sizes[letter] for letter in value["dims"]))
             dtype = streams if value["precision"] == "streams" else wide
@@ -150,6 +155,11 @@ class Handlers:
         if code:
             raise ValueError(f"code {code}: {self._message.value.decode()}")
         return results
+
+
+def _present(values, absent):
+    """The values of a row, in order, without those of absent groups."""
+    return [value for value in values if value["group"] not in absent]
 
 
 def _buffers(arrays):

@@ -367,7 +367,8 @@ class TestUnusableLibrary:
         check_unusable(r"expected version 9\.8\.7, got version \d")
 
     def test_of_an_older_table_of_calls(self, monkeypatch):
-        description = {key: library.description()[key] for key in ("version", "target_version")}
+        described = library._load()
+        description = {key: described[key] for key in ("version", "target_version")}
         monkeypatch.setattr(library.json, "loads", lambda _: description)
         check_unusable("is not the library of jax-mhc")
 

@@ -1,7 +1,7 @@
 //! XLA's side of a call: decodes call frames for the kernels and turns what comes back into XLA
 //! errors.
 //!
-//! The only place that knows XLA's FFI. Nothing here depends on what an op computes: every handler
+//! No other place knows XLA's FFI. Nothing here depends on what an op computes: every handler
 //! is the same code with another [`Call`].
 
 use std::ops::Range;
@@ -16,11 +16,11 @@ mod bridge {
     /// The handlers of a call, by platform and stage.
     #[derive(Debug, Clone, Copy)]
     enum Entry {
-        /// The only one on a CPU.
+        /// The only stage on a CPU.
         Cpu,
-        /// On a GPU, before every execution.
+        /// The stage before every execution, on a GPU.
         CudaInitialize,
-        /// On a GPU, or while XLA records it for later.
+        /// Execution on a GPU, or its recording for later.
         CudaExecute,
     }
 
@@ -46,7 +46,7 @@ mod bridge {
         Internal,
     }
 
-    /// What becomes of a call.
+    /// The outcome of a call.
     struct Outcome {
         code: Code,
         message: String,
@@ -87,7 +87,7 @@ pub use bridge::Entry;
 /// The address of an XLA FFI handler of a call.
 ///
 /// # Panics
-/// There are more calls than handlers compiled in: raise `kNumHandlers` in handler.cc.
+/// Fewer handlers are compiled in than there are calls: raise `kNumHandlers` in handler.cc.
 pub fn handler_address(entry: Entry, call: Call) -> usize {
     bridge::handler_address(entry, call as usize).expect("every call has a handler")
 }
@@ -116,7 +116,7 @@ fn run_call(entry: Entry, call: usize, frame: &bridge::Frame) -> bridge::Outcome
     outcome(call, || decode_and_run(entry, call, frame))
 }
 
-/// What `run` came to; a panic must not unwind into C++.
+/// The outcome of `run`; a panic must not unwind into C++.
 fn outcome(call: Call, run: impl FnOnce() -> Result<(), Error>) -> bridge::Outcome {
     let (code, message) = match catch_unwind(AssertUnwindSafe(run)) {
         Ok(Ok(())) => (bridge::Code::Ok, String::new()),

@@ -118,7 +118,7 @@ struct Contents {
     stage: i32,
     args: Vec<(i32, *const c_void)>,
     rets: Vec<(i32, *const c_void)>,
-    /// In the order of their names.
+    /// Attributes in the order of their names.
     attributes: Vec<(Text, i32, *const c_void)>,
 }
 
@@ -135,6 +135,11 @@ impl Default for Contents {
 
 /// The refusal of a frame by the handler of sinkhorn_fwd on the CPU.
 fn refusal(contents: &Contents) -> String {
+    refusal_by(handler_address(Entry::Cpu, Call::SinkhornFwd), contents)
+}
+
+/// The refusal of a frame by the handler at an address.
+fn refusal_by(address: usize, contents: &Contents) -> String {
     let api = Api {
         struct_size: size_of::<Api>(),
         extension: null(),
@@ -176,7 +181,6 @@ fn refusal(contents: &Contents) -> String {
         },
         future: null(),
     };
-    let address = handler_address(Entry::Cpu, Call::SinkhornFwd);
     // SAFETY: the type of a handler; the frame has the layout of c_api.h and outlives the call, and a
     // refusal is what `create_error` made.
     let refusal = unsafe {
@@ -362,6 +366,31 @@ fn every_op_has_handlers_of_its_own() {
             .flat_map(|entry| Call::ALL.map(|op| handler_address(entry, op)))
             .collect();
     assert_eq!(addresses.len(), 3 * Call::ALL.len());
+}
+
+#[test]
+fn retired_calls_are_refused_whatever_they_hold() {
+    let expected = format!(
+        "jax_mhc: program: expected calls of version {TARGET_VERSION}, got calls of version 2; "
+    );
+    let iters = Typed {
+        dtype: 5,
+        value_or_len: from_ref(&20_i64).cast(),
+        value: null(),
+    };
+    let filled = Contents {
+        attributes: vec![(Text::new("sinkhorn_iters"), SCALAR, from_ref(&iters).cast())],
+        ..Contents::default()
+    };
+    for contents in [Contents::default(), filled] {
+        let message = refusal_by(retired_handler_address(), &contents);
+        assert!(message.starts_with(&expected), "{message}");
+        assert!(message.contains("again"), "{message}");
+    }
+    for entry in [Entry::Cpu, Entry::CudaInitialize, Entry::CudaExecute] {
+        let addresses = Call::ALL.map(|call| handler_address(entry, call));
+        assert!(!addresses.contains(&retired_handler_address()));
+    }
 }
 
 #[test]

@@ -63,7 +63,7 @@ pub const INVALID_ARGUMENT: i32 = 3;
 pub struct FrameBuffer {
     /// [`BUFFER`], or what is none.
     pub kind: i32,
-    /// Its element type.
+    /// Element type.
     pub dtype: i32,
     /// Number of dimensions.
     pub rank: i64,
@@ -78,11 +78,11 @@ pub struct FrameBuffer {
 pub struct FrameAttribute {
     /// Characters of its name.
     pub name: *const u8,
-    /// Their number.
+    /// Number of bytes of the name.
     pub name_size: usize,
-    /// See [`attribute`].
+    /// Kind, one of [`attribute`].
     pub kind: i32,
-    /// Of a scalar or an array.
+    /// Element type of a scalar or an array.
     pub dtype: i32,
     /// A number, characters or numbers.
     pub value: *const c_void,
@@ -111,15 +111,15 @@ pub struct FrameCall {
     pub handler: usize,
     /// Operands.
     pub args: *const FrameBuffer,
-    /// Their number.
+    /// Number of operands.
     pub num_args: usize,
     /// Results.
     pub rets: *const FrameBuffer,
-    /// Their number.
+    /// Number of results.
     pub num_rets: usize,
     /// Attributes, sorted by name.
     pub attributes: *const FrameAttribute,
-    /// Their number.
+    /// Number of attributes.
     pub num_attributes: usize,
     /// Threads.
     pub pool: *const FramePool,

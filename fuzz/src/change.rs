@@ -232,7 +232,7 @@ fn set_kind(frame: &mut Frame, _: &Op, rng: &mut Rng) {
     }
 }
 
-/// The same many tokens everywhere, so that all dimensions agree.
+/// Equally many tokens everywhere, so that all dimensions agree.
 fn set_huge_tokens(frame: &mut Frame, op: &Op, rng: &mut Rng) {
     let lead = match percent(rng, 50) {
         true => vec![pick(rng, HUGE).max(2)],

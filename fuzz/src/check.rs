@@ -25,14 +25,14 @@ const MESSAGE: usize = 4096;
 /// The outcome of a frame.
 #[derive(Debug)]
 pub enum Outcome {
-    /// Nobody called it: it tells of memory that is not there, and nothing in it shows that.
+    /// A frame that was not called: it describes memory that is not there, and nothing in it shows that.
     Skipped,
-    /// It was answered, with so many calls.
+    /// A frame that was answered.
     Accepted {
         /// Calls of the handler.
         calls: u64,
     },
-    /// It was refused.
+    /// A frame that was refused.
     Refused {
         /// The rule that it breaks.
         rule: &'static str,
@@ -42,9 +42,9 @@ pub enum Outcome {
 /// Something that must not be.
 #[derive(Debug)]
 pub struct Finding {
-    /// What kind of thing: the same for all frames that show it.
+    /// Kind of the finding, equal for all frames that show it.
     pub kind: String,
-    /// What is particular to this frame.
+    /// Details of this one frame.
     pub detail: String,
 }
 
@@ -393,7 +393,7 @@ impl Checker {
         Ok(())
     }
 
-    /// The same frame with other threads, and with the first result in memory of its own: the same bits.
+    /// Calls the frame with other threads, and with the first result in memory of its own: the bits are equal.
     fn check_again(
         &mut self,
         frame: &Frame,
@@ -494,7 +494,7 @@ fn margin(range: &std::ops::Range<usize>) -> std::ops::Range<usize> {
     }
 }
 
-/// What an attribute points to: its dtype, the address, and how many there are.
+/// The value of an attribute for XLA: its dtype, address and number of elements.
 fn raw(value: &Attr) -> (i32, *const c_void, usize) {
     match value {
         Attr::Float(number) => (dtype::F64, (&raw const *number).cast(), 1),

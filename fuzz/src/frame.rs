@@ -8,13 +8,13 @@ use crate::library::Op;
 /// An operand or a result.
 #[derive(Debug, Clone)]
 pub struct Buffer {
-    /// Its name in the table of calls, or what it is.
+    /// Name in the table of calls, or a description.
     pub name: String,
     /// XLA's number of what it is.
     pub kind: i32,
     /// XLA's number of its element type.
     pub dtype: i32,
-    /// Its dimensions.
+    /// Dimensions.
     pub dims: Vec<i64>,
     /// Where it lies.
     pub place: Place,
@@ -32,14 +32,14 @@ pub enum Place {
     },
     /// In the memory of an operand, so many bytes into it.
     Operand {
-        /// Which.
+        /// Index of the buffer.
         index: usize,
         /// Bytes.
         offset: usize,
     },
     /// In the memory of another result.
     Result {
-        /// Which.
+        /// Index of the buffer.
         index: usize,
     },
     /// At this address, where nothing lies.
@@ -58,7 +58,7 @@ impl Buffer {
         }
     }
 
-    /// Its number of bytes, if all of the dimensions are possible and an address can count it.
+    /// Number of bytes, if all of the dimensions are possible and an address can count it.
     pub fn num_bytes(&self) -> Option<usize> {
         let mut num_bytes = dtype::num_bytes(self.dtype);
         for dim in &self.dims {
@@ -71,9 +71,9 @@ impl Buffer {
 /// An attribute.
 #[derive(Debug, Clone)]
 pub struct Attribute {
-    /// Its name.
+    /// Name.
     pub name: String,
-    /// What it is.
+    /// Value.
     pub value: Attr,
 }
 
@@ -106,7 +106,7 @@ impl Attr {
     }
 }
 
-/// What operands hold.
+/// Kinds of values that operands hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Style {
     /// Numbers from -2 to 2.
@@ -154,11 +154,11 @@ pub struct Frame {
     pub rets: Vec<Buffer>,
     /// Attributes by their names.
     pub attributes: Vec<Attribute>,
-    /// What operands hold.
+    /// Kind of values that operands hold.
     pub style: Style,
     /// Threads.
     pub schedule: Schedule,
-    /// What was changed about a valid frame.
+    /// Names of the changes that were made to a valid frame.
     pub changes: Vec<&'static str>,
 }
 

@@ -7,7 +7,7 @@ use crate::frame::{Attr, Attribute, Buffer, Frame, Place, Schedule, Style, When}
 use crate::library::{Op, Precision, Setting, Value};
 use crate::memory::SLOT_BYTES;
 
-/// One of the items.
+/// A random item of the list.
 pub fn pick<T: Copy>(rng: &mut Rng, items: &[T]) -> T {
     items[rng.usize(..items.len())]
 }

@@ -9,14 +9,14 @@ use serde::Deserialize;
 
 use crate::frame::{self, Attr};
 
-/// What the library tells of itself.
+/// The library's description of itself.
 #[derive(Debug, Deserialize)]
 pub struct Description {
     /// Version of the package.
     pub version: String,
     /// Commit of its sources.
     pub commit: Option<String>,
-    /// What its kernels for CPUs run with on this machine.
+    /// Instruction set of the kernels for CPUs on this machine.
     pub instruction_set: String,
     /// Whether it was built with debug assertions, and so with checks of overflow.
     pub debug_assertions: bool,
@@ -34,15 +34,15 @@ struct Handler {
 /// One call of the table.
 #[derive(Debug, Deserialize)]
 pub struct Op {
-    /// Such as `pre_fwd`.
+    /// Name, such as `pre_fwd`.
     pub name: String,
-    /// In order.
+    /// Operands of all groups, in order.
     pub operands: Vec<Value>,
-    /// In order.
+    /// Results of all groups, in order.
     pub results: Vec<Value>,
     /// Whether the first result may lie where the last operand lies.
     pub adds_in_place: bool,
-    /// In any order.
+    /// Attributes, in any order.
     pub attributes: Vec<Attribute>,
     /// Address of the handler for CPUs.
     #[serde(skip)]
@@ -52,9 +52,9 @@ pub struct Op {
 /// An operand or a result.
 #[derive(Debug, Deserialize)]
 pub struct Value {
-    /// Such as `d_x`.
+    /// Name, such as `d_x`.
     pub name: String,
-    /// Which dtype it has.
+    /// Kind of dtype.
     pub precision: Precision,
     /// Whether the dimensions of tokens come first.
     pub has_tokens: bool,
@@ -65,11 +65,11 @@ pub struct Value {
     pub group: Option<String>,
 }
 
-/// Which dtype a value has.
+/// The kind of dtype that a value has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Precision {
-    /// That of the streams.
+    /// Dtype of the streams.
     Streams,
     /// float32, or float64 for streams of float64.
     Accumulation,
@@ -78,18 +78,18 @@ pub enum Precision {
 /// An attribute.
 #[derive(Debug, Deserialize)]
 pub struct Attribute {
-    /// Such as `norm_eps`.
+    /// Name, such as `norm_eps`.
     pub name: String,
-    /// What it may be.
+    /// Type and values.
     #[serde(flatten)]
     pub setting: Setting,
 }
 
-/// What an attribute may be.
+/// The type of an attribute, and the values that it may have.
 #[derive(Debug, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum Setting {
-    /// One of these words.
+    /// A word out of `choices`.
     String {
         /// The words.
         choices: Vec<String>,
@@ -150,7 +150,7 @@ fn present<'a>(values: &'a [Value], attributes: &[frame::Attribute]) -> Vec<&'a 
 /// Loads the library. It stays loaded: its handlers may be called until the process ends.
 ///
 /// # Errors
-/// There is none there, or one that does not describe its calls.
+/// A library that is missing, or that does not describe its calls.
 pub fn load(path: &Path) -> Result<(Description, Vec<Op>), String> {
     let failed = |error: &dyn std::fmt::Display| {
         format!(

@@ -6,7 +6,7 @@ use std::ptr::null_mut;
 pub struct Slot {
     /// For reads and writes.
     pub writable: *mut u8,
-    /// The same memory, for reads alone.
+    /// Address of the memory for reads alone.
     pub read_only: *mut u8,
 }
 
@@ -70,7 +70,7 @@ impl Slot {
         if at_end { SLOT_BYTES - num_bytes } else { 0 }
     }
 
-    /// All of the slot.
+    /// Bytes of the slot.
     pub fn bytes(&mut self) -> &mut [u8] {
         // SAFETY: the mapping lives as long as the process, and handlers write it during calls alone.
         unsafe { std::slice::from_raw_parts_mut(self.writable, SLOT_BYTES) }

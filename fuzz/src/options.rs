@@ -17,7 +17,7 @@ Hands made-up call frames to the handlers of jax-mhc's shared library and checks
 
 Ends with 0 where nothing was found, with 1 where something was, with 2 where it could not run.";
 
-/// What was asked for.
+/// Options of the command line.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// The shared library.
@@ -34,14 +34,14 @@ pub struct Options {
     pub record: Option<PathBuf>,
     /// Whether frames are printed.
     pub verbose: bool,
-    /// What a worker shares with the process that started it; none in that process.
+    /// File that a worker shares with the process that started it; None in that process.
     pub board: Option<PathBuf>,
 }
 
 /// Reads the command line; ends the process where it asks for help.
 ///
 /// # Errors
-/// What it does not know.
+/// An option that is unknown.
 pub fn parse() -> Result<Options, String> {
     let beside = std::env::current_exe()
         .map_err(|error| error.to_string())?

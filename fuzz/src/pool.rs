@@ -62,7 +62,7 @@ impl Pool {
         }
     }
 
-    /// What a call is lent.
+    /// The pool of a call's frame.
     pub fn lend(&self, schedule: Schedule) -> FramePool {
         let shared = match schedule.when {
             When::Concurrently => Some(&self.threads),

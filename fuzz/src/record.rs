@@ -1,4 +1,4 @@
-//! What came out of a run, for people and as JSON.
+//! The record of a run, for people and as JSON.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,15 +14,15 @@ use crate::worker::Line;
 /// A frame that shows something that must not be.
 #[derive(Debug, Serialize)]
 pub struct Found {
-    /// The same for all frames that show it.
+    /// Kind of the finding, equal for all frames that show it.
     pub kind: String,
     /// The frame.
     pub seed: u64,
-    /// What is particular to it.
+    /// Details of this one frame.
     pub detail: String,
 }
 
-/// What came out of a run.
+/// The record of a run.
 #[derive(Debug, Default, Serialize)]
 pub struct Record {
     /// The library's version, commit and instruction set.
@@ -50,7 +50,7 @@ pub struct Record {
     refused_by_rule: BTreeMap<String, u64>,
     num_findings: u64,
     num_crashes: u64,
-    /// Some of each kind.
+    /// A few findings of each kind.
     findings: Vec<Found>,
 }
 

@@ -1,6 +1,6 @@
 //! The judge: whether a frame is one that the library has to answer, by rules of its own.
 //!
-//! It knows the table of calls and shares no code with the library's own checks.
+//! The judge knows the table of calls and shares no code with the library's own checks.
 
 use std::ops::Range;
 
@@ -8,14 +8,14 @@ use crate::call::{BUFFER, dtype};
 use crate::frame::{Attr, Buffer, Frame};
 use crate::library::{Op, Precision, Setting, Value};
 
-/// What has to become of a frame.
+/// The outcome that a frame has to have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
-    /// It has to be answered.
+    /// An answer.
     Valid,
-    /// It has to be refused, by this rule.
+    /// A refusal, by this rule.
     Refused(&'static str),
-    /// Either will do, for this reason.
+    /// An answer or a refusal, for this reason.
     Either(&'static str),
 }
 
@@ -38,7 +38,7 @@ pub fn judge(op: &Op, frame: &Frame, args: &[usize], rets: &[usize]) -> Verdict 
     }
 }
 
-/// All of them, and no others; numbers in their range, as the streams' kernels see them.
+/// Checks that every attribute of the table is there, and no other; numbers in their range, as the streams' kernels see them.
 fn attributes(op: &Op, frame: &Frame) -> Result<(), &'static str> {
     let largest = match frame.args.first() {
         Some(streams) if streams.dtype == dtype::F64 => f64::MAX,

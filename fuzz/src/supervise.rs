@@ -135,7 +135,7 @@ impl Job {
 /// Calls all frames and tells what came out: true where nothing was found.
 ///
 /// # Errors
-/// There is no library, or a worker cannot be started.
+/// A library that is missing, or a worker that cannot be started.
 pub fn run(options: &Options) -> Result<bool, String> {
     let start = Instant::now();
     let jobs = (0..options.jobs).map(|job| {

@@ -1,4 +1,4 @@
-//! What memory holds: values of operands, and the pattern of results that nobody has written.
+//! Contents of memory: values of operands, and the pattern of results that nobody has written.
 
 use fastrand::Rng;
 

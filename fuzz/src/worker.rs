@@ -17,15 +17,15 @@ use crate::options::Options;
 /// Frames of one kind of finding that are told in full.
 const TOLD: u64 = 3;
 
-/// What a worker tells on its standard output, a line each.
+/// Messages of a worker on its standard output, a line each.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Line {
     /// At the start: the library's instruction set, version and commit.
     Library {
-        /// What its kernels for CPUs run with.
+        /// Instruction set of the kernels for CPUs.
         instruction_set: String,
-        /// Of the package.
+        /// Version of the package.
         version: String,
         /// Of its sources.
         commit: Option<String>,
@@ -36,9 +36,9 @@ pub enum Line {
     Finding {
         /// The frame.
         seed: u64,
-        /// The same for all frames that show it.
+        /// Kind of the finding, equal for all frames that show it.
         kind: String,
-        /// What is particular to it.
+        /// Details of this one frame.
         detail: String,
     },
     /// At the end: how many frames were refused by each rule.
@@ -48,7 +48,7 @@ pub enum Line {
 /// Calls all frames.
 ///
 /// # Errors
-/// There is no library, or no memory.
+/// A library or memory that is missing.
 pub fn run(options: &Options, board: &Path) -> Result<(), String> {
     // Its end is this one's, too.
     // SAFETY: numbers alone.

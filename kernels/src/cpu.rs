@@ -1,5 +1,6 @@
 //! The calls on CPUs.
 
+mod chunks;
 mod coefficients;
 mod collapse;
 mod head;

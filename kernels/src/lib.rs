@@ -1,4 +1,4 @@
-//! What jax-mhc computes: kernels for the CPU and for CUDA, the plain description of a call, and its
+//! The computations of jax-mhc: kernels for the CPU and for CUDA, the plain description of a call, and its
 //! checks.
 //!
 //! [`cpu`] runs a call on CPUs and [`gpu`] on NVIDIA GPUs. They take views of memory and know nothing of
@@ -15,14 +15,14 @@ pub use contract::table::{
 };
 pub use contract::view::{DType, View};
 
-/// Why a call did not run.
+/// The reason why a call did not run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Error {
-    /// It is none of the calls of the table: op, argument, expected, got.
+    /// A call that the table does not have: op, argument, expected, got.
     Refused(String),
-    /// The device cannot run it: op, what was tried, the device's error.
+    /// A failure of the device: op, what was tried, the device's error.
     Device(String),
-    /// There is no memory for it: op, how much was wanted, what to do.
+    /// No memory for the call: op, how much was asked for, what to do.
     Exhausted(String),
 }
 

@@ -1,5 +1,5 @@
-//! What the shared library exports: a function that hands out everything that Python needs to register
-//! the handlers, and two that tell of CUDA.
+//! The functions that the shared library exports: one describes everything that Python needs to register
+//! the handlers, and two report on CUDA.
 
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char};
@@ -14,7 +14,7 @@ use log::Log;
 
 mod log;
 
-/// One handler, as `jax.ffi.register_ffi_target` wants it. Traits are not listed: XLA asks the
+/// A handler, as `jax.ffi.register_ffi_target` takes it. Traits are not listed: XLA asks the
 /// handler itself.
 #[derive(Serialize)]
 struct Handler {
@@ -24,7 +24,7 @@ struct Handler {
     addresses: Addresses,
 }
 
-/// On a CPU a handler is one function, on a GPU one for each stage.
+/// Addresses of a handler: one function on a CPU, one for each stage on a GPU.
 #[derive(Serialize)]
 #[serde(untagged)]
 enum Addresses {
@@ -36,15 +36,15 @@ enum Addresses {
 struct Description {
     name: &'static str,
     version: &'static str,
-    /// None where the library was not built in a git checkout.
+    /// Commit of the sources; None where the library was not built in a git checkout.
     commit: Option<&'static str>,
     target_version: u32,
     ffi_api_version: String,
     architecture: &'static str,
     instruction_set: &'static str,
-    /// Whether it checks itself, for overflow too: a build for tests.
+    /// Whether the library checks itself, for overflow too: a build for tests.
     debug_assertions: bool,
-    /// None where there are no CUDA kernels in it.
+    /// Build of the CUDA kernels; None where the library has none.
     cuda: Option<gpu::Build>,
     log: Log,
     handlers: Vec<Handler>,
@@ -184,7 +184,7 @@ pub extern "C" fn jax_mhc_describe() -> *const c_char {
     catch_unwind(describe).unwrap_or(std::ptr::null())
 }
 
-/// What there is of CUDA on this machine: JSON, in memory that is never freed. The first call asks the
+/// The state of CUDA on this machine: JSON, in memory that is never freed. The first call asks the
 /// driver, and the others give the same answer. Null where there is no answer.
 #[unsafe(no_mangle)]
 pub extern "C" fn jax_mhc_cuda_status() -> *const c_char {

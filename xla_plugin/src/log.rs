@@ -10,12 +10,12 @@ use tracing_subscriber::filter::LevelFilter;
 /// The variable that sets the level.
 const VARIABLE: &str = "JAX_MHC_LOG";
 
-/// What is logged here.
+/// The state of the log, as the library describes it.
 #[derive(Debug, Serialize)]
 pub struct Log {
-    /// From this level on.
+    /// Lowest level that is logged.
     level: String,
-    /// What is wrong with the variable, if anything.
+    /// Error of the variable's value, if it has one.
     error: Option<String>,
 }
 

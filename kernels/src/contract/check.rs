@@ -108,7 +108,7 @@ impl<'a> CheckedCall<'a> {
         Err(kind.error("operands and results", "no more", &got))
     }
 
-    /// The same call with settings that kernels read in place of those that were checked.
+    /// A copy of the call with settings that kernels read in place of those that were checked.
     pub fn with_config(self, config: &'a Config) -> Self {
         Self { config, ..self }
     }
@@ -289,7 +289,7 @@ impl<'a> CheckedCall<'a> {
 
 const SOUND: &str = "aligned memory of a possible size";
 
-/// Whether its memory can be what it says.
+/// Whether memory of the view's address, dtype and dimensions is possible.
 fn is_sound(view: &View) -> bool {
     match view.num_bytes() {
         Some(0) => true,

@@ -95,7 +95,7 @@ constraints! {
     Permutations = 3, "permutations", factorial, MAX_PERMUTED;
 }
 
-/// Which axis of h_res[i, j] each Sinkhorn iteration normalises first.
+/// The axis of h_res[i, j] that each Sinkhorn iteration normalises first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {
     /// Columns (sums over i) first, so that rows sum to 1 at the end.
@@ -125,19 +125,19 @@ pub enum NormEpsMode {
 /// The settings of one call.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Config {
-    /// Which set H_res is kept on.
+    /// The set that H_res is kept on.
     pub constraint: Constraint,
     /// t_max of equation 9.
     pub sinkhorn_iters: usize,
-    /// See [`EpsMode`].
+    /// Term in the divisions of Sinkhorn-Knopp, added or a least divisor ([`EpsMode`]).
     pub sinkhorn_eps: f64,
-    /// See [`EpsMode`].
+    /// Use of `sinkhorn_eps`.
     pub sinkhorn_eps_mode: EpsMode,
-    /// See [`Order`].
+    /// Axis that each Sinkhorn iteration normalises first.
     pub order: Order,
-    /// See [`NormEpsMode`].
+    /// Term in r that keeps it finite where X is zero ([`NormEpsMode`]).
     pub norm_eps: f64,
-    /// See [`NormEpsMode`].
+    /// Place of `norm_eps` in r.
     pub norm_eps_mode: NormEpsMode,
     /// Added to h_pre after the sigmoid.
     pub pre_eps: f64,

@@ -355,14 +355,14 @@ impl Value {
 #[derive(Debug, Clone, Copy, Serialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum Setting {
-    /// One of some words.
+    /// A word out of `choices`.
     String {
-        /// The words.
+        /// Words that the attribute may be.
         choices: &'static [&'static str],
     },
     /// A number from 0 to `max`.
     Int64 {
-        /// The largest.
+        /// Largest value.
         max: usize,
     },
     /// A number.

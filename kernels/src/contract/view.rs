@@ -65,7 +65,7 @@ impl View<'_> {
     }
 
     /// Number of bytes, where memory can hold as many: no more than `isize::MAX`, as Rust's slices want.
-    /// Nobody else multiplies dimensions.
+    /// No other code multiplies dimensions.
     pub fn num_bytes(&self) -> Option<usize> {
         let bytes = product(self.dims)?.checked_mul(self.dtype.num_bytes())?;
         isize::try_from(bytes).is_ok().then_some(bytes)

@@ -1,4 +1,4 @@
-//! From the projection of one token to its coefficients, and back (equations 16 to 19).
+//! The coefficients of a token from its projection, and their gradients (equations 16 to 19).
 //!
 //! Tokens are taken in groups of as many as a vector has lanes, one token a lane.
 
@@ -13,7 +13,6 @@ use crate::cpu::stream::{Rows, RowsMut};
 /// alpha and bias, and how coefficients follow from them.
 #[derive(Clone, Copy)]
 pub struct Gates<'a, R> {
-    /// Settings.
     pub config: &'a Config,
     /// Columns.
     pub layout: CoefficientLayout,
@@ -75,7 +74,7 @@ pub struct Scratch<V> {
 }
 
 impl<V: Vector> Scratch<V> {
-    /// For [`forward`], and for [`backward`] where `differentiate`.
+    /// Makes room for [`forward`], and for [`backward`] where `differentiate`.
     pub fn new(
         config: &Config,
         layout: CoefficientLayout,
@@ -260,21 +259,21 @@ impl<R: Real, I: Isa> Kernel<I> for HPre<'_, R, I> {
 /// Sums over tokens of the gradients of alpha and bias.
 #[derive(Clone)]
 pub struct GateSums {
-    /// `[alpha.len()]`
+    /// Gradient of alpha.
     pub d_alpha: Vec<f64>,
-    /// `[K]`
+    /// Gradient of bias `[K]`.
     pub d_bias: Vec<f64>,
 }
 
 impl GateSums {
-    /// All zero.
+    /// Makes sums that are zero.
     pub fn new(num_alpha: usize, layout: CoefficientLayout) -> Result<Self, Exhausted> {
         Ok(Self {
             d_alpha: filled(0.0, num_alpha)?,
             d_bias: filled(0.0, layout.num())?,
         })
     }
-    /// Adds those of other tokens.
+    /// Adds the sums of other tokens.
     pub fn add(&mut self, other: &Self) {
         for (a, b) in self.d_alpha.iter_mut().zip(&other.d_alpha) {
             *a += b;
@@ -285,7 +284,7 @@ impl GateSums {
     }
 }
 
-/// What the backward pass hands from the coefficients to the streams, for each token.
+/// Factors of d_x that the backward pass of the coefficients makes for each token.
 pub struct StreamFactors<'a, R> {
     /// r · dm `[K]`, zero in columns behind K.
     pub r_dm: RowsMut<'a, R>,
@@ -295,23 +294,22 @@ pub struct StreamFactors<'a, R> {
     pub h_pre: RowsMut<'a, R>,
 }
 
-/// What the backward pass of the coefficients reads.
+/// Operands of the backward pass of the coefficients.
 pub struct BackwardInputs<'a, R> {
     /// alpha, bias, settings.
     pub gates: &'a Gates<'a, R>,
-    /// From the forward pass.
+    /// r · vec(X) phi of the forward pass `[K]` a token.
     pub m: Rows<'a, R>,
-    /// From the forward pass.
+    /// 1 / rms(X) of the forward pass `[1]` a token.
     pub r: Rows<'a, R>,
-    /// Of the coefficients.
+    /// Cotangents of the coefficients.
     pub cotangents: Cotangents<'a, R>,
-    /// T
     pub tokens: usize,
     /// n·C, the number of elements that r's mean runs over.
     pub numel: usize,
 }
 
-/// From the cotangents of the coefficients to `factors` and `sums`.
+/// Writes `factors`, and adds to `sums`, from the cotangents of the coefficients.
 pub fn backward<R: Real, I: Isa>(
     inputs: BackwardInputs<R>,
     factors: StreamFactors<R>,

@@ -2,8 +2,9 @@
 //! respect to h_pre: a part of pre, and a call of its own where the channels are split over devices.
 
 use crate::contract::limits::MAX_STREAMS;
-use crate::cpu::parallel::{Pool, for_each};
-use crate::cpu::scratch::{Exhausted, pieces};
+use crate::cpu::chunks::run_chunks;
+use crate::cpu::parallel::Pool;
+use crate::cpu::scratch::Exhausted;
 use crate::cpu::simd::{Isa, Job, Kernel, Real, Vector, for_streams};
 use crate::cpu::stream::{Acc, Rows, RowsMut, Stream, for_blocks};
 
@@ -104,9 +105,7 @@ pub struct Forward<'a, S: Stream> {
     pub h_pre: Rows<'a, S::Real>,
     /// Result `[C]` a token.
     pub u: RowsMut<'a, S>,
-    /// T
     pub tokens: usize,
-    /// Threads.
     pub pool: &'a dyn Pool,
 }
 
@@ -117,19 +116,16 @@ pub fn forward<S: Stream>(call: Forward<S>) -> Result<(), Exhausted> {
 
 impl<S: Stream> Job for Forward<'_, S> {
     fn run<I: Isa>(mut self) -> Result<(), Exhausted> {
-        let chunks = pieces(self.tokens, CHUNK, |tokens| {
-            let (x, h_pre) = (self.x.split_off(tokens), self.h_pre.split_off(tokens));
-            (x, h_pre, tokens, self.u.split_off(tokens))
-        })?;
-        for_each(
-            "tokens",
+        run_chunks(
             self.pool,
-            chunks,
-            || Ok(()),
-            |(), _, (x, h_pre, tokens, u)| {
-                forward_chunk::<S, I>(x, h_pre, tokens, u);
-                Ok(())
+            self.tokens,
+            CHUNK,
+            |tokens| {
+                let (x, h_pre) = (self.x.split_off(tokens), self.h_pre.split_off(tokens));
+                (x, h_pre, self.u.split_off(tokens))
             },
+            || Ok(()),
+            |(), tokens, (x, h_pre, u)| forward_chunk::<S, I>(x, h_pre, tokens, u),
         )
     }
 }
@@ -142,9 +138,7 @@ pub struct Backward<'a, S: Stream> {
     pub d_u: Rows<'a, S>,
     /// Result `[n]` a token.
     pub d_h_pre: RowsMut<'a, S::Real>,
-    /// T
     pub tokens: usize,
-    /// Threads.
     pub pool: &'a dyn Pool,
 }
 
@@ -155,19 +149,16 @@ pub fn backward<S: Stream>(call: Backward<S>) -> Result<(), Exhausted> {
 
 impl<S: Stream> Job for Backward<'_, S> {
     fn run<I: Isa>(mut self) -> Result<(), Exhausted> {
-        let chunks = pieces(self.tokens, CHUNK, |tokens| {
-            let (x, d_u) = (self.x.split_off(tokens), self.d_u.split_off(tokens));
-            (x, d_u, tokens, self.d_h_pre.split_off(tokens))
-        })?;
-        for_each(
-            "tokens",
+        run_chunks(
             self.pool,
-            chunks,
-            || Ok(()),
-            |(), _, (x, d_u, tokens, d_h_pre)| {
-                backward_chunk::<S, I>(x, d_u, None, tokens, d_h_pre);
-                Ok(())
+            self.tokens,
+            CHUNK,
+            |tokens| {
+                let (x, d_u) = (self.x.split_off(tokens), self.d_u.split_off(tokens));
+                (x, d_u, self.d_h_pre.split_off(tokens))
             },
+            || Ok(()),
+            |(), tokens, (x, d_u, d_h_pre)| backward_chunk::<S, I>(x, d_u, None, tokens, d_h_pre),
         )
     }
 }

@@ -1,6 +1,6 @@
 //! The learned exit from the streams: u = sum over i of (sigmoid(alpha m_i + b_i) + eps) X[i].
 //!
-//! It is pre with h_pre as its only coefficients.
+//! The head is pre with h_pre as the only coefficients.
 
 use crate::cpu::coefficients::{CoefficientsMut, Cotangents};
 use crate::cpu::parallel::Pool;
@@ -10,7 +10,6 @@ use crate::cpu::stream::{Rows, RowsMut, Stream};
 
 /// The forward call on `tokens` tokens.
 pub struct Forward<'a, S: Stream> {
-    /// Parameters.
     pub params: Params<'a, S::Real>,
     /// Streams `[n·C]` a token.
     pub x: Rows<'a, S>,
@@ -20,9 +19,7 @@ pub struct Forward<'a, S: Stream> {
     pub m: RowsMut<'a, S::Real>,
     /// `[1]` a token.
     pub r: RowsMut<'a, S::Real>,
-    /// T
     pub tokens: usize,
-    /// Threads.
     pub pool: &'a dyn Pool,
 }
 
@@ -61,23 +58,19 @@ pub fn forward<S: Stream>(call: Forward<S>) -> Result<(), Exhausted> {
 
 /// The backward call on `tokens` tokens.
 pub struct Backward<'a, S: Stream> {
-    /// Parameters.
     pub params: Params<'a, S::Real>,
     /// Streams `[n·C]` a token.
     pub x: Rows<'a, S>,
-    /// From the forward pass.
+    /// r · vec(X) phi of the forward pass `[n]` a token.
     pub m: Rows<'a, S::Real>,
-    /// From the forward pass.
+    /// 1 / rms(X) of the forward pass `[1]` a token.
     pub r: Rows<'a, S::Real>,
     /// Cotangent of u.
     pub d_u: Rows<'a, S>,
     /// Result `[n·C]` a token.
     pub d_x: RowsMut<'a, S>,
-    /// Results.
     pub d_params: ParamGradients<'a, S::Real>,
-    /// T
     pub tokens: usize,
-    /// Threads.
     pub pool: &'a dyn Pool,
 }
 
@@ -111,7 +104,7 @@ pub fn backward<S: Stream>(call: Backward<S>) -> Result<(), Exhausted> {
     pre::backward(pre::Backward {
         params,
         x,
-        handed_on: pre::HandedOn::Nothing,
+        d_x_in: pre::DxIn::Absent,
         inputs,
         d_x,
         d_params,

@@ -9,7 +9,7 @@ use crate::cpu::stream::{Rows, RowsMut};
 
 /// A type that a view can have.
 pub trait Element: Copy + 'static {
-    /// Its name.
+    /// Dtype of views of this type.
     const DTYPE: DType;
 }
 

@@ -7,7 +7,7 @@ use crate::contract::layout::factorial;
 use crate::contract::limits::{MAX_PERMUTED, MAX_STREAMS};
 use crate::cpu::simd::Vector;
 
-/// Those of the largest number of streams. The first n! of them move the last n alone, in the order of the
+/// The permutations of the largest number of streams. The first n! of them move the last n alone, in the order of the
 /// permutations of n.
 const IMAGES: [[usize; MAX_PERMUTED]; factorial(MAX_PERMUTED)] = {
     let mut images = [[0; MAX_PERMUTED]; factorial(MAX_PERMUTED)];

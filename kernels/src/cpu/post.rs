@@ -1,15 +1,16 @@
 //! The depth connection: X'[i] = sum over j of H_res[i, j] X[j], plus h_post[i] y.
 
 use crate::contract::limits::MAX_STREAMS;
-use crate::cpu::parallel::{Pool, for_each};
-use crate::cpu::scratch::{Exhausted, pieces};
+use crate::cpu::chunks::run_chunks;
+use crate::cpu::parallel::Pool;
+use crate::cpu::scratch::Exhausted;
 use crate::cpu::simd::{Isa, Job, Kernel, Real, Vector, for_streams};
 use crate::cpu::stream::{Acc, Rows, RowsMut, Stream, for_blocks};
 
 /// Tokens in one piece of work.
 pub const CHUNK: usize = 32;
 
-/// What post reads for some tokens.
+/// Operands of post for some tokens.
 #[derive(Clone, Copy)]
 pub struct Inputs<'a, S: Stream> {
     /// Streams `[n·C]` a token.
@@ -103,7 +104,7 @@ impl<S: Stream, I: Isa, const N: usize> Kernel<I> for ForwardChunk<'_, S, N> {
     }
 }
 
-/// What post's backward writes for some tokens. There is no d_x: pre's backward makes it of the same
+/// Results of post's backward pass for some tokens. There is no d_x: pre's backward makes it of the same
 /// d_x_new.
 pub struct Gradients<'a, S: Stream> {
     /// `[C]` a token.
@@ -194,13 +195,9 @@ impl<S: Stream, I: Isa, const N: usize> Kernel<I> for BackwardChunk<'_, S, N> {
 
 /// The forward call on `tokens` tokens.
 pub struct Forward<'a, S: Stream> {
-    /// Operands.
     pub inputs: Inputs<'a, S>,
-    /// Result.
     pub x_new: RowsMut<'a, S>,
-    /// T
     pub tokens: usize,
-    /// Threads.
     pub pool: &'a dyn Pool,
 }
 
@@ -211,34 +208,24 @@ pub fn forward<S: Stream>(call: Forward<S>) -> Result<(), Exhausted> {
 
 impl<S: Stream> Job for Forward<'_, S> {
     fn run<I: Isa>(mut self) -> Result<(), Exhausted> {
-        let chunks = pieces(self.tokens, CHUNK, |tokens| {
-            let (inputs, x_new) = (self.inputs.split_off(tokens), self.x_new.split_off(tokens));
-            (inputs, tokens, x_new)
-        })?;
-        for_each(
-            "tokens",
+        run_chunks(
             self.pool,
-            chunks,
+            self.tokens,
+            CHUNK,
+            |tokens| (self.inputs.split_off(tokens), self.x_new.split_off(tokens)),
             || Ok(()),
-            |(), _, (inputs, tokens, x_new)| {
-                forward_chunk::<S, I>(inputs, tokens, x_new);
-                Ok(())
-            },
+            |(), tokens, (inputs, x_new)| forward_chunk::<S, I>(inputs, tokens, x_new),
         )
     }
 }
 
 /// The backward call on `tokens` tokens.
 pub struct Backward<'a, S: Stream> {
-    /// Operands of the forward call.
     pub inputs: Inputs<'a, S>,
-    /// Cotangent of its result.
+    /// Cotangent of x_new.
     pub d_x_new: Rows<'a, S>,
-    /// Results.
     pub out: Gradients<'a, S>,
-    /// T
     pub tokens: usize,
-    /// Threads.
     pub pool: &'a dyn Pool,
 }
 
@@ -249,21 +236,20 @@ pub fn backward<S: Stream>(call: Backward<S>) -> Result<(), Exhausted> {
 
 impl<S: Stream> Job for Backward<'_, S> {
     fn run<I: Isa>(mut self) -> Result<(), Exhausted> {
-        let chunks = pieces(self.tokens, CHUNK, |tokens| {
-            let (inputs, d_x_new) = (
-                self.inputs.split_off(tokens),
-                self.d_x_new.split_off(tokens),
-            );
-            (inputs, d_x_new, tokens, self.out.split_off(tokens))
-        })?;
-        for_each(
-            "tokens",
+        run_chunks(
             self.pool,
-            chunks,
+            self.tokens,
+            CHUNK,
+            |tokens| {
+                let (inputs, d_x_new) = (
+                    self.inputs.split_off(tokens),
+                    self.d_x_new.split_off(tokens),
+                );
+                (inputs, d_x_new, self.out.split_off(tokens))
+            },
             || Ok(()),
-            |(), _, (inputs, d_x_new, tokens, out)| {
-                backward_chunk::<S, I>(inputs, d_x_new, tokens, out);
-                Ok(())
+            |(), tokens, (inputs, d_x_new, out)| {
+                backward_chunk::<S, I>(inputs, d_x_new, tokens, out)
             },
         )
     }

@@ -1,10 +1,11 @@
 //! Post of one sublayer and pre of the next, in one pass over X: each chunk of X' is projected while
 //! it is still in the cache. The backward pass recomputes X' from X and y.
 
+use crate::cpu::chunks::run_chunks;
 use crate::cpu::parallel::{Pool, for_each};
 use crate::cpu::post;
 use crate::cpu::pre::{
-    self, BackwardInputs, CHUNK, HandedOn, Outputs, ParamGradients, ParamSums, Params,
+    self, BackwardInputs, CHUNK, DxIn, Outputs, ParamGradients, ParamSums, Params,
 };
 use crate::cpu::projection::{Packed, Shape};
 use crate::cpu::scratch::{Exhausted, filled, pieces};
@@ -21,9 +22,7 @@ pub struct Forward<'a, S: Stream> {
     pub x_new: RowsMut<'a, S>,
     /// Results of pre.
     pub out: Outputs<'a, S>,
-    /// T
     pub tokens: usize,
-    /// Threads.
     pub pool: &'a dyn Pool,
 }
 
@@ -36,20 +35,19 @@ impl<S: Stream> Job for Forward<'_, S> {
     fn run<I: Isa>(mut self) -> Result<(), Exhausted> {
         let shape = self.params.shape::<I>();
         let phi = Packed::pack::<I>(self.params.phi, shape, self.pool)?;
-        let chunks = pieces(self.tokens, CHUNK, |tokens| {
-            let (inputs, x_new) = (self.inputs.split_off(tokens), self.x_new.split_off(tokens));
-            (tokens, inputs, x_new, self.out.split_off(tokens))
-        })?;
-        for_each(
-            "tokens",
+        run_chunks(
             self.pool,
-            chunks,
+            self.tokens,
+            CHUNK,
+            |tokens| {
+                let (inputs, x_new) = (self.inputs.split_off(tokens), self.x_new.split_off(tokens));
+                (inputs, x_new, self.out.split_off(tokens))
+            },
             || pre::ForwardScratch::new::<I>(&self.params, self.tokens),
-            |scratch, _, (tokens, inputs, mut x_new, mut out)| {
+            |scratch, tokens, (inputs, mut x_new, mut out)| {
                 post::forward_chunk::<S, I>(inputs, tokens, x_new.reborrow());
                 let x_new = x_new.as_rows();
                 pre::forward_chunk::<S, I>(&self.params, &phi, x_new, tokens, &mut out, scratch);
-                Ok(())
             },
         )
     }
@@ -61,19 +59,16 @@ pub struct Backward<'a, S: Stream> {
     pub inputs: post::Inputs<'a, S>,
     /// Parameters of the next sublayer.
     pub params: Params<'a, S::Real>,
-    /// What else pre's backward reads.
+    /// Other operands of pre's backward pass.
     pub pre_inputs: BackwardInputs<'a, S>,
-    /// Result: the whole gradient of X' `[n·C]` a token. Holds what `handed_on` says.
+    /// Gradient of X', all its parts `[n·C]` a token; holds d_x_new_in before the call.
     pub d_x_new: RowsMut<'a, S>,
-    /// What d_x_new is added to.
-    pub handed_on: HandedOn<'a, S::Real>,
+    /// Kind of the cotangent that d_x_new is added to.
+    pub d_x_in: DxIn<'a, S::Real>,
     /// Results of post's backward.
     pub out: post::Gradients<'a, S>,
-    /// Results.
     pub d_params: ParamGradients<'a, S::Real>,
-    /// T
     pub tokens: usize,
-    /// Threads.
     pub pool: &'a dyn Pool,
 }
 
@@ -95,7 +90,7 @@ impl<S: Stream> Job for Backward<'_, S> {
             phi: &phi,
             pre_inputs: self.pre_inputs.split_off(tokens),
             d_x_new: self.d_x_new.split_off(tokens),
-            handed_on: self.handed_on.split_off(tokens),
+            d_x_in: self.d_x_in.split_off(tokens),
             out: self.out.split_off(tokens),
             tokens,
             sums: of_group.next().expect("one for each group"),
@@ -135,7 +130,7 @@ struct BackwardGroup<'a, S: Stream, I: Isa> {
     phi: &'a Packed<Acc<S, I>>,
     pre_inputs: BackwardInputs<'a, S>,
     d_x_new: RowsMut<'a, S>,
-    handed_on: HandedOn<'a, S::Real>,
+    d_x_in: DxIn<'a, S::Real>,
     out: post::Gradients<'a, S>,
     tokens: usize,
     sums: &'a mut Option<ParamSums<Acc<S, I>>>,
@@ -168,7 +163,7 @@ impl<S: Stream, I: Isa> BackwardGroup<'_, S, I> {
             self.params,
             self.phi,
             x_new.as_rows(),
-            self.handed_on.split_off(tokens),
+            self.d_x_in.split_off(tokens),
             &self.pre_inputs.split_off(tokens),
             tokens,
             d_x_new.reborrow(),

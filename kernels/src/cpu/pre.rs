@@ -11,14 +11,14 @@ use crate::cpu::coefficients::Gates;
 use crate::cpu::projection::Shape;
 use crate::cpu::simd::{Isa, Real, Vector};
 
-pub use backward::{Backward, BackwardInputs, BackwardScratch, HandedOn, backward, backward_chunk};
+pub use backward::{Backward, BackwardInputs, BackwardScratch, DxIn, backward, backward_chunk};
 pub use forward::{Forward, ForwardScratch, Outputs, forward, forward_chunk};
 pub use param_sums::{ParamGradients, ParamSums, group_tokens};
 
 /// Tokens that share what is read of phi, and the size of one piece of forward work.
 pub const CHUNK: usize = 16;
 
-/// What every token shares.
+/// Parameters and sizes of pre, which all tokens share.
 #[derive(Clone, Copy)]
 pub struct Params<'a, R> {
     /// Channels of one stream.

@@ -36,7 +36,7 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// For vectors of `lanes` lanes.
+    /// The sizes for vectors of `lanes` lanes.
     pub fn new(n: usize, c: usize, columns: usize, lanes: usize) -> Self {
         Self {
             n,
@@ -55,7 +55,7 @@ impl Shape {
     pub fn whole_blocks(&self, first: usize, count: usize, lanes: usize) -> usize {
         count.min(self.c / lanes - first)
     }
-    /// Who repacks: waking another thread takes longer than repacking a small phi.
+    /// The threads that repack: waking another thread takes longer than repacking a small phi.
     fn pool<'a>(&self, pool: &'a dyn Pool) -> &'a dyn Pool {
         const LEAST_VECTORS: usize = 256;
         if self.n * self.stream_len() < LEAST_VECTORS {
@@ -77,7 +77,7 @@ pub struct Packed<V> {
 }
 
 impl<V: Vector> Packed<V> {
-    /// All zero.
+    /// Makes a phi that is zero.
     pub fn zeros(shape: Shape) -> Result<Self, Exhausted> {
         Ok(Self {
             shape,

@@ -10,7 +10,7 @@ use crate::contract::view::{DType, View};
 use crate::cpu::coefficients::{CoefficientsMut, Cotangents, Gates};
 use crate::cpu::memory::Memory;
 use crate::cpu::plan::plan;
-use crate::cpu::pre::{HandedOn, Params};
+use crate::cpu::pre::{DxIn, Params};
 use crate::cpu::scratch::Exhausted;
 use crate::cpu::simd::Real;
 use crate::cpu::sinkhorn::Sinkhorn;
@@ -79,7 +79,7 @@ fn run_typed<S: Stream>(mut memory: Memory, pool: &dyn Pool) -> Result<(), Exhau
             x: memory.rows("x"),
             inputs: backward_inputs(memory),
             d_x: memory.rows_mut("d_x"),
-            handed_on: handed_on(memory, "h_res"),
+            d_x_in: d_x_in(memory, "h_res"),
             d_params: param_gradients(memory),
             tokens,
             pool,
@@ -110,7 +110,7 @@ fn run_typed<S: Stream>(mut memory: Memory, pool: &dyn Pool) -> Result<(), Exhau
             params: params(memory),
             pre_inputs: backward_inputs(memory),
             d_x_new: memory.rows_mut("d_x_new"),
-            handed_on: handed_on(memory, "h_res_new"),
+            d_x_in: d_x_in(memory, "h_res_new"),
             out: post_gradients(memory),
             d_params: param_gradients(memory),
             tokens,
@@ -200,12 +200,12 @@ fn backward_inputs<'a, S: Stream>(memory: &Memory<'a>) -> pre::BackwardInputs<'a
     }
 }
 
-fn handed_on<'a, R: Real>(memory: &Memory<'a>, h_res: &str) -> HandedOn<'a, R> {
+fn d_x_in<'a, R: Real>(memory: &Memory<'a>, h_res: &str) -> DxIn<'a, R> {
     if memory.call().config.deferred {
         let h_res = memory.rows(h_res);
-        HandedOn::Deferred { h_res }
+        DxIn::Deferred { h_res }
     } else {
-        HandedOn::Whole
+        DxIn::OfX
     }
 }
 

@@ -6,7 +6,7 @@
 /// Memory that the system did not give.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Exhausted {
-    /// What was asked for at once.
+    /// Size of the one allocation that failed.
     pub bytes: usize,
 }
 
@@ -26,7 +26,7 @@ pub fn filled<T: Clone>(value: T, len: usize) -> Result<Vec<T>, Exhausted> {
     Ok(vec)
 }
 
-/// All of `items`, of which there are `len` at most.
+/// The vector of `items`, of which there are `len` at most.
 pub fn collected<T>(len: usize, items: impl IntoIterator<Item = T>) -> Result<Vec<T>, Exhausted> {
     let mut vec = with_capacity(len)?;
     vec.extend(items.into_iter().take(len));

@@ -233,7 +233,6 @@ pub fn scatter<V: Vector>(lanes: &[V], first: usize, count: usize, rows: &mut Ro
 
 /// The stand-alone op: `h_res` from `z`, or, with `d_h_res`, `d_z` from both.
 pub struct Sinkhorn<'a, R> {
-    /// Settings.
     pub config: &'a Config,
     /// Streams.
     pub n: usize,
@@ -245,7 +244,6 @@ pub struct Sinkhorn<'a, R> {
     pub out: RowsMut<'a, R>,
     /// How many matrices.
     pub matrices: usize,
-    /// Threads.
     pub pool: &'a dyn Pool,
 }
 

@@ -175,12 +175,12 @@ impl<'a, T> RowsMut<'a, T> {
     pub fn row(&mut self, token: usize) -> &mut [T] {
         &mut self.data[token * self.width..][..self.width]
     }
-    /// The same rows to read.
+    /// The rows, to read.
     #[inline(always)]
     pub fn as_rows(&self) -> Rows<'_, T> {
         Rows::new(self.data, self.width)
     }
-    /// The same rows for a shorter time.
+    /// The rows, for a shorter time.
     #[inline(always)]
     pub fn reborrow(&mut self) -> RowsMut<'_, T> {
         RowsMut::new(self.data, self.width)

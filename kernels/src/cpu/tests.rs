@@ -18,7 +18,7 @@ use crate::contract::layout::CoefficientLayout;
 use crate::cpu::coefficients::CoefficientsMut;
 use crate::cpu::parallel::{Pool, Task};
 use crate::cpu::post;
-use crate::cpu::pre::{HandedOn, Outputs};
+use crate::cpu::pre::{DxIn, Outputs};
 use crate::cpu::simd::Real;
 use crate::cpu::stream::{Rows, RowsMut, Stream};
 use crate::{Config, Constraint, EpsMode, NormEpsMode, Order};
@@ -82,13 +82,13 @@ impl Case {
         if self.has_norm { self.c } else { 0 }
     }
     /// How pre's backward reads the cotangent of the x that was handed on.
-    fn handed_on<'a, R>(&self, h_res: &'a [R]) -> HandedOn<'a, R> {
+    fn d_x_in<'a, R>(&self, h_res: &'a [R]) -> DxIn<'a, R> {
         if self.deferred {
-            HandedOn::Deferred {
+            DxIn::Deferred {
                 h_res: Rows::new(h_res, self.n * self.n),
             }
         } else {
-            HandedOn::Whole
+            DxIn::OfX
         }
     }
     /// With the cotangent of x deferred, and without.

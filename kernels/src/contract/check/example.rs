@@ -57,13 +57,13 @@ impl Example {
         }
     }
 
-    /// The same call with other settings.
+    /// A copy of the call with other settings.
     fn with_config(&self, config: Config) -> Self {
         let (dtype, tokens, sizes) = self.sizes;
         Self::new(self.kind, dtype, tokens, sizes, config)
     }
 
-    /// The same call with static coefficients, where there can be.
+    /// A copy of the call with static coefficients, where there can be.
     pub fn into_static(self) -> Self {
         self.with_config(Config {
             dynamic: false,
@@ -71,7 +71,7 @@ impl Example {
         })
     }
 
-    /// The same call with a norm of the layer's input, where there can be.
+    /// A copy of the call with a norm of the layer's input, where there can be.
     pub fn with_norm(self) -> Self {
         self.with_config(Config {
             norm: true,
@@ -79,12 +79,12 @@ impl Example {
         })
     }
 
-    /// The same operands and results with other settings, which they need not fit.
+    /// The call's operands and results with other settings, which they need not fit.
     pub fn with_settings(self, config: Config) -> Self {
         Self { config, ..self }
     }
 
-    /// The same call with a workspace of `len` floats.
+    /// The call with a workspace of `len` floats.
     pub fn with_workspace(mut self, len: usize) -> Self {
         self.rets.push((DType::F32, vec![len as i64]));
         self

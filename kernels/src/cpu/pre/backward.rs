@@ -13,14 +13,14 @@ use crate::cpu::scratch::{Exhausted, filled, pieces};
 use crate::cpu::simd::{Isa, Job, Kernel, Real, Vector, for_streams};
 use crate::cpu::stream::{Acc, Rows, RowsMut, Stream};
 
-/// What pre's backward reads for some tokens besides X and the cotangent of the x handed on.
+/// Operands of pre's backward pass for some tokens besides X and d_x_in.
 #[derive(Clone, Copy)]
 pub struct BackwardInputs<'a, S: Stream> {
-    /// From the forward pass.
+    /// r · vec(X) phi of the forward pass `[K]` a token; empty for static coefficients.
     pub m: Rows<'a, S::Real>,
-    /// From the forward pass.
+    /// 1 / rms(X) of the forward pass `[1]` a token.
     pub r: Rows<'a, S::Real>,
-    /// From the forward pass; empty where the layer's input is not normalised.
+    /// 1 / rms(u) of the forward pass `[1]` a token; empty where the layer's input is not normalised.
     pub rho: Rows<'a, S::Real>,
     /// Cotangent of the layer input.
     pub d_u: Rows<'a, S>,
@@ -55,7 +55,7 @@ pub struct BackwardScratch<V: Vector> {
 }
 
 impl<V: Vector> BackwardScratch<V> {
-    /// For chunks of up to [`CHUNK`] tokens.
+    /// Makes room for chunks of up to [`CHUNK`] tokens.
     pub fn new<I: Isa>(params: &Params<V::Real>) -> Result<Self, Exhausted>
     where
         V::Real: Real<Vector<I> = V>,
@@ -78,26 +78,26 @@ impl<V: Vector> BackwardScratch<V> {
     }
 }
 
-/// The cotangent of the x that the context hands on. It lies where d_x goes.
+/// The kind of d_x_in, the cotangent that d_x is added to, in the memory that becomes d_x.
 #[derive(Clone, Copy)]
-pub enum HandedOn<'a, R> {
-    /// There is none.
-    Nothing,
-    /// As it is.
-    Whole,
-    /// Deferred: G, the cotangent of the streams that post makes of x. That of x is H_resᵀ G.
+pub enum DxIn<'a, R> {
+    /// No d_x_in: the memory of d_x holds anything.
+    Absent,
+    /// The cotangent of x.
+    OfX,
+    /// G, the cotangent of the streams that post makes of x, so that H_resᵀ G is the cotangent of x.
     Deferred {
-        /// `[n·n]` a token.
+        /// H_res of post `[n·n]` a token.
         h_res: Rows<'a, R>,
     },
 }
 
-impl<R> HandedOn<'_, R> {
+impl<R> DxIn<'_, R> {
     /// Cuts off the first tokens.
     pub fn split_off(&mut self, tokens: usize) -> Self {
         match self {
-            Self::Nothing => Self::Nothing,
-            Self::Whole => Self::Whole,
+            Self::Absent => Self::Absent,
+            Self::OfX => Self::OfX,
             Self::Deferred { h_res } => Self::Deferred {
                 h_res: h_res.split_off(tokens),
             },
@@ -105,13 +105,13 @@ impl<R> HandedOn<'_, R> {
     }
 }
 
-/// Backward pass of up to [`CHUNK`] tokens: d_x = `handed_on` + what comes from u and the coefficients.
+/// Backward pass of up to [`CHUNK`] tokens: d_x = d_x_in + the gradient through u and the coefficients.
 #[allow(clippy::too_many_arguments)] // each is one line of the equation above
 pub fn backward_chunk<S: Stream, I: Isa>(
     params: &Params<S::Real>,
     phi: &Packed<Acc<S, I>>,
     x: Rows<S>,
-    handed_on: HandedOn<S::Real>,
+    d_x_in: DxIn<S::Real>,
     inputs: &BackwardInputs<S>,
     tokens: usize,
     d_x: RowsMut<S>,
@@ -184,7 +184,7 @@ pub fn backward_chunk<S: Stream, I: Isa>(
         shape,
         phi,
         x,
-        handed_on,
+        d_x_in,
         d_u,
         d_sum,
         tokens,
@@ -205,7 +205,7 @@ struct StreamsBackward<'a, S: Stream, I: Isa> {
     shape: Shape,
     phi: &'a Packed<Acc<S, I>>,
     x: Rows<'a, S>,
-    handed_on: HandedOn<'a, S::Real>,
+    d_x_in: DxIn<'a, S::Real>,
     d_u: Rows<'a, S>,
     /// The cotangent of u before its norm, if it has one.
     d_sum: &'a [Acc<S, I>],
@@ -227,7 +227,7 @@ impl<S: Stream, I: Isa> Kernel<I> for StreamsBackward<'_, S, I> {
     fn run(mut self) {
         let Self { shape, tokens, .. } = self;
         for blocks in stages(shape) {
-            if let HandedOn::Deferred { h_res } = self.handed_on {
+            if let DxIn::Deferred { h_res } = self.d_x_in {
                 for_streams!(self.n, N => self.mix::<N>(h_res, blocks));
             }
             for stream in 0..self.n {
@@ -319,7 +319,7 @@ impl<S: Stream, I: Isa> StreamsBackward<'_, S, I> {
         }
     }
 
-    /// d_x = handed_on + h_pre[i] · du + (r · dm) phiᵀ − norm · X for `T` tokens and `B` blocks.
+    /// d_x = d_x_in + h_pre[i] · du + (r · dm) phiᵀ − norm · X for `T` tokens and `B` blocks.
     #[inline(always)]
     fn write<const T: usize, const B: usize, const WHOLE: bool>(
         &mut self,
@@ -334,7 +334,7 @@ impl<S: Stream, I: Isa> StreamsBackward<'_, S, I> {
         // foresee: asks for it while the product is computed.
         let at = stream * c + (first + block) * Acc::<S, I>::LANES;
         let channels = at..((stream + 1) * c).min(at + B * Acc::<S, I>::LANES);
-        if let HandedOn::Whole = self.handed_on {
+        if let DxIn::OfX = self.d_x_in {
             for token in token..token + T {
                 I::prefetch(&self.d_x.row(token)[channels.clone()]);
             }
@@ -355,10 +355,10 @@ impl<S: Stream, I: Isa> StreamsBackward<'_, S, I> {
                 };
                 let sum = h_pre.mul_add(d_u, sum);
                 let mut sum = norm.mul_add(self.staged[token][block + b], sum);
-                match self.handed_on {
-                    HandedOn::Nothing => {}
-                    HandedOn::Whole => sum = S::load::<I, WHOLE>(&d_x[at..]) + sum,
-                    HandedOn::Deferred { .. } => {
+                match self.d_x_in {
+                    DxIn::Absent => {}
+                    DxIn::OfX => sum = S::load::<I, WHOLE>(&d_x[at..]) + sum,
+                    DxIn::Deferred { .. } => {
                         sum = self.mixed[stream * CHUNK + token][block + b] + sum;
                     }
                 }
@@ -370,21 +370,17 @@ impl<S: Stream, I: Isa> StreamsBackward<'_, S, I> {
 
 /// The backward call on `tokens` tokens.
 pub struct Backward<'a, S: Stream> {
-    /// Parameters.
     pub params: Params<'a, S::Real>,
     /// Streams `[n·C]` a token.
     pub x: Rows<'a, S>,
-    /// What else is read.
+    /// Other operands.
     pub inputs: BackwardInputs<'a, S>,
-    /// Result. Holds what `handed_on` says.
+    /// Gradient of X `[n·C]` a token; holds d_x_in before the call.
     pub d_x: RowsMut<'a, S>,
-    /// What d_x is added to.
-    pub handed_on: HandedOn<'a, S::Real>,
-    /// Results.
+    /// Kind of the cotangent that d_x is added to.
+    pub d_x_in: DxIn<'a, S::Real>,
     pub d_params: ParamGradients<'a, S::Real>,
-    /// T
     pub tokens: usize,
-    /// Threads.
     pub pool: &'a dyn Pool,
 }
 
@@ -404,7 +400,7 @@ impl<S: Stream> Job for Backward<'_, S> {
             params: &self.params,
             phi: &phi,
             x: self.x.split_off(tokens),
-            handed_on: self.handed_on.split_off(tokens),
+            d_x_in: self.d_x_in.split_off(tokens),
             inputs: self.inputs.split_off(tokens),
             d_x: self.d_x.split_off(tokens),
             tokens,
@@ -426,7 +422,7 @@ struct BackwardGroup<'a, S: Stream, I: Isa> {
     params: &'a Params<'a, S::Real>,
     phi: &'a Packed<Acc<S, I>>,
     x: Rows<'a, S>,
-    handed_on: HandedOn<'a, S::Real>,
+    d_x_in: DxIn<'a, S::Real>,
     inputs: BackwardInputs<'a, S>,
     d_x: RowsMut<'a, S>,
     tokens: usize,
@@ -446,7 +442,7 @@ impl<S: Stream, I: Isa> BackwardGroup<'_, S, I> {
                 self.params,
                 self.phi,
                 self.x.split_off(tokens),
-                self.handed_on.split_off(tokens),
+                self.d_x_in.split_off(tokens),
                 &self.inputs.split_off(tokens),
                 tokens,
                 self.d_x.split_off(tokens),

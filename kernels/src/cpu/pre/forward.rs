@@ -3,15 +3,16 @@
 use super::norm::{self, CollapseNormalized};
 use super::{CHUNK, Params};
 use crate::contract::config::{Config, NormEpsMode};
+use crate::cpu::chunks::run_chunks;
 use crate::cpu::coefficients::{self, CoefficientsMut, Gates};
 use crate::cpu::collapse;
-use crate::cpu::parallel::{Pool, for_each};
+use crate::cpu::parallel::Pool;
 use crate::cpu::projection::{Packed, STAGE, Staged, project, stage, stages};
-use crate::cpu::scratch::{Exhausted, filled, pieces};
+use crate::cpu::scratch::{Exhausted, filled};
 use crate::cpu::simd::{Isa, Job, Kernel, Real, Vector, for_streams};
 use crate::cpu::stream::{Acc, Rows, RowsMut, Stream};
 
-/// What pre writes for some tokens.
+/// Results of pre for some tokens.
 pub struct Outputs<'a, S: Stream> {
     /// Layer input `[C]` a token.
     pub u: RowsMut<'a, S>,
@@ -49,7 +50,7 @@ pub struct ForwardScratch<V> {
 }
 
 impl<V: Vector> ForwardScratch<V> {
-    /// For the chunks of a call with `tokens` tokens.
+    /// Makes room for the chunks of a call with `tokens` tokens.
     pub fn new<I: Isa>(params: &Params<V::Real>, tokens: usize) -> Result<Self, Exhausted>
     where
         V::Real: Real<Vector<I> = V>,
@@ -193,15 +194,11 @@ fn prefetch_next_stage<S: Stream, I: Isa>(
 
 /// The forward call on `tokens` tokens.
 pub struct Forward<'a, S: Stream> {
-    /// Parameters.
     pub params: Params<'a, S::Real>,
     /// Streams `[n·C]` a token.
     pub x: Rows<'a, S>,
-    /// Results.
     pub out: Outputs<'a, S>,
-    /// T
     pub tokens: usize,
-    /// Threads.
     pub pool: &'a dyn Pool,
 }
 
@@ -214,17 +211,14 @@ impl<S: Stream> Job for Forward<'_, S> {
     fn run<I: Isa>(mut self) -> Result<(), Exhausted> {
         let shape = self.params.shape::<I>();
         let phi = Packed::pack::<I>(self.params.phi, shape, self.pool)?;
-        let chunks = pieces(self.tokens, CHUNK, |tokens| {
-            (tokens, self.x.split_off(tokens), self.out.split_off(tokens))
-        })?;
-        for_each(
-            "tokens",
+        run_chunks(
             self.pool,
-            chunks,
+            self.tokens,
+            CHUNK,
+            |tokens| (self.x.split_off(tokens), self.out.split_off(tokens)),
             || ForwardScratch::new::<I>(&self.params, self.tokens),
-            |scratch, _, (tokens, x, mut out)| {
+            |scratch, tokens, (x, mut out)| {
                 forward_chunk::<S, I>(&self.params, &phi, x, tokens, &mut out, scratch);
-                Ok(())
             },
         )
     }

@@ -21,17 +21,15 @@ pub fn pack<V: Vector>(norm_scale: &[V::Real]) -> Result<Vec<V>, Exhausted> {
 pub struct CollapseNormalized<'a, S: Stream, I: Isa, const N: usize> {
     /// Streams.
     pub x: Rows<'a, S>,
-    /// Their weights.
+    /// Weights of the streams in u `[n]` a token.
     pub h_pre: Rows<'a, S::Real>,
-    /// [`pack`]ed.
+    /// Scale of the norm, as [`pack`] lays it out.
     pub norm_scale: &'a [Acc<S, I>],
-    /// Of the norm.
+    /// Term added to mean(u²).
     pub eps: f64,
-    /// Up to a chunk.
+    /// Number of tokens, up to a chunk.
     pub tokens: usize,
-    /// Result.
     pub u: RowsMut<'a, S>,
-    /// Result.
     pub rho: RowsMut<'a, S::Real>,
     /// Room for u of one token.
     pub sums: &'a mut [Acc<S, I>],
@@ -64,30 +62,28 @@ impl<S: Stream, I: Isa, const N: usize> Kernel<I> for CollapseNormalized<'_, S, 
     }
 }
 
-/// From the cotangent g of ũ to that of u, du = rho w g − (rho³ <w g, u> / C) u, to
-/// dh_pre[i] = what the context brings + <du, X[i]>, and to dw = sum over tokens of g rho u.
+/// Gradients through the norm, from the cotangent g of ũ: du = rho w g − (rho³ <w g, u> / C) u,
+/// dh_pre[i] = `from_h`[i] + <du, X[i]> and dw = sum over tokens of g rho u.
 ///
 /// u is computed again, and so is not rounded. The second pass over the token reads the cache.
 pub struct CollapseNormalizedBackward<'a, S: Stream, I: Isa, const N: usize> {
     /// Streams.
     pub x: Rows<'a, S>,
-    /// Their weights.
+    /// Weights of the streams in u `[n]` a token.
     pub h_pre: Rows<'a, S::Real>,
-    /// [`pack`]ed.
+    /// Scale of the norm, as [`pack`] lays it out.
     pub norm_scale: &'a [Acc<S, I>],
-    /// From the forward pass.
+    /// 1 / rms(u) of the forward pass `[1]` a token.
     pub rho: Rows<'a, S::Real>,
-    /// g
     pub d_u: Rows<'a, S>,
-    /// What the context brings.
+    /// Cotangent of h_pre, without the part that comes from u.
     pub from_h: Rows<'a, S::Real>,
-    /// Up to a chunk.
+    /// Number of tokens, up to a chunk.
     pub tokens: usize,
-    /// Result.
     pub d_h_pre: RowsMut<'a, S::Real>,
     /// Result: du, not rounded, as many vectors a token as w has.
     pub d_sum: &'a mut [Acc<S, I>],
-    /// To this dw is added.
+    /// Gradient of the norm's scale, to which dw is added.
     pub d_norm_scale: &'a mut [Acc<S, I>],
 }
 

@@ -10,7 +10,7 @@ use crate::cpu::simd::{Isa, Real, Vector};
 
 /// Tokens whose gradients of the parameters are summed before they meet those of other tokens.
 ///
-/// Fixed, so that sums over tokens are the same whatever the number of threads; large, because each
+/// The number is fixed, so that sums over tokens are the same whatever the number of threads; large, because each
 /// group holds a gradient of phi of its own.
 const GROUP: usize = 8 * CHUNK;
 
@@ -27,16 +27,16 @@ pub fn group_tokens(tokens: usize) -> usize {
 
 /// Gradients of the parameters, summed over some tokens.
 pub struct ParamSums<V> {
-    /// Of phi.
+    /// Gradient of phi.
     pub d_phi: Packed<V>,
-    /// Of alpha and bias.
+    /// Gradients of alpha and bias.
     pub gates: GateSums,
-    /// Of w of the norm, in vectors; empty where there is none.
+    /// Gradient of the norm's scale, in vectors; empty where there is none.
     pub d_norm_scale: Vec<V>,
 }
 
 impl<V: Vector> ParamSums<V> {
-    /// All zero.
+    /// Makes sums that are zero.
     pub fn new(params: &Params<V::Real>, shape: Shape) -> Result<Self, Exhausted> {
         let Gates { layout, alpha, .. } = params.gates;
         Ok(Self {
@@ -49,13 +49,13 @@ impl<V: Vector> ParamSums<V> {
 
 /// Gradients of the parameters, to write.
 pub struct ParamGradients<'a, R> {
-    /// `[n·C, K]`, or empty.
+    /// Gradient of phi `[n·C, K]`, or empty.
     pub d_phi: &'a mut [R],
-    /// `[3]`, or `[1]` in a head.
+    /// Gradient of alpha: `[3]`, or `[1]` in a head.
     pub d_alpha: &'a mut [R],
-    /// `[K]`
+    /// Gradient of bias `[K]`.
     pub d_bias: &'a mut [R],
-    /// `[C]`, or empty.
+    /// Gradient of the norm's scale `[C]`, or empty.
     pub d_norm_scale: &'a mut [R],
 }
 

@@ -36,7 +36,7 @@ impl Data {
         [u, d_h_pre]
     }
 
-    /// The same from the kernels, for the first `tokens` tokens.
+    /// u and d_h_pre from the kernels, for the first `tokens` tokens.
     fn run<S: Stream>(
         &self,
         isa: &str,

@@ -30,7 +30,7 @@ impl Pool for Threads {
     }
 }
 
-/// What a call came to in one order: its outcome, and how often each item ran.
+/// A check of a call in one order: by its outcome, and by how often each item ran.
 type Check = fn(Result<(), Exhausted>, &[usize]);
 
 /// Runs a call in every order with at most two preemptions; the item `fails` finds no memory.

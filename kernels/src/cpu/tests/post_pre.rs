@@ -119,7 +119,7 @@ fn seam_is_post_then_pre<S: Stream>(isa: &str, case: &Case) {
     };
     let gradients = |seam: bool| -> Vec<Vec<f64>> {
         let mut d_x_new = from_f64::<S>(&data.d_x_new);
-        let handed_on = case.handed_on(&want.h[2]);
+        let d_x_in = case.d_x_in(&want.h[2]);
         let (mut d_y, mut d_h) = (y.clone(), before.h.clone());
         let [mut d_phi, mut d_alpha, mut d_bias] = [phi.clone(), alpha.clone(), bias.clone()];
         let mut d_norm_scale = norm_scale.clone();
@@ -141,7 +141,7 @@ fn seam_is_post_then_pre<S: Stream>(isa: &str, case: &Case) {
                 params,
                 pre_inputs,
                 d_x_new: RowsMut::new(&mut d_x_new, n * c),
-                handed_on,
+                d_x_in,
                 out,
                 d_params,
                 tokens,
@@ -154,7 +154,7 @@ fn seam_is_post_then_pre<S: Stream>(isa: &str, case: &Case) {
                 x: x_new_rows,
                 inputs: pre_inputs,
                 d_x: RowsMut::new(&mut d_x_new, n * c),
-                handed_on,
+                d_x_in,
                 d_params,
                 tokens,
                 pool,

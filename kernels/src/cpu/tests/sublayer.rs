@@ -121,7 +121,7 @@ fn sublayer<S: Stream>(isa: &str, case: &Case, data: &Data, pool: &dyn Pool) -> 
                 },
             },
             d_x: RowsMut::new(&mut d_x, n * c),
-            handed_on: case.handed_on(&room.h[2]),
+            d_x_in: case.d_x_in(&room.h[2]),
             d_params: ParamGradients {
                 d_phi: &mut d_phi,
                 d_alpha: &mut d_alpha,
