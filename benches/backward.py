@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 
 from jax_mhc import MHCParams
-from jax_mhc._call.dispatch import Settings, fused_call, use_fused
+from jax_mhc._call import Settings, use_fused
+from jax_mhc._ops.fused_op import fused_call
 from jax_mhc._types import Context
 from jax_mhc.presets import PAPER
 
@@ -84,40 +85,31 @@ _COTANGENTS = {
     "pre_bwd": "d_u d_h_pre d_h_post d_h_res d_x_new",
     "post_pre_bwd": "d_u d_h_pre d_h_post d_h_res d_x_new",
 }
-_RESULTS = {
-    "post_bwd": "d_y d_h_post d_h_res",
-    "pre_bwd": "d_x d_phi d_alpha d_bias",
-    "post_pre_bwd": "d_x_new d_y d_h_post d_h_res d_phi d_alpha d_bias",
-}
 
 
 def _keep_fused(name: str, named: dict[str, Any]) -> Any:
     x, ctx, params = (named.get(key) for key in ("x", "ctx", "params"))
-    if name == "post_bwd":
-        operands = (ctx.x, named["y"], ctx.h_post, ctx.h_res)
-        return {"x_new": fused_call("post_fwd", _POST, *operands)[0]}, operands
-    no_norm = jnp.zeros((0,), jnp.float32)
-    operands = params.phi, params.alpha, params.bias, no_norm
     if name == "pre_bwd":
-        operands = x, *operands
-        u, h_pre, h_post, h_res, m, r, rho = fused_call("pre_fwd", _PRE, *operands)
-        results = {}
+        operands = {"x": x}
     else:
-        operands = ctx.x, named["y"], ctx.h_post, ctx.h_res, *operands
-        results = fused_call("post_pre_fwd", _PRE, *operands)
-        x_new, u, h_pre, h_post, h_res, m, r, rho = results
-        results = {"x_new": x_new}
-    results |= {"u": u, "h_pre": h_pre, "h_post": h_post, "h_res": h_res}
-    of_norm = (rho,) if name == "pre_bwd" else (rho, u[..., :0])
-    return results, (*operands, m, r, *of_norm, h_res)
+        operands = {"x": ctx.x, "y": named["y"], "h_post": ctx.h_post, "h_res": ctx.h_res}
+    if name == "post_bwd":
+        return fused_call("post_fwd", _POST, operands), operands
+    operands |= {"phi": params.phi, "alpha": params.alpha, "bias": params.bias}
+    results = fused_call(name.replace("_bwd", "_fwd"), _PRE, operands)
+    kept = {key: results.pop(key) for key in ("m", "r")}
+    kept["h_res" if name == "pre_bwd" else "h_res_new"] = results["h_res"]
+    return results, operands | kept
 
 
 def _run_fused(name: str, kept: Any, cotangents: dict[str, Any]) -> dict[str, Any]:
-    given = (cotangents[key] for key in _COTANGENTS[name].split())
-    settings, options = (_POST, {}) if name == "post_bwd" else (_PRE, {"deferred": True})
-    results = fused_call(name, settings, *kept, *given, **options)
-    # The last is the gradient of a norm that is not there.
-    return dict(zip(_RESULTS[name].split(), results, strict=False))
+    given = {key: cotangents[key] for key in _COTANGENTS[name].split()}
+    if name == "post_bwd":
+        return fused_call(name, _POST, kept | given)
+    # What is added to is named apart in the calls: d_x_in and d_x_new_in.
+    added_to = "d_x" if name == "pre_bwd" else "d_x_new"
+    given[f"{added_to}_in"] = given.pop(added_to)
+    return fused_call(name, _PRE, kept | given, deferred=True)
 
 
 # ---- plain JAX ----------------------------------------------------------------------------------

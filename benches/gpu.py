@@ -3,11 +3,11 @@
 `make bench-gpu` runs this and writes benches/results/<gpu>/<date>.json and .md; where a check fails
 they are called <date>-wrong and it exits with 1. It takes some minutes.
 
-- pre, post, seam (post and the next pre), sinkhorn, head: the forward pass. post_bwd, pre_bwd,
+- pre, post, post_pre, sinkhorn, head: the forward pass. post_bwd, pre_bwd,
   post_pre_bwd: the backward pass alone, as a chain of sublayers runs it (backward.py). fb: pre and
   post of a sublayer whose layer's output y is an independent input, and the gradients of x, y, phi,
-  alpha and bias, with cotangents on both results. fb_seams: seam and post_pre_bwd, which is what a
-  sublayer in the middle of a chain costs.
+  alpha and bias, with cotangents on both results. fb_post_pre: post_pre and post_pre_bwd, which
+  is what a sublayer in the middle of a chain costs.
 - Kernel time: what the GPU's profiler sums up over all kernels of a call. Wall time: of calls
   queued one after the other. Both go round several sets of inputs, so that none is in the L2
   cache. Gradients that a kernel overwrites are donated, as they are inside a model.
@@ -63,16 +63,16 @@ from rich.progress import Progress
 OpName = Literal[
     "pre",
     "post",
-    "seam",
+    "post_pre",
     "sinkhorn",
     "head",
     "post_bwd",
     "pre_bwd",
     "post_pre_bwd",
     "fb",
-    "fb_seams",
+    "fb_post_pre",
     "pre_norm",
-    "seam_norm",
+    "post_pre_norm",
     "fb_norm",
 ]
 
@@ -267,10 +267,10 @@ def bench_shape(
             del arguments
             some_results = some_tokens(results, tokens)
             del results
-            if "seam" in op and "x_new" in some_results:
+            if "post_pre" in op and "x_new" in some_results:
                 # pre of the streams as they were rounded.
                 rounded = {**some_named, "x": some_results["x_new"]}
-                exact_values[op] |= exact("pre_norm" if op == "seam_norm" else "pre", rounded)
+                exact_values[op] |= exact("pre_norm" if op == "post_pre_norm" else "pre", rounded)
             found = errors(some_results, exact_values[op])
             if implementation == "fused":
                 complaints += above_limits(op, tokens, hidden, found)

@@ -24,11 +24,8 @@ from jax_mhc._types import Context
 DTYPE = "bfloat16"
 IMPLEMENTATIONS = {"fused": common.FUSED, "plain": plain}
 SIGMAS = (1.0, 3.0, 6.0, 10.0)
-PEAKED_OPS = (
-    "pre",
-    "fb",
-    "post_pre_bwd",
-)  # what is checked at these deviations of the logits of h_res
+# The ops that are checked at these deviations of the logits of h_res.
+PEAKED_OPS = ("pre", "fb", "post_pre_bwd")
 # Every set of inputs is used again only after so many bytes: four times the L2 cache of an H200.
 ROTATED_BYTES = 240e6
 
@@ -133,7 +130,7 @@ def _fb_norm(ops: Any, norm_scale: Any, *args: Any) -> dict[str, Any]:
     return _fb(ops, *args, norm_scale=norm_scale)
 
 
-def _fb_seams(ops: Any, y: Any, ctx: Any, params: Any, *cotangents: Any) -> dict[str, Any]:
+def _fb_post_pre(ops: Any, y: Any, ctx: Any, params: Any, *cotangents: Any) -> dict[str, Any]:
     named = {"y": y, "ctx": ctx, "params": params}
     given = dict(zip(_COTANGENTS, cotangents, strict=True))
     return backward.gradients(backward.passes(ops)["post_pre_bwd"], named, given)
@@ -146,7 +143,7 @@ GOAL_SHAPES = ((8192, 4096), (4096, 7168), (16384, 2560), (4096, 2560))
 OPS = {
     "pre": Op(_pre, ("x", "params"), ("pre_fwd",), _n + 1, goals_us=(92, 83, 112, 33)),
     "post": Op(_post, ("y", "ctx"), ("post_fwd",), 2 * _n + 1, goals_us=(147, 129, 183, 48)),
-    "seam": Op(
+    "post_pre": Op(
         _seam, ("y", "ctx", "params"), ("post_pre_fwd",), 2 * _n + 2, goals_us=(180, 165, 222, 62)
     ),
     "sinkhorn": Op(_sinkhorn, ("z",), ("sinkhorn_fwd",), 0, numbers=2 * _n**2, first_shape=True),
@@ -168,7 +165,7 @@ OPS = {
     ),
     # With a norm of the layer's input, for which nothing more has to move.
     "pre_norm": Op(_pre, ("x", "params", "norm_scale"), ("pre_fwd",), _n + 1),
-    "seam_norm": Op(_seam, ("y", "ctx", "params", "norm_scale"), ("post_pre_fwd",), 2 * _n + 2),
+    "post_pre_norm": Op(_seam, ("y", "ctx", "params", "norm_scale"), ("post_pre_fwd",), 2 * _n + 2),
     "fb_norm": Op(
         _fb_norm,
         ("norm_scale", *_SUBLAYER),
@@ -176,8 +173,8 @@ OPS = {
         8 * _n + 5,
         donated=("d_x_new",),
     ),
-    "fb_seams": Op(
-        _fb_seams,
+    "fb_post_pre": Op(
+        _fb_post_pre,
         ("y", "ctx", "params", *_COTANGENTS),
         ("post_pre_bwd", "post_pre_fwd"),
         (2 * _n + 2) + (3 * _n + 3),
@@ -310,10 +307,12 @@ def _exact(name: str) -> Callable[..., dict[str, Any]]:
     op = OPS[name]
 
     def run(named: dict[str, Any]) -> dict[str, Any]:
-        if op.run is not None and name != "fb_seams":
+        if op.run is not None and name != "fb_post_pre":
             return op.run(mhc.reference, *(named[argument] for argument in op.arguments))
         # Rounded where the two halves of a seam meet, as the kernels do.
-        one = backward.passes(mhc.reference, DTYPE)["post_pre_bwd" if name == "fb_seams" else name]
+        one = backward.passes(mhc.reference, DTYPE)[
+            "post_pre_bwd" if name == "fb_post_pre" else name
+        ]
         return backward.gradients(one, named, {key: named[key] for key in _COTANGENTS})
 
     # Without optimizations: compiles in half the time.
@@ -342,7 +341,7 @@ def above_limits(
 ) -> list[str]:
     """Complaints about errors above the limits; NaN is above every limit."""
     complaints = []
-    limits = LIMITS | (SEAM_LIMITS if "seam" in op else {})
+    limits = LIMITS | (SEAM_LIMITS if "post_pre" in op else {})
     for name, error in found.items():
         # The logits of h_res are sigma times as large, and so is what rounding moves them by.
         limit = limits[name] * (max(1.0, sigma) if name.startswith("h_") else 1.0)

@@ -32,14 +32,14 @@ FUSED, PLAIN, OTHER = "#0072B2", "#E69F00", "#999999"
 OPS = {
     "pre": "pre",
     "post": "post",
-    "seam": "seam (post, next pre)",
+    "post_pre": "post_pre (post, next pre)",
     "fb": "fb: a sublayer and its gradients",
     "pre_bwd": "backward of pre",
     "post_bwd": "backward of post",
-    "post_pre_bwd": "backward of the seam",
-    "fb_seams": "fb with both seams",
+    "post_pre_bwd": "backward of post_pre",
+    "fb_post_pre": "fb of post_pre",
     "pre_norm": "pre with a norm",
-    "seam_norm": "seam with a norm",
+    "post_pre_norm": "post_pre with a norm",
     "fb_norm": "fb with a norm",
 }
 
@@ -58,7 +58,22 @@ def newest(results: Path, suffix: str) -> tuple[Path, dict[str, Any]] | None:
     """The newest record `<date><suffix>.json` and where it is."""
     names = re.compile(rf"\d{{4}}-\d\d-\d\d{suffix}\.json")
     paths = sorted(path for path in results.glob("*.json") if names.fullmatch(path.name))
-    return (paths[-1], json.loads(paths[-1].read_text())) if paths else None
+    return (paths[-1], renamed(json.loads(paths[-1].read_text()))) if paths else None
+
+
+def renamed(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with today's names of the ops: before 2026-11-29 post_pre was called seam."""
+    names = {
+        "seam": "post_pre",
+        "seam_bwd": "post_pre_bwd",
+        "seam_norm": "post_pre_norm",
+        "fb_seams": "fb_post_pre",
+    }
+    for rows in (record.get("rows", []), record.get("peaked", [])):
+        for row in rows:
+            if "op" in row:
+                row["op"] = names.get(row["op"], row["op"])
+    return record
 
 
 def machine(record: dict[str, Any], path: Path, docs: Path) -> str:
@@ -232,7 +247,7 @@ def memory_text(record: dict[str, Any]) -> str:
 
     scratch = ", ".join(
         f"{op} {streams(op, 'fused', 'temp')} (plain JAX: {streams(op, 'plain', 'temp')})"
-        for op in ("pre", "seam", "post_pre_bwd", "fb")
+        for op in ("pre", "post_pre", "post_pre_bwd", "fb")
         if any(op in ops for ops in kernel_rows(record).values())
     )
     return (

@@ -20,7 +20,8 @@ import oracle
 
 import jax_mhc
 from jax_mhc import HeadParams, MHCConfig, MHCParams, presets
-from jax_mhc._call import dispatch, table
+from jax_mhc._call import dispatch
+from jax_mhc._limits import KERNEL_DTYPES
 from jax_mhc._types import Context
 
 # ---- the platform -------------------------------------------------------------------------------
@@ -29,7 +30,7 @@ PLATFORM = dispatch.default_platform()
 CPU = jax.devices("cpu")[0]
 
 # The dtypes of streams that have kernels here, and the widest of them.
-DTYPES = table.KERNELS[PLATFORM]
+DTYPES = KERNEL_DTYPES[PLATFORM]
 WIDEST = jnp.dtype("float64" if "float64" in DTYPES else "float32")
 
 
@@ -374,7 +375,7 @@ OPS = {
         {"y": layer_output, "ctx": context, "params": params, "norm_scale": norm_scale},
         _run_post_pre,
         _oracle_post_pre,
-        ("seam",),
+        ("post_pre",),
         ("y", "ctx"),
         lambda case: case in _COMPOSED,
     ),
@@ -417,7 +418,7 @@ OPS = {
         {"x": streams, "params": params, "y": layer_output, "norm_scale": norm_scale},
         _run_two_sublayers,
         _oracle_two_sublayers,
-        ("pre", "seam", "post"),
+        ("pre", "post_pre", "post"),
         ("x", "y"),
         lambda case: (
             case

@@ -10,7 +10,7 @@ from jax_mhc._call import library
 from jax_mhc._call.primitive import bind
 from jax_mhc._call.table import Call
 
-FORWARD, BACKWARD = Call("collapse_fwd", None), Call("collapse_bwd", None)
+FORWARD, BACKWARD = Call("collapse_fwd"), Call("collapse_bwd")
 
 
 def operands(tokens, streams, hidden, dtype):
@@ -27,8 +27,8 @@ def operands(tokens, streams, hidden, dtype):
 
 def run(x, h_pre, d_u):
     library.ensure_registered(PLATFORM)
-    (u,), (d_h_pre,) = bind(FORWARD, x, h_pre), bind(BACKWARD, x, d_u)
-    return u, d_h_pre
+    u = bind(FORWARD, {"x": x, "h_pre": h_pre})["u"]
+    return u, bind(BACKWARD, {"x": x, "d_u": d_u})["d_h_pre"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -35,6 +35,7 @@ from test_hlo import backward, compiled_text, custom_calls, forward
 
 import jax_mhc
 from jax_mhc import presets
+from jax_mhc._call import library
 
 pytestmark = pytest.mark.gpu
 
@@ -420,7 +421,7 @@ def test_one_exported_program_for_every_batch(op):
     shapes = select(
         lambda leaf: jax.ShapeDtypeStruct((tokens, *leaf.shape[1:]), leaf.dtype), shapes
     )
-    targets = [f"jax_mhc_{call}_fwd_v2" for call in OPS[op].calls]
+    targets = [library.target_name(f"{call}_fwd") for call in OPS[op].calls]
     checks = [export.DisabledSafetyCheck.custom_call(target) for target in targets]
     exported = export.export(function, platforms=["cuda"], disabled_checks=checks)(shapes)
     restored = export.deserialize(exported.serialize())

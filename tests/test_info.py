@@ -77,5 +77,5 @@ def test_the_command(as_json):
     if as_json:
         assert json.loads(printed.stdout)["fused"]["cpu"] == "registered"
     else:
-        assert "jax_mhc_pre_fwd_v2" in printed.stdout
+        assert library.target_name("pre_fwd") in printed.stdout
         assert "registered" in printed.stdout

@@ -16,9 +16,16 @@ import pytest
 from cases import PLATFORM, WIDEST
 
 import jax_mhc
+from jax_mhc import _limits
 from jax_mhc._call import dispatch, library, table
 
-ATTRIBUTES = table.attributes(table.Call("pre_fwd", jax_mhc.MHCConfig()))
+ATTRIBUTES = table.attributes(table.Call("sinkhorn_fwd", jax_mhc.MHCConfig()))
+OF_PRE = table.attributes(
+    table.Call("pre_fwd", jax_mhc.MHCConfig(), (("norm_scale_eps", 0.0),), ("dynamic",))
+)
+
+
+GROUPS = "dynamic", "norm"
 
 
 def call(name, args, rets, attributes=ATTRIBUTES, **options):
@@ -122,17 +129,25 @@ MALFORMED = {
         "expected 9 attributes, got 10",
     ),
     "a cotangent of unknown kind": (
-        "pre_bwd", [Z], [Z], {"attributes": ATTRIBUTES | {"norm_scale_eps": np.float64(0)}},
+        "pre_bwd", [Z], [Z], {"attributes": OF_PRE},
         "attribute `deferred`: expected S64, got none",
     ),
     "a cotangent of another kind": (
         "post_pre_bwd", [Z], [Z],
-        {"attributes": ATTRIBUTES | {"norm_scale_eps": np.float64(0), "deferred": np.int64(2)}},
+        {"attributes": OF_PRE | {"deferred": np.int64(2)}},
         "attribute `deferred`: expected 0 or 1, got 2",
     ),
     "no eps of the norm": (
-        "pre_fwd", [Z], [Z], {"attributes": ATTRIBUTES},
+        "pre_fwd", [Z], [Z], {"attributes": ATTRIBUTES | {key: OF_PRE[key] for key in GROUPS}},
         "attribute `norm_scale_eps`: expected F64, got none",
+    ),
+    "a group of unknown presence": (
+        "pre_fwd", [Z], [Z], {"attributes": ATTRIBUTES},
+        "attribute `dynamic`: expected S64, got none",
+    ),
+    "a group that is half there": (
+        "pre_fwd", [Z], [Z], {"attributes": OF_PRE | {"norm": np.int64(2)}},
+        "attribute `norm`: expected 0 or 1, got 2",
     ),
     "a norm where there is none": (
         "sinkhorn_fwd", [Z], [Z], {"attributes": ATTRIBUTES | {"norm_scale_eps": np.float64(1)}},
@@ -158,6 +173,28 @@ def test_a_malformed_call_is_refused(case):
     with pytest.raises(jax.errors.JaxRuntimeError) as error:
         call(name, args, rets, **options)
     assert re.match(rf"INVALID_ARGUMENT: {name}: .*{re.escape(message)}", str(error.value))
+
+
+@pytest.mark.parametrize("name", ["pre_fwd", "seam_bwd"])
+def test_a_program_of_version_2_is_told_to_be_exported_again(name):
+    z = jnp.ones(*Z)
+    raw = jax.ffi.ffi_call(f"jax_mhc_{name}_v2", jax.ShapeDtypeStruct(*Z))
+    message = (
+        "INVALID_ARGUMENT: jax_mhc: program: expected calls of version 3, got calls of version 2; "
+        "export or compile the program again with this version of jax-mhc"
+    )
+    with pytest.raises(jax.errors.JaxRuntimeError, match=re.escape(message)):
+        jax.block_until_ready(jax.jit(lambda z: raw(z, any="attributes"))(z))
+
+
+def test_limits_are_those_of_the_library():
+    described = library.description()
+    assert described["limits"] == {
+        "streams": _limits.MAX_STREAMS,
+        "permuted_streams": _limits.MAX_PERMUTED_STREAMS,
+        "sinkhorn_iters": _limits.MAX_SINKHORN_ITERS,
+    }
+    assert {k: tuple(v) for k, v in described["dtypes"].items()} == _limits.KERNEL_DTYPES
 
 
 def test_a_call_works_after_a_refused_one():
@@ -217,7 +254,7 @@ def test_the_library_answers_every_call():
     described = library.status()
     for platform in {"cpu", PLATFORM}:
         handlers = described["handlers"][platform]
-        assert sorted(handlers) == sorted(map(library.target_name, table._CALLS))
+        assert sorted(handlers) == sorted(map(library.target_name, table.rows()))
     assert described["version"] == metadata.version("jax-mhc")
     assert described["error"] is None
 
@@ -240,7 +277,10 @@ def test_the_library_is_registered_once(monkeypatch):
     )
     in_threads(lambda: library.missing("cpu"))
     handlers = library.status()["handlers"]
-    assert sorted(registered) == sorted((p, name) for p in handlers for name in handlers[p])
+    own = [(p, name) for p, name in registered if not name.endswith("_v2")]
+    assert sorted(own) == sorted((p, name) for p in handlers for name in handlers[p])
+    # Names of version 2 answer with an error, on every platform.
+    assert len(set(registered) - set(own)) == len(registered) - len(own) == 24
 
 
 def test_an_interrupted_registration_starts_over(monkeypatch):
@@ -324,11 +364,12 @@ class TestUnusableLibrary:
 
     def test_of_another_version(self, monkeypatch):
         monkeypatch.setattr(metadata, "version", lambda name: "9.8.7")
-        check_unusable(r"expected version 9\.8\.7 with calls of version 2, got version \d")
+        check_unusable(r"expected version 9\.8\.7, got version \d")
 
-    def test_with_other_calls(self, monkeypatch):
-        monkeypatch.setattr(library, "TARGET_VERSION", 7)
-        check_unusable(r"with calls of version 7, got version .* with calls of version 2")
+    def test_of_an_older_table_of_calls(self, monkeypatch):
+        description = {key: library.description()[key] for key in ("version", "target_version")}
+        monkeypatch.setattr(library.json, "loads", lambda _: description)
+        check_unusable("is not the library of jax-mhc")
 
     @pytest.mark.parametrize("version", ["0.8.3", "0.4.38", "?"])
     def test_jaxlib_too_old(self, monkeypatch, version):
@@ -349,7 +390,7 @@ def test_a_refused_handler(monkeypatch):
 
     monkeypatch.setattr(library, "_outcome", None)
     monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
-    check_unusable(r"XLA refused jax_mhc_pre_fwd_v2 \(too new\)")
+    check_unusable(r"XLA refused jax_mhc_pre_fwd_v\d+ \(too new\)")
 
 
 def test_a_platform_without_kernels():
@@ -389,7 +430,7 @@ def cuda(monkeypatch):
     def set_status(status):
         handlers = [
             {"name": name, "platform": "CUDA", "initialize": 8 * i + 8, "execute": 8 * i + 16}
-            for i, name in enumerate(map(library.target_name, table._CALLS))
+            for i, name in enumerate(map(library.target_name, table.rows()))
         ]
         description = {**library._load(), "handlers": handlers}
         monkeypatch.setattr(library, "_outcome", description)
@@ -449,7 +490,7 @@ def test_a_refused_handler_for_gpus(monkeypatch):
     monkeypatch.setattr(library, "_outcome", None)
     monkeypatch.setattr(library, "_cuda_outcome", None)
     monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
-    with pytest.raises(RuntimeError, match=r"XLA refused jax_mhc_pre_fwd_v2 \(too new\)"):
+    with pytest.raises(RuntimeError, match=r"XLA refused jax_mhc_pre_fwd_v\d+ \(too new\)"):
         library.ensure_registered("cuda")
     assert library.missing("cpu") is None
 

@@ -37,7 +37,7 @@ from jax_mhc._call import library, table
 CASE = Case((6, 5), 4, 64)
 CHECKS = [
     export.DisabledSafetyCheck.platform(),
-    *(export.DisabledSafetyCheck.custom_call(library.target_name(name)) for name in table._CALLS),
+    *(export.DisabledSafetyCheck.custom_call(library.target_name(name)) for name in table.rows()),
 ]
 
 

@@ -12,7 +12,7 @@ from jax import checkpoint_policies
 from test_hlo import compiled_text, custom_calls, residuals
 
 import jax_mhc as mhc
-from jax_mhc._stack.public import _stretch
+from jax_mhc._stack.checks import stretch
 from jax_mhc._stack.remat import best_length
 
 N, C, T, BLOCKS = 4, 20, 7, 3
@@ -116,9 +116,9 @@ def test_stretches_of_least_memory(streams, num_sublayers, best):
 
 
 def test_stretches_fit_the_scan():
-    assert _stretch("auto", 4, 2, 12) == (4, 2)
-    assert _stretch("auto", 4, 2, 48) == (8, 4)
-    assert _stretch("auto", 4, 2, 7) == (2, 1)  # a prime number of blocks
-    assert _stretch("auto", 4, 8, 2) == (4, 1)
-    assert _stretch(1, 4, 2, 12) == (1, 1)
-    assert _stretch("auto", 4, 0, 12) == (1, 1)
+    assert stretch("auto", 4, 2, 12) == (4, 2)
+    assert stretch("auto", 4, 2, 48) == (8, 4)
+    assert stretch("auto", 4, 2, 7) == (2, 1)  # a prime number of blocks
+    assert stretch("auto", 4, 8, 2) == (4, 1)
+    assert stretch(1, 4, 2, 12) == (1, 1)
+    assert stretch("auto", 4, 0, 12) == (1, 1)

@@ -17,6 +17,7 @@ from jax import checkpoint_policies, export
 
 import jax_mhc
 from jax_mhc import presets
+from jax_mhc._call import library
 
 CASE = Case((3,), 4, 5, 3.0)
 BATCH = 2
@@ -210,7 +211,9 @@ def test_export(problem):
     """Serialised and read back, forward and backward."""
     op, operands, cotangents, (outputs, gradients) = problem
     leaves, structure = jax.tree.flatten(operands)
-    targets = [f"jax_mhc_{call}_{way}_v2" for call in OPS[op].calls for way in ("fwd", "bwd")]
+    targets = [
+        library.target_name(f"{call}_{way}") for call in OPS[op].calls for way in ("fwd", "bwd")
+    ]
     checks = [export.DisabledSafetyCheck.custom_call(target) for target in targets]
 
     @jax.jit
@@ -237,7 +240,7 @@ def test_export_with_a_symbolic_batch(problem):
         name: jax.tree.map(functools.partial(symbolic, name), value)
         for name, value in operands.items()
     }
-    targets = [f"jax_mhc_{call}_fwd_v2" for call in OPS[op].calls]
+    targets = [library.target_name(f"{call}_fwd") for call in OPS[op].calls]
     checks = [export.DisabledSafetyCheck.custom_call(target) for target in targets]
     exported = export.export(jax.jit(functools.partial(run, op)), disabled_checks=checks)(shapes)
     assert_trees_close(exported.call(operands), outputs)

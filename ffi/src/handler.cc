@@ -68,10 +68,10 @@ struct Handler {
   }
 };
 
-// XLA knows a handler by its address alone, so every op needs a function of its own.
+// XLA knows a handler by its address alone, so every call needs a function of its own.
 template <Entry kEntry, std::size_t kOp>
 XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame) {
-  // As frame.h says: `Call` prints a stage that it does not expect. (With an extension a frame is a
+  // As frame.h says: XLA's `Call` prints a stage that it does not expect. (With an extension a frame is a
   // question about the handler, in no stage.)
   const int stage = static_cast<int>(frame->stage);
   const bool is_known =
@@ -103,7 +103,17 @@ XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame) {
   }
 }
 
-// More than there are ops, so that the list of ops stays in Rust alone.
+// The handler of names that are no more: an error, whatever the frame holds.
+XLA_FFI_Error* HandleRetired(XLA_FFI_CallFrame* frame) {
+  static const auto handler =
+      ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs().To(
+          [](ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
+            return ffi::Error::InvalidArgument(std::string(retired_message()));
+          });
+  return handler->Call(frame);
+}
+
+// More than there are calls, so that the list of calls stays in Rust alone.
 constexpr std::size_t kNumHandlers = 32;
 
 template <Entry kEntry, std::size_t... kCalls>
@@ -152,6 +162,10 @@ void Frame::schedule(rust::Box<Task> task) const {
   if (!pool_) throw std::logic_error("XLA lends no threads on a GPU");
   ffi::ThreadPool(*pool_).Schedule(
       [task = std::move(task)]() mutable { run_task(std::move(task)); });
+}
+
+std::size_t retired_handler_address() {
+  return reinterpret_cast<std::size_t>(&HandleRetired);
 }
 
 std::size_t handler_address(Entry entry, std::size_t call) {

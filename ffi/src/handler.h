@@ -55,8 +55,11 @@ class Frame {
   void* stream_ = nullptr;
 };
 
-// The address of the handler of the op with this index; throws where there are fewer handlers.
+// The address of the handler of the call with this index; throws where there are fewer handlers.
 std::size_t handler_address(Entry entry, std::size_t call);
+
+// The address of the handler of calls that are no more, on every platform.
+std::size_t retired_handler_address();
 
 // The version of the FFI that the handlers are compiled against.
 constexpr std::int32_t api_major() { return XLA_FFI_API_MAJOR; }

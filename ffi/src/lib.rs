@@ -7,11 +7,13 @@
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use jax_mhc_kernels::{Call, Config, DType, Error, View, cpu, gpu};
+use jax_mhc_kernels::{
+    Attribute, AttributeValue, Call, Config, DType, Error, Setting, TARGET_VERSION, View, cpu, gpu,
+};
 
 #[cxx::bridge(namespace = "jax_mhc")]
 mod bridge {
-    /// Which handler of an op XLA calls.
+    /// The handlers of a call, by platform and stage.
     #[derive(Debug, Clone, Copy)]
     enum Entry {
         /// The only one on a CPU.
@@ -67,6 +69,7 @@ mod bridge {
         fn stream(&self) -> usize;
 
         fn handler_address(entry: Entry, call: usize) -> Result<usize>;
+        fn retired_handler_address() -> usize;
         fn api_major() -> i32;
         fn api_minor() -> i32;
     }
@@ -75,17 +78,31 @@ mod bridge {
         type Task;
         fn run_task(task: Box<Task>);
         fn run_call(entry: Entry, call: usize, frame: &Frame) -> Outcome;
+        fn retired_message() -> String;
     }
 }
 
 pub use bridge::Entry;
 
-/// The address of an XLA FFI handler of `op`.
+/// The address of an XLA FFI handler of a call.
 ///
 /// # Panics
-/// There are more ops than handlers compiled in: raise `kNumHandlers` in handler.cc.
+/// There are more calls than handlers compiled in: raise `kNumHandlers` in handler.cc.
 pub fn handler_address(entry: Entry, call: Call) -> usize {
-    bridge::handler_address(entry, call as usize).expect("every op has a handler")
+    bridge::handler_address(entry, call as usize).expect("every call has a handler")
+}
+
+/// The address of the handler of calls that are no more, on every platform.
+pub fn retired_handler_address() -> usize {
+    bridge::retired_handler_address()
+}
+
+/// The error of calls that are no more.
+fn retired_message() -> String {
+    format!(
+        "jax_mhc: program: expected calls of version {TARGET_VERSION}, got calls of version 2; export or \
+         compile the program again with this version of jax-mhc"
+    )
 }
 
 /// The version of XLA's FFI (major, minor) that the handlers are compiled against.
@@ -193,52 +210,24 @@ fn overlap(a: &Range<usize>, b: &Range<usize>) -> bool {
     !a.is_empty() && !b.is_empty() && a.start < b.end && b.start < a.end
 }
 
-/// The attributes of a call: the fields of [`Config`] by their names, or none. Only calls that
-/// [`Call::can_defer`] have `deferred`, 0 or 1, and only those that [`Call::can_normalize`] have
-/// `norm_scale_eps`.
+/// The settings of a call, from the attributes that the table of calls has for it and no others.
 fn config(call: Call, frame: &bridge::Frame) -> Result<Config, String> {
-    let check_num = |expected: usize| match frame.num_attributes() {
-        got if got == expected => Ok(()),
-        got => Err(format!("expected {expected} attributes, got {got}")),
-    };
-    if !call.has_config() {
-        check_num(0)?;
-        return Ok(Config::default());
+    let mut config = Config::default();
+    let mut num = 0;
+    for Attribute { name, setting, .. } in call.attributes() {
+        let value = match setting {
+            Setting::String { .. } => frame.string_attribute(name).map(AttributeValue::String),
+            Setting::Int64 { .. } => frame.int64_attribute(name).map(AttributeValue::Int64),
+            Setting::Float64 => frame.float64_attribute(name).map(AttributeValue::Float64),
+        };
+        let value = value.map_err(|reason| format!("attribute `{name}`: {reason}"))?;
+        config.set(name, value)?;
+        num += 1;
     }
-    let refused =
-        |name: &str, reason: &dyn std::fmt::Display| format!("attribute `{name}`: {reason}");
-    let text = |name| frame.string_attribute(name).map_err(|e| refused(name, &e));
-    let number = |name| frame.float64_attribute(name).map_err(|e| refused(name, &e));
-    let integer = |name| frame.int64_attribute(name).map_err(|e| refused(name, &e));
-    let count = |name| {
-        let value = integer(name)?;
-        usize::try_from(value)
-            .map_err(|_| refused(name, &format!("expected 0 or more, got {value}")))
-    };
-    let flag = |name| match integer(name)? {
-        0 => Ok(false),
-        1 => Ok(true),
-        value => Err(refused(name, &format!("expected 0 or 1, got {value}"))),
-    };
-    let config = Config {
-        constraint: text("constraint")?.parse()?,
-        sinkhorn_iters: count("sinkhorn_iters")?,
-        sinkhorn_eps: number("sinkhorn_eps")?,
-        sinkhorn_eps_mode: text("sinkhorn_eps_mode")?.parse()?,
-        order: text("order")?.parse()?,
-        norm_eps: number("norm_eps")?,
-        norm_eps_mode: text("norm_eps_mode")?.parse()?,
-        pre_eps: number("pre_eps")?,
-        post_scale: number("post_scale")?,
-        norm_scale_eps: if call.can_normalize() {
-            number("norm_scale_eps")?
-        } else {
-            0.0
-        },
-        deferred: call.can_defer() && flag("deferred")?,
-    };
-    check_num(9 + usize::from(call.can_defer()) + usize::from(call.can_normalize()))?;
-    Ok(config)
+    match frame.num_attributes() {
+        got if got == num => Ok(config),
+        got => Err(format!("expected {num} attributes, got {got}")),
+    }
 }
 
 /// XLA's threads, for the time of one call.

@@ -255,8 +255,11 @@ fn set_tokens(frame: &mut Frame, op: &Op, lead: &[i64]) {
         return;
     };
     let old = first.1.dims.len().saturating_sub(first.0.dims.len());
-    let values =
-        (op.operands.iter().zip(&mut frame.args)).chain(op.results.iter().zip(&mut frame.rets));
+    let operands = op.operands_with(&frame.attributes).into_iter();
+    let results = op.results_with(&frame.attributes).into_iter();
+    let values = operands
+        .zip(&mut frame.args)
+        .chain(results.zip(&mut frame.rets));
     for (value, buffer) in values {
         if value.has_tokens && buffer.dims.len() >= old {
             buffer.dims.splice(..old, lead.iter().copied());
@@ -280,7 +283,14 @@ fn add_attribute(frame: &mut Frame, _: &Op, rng: &mut Rng) {
         Some(attribute) if percent(rng, 50) => attribute.name.clone(),
         _ => pick(
             rng,
-            &["gain", "", "Constraint", "norm_scale_eps", "deferred"],
+            &[
+                "gain",
+                "",
+                "Constraint",
+                "norm",
+                "norm_scale_eps",
+                "deferred",
+            ],
         )
         .into(),
     };

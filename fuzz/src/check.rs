@@ -310,7 +310,7 @@ impl Checker {
             };
             let op = &self.ops[frame.op];
             let memory = &self.slots[slot].bytes()[range.clone()];
-            if index >= op.results.len() {
+            if index >= op.results_with(&frame.attributes).len() {
                 if !is_untouched(buffer.dtype, memory) {
                     return Err(finding(op, "workspace written".into(), String::new()));
                 }

@@ -23,9 +23,7 @@ struct Sizes {
     n: i64,
     c: i64,
     k: i64,
-    p: i64,
     gates: i64,
-    norm_width: i64,
     streams_dtype: i32,
 }
 
@@ -34,12 +32,9 @@ impl Sizes {
         match letter {
             "n" => self.n,
             "C" => self.c,
-            "nC" => self.n * self.c,
             "K" => self.k,
-            "P" => self.p,
             "A" => self.gates,
-            "W" => self.norm_width,
-            "w" => self.norm_width.min(1),
+            "1" => 1,
             other => panic!("the table of calls has a dimension {other}, which is not made here"),
         }
     }
@@ -82,9 +77,11 @@ pub fn frame(ops: &[Op], rng: &mut Rng) -> Frame {
         });
     let sizes = sizes(op, n, constraint, iters.unwrap_or(0), rng);
     let mut args = Vec::with_capacity(op.operands.len() + 2);
-    args.extend(op.operands.iter().map(|value| sizes.buffer(value, rng)));
+    let operands = op.operands_with(&attributes).into_iter();
+    args.extend(operands.map(|value| sizes.buffer(value, rng)));
     let mut rets = Vec::with_capacity(op.results.len() + 2);
-    rets.extend(op.results.iter().map(|value| sizes.buffer(value, rng)));
+    let results = op.results_with(&attributes).into_iter();
+    rets.extend(results.map(|value| sizes.buffer(value, rng)));
     if percent(rng, 5) {
         let dims = vec![rng.i64(0..9)];
         rets.push(Buffer::new("workspace", dtype::F32, dims, true));
@@ -216,7 +213,6 @@ fn sizes(op: &Op, n: i64, constraint: Option<&str>, iters: i64, rng: &mut Rng) -
             break;
         }
     }
-    let is_static = !op.is_head() && percent(rng, 25);
     let dtypes: &[i32] = match op.takes_logits() {
         true => &[dtype::F32, dtype::F32, dtype::F64],
         false => &[dtype::F32, dtype::BF16, dtype::F16, dtype::F64],
@@ -226,9 +222,7 @@ fn sizes(op: &Op, n: i64, constraint: Option<&str>, iters: i64, rng: &mut Rng) -
         n,
         c,
         k,
-        p: if is_static { 0 } else { k },
         gates: if op.is_head() { 1 } else { 3 },
-        norm_width: if percent(rng, 50) { c } else { 0 },
         streams_dtype: pick(rng, dtypes),
     }
 }
@@ -247,6 +241,7 @@ fn attributes(op: &Op, constraint: Option<&str>, rng: &mut Rng) -> Vec<Attribute
                 1..5 => rng.i64(24..=200),
                 _ => rng.i64(0..24),
             }),
+            (Setting::Int64 { .. }, "dynamic") => Attr::Int(i64::from(percent(rng, 75))),
             (Setting::Int64 { max }, _) => Attr::Int(rng.i64(0..=*max)),
             (Setting::Float64, _) => {
                 Attr::Float(pick(rng, &[0.0, 1e-8, 1e-6, 1e-6, 1e-3, 0.5, 1.0, 2.0]))

@@ -7,6 +7,8 @@ use std::path::Path;
 use libloading::{Library, Symbol};
 use serde::Deserialize;
 
+use crate::frame::{self, Attr};
+
 /// What the library tells of itself.
 #[derive(Debug, Deserialize)]
 pub struct Description {
@@ -58,6 +60,9 @@ pub struct Value {
     pub has_tokens: bool,
     /// The dimensions of one token, as letters.
     pub dims: Vec<String>,
+    /// The attribute that is 0 where the value is absent, if it ever is.
+    #[serde(default)]
+    pub group: Option<String>,
 }
 
 /// Which dtype a value has.
@@ -109,10 +114,37 @@ impl Op {
         self.name.starts_with("head")
     }
 
+    /// The operands of a frame with these attributes, in order.
+    pub fn operands_with(&self, attributes: &[frame::Attribute]) -> Vec<&Value> {
+        present(&self.operands, attributes)
+    }
+
+    /// The results of a frame with these attributes, in order.
+    pub fn results_with(&self, attributes: &[frame::Attribute]) -> Vec<&Value> {
+        present(&self.results, attributes)
+    }
+
     /// Whether it has an operand of this name.
     pub fn takes(&self, name: &str) -> bool {
         self.operands.iter().any(|value| value.name == name)
     }
+}
+
+/// The values of groups that the attributes say are there.
+fn present<'a>(values: &'a [Value], attributes: &[frame::Attribute]) -> Vec<&'a Value> {
+    let is_there = |group: &String| {
+        let mut found = attributes
+            .iter()
+            .filter(|attribute| attribute.name == *group);
+        !matches!(
+            found.next().map(|attribute| &attribute.value),
+            Some(Attr::Int(0))
+        )
+    };
+    let values = values.iter();
+    values
+        .filter(|value| value.group.as_ref().is_none_or(is_there))
+        .collect()
 }
 
 /// Loads the library. It stays loaded: its handlers may be called until the process ends.

@@ -90,9 +90,7 @@ struct Sizes<'a> {
     n: i64,
     c: i64,
     k: i64,
-    p: i64,
     gates: i64,
-    norm_width: i64,
 }
 
 impl Sizes<'_> {
@@ -100,12 +98,9 @@ impl Sizes<'_> {
         match letter {
             "n" => self.n,
             "C" => self.c,
-            "nC" => self.n.saturating_mul(self.c),
             "K" => self.k,
-            "P" => self.p,
             "A" => self.gates,
-            "W" => self.norm_width,
-            "w" => self.norm_width.min(1),
+            "1" => 1,
             other => panic!("the table of calls has a dimension {other}, which has no rule here"),
         }
     }
@@ -136,8 +131,10 @@ impl Sizes<'_> {
 /// Operands and results by the table of calls; as many as it says, and a workspace.
 fn buffers(op: &Op, frame: &Frame) -> Result<(), &'static str> {
     let Frame { args, rets, .. } = frame;
-    let workspace = rets.len() == op.results.len() + 1;
-    if args.len() != op.operands.len() || !(rets.len() == op.results.len() || workspace) {
+    let operands = op.operands_with(&frame.attributes);
+    let results = op.results_with(&frame.attributes);
+    let workspace = rets.len() == results.len() + 1;
+    if args.len() != operands.len() || !(rets.len() == results.len() || workspace) {
         return Err("number of operands and results");
     }
     if args.iter().chain(rets).any(|buffer| buffer.kind != BUFFER) {
@@ -162,31 +159,21 @@ fn buffers(op: &Op, frame: &Frame) -> Result<(), &'static str> {
     if constraint == b"permutations" && n > MAX_PERMUTED && !op.is_head() {
         return Err("streams of permutations");
     }
-    let dims = |name: &str| {
-        let at = op.operands.iter().position(|value| value.name == name)?;
-        Some(args[at].dims.as_slice())
-    };
     let num_res = match constraint {
         b"identity" => 0,
         b"permutations" => (1..=n).product(),
         _ => n * n,
     };
     let k = if op.is_head() { n } else { 2 * n + num_res };
-    let is_static = !op.is_head() && matches!(dims("phi"), Some([_, 0]));
     let sizes = Sizes {
         streams_dtype,
         tokens,
         n,
         c,
         k,
-        p: if is_static { 0 } else { k },
         gates: if op.is_head() { 1 } else { 3 },
-        norm_width: match dims("norm_scale") {
-            None | Some([0]) => 0,
-            Some(_) => c,
-        },
     };
-    let pairs = (op.operands.iter().zip(args)).chain(op.results.iter().zip(rets));
+    let pairs = (operands.into_iter().zip(args)).chain(results.into_iter().zip(rets));
     for (value, buffer) in pairs {
         sizes.fits(value, buffer)?;
     }

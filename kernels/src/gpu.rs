@@ -17,7 +17,8 @@ use std::ffi::c_void;
 
 use serde::Serialize;
 
-use crate::contract::check::{Call, CheckedCall};
+use crate::contract::check::CheckedCall;
+use crate::contract::table::Call;
 use crate::contract::view::{DType, View};
 use crate::{Config, Error};
 use driver::{Driver, check_device, driver};
@@ -30,6 +31,9 @@ pub use launch::{Problem, Workspace};
 
 /// The target of the library's events.
 const TARGET: &str = "jax_mhc";
+
+/// Dtypes of streams that there are kernels for.
+pub const DTYPES: [DType; 3] = [DType::F32, DType::Bf16, DType::F16];
 
 /// The launches of a call, in their order.
 fn plan(call: &CheckedCall, device: &Device) -> Vec<Launch> {
@@ -146,11 +150,16 @@ unsafe fn run(
 
 /// What the driver said, with what it was about.
 fn failure(call: &CheckedCall, launch: &Launch, context: &Context, reason: &str) -> Error {
-    let names = call.kind.operands().iter();
-    let operands: Vec<String> = names
-        .map(|name| {
-            let view = call.operand(name);
-            format!("{name} {}{:?}", view.dtype.name(), view.dims)
+    let operands: Vec<String> = call
+        .operands()
+        .filter_map(|value| {
+            let view = call.operand(value.name)?;
+            Some(format!(
+                "{} {}{:?}",
+                value.name,
+                view.dtype.name(),
+                view.dims
+            ))
         })
         .collect();
     Error::Device(format!(
@@ -168,8 +177,8 @@ const MAX_BYTES: usize = 1 << 46;
 /// What the CPU does not ask for.
 fn check_device_call(call: &CheckedCall) -> Result<(), Error> {
     let kind = call.kind;
-    let refuse = |expected: &str, got: &str| Err(kind.error(kind.operands()[0], expected, got));
-    if call.dtype == DType::F64 {
+    let refuse = |expected: &str, got: &str| Err(kind.error(kind.first_operand(), expected, got));
+    if !DTYPES.contains(&call.dtype) {
         let expected = "float32, bfloat16 or float16 (no CUDA kernels for others)";
         return refuse(expected, call.dtype.name());
     }

@@ -8,9 +8,11 @@ mod contract;
 pub mod cpu;
 pub mod gpu;
 
-pub use contract::check::Call;
-pub use contract::config::{Config, Constraint, EpsMode, NormEpsMode, Order};
-pub use contract::table::{Dim, Precision, Row, Setting, Value};
+pub use contract::config::{AttributeValue, Config, Constraint, EpsMode, NormEpsMode, Order};
+pub use contract::limits;
+pub use contract::table::{
+    Attribute, Call, Description, Dim, Group, Precision, Setting, TARGET_VERSION, Value,
+};
 pub use contract::view::{DType, View};
 
 /// Why a call did not run.

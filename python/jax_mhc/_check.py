@@ -11,10 +11,9 @@ import numpy as np
 
 from jax_mhc import _errors
 from jax_mhc._axes import varying_axes
-from jax_mhc._errors import MAX_STREAMS, fail
+from jax_mhc._errors import fail
+from jax_mhc._limits import MAX_STREAMS, STREAM_DTYPES
 from jax_mhc._types import NUMBERS, Context, HeadParams, MHCConfig, MHCParams
-
-STREAM_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def accumulation_dtype(dtype: Any) -> np.dtype:
@@ -60,7 +59,7 @@ def shape(op: str, argument: str, value: Any) -> tuple[int, ...]:
 
 
 def key(op: str, argument: str, value: Any) -> None:
-    """One random key, of either of JAX's kinds."""
+    """Checks one random key, of either of JAX's kinds."""
     key, got = None, _errors.typed(value)
     if isinstance(value, jax.Array | np.ndarray) or hasattr(value, "__jax_array__"):
         key = array(op, argument, value)
@@ -143,7 +142,7 @@ def hidden_axes(op: str, value: Any, x: jax.Array) -> tuple[str, ...]:
 
 
 def implementation(op: str, value: Any) -> None:
-    """None, "fused" or "reference"."""
+    """Checks an implementation: None, "fused" or "reference"."""
     _errors.choice(op, "implementation", value, (None, "fused", "reference"))
 
 
@@ -153,7 +152,7 @@ def num_channels(x: jax.Array, hidden_axes: tuple[str, ...]) -> int:
 
 
 def call(op: str, argument: str, what: str, layer: Any, /, *args: Any, **kwargs: Any) -> Any:
-    """What a layer returns; if it cannot be called with these arguments, `what` names them."""
+    """Calls a layer; if these arguments do not fit, the error names them by `what`."""
     try:
         return layer(*args, **kwargs)
     except TypeError as error:

@@ -12,12 +12,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-# The kernels keep one token's coefficients in registers and on the stack. A larger number is nearly
-# always a tensor laid out [..., hidden, streams].
-MAX_STREAMS = 16
-
-# Streams of which there are few enough permutations: 5 have 120.
-MAX_PERMUTED_STREAMS = 4
+from jax_mhc._limits import MAX_STREAMS
 
 # The largest size of a dimension that XLA indexes with 32 bits.
 MAX_SIZE = 2**31 - 1
@@ -147,7 +142,10 @@ def width(op: str, value: Any) -> int:
 
 
 def choice(op: str, argument: str, value: Any, choices: tuple[Any, ...], *others: str) -> Any:
-    """That of `choices`, None and strings, which `value` is; `others` are named in the error."""
+    """Returns the element of `choices` (None and strings) that equals `value`.
+
+    The error names `others` beside them.
+    """
     # Arrays have an == of their own.
     if value is None or isinstance(value, str):
         for each in choices:

@@ -1,4 +1,4 @@
-"""What the modules for Flax and Equinox share: their streams, and the call of their layer."""
+"""Helpers of the modules for Flax and Equinox: their streams, and the call of their layer."""
 
 from __future__ import annotations
 

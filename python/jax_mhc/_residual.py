@@ -72,7 +72,7 @@ def mhc_residual(
     implementation: Implementation = None,
     has_aux: bool = False,
 ) -> Any:
-    """One sublayer with its manifold-constrained hyper-connection (equation 3).
+    """Applies one sublayer with its manifold-constrained hyper-connection (equation 3).
 
         u     = Σ_i h_pre[i] X[i]
         X'[i] = Σ_j h_res[i, j] X[j] + h_post[i] · layer(u)

@@ -1,4 +1,4 @@
-"""The types that users hold: settings, parameters, and what pre hands to post."""
+"""Types that users hold: settings, parameters, and the context from pre to post."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax
 import jax.export
 
 from jax_mhc import _errors
+from jax_mhc._limits import MAX_PERMUTED_STREAMS, MAX_SINKHORN_ITERS
 
 # The settings that are no integers.
 NUMBERS = ("sinkhorn_eps", "norm_eps", "pre_eps", "post_scale")
@@ -76,7 +77,7 @@ class MHCConfig:
             for field, of in choices.items()
         }
         plain["sinkhorn_iters"] = _errors.integer(
-            op, "sinkhorn_iters", self.sinkhorn_iters, 0, 10_000, "The paper uses 20."
+            op, "sinkhorn_iters", self.sinkhorn_iters, 0, MAX_SINKHORN_ITERS, "The paper uses 20."
         )
         for field in NUMBERS:
             positive = field == "post_scale"
@@ -98,11 +99,11 @@ class MHCConfig:
         """
         streams = _errors.num_streams(op, "streams", streams)
         if self.constraint == "permutations":
-            if streams > _errors.MAX_PERMUTED_STREAMS:
+            if streams > MAX_PERMUTED_STREAMS:
                 _errors.fail(
                     ValueError, op, "config.constraint",
                     f"one for {streams} streams (this one has a coefficient for each of n! "
-                    f"permutations, and is for up to {_errors.MAX_PERMUTED_STREAMS})",
+                    f"permutations, and is for up to {MAX_PERMUTED_STREAMS})",
                     repr(self.constraint), "Take fewer streams, or 'birkhoff'.",
                 )  # fmt: skip
             return 2 * streams + math.factorial(streams)
@@ -149,7 +150,7 @@ class HeadParams:
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What `pre` hands to `post`: the streams and their coefficients; a pytree.
+    """Streams and their coefficients, which `pre` hands to `post`; a pytree.
 
     Any number of `post` and `post_pre` may read a context, or none, and its fields may enter other
     computations; gradients are right in every case. `dataclasses.replace(ctx, h_res=...)` changes
@@ -185,7 +186,7 @@ class Context:
 
     @classmethod
     def _of(cls, x: Any, deferred: Any, h_pre: Any, h_post: Any, h_res: Any) -> Context:
-        """One with its private field."""
+        """Returns a context with its private field set."""
         ctx = cls(x, h_pre, h_post, h_res)
         object.__setattr__(ctx, "_deferred", deferred)
         return ctx

@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_mhc._check import STREAM_DTYPES, accumulation_dtype, array
-from jax_mhc._errors import MAX_STREAMS, fail, num_streams
+from jax_mhc._check import accumulation_dtype, array
+from jax_mhc._errors import fail, num_streams
+from jax_mhc._limits import MAX_STREAMS, STREAM_DTYPES
 from jax_mhc._types import HeadParams, MHCParams
 
 __all__ = ["from_deepseek_v4", "from_megatron", "head_from_deepseek_v4", "to_deepseek_v4"]

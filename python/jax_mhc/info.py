@@ -1,4 +1,4 @@
-"""What is installed, and why the fused kernels are or are not used: `python -m jax_mhc.info`.
+"""Report of the installation, and of why fused kernels are used or not: `python -m jax_mhc.info`.
 
 `--json` gives the same as JSON. Please add either to bug reports.
 """

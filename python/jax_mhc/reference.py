@@ -76,7 +76,7 @@ def weighted_sum(weights: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _rounded_off(minuend: jax.Array, subtrahend: jax.Array, difference: jax.Array) -> jax.Array:
-    """What rounding took from a difference, exactly (Knuth), up to 64.
+    """Returns what rounding took from a difference, exactly (Knuth), up to 64.
 
     Where it is larger, neighbouring numbers differ by more than 64. Where the difference is
     infinite, it is a number too.

@@ -22,6 +22,7 @@ import numpy as np  # noqa: E402
 from jax import export  # noqa: E402
 
 import jax_mhc as mhc  # noqa: E402
+from jax_mhc._call import library  # noqa: E402
 
 # XLA's own optimisations are of no interest here.
 jax.config.update("jax_disable_most_optimizations", True)
@@ -155,7 +156,7 @@ def checks_of_export(folder):
         calls = (
             "pre_fwd pre_bwd post_fwd post_bwd post_pre_fwd post_pre_bwd head_fwd head_bwd".split()
         )
-        targets = [f"jax_mhc_{name}_v2" for name in calls]
+        targets = [library.target_name(name) for name in calls]
         checks = [export.DisabledSafetyCheck.custom_call(target) for target in targets]
 
         @jax.jit
@@ -163,7 +164,7 @@ def checks_of_export(folder):
             return jax.tree.leaves(gradient(*jax.tree.unflatten(treedef, leaves)))
 
         exported = export.export(flat, disabled_checks=checks)(*shapes)
-        assert "jax_mhc_post_pre_bwd_v2" in exported.mlir_module()
+        assert library.target_name("post_pre_bwd") in exported.mlir_module()
         given = jax.tree.leaves(inputs())
         results = exported.call(*given)
         assert_close(results, jax.tree.leaves(gradient(*inputs())))

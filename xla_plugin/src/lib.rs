@@ -1,20 +1,18 @@
 //! What the shared library exports: a function that hands out everything that Python needs to register
 //! the handlers, and two that tell of CUDA.
 
+use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char};
 use std::panic::catch_unwind;
 use std::sync::LazyLock;
 
-use jax_mhc_ffi::{Entry, handler_address};
-use jax_mhc_kernels::{Call, DType, Row, cpu, gpu};
+use jax_mhc_ffi::{Entry, handler_address, retired_handler_address};
+use jax_mhc_kernels::{Call, DType, Group, TARGET_VERSION, cpu, gpu, limits};
 use serde::Serialize;
 
 use log::Log;
 
 mod log;
-
-/// The version of the table of calls in docs/architecture.md, part of every target's name.
-const TARGET_VERSION: u32 = 2;
 
 /// One handler, as `jax.ffi.register_ffi_target` wants it. Traits are not listed: XLA asks the
 /// handler itself.
@@ -50,8 +48,60 @@ struct Description {
     cuda: Option<gpu::Build>,
     log: Log,
     handlers: Vec<Handler>,
-    /// What every call has and is.
-    calls: Vec<Row>,
+    /// Handlers of names that older versions of the table had: each is an error that says what to do.
+    retired: Vec<Handler>,
+    /// Dtypes of streams that there are kernels for, by platform.
+    dtypes: Dtypes,
+    /// Bounds of sizes and settings.
+    limits: Limits,
+    /// Sentences that say when a call lacks the values of a group, by its name.
+    groups: BTreeMap<&'static str, &'static str>,
+    /// The table of calls.
+    calls: Vec<jax_mhc_kernels::Description>,
+}
+
+#[derive(Serialize)]
+struct Limits {
+    streams: usize,
+    permuted_streams: usize,
+    sinkhorn_iters: usize,
+}
+
+#[derive(Serialize)]
+struct Dtypes {
+    cpu: Vec<&'static str>,
+    cuda: Vec<&'static str>,
+}
+
+/// Calls of version 2 of the table, in which post_pre was called seam.
+const RETIRED: [&str; 12] = [
+    "pre_fwd",
+    "pre_bwd",
+    "post_fwd",
+    "post_bwd",
+    "seam_fwd",
+    "seam_bwd",
+    "sinkhorn_fwd",
+    "sinkhorn_bwd",
+    "head_fwd",
+    "head_bwd",
+    "collapse_fwd",
+    "collapse_bwd",
+];
+
+fn retired() -> Vec<Handler> {
+    let handler = |call: &&str, platform, addresses| Handler {
+        name: format!("jax_mhc_{call}_v2"),
+        platform,
+        addresses,
+    };
+    let address = retired_handler_address();
+    let both = |call| {
+        let cpu = Addresses::Cpu { address };
+        let cuda = Addresses::Cpu { address };
+        [handler(call, "cpu", cpu), handler(call, "CUDA", cuda)]
+    };
+    RETIRED.iter().flat_map(both).collect()
 }
 
 fn describe(log: Log) -> Description {
@@ -85,7 +135,20 @@ fn describe(log: Log) -> Description {
         cuda: gpu::build(),
         log,
         handlers: cpu.chain(cuda).collect(),
-        calls: Call::ALL.into_iter().map(Call::table_row).collect(),
+        retired: retired(),
+        dtypes: Dtypes {
+            cpu: DType::ALL.map(DType::name).to_vec(),
+            cuda: gpu::DTYPES.map(DType::name).to_vec(),
+        },
+        limits: Limits {
+            streams: limits::MAX_STREAMS,
+            permuted_streams: limits::MAX_PERMUTED,
+            sinkhorn_iters: limits::MAX_SINKHORN_ITERS,
+        },
+        groups: Group::ALL
+            .map(|group| (group.name(), group.meaning()))
+            .into(),
+        calls: Call::ALL.into_iter().map(Call::describe).collect(),
     }
 }
 
@@ -184,6 +247,24 @@ pub unsafe extern "C" fn jax_mhc_workspace(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_group_of_the_table_is_described() {
+        let description = serde_json::to_value(describe(log::start())).unwrap();
+        let groups = description["groups"].as_object().unwrap();
+        let mut found = std::collections::BTreeSet::new();
+        for call in description["calls"].as_array().unwrap() {
+            let values = ["operands", "results"].map(|role| call[role].as_array().unwrap());
+            let attributes = call["attributes"].as_array().unwrap();
+            let values = values.into_iter().flatten();
+            for group in values.filter_map(|value| value["group"].as_str()) {
+                let names = |attribute: &serde_json::Value| attribute["name"] == group;
+                assert!(attributes.iter().any(names), "{call}");
+                found.insert(group.to_owned());
+            }
+        }
+        assert!(found.iter().eq(groups.keys()), "{found:?} {groups:?}");
+    }
 
     #[test]
     fn only_possible_sizes_have_a_workspace() {

@@ -1,155 +1,26 @@
-//! The calls: the names of their operands and results. The one check of a call by the table of calls,
-//! whichever device runs it.
+//! The one check of a call by the table of calls, whichever device runs it.
 
-use crate::contract::config::Constraint;
 use crate::contract::layout::CoefficientLayout;
-use crate::contract::limits::MAX_PERMUTED;
 use crate::contract::limits::MAX_STREAMS;
-use crate::contract::table::{Dim, Precision, Value};
+use crate::contract::table::{Call, Dim, Precision, Value};
 use crate::contract::view::{DType, View, product};
 use crate::{Config, Error};
 
-/// Every call that this library answers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Call {
-    /// Width connection.
-    PreFwd,
-    /// Its backward pass.
-    PreBwd,
-    /// Depth connection.
-    PostFwd,
-    /// Its backward pass.
-    PostBwd,
-    /// Post of one sublayer and pre of the next.
-    PostPreFwd,
-    /// Its backward pass.
-    PostPreBwd,
-    /// Projection onto the doubly stochastic matrices.
-    SinkhornFwd,
-    /// Its backward pass.
-    SinkhornBwd,
-    /// The learned exit from the streams.
-    HeadFwd,
-    /// Its backward pass.
-    HeadBwd,
-    /// The sum over the streams alone.
-    CollapseFwd,
-    /// Its gradient with respect to h_pre.
-    CollapseBwd,
-}
+#[cfg(test)]
+mod example;
+#[cfg(test)]
+mod tests;
+
+#[cfg(test)]
+pub use example::Example;
 
 impl Call {
-    /// Every op, in the order of the table of handlers.
-    pub const ALL: [Call; 12] = [
-        Call::PreFwd,
-        Call::PreBwd,
-        Call::PostFwd,
-        Call::PostBwd,
-        Call::PostPreFwd,
-        Call::PostPreBwd,
-        Call::SinkhornFwd,
-        Call::SinkhornBwd,
-        Call::HeadFwd,
-        Call::HeadBwd,
-        Call::CollapseFwd,
-        Call::CollapseBwd,
-    ];
-
-    /// The name that every layer uses, such as `pre_fwd`.
-    pub const fn name(self) -> &'static str {
-        self.row().0
-    }
-
-    /// Its operands, in order. `d_<name>` is the cotangent of `<name>`; the kernel adds what it computes
-    /// for the streams to the one that ends in `_in`, or to its product with the transposed h_res where
-    /// that cotangent is deferred, in the memory that becomes the first result.
-    pub(crate) const fn operands(self) -> &'static [&'static str] {
-        self.row().1
-    }
-
-    /// Its results, in order.
-    pub(crate) const fn results(self) -> &'static [&'static str] {
-        self.row().2
-    }
-
-    #[rustfmt::skip]
-    const fn row(self) -> (&'static str, &'static [&'static str], &'static [&'static str]) {
-        match self {
-            Call::PreFwd => (
-                "pre_fwd",
-                &["x", "phi", "alpha", "bias", "norm_scale"],
-                &["u", "h_pre", "h_post", "h_res", "m", "r", "rho"],
-            ),
-            Call::PreBwd => (
-                "pre_bwd",
-                &["x", "phi", "alpha", "bias", "norm_scale", "m", "r", "rho", "h_res",
-                  "d_u", "d_h_pre", "d_h_post", "d_h_res", "d_x_in"],
-                &["d_x", "d_phi", "d_alpha", "d_bias", "d_norm_scale"],
-            ),
-            Call::PostFwd => ("post_fwd", &["x", "y", "h_post", "h_res"], &["x_new"]),
-            Call::PostBwd => (
-                "post_bwd",
-                &["x", "y", "h_post", "h_res", "d_x_new"],
-                &["d_y", "d_h_post", "d_h_res"],
-            ),
-            Call::PostPreFwd => (
-                "post_pre_fwd",
-                &["x", "y", "h_post", "h_res", "phi", "alpha", "bias", "norm_scale"],
-                &["x_new", "u", "h_pre", "h_post", "h_res", "m", "r", "rho"],
-            ),
-            Call::PostPreBwd => (
-                "post_pre_bwd",
-                &["x", "y", "h_post", "h_res", "phi", "alpha", "bias", "norm_scale",
-                  "m", "r", "rho", "u_norm", "h_res_new",
-                  "d_u", "d_h_pre", "d_h_post", "d_h_res", "d_x_new_in"],
-                &["d_x_new", "d_y", "d_h_post", "d_h_res", "d_phi", "d_alpha", "d_bias",
-                  "d_norm_scale"],
-            ),
-            Call::SinkhornFwd => ("sinkhorn_fwd", &["z"], &["h_res"]),
-            Call::SinkhornBwd => ("sinkhorn_bwd", &["z", "d_h_res"], &["d_z"]),
-            Call::HeadFwd => ("head_fwd", &["x", "phi", "alpha", "bias"], &["u", "m", "r"]),
-            Call::HeadBwd => (
-                "head_bwd",
-                &["x", "phi", "alpha", "bias", "m", "r", "d_u"],
-                &["d_x", "d_phi", "d_alpha", "d_bias"],
-            ),
-            Call::CollapseFwd => ("collapse_fwd", &["x", "h_pre"], &["u"]),
-            Call::CollapseBwd => ("collapse_bwd", &["x", "d_u"], &["d_h_pre"]),
-        }
-    }
-
-    /// Whether the first result may lie where the last operand lies, to which it is added.
-    pub const fn adds_in_place(self) -> bool {
-        matches!(self, Call::PreBwd | Call::PostPreBwd)
-    }
-
-    /// Whether the call carries a [`Config`].
-    pub const fn has_config(self) -> bool {
-        !matches!(
-            self,
-            Call::PostFwd | Call::PostBwd | Call::CollapseFwd | Call::CollapseBwd
-        )
-    }
-
-    /// Whether it can normalise the layer's input, or can be the backward pass of that: the attribute
-    /// `norm_scale_eps`.
-    pub const fn can_normalize(self) -> bool {
-        matches!(
-            self,
-            Call::PreFwd | Call::PreBwd | Call::PostPreFwd | Call::PostPreBwd
-        )
-    }
-
-    /// Whether the cotangent that it adds to can be deferred: the attribute `deferred`.
-    pub const fn can_defer(self) -> bool {
-        matches!(self, Call::PreBwd | Call::PostPreBwd)
-    }
-
-    /// Which coefficients the call has.
+    /// The coefficients that the call has.
     pub(crate) fn layout(self, n: usize, config: &Config) -> CoefficientLayout {
-        match self {
-            Call::HeadFwd | Call::HeadBwd => CoefficientLayout::head(n),
-            _ => CoefficientLayout::pre(n, config.constraint),
+        if self.is_head() {
+            CoefficientLayout::head(n)
+        } else {
+            CoefficientLayout::pre(n, config.constraint)
         }
     }
 
@@ -160,14 +31,14 @@ impl Call {
     }
 }
 
-/// One call, checked: its sizes, and its operands and results by name.
+/// A call that was checked: its sizes, and its operands and results by name.
 #[derive(Debug, Clone, Copy)]
 pub struct CheckedCall<'a> {
-    /// Which one.
+    /// Row of the table.
     pub kind: Call,
-    /// Its settings; of no meaning where the op has none.
+    /// Settings; the default ones where the call has none.
     pub config: &'a Config,
-    /// Of the streams, or of z.
+    /// Dtype of the streams, or of z.
     pub dtype: DType,
     /// Product of the leading dimensions; matrices, where the first operand is z.
     pub tokens: usize,
@@ -179,18 +50,17 @@ pub struct CheckedCall<'a> {
     pub columns: usize,
     /// Values of norm_scale: C, or 0 where the layer's input is not normalised.
     pub norm_width: usize,
-    /// Which coefficients there are.
+    /// Coefficients of a token.
     pub layout: CoefficientLayout,
     lead: &'a [i64],
     args: &'a [View<'a>],
     rets: &'a [View<'a>],
 }
 
-/// What the table says of one name.
+/// The shape that a value has in this call.
 struct Shape {
     dtype: DType,
-    has_tokens: bool,
-    row: [usize; 2],
+    row: [usize; 3],
     rank: usize,
 }
 
@@ -201,7 +71,7 @@ impl Shape {
 }
 
 impl<'a> CheckedCall<'a> {
-    /// Checks a call: operands and results as in the table of docs/calls.md, with one more result
+    /// Checks a call: operands and results as in docs/calls.md, with one more result
     /// or none, the workspace of devices that need it (float32, one-dimensional).
     ///
     /// # Errors
@@ -216,9 +86,9 @@ impl<'a> CheckedCall<'a> {
         if let Err((field, expected, got)) = config.check(call.dtype) {
             return Err(kind.error(field, &expected, &got));
         }
-        call.check_all(kind.operands(), args, "an operand")?;
-        call.check_all(kind.results(), rets, "a result")?;
-        let (operands, results) = (kind.operands().len(), kind.results().len());
+        let operands =
+            call.check_all(kind.operands(|group| config.has(group)), args, "an operand")?;
+        let results = call.check_all(kind.results(|group| config.has(group)), rets, "a result")?;
         match &rets[results..] {
             _ if args.len() > operands => {}
             [] => return Ok(call),
@@ -243,7 +113,7 @@ impl<'a> CheckedCall<'a> {
         Self { config, ..self }
     }
 
-    /// Takes the sizes from the first operand, from phi and from norm_scale.
+    /// Takes the sizes from the first operand, and from the settings what the call has.
     fn sizes(
         kind: Call,
         args: &'a [View<'a>],
@@ -253,7 +123,7 @@ impl<'a> CheckedCall<'a> {
         let Some(first) = args.first() else {
             return Err(kind.error("operands", "at least one", "none"));
         };
-        let name = kind.operands()[0];
+        let name = kind.first_operand();
         let [lead @ .., n, c] = first.dims else {
             let got = format!("{:?}", first.dims);
             return Err(kind.error(name, "at least 2 dimensions", &got));
@@ -268,32 +138,25 @@ impl<'a> CheckedCall<'a> {
         let tokens = product(lead).filter(|_| possible);
         let Some(tokens) = tokens else {
             let expected = if is_z {
-                "[..., n, n] with 1 <= n <= 16"
+                format!("[..., n, n] with 1 <= n <= {MAX_STREAMS}")
             } else {
-                "[..., n, C] with 1 <= n <= 16 and C >= 1"
+                format!("[..., n, C] with 1 <= n <= {MAX_STREAMS} and C >= 1")
             };
-            return Err(kind.error(name, expected, &format!("{:?}", first.dims)));
+            return Err(kind.error(name, &expected, &format!("{:?}", first.dims)));
         };
         let (n, c) = (*n as usize, *c as usize);
-        let permutes = kind.has_config() && config.constraint == Constraint::Permutations;
-        if permutes && n > MAX_PERMUTED && !matches!(kind, Call::HeadFwd | Call::HeadBwd) {
+        let mixes = kind.has_config() && !kind.is_head();
+        if mixes && n > config.constraint.max_streams() {
             let expected = format!("one for {n} streams");
-            return Err(kind.error("constraint", &expected, "permutations"));
+            return Err(kind.error("constraint", &expected, config.constraint.word()));
         }
         let layout = kind.layout(n, config);
-        let dims = |name| {
-            let at = kind.operands().iter().position(|other| *other == name)?;
-            args.get(at).map(|view| view.dims)
+        let has = |name: &str| {
+            let mut operands = kind.operands(|group| config.has(group));
+            operands.any(|value| value.name == name)
         };
-        let columns = match dims("phi") {
-            None => 0,
-            Some([_, 0]) if layout.num_post > 0 => 0,
-            Some(_) => layout.num(),
-        };
-        let norm_width = match dims("norm_scale") {
-            None | Some([0]) => 0,
-            Some(_) => c,
-        };
+        let columns = if has("phi") { layout.num() } else { 0 };
+        let norm_width = if has("norm_scale") { c } else { 0 };
         Ok(Self {
             kind,
             config,
@@ -310,14 +173,23 @@ impl<'a> CheckedCall<'a> {
         })
     }
 
-    fn check_all(&self, names: &[&str], views: &[View], what: &str) -> Result<(), Error> {
-        for (at, name) in names.iter().enumerate() {
+    /// Checks the views of some values, and returns their number.
+    fn check_all(
+        &self,
+        values: impl Iterator<Item = Value>,
+        views: &[View],
+        what: &str,
+    ) -> Result<usize, Error> {
+        let mut num = 0;
+        for (at, value) in values.enumerate() {
+            num = at + 1;
+            let name = value.name;
             let Some(view) = views.get(at) else {
                 return Err(self.kind.error(name, what, "none"));
             };
-            let shape = self.shape(name);
+            let shape = self.shape(&value);
             let row = shape.row();
-            let lead = if shape.has_tokens { self.lead } else { &[] };
+            let lead = if value.has_tokens { self.lead } else { &[] };
             let fits = view.dtype == shape.dtype
                 && view.dims.len() == lead.len() + row.len()
                 && view.dims.starts_with(lead)
@@ -334,24 +206,22 @@ impl<'a> CheckedCall<'a> {
                 return Err(self.kind.error(name, SOUND, "something else"));
             }
         }
-        Ok(())
+        Ok(num)
     }
 
-    /// What the table says of a name, with the sizes of this call.
-    fn shape(&self, name: &str) -> Shape {
-        let value = Value::named(name);
+    /// The shape of a value, with the sizes of this call.
+    fn shape(&self, value: &Value) -> Shape {
         let dtype = match (value.precision, self.dtype) {
             (Precision::Streams, dtype) => dtype,
             (Precision::Accumulation, DType::F64) => DType::F64,
             (Precision::Accumulation, _) => DType::F32,
         };
-        let mut row = [0; 2];
+        let mut row = [0; 3];
         for (size, dim) in row.iter_mut().zip(value.dims) {
             *size = self.size(*dim);
         }
         Shape {
             dtype,
-            has_tokens: value.has_tokens,
             row,
             rank: value.dims.len(),
         }
@@ -361,57 +231,58 @@ impl<'a> CheckedCall<'a> {
         match dim {
             Dim::Streams => self.n,
             Dim::Hidden => self.c,
-            Dim::Flat => self.n * self.c,
             Dim::Coefficients => self.layout.num(),
-            Dim::Columns => self.columns,
-            Dim::Gates if self.layout.num_post > 0 => 3,
-            Dim::Gates => 1,
-            Dim::NormWidth => self.norm_width,
-            Dim::Norms => self.norm_width.min(1),
+            Dim::Gates if self.kind.is_head() => 1,
+            Dim::Gates => 3,
+            Dim::One => 1,
         }
     }
 
-    /// Elements a token of an operand or result, or of all of it where it has no tokens.
+    /// The operands that the call has, in order.
+    pub fn operands(&self) -> impl Iterator<Item = Value> {
+        let config = *self.config;
+        self.kind.operands(move |group| config.has(group))
+    }
+
+    /// The results that the call has, in order, but for the workspace.
+    pub fn results(&self) -> impl Iterator<Item = Value> {
+        let config = *self.config;
+        self.kind.results(move |group| config.has(group))
+    }
+
+    /// Elements a token of an operand or result, or of all of it where it has no tokens; 0 where the call
+    /// has none of this name.
     pub fn width(&self, name: &str) -> usize {
-        self.shape(name).row().iter().product()
+        let mut values = self.operands().chain(self.results());
+        let value = values.find(|value| value.name == name);
+        value.map_or(0, |value| self.shape(&value).row().iter().product())
     }
 
-    /// An operand.
-    ///
-    /// # Panics
-    /// The call has none of this name.
-    pub fn operand(&self, name: &str) -> &'a View<'a> {
-        &self.args[self.position(self.kind.operands(), name)]
+    /// An operand; None where the call has none of this name.
+    pub fn operand(&self, name: &str) -> Option<&'a View<'a>> {
+        let at = self.operands().position(|value| value.name == name)?;
+        Some(&self.args[at])
     }
 
-    /// A result.
-    ///
-    /// # Panics
-    /// The call has none of this name.
-    pub fn result(&self, name: &str) -> &'a View<'a> {
-        &self.rets[self.position(self.kind.results(), name)]
+    /// A result; None where the call has none of this name.
+    pub fn result(&self, name: &str) -> Option<&'a View<'a>> {
+        let at = self.results().position(|value| value.name == name)?;
+        Some(&self.rets[at])
     }
 
     /// Address of an operand, 0 where the call has none of this name: what a kernel gets as its argument.
     pub fn operand_address(&self, name: &str) -> u64 {
-        let at = self.kind.operands().iter().position(|other| *other == name);
-        at.map_or(0, |at| self.args[at].data as u64)
+        self.operand(name).map_or(0, |view| view.data as u64)
     }
 
     /// Address of a result, 0 where the call has none of this name.
     pub fn result_address(&self, name: &str) -> u64 {
-        let at = self.kind.results().iter().position(|other| *other == name);
-        at.map_or(0, |at| self.rets[at].data as u64)
-    }
-
-    fn position(&self, names: &[&str], name: &str) -> usize {
-        let found = names.iter().position(|other| *other == name);
-        found.unwrap_or_else(|| panic!("{}: no `{name}` among {names:?}", self.kind.name()))
+        self.result(name).map_or(0, |view| view.data as u64)
     }
 
     /// Address of the workspace and its number of floats, where the call has one.
     pub fn workspace(&self) -> Option<(u64, usize)> {
-        let view = self.rets.get(self.kind.results().len())?;
+        let view = self.rets.get(self.results().count())?;
         Some((view.data as u64, view.num_elements()?))
     }
 }
@@ -429,232 +300,5 @@ fn is_sound(view: &View) -> bool {
                 && start.checked_add(bytes).is_some()
         }
         None => false,
-    }
-}
-
-/// A call of given sizes without its memory, for tests.
-#[cfg(test)]
-pub struct Example {
-    kind: Call,
-    config: Config,
-    args: Vec<(DType, Vec<i64>)>,
-    rets: Vec<(DType, Vec<i64>)>,
-}
-
-#[cfg(test)]
-impl Example {
-    /// The operands and results that the table asks for.
-    pub fn new(
-        kind: Call,
-        dtype: DType,
-        tokens: usize,
-        [n, c]: [usize; 2],
-        config: Config,
-    ) -> Self {
-        let c = if kind.operands()[0] == "z" { n } else { c };
-        let layout = kind.layout(n, &config);
-        let lead = [tokens as i64];
-        let call = CheckedCall {
-            kind,
-            config: &config,
-            dtype,
-            tokens,
-            n,
-            c,
-            columns: layout.num(),
-            norm_width: 0,
-            layout,
-            lead: &lead,
-            args: &[],
-            rets: &[],
-        };
-        let types = |names: &[&str]| {
-            let types = names.iter().map(|name| {
-                let shape = call.shape(name);
-                let lead = if shape.has_tokens { &lead[..] } else { &[] };
-                let row = shape.row().iter().map(|dim| *dim as i64);
-                (shape.dtype, lead.iter().copied().chain(row).collect())
-            });
-            types.collect()
-        };
-        Self {
-            args: types(kind.operands()),
-            rets: types(kind.results()),
-            kind,
-            config,
-        }
-    }
-
-    /// The same with static coefficients, where there can be.
-    pub fn into_static(mut self) -> Self {
-        if matches!(self.kind, Call::HeadFwd | Call::HeadBwd) {
-            return self;
-        }
-        for (names, types) in [
-            (self.kind.operands(), &mut self.args),
-            (self.kind.results(), &mut self.rets),
-        ] {
-            for (name, (_, dims)) in names.iter().zip(types) {
-                if matches!(*name, "phi" | "m" | "d_phi") {
-                    *dims.last_mut().unwrap() = 0;
-                }
-            }
-        }
-        self
-    }
-
-    /// The same with a norm of the layer's input, where there can be.
-    pub fn with_norm(mut self) -> Self {
-        let hidden = *self.args[0].1.last().unwrap();
-        for (names, types) in [
-            (self.kind.operands(), &mut self.args),
-            (self.kind.results(), &mut self.rets),
-        ] {
-            for (name, (_, dims)) in names.iter().zip(types) {
-                match *name {
-                    "norm_scale" | "d_norm_scale" | "u_norm" => *dims.last_mut().unwrap() = hidden,
-                    "rho" => *dims.last_mut().unwrap() = 1,
-                    _ => {}
-                }
-            }
-        }
-        self
-    }
-
-    /// With one more result.
-    pub fn with_workspace(mut self, len: usize) -> Self {
-        self.rets.push((DType::F32, vec![len as i64]));
-        self
-    }
-
-    /// Hands out op, operands, results and settings, in memory of their own.
-    pub fn with_memory<T>(&self, then: impl FnOnce(Call, &[View], &[View], &Config) -> T) -> T {
-        type Room = Vec<Vec<f64>>;
-        fn room(types: &[(DType, Vec<i64>)]) -> Room {
-            let len = |dims: &[i64]| dims.iter().product::<i64>() as usize;
-            types.iter().map(|(_, dims)| vec![0.0; len(dims)]).collect()
-        }
-        fn views<'a>(types: &'a [(DType, Vec<i64>)], room: &mut Room) -> Vec<View<'a>> {
-            let views = types.iter().zip(room).map(|((dtype, dims), room)| View {
-                data: room.as_mut_ptr().cast(),
-                dims,
-                dtype: *dtype,
-            });
-            views.collect()
-        }
-        let (mut args, mut rets) = (room(&self.args), room(&self.rets));
-        let (args, rets) = (views(&self.args, &mut args), views(&self.rets, &mut rets));
-        then(self.kind, &args, &rets, &self.config)
-    }
-
-    /// Hands out the call, if it passes. Nothing lies at its addresses.
-    pub fn check<T>(&self, then: impl FnOnce(Result<CheckedCall, Error>) -> T) -> T {
-        fn views(types: &[(DType, Vec<i64>)], first: usize) -> Vec<View<'_>> {
-            let views = types.iter().zip(first..).map(|((dtype, dims), at)| View {
-                data: std::ptr::without_provenance_mut(at << 40),
-                dims,
-                dtype: *dtype,
-            });
-            views.collect()
-        }
-        let args = views(&self.args, 1);
-        let rets = views(&self.rets, 1 + args.len());
-        then(CheckedCall::check(self.kind, &args, &rets, &self.config))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Every op in small.
-    fn examples() -> impl Iterator<Item = Example> {
-        let example = |kind| Example::new(kind, DType::F32, 3, [2, 5], Config::default());
-        Call::ALL.into_iter().map(example)
-    }
-
-    fn refusal(example: &Example) -> String {
-        example.check(|call| call.expect_err("a refusal").to_string())
-    }
-
-    #[test]
-    fn calls_of_the_table_pass() {
-        for example in examples() {
-            example.check(|call| assert_eq!(call.unwrap().tokens, 3));
-            let example = example.with_workspace(7);
-            example.check(|call| assert_eq!(call.unwrap().workspace().unwrap().1, 7));
-        }
-        for example in examples() {
-            example.with_norm().check(|call| {
-                let call = call.unwrap();
-                let width = if call.kind.can_normalize() { call.c } else { 0 };
-                assert_eq!(call.norm_width, width);
-            });
-        }
-        for example in examples() {
-            example.into_static().check(|call| {
-                let call = call.unwrap();
-                let is_head = matches!(call.kind, Call::HeadFwd | Call::HeadBwd);
-                assert!(is_head || call.columns == 0);
-            });
-        }
-    }
-
-    #[test]
-    fn only_few_streams_are_permuted() {
-        let config = Config {
-            constraint: Constraint::Permutations,
-            ..Config::default()
-        };
-        for kind in [
-            Call::PreFwd,
-            Call::PreBwd,
-            Call::PostPreFwd,
-            Call::PostPreBwd,
-        ] {
-            let example = |n| Example::new(kind, DType::F32, 3, [n, 5], config);
-            example(4).check(|call| assert_eq!(call.unwrap().columns, 32));
-            let refusal = refusal(&example(5));
-            assert!(
-                refusal.contains("`constraint`: expected one for 5"),
-                "{refusal}"
-            );
-        }
-        // The head has no H_res.
-        let head = Example::new(Call::HeadFwd, DType::F32, 3, [5, 5], config);
-        head.check(|call| assert_eq!(call.unwrap().columns, 5));
-    }
-
-    #[test]
-    fn every_operand_and_result_is_looked_at() {
-        type Types = Vec<(DType, Vec<i64>)>;
-        let parts: [fn(&mut Example) -> &mut Types; 2] =
-            [|example| &mut example.args, |example| &mut example.rets];
-        for (part, missing) in parts.into_iter().zip(["an operand", "a result"]) {
-            for kind in Call::ALL {
-                let good = || Example::new(kind, DType::Bf16, 3, [2, 5], Config::default());
-                let names = [kind.operands(), kind.results()][usize::from(missing == "a result")];
-                for (at, name) in names.iter().enumerate() {
-                    let first = at == 0 && missing == "an operand";
-                    let mut example = good();
-                    part(&mut example)[at].0 = DType::F64;
-                    if !first {
-                        let refusal = refusal(&example);
-                        assert!(refusal.contains(&format!("`{name}`")), "{refusal}");
-                    }
-                    let mut example = good();
-                    part(&mut example)[at].1.push(2);
-                    assert!(refusal(&example).starts_with(kind.name()));
-                    let mut example = good();
-                    part(&mut example).truncate(at);
-                    let wanted = if first { "at least one" } else { missing };
-                    let refusal = refusal(&example);
-                    assert!(refusal.contains(&format!("expected {wanted}")), "{refusal}");
-                }
-                let mut example = good();
-                part(&mut example).push((DType::F32, vec![3, 4]));
-                assert!(refusal(&example).contains("no more"));
-            }
-        }
     }
 }

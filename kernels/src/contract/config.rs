@@ -14,20 +14,85 @@
 //!   subnormal numbers to 0, and then every decision that asks for eps = 0 must find it.
 //! - `sinkhorn_iters` is at most [`MAX_SINKHORN_ITERS`].
 
-use crate::contract::limits::MAX_SINKHORN_ITERS;
+use crate::contract::layout::factorial;
+use crate::contract::limits::{MAX_PERMUTED, MAX_SINKHORN_ITERS, MAX_STREAMS};
+use crate::contract::table::Group;
 use crate::contract::view::DType;
 
-/// Which set the matrix H_res is kept on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Constraint {
+/// Defines [`Constraint`]: a row has the number that CUDA kernels know the constraint by, the word of
+/// `MHCConfig`, the number of columns of phi for H_res of n streams, and the most streams.
+macro_rules! constraints {
+    ($($(#[$doc:meta])* $name:ident = $number:literal, $word:literal, $columns:expr, $max:expr;)+) => {
+        /// The set that the matrix H_res is kept on. Its number is the one that CUDA kernels know it by.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        #[repr(i32)]
+        pub enum Constraint {
+            $($(#[$doc])* $name = $number,)+
+        }
+
+        impl Constraint {
+            /// Every constraint, in the order of [`Constraint::WORDS`].
+            pub const ALL: &[Constraint] = &[$(Self::$name),+];
+
+            /// Number of coefficients that make up H_res of n streams.
+            pub(crate) fn num_columns(self, n: usize) -> usize {
+                let columns: fn(usize) -> usize = match self {
+                    $(Self::$name => $columns,)+
+                };
+                columns(n)
+            }
+
+            /// The most streams that the constraint is there for.
+            pub(crate) const fn max_streams(self) -> usize {
+                match self {
+                    $(Self::$name => $max,)+
+                }
+            }
+
+            /// The spelling that Python uses.
+            pub const fn word(self) -> &'static str {
+                match self {
+                    $(Self::$name => $word,)+
+                }
+            }
+        }
+
+        spelled!(Constraint, "constraint", $($word => $name),+);
+    };
+}
+
+/// Implements `FromStr` with the spelling that Python uses, and lists it.
+macro_rules! spelled {
+    ($type:ident, $field:literal, $($text:literal => $value:ident),+) => {
+        impl $type {
+            /// The spelling of every value.
+            pub const WORDS: &[&str] = &[$($text),+];
+        }
+
+        impl std::str::FromStr for $type {
+            type Err = String;
+            fn from_str(text: &str) -> Result<Self, String> {
+                match text {
+                    $($text => Ok(Self::$value),)+
+                    _ => Err(format!(
+                        concat!("attribute `", $field, "`: expected one of {:?}, got {:?}"),
+                        Self::WORDS, text,
+                    )),
+                }
+            }
+        }
+    };
+}
+
+constraints! {
     /// Doubly stochastic matrices, by Sinkhorn-Knopp.
-    Birkhoff,
+    Birkhoff = 0, "birkhoff", |n| n * n, MAX_STREAMS;
     /// Any matrix: H_res = z_res (unconstrained hyper-connections).
-    None,
+    None = 1, "none", |n| n * n, MAX_STREAMS;
     /// H_res = I; no coefficients for it.
-    Identity,
+    Identity = 2, "identity", |_| 0, MAX_STREAMS;
     /// Weighted means of permutation matrices.
-    Permutations,
+    Permutations = 3, "permutations", factorial, MAX_PERMUTED;
 }
 
 /// Which axis of h_res[i, j] each Sinkhorn iteration normalises first.
@@ -78,18 +143,73 @@ pub struct Config {
     pub pre_eps: f64,
     /// h_post = post_scale * sigmoid(z_post).
     pub post_scale: f64,
-    /// Added to mean(u²) where the layer's input is normalised ([`Call::can_normalize`]).
-    ///
-    /// [`Call::can_normalize`]: crate::Call::can_normalize
+    /// Whether the call has the values of [`Group::Dynamic`].
+    pub dynamic: bool,
+    /// Whether the call has the values of [`Group::Norm`].
+    pub norm: bool,
+    /// Term added to mean(u²) where the layer's input is normalised.
     pub norm_scale_eps: f64,
-    /// Whether the cotangent that a call adds to ([`Call::can_defer`]) is that of the streams which post
+    /// Whether the cotangent that a call adds to ([`Call::adds_in_place`](crate::Call::adds_in_place)) is that of the streams which post
     /// made, so that the transposed h_res has yet to be applied.
-    ///
-    /// [`Call::can_defer`]: crate::Call::can_defer
     pub deferred: bool,
 }
 
+/// The value of an attribute, as a program carries it.
+#[derive(Debug, Clone, Copy)]
+pub enum AttributeValue<'a> {
+    /// A word.
+    String(&'a str),
+    /// An integer.
+    Int64(i64),
+    /// A number.
+    Float64(f64),
+}
+
 impl Config {
+    /// Whether a call with these settings has the values of a group.
+    pub fn has(&self, group: Group) -> bool {
+        match group {
+            Group::Dynamic => self.dynamic,
+            Group::Norm => self.norm,
+        }
+    }
+
+    /// Sets the field of an attribute.
+    ///
+    /// # Errors
+    /// The value is not one of those that the table of calls allows: the attribute, what was expected, what
+    /// there is.
+    pub fn set(&mut self, name: &str, value: AttributeValue) -> Result<(), String> {
+        use AttributeValue::{Float64, Int64, String};
+        let flag = |value: i64| match value {
+            0 => Ok(false),
+            1 => Ok(true),
+            _ => Err(format!("attribute `{name}`: expected 0 or 1, got {value}")),
+        };
+        match (name, value) {
+            ("constraint", String(word)) => self.constraint = word.parse()?,
+            ("sinkhorn_eps_mode", String(word)) => self.sinkhorn_eps_mode = word.parse()?,
+            ("order", String(word)) => self.order = word.parse()?,
+            ("norm_eps_mode", String(word)) => self.norm_eps_mode = word.parse()?,
+            ("sinkhorn_iters", Int64(value)) => {
+                self.sinkhorn_iters = usize::try_from(value)
+                    .map_err(|_| format!("attribute `{name}`: expected 0 or more, got {value}"))?;
+            }
+            ("dynamic", Int64(value)) => self.dynamic = flag(value)?,
+            ("norm", Int64(value)) => self.norm = flag(value)?,
+            ("deferred", Int64(value)) => self.deferred = flag(value)?,
+            (_, Float64(value)) => {
+                let mut reals = self.reals().into_iter();
+                let found = reals.find(|(field, _)| *field == name);
+                *found
+                    .ok_or_else(|| format!("attribute `{name}`: no such number"))?
+                    .1 = value;
+            }
+            _ => return Err(format!("attribute `{name}`: no such setting")),
+        }
+        Ok(())
+    }
+
     /// The real numbers, by their names.
     fn reals(&mut self) -> [(&'static str, &mut f64); 5] {
         [
@@ -147,39 +267,14 @@ impl Default for Config {
             norm_eps_mode: NormEpsMode::Inside,
             pre_eps: 0.0,
             post_scale: 2.0,
+            dynamic: true,
+            norm: false,
             norm_scale_eps: 1e-6,
             deferred: false,
         }
     }
 }
 
-/// Implements `FromStr` with the spelling that Python uses, and lists it.
-macro_rules! spelled {
-    ($type:ident, $field:literal, $($text:literal => $value:ident),+) => {
-        impl $type {
-            /// The spelling of every value.
-            pub const WORDS: &[&str] = &[$($text),+];
-        }
-
-        impl std::str::FromStr for $type {
-            type Err = String;
-            fn from_str(text: &str) -> Result<Self, String> {
-                match text {
-                    $($text => Ok(Self::$value),)+
-                    _ => Err(format!(
-                        concat!("attribute `", $field, "`: expected one of {:?}, got {:?}"),
-                        Self::WORDS, text,
-                    )),
-                }
-            }
-        }
-    };
-}
-
-spelled!(
-    Constraint, "constraint",
-    "birkhoff" => Birkhoff, "none" => None, "identity" => Identity, "permutations" => Permutations
-);
 spelled!(Order, "order", "column_row" => ColumnRow, "row_column" => RowColumn);
 spelled!(EpsMode, "sinkhorn_eps_mode", "add" => Add, "clamp" => Clamp);
 spelled!(NormEpsMode, "norm_eps_mode", "inside" => Inside, "outside" => Outside);
@@ -226,6 +321,23 @@ mod tests {
             ..Config::default()
         };
         assert_eq!(many.check(DType::F32).unwrap_err().0, "sinkhorn_iters");
+    }
+
+    #[test]
+    fn constraints_have_their_numbers_and_columns() {
+        let of = |word: &str| word.parse::<Constraint>().unwrap();
+        let numbers = Constraint::WORDS.iter().map(|word| of(word) as usize);
+        assert!(numbers.eq(0..Constraint::ALL.len()));
+        for constraint in Constraint::ALL {
+            assert_eq!(of(constraint.word()), *constraint);
+        }
+        let columns =
+            ["birkhoff", "none", "identity", "permutations"].map(|word| of(word).num_columns(3));
+        assert_eq!(columns, [9, 9, 0, 6]);
+        let streams = Constraint::ALL
+            .iter()
+            .map(|constraint| constraint.max_streams());
+        assert!(streams.eq([16, 16, 16, 4]));
     }
 
     #[test]

@@ -1,9 +1,8 @@
 //! The coefficients that a token has, and where each group of them lies.
 
 use crate::contract::config::Constraint;
-use crate::contract::limits::MAX_PERMUTED;
 
-/// Which coefficients a token has, in the order pre, post, res.
+/// Coefficients of a token, in the order pre, post, res.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CoefficientLayout {
     /// Streams.
@@ -17,17 +16,13 @@ pub struct CoefficientLayout {
 impl CoefficientLayout {
     /// The coefficients of `pre`.
     pub fn pre(n: usize, constraint: Constraint) -> Self {
-        let num_res = match constraint {
-            Constraint::Birkhoff | Constraint::None => n * n,
-            Constraint::Identity => 0,
-            Constraint::Permutations => number(n),
-        };
         Self {
             n,
             num_post: n,
-            num_res,
+            num_res: constraint.num_columns(n),
         }
     }
+
     /// The coefficients of `head`.
     pub fn head(n: usize) -> Self {
         Self {
@@ -36,23 +31,28 @@ impl CoefficientLayout {
             num_res: 0,
         }
     }
-    /// K of `pre` at most, whatever the constraint.
+
+    /// The largest number of coefficients of `pre`, whatever the constraint.
     pub fn max_num(n: usize) -> usize {
-        let permutations = if n > MAX_PERMUTED { 0 } else { number(n) };
-        2 * n + permutations.max(n * n)
+        let constraints = Constraint::ALL.iter();
+        let possible = constraints.filter(|constraint| n <= constraint.max_streams());
+        let most = possible.map(|constraint| constraint.num_columns(n)).max();
+        2 * n + most.unwrap_or(0)
     }
-    /// K
+
+    /// Number of coefficients, K.
     pub fn num(&self) -> usize {
         self.n + self.num_post + self.num_res
     }
-    /// Which of alpha's gates belongs to column `c`.
+
+    /// Index of the gate of alpha that belongs to column `c`.
     #[inline(always)]
     pub fn gate(&self, c: usize) -> usize {
         usize::from(c >= self.n) + usize::from(c >= self.n + self.num_post)
     }
 }
 
-/// n!
-pub const fn number(n: usize) -> usize {
-    if n < 2 { 1 } else { n * number(n - 1) }
+/// n!, the number of permutations of n streams.
+pub const fn factorial(n: usize) -> usize {
+    if n < 2 { 1 } else { n * factorial(n - 1) }
 }

@@ -14,6 +14,9 @@ pub enum DType {
 }
 
 impl DType {
+    /// Every dtype that streams can have.
+    pub const ALL: [DType; 4] = [DType::F32, DType::Bf16, DType::F16, DType::F64];
+
     /// The name that JAX uses.
     pub const fn name(self) -> &'static str {
         match self {

@@ -26,7 +26,7 @@ impl Element for f16 {
     const DTYPE: DType = DType::F16;
 }
 
-/// The operands and results of a checked call as slices, by their names.
+/// Operands and results of a checked call as slices, by name.
 pub struct Memory<'a> {
     call: CheckedCall<'a>,
     taken: Vec<&'static str>,
@@ -41,7 +41,7 @@ impl<'a> Memory<'a> {
     pub unsafe fn new(call: CheckedCall<'a>) -> Self {
         Self {
             call,
-            taken: Vec::with_capacity(call.kind.results().len()),
+            taken: Vec::with_capacity(call.results().count()),
         }
     }
 
@@ -50,15 +50,15 @@ impl<'a> Memory<'a> {
         self.call
     }
 
-    /// An operand.
+    /// An operand; empty where the call has none of this name.
     ///
     /// # Panics
-    /// There is no such operand of this type, or it is the one whose memory becomes a result.
+    /// The operand has another type, or it is the one whose memory becomes a result.
     pub fn slice<T: Element>(&self, name: &str) -> &'a [T] {
         let kind = self.call.kind;
-        assert!(!(kind.adds_in_place() && kind.operands().last() == Some(&name)));
+        assert!(!(kind.adds_in_place() && kind.last_operand() == name));
         let view = self.call.operand(name);
-        let Some(len) = len::<T>(view) else {
+        let Some((view, len)) = view.and_then(|view| Some((view, len::<T>(view)?))) else {
             return &[];
         };
         // SAFETY: `new` promises that the elements are there, and nobody writes them: the operand is not
@@ -66,20 +66,21 @@ impl<'a> Memory<'a> {
         unsafe { std::slice::from_raw_parts(view.data.cast::<T>(), len) }
     }
 
-    /// A result. The one that is added to an operand holds that operand.
+    /// A result; empty where the call has none of this name. The one that is added to an operand holds that
+    /// operand.
     ///
     /// # Panics
-    /// There is no such result of this type, or it has been taken.
+    /// The result has another type, or it has been taken.
     pub fn slice_mut<T: Element>(&mut self, name: &'static str) -> &'a mut [T] {
         assert!(!self.taken.contains(&name), "`{name}` is taken");
         self.taken.push(name);
         let view = self.call.result(name);
-        let Some(len) = len::<T>(view) else {
+        let Some((view, len)) = view.and_then(|view| Some((view, len::<T>(view)?))) else {
             return &mut [];
         };
         let kind = self.call.kind;
-        if kind.adds_in_place() && kind.results().first() == Some(&name) {
-            let added_to = kind.operands().last().map(|name| self.call.operand(name));
+        if kind.adds_in_place() && kind.first_result() == name {
+            let added_to = self.call.operand(kind.last_operand());
             if let Some(from) = added_to.filter(|from| from.data != view.data) {
                 // SAFETY: the table gives both the same type and shape, and `new` promises that they
                 // overlap in no other way than lying in the same place.

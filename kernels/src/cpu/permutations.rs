@@ -3,14 +3,14 @@
 //!
 //! Permutations are in lexicographic order, the identity first: mHC-lite.
 
-use crate::contract::layout::number;
+use crate::contract::layout::factorial;
 use crate::contract::limits::{MAX_PERMUTED, MAX_STREAMS};
 use crate::cpu::simd::Vector;
 
 /// Those of the largest number of streams. The first n! of them move the last n alone, in the order of the
 /// permutations of n.
-const IMAGES: [[usize; MAX_PERMUTED]; number(MAX_PERMUTED)] = {
-    let mut images = [[0; MAX_PERMUTED]; number(MAX_PERMUTED)];
+const IMAGES: [[usize; MAX_PERMUTED]; factorial(MAX_PERMUTED)] = {
+    let mut images = [[0; MAX_PERMUTED]; factorial(MAX_PERMUTED)];
     let mut p = 0;
     while p < images.len() {
         // Of those that are left, in ascending order, the one that p says.
@@ -18,7 +18,7 @@ const IMAGES: [[usize; MAX_PERMUTED]; number(MAX_PERMUTED)] = {
         let mut i = 0;
         while i < MAX_PERMUTED {
             let rest = MAX_PERMUTED - 1 - i;
-            let mut at = p / number(rest) % (rest + 1);
+            let mut at = p / factorial(rest) % (rest + 1);
             images[p][i] = left[at];
             while at < rest {
                 left[at] = left[at + 1];
@@ -35,7 +35,7 @@ const IMAGES: [[usize; MAX_PERMUTED]; number(MAX_PERMUTED)] = {
 #[inline(always)]
 fn for_each(n: usize, mut each: impl FnMut(usize, usize, usize)) {
     let first = MAX_PERMUTED - n;
-    for (p, images) in IMAGES.iter().enumerate().take(number(n)) {
+    for (p, images) in IMAGES.iter().enumerate().take(factorial(n)) {
         for (i, image) in images[first..].iter().enumerate() {
             each(p, i, image - first);
         }
@@ -92,7 +92,7 @@ mod tests {
     #[test]
     fn permutations_are_in_lexicographic_order() {
         for n in 1..=MAX_PERMUTED {
-            let mut images = vec![vec![]; number(n)];
+            let mut images = vec![vec![]; factorial(n)];
             for_each(n, |p, i, j| {
                 assert_eq!(images[p].len(), i);
                 images[p].push(j);

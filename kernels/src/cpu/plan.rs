@@ -1,6 +1,7 @@
 //! How the CPU runs a call, in words for the log.
 
-use crate::contract::check::{Call, CheckedCall};
+use crate::contract::check::CheckedCall;
+use crate::contract::table::Call;
 use crate::cpu::simd::instruction_set_of;
 use crate::cpu::{Pool, collapse, post, pre, sinkhorn};
 

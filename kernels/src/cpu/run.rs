@@ -4,7 +4,8 @@ use std::time::Instant;
 
 use half::{bf16, f16};
 
-use crate::contract::check::{Call, CheckedCall};
+use crate::contract::check::CheckedCall;
+use crate::contract::table::Call;
 use crate::contract::view::{DType, View};
 use crate::cpu::coefficients::{CoefficientsMut, Cotangents, Gates};
 use crate::cpu::memory::Memory;
@@ -156,11 +157,7 @@ fn run_typed<S: Stream>(mut memory: Memory, pool: &dyn Pool) -> Result<(), Exhau
 
 fn params<'a, R: Real>(memory: &Memory<'a>) -> Params<'a, R> {
     let CheckedCall {
-        kind,
-        config,
-        layout,
-        c,
-        ..
+        config, layout, c, ..
     } = memory.call();
     Params {
         c,
@@ -171,11 +168,7 @@ fn params<'a, R: Real>(memory: &Memory<'a>) -> Params<'a, R> {
             alpha: memory.slice("alpha"),
             bias: memory.slice("bias"),
         },
-        norm_scale: if kind.can_normalize() {
-            memory.slice("norm_scale")
-        } else {
-            &[]
-        },
+        norm_scale: memory.slice("norm_scale"),
     }
 }
 
@@ -221,11 +214,7 @@ fn param_gradients<'a, R: Real>(memory: &mut Memory<'a>) -> pre::ParamGradients<
         d_phi: memory.slice_mut("d_phi"),
         d_alpha: memory.slice_mut("d_alpha"),
         d_bias: memory.slice_mut("d_bias"),
-        d_norm_scale: if memory.call().kind.can_normalize() {
-            memory.slice_mut("d_norm_scale")
-        } else {
-            &mut []
-        },
+        d_norm_scale: memory.slice_mut("d_norm_scale"),
     }
 }
 

@@ -34,7 +34,7 @@ pub struct Image {
 impl Image {
     /// The code itself.
     pub fn decompress(&self) -> Vec<u8> {
-        decompress_to_vec(self.code).expect("build.rs compressed it")
+        decompress_to_vec(self.code).expect("the build compressed it")
     }
 
     /// Whether its kernels run in clusters of blocks.
@@ -190,26 +190,29 @@ mod tests {
         let build = build().expect("NVRTC to build with");
         let all = [DType::Bf16, DType::F16, DType::F32];
         let streams: &[_] = &["n2", "n4", "n8", "any"];
-        let every: [(_, &[_], &[DType]); 4] = [
+        let every: [(_, &[_], &[DType]); 6] = [
             ("sinkhorn", streams, &all[2..]),
             ("pre", streams, &all),
+            ("norm", streams, &all),
             ("post", streams, &all),
-            ("projection", &["k8", "k24", "k80", "any"], &all),
+            ("collapse", streams, &all),
+            ("projection", &["k8", "k24", "k32", "k80", "any"], &all),
         ];
         let channels: &[_] = &["w256", "w320", "w384", "w448"];
-        let clusters: [(_, &[_], &[DType]); 6] = [
+        let clusters: [(_, &[_], &[DType]); 7] = [
             ("one_pass_fwd", channels, &all[..1]),
             ("pre_bwd_one_pass", channels, &all[..1]),
-            ("seam_bwd_one_pass", channels, &all[..1]),
+            ("post_pre_bwd_one_pass", channels, &all[..1]),
             ("phi_bwd", &["w128"], &all[..1]),
-            ("gates_bwd", &streams[1..2], &all[2..]),
+            ("post_pre_norm_bwd", &streams[1..2], &all[..1]),
+            ("logits_bwd", &streams[1..2], &all[2..]),
             ("sum_gradients", &streams[1..2], &all[2..]),
         ];
         for architecture in build.architectures {
             let (_, number) = architecture.split_once('_').unwrap();
             let number: u32 = number.parse().unwrap();
             let has_clusters = matches!(*architecture, "sm_90" | "sm_100");
-            let of_hopper = ["seam_bwd_one_pass", "phi_bwd"];
+            let of_hopper = ["post_pre_bwd_one_pass", "phi_bwd", "post_pre_norm_bwd"];
             let clusters = (clusters.iter())
                 .filter(|_| has_clusters)
                 .filter(|(file, ..)| *architecture == "sm_90" || !of_hopper.contains(file));

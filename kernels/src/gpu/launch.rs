@@ -1,20 +1,21 @@
 //! What is to be launched: a plan of a call is a list of these.
 
-use crate::contract::check::{Call, CheckedCall};
-use crate::contract::config::{Config, Constraint, EpsMode, NormEpsMode, Order};
+use crate::contract::check::CheckedCall;
+use crate::contract::config::{Config, EpsMode, NormEpsMode, Order};
 use crate::contract::layout::CoefficientLayout;
 use crate::contract::limits::MAX_SINKHORN_ITERS;
 use crate::contract::limits::MAX_STREAMS;
+use crate::contract::table::Call;
 use crate::contract::view::DType;
 
-/// A kernel: the symbol `mhc_<function>_<size>_<dtype>` of a file in kernels/cuda.
+/// A kernel: the symbol `mhc_<function>_<size>_<dtype>` of a file in kernels/device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Kernel {
     /// Stem of the file.
     pub file: &'static str,
     /// Name in the file.
     pub function: &'static str,
-    /// One of the sizes that build.rs lists for the file, such as `n4`.
+    /// One of the sizes that build/main.rs lists for the file, such as `n4`.
     pub size: &'static str,
     /// Of the streams; float32 where the file has no other.
     pub dtype: DType,
@@ -167,12 +168,7 @@ pub struct Settings {
 impl From<&Config> for Settings {
     fn from(config: &Config) -> Self {
         Self {
-            constraint: match config.constraint {
-                Constraint::Birkhoff => 0,
-                Constraint::None => 1,
-                Constraint::Identity => 2,
-                Constraint::Permutations => 3,
-            },
+            constraint: config.constraint as i32,
             sinkhorn_iters: config.sinkhorn_iters as i32,
             sinkhorn_eps: config.sinkhorn_eps as f32,
             clamp: i32::from(config.sinkhorn_eps_mode == EpsMode::Clamp),

@@ -6,8 +6,9 @@ mod scratch;
 use super::images::{build, has_symbol};
 use super::launch::{Arg, Device, Launch, Tensor};
 use super::{check_device_call, plan, status, workspace};
-use crate::contract::check::{Call, Example};
+use crate::contract::check::Example;
 use crate::contract::limits::MAX_PERMUTED;
+use crate::contract::table::Call;
 use crate::contract::view::DType;
 use crate::{Config, Constraint};
 
@@ -101,7 +102,7 @@ fn examples() -> Vec<(String, Example)> {
                         "{kind:?} {dtype:?} {tokens} {sizes:?} {constraint:?} {sinkhorn_iters}"
                     );
                     examples.push((format!("{name} static"), example().into_static()));
-                    if kind.can_normalize() {
+                    if !kind.groups().is_empty() {
                         examples.push((format!("{name} norm"), example().with_norm()));
                     }
                     examples.push((name, example()));
@@ -204,21 +205,26 @@ fn deferred_cotangents_are_mixed_on_their_way_where_that_fits() {
 }
 
 #[test]
-fn the_seam_reads_the_streams_once_where_a_kernel_does() {
+fn post_pre_reads_the_streams_once_where_a_kernel_does() {
     let functions = |device: &Device, dtype, c| {
         let example = Example::new(Call::PostPreBwd, dtype, 17, [4, c], Config::default());
         functions_of(example, device)
     };
-    let once = ["gates_bwd", "seam_bwd_one_pass", "sum_gradients"];
+    let once = ["logits_bwd", "post_pre_bwd_one_pass", "sum_gradients"];
     assert_eq!(functions(&H100, DType::Bf16, 4096), once);
     assert_eq!(functions(&H100, DType::Bf16, 1024), once);
-    let but_phi = ["gates_bwd", "seam_bwd_one_pass", "phi_bwd", "sum_gradients"];
+    let but_phi = [
+        "logits_bwd",
+        "post_pre_bwd_one_pass",
+        "phi_bwd",
+        "sum_gradients",
+    ];
     for c in [640, 2560, 6144, 7168] {
         assert_eq!(functions(&H100, DType::Bf16, c), but_phi);
     }
     let pre_once = [
         "post_fwd",
-        "gates_bwd",
+        "logits_bwd",
         "pre_bwd_one_pass",
         "sum_gradients",
         "post_bwd",
@@ -250,7 +256,7 @@ fn permutations_have_columns_that_no_kernel_reads_the_streams_once_for() {
         let example = || Example::new(kind, DType::Bf16, 17, [4, 4096], config);
         for example in [example(), example().into_static(), example().with_norm()] {
             let functions = functions_of(example, &H100);
-            let once = |name: &&str| name.ends_with("one_pass") || *name == "gates_bwd";
+            let once = |name: &&str| name.ends_with("one_pass") || *name == "logits_bwd";
             assert!(!functions.iter().any(once), "{functions:?}");
         }
     }
@@ -272,22 +278,22 @@ fn the_norm_is_in_the_kernels_that_read_the_streams_once() {
         assert_eq!(functions(&H100, Call::PreFwd, c), ["pre_norm_fwd_one_pass"]);
         assert_eq!(
             functions(&H100, Call::PostPreFwd, c),
-            ["seam_norm_fwd_one_pass"]
+            ["post_pre_norm_fwd_one_pass"]
         );
         let pre = [
-            "gates_bwd",
+            "logits_bwd",
             "pre_norm_bwd_one_pass",
             "sum_gradients",
             "sum_norm_scale",
         ];
         assert_eq!(functions(&H100, Call::PreBwd, c), pre);
-        let seam = [
-            "seam_norm_bwd",
+        let post_pre = [
+            "post_pre_norm_bwd",
             "sum_norm_scale",
-            "gates_bwd",
-            "seam_bwd_one_pass",
+            "logits_bwd",
+            "post_pre_bwd_one_pass",
         ];
-        assert_eq!(functions(&H100, Call::PostPreBwd, c)[..4], seam);
+        assert_eq!(functions(&H100, Call::PostPreBwd, c)[..4], post_pre);
     }
 }
 
@@ -300,7 +306,7 @@ fn every_call_does_something() {
         });
         example.with_workspace(needed).check(|call| {
             let call = call.unwrap();
-            let writes = call.tokens > 0 || call.kind.results().contains(&"d_bias");
+            let writes = call.tokens > 0 || call.result("d_bias").is_some();
             let launches = plan(&call, &H100);
             let runs = launches.iter().any(|launch| !launch.grid.contains(&0));
             assert!(runs || !writes, "{name}");

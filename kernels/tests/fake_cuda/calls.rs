@@ -54,8 +54,8 @@ impl Case {
         let row = |len: i64| wide(&[t, len]);
         let mut types = match self.op {
             Call::PreFwd => [
-                vec![x, wide(&[n * c, k]), wide(&[3]), wide(&[k]), wide(&[0])],
-                vec![u, row(n), row(n), matrix, row(k), wide(&[t]), row(0)],
+                vec![x, wide(&[n, c, k]), wide(&[3]), wide(&[k])],
+                vec![u, row(n), row(n), matrix, row(k), wide(&[t])],
             ],
             Call::PostFwd => [vec![x.clone(), u, row(n), matrix], vec![x]],
             Call::CollapseFwd => [vec![x, row(n)], vec![u]],

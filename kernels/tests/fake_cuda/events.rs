@@ -80,7 +80,7 @@ pub fn check(level: &str) -> usize {
     let loaded = "INFO jax_mhc: image loaded image=one_pass_fwd (w320, bf16, sm_90a) bytes=";
     expect(loaded, "info debug trace");
     let plan = "DEBUG jax_mhc: plan op=\"pre_fwd\" stage=Execute device=0 dtype=\"bfloat16\" \
-                shapes=[[64, 4, 2560], [10240, 24], [3], [24], [0]] kernels=[\"mhc_pre_fwd_one_pass_w320_bf16\"] \
+                shapes=[[64, 4, 2560], [4, 2560, 24], [3], [24]] kernels=[\"mhc_pre_fwd_one_pass_w320_bf16\"] \
                 workspace=";
     expect(plan, "debug trace");
     let launch = "TRACE jax_mhc: launch kernel=\"mhc_pre_fwd_one_pass_w320_bf16\" device=0 grid=[64, 1, 1] block=512 \

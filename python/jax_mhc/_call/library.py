@@ -25,10 +25,6 @@ from typing import Any
 import jax
 import jaxlib.version
 
-#: Version of the table of calls in docs/architecture.md. Compiled programs outlive the library, so
-#: it is a part of every target's name.
-TARGET_VERSION = 2
-
 OLDEST_JAXLIB = (0, 9)
 
 _PATH = Path(__file__).parents[1] / (
@@ -42,9 +38,24 @@ _outcome: dict[str, Any] | str | None = None
 _cuda_outcome: str | None = None
 
 
+def description() -> dict[str, Any]:
+    """The library's description of itself: its calls, their limits, the handlers.
+
+    Raises:
+        RuntimeError: the library cannot be used.
+    """
+    outcome = _load_once()
+    if isinstance(outcome, str):
+        raise RuntimeError(f"jax_mhc: no fused kernels: {outcome}")
+    return outcome
+
+
 def target_name(call: str) -> str:
-    """The name under which XLA knows a call such as `pre_fwd`."""
-    return f"jax_mhc_{call}_v{TARGET_VERSION}"
+    """The name under which XLA knows a call such as `pre_fwd`.
+
+    It ends in the version of the table of calls, since compiled programs outlive the library.
+    """
+    return f"jax_mhc_{call}_v{description()['target_version']}"
 
 
 def register() -> None:
@@ -232,15 +243,13 @@ def _load() -> dict[str, Any]:
         describe = library.jax_mhc_describe
         describe.restype = ctypes.c_char_p
         description = json.loads(describe() or b"null")
-        versions = description["version"], description["target_version"]
+        version, _, _ = (description[key] for key in ("version", "target_version", "limits"))
     except (AttributeError, ValueError, TypeError, KeyError) as error:
         raise _Unusable(f"{_PATH} is not the library of jax-mhc; {reinstall}") from error
-    expected = metadata.version("jax-mhc"), TARGET_VERSION
-    if versions != expected:
+    expected = metadata.version("jax-mhc")
+    if version != expected:
         raise _Unusable(
-            "expected version {} with calls of version {}".format(*expected)
-            + ", got version {} with calls of version {}".format(*versions)
-            + f" in {_PATH}; {reinstall}"
+            f"expected version {expected}, got version {version} in {_PATH}; {reinstall}"
         )
     return description
 
@@ -281,7 +290,8 @@ def _check_devices(status: dict[str, Any]) -> None:
 
 
 def _register(library: dict[str, Any], platform: str) -> None:
-    for handler in _handlers(library, platform):
+    retired = [h for h in library.get("retired", ()) if _platform(h) == platform]
+    for handler in [*_handlers(library, platform), *retired]:
         # A handler is one function, or one for each stage of a call.
         stages = {
             stage: jax.ffi.pycapsule(handler[stage])

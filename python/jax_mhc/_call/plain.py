@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -21,25 +21,27 @@ from jax_mhc._check import accumulation_dtype
 from jax_mhc._types import MHCConfig
 
 if TYPE_CHECKING:
-    from jax_mhc._call.table import Call
-
-# Operands or results of a call, by name.
-Values = dict[str, Any]
+    from jax_mhc._call.table import Call, Values
 
 
-def run(call: Call, *operands: Any) -> Sequence[Any]:
-    """Runs a call: the results of docs/architecture.md's table, from its operands."""
-    results = _PROGRAMS[call.name](call, dict(zip(call.operands, operands, strict=True)))
-    return [results[name] for name in call.results]
+def run(call: Call, operands: Values) -> Values:
+    """Runs a call: its results from its operands, both by name."""
+    results = _PROGRAMS[call.name](call, operands)
+    return {name: results[name] for name in call.results}
 
 
-def logits(m: Any, alpha: Any, bias: Any, streams: int) -> Any:
-    """The logits z `[..., K]` [16], also of static coefficients, whose m has no columns."""
-    if m.shape[-1] == 0:
-        # To JAX it varies with the tokens, although it does not.
-        bias = reference.for_tokens(bias, m)
-        return varying_like(jnp.broadcast_to(bias, (*m.shape[:-1], bias.shape[-1])), m)
-    return reference.gated(m, alpha, bias, streams)
+def logits(given: Values, streams: int) -> jax.Array:
+    """The logits z `[..., K]` [16] from m, alpha and bias; without m the coefficients are static.
+
+    The tokens of static ones are those of r `[...]`.
+    """
+    bias = given["bias"]
+    if "m" in given:
+        return reference.gated(given["m"], given["alpha"], bias, streams)
+    r = given["r"][..., None]
+    # To JAX it varies with the tokens, although it does not.
+    of_tokens = jnp.broadcast_to(reference.for_tokens(bias, r), (*r.shape[:-1], *bias.shape))
+    return varying_like(of_tokens, r)
 
 
 # ---- forward ------------------------------------------------------------------------------------
@@ -47,19 +49,16 @@ def logits(m: Any, alpha: Any, bias: Any, streams: int) -> Any:
 
 def _pre_fwd(call: Call, given: Values) -> Values:
     config, x = _config(call), _wide(given["x"])
-    n, scale = x.shape[-2], given["norm_scale"]
-    if given["phi"].shape[1]:
-        m, r = reference.projection(x, given["phi"], config)
-    else:
-        m, r = jnp.zeros((*x.shape[:-2], 0), x.dtype), jnp.zeros(x.shape[:-2], x.dtype)
-    z = logits(varying_like(m, x), given["alpha"], given["bias"], n)
-    h_pre, h_post, h_res = _coefficients(z, n, config)
-    u = reference.weighted_sum(h_pre, x)
-    rho = jnp.zeros((*x.shape[:-2], 0), x.dtype)
-    if scale.size:
-        u, rho = _normalized(u, scale, dict(call.attributes)["norm_scale_eps"])
-    results = {"h_pre": h_pre, "h_post": h_post, "h_res": h_res, "m": m, "r": r, "rho": rho}
-    return results | {"u": u.astype(given["x"].dtype)}
+    made = {"r": varying_like(jnp.zeros(x.shape[:-2], x.dtype), x)}
+    if "phi" in given:
+        made["m"], made["r"] = reference.projection(x, _rows(given["phi"]), config)
+    n = x.shape[-2]
+    h = _coefficients(logits(given | made, n), n, config)
+    made["h_pre"], made["h_post"], made["h_res"] = h
+    u = reference.weighted_sum(made["h_pre"], x)
+    if "norm_scale" in given:
+        u, made["rho"] = _normalized(u, given["norm_scale"], call.attribute("norm_scale_eps"))
+    return made | {"u": u.astype(given["x"].dtype)}
 
 
 def _post_fwd(call: Call, given: Values) -> Values:
@@ -75,7 +74,7 @@ def _post_pre_fwd(call: Call, given: Values) -> Values:
 
 def _head_fwd(call: Call, given: Values) -> Values:
     config, x = _config(call), _wide(given["x"])
-    m, r = reference.projection(x, given["phi"], config)
+    m, r = reference.projection(x, _rows(given["phi"]), config)
     h_pre = head_gate(m, given) + config.pre_eps
     return {"u": reference.weighted_sum(h_pre, x).astype(given["x"].dtype), "m": m, "r": r}
 
@@ -93,42 +92,39 @@ def _sinkhorn_fwd(call: Call, given: Values) -> Values:
 
 
 def _pre_bwd(call: Call, given: Values) -> Values:
-    config, x, m, scale = _config(call), _wide(given["x"]), given["m"], given["norm_scale"]
-    n, attributes, d_u = x.shape[-2], dict(call.attributes), _wide(given["d_u"])
-    z = logits(varying_like(m, x), given["alpha"], given["bias"], n)
+    config, x = _config(call), _wide(given["x"])
+    n, d_u = x.shape[-2], _wide(given["d_u"])
+    made: Values = {}
+    given = given | {name: varying_like(given[name], x) for name in ("m", "r") if name in given}
+    z = logits(given, n)
     h_pre = jax.nn.sigmoid(z[..., :n]) + config.pre_eps
-    d_scale = jnp.zeros_like(scale)
-    if scale.size:
+    if "norm_scale" in given:
         # Of u before its norm, and of the norm's parameter.
         u, rho = reference.weighted_sum(h_pre, x), given["rho"]
-        w_d_u = reference.for_tokens(scale, d_u) * d_u
-        d_scale = _sum_tokens(d_u * (rho * u))
+        w_d_u = reference.for_tokens(given["norm_scale"], d_u) * d_u
+        made["d_norm_scale"] = _sum_tokens(d_u * (rho * u))
         dot = jnp.mean(w_d_u * u, -1, keepdims=True)
         d_u = rho * w_d_u - rho**3 * dot * u
     d_h_pre = given["d_h_pre"] + _dots(x, d_u)
 
-    def inner_product(z: Any) -> Any:
+    def inner_product(z: jax.Array) -> jax.Array:
         h = _coefficients(z, n, config)
         d_h = d_h_pre, given["d_h_post"], given["d_h_res"]
-        return sum(jnp.sum(a * b) for a, b in zip(h, d_h, strict=True))
+        return functools.reduce(jnp.add, (jnp.sum(a * b) for a, b in zip(h, d_h, strict=True)))
 
     d_z = jax.grad(inner_product)(z)
     d_x = _wide(given["d_x_in"])
-    if attributes["deferred"]:
+    if call.attribute("deferred"):
         d_x = reference.mix(jnp.swapaxes(given["h_res"], -1, -2), d_x)
     d_x = d_x + h_pre[..., None] * d_u[..., None, :]
-    d_phi, d_alpha = jnp.zeros_like(given["phi"]), jnp.zeros_like(given["alpha"])
-    if m.shape[-1]:
-        by_column = _sum_tokens(d_z * m)
-        groups = jnp.split(by_column, (n, 2 * n))
-        d_alpha = jnp.stack([jnp.sum(group) for group in groups])
+    if "phi" in given:
+        m = given["m"]
+        groups = jnp.split(_sum_tokens(d_z * m), (n, 2 * n))
+        made["d_alpha"] = jnp.stack([jnp.sum(group) for group in groups])
         d_m = reference.for_tokens(reference.gates(given["alpha"], n, m.shape[-1]), m) * d_z
-        from_m, d_phi = _project_back(x, given["phi"], m, given["r"], config, d_m)
+        from_m, made["d_phi"] = _project_back(x, given, config, d_m)
         d_x = d_x + from_m
-    return {
-        "d_x": d_x.astype(given["x"].dtype), "d_phi": d_phi, "d_alpha": d_alpha,
-        "d_bias": _sum_tokens(d_z), "d_norm_scale": d_scale,
-    }  # fmt: skip
+    return made | {"d_x": d_x.astype(given["x"].dtype), "d_bias": _sum_tokens(d_z)}
 
 
 def _post_bwd(call: Call, given: Values) -> Values:
@@ -150,7 +146,7 @@ def _head_bwd(call: Call, given: Values) -> Values:
     gate = head_gate(m, given)
     d_z = _dots(x, d_u) * gate * (1 - gate)
     alpha = reference.for_tokens(given["alpha"], m)
-    from_m, d_phi = _project_back(x, given["phi"], m, given["r"], config, alpha * d_z)
+    from_m, d_phi = _project_back(x, given, config, alpha * d_z)
     d_x = (gate + config.pre_eps)[..., None] * d_u[..., None, :] + from_m
     return {
         "d_x": d_x.astype(given["x"].dtype), "d_phi": d_phi,
@@ -192,31 +188,41 @@ def _config(call: Call) -> MHCConfig:
     return call.config
 
 
-def _wide(array: Any) -> Any:
+def _wide(array: jax.Array) -> jax.Array:
     """An array in the accumulation dtype."""
     return array.astype(accumulation_dtype(array.dtype))
 
 
-def _coefficients(z: Any, n: int, config: MHCConfig) -> Any:
+def _coefficients(
+    z: jax.Array, n: int, config: MHCConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     project = functools.partial(reference.sinkhorn, config=config)
     return reference.coefficients(z, n, config, project)
 
 
-def head_gate(m: Any, given: Values) -> Any:
+def head_gate(m: jax.Array, given: Values) -> jax.Array:
     """The weights of the streams in the head, without pre_eps: sigmoid(alpha · m + bias)."""
     alpha, bias = (reference.for_tokens(given[name], m) for name in ("alpha", "bias"))
     return jax.nn.sigmoid(alpha * m + bias)
 
 
-def _normalized(u: Any, scale: Any, eps: float) -> tuple[Any, Any]:
+def _normalized(u: jax.Array, scale: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
     """The RMSNorm of u, and rho `[..., 1]`."""
     rho = jax.lax.rsqrt(jnp.mean(jnp.square(u), -1, keepdims=True) + eps)
     return reference.for_tokens(scale, u) * (rho * u), rho
 
 
-def _project_back(x: Any, phi: Any, m: Any, r: Any, config: MHCConfig, d_m: Any) -> tuple[Any, Any]:
+def _rows(phi: jax.Array) -> jax.Array:
+    """A phi `[n, C, K]` as the reference has it, `[n*C, K]`."""
+    return phi.reshape(phi.shape[0] * phi.shape[1], phi.shape[2])
+
+
+def _project_back(
+    x: jax.Array, given: Values, config: MHCConfig, d_m: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """The gradients of x and phi through m = r · (vec(x) phi)."""
     highest = jax.lax.Precision.HIGHEST
+    phi, m, r = _rows(given["phi"]), given["m"], given["r"]
     width = math.prod(x.shape[-2:])
     flat, r_d_m = x.reshape(*x.shape[:-2], width), r[..., None] * d_m
     tokens = tuple(range(r.ndim))
@@ -229,13 +235,13 @@ def _project_back(x: Any, phi: Any, m: Any, r: Any, config: MHCConfig, d_m: Any)
         square = jnp.mean(jnp.square(x), (-2, -1))
         factor = jnp.where(square > 0, factor * jax.lax.rsqrt(jnp.maximum(square, 1e-300)), 0)
     d_x = jnp.matmul(r_d_m, phi.T, precision=highest).reshape(x.shape)
-    return d_x - factor[..., None, None] * x, d_phi
+    return d_x - factor[..., None, None] * x, d_phi.reshape(given["phi"].shape)
 
 
-def _dots(x: Any, u: Any) -> Any:
+def _dots(x: jax.Array, u: jax.Array) -> jax.Array:
     """The inner products <x[i], u> over the channels: [..., n, C] and [..., C] -> [..., n]."""
     return jnp.sum(x * u[..., None, :], -1)
 
 
-def _sum_tokens(values: Any) -> Any:
+def _sum_tokens(values: jax.Array) -> jax.Array:
     return jnp.sum(values, tuple(range(values.ndim - 1)))

@@ -1,17 +1,17 @@
-"""The primitive that a call is: its types, and what becomes of it where a program is lowered.
+"""The primitive that a call is: its types, and what it becomes where a program is lowered.
 
-A call runs on one device, on what that device has; `_mesh` spreads it over many. The platform that
-a program is lowered for, and not the one that it is traced on, says what it becomes: a custom call,
-or plain JAX (`plain.py`). A batch of calls, whose elements have parameters of their own, is one
-primitive too, so that it can become whichever is faster.
+A call runs on one device, on the part of each array that this device has; `_mesh` spreads it over
+many. The platform that a program is lowered for, and not the one that it is traced on, decides what
+the call becomes: a custom call, or plain JAX (`plain.py`). A batch of calls, whose elements have
+parameters of their own, is one primitive too, so that it can become whichever is faster.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import numpy as np
@@ -19,31 +19,47 @@ from jax.interpreters import mlir
 
 from jax_mhc._axes import typed, varying_axes
 from jax_mhc._call import library, plain
-from jax_mhc._call.table import IN_PLACE, KERNELS, Call, attributes, refuse_fused
+from jax_mhc._call.table import Call, Values, attributes, refuse_fused, sizes
 from jax_mhc._check import accumulation_dtype
+from jax_mhc._limits import KERNEL_DTYPES
+
+if TYPE_CHECKING:
+    from jax.extend.core import Primitive
+    from jax.extend.mlir import ir
+
+    IrValue: TypeAlias = ir.Value[Any]
+    IrValues: TypeAlias = Sequence[IrValue | Sequence[IrValue]]
+
+# The names of the operands of a batch of calls whose first axis is that of the batch.
+Mapped: TypeAlias = tuple[str, ...] | None
 
 
-def bind(call: Call, *operands: Any, mapped: tuple[bool, ...] | None = None) -> Sequence[Any]:
+def bind(call: Call, operands: Mapping[str, jax.Array], *, mapped: Mapped = None) -> Values:
     """Runs a call on one device.
 
-    mapped: of each operand, whether its first axis is that of a batch of calls; all results have
-        this axis. None: one call.
+    Args:
+        call: the call.
+        operands: its operands.
+        mapped: the operands whose first axis is that of a batch of calls; all results have this
+            axis. None: one call.
     """
-    return primitive().bind(*operands, call=call, mapped=mapped)
+    in_order = [operands[name] for name in call.operands]
+    results = primitive().bind(*in_order, call=call, mapped=mapped)
+    return dict(zip(call.results, results, strict=True))
 
 
 @functools.cache
-def primitive() -> Any:
+def primitive() -> Primitive:
     """The primitive of all calls."""
     # jax.extend.core.Primitive, whose import takes 30 ms.
-    new: Callable[[str], Any] = type(jax.lax.add_p)
+    new: Callable[[str], Primitive] = type(jax.lax.add_p)
     primitive = new("mhc_call")
 
     @functools.cache
-    def compiled(call: Call, mapped: tuple[bool, ...] | None) -> Any:
+    def compiled(call: Call, mapped: Mapped) -> Callable[..., list[jax.Array]]:
         return jax.jit(functools.partial(primitive.bind, call=call, mapped=mapped))
 
-    def run(*operands: Any, call: Call, mapped: tuple[bool, ...] | None) -> Any:
+    def run(*operands: jax.Array, call: Call, mapped: Mapped) -> list[jax.Array]:
         # With jit disabled, the jitted function would bind the primitive, which would end here.
         with jax.disable_jit(False):
             return compiled(call, mapped)(*operands)
@@ -57,80 +73,61 @@ def primitive() -> Any:
     return primitive
 
 
-def _given(call: Call, operands: Sequence[Any]) -> tuple[dict[str, Any], Any]:
-    """The operands by name, and the streams, or what has their place."""
-    return dict(zip(call.operands, operands, strict=True)), operands[0]
+def _are_mapped(call: Call, mapped: Mapped) -> list[bool]:
+    """Of each operand, whether its first axis is that of a batch."""
+    return [name in (mapped or ()) for name in call.operands]
 
 
 def _result_types(
-    *operands: jax.core.ShapedArray, call: Call, mapped: tuple[bool, ...] | None
+    *operands: jax.core.ShapedArray, call: Call, mapped: Mapped
 ) -> list[jax.core.ShapedArray]:
     """Shapes, dtypes and varying axes of a call's results."""
-    given, streams = _given(call, operands)
-    lead: tuple[int, ...] = ()
+    are_mapped = _are_mapped(call, mapped)
+    shapes = [value.shape[m:] for value, m in zip(operands, are_mapped, strict=True)]
+    tokens, by_letter = sizes(call.operand_values, shapes)
+    lead = tokens
     if mapped is not None:
-        sizes = [value.shape[0] for value, m in zip(operands, mapped, strict=True) if m]
-        lead = (sizes[0],)
-        elements = [
-            jax.ShapeDtypeStruct(value.shape[m:], value.dtype)
-            for value, m in zip(operands, mapped, strict=True)
-        ]
-        given, _ = _given(call, elements)
+        lead = (operands[are_mapped.index(True)].shape[0], *tokens)
     varying = frozenset[str]().union(*map(varying_axes, operands))
-    types = _types(call, given)
+    streams = operands[0]
+    dtypes = {"streams": streams.dtype, "accumulation": accumulation_dtype(streams.dtype)}
     return [
-        typed((*lead, *shape), dtype, varying, streams)
-        for shape, dtype in (types[result] for result in call.results)
-    ]
-
-
-def _types(call: Call, given: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shapes and dtypes of what a call can have as results, by name."""
-    streams = given[call.operands[0]]
-    types = {f"d_{key}": (value.shape, value.dtype) for key, value in given.items()}
-    *tokens, n, last = streams.shape
-    wide = accumulation_dtype(streams.dtype)
-    types |= {
-        "x_new": (streams.shape, streams.dtype),
-        "d_x_new": (streams.shape, streams.dtype),
-        "u": ((*tokens, last), streams.dtype),
-        "h_pre": ((*tokens, n), wide),
-        "d_h_pre": ((*tokens, n), wide),
-        "h_post": ((*tokens, n), wide),
-        "h_res": ((*tokens, n, n), wide),
-        "r": (tuple(tokens), wide),
-    }
-    if "phi" in given:
-        types["m"] = ((*tokens, given["phi"].shape[1]), wide)
-    if "norm_scale" in given:
-        types["rho"] = ((*tokens, min(given["norm_scale"].shape[0], 1)), wide)
-    return types
+        typed(
+            (*lead[: len(lead) if value.has_tokens else len(lead) - len(tokens)],
+             *(by_letter[dim] for dim in value.dims)),
+            dtypes[value.precision], varying, streams,
+        )
+        for value in call.result_values
+    ]  # fmt: skip
 
 
 # ---- lowering -----------------------------------------------------------------------------------
 
 
 def _lower_plain(
-    context: mlir.LoweringRuleContext, *operands: Any, call: Call, mapped: Any
-) -> Sequence[Any]:
+    context: mlir.LoweringRuleContext, *operands: IrValue, call: Call, mapped: Mapped
+) -> IrValues:
     """Plain JAX, for platforms without kernels."""
     if call.fused:
-        refuse_fused(call.op, _platform(context), _dtype(context))
-    run: Callable[..., Any] = functools.partial(plain.run, call)
+        refuse_fused(call.op, _platform(context), _types(context)[0].dtype.name)
+
+    def run(*operands: jax.Array) -> list[jax.Array]:
+        results = plain.run(call, dict(zip(call.operands, operands, strict=True)))
+        return [results[name] for name in call.results]
+
     if mapped is not None:
-        run = jax.vmap(run, in_axes=[0 if m else None for m in mapped])
+        run = jax.vmap(run, in_axes=[0 if m else None for m in _are_mapped(call, mapped)])
     return mlir.lower_fun(run, multiple_results=True)(context, *operands)
 
 
-def _dtype(context: mlir.LoweringRuleContext) -> str:
-    """The dtype of the streams, or of what has their place."""
-    streams: Any = context.avals_in[0]
-    return streams.dtype.name
+def _types(context: mlir.LoweringRuleContext) -> Sequence[jax.core.ShapedArray]:
+    """The types of the operands, of which the first is that of the streams, or in their place."""
+    return context.avals_in  # type: ignore[return-value]
 
 
 def _lower_cpu(
-    context: mlir.LoweringRuleContext, *operands: Any, call: Call, mapped: Any
-) -> Sequence[Any]:
+    context: mlir.LoweringRuleContext, *operands: IrValue, call: Call, mapped: Mapped
+) -> IrValues:
     """One custom call, or one for each element of a batch."""
     if mapped is not None:
         return _lower_batch(context, *operands, call=call, mapped=mapped)
@@ -138,14 +135,14 @@ def _lower_cpu(
 
 
 def _lower_cuda(
-    context: mlir.LoweringRuleContext, *operands: Any, call: Call, mapped: Any
-) -> Sequence[Any]:
+    context: mlir.LoweringRuleContext, *operands: IrValue, call: Call, mapped: Mapped
+) -> IrValues:
     """The same with the workspace, which XLA then owns as it owns every result."""
-    if _dtype(context) not in KERNELS["cuda"]:
+    if _types(context)[0].dtype.name not in KERNEL_DTYPES["cuda"]:
         return _lower_plain(context, *operands, call=call, mapped=mapped)
     if mapped is not None:
         return _lower_batch(context, *operands, call=call, mapped=mapped)
-    workspace = _workspace(call, context.avals_in)
+    workspace = _workspace(call, _types(context))
     if workspace.shape == (0,):
         return _lower_call(context, *operands, call=call)
     context = context.replace(avals_out=[*context.avals_out, workspace])
@@ -153,31 +150,30 @@ def _lower_cuda(
 
 
 def _lower_batch(
-    context: mlir.LoweringRuleContext, *operands: Any, call: Call, mapped: tuple[bool, ...]
-) -> Sequence[Any]:
+    context: mlir.LoweringRuleContext, *operands: IrValue, call: Call, mapped: tuple[str, ...]
+) -> IrValues:
     """A batch: one call after the other, or plain JAX where that is faster."""
 
-    def one_by_one(*operands: Any) -> Any:
-        def one(elements: list[Any]) -> Any:
-            element = iter(elements)
-            pairs = zip(operands, mapped, strict=True)
-            return bind(call, *(next(element) if m else array for array, m in pairs))
-
-        return jax.lax.map(one, [array for array, m in zip(operands, mapped, strict=True) if m])
+    def one_by_one(*operands: jax.Array) -> list[jax.Array]:
+        given = dict(zip(call.operands, operands, strict=True))
+        results = jax.lax.map(
+            lambda elements: bind(call, given | elements), {name: given[name] for name in mapped}
+        )
+        return [results[name] for name in call.results]
 
     if not call.fused and _is_small(call, context, mapped):
         return _lower_plain(context, *operands, call=call, mapped=mapped)
     return mlir.lower_fun(one_by_one, multiple_results=True)(context, *operands)
 
 
-def _is_small(call: Call, context: mlir.LoweringRuleContext, mapped: tuple[bool, ...]) -> bool:
+def _is_small(call: Call, context: mlir.LoweringRuleContext, mapped: tuple[str, ...]) -> bool:
     """Whether the elements of a batch are so small that all together are faster in plain JAX.
 
     Measured, not derived: benches/batches.py, benches/results/*/2026-11-29-batches.md.
     """
-    operands: Sequence[Any] = context.avals_in
-    (num, *_) = (value.shape[0] for value, m in zip(operands, mapped, strict=True) if m)
-    *tokens, n, last = operands[0].shape[mapped[0] :]
+    operands, are_mapped = _types(context), _are_mapped(call, mapped)
+    num = operands[are_mapped.index(True)].shape[0]
+    *tokens, n, last = operands[0].shape[are_mapped[0] :]
     # A size may be a symbol, of which nothing is known.
     if not all(isinstance(size, int) for size in (num, *tokens, last)):
         return False
@@ -186,7 +182,7 @@ def _is_small(call: Call, context: mlir.LoweringRuleContext, mapped: tuple[bool,
     if _platform(context) == "cuda":
         # A call takes 10 to 20 us however little it does.
         return num >= 16 and num_values <= 1 << 18
-    if call.name.endswith("_fwd"):
+    if call.is_forward:
         return num_tokens <= 128
     return num_tokens <= 4 or num_values <= 1 << 12
 
@@ -196,26 +192,25 @@ def _platform(context: mlir.LoweringRuleContext) -> str:
     return (context.platforms or context.module_context.platforms)[0]
 
 
-def _lower_call(context: mlir.LoweringRuleContext, *operands: Any, call: Call) -> Sequence[Any]:
+def _lower_call(context: mlir.LoweringRuleContext, *operands: IrValue, call: Call) -> IrValues:
     """The custom call."""
-    aliases = {
-        call.operands.index(operand): call.results.index(result)
-        for operand, result in IN_PLACE.items()
-        if operand in call.operands
-    }
+    aliases = {len(operands) - 1: 0} if call.row.adds_in_place else {}
     lower = jax.ffi.ffi_lowering(library.target_name(call.name), operand_output_aliases=aliases)
     return lower(context, *operands, **attributes(call))
 
 
-def _workspace(call: Call, operands: Sequence[Any]) -> Any:
+def _workspace(call: Call, operands: Sequence[jax.core.ShapedArray]) -> jax.core.ShapedArray:
     """The type of the scratch memory of a call on an NVIDIA GPU."""
-    given, streams = _given(call, operands)
-    *tokens, n, last = streams.shape
-    columns = given["phi"].shape[1] if "phi" in given else 0
-    iters = call.config.sinkhorn_iters if call.config else 0
-    element_bytes = streams.dtype.itemsize
-    norm_width = given["norm_scale"].shape[0] if "norm_scale" in given else 0
-    sizes = (element_bytes, n, last, columns, iters, norm_width)
-    per_token, fixed = library.workspace(call.name, *sizes)
+    tokens, by_letter = sizes(call.operand_values, [operand.shape for operand in operands])
+    channels = by_letter.get("C", by_letter["n"])
+    problem = (
+        operands[0].dtype.itemsize,
+        by_letter["n"],
+        channels,
+        by_letter["K"] if "phi" in call.operands else 0,
+        call.config.sinkhorn_iters if call.config else 0,
+        channels if "norm_scale" in call.operands else 0,
+    )
+    per_token, fixed = library.workspace(call.name, *problem)
     # Linear in the tokens, whose number may be a symbol.
     return jax.core.ShapedArray((per_token * math.prod(tokens) + fixed,), np.dtype(np.float32))

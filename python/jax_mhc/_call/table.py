@@ -1,143 +1,261 @@
-"""The custom calls: the table of docs/architecture.md, and what there are kernels for."""
+"""The table of calls, which is the library's description of itself, and a call with its settings.
+
+A call is one direction of an op: `pre_fwd`, `pre_bwd` and so on. A row of the table has the call's
+operands and results in order. Some of them belong to a group that a call may lack: operands and
+results of an absent group are not in the call. docs/calls.md shows the table.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple, NoReturn
+import functools
+from collections.abc import Collection, Sequence
+from typing import NamedTuple, NoReturn, TypeAlias, TypedDict
 
+import jax
 import numpy as np
 
 from jax_mhc._call import library
-from jax_mhc._check import STREAM_DTYPES
 from jax_mhc._errors import fail
+from jax_mhc._limits import KERNEL_DTYPES
 from jax_mhc._types import MHCConfig
 
-# Platforms that the package ships kernels for, and the streams' dtypes that they take.
-KERNELS = {"cpu": STREAM_DTYPES, "cuda": ("float32", "bfloat16", "float16")}
+#: Operands or results of a call by name. Never rely on their order: JAX sorts the keys.
+Values: TypeAlias = dict[str, jax.Array]
+
+
+class Value(NamedTuple):
+    """An operand or result of a call, as the table describes it.
+
+    Attributes:
+        name: such as `h_res`; `d_h_res` is its cotangent.
+        precision: "streams", the dtype of the streams, or "accumulation", that of sums.
+        has_tokens: whether the dimensions of the tokens come first. A value without them is a
+            parameter, the same for all tokens, or the gradient of one.
+        dims: the dimensions behind those of the tokens: n streams, C channels, K coefficients, A
+            gates, or "1".
+        group: the group that the value is absent with, if any.
+    """
+
+    name: str
+    precision: str
+    has_tokens: bool
+    dims: tuple[str, ...]
+    group: str | None
+
+    @property
+    def is_gradient(self) -> bool:
+        """Whether a result is a gradient, and so a sum over all that depends on the value."""
+        return self.name.startswith("d_")
+
+    @property
+    def is_streams(self) -> bool:
+        """Whether the value has the form of the streams, `[..., n, C]`."""
+        return self.has_tokens and self.dims == ("n", "C")
+
+
+class Row(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        operands: the operands in order, of all groups.
+        results: the results in order, of all groups.
+        adds_in_place: whether the first result takes the memory of the last operand, to which the
+            kernel adds.
+        has_config: whether the settings of an `MHCConfig` are attributes of the call.
+        attributes: the names of the other attributes.
+    """
+
+    operands: tuple[Value, ...]
+    results: tuple[Value, ...]
+    adds_in_place: bool
+    has_config: bool
+    attributes: tuple[str, ...]
+
+    @property
+    def groups(self) -> list[str]:
+        """The groups that a call of this row may lack."""
+        values = (*self.operands, *self.results)
+        return list(dict.fromkeys(value.group for value in values if value.group is not None))
+
+
+class _Described(TypedDict):
+    """A row as the library describes it."""
+
+    name: str
+    operands: list[_DescribedValue]
+    results: list[_DescribedValue]
+    adds_in_place: bool
+    has_config: bool
+    attributes: list[dict[str, str]]
+
+
+class _DescribedValue(TypedDict):
+    """A value as the library describes it."""
+
+    name: str
+    precision: str
+    has_tokens: bool
+    dims: list[str]
+    group: str | None
+
+
+@functools.cache
+def rows() -> dict[str, Row]:
+    """The rows of the table by the names of the calls.
+
+    Raises:
+        RuntimeError: the library that has the table cannot be used.
+    """
+    described: Sequence[_Described] = library.description()["calls"]
+
+    def values(of_row: list[_DescribedValue]) -> tuple[Value, ...]:
+        return tuple(Value(**(value | {"dims": tuple(value["dims"])})) for value in of_row)  # type: ignore[arg-type]
+
+    return {
+        row["name"]: Row(
+            values(row["operands"]), values(row["results"]), row["adds_in_place"],
+            row["has_config"], tuple(attribute["name"] for attribute in row["attributes"]),
+        )
+        for row in described
+    }  # fmt: skip
 
 
 class Call(NamedTuple):
     """A call with its settings; hashable.
 
-    attributes: those that it has beside the config's.
-    fused: whether nothing but the kernels may run it (implementation="fused").
+    Attributes:
+        name: the name of its row.
+        config: the settings of the coefficients; None for calls without any.
+        attributes: the attributes beside those of the config and of the groups.
+        groups: the groups of operands and results that the call has.
+        fused: whether nothing but the kernels may run it (implementation="fused").
     """
 
     name: str
-    config: MHCConfig | None
+    config: MHCConfig | None = None
     attributes: tuple[tuple[str, bool | float], ...] = ()
+    groups: tuple[str, ...] = ()
     fused: bool = False
 
     @property
     def op(self) -> str:
-        """The public name of its op."""
+        """The public name of the op that the call belongs to."""
         return self.name.removesuffix("_fwd").removesuffix("_bwd")
 
     @property
+    def is_forward(self) -> bool:
+        """Whether the call is the forward direction of its op."""
+        return self.name.endswith("_fwd")
+
+    @property
+    def row(self) -> Row:
+        """The row of the table."""
+        return rows()[self.name]
+
+    @property
     def operands(self) -> list[str]:
-        """Names of the operands, in order."""
-        return _CALLS[self.name][0].split()
+        """The names of the operands, in order."""
+        return [value.name for value in self.operand_values]
 
     @property
     def results(self) -> list[str]:
-        """Names of the results, in order."""
-        return _CALLS[self.name][1].split()
+        """The names of the results, in order."""
+        return [value.name for value in self.result_values]
+
+    @property
+    def operand_values(self) -> list[Value]:
+        """What the table tells of each operand, in order."""
+        return _present(self.row.operands, self.groups)
+
+    @property
+    def result_values(self) -> list[Value]:
+        """What the table tells of each result, in order."""
+        return _present(self.row.results, self.groups)
+
+    def attribute(self, name: str) -> bool | float:
+        """The value of one of `attributes`."""
+        return dict(self.attributes)[name]
 
 
-# Operands and results by name, in order. d_<name> has the shape and dtype of <name>; d_x_in and
-# d_x_new_in are cotangents that the kernel adds to, in the memory that becomes d_x or d_x_new. The
-# attribute `deferred` of these calls says whether the transposed h_res has yet to be applied.
-_CALLS = {
-    "pre_fwd": ("x phi alpha bias norm_scale", "u h_pre h_post h_res m r rho"),
-    "pre_bwd": (
-        "x phi alpha bias norm_scale m r rho h_res d_u d_h_pre d_h_post d_h_res d_x_in",
-        "d_x d_phi d_alpha d_bias d_norm_scale",
-    ),
-    "post_fwd": ("x y h_post h_res", "x_new"),
-    "post_bwd": ("x y h_post h_res d_x_new", "d_y d_h_post d_h_res"),
-    "post_pre_fwd": (
-        "x y h_post h_res phi alpha bias norm_scale",
-        "x_new u h_pre h_post h_res m r rho",
-    ),
-    "post_pre_bwd": (
-        "x y h_post h_res phi alpha bias norm_scale m r rho u_norm h_res_new "
-        "d_u d_h_pre d_h_post d_h_res d_x_new_in",
-        "d_x_new d_y d_h_post d_h_res d_phi d_alpha d_bias d_norm_scale",
-    ),
-    "sinkhorn_fwd": ("z", "h_res"),
-    "sinkhorn_bwd": ("z d_h_res", "d_z"),
-    "head_fwd": ("x phi alpha bias", "u m r"),
-    "head_bwd": ("x phi alpha bias m r d_u", "d_x d_phi d_alpha d_bias"),
-    "collapse_fwd": ("x h_pre", "u"),
-    "collapse_bwd": ("x d_u", "d_h_pre"),
-}
-
-IN_PLACE = {"d_x_in": "d_x", "d_x_new_in": "d_x_new"}
-
-# The dimensions of a value behind those of its tokens, "*": streams n, channels C (or none, where
-# there is no norm), and others. phi is there as [n, C, K].
-_DIMS = {
-    "x": "* n C",
-    "x_new": "* n C",
-    "y": "* C",
-    "u": "* C",
-    "u_norm": "* C",
-    "h_pre": "* -",
-    "h_post": "* -",
-    "h_res": "* - -",
-    "h_res_new": "* - -",
-    "z": "* - -",
-    "m": "* -",
-    "r": "*",
-    "rho": "* -",
-    "phi": "- C -",
-    "alpha": "-",
-    "bias": "-",
-    "norm_scale": "C",
-}
+def _present(values: Sequence[Value], groups: Collection[str]) -> list[Value]:
+    return [value for value in values if value.group is None or value.group in groups]
 
 
-def dims(name: str) -> list[str]:
-    """The dimensions of a value, or of a cotangent of it; see `_DIMS`."""
-    return _DIMS[name.removeprefix("d_").removesuffix("_in")].split()
+class Settings(NamedTuple):
+    """The settings that the forward and the backward call of an op share; hashable.
+
+    Attributes:
+        config: the settings of the coefficients; None for calls without any.
+        norm_scale_eps: the eps of the norm of the layer's input.
+        hidden_axes: the axes of a `jax.shard_map` over which C is sharded.
+        fused: whether nothing but the kernels may run the calls (implementation="fused").
+        defers: whether the op's cotangent of the streams that post reads is that of the streams
+            which post makes of them (_ops/deferred.py).
+    """
+
+    config: MHCConfig | None = None
+    norm_scale_eps: float = 0.0
+    hidden_axes: tuple[str, ...] = ()
+    fused: bool = False
+    defers: bool = False
+
+    def call(self, name: str, operands: Collection[str], **attributes: bool | float) -> Call:
+        """The call `name` with these operands, whose groups they tell, and these settings."""
+        row = rows()[name]
+        if "norm_scale_eps" in row.attributes:
+            attributes["norm_scale_eps"] = self.norm_scale_eps
+        groups = [value.group for value in row.operands if value.name in operands and value.group]
+        call = Call(
+            name,
+            self.config if row.has_config else None,
+            tuple(attributes.items()),
+            tuple(dict.fromkeys(groups)),
+            self.fused,
+        )
+        if set(operands) != set(call.operands):
+            raise TypeError(f"{name}: expected operands {call.operands}, got {sorted(operands)}")
+        return call
 
 
-def is_parameter(name: str) -> bool:
-    """Whether it is the same for all tokens."""
-    return "*" not in dims(name)
-
-
-def is_gradient(name: str) -> bool:
-    """Whether it is a gradient, and so a sum over all that depends on the value."""
-    return name.startswith("d_")
+def sizes(
+    values: Sequence[Value], shapes: Sequence[tuple[int, ...]]
+) -> tuple[tuple[int, ...], dict[str, int]]:
+    """The sizes of the tokens' dimensions, and of the others by letter, from operands' shapes."""
+    tokens = shapes[0][: len(shapes[0]) - len(values[0].dims)]
+    by_letter = {"1": 1}
+    for value, shape in zip(values, shapes, strict=True):
+        by_letter |= zip(value.dims, shape[len(shape) - len(value.dims) :], strict=True)
+    return tokens, by_letter
 
 
 def refuse_fused(op: str, platform: str, dtype: str) -> NoReturn:
     """Raises that there are no kernels for a platform, or for this dtype on it."""
-    if platform not in KERNELS:
+    if platform not in KERNEL_DTYPES:
         fail(
             ValueError, op, "implementation='fused'",
-            f"a platform with kernels ({', '.join(KERNELS)})", platform,
+            f"a platform with kernels ({', '.join(KERNEL_DTYPES)})", platform,
             "Use implementation=None or implementation='reference' here.",
         )  # fmt: skip
     fail(
         TypeError, op, "implementation='fused'",
-        f"dtype {', '.join(KERNELS[platform])} on platform {platform!r}", dtype,
+        f"dtype {', '.join(KERNEL_DTYPES[platform])} on platform {platform!r}", dtype,
         "Use implementation=None or implementation='reference', or convert the arrays.",
     )  # fmt: skip
 
 
-def attributes(call: Call) -> dict[str, Any]:
-    """Of fixed width, whatever the x64 setting is."""
+def attributes(call: Call) -> dict[str, np.generic | str]:
+    """The attributes of the custom call: of fixed width, whatever the x64 setting is."""
     fixed = {bool: np.int64, int: np.int64, float: np.float64, str: str}
-    attributes = dict(call.attributes)
+    attributes: dict[str, bool | int | float | str] = dict(call.attributes)
+    attributes |= {group: group in call.groups for group in call.row.groups}
     if call.config is not None:
         attributes |= dataclasses.asdict(call.config)
     return {name: fixed[type(value)](value) for name, value in attributes.items()}
 
 
 def fingerprint(call: Call) -> np.ndarray:
-    """32 bytes that tell calls with other settings apart, the same in every process."""
+    """32 bytes that differ between calls with different settings, the same in every process."""
     import hashlib
 
     text = repr((library.target_name(call.name), sorted(attributes(call).items())))

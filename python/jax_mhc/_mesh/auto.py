@@ -1,4 +1,4 @@
-"""Calls on auto axes: XLA tells how the operands lie when it splits the program up."""
+"""Calls on auto axes: XLA tells how the operands are sharded when it partitions the program."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,29 +14,47 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_mhc._axes import Axes, axes_of, spec_axes
-from jax_mhc._call.table import dims, fingerprint, is_gradient
+from jax_mhc._call import Values
+from jax_mhc._call.table import fingerprint
 from jax_mhc._mesh.manual import on_device, sum_up
-from jax_mhc._mesh.spread import Layout, Spread, run_here
+from jax_mhc._mesh.spread import MeshLayout, Spread, SpreadValue, run_here
+
+if TYPE_CHECKING:
+    from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule
+
+# For `custom_partitioning`: the mesh, one device's program, the shardings of results and operands.
+Partitioned: TypeAlias = tuple[
+    Mesh,
+    Callable[..., Any],
+    NamedSharding | list[NamedSharding],
+    tuple[NamedSharding, ...],
+]
 
 
-def run_auto(spread: Spread, *operands: Any) -> Sequence[Any]:
-    """Runs a call on all devices, phi being [n, C, K]."""
-    mesh = jax.typeof(operands[0]).sharding.mesh
-    num = math.prod(mesh.shape[axis] for axis in axes_of(operands[0], AxisType.Auto))
+def run_auto(spread: Spread, operands: Values) -> Values:
+    """Runs a call on all devices."""
+    streams = operands[spread.call.operands[0]]
+    mesh = jax.typeof(streams).sharding.mesh
+    num = math.prod(mesh.shape[axis] for axis in axes_of(streams, AxisType.Auto))
     if jax.device_count() == 1 or (num == 1 and not mesh.empty):
-        return run_here(spread, *operands)
-    return _on_all(spread, mesh)(*operands, fingerprint(spread.call))
+        return run_here(spread, operands)
+    in_order = [operands[name] for name in spread.call.operands]
+    results = _on_all(spread, mesh)(*in_order, fingerprint(spread.call))
+    return dict(zip(spread.call.results, results, strict=True))
 
 
 @functools.cache
-def _on_all(spread: Spread, mesh: AbstractMesh) -> Callable[..., Any]:
-    """mesh: of the program; empty where the program does not say."""
+def _on_all(spread: Spread, mesh: AbstractMesh) -> Callable[..., list[jax.Array]]:
+    """The call on operands in order, and its fingerprint.
+
+    mesh: of the program; empty where the program does not say.
+    """
     # Its import takes 20 ms.
     from jax.experimental.custom_partitioning import custom_partitioning
 
     @custom_partitioning
-    def on_all(*operands_and_fingerprint: Any) -> list[Any]:
-        return list(run_here(spread, *operands_and_fingerprint[:-1]))
+    def on_all(*operands_and_fingerprint: jax.Array) -> list[jax.Array]:
+        return _in_order(spread, run_here(spread, _by_name(spread, operands_and_fingerprint)))
 
     # Shardings are decoded here: JAX's own decoder knows no mesh that is partly manual.
     on_all.def_partition(
@@ -47,16 +65,26 @@ def _on_all(spread: Spread, mesh: AbstractMesh) -> Callable[..., Any]:
     return jax.jit(on_all)
 
 
-def empty_auto(shape: tuple[int, ...], dtype: Any, mesh: AbstractMesh) -> Any:
-    """Memory that may hold anything, and is split as XLA finds that its use wants it.
+def _by_name(spread: Spread, operands_and_fingerprint: Sequence[jax.Array]) -> Values:
+    return dict(zip(spread.call.operands, operands_and_fingerprint[:-1], strict=True))
 
-    Of `jax.lax.empty` XLA would give every device the whole.
+
+def _in_order(spread: Spread, results: Values) -> list[jax.Array]:
+    return [results[name] for name in spread.call.results]
+
+
+def empty_auto(shape: tuple[int, ...], dtype: np.dtype, mesh: AbstractMesh) -> jax.Array:
+    """Memory that may hold anything, sharded as XLA finds best for its use.
+
+    Of `jax.lax.empty` XLA would give every device all of it.
     """
     return _empty_on_all(shape, jnp.dtype(dtype), mesh)(jnp.zeros(()))
 
 
 @functools.cache
-def _empty_on_all(shape: tuple[int, ...], dtype: Any, mesh: AbstractMesh) -> Callable[..., Any]:
+def _empty_on_all(
+    shape: tuple[int, ...], dtype: np.dtype, mesh: AbstractMesh
+) -> Callable[..., jax.Array]:
     from jax.experimental.custom_partitioning import (
         ArrayMapping,
         SdyShardingRule,
@@ -64,19 +92,21 @@ def _empty_on_all(shape: tuple[int, ...], dtype: Any, mesh: AbstractMesh) -> Cal
     )
 
     @custom_partitioning
-    def on_all(_: Any) -> Any:
+    def on_all(_: jax.Array) -> jax.Array:
         return jax.lax.empty(shape, dtype)
 
-    def partition(of_all: Mesh, operands: Any, result: Any) -> tuple[Any, ...]:
+    def partition(
+        of_all: Mesh, operands: Sequence[jax.ShapeDtypeStruct], result: jax.ShapeDtypeStruct
+    ) -> Partitioned:
         of_all, auto = _meshes(mesh, of_all, operands)
-        axes = _split_axes(result, auto)
+        axes = _sharded_axes(result, auto)
         own = tuple(
-            size // math.prod(auto.shape[axis] for axis in some)
-            for size, some in zip(shape, axes, strict=True)
+            size // math.prod(auto.shape[axis] for axis in of_dim)
+            for size, of_dim in zip(shape, axes, strict=True)
         )
-        lies = NamedSharding(auto, PartitionSpec(*(some or None for some in axes)))
-        whole = NamedSharding(auto, PartitionSpec())
-        return of_all, lambda _: jax.lax.empty(own, dtype), lies, (whole,)
+        sharded = NamedSharding(auto, PartitionSpec(*(of_dim or None for of_dim in axes)))
+        replicated = NamedSharding(auto, PartitionSpec())
+        return of_all, lambda _: jax.lax.empty(own, dtype), sharded, (replicated,)
 
     rule = SdyShardingRule(
         (ArrayMapping(),), (ArrayMapping(*(f"d{at}" for at in range(len(shape)))),)
@@ -89,72 +119,86 @@ def _empty_on_all(shape: tuple[int, ...], dtype: Any, mesh: AbstractMesh) -> Cal
 
 
 def _rule(
-    spread: Spread, _: Mesh, operand_types: Sequence[Any], result_types: Sequence[Any]
-) -> Any:
-    """Tokens, streams and channels pass from values to values; nothing else is split."""
+    spread: Spread,
+    _: Mesh,
+    operand_types: Sequence[jax.core.ShapedArray],
+    result_types: Sequence[jax.core.ShapedArray],
+) -> SdyShardingRule:
+    """Tokens, streams and channels pass from values to values; nothing else is sharded.
+
+    Streams are not sharded either; their factor is there so that it is reported if they are.
+    """
     from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule
 
-    whole: list[str] = []
+    replicated: list[str] = []
 
-    def mapping(value: Any, shape: Sequence[int]) -> Any:
-        behind = dims(value.name)
-        num_tokens = len(shape) - value.mapped - len(behind) + ("*" in behind)
-        factors = ["b"] if value.mapped else []
-        for dim in behind:
-            factors += [f"t{at}" for at in range(num_tokens)] if dim == "*" else [dim]
-        for at, (factor, size) in enumerate(zip(factors, shape, strict=True)):
-            # Streams are not split either; their factor is there so that it is told if they are.
-            if factor == "-" or (factor == "C" and size == 0):
-                factors[at] = f"w{len(whole)}"
-                whole.append(factors[at])
+    def mapping(value: SpreadValue, shape: Sequence[int]) -> ArrayMapping:
+        factors = value.factors(len(shape))
+        for at, factor in enumerate(factors):
+            if factor == "-":
+                factors[at] = f"w{len(replicated)}"
+                replicated.append(factors[at])
         return ArrayMapping(*factors)
 
     operands = [
         mapping(value, type.shape)
-        for value, type in zip(spread.operands(), operand_types[:-1], strict=True)
+        for value, type in zip(spread.operands.values(), operand_types[:-1], strict=True)
     ]
-    whole.append("f")  # here: Shardy wants them in the order of their first use
+    replicated.append("f")  # here: Shardy expects them in the order of their first use
     operands.append(ArrayMapping("f"))
     results = [
         mapping(value, type.shape)
-        for value, type in zip(spread.results(), result_types, strict=True)
+        for value, type in zip(spread.results.values(), result_types, strict=True)
     ]
-    return SdyShardingRule(tuple(operands), tuple(results), need_replication_factors=tuple(whole))
+    return SdyShardingRule(
+        tuple(operands), tuple(results), need_replication_factors=tuple(replicated)
+    )
 
 
 # ---- one device's program -----------------------------------------------------------------------
 
 
 def _partition(
-    spread: Spread, abstract: AbstractMesh, mesh: Mesh, operands: Any, results: Any
-) -> tuple[Any, ...]:
-    """For `custom_partitioning`: the mesh, the program, and how results and operands lie."""
-    *operands, _ = operands
+    spread: Spread,
+    abstract: AbstractMesh,
+    mesh: Mesh,
+    operands: Sequence[jax.ShapeDtypeStruct],
+    results: Sequence[jax.ShapeDtypeStruct],
+) -> Partitioned:
+    """For `custom_partitioning`: the mesh, one device's program, and the shardings."""
+    *operands, _fingerprint = operands
     mesh, auto = _meshes(abstract, mesh, operands)
     layout = _layout(spread, auto, operands)
-    operand_specs = [layout.spec(spread, value) for value in spread.operands()]
-    result_specs = [layout.spec(spread, value) for value in spread.results()]
-    sums = [
-        tuple(a for a in layout.axes() if is_gradient(value.name) and a not in spec_axes(spec))
-        for value, spec in zip(spread.results(), result_specs, strict=True)
-    ]
+    specs = {name: layout.spec(value) for name, value in spread.results.items()}
+    sums = {
+        name: tuple(
+            axis
+            for axis in layout.axes()
+            if value.value.is_gradient and axis not in spec_axes(specs[name])
+        )
+        for name, value in spread.results.items()
+    }
+    of_device = spread._replace(hidden_axes=layout.hidden)
 
-    def on_one(*operands_and_fingerprint: Any) -> list[Any]:
-        of_one = spread._replace(hidden_axes=layout.hidden)
-        return sum_up(on_device(run_here, of_one, *operands_and_fingerprint[:-1]), sums)
+    def on_one(*operands_and_fingerprint: jax.Array) -> list[jax.Array]:
+        own = _by_name(spread, operands_and_fingerprint)
+        return _in_order(spread, sum_up(on_device(run_here, of_device, own), sums))
 
-    def lie(specs: list[PartitionSpec]) -> list[NamedSharding]:
-        return [NamedSharding(auto, spec) for spec in specs]
-
-    return mesh, on_one, lie(result_specs), tuple(lie([*operand_specs, PartitionSpec()]))
+    operand_specs = [layout.spec(value) for value in spread.operands.values()]
+    return (
+        mesh,
+        on_one,
+        [NamedSharding(auto, specs[name]) for name in spread.call.results],
+        tuple(NamedSharding(auto, spec) for spec in [*operand_specs, PartitionSpec()]),
+    )
 
 
 def _meshes(
-    abstract: AbstractMesh, mesh: Mesh, operands: Sequence[Any]
+    abstract: AbstractMesh, mesh: Mesh, operands: Sequence[jax.ShapeDtypeStruct]
 ) -> tuple[Mesh, AbstractMesh]:
-    """The mesh of all devices, and that of its axes that XLA speaks of: all but manual ones."""
+    """The mesh of all devices, and the one of its axes that XLA sees: all but manual ones."""
     if not abstract.empty:
-        devices = operands[0].sharding._device_assignment
+        devices = _sharding(operands[0])._device_assignment
         mesh = Mesh(np.reshape(devices, abstract.axis_sizes), abstract.axis_names)
     of_types = mesh if abstract.empty else abstract
     axes = zip(of_types.axis_names, of_types.axis_sizes, of_types.axis_types, strict=True)
@@ -164,25 +208,27 @@ def _meshes(
     return mesh, AbstractMesh(sizes, names)
 
 
-def _layout(spread: Spread, mesh: AbstractMesh, operands: Sequence[Any]) -> Layout:
-    """How the streams lie; what lies otherwise XLA brings there."""
-    has_batch = spread.mapped is not None
-    lead: tuple[Axes, ...] = ()
-    if has_batch:
-        first = next(
-            o for o, value in zip(operands, spread.operands(), strict=True) if value.mapped
-        )
-        lead = _split_axes(first, mesh)[:1]
-    value, streams = spread.operands()[0], operands[0]
-    *tokens, of_streams, hidden = _split_axes(streams, mesh)[value.mapped :]
-    if dims(value.name)[-2] == "n" and of_streams:
+def _layout(
+    spread: Spread, mesh: AbstractMesh, operands: Sequence[jax.ShapeDtypeStruct]
+) -> MeshLayout:
+    """The layout of the streams; XLA moves what is sharded otherwise."""
+    values = list(spread.operands.values())
+    batch: Axes = ()
+    if spread.mapped is not None:
+        first = next(o for o, value in zip(operands, values, strict=True) if value.is_mapped)
+        batch = _sharded_axes(first, mesh)[0]
+    axes = _sharded_axes(operands[0], mesh)
+    factors = values[0].factors(len(axes))
+    by_factor = dict(zip(factors, axes, strict=True))
+    if of_streams := by_factor.get("n"):
         _warn_of_streams(of_streams)
-    return Layout((*lead, *tokens), hidden if dims(value.name)[-1] == "C" else ())
+    tokens = tuple(by_factor[factor] for factor in factors if factor.startswith("t"))
+    return MeshLayout(batch, tokens, by_factor.get("C", ()))
 
 
 @functools.cache
 def _warn_of_streams(axes: Axes) -> None:
-    """Tells once of streams that XLA gathers, since nobody may have asked for their split."""
+    """Warns once of streams that XLA gathers, since nobody may have asked for their sharding."""
     logging.getLogger("jax_mhc").warning(
         "XLA splits the streams of a token (n) over the mesh axes %s, and gathers them for every "
         "op, in which each stream mixes with all others; sharding constraints on [..., n, C] "
@@ -190,15 +236,15 @@ def _warn_of_streams(axes: Axes) -> None:
     )  # fmt: skip
 
 
-def _split_axes(array: Any, mesh: AbstractMesh) -> tuple[Axes, ...]:
-    """The axes over which XLA splits each dimension, but for those that do not divide it."""
-    sharding = array.sharding._to_xla_hlo_sharding(len(array.shape))
+def _sharded_axes(array: jax.ShapeDtypeStruct, mesh: AbstractMesh) -> tuple[Axes, ...]:
+    """The axes over which XLA shards each dimension, but for those that do not divide it."""
+    sharding = _sharding(array)._to_xla_hlo_sharding(len(array.shape))
     if sharding.is_replicated():
         return ((),) * len(array.shape)
     places = np.array(sharding.tile_assignment_devices()).reshape(
         sharding.tile_assignment_dimensions()
     )
-    # The places of a dimension that is split over some axes count up along these.
+    # The places of a dimension that is sharded over axes count up along these.
     coordinates = np.unravel_index(places, mesh.axis_sizes)
     found = []
     for at, size in enumerate(array.shape):
@@ -213,3 +259,8 @@ def _split_axes(array: Any, mesh: AbstractMesh) -> tuple[Axes, ...]:
         num = math.prod(dict(mesh.shape)[name] for name in axes)
         found.append(axes if num == places.shape[at] and size % num == 0 else ())
     return tuple(found)
+
+
+def _sharding(array: jax.ShapeDtypeStruct) -> Any:
+    """The sharding that XLA gives an array: of a type that JAX does not publish."""
+    return array.sharding

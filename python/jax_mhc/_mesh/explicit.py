@@ -1,58 +1,55 @@
-"""Calls on explicit axes: the types of the operands tell how they lie."""
+"""Calls on explicit axes: the types of the operands tell how they are sharded."""
 
 from __future__ import annotations
 
 import functools
 import logging
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, reshard
 
-from jax_mhc._axes import Axes, entries, varying_axes
-from jax_mhc._call.table import Call, dims, is_parameter
+from jax_mhc._axes import Axes, axes_of, entries, varying_axes
+from jax_mhc._call import Call, Values
 from jax_mhc._errors import fail
 from jax_mhc._mesh.manual import missing_axes, on_device, sum_up
-from jax_mhc._mesh.spread import Layout, Spread, check_streams, pack, run_here, unpack
+from jax_mhc._mesh.spread import MeshLayout, Spread, check_streams, run_here
 
 
-def run_explicit(spread: Spread, *operands: Any) -> list[Any]:
-    """Runs a call on all devices. What does not lie as the streams do is brought there."""
-    mesh = jax.typeof(operands[0]).sharding.mesh
+def is_explicit(streams: jax.Array) -> bool:
+    """Whether a call on these streams runs on explicit axes."""
+    return bool(axes_of(streams, AxisType.Explicit))
+
+
+def run_explicit(spread: Spread, operands: Values) -> Values:
+    """Runs a call on all devices. Operands that are sharded otherwise than the streams are moved.
+
+    Gradients are sharded as what they are gradients of; those of elements of a batch have the axes
+    of the batch besides.
+    """
+    mesh = jax.typeof(operands[spread.call.operands[0]]).sharding.mesh
     if AxisType.Auto in mesh.axis_types:
         _warn_of_auto(mesh)
-    layout, values = _layout(spread, operands), spread.operands()
-    batch = layout.lead[0] or None if spread.mapped is not None else None
-    # Gradients lie as what they are gradients of, those of elements of a batch where these lie.
-    of_batch = [batch] * (spread.mapped is not None)
-    specs_kept = {
-        f"d_{value.name}": PartitionSpec(*of_batch, *jax.typeof(o).sharding.spec[value.mapped :])
-        for value, o in zip(values, operands, strict=True)
+    layout = _layout(spread, operands)
+    values = spread.operands
+    batch = [] if spread.mapped is None else [layout.batch or None]
+    specs = {
+        f"d_{name}": PartitionSpec(
+            *batch, *jax.typeof(operands[name]).sharding.spec[value.is_mapped :]
+        )
+        for name, value in values.items()
     }
-
-    def lie(array: Any, spec: PartitionSpec) -> Any:
-        return reshard(array, NamedSharding(mesh, spec))
-
-    # phi's rows, n times C, cannot be split as C is: it goes through a form that is whole.
-    whole = [
-        lie(o, PartitionSpec(*[batch] * value.mapped)) if value.name == "phi" else o
-        for value, o in zip(values, operands, strict=True)
-    ]
-    packed = pack(values, whole, operands[0].shape[-2])
-    specs = [layout.spec(spread, value) for value in values]
-    types = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in packed)
-    results = _on_all(spread, layout, mesh, types)(*map(lie, packed, specs))
-    whole = [
-        lie(result, PartitionSpec(*[batch] * value.mapped)) if value.name == "d_phi" else result
-        for value, result in zip(spread.results(), results, strict=True)
-    ]
-    return [
-        lie(result, specs_kept[value.name]) if value.name in specs_kept else result
-        for value, result in zip(spread.results(), unpack(spread.results(), whole), strict=True)
-    ]
+    moved = {
+        name: reshard(operands[name], NamedSharding(mesh, layout.spec(value)))
+        for name, value in values.items()
+    }
+    results = _on_all(spread, layout, mesh)(moved)
+    return {
+        name: reshard(result, NamedSharding(mesh, specs[name])) if name in specs else result
+        for name, result in results.items()
+    }
 
 
 @functools.cache
@@ -64,86 +61,64 @@ def _warn_of_auto(mesh: AbstractMesh) -> None:
 
 
 @functools.cache
-def _on_all(
-    spread: Spread, layout: Layout, mesh: AbstractMesh, types: tuple[jax.ShapeDtypeStruct, ...]
-) -> Callable[..., Any]:
-    """types: those of the operands, which are not to be taken from the program (`kept.py`)."""
-    operand_specs = tuple(layout.spec(spread, value) for value in spread.operands())
-    result_specs = tuple(layout.spec(spread, value) for value in spread.results())
-    result_types = jax.eval_shape(functools.partial(run_here, spread), *types)
-    spread = spread._replace(hidden_axes=layout.hidden)
-    batch = layout.lead[0] if spread.mapped is not None else ()
+def _on_all(spread: Spread, layout: MeshLayout, mesh: AbstractMesh) -> Callable[[Values], Values]:
+    """The call on arrays that are sharded by this layout."""
+    specs = {name: layout.spec(value) for name, value in spread.results.items()}
+    of_device = spread._replace(hidden_axes=layout.hidden)
 
-    def of_one(*values: Any) -> Any:
-        own = [_part(type, spec, mesh) for type, spec in zip(types, operand_specs, strict=True)]
-        operands = _with_empty(values, own)
+    def of_one(operands: Values) -> Values:
         # Every element of a batch has a gradient of its own.
-        kept = [varying_axes(operand).union(batch) for operand in operands]
-        results = on_device(run_here, spread, *operands)
-        return _without_empty(sum_up(results, missing_axes(spread, kept, operands)), result_types)
+        kept = {
+            name: varying_axes(operand).union(layout.batch) for name, operand in operands.items()
+        }
+        results = on_device(run_here, of_device, operands)
+        return sum_up(results, missing_axes(of_device, kept, operands))
 
     run = of_one
     if layout.axes():
         run = jax.shard_map(
             of_one,
             mesh=mesh,
-            in_specs=_without_empty(operand_specs, types),
-            out_specs=_without_empty(result_specs, result_types),
-            # Not those over which nothing is split: an enclosing jax.vmap may have them.
+            in_specs=({name: layout.spec(value) for name, value in spread.operands.items()},),
+            out_specs=specs,
+            # Not those over which nothing is sharded: an enclosing jax.vmap may have them.
             axis_names=set(layout.axes()),
         )
 
-    def of_all(*operands: Any) -> list[Any]:
-        results = _with_empty(run(*_without_empty(operands, types)), result_types)
-        return [
-            reshard(r, NamedSharding(mesh, s)) for r, s in zip(results, result_specs, strict=True)
-        ]
+    def of_all(operands: Values) -> Values:
+        if 0 in operands[spread.call.operands[0]].shape:
+            # XLA of jaxlib 0.11 crashes where an array without values leaves a jax.shard_map.
+            types = jax.eval_shape(functools.partial(run_here, spread), operands)
+            results = {name: jnp.zeros(type.shape, type.dtype) for name, type in types.items()}
+        else:
+            results = run(operands)
+        return {
+            name: reshard(result, NamedSharding(mesh, specs[name]))
+            for name, result in results.items()
+        }
 
     return jax.jit(of_all)
 
 
-def _without_empty(values: Sequence[Any], types: Sequence[jax.ShapeDtypeStruct]) -> tuple[Any, ...]:
-    """The values, one for each of the types, but those of the types that are empty."""
-    return tuple(value for value, type in zip(values, types, strict=True) if type.size)
-
-
-def _with_empty(values: Sequence[Any], types: Sequence[jax.ShapeDtypeStruct]) -> list[Any]:
-    """The other way round."""
-    rest = iter(values)
-    return [next(rest) if type.size else jnp.zeros(type.shape, type.dtype) for type in types]
-
-
-def _part(
-    type: jax.ShapeDtypeStruct, spec: PartitionSpec, mesh: AbstractMesh
-) -> jax.ShapeDtypeStruct:
-    """What one device has of an array of a type."""
-    shape = [
-        size // math.prod(mesh.shape[axis] for axis in axes)
-        for size, axes in zip(type.shape, entries(spec, len(type.shape)), strict=True)
-    ]
-    return jax.ShapeDtypeStruct(shape, type.dtype)
-
-
-def _layout(spread: Spread, operands: Sequence[Any]) -> Layout:
-    """That of the streams; what they leave open is as other operands have it."""
-    has_batch = spread.mapped is not None
-    rank = operands[0].ndim - 2 - spread.operands()[0].mapped
-    found: dict[Any, Axes] = {}
-    for value, operand in zip(spread.operands(), operands, strict=True):
-        if is_parameter(value.name):
+def _layout(spread: Spread, operands: Values) -> MeshLayout:
+    """The layout of the streams; what they leave open is as other operands have it."""
+    found: dict[str, Axes] = {}
+    for name, value in spread.operands.items():
+        if not value.value.has_tokens:
             continue
-        # Which dimension of the call each one of the operand is: a number, or its letter.
-        which: list[Any] = [0] if value.mapped else []
-        for dim in dims(value.name):
-            which += range(has_batch, has_batch + rank) if dim == "*" else [dim]
+        operand = operands[name]
         of_dims = entries(jax.typeof(operand).sharding.spec, operand.ndim)
-        for dim, axes in zip(which, of_dims, strict=True):
-            check_streams(spread.call, value.name, axes if dim == "n" else ())
-            if axes and dim != "-" and found.setdefault(dim, axes) != axes:
-                _fail_to_agree(spread.call, value.name, found[dim], axes)
-    layout = Layout(tuple(found.get(at, ()) for at in range(has_batch + rank)), found.get("C", ()))
+        for factor, axes in zip(value.factors(operand.ndim), of_dims, strict=True):
+            check_streams(spread.call, name, axes if factor == "n" else ())
+            if axes and factor != "-" and found.setdefault(factor, axes) != axes:
+                _fail_to_agree(spread.call, name, found[factor], axes)
+    first = spread.call.operands[0]
+    factors = spread.operands[first].factors(operands[first].ndim)
+    tokens = tuple(found.get(factor, ()) for factor in factors if factor.startswith("t"))
+    layout = MeshLayout(found.get("b", ()), tokens, found.get("C", ()))
     if len(set(layout.axes())) < len(layout.axes()):
-        _fail_to_agree(spread.call, "y", layout.lead, layout.hidden)
+        batch = () if spread.mapped is None else (layout.batch,)
+        _fail_to_agree(spread.call, "y", (*batch, *layout.tokens), layout.hidden)
     return layout
 
 

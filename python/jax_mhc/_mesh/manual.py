@@ -2,97 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from jax_mhc._axes import Axes, varying_axes
-from jax_mhc._call.table import Call, dims, is_parameter
+from jax_mhc._call import Call, Values
 from jax_mhc._mesh.split import run_split
-from jax_mhc._mesh.spread import Spread, Value, map_batch, pack, unpack
+from jax_mhc._mesh.spread import Spread, SpreadValue, map_batch
 
-# Runs a call whose channels are not split over manual axes, `(spread, *operands) -> results`.
-Leaf = Callable[..., Sequence[Any]]
+# A function that runs a call whose channels are not sharded over manual axes.
+Leaf: TypeAlias = Callable[[Spread, Values], Values]
 
 
-def run_manual(leaf: Leaf, spread: Spread, *operands: Any) -> list[Any]:
+def run_manual(leaf: Leaf, spread: Spread, operands: Values) -> Values:
     """Runs a call on this device, and sums gradients up. Parameters come with all channels."""
-    values = spread.operands()
-    whole = pack(values, operands, operands[0].shape[-2])
-    own = [
-        _own_channels(spread.hidden_axes, value, array)
-        for value, array in zip(values, whole, strict=True)
-    ]
-    results = [
-        _all_channels(spread.hidden_axes, value, array)
-        for value, array in zip(spread.results(), on_device(leaf, spread, *own), strict=True)
-    ]
-    kept = [varying_axes(array) for array in whole]
-    return unpack(spread.results(), sum_up(results, missing_axes(spread, kept, own)))
+    axes = spread.hidden_axes
+    own = {
+        name: _own_channels(axes, value, operands[name]) for name, value in spread.operands.items()
+    }
+    parts = on_device(leaf, spread, own)
+    results = {
+        name: _all_channels(axes, value, parts[name]) for name, value in spread.results.items()
+    }
+    kept = {name: varying_axes(array) for name, array in operands.items()}
+    return sum_up(results, missing_axes(spread, kept, own))
 
 
-def on_device(leaf: Leaf, spread: Spread, *operands: Any) -> Sequence[Any]:
-    """What a device computes of what it has, phi being [n, C, K]; nothing is summed up."""
+def on_device(leaf: Leaf, spread: Spread, operands: Values) -> Values:
+    """The results of one device's part of the operands; nothing is summed up."""
     if not spread.hidden_axes:
-        return leaf(spread, *operands)
+        return leaf(spread, operands)
     if spread.mapped is not None:
         return map_batch(partial(on_device, leaf, spread._replace(mapped=None)), spread, operands)
 
-    def inner(call: Call, *operands: Any) -> Sequence[Any]:
-        return leaf(Spread(call), *operands)
+    def inner(call: Call, operands: Values) -> Values:
+        return leaf(Spread(call), operands)
 
-    return run_split(inner, spread.call, spread.hidden_axes, *operands)
+    return run_split(inner, spread.call, spread.hidden_axes, operands)
 
 
 def missing_axes(
-    spread: Spread, kept: Sequence[frozenset[str]], operands: Sequence[Any]
-) -> list[Axes]:
-    """Of each result, the axes over which it is to be summed up: only gradients have any.
+    spread: Spread, kept: Mapping[str, frozenset[str]], operands: Values
+) -> dict[str, Axes]:
+    """Of each result, the axes over which it is a partial sum: only gradients have any.
 
     Args:
         spread: the call.
         kept: the axes over which the gradient of each operand may vary.
-        operands: those of the call.
+        operands: the operands of the call.
     """
-    everywhere = frozenset[str]().union(*map(varying_axes, operands))
-    of_gradients = dict(zip((f"d_{name}" for name in spread.call.operands), kept, strict=True))
-    missing = (everywhere - of_gradients.get(name, everywhere) for name in spread.call.results)
+    everywhere = frozenset[str]().union(*map(varying_axes, operands.values()))
     # In the mesh's order, which is the same in every process.
-    names = jax.typeof(operands[0]).sharding.mesh.axis_names
-    return [tuple(name for name in names if name in axes) for axes in missing]
+    names = jax.typeof(operands[spread.call.operands[0]]).sharding.mesh.axis_names
+
+    def missing(result: str) -> Axes:
+        axes = everywhere - kept.get(result.removeprefix("d_"), everywhere)
+        return tuple(name for name in names if name in axes) if result.startswith("d_") else ()
+
+    return {result: missing(result) for result in spread.call.results}
 
 
-def sum_up(results: Sequence[Any], axes: Sequence[Axes]) -> list[Any]:
+def sum_up(results: Values, axes: Mapping[str, Axes]) -> Values:
     """Sums each result up over its axes; XLA makes one all-reduce of those with the same axes."""
-    return [
-        jax.lax.psum(result, some) if some else result
-        for result, some in zip(results, axes, strict=True)
-    ]
+    return {
+        name: jax.lax.psum(result, axes[name]) if axes[name] else result
+        for name, result in results.items()
+    }
 
 
-def _channels_axis(value: Value) -> int | None:
-    """Which axis of a parameter has the channels, if any."""
-    if not is_parameter(value.name) or "C" not in dims(value.name):
+def _channels_axis(value: SpreadValue) -> int | None:
+    """The axis of a parameter that has the channels, if any."""
+    if value.value.has_tokens or "C" not in value.value.dims:
         return None
-    return dims(value.name).index("C") + value.mapped
+    return value.value.dims.index("C") + value.is_mapped
 
 
-def _own_channels(axes: Axes, value: Value, array: Any) -> Any:
+def _own_channels(axes: Axes, value: SpreadValue, array: jax.Array) -> jax.Array:
     """This device's channels of a parameter; all of other values."""
     at = _channels_axis(value)
-    if not axes or at is None or not array.shape[at]:
+    if not axes or at is None:
         return array
     own = array.shape[at] // jax.lax.axis_size(axes)
     return jax.lax.dynamic_slice_in_dim(array, jax.lax.axis_index(axes) * own, own, at)
 
 
-def _all_channels(axes: Axes, value: Value, array: Any) -> Any:
+def _all_channels(axes: Axes, value: SpreadValue, array: jax.Array) -> jax.Array:
     """The gradient of all channels of a parameter, zero for those of other devices."""
     at = _channels_axis(value)
-    if not axes or at is None or not array.shape[at]:
+    if not axes or at is None:
         return array
     own, shape = array.shape[at], list(array.shape)
     shape[at] *= jax.lax.axis_size(axes)

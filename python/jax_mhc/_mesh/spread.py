@@ -1,82 +1,100 @@
-"""A call that is spread over devices, and how its arrays lie on a mesh."""
+"""A call that is spread over devices, and how its arrays are sharded on a mesh."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 from jax.sharding import PartitionSpec
 
 from jax_mhc._axes import Axes
-from jax_mhc._call.primitive import bind
-from jax_mhc._call.table import Call, dims
+from jax_mhc._call import Call, Value, Values, bind
 from jax_mhc._errors import fail
 
 
-class Value(NamedTuple):
+class SpreadValue(NamedTuple):
     """An operand or result of a call that is spread.
 
-    mapped: whether it has the axis of a batch in front; see `Spread`.
+    Attributes:
+        value: what the table tells of it.
+        is_mapped: whether it has the axis of a batch in front; see `Spread`.
     """
 
-    name: str
-    mapped: bool
+    value: Value
+    is_mapped: bool
 
-    def each(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """`function` of a value, or of each element of a batch of them."""
-        return jax.vmap(function) if self.mapped else function
+    def factors(self, rank: int) -> list[str]:
+        """What each dimension of an array of this rank may be sharded along.
+
+        "b": the batch. "t0", "t1" and so on: the tokens. "n": the streams of values `[..., n, C]`.
+        "C": the channels. "-": nothing; the dimension is replicated.
+        """
+        num_tokens = rank - self.is_mapped - len(self.value.dims)
+        along = {"C": "C"} | ({"n": "n"} if self.value.is_streams else {})
+        return [
+            *["b"] * self.is_mapped,
+            *(f"t{at}" for at in range(num_tokens)),
+            *(along.get(dim, "-") for dim in self.value.dims),
+        ]
 
 
 class Spread(NamedTuple):
     """A call, and how it is spread; hashable.
 
-    mapped: of each operand, whether its first axis is that of a batch whose elements have
-        parameters, or gradients of parameters, of their own; all results have this axis. None: no
-        such batch.
-    hidden_axes: the manual axes over which C is split.
+    Attributes:
+        call: the call.
+        mapped: the operands whose first axis is that of a batch whose elements have parameters, or
+            gradients of parameters, of their own; all results have this axis. None: no such batch.
+        hidden_axes: the manual axes over which C is sharded.
     """
 
     call: Call
-    mapped: tuple[bool, ...] | None = None
+    mapped: tuple[str, ...] | None = None
     hidden_axes: Axes = ()
 
-    def operands(self) -> list[Value]:
-        """Its operands, in order."""
-        names = self.call.operands
-        return list(map(Value, names, self.mapped or [False] * len(names)))
+    @property
+    def operands(self) -> dict[str, SpreadValue]:
+        """The operands by name, in order."""
+        mapped = self.mapped or ()
+        values = self.call.operand_values
+        return {value.name: SpreadValue(value, value.name in mapped) for value in values}
 
-    def results(self) -> list[Value]:
-        """Its results, in order."""
-        return [Value(name, self.mapped is not None) for name in self.call.results]
+    @property
+    def results(self) -> dict[str, SpreadValue]:
+        """The results by name, in order."""
+        values = self.call.result_values
+        return {value.name: SpreadValue(value, self.mapped is not None) for value in values}
 
 
-class Layout(NamedTuple):
-    """How the arrays of a call lie on a mesh.
+class MeshLayout(NamedTuple):
+    """The axes of a mesh over which the arrays of a call are sharded.
 
-    lead: the axes over which each leading dimension of the streams is split, first that of a batch
-        if there is one.
-    hidden: those of C.
+    Attributes:
+        batch: the axes of the batch; none where there is no batch.
+        tokens: the axes of each dimension of the tokens.
+        hidden: the axes of C.
     """
 
-    lead: tuple[Axes, ...]
+    batch: Axes
+    tokens: tuple[Axes, ...]
     hidden: Axes
 
     def axes(self) -> Axes:
-        """All axes over which anything is split."""
-        return tuple(axis for axes in (*self.lead, self.hidden) for axis in axes)
+        """All axes over which anything is sharded."""
+        return tuple(a for axes in (self.batch, *self.tokens, self.hidden) for a in axes)
 
-    def spec(self, spread: Spread, value: Value) -> PartitionSpec:
-        """Of one value, phi being [n, C, K]."""
-        tokens = self.lead if spread.mapped is None else self.lead[1:]
-        of_dims: list[Axes] = [self.lead[0]] if value.mapped else []
-        for dim in dims(value.name):
-            of_dims += tokens if dim == "*" else [self.hidden if dim == "C" else ()]
-        return PartitionSpec(*(axes or None for axes in of_dims))
+    def spec(self, value: SpreadValue) -> PartitionSpec:
+        """The sharding of one value."""
+        along = {f"t{at}": axes for at, axes in enumerate(self.tokens)}
+        along |= {"b": self.batch, "C": self.hidden}
+        num_tokens = len(self.tokens) if value.value.has_tokens else 0
+        factors = value.factors(value.is_mapped + num_tokens + len(value.value.dims))
+        return PartitionSpec(*(along.get(factor) or None for factor in factors))
 
 
 def check_streams(call: Call, name: str, axes: Axes) -> None:
-    """The streams of a token are on one device."""
+    """Raises an error unless the streams of a token are on one device."""
     if axes:
         fail(
             ValueError, call.op, name, "streams [..., n, C] whose n is not split over devices",
@@ -85,46 +103,14 @@ def check_streams(call: Call, name: str, axes: Axes) -> None:
         )  # fmt: skip
 
 
-def pack(values: Iterable[Value], arrays: Sequence[Any], streams: int) -> list[Any]:
-    """phi, or its gradient, from [n·C, K] to [n, C, K]; others as they are."""
-
-    def packed(array: Any) -> Any:
-        return array.reshape(streams, array.shape[0] // streams, array.shape[1])
-
-    return _of_phi(packed, values, arrays)
+def run_here(spread: Spread, operands: Mapping[str, jax.Array]) -> Values:
+    """Runs a call, or a batch of calls, on one device."""
+    return bind(spread.call, operands, mapped=spread.mapped)
 
 
-def unpack(values: Iterable[Value], arrays: Sequence[Any]) -> list[Any]:
-    """The other way round."""
-
-    def unpacked(array: Any) -> Any:
-        return array.reshape(array.shape[0] * array.shape[1], array.shape[2])
-
-    return _of_phi(unpacked, values, arrays)
-
-
-def _of_phi(
-    function: Callable[[Any], Any], values: Iterable[Value], arrays: Sequence[Any]
-) -> list[Any]:
-    return [
-        value.each(function)(array) if value.name in ("phi", "d_phi") else array
-        for value, array in zip(values, arrays, strict=True)
-    ]
-
-
-def run_here(spread: Spread, *operands: Any) -> Sequence[Any]:
-    """Runs a call, or a batch of calls, on one device, phi being [n, C, K]."""
-    whole = unpack(spread.operands(), operands)
-    results = bind(spread.call, *whole, mapped=spread.mapped)
-    return pack(spread.results(), results, operands[0].shape[-2])
-
-
-def map_batch(function: Callable[..., Any], spread: Spread, operands: Sequence[Any]) -> Any:
-    """One element of a batch after the other; operands that are not mapped are the same for all."""
-    pairs = list(zip(spread.operands(), operands, strict=True))
-
-    def one(elements: list[Any]) -> Any:
-        element = iter(elements)
-        return function(*(next(element) if value.mapped else array for value, array in pairs))
-
-    return jax.lax.map(one, [array for value, array in pairs if value.mapped])
+def map_batch(
+    function: Callable[[Values], Values], spread: Spread, operands: Mapping[str, jax.Array]
+) -> Values:
+    """Runs one element of a batch after the other; operands that are not mapped are shared."""
+    mapped = {name: operands[name] for name in spread.mapped or ()}
+    return jax.lax.map(lambda elements: function({**operands, **elements}), mapped)

@@ -1,9 +1,8 @@
-"""New arrays that lie as others do, for the carries of loops, whose types may not change."""
+"""New arrays that are sharded as others are, for carries of loops, whose types may not change."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +13,14 @@ from jax_mhc._axes import axes_of, entries, vary, varying_axes, varying_like
 from jax_mhc._mesh.auto import empty_auto
 
 
-def lie_like(array: Any, other: Any) -> Any:
-    """An array on the devices of another of the same shape."""
+def sharded_like(array: jax.Array, other: jax.Array) -> jax.Array:
+    """An array, sharded as another of the same shape is."""
     if axes_of(other, AxisType.Explicit):
         array = reshard(array, jax.typeof(other).sharding)
     return varying_like(array, other)
 
 
-def of_tokens(array: Any, x: Any, hidden_axes: tuple[str, ...]) -> Any:
+def of_tokens(array: jax.Array, x: jax.Array, hidden_axes: tuple[str, ...]) -> jax.Array:
     """Values of tokens, without channels, on the devices that have the tokens of streams x."""
     if axes_of(x, AxisType.Explicit):
         sharding = jax.typeof(x).sharding
@@ -31,7 +30,7 @@ def of_tokens(array: Any, x: Any, hidden_axes: tuple[str, ...]) -> Any:
     return vary(array, varying_axes(x) - frozenset(hidden_axes), jax.typeof(x).sharding.mesh)
 
 
-def empty_stack(num: int, like: Any) -> Any:
+def empty_stack(num: int, like: jax.core.ShapedArray) -> jax.Array:
     """Memory for `num` arrays of the type of `like`, which may hold anything: `[num, ...]`."""
     mesh, varying = like.sharding.mesh, varying_axes(like)
     if jax.device_count() > 1 and (mesh.empty or AxisType.Auto in mesh.axis_types):
@@ -41,32 +40,32 @@ def empty_stack(num: int, like: Any) -> Any:
             empty = empty_auto((num, *like.shape), like.dtype, mesh)
         return vary(empty, varying, mesh)
     of_dims = entries(like.sharding.spec, len(like.shape))
-    split = [axis for axes in of_dims for axis in axes]
+    sharded = [axis for axes in of_dims for axis in axes]
 
-    def on_one() -> Any:
+    def on_one() -> jax.Array:
         own = [
             size // math.prod(mesh.shape[axis] for axis in axes)
             for size, axes in zip(like.shape, of_dims, strict=True)
         ]
-        return vary(jax.lax.empty((num, *own), like.dtype), varying.union(split), mesh)
+        return vary(jax.lax.empty((num, *own), like.dtype), varying.union(sharded), mesh)
 
-    if not split:
+    if not sharded:
         empty = on_one()
         return reshard(empty, PartitionSpec()) if AxisType.Explicit in mesh.axis_types else empty
     spec = PartitionSpec(None, *like.sharding.spec)
-    on_all = jax.shard_map(on_one, mesh=mesh, in_specs=(), out_specs=spec, axis_names=set(split))
+    on_all = jax.shard_map(on_one, mesh=mesh, in_specs=(), out_specs=spec, axis_names=set(sharded))
     return on_all()
 
 
-def empty_stack_of(num: int, x: Any) -> Any:
-    """The same for arrays such as x: under `jax.vmap` one stack for each element of the batch."""
+def empty_stack_of(num: int, x: jax.Array) -> jax.Array:
+    """Memory for `num` arrays like x, as `empty_stack`; for each element of a batch its own."""
 
     @custom_vmap
-    def empty(x: Any) -> Any:
+    def empty(x: jax.Array) -> jax.Array:
         return empty_stack(num, jax.typeof(x))
 
     @empty.def_vmap
-    def _(axis_size: int, _: Any, x: Any) -> tuple[Any, bool]:
+    def _(axis_size: int, _: list[bool], x: jax.Array) -> tuple[jax.Array, bool]:
         return jnp.moveaxis(empty_stack(num, jax.typeof(x)), 0, 1), True
 
     return empty(jax.lax.stop_gradient(x))

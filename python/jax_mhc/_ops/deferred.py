@@ -2,7 +2,7 @@
 
 post makes X'[i] = Σ_j h_res[i, j] X[j] + h_post[i] · y, so the gradient of X from it is H_resᵀ G
 with G = d_X'. Were post's backward to write that, pre's backward would read it again: twice n·C
-values a token. Instead post's backward hands on G as it is, and pre's backward applies H_resᵀ.
+values a token. Instead post's backward passes G on as it is, and pre's backward applies H_resᵀ.
 
 `Context._deferred` carries G: it holds X like `Context.x`, and its cotangent is, by convention, G.
 All of it is linear, so G may be a sum over several posts. The cotangent of the public x is what it
@@ -32,18 +32,24 @@ def streams(ctx: Context) -> tuple[bool, jax.Array]:
     return True, ctx._deferred
 
 
-def gradient(deferred: bool, d_x_new: Any, h_res: Any) -> jax.Array:
+def gradient(deferred: bool, d_x_new: jax.Array, h_res: jax.Array) -> jax.Array:
     """The cotangent of these streams from that of X'."""
     return d_x_new if deferred else _mix_back(h_res, d_x_new).astype(d_x_new.dtype)
 
 
-def _mix_back(h_res: Any, g: Any) -> jax.Array:
+def _mix_back(h_res: jax.Array, g: jax.Array) -> jax.Array:
     """H_resᵀ G in the accumulation dtype."""
     return mix(jnp.swapaxes(h_res, -1, -2), g.astype(accumulation_dtype(g.dtype)))
 
 
-def handed_on(d_x: Any, d_deferred: Any, h_res: Any) -> tuple[jax.Array, bool]:
-    """What pre's backward adds to, from the cotangents of both; and whether it is deferred."""
+def d_streams_in(d_ctx: Context, h_res: jax.Array) -> tuple[jax.Array, bool]:
+    """The cotangent of streams that pre's backward adds to; and whether it is deferred.
+
+    d_ctx: the cotangent of a context, whose leaves may be symbolic zeros.
+    """
+    # Types say that a context has arrays; those of cotangents have symbolic zeros beside them.
+    d_x: Any = d_ctx.x
+    d_deferred: Any = d_ctx._deferred
     if isinstance(d_deferred, SymbolicZero):
         return instantiate(d_x), False
     if isinstance(d_x, SymbolicZero):
@@ -52,7 +58,7 @@ def handed_on(d_x: Any, d_deferred: Any, h_res: Any) -> tuple[jax.Array, bool]:
     return (d_x + _mix_back(h_res, d_deferred)).astype(d_x.dtype), False
 
 
-def instantiate(cotangent: Any) -> Any:
+def instantiate(cotangent: jax.Array | SymbolicZero) -> jax.Array:
     """An array in place of a symbolic zero."""
     if isinstance(cotangent, SymbolicZero):
         return jnp.zeros(cotangent.shape, cotangent.dtype)

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, reference
-from jax_mhc._call.dispatch import (
-    Implementation,
-    Settings,
-    fused_call,
-    reverse_mode_only,
-    use_fused,
-)
+from jax_mhc._call import Implementation, Settings, Values
+from jax_mhc._ops.deferred import instantiate
+from jax_mhc._ops.fused_op import fused_call, fused_op
 from jax_mhc._types import HeadParams, MHCConfig
 from jax_mhc.presets import PAPER
 
@@ -60,26 +54,21 @@ def head(
     config = _check.config(op, config, x.dtype)
     axes = _check.hidden_axes(op, hidden_axis_name, x)
     phi, alpha, bias = _check.head_params(op, params, x, axes)
-    with jax.named_scope("mhc_head"):
-        if not use_fused(op, implementation, x.dtype, axes):
-            return reference.head(x, HeadParams(phi, alpha, bias), config=config)
-        settings = Settings(config, hidden_axes=axes, fused=implementation == "fused")
-        return _head(settings, *reverse_mode_only(op, x, phi, alpha, bias))
+    return _head(
+        {"x": x, "phi": phi, "alpha": alpha, "bias": bias},
+        Settings(config, hidden_axes=axes),
+        implementation,
+        lambda: reference.head(x, HeadParams(phi, alpha, bias), config=config),
+    )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _head(settings: Settings, *operands: Any) -> Any:
-    return _head_fwd(settings, *operands)[0]
+def _forward(operands: Values, results: Values) -> tuple[jax.Array, Values]:
+    u = results.pop("u")
+    return u, operands | results
 
 
-def _head_fwd(settings: Settings, *operands: Any) -> Any:
-    u, *normalized = fused_call("head_fwd", settings, *operands)
-    m, r = checkpoint_name(normalized, "mhc_coefficients")
-    return checkpoint_name(u, "mhc_layer_input"), (*operands, m, r)
+def _backward(settings: Settings, saved: Values, d_u: Any) -> Values:
+    return fused_call("head_bwd", settings, saved | {"d_u": instantiate(d_u)})
 
 
-def _head_bwd(settings: Settings, saved: Any, d_u: Any) -> Any:
-    return tuple(fused_call("head_bwd", settings, *saved, d_u))
-
-
-_head.defvjp(_head_fwd, _head_bwd)
+_head = fused_op("head", _forward, _backward)

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, reference
-from jax_mhc._call.dispatch import (
-    Implementation,
-    Settings,
-    fused_call,
-    reverse_mode_only,
-    use_fused,
-)
-from jax_mhc._ops.deferred import gradient, streams
+from jax_mhc._call import Implementation, Settings, Values
+from jax_mhc._ops.deferred import gradient, instantiate, streams
+from jax_mhc._ops.fused_op import fused_call, fused_op
 from jax_mhc._types import Context
 
 
@@ -48,27 +41,23 @@ def post(y: jax.Array, ctx: Context, *, implementation: Implementation = None) -
     op = "post"
     ctx = _check.context(op, ctx)
     y = _check.layer_output(op, "y", y, ctx.x)
-    with jax.named_scope("mhc_post"):
-        if not use_fused(op, implementation, ctx.x.dtype):
-            return reference.post(y, ctx)
-        deferred, x = streams(ctx)
-        settings = Settings(fused=implementation == "fused")
-        return _post(settings, deferred, *reverse_mode_only(op, x, y, ctx.h_post, ctx.h_res))
+    deferred, x = streams(ctx)
+    return _post(
+        {"x": x, "y": y, "h_post": ctx.h_post, "h_res": ctx.h_res},
+        Settings(defers=deferred),
+        implementation,
+        lambda: reference.post(y, ctx),
+    )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _post(settings: Settings, deferred: bool, *operands: Any) -> Any:
-    return _post_fwd(settings, deferred, *operands)[0]
+def _forward(operands: Values, results: Values) -> tuple[jax.Array, Values]:
+    return results["x_new"], operands
 
 
-def _post_fwd(settings: Settings, deferred: bool, *operands: Any) -> Any:
-    (x_new,) = fused_call("post_fwd", settings, *operands)
-    return checkpoint_name(x_new, "mhc_streams"), operands
+def _backward(settings: Settings, saved: Values, d_x_new: Any) -> Values:
+    d_x_new = instantiate(d_x_new)
+    d_x = gradient(settings.defers, d_x_new, saved["h_res"])
+    return {"d_x": d_x} | fused_call("post_bwd", settings, saved | {"d_x_new": d_x_new})
 
 
-def _post_bwd(settings: Settings, deferred: bool, saved: Any, d_x_new: Any) -> Any:
-    d_x = gradient(deferred, d_x_new, h_res=saved[-1])
-    return d_x, *fused_call("post_bwd", settings, *saved, d_x_new)
-
-
-_post.defvjp(_post_fwd, _post_bwd)
+_post = fused_op("post", _forward, _backward)

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, reference
-from jax_mhc._call.dispatch import (
-    Implementation,
-    Settings,
-    fused_call,
-    reverse_mode_only,
-    use_fused,
-)
-from jax_mhc._ops.deferred import gradient, handed_on, instantiate, streams
-from jax_mhc._ops.kept import keep, named, restore
-from jax_mhc._ops.pre import dense
+from jax_mhc._call import Implementation, Settings, Values
+from jax_mhc._ops.deferred import d_streams_in, gradient, streams
+from jax_mhc._ops.fused_op import KEPT, fused_call, fused_op, present
+from jax_mhc._ops.pre import context, cotangents_of
 from jax_mhc._types import Context, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
@@ -75,54 +66,41 @@ def post_pre(
     axes = _check.hidden_axes(op, hidden_axis_name, ctx.x)
     phi, alpha, bias = _check.params(op, params, ctx.x, config, hidden_axes=axes)
     norm_scale, eps = _check.norm_scale(op, norm_scale, norm_scale_eps, ctx.x, hidden_axes=axes)
-    with jax.named_scope("mhc_post_pre"):
-        if not use_fused(op, implementation, ctx.x.dtype, axes):
-            return reference.post_pre(
-                y, ctx, MHCParams(phi, alpha, bias), config=config,
-                norm_scale=norm_scale, norm_scale_eps=eps,
-            )  # fmt: skip
-        deferred, x = streams(ctx)
-        params_and_scale = dense(phi, alpha, bias, norm_scale, x, axes)
-        operands = (x, y, ctx.h_post, ctx.h_res, *params_and_scale)
-        settings = Settings(config, eps, axes, implementation == "fused")
-        u, *context = _post_pre(settings, deferred, *reverse_mode_only(op, *operands))
-        return u, Context._of(*context)
+    deferred, x = streams(ctx)
+    return _post_pre(
+        present(
+            x=x, y=y, h_post=ctx.h_post, h_res=ctx.h_res,
+            phi=phi, alpha=alpha, bias=bias, norm_scale=norm_scale,
+        ),
+        Settings(config, eps, axes, defers=deferred),
+        implementation,
+        lambda: reference.post_pre(
+            y, ctx, MHCParams(phi, alpha, bias), config=config,
+            norm_scale=norm_scale, norm_scale_eps=eps,
+        ),
+    )  # fmt: skip
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _post_pre(settings: Settings, deferred: bool, *operands: Any) -> Any:
-    return _run(settings, *operands)[0]
+def _forward(operands: Values, results: Values) -> tuple[tuple[jax.Array, Context], Values]:
+    ctx = context(results["x_new"], results)
+    kept = {name: result for name, result in results.items() if name in KEPT}
+    if "norm_scale" in operands:
+        # The layer keeps u, too.
+        kept["u_norm"] = results["u"]
+    return (results["u"], ctx), operands | kept | {"h_res_new": results["h_res"]}
 
 
-def _run(settings: Settings, *operands: Any) -> Any:
-    x_new, u, *coefficients = fused_call("post_pre_fwd", settings, *operands)
-    x_new = checkpoint_name(x_new, "mhc_streams")
-    u = checkpoint_name(u, "mhc_layer_input")
-    h_pre, h_post, h_res, *others = named(coefficients, "mhc_coefficients")
-    *_, norm_scale = operands
-    kept = keep((*operands, *others, u_norm(u, norm_scale), h_res))
-    return (u, x_new, x_new, h_pre, h_post, h_res), kept
-
-
-def u_norm(u: Any, norm_scale: Any) -> Any:
-    """What the backward pass wants of u, which the layer keeps too: all, if there is a norm."""
-    return u if norm_scale.shape[0] else jnp.zeros((*u.shape[:-1], 0), u.dtype)
-
-
-def _post_pre_fwd(settings: Settings, deferred: bool, *operands: Any) -> Any:
-    return _run(settings, *(operand.value for operand in operands))
-
-
-def _post_pre_bwd(settings: Settings, deferred: bool, saved: Any, cotangents: Any) -> Any:
-    saved = restore(saved)
-    d_u, d_x_new, d_deferred, *d_h = cotangents
-    _, _, _, h_res, *_, h_res_new = saved
-    d_x_new_in, deferred_new = handed_on(d_x_new, d_deferred, h_res_new)
-    others = map(instantiate, (d_u, *d_h))
-    d_x_new, *gradients = fused_call(
-        "post_pre_bwd", settings, *saved, *others, d_x_new_in, deferred=deferred_new
+def _backward(settings: Settings, saved: Values, cotangents: tuple[Any, Context]) -> Values:
+    d_u, d_ctx = cotangents
+    d_x_new_in, deferred = d_streams_in(d_ctx, saved["h_res_new"])
+    gradients = fused_call(
+        "post_pre_bwd",
+        settings,
+        saved | cotangents_of(d_u, d_ctx) | {"d_x_new_in": d_x_new_in},
+        deferred=deferred,
     )
-    return gradient(deferred, d_x_new, h_res), *gradients
+    d_x_new = gradients.pop("d_x_new")
+    return gradients | {"d_x": gradient(settings.defers, d_x_new, saved["h_res"])}
 
 
-_post_pre.defvjp(_post_pre_fwd, _post_pre_bwd, symbolic_zeros=True)
+_post_pre = fused_op("post_pre", _forward, _backward)

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, reference
-from jax_mhc._call.dispatch import (
-    Implementation,
-    Settings,
-    fused_call,
-    reverse_mode_only,
-    use_fused,
-)
-from jax_mhc._ops.deferred import handed_on, instantiate
-from jax_mhc._ops.kept import keep, named, restore
+from jax_mhc._call import Implementation, Settings, Values
+from jax_mhc._ops.deferred import d_streams_in, instantiate
+from jax_mhc._ops.fused_op import KEPT, fused_call, fused_op, present
 from jax_mhc._types import Context, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
@@ -100,61 +91,46 @@ def pre(
     axes = _check.hidden_axes(op, hidden_axis_name, x)
     phi, alpha, bias = _check.params(op, params, x, config, hidden_axes=axes)
     norm_scale, eps = _check.norm_scale(op, norm_scale, norm_scale_eps, x, hidden_axes=axes)
-    with jax.named_scope("mhc_pre"):
-        if not use_fused(op, implementation, x.dtype, axes):
-            return reference.pre(
-                x, MHCParams(phi, alpha, bias), config=config,
-                norm_scale=norm_scale, norm_scale_eps=eps,
-            )  # fmt: skip
-        operands = (x, *dense(phi, alpha, bias, norm_scale, x, axes))
-        settings = Settings(config, eps, axes, implementation == "fused")
-        u, *context = _pre(settings, *reverse_mode_only(op, *operands))
-        return u, Context._of(*context)
+    return _pre(
+        present(x=x, phi=phi, alpha=alpha, bias=bias, norm_scale=norm_scale),
+        Settings(config, eps, axes),
+        implementation,
+        lambda: reference.pre(
+            x, MHCParams(phi, alpha, bias), config=config,
+            norm_scale=norm_scale, norm_scale_eps=eps,
+        ),
+    )  # fmt: skip
 
 
-def dense(
-    phi: jax.Array | None,
-    alpha: jax.Array | None,
-    bias: jax.Array,
-    norm_scale: jax.Array | None,
-    x: jax.Array,
-    hidden_axes: tuple[str, ...] = (),
-) -> tuple[jax.Array, ...]:
-    """The form that the kernels take: what is not there has no values.
-
-    Static coefficients are a phi without columns.
-    """
-    dtype = _check.accumulation_dtype(x.dtype)
-    if phi is None or alpha is None:
-        phi = jnp.zeros((x.shape[-2] * _check.num_channels(x, hidden_axes), 0), dtype)
-        alpha = jnp.zeros((3,), dtype)
-    if norm_scale is None:
-        norm_scale = jnp.zeros((0,), dtype)
-    return phi, alpha, bias, norm_scale
+def _forward(operands: Values, results: Values) -> tuple[tuple[jax.Array, Context], Values]:
+    h_res = results["h_res"]
+    ctx = context(operands["x"], results)
+    kept = {name: result for name, result in results.items() if name in KEPT}
+    return (results["u"], ctx), operands | kept | {"h_res": h_res}
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _pre(settings: Settings, *operands: Any) -> Any:
-    return _run(settings, *operands)[0]
+def context(x: jax.Array, results: Values) -> Context:
+    """The context of streams x with the coefficients that a call gave."""
+    return Context._of(x, x, results["h_pre"], results["h_post"], results["h_res"])
 
 
-def _run(settings: Settings, x: Any, *params: Any) -> Any:
-    u, *coefficients = fused_call("pre_fwd", settings, x, *params)
-    u = checkpoint_name(u, "mhc_layer_input")
-    h_pre, h_post, h_res, *others = named(coefficients, "mhc_coefficients")
-    return (u, x, x, h_pre, h_post, h_res), keep((x, *params, *others, h_res))
+def _backward(settings: Settings, saved: Values, cotangents: tuple[Any, Context]) -> Values:
+    d_u, d_ctx = cotangents
+    d_x_in, deferred = d_streams_in(d_ctx, saved["h_res"])
+    return fused_call(
+        "pre_bwd", settings, saved | cotangents_of(d_u, d_ctx) | {"d_x_in": d_x_in},
+        deferred=deferred,
+    )  # fmt: skip
 
 
-def _pre_fwd(settings: Settings, *operands: Any) -> Any:
-    return _run(settings, *(operand.value for operand in operands))
+def cotangents_of(d_u: Any, d_ctx: Context) -> Values:
+    """The cotangents of u and of the coefficients, which a backward call takes."""
+    return {
+        "d_u": instantiate(d_u),
+        "d_h_pre": instantiate(d_ctx.h_pre),
+        "d_h_post": instantiate(d_ctx.h_post),
+        "d_h_res": instantiate(d_ctx.h_res),
+    }
 
 
-def _pre_bwd(settings: Settings, saved: Any, cotangents: Any) -> Any:
-    saved = restore(saved)
-    d_u, d_x, d_deferred, *d_h = cotangents
-    d_x_in, deferred = handed_on(d_x, d_deferred, h_res=saved[-1])
-    others = map(instantiate, (d_u, *d_h))
-    return tuple(fused_call("pre_bwd", settings, *saved, *others, d_x_in, deferred=deferred))
-
-
-_pre.defvjp(_pre_fwd, _pre_bwd, symbolic_zeros=True)
+_pre = fused_op("pre", _forward, _backward)

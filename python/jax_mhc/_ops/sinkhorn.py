@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, _errors, reference
-from jax_mhc._call.dispatch import (
-    Implementation,
-    Settings,
-    fused_call,
-    reverse_mode_only,
-    use_fused,
-)
+from jax_mhc._call import Implementation, Settings, Values
+from jax_mhc._ops.deferred import instantiate
+from jax_mhc._ops.fused_op import fused_call, fused_op
 from jax_mhc._types import MHCConfig
 from jax_mhc.presets import PAPER
 
@@ -64,27 +59,20 @@ def sinkhorn(
             ValueError, op, "config.constraint", "'birkhoff'", repr(config.constraint),
             "Sinkhorn is the projection of this constraint alone.",
         )  # fmt: skip
-    with jax.named_scope("mhc_sinkhorn"):
-        if use_fused(op, implementation, logits.dtype):
-            settings = Settings(config, fused=implementation == "fused")
-            h_res = _sinkhorn(settings, *reverse_mode_only(op, logits))
-        else:
-            h_res = reference.sinkhorn(logits, config=config)
-        return checkpoint_name(h_res, "mhc_coefficients")
+    return _sinkhorn(
+        {"z": logits},
+        Settings(config),
+        implementation,
+        lambda: checkpoint_name(reference.sinkhorn(logits, config=config), "mhc_coefficients"),
+    )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sinkhorn(settings: Settings, z: Any) -> Any:
-    return _sinkhorn_fwd(settings, z)[0]
+def _forward(operands: Values, results: Values) -> tuple[jax.Array, Values]:
+    return results["h_res"], operands
 
 
-def _sinkhorn_fwd(settings: Settings, z: Any) -> Any:
-    (h_res,) = fused_call("sinkhorn_fwd", settings, z)
-    return h_res, z
+def _backward(settings: Settings, saved: Values, d_h_res: Any) -> Values:
+    return fused_call("sinkhorn_bwd", settings, saved | {"d_h_res": instantiate(d_h_res)})
 
 
-def _sinkhorn_bwd(settings: Settings, z: Any, d_h_res: Any) -> Any:
-    return tuple(fused_call("sinkhorn_bwd", settings, z, d_h_res))
-
-
-_sinkhorn.defvjp(_sinkhorn_fwd, _sinkhorn_bwd)
+_sinkhorn = fused_op("sinkhorn", _forward, _backward)

@@ -1,10 +1,10 @@
-"""A scan over blocks of sublayers that are joined by seams, with a backward pass of its own.
+"""A scan over blocks of sublayers that post_pre joins, with a backward pass of its own.
 
 JAX's derivative of a scan copies what an iteration keeps for the backward pass into an array over
 all iterations, and fills that array with zeros beforehand: of the streams, 3 n·C values a token
-for every sublayer. Here the loop carries the arrays of streams. A seam writes its streams to their
-place there, and the next one reads them from there; on GPUs XLA hands the kernels these places
-themselves (dynamic-slice fusion), and nothing is filled.
+for every sublayer. Here the loop carries the arrays of streams. A post_pre writes its streams to
+their place there, and the next one reads them from there; on GPUs XLA hands the kernels these
+places themselves (dynamic-slice fusion), and nothing is filled.
 
 Streams are kept before every stretch of sublayers, which may be one of them; within longer ones the
 backward pass computes them again from what the layers returned, and runs no layer.
@@ -13,43 +13,50 @@ backward pass computes them again from what the layers returned, and runs no lay
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from jax_mhc._axes import varying_like
-from jax_mhc._call.dispatch import Settings, fused_call, reverse_mode_only
+from jax_mhc._call import Settings, Values, reverse_mode_only
 from jax_mhc._check import accumulation_dtype
 from jax_mhc._mesh.types import empty_stack, empty_stack_of, of_tokens
-from jax_mhc._ops.kept import keep, restore
-from jax_mhc._stack.layer import Layer, is_inexact, merge, partition
+from jax_mhc._ops.fused_op import KEPT, fused_call
+from jax_mhc._stack.layer import Given, Layer, Leaves, is_inexact, merge, partition
 from jax_mhc._stack.structure import structure
 from jax_mhc.diagnostics import sample_tokens
 
+if TYPE_CHECKING:
+    from jax.extend.core import ClosedJaxpr
 
-def scan_of_seams(
-    layers: Sequence[Callable[..., Any]],
-    x: Any,
-    params: Sequence[tuple[Any, ...]],
-    xs: Any,
+# A pytree of arrays, the same at every place that names it in a signature.
+Tree: TypeAlias = Any
+Carry: TypeAlias = Any
+
+
+def own_scan(
+    layers: Sequence[Callable[[jax.Array, Tree], jax.Array]],
+    x: jax.Array,
+    params: Sequence[Values],
+    xs: Tree,
     *,
     settings: Settings,
     stretches: Stretches,
     num_samples: int = 0,
-) -> tuple[Any, Any]:
+) -> tuple[jax.Array, jax.Array | None]:
     """The streams `[..., n, C]` after all blocks; and h_res of some tokens `[L, S, n, n]`, or None.
 
     Args:
         layers: the sublayers of a block, `(u, s) -> y`. They are traced once and may close over
             arrays.
         x: the streams.
-        params: what `dense` gives for each of layers, stacked over the blocks, of which there is at
-            least one.
+        params: for each of layers bias, and phi, alpha and norm_scale where it has these, stacked
+            over the blocks, of which there is at least one.
         xs: a pytree of arrays, stacked too.
-        settings: those of all sublayers.
+        settings: the settings of all sublayers.
         stretches: what is computed again. An iteration has at least two sublayers; one alone would
             read from the array that it writes to.
         num_samples: S, or 0.
@@ -65,14 +72,13 @@ def scan_of_seams(
         [value for layer in traced for value in layer.consts],
         lambda value: isinstance(value, jax.core.Tracer) and is_inexact(value),
     )
-    operands, treedef = jax.tree.flatten((x, params, xs, constants))
-    operands = jax.tree.unflatten(treedef, reverse_mode_only("stack", *operands))
+    x, (params, xs, constants) = reverse_mode_only("stack", x, (params, xs, constants))
+    operands = x, params, xs, constants
 
     scan = _Scan(traced, settings, stretches, num_samples)
-    norms = tuple(norm_scale.shape[1] > 0 for *_, norm_scale in params)
     layout = jax.tree.structure((operands, other_xs, other_constants))
     layers_structure = tuple(structure(layer.jaxpr) for layer in traced)
-    key = layers_structure, norms, layout, settings, stretches, num_samples
+    key = layers_structure, layout, settings, stretches, num_samples
     run = _compiled(_Keyed(key, scan))
     x_new, h_res = run(*operands, other_xs, other_constants)
     return x_new, jax.tree.map(lambda h: h.reshape(-1, *h.shape[2:]), h_res)
@@ -87,7 +93,7 @@ class _Keyed:
 
 
 @lru_cache(maxsize=64)
-def _compiled(keyed: _Keyed) -> Callable[..., Any]:
+def _compiled(keyed: _Keyed) -> Callable[..., tuple[jax.Array, jax.Array | None]]:
     """The scan as a function that is compiled once; where it is traced it leaves no trace."""
     run = jax.custom_vjp(keyed.scan.forward)
     backward = jax.jit(keyed.scan.backward, inline=True)
@@ -108,47 +114,97 @@ class Stretches(NamedTuple):
     keeps_inputs: bool = True
 
 
+class Pending(NamedTuple):
+    """What the post of a sublayer needs beside the streams.
+
+    Attributes:
+        y: the layer's output `[..., C]`.
+        h_post: the weight of y in each stream `[..., n]`.
+        h_res: the weights of the streams `[..., n, n]`.
+    """
+
+    y: jax.Array
+    h_post: jax.Array
+    h_res: jax.Array
+
+
+class _Kept(NamedTuple):
+    """What is kept of a sublayer for the backward pass.
+
+    Attributes:
+        pending: what the post in front of it needs, by name. Within a stretch whose coefficients
+            are computed again, y alone.
+        normalizers: m, r and rho, as far as they are there and kept.
+        layer: what the layer keeps.
+    """
+
+    pending: Values
+    normalizers: Values
+    layer: Leaves
+
+
+class _Before(NamedTuple):
+    """What a sublayer had before it, and made for its backward pass.
+
+    Attributes:
+        x: the streams before its post_pre.
+        pending: what post needs of the sublayer before.
+        normalizers: m, r and rho, as far as they are there.
+        u: the layer's input, where it is not kept.
+    """
+
+    x: jax.Array
+    pending: Pending
+    normalizers: Values
+    u: jax.Array | None
+
+
 class _Scan:
     """What is the same in all passes."""
 
     def __init__(
         self,
-        traced: Sequence[Any],
+        traced: Sequence[ClosedJaxpr],
         settings: Settings,
         stretches: Stretches,
         num_samples: int,
     ):
-        self.traced, self.hidden_axes = traced, settings.hidden_axes
-        self.seam_settings = settings
-        self.post_settings = settings._replace(config=None, norm_scale_eps=None)
+        self.traced, self.settings = traced, settings
         self.length, self.num_together, self.keeps_inputs = stretches
         self.num_samples = num_samples
         # The layers' forward and backward passes: known once there is a backward pass.
         self.layers: list[Layer] = []
 
-    def seam(self, name: str, *operands: Any, **options: Any) -> Any:
-        """Runs a call of the seam's."""
-        return fused_call(name, self.seam_settings, *operands, **options)
+    def post_pre(
+        self,
+        x: jax.Array,
+        pending: Pending,
+        params: Values,
+        kept_alone: Collection[str] = KEPT,
+    ) -> Values:
+        """The results of a post_pre."""
+        operands = {"x": x} | pending._asdict() | params
+        return fused_call("post_pre_fwd", self.settings, operands, kept_alone=kept_alone)
 
-    def post(self, name: str, *operands: Any) -> Any:
-        """Runs a call of post's."""
-        return fused_call(name, self.post_settings, *operands)
+    def post(self, x: jax.Array, pending: Pending) -> jax.Array:
+        """The streams after a sublayer."""
+        return fused_call("post_fwd", self.settings, {"x": x} | pending._asdict())["x_new"]
 
-    def layer(self, j: int, u: Any, s: list[Any], constants: list[Any]) -> Any:
+    def layer(self, j: int, u: jax.Array, s: Leaves, constants: Leaves) -> jax.Array:
         """The output of sublayer j."""
         start = sum(len(layer.consts) for layer in self.traced[:j])
         jaxpr = self.traced[j].jaxpr
         own = constants[start : start + len(jaxpr.constvars)]
         return jax.core.eval_jaxpr(jaxpr, own, u, *s)[0]
 
-    def stacked(self, h_res: list[Any]) -> Any:
-        """That of some tokens `[sublayers, S, n, n]`, or None."""
+    def stacked(self, h_res: list[jax.Array]) -> jax.Array | None:
+        """The h_res of some tokens `[sublayers, S, n, n]`, or None."""
         if not self.num_samples:
             return None
         return jnp.stack([sample_tokens(h, self.num_samples) for h in h_res])
 
     def stretches(self) -> list[list[tuple[int, int]]]:
-        """Those of an iteration, each a list of sublayers: (place of the block, place in it)."""
+        """The stretches of an iteration: lists of sublayers (place of the block, place in it)."""
         sublayers = [(b, j) for b in range(self.num_together) for j in range(len(self.traced))]
         return [
             sublayers[start : start + self.length]
@@ -156,144 +212,180 @@ class _Scan:
         ]
 
     def forward(
-        self, x: Any, params: Any, xs: Any, constants: Any, other_xs: Any, other_constants: Any
-    ) -> Any:
+        self,
+        x: jax.Array,
+        params: tuple[Values, ...],
+        xs: Leaves,
+        constants: Leaves,
+        other_xs: Leaves,
+        other_constants: Leaves,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The forward pass where nothing is differentiated."""
         constants = merge(constants, other_constants)
 
-        def step(pending: Any, slices: Any) -> tuple[Any, Any]:
-            block_params, s, other_s = slices
+        def step(carry: Carry, slices: Tree) -> tuple[Carry, jax.Array | None]:
+            (x, pending), (block_params, s, other_s) = carry, slices
             samples = []
             for j, p in enumerate(block_params):
-                x_new, u, _, h_post, h_res, *_ = self.seam("post_pre_fwd", *pending, *p)
-                samples.append(h_res)
-                y = self.layer(j, u, merge(s, other_s), constants)
-                pending = x_new, y, h_post, h_res
-            return pending, self.stacked(samples)
+                results = self.post_pre(x, pending, p)
+                samples.append(results["h_res"])
+                y = self.layer(j, results["u"], merge(s, other_s), constants)
+                x, pending = results["x_new"], Pending(y, results["h_post"], results["h_res"])
+            return (x, pending), self.stacked(samples)
 
-        pending, samples = jax.lax.scan(
-            step, (x, *no_sublayer(x, self.hidden_axes)), (params, xs, other_xs)
-        )
-        return self.post("post_fwd", *pending)[0], samples
+        carry = x, no_sublayer(x, self.settings.hidden_axes)
+        (x, pending), samples = jax.lax.scan(step, carry, (params, xs, other_xs))
+        return self.post(x, pending), samples
 
     def forward_and_keep(
-        self, x: Any, params: Any, xs: Any, constants: Any, other_xs: Any, other_constants: Any
-    ) -> tuple[Any, Any]:
+        self,
+        x: jax.Array,
+        params: tuple[Values, ...],
+        xs: Leaves,
+        constants: Leaves,
+        other_xs: Leaves,
+        other_constants: Leaves,
+    ) -> tuple[tuple[jax.Array, jax.Array | None], Tree]:
+        """The forward pass, and what the backward pass takes."""
         stretches = self.stretches()
-        num_steps, last = params[0][0].shape[0] // self.num_together, len(stretches) - 1
-        # streams[k][i]: those after stretch k of iteration i, but for the seam's post of its last
-        # layer. Of the last stretch they are one further, behind the first of all.
+        num_steps, last = params[0]["bias"].shape[0] // self.num_together, len(stretches) - 1
+        # streams[k][i]: those after stretch k of iteration i, but for the post of its last layer.
+        # Of the last stretch they are one further, behind the first of all.
         streams = [empty_stack_of(num_steps + (k == last), x) for k in range(last + 1)]
         streams[last] = _put(streams[last], x, 0)
-        given = (*_first((xs, other_xs)), constants, other_constants)
+        s, other_s = _first((xs, other_xs))
+        given = Given(s, other_s, constants, other_constants)
         self.layers = [
             Layer(
                 partial(self.layer, j), layer.in_avals[0], given,
-                has_norm=norm_scale.shape[1] > 0, keeps_input=self.keeps_inputs,
+                has_norm="norm_scale" in p, keeps_input=self.keeps_inputs,
             )
-            for j, (layer, (*_, norm_scale)) in enumerate(zip(self.traced, params, strict=True))
+            for j, (layer, p) in enumerate(zip(self.traced, params, strict=True))
         ]  # fmt: skip
 
-        def step(i: Any, carry: Any, blocks: Any, _: Any) -> Any:
+        def step(
+            i: jax.Array, carry: Carry, blocks: list[Tree], _: Tree
+        ) -> tuple[Carry, list[Tree], Tree]:
             streams, pending = carry
             streams, samples = list(streams), []
-            kept: list[list[Any]] = [[] for _ in stretches]
+            kept: list[list[_Kept]] = [[] for _ in stretches]
             for k, stretch in enumerate(stretches):
                 x = _at(streams[k - 1], i)
                 for b, j in stretch:
                     block_params, s, other_s = blocks[b]
-                    x, u, _, h_post, h_res, *m_r_rho = self.seam(
-                        "post_pre_fwd", x, *pending, *block_params[j],
-                        kept_alone=("x_new", "m", "r", "rho"),
-                    )  # fmt: skip
-                    samples.append(h_res)
-                    y, new = self.layers[j].forward(u, (s, other_s, constants, other_constants))
+                    results = self.post_pre(
+                        x, pending, block_params[j], kept_alone=("x_new", *KEPT)
+                    )
+                    x = results["x_new"]
+                    samples.append(results["h_res"])
+                    y, new = self.layers[j].forward(
+                        results["u"], Given(s, other_s, constants, other_constants)
+                    )
+                    of_post, normalizers = pending._asdict(), _normalizers(results)
                     if not self.keeps_inputs:
                         # Of the coefficients those alone that the stretch begins with.
-                        pending, m_r_rho = pending[: 3 if not kept[k] else 1], []
-                    kept[k].append((pending, m_r_rho, new))
-                    pending = y, h_post, h_res
+                        of_post, normalizers = of_post if not kept[k] else {"y": pending.y}, {}
+                    kept[k].append(_Kept(of_post, normalizers, new))
+                    pending = Pending(y, results["h_post"], results["h_res"])
                 streams[k] = _put(streams[k], x, i + 1 if k == last else i)
             return (tuple(streams), pending), len(blocks) * [()], (kept, self.stacked(samples))
 
-        carry = tuple(streams), no_sublayer(x, self.hidden_axes)
+        carry = tuple(streams), no_sublayer(x, self.settings.hidden_axes)
         (streams, pending), _, (kept, samples) = _loop(
             step, num_steps, carry, (params, xs, other_xs), (), self.num_together
         )
-        x_new = self.post("post_fwd", streams[last][-1], *pending)[0]
-        given = params, xs, constants, other_xs, other_constants
-        return (x_new, samples), keep((streams, pending, kept, given))
+        x_new = self.post(streams[last][-1], pending)
+        saved = params, xs, constants, other_xs, other_constants
+        return (x_new, samples), (streams, pending, kept, saved)
 
-    def again(self, x: Any, stretch_params: list[Any], stretch_kept: list[Any]) -> list[Any]:
-        """What the seams of a stretch had before them, and made for the backward pass.
-
-        Of each x, (y, h_post, h_res), (m, r, rho), and u where that is not kept.
-        """
-        made: list[Any] = []
-        coefficients: Any = ()
-        for s, (p, (pending, m_r_rho, _)) in enumerate(
-            zip(stretch_params, stretch_kept, strict=True)
-        ):
-            pending, u, x_new = (*pending, *coefficients), None, None
+    def again(
+        self, x: jax.Array, stretch_params: list[Values], stretch_kept: list[_Kept]
+    ) -> list[_Before]:
+        """What each sublayer of a stretch had before it, computed again where it is not kept."""
+        made: list[_Before] = []
+        results: Values = {}
+        for s, (p, kept) in enumerate(zip(stretch_params, stretch_kept, strict=True)):
+            coefficients = {name: results[name] for name in ("h_post", "h_res") if name in results}
+            pending = Pending(**(coefficients | kept.pending))
+            results, normalizers, x_new = {}, kept.normalizers, x
             if not self.keeps_inputs:
-                x_new, u, _, *coefficients, m, r, rho = self.seam("post_pre_fwd", x, *pending, *p)
-                m_r_rho = m, r, rho
+                results = self.post_pre(x, pending, p)
+                x_new, normalizers = results["x_new"], _normalizers(results)
             elif s < len(stretch_kept) - 1:
-                (x_new,) = self.post("post_fwd", x, *pending)
-            made.append((x, pending, m_r_rho, u))
+                x_new = self.post(x, pending)
+            made.append(_Before(x, pending, normalizers, results.get("u")))
             x = x_new
         return made
 
-    def backward(self, saved: Any, cotangents: Any) -> Any:
+    def backward(self, saved: Tree, cotangents: Tree) -> Tree:
+        """The backward pass."""
         d_x_new, _ = cotangents
-        streams, pending, kept, (params, xs, constants, other_xs, other_constants) = restore(saved)
+        streams, pending, kept, (params, xs, constants, other_xs, other_constants) = saved
         stretches = self.stretches()
-        y, h_post, h_res = pending
-        d_pending = self.post("post_bwd", streams[-1][-1], *pending, d_x_new)
-        d_h_pre = jnp.zeros_like(h_post)
+        of_post = {"x": streams[-1][-1], **pending._asdict(), "d_x_new": d_x_new}
+        d_pending = fused_call("post_bwd", self.settings, of_post)
+        d_h_pre = jnp.zeros_like(pending.h_post)
 
-        def step(i: Any, carry: Any, blocks: Any, step_kept: Any) -> Any:
-            # The streams' cotangent is deferred all along, and so is that of the seam before.
-            d_x, d_y, d_h_post, d_h_res, h_res_new, d_constants = carry
-            d_params: list[Any] = [[None] * len(self.traced) for _ in blocks]
+        def step(
+            i: jax.Array, carry: Carry, blocks: list[Tree], step_kept: list[list[_Kept]]
+        ) -> tuple[Carry, list[Tree], Tree]:
+            # The streams' cotangent is deferred all along, and so is that of the post before.
+            d_x, d_pending, h_res_new, d_constants = carry
+            d_params: list[list[Values]] = [[{}] * len(self.traced) for _ in blocks]
             d_s = [jax.tree.map(jnp.zeros_like, s) for _, s, _ in blocks]
             for k, stretch in reversed(list(enumerate(stretches))):
                 own_params = [blocks[b][0][j] for b, j in stretch]
                 made = self.again(_at(streams[k - 1], i), own_params, step_kept[k])
-                for (b, j), p, (*_, new), (x, pending, m_r_rho, u) in reversed(
+                for (b, j), p, (*_, new), before in reversed(
                     list(zip(stretch, own_params, step_kept[k], made, strict=True))
                 ):
-                    given = (*blocks[b][1:], constants, other_constants)
-                    u_norm = self.layers[j].input(new, u, like=d_y)
-                    d_u, *d_given = self.layers[j].backward(new, u, given)(d_y)
+                    layer = self.layers[j]
+                    _, s, other_s = blocks[b]
+                    given = Given(s, other_s, constants, other_constants)
+                    operands = {"x": before.x} | before.pending._asdict() | before.normalizers | p
+                    if layer.has_norm:
+                        operands["u_norm"] = layer.input(new, before.u)
+                    d_u, *d_given = layer.backward(new, before.u, given)(d_pending["d_y"])
                     d_s[b], d_constants = jax.tree.map(jnp.add, [d_s[b], d_constants], d_given)
-                    d_x, d_y, d_h_post, d_h_res, *d_p = self.seam(
-                        "post_pre_bwd", x, *pending, *p, *m_r_rho, u_norm, h_res_new,
-                        d_u, d_h_pre, d_h_post, d_h_res, d_x, deferred=True,
-                    )  # fmt: skip
-                    d_params[b][j] = tuple(d_p)
-                    h_res_new = pending[-1]
+                    operands |= {"h_res_new": h_res_new, "d_u": d_u, "d_h_pre": d_h_pre}
+                    operands |= {name: d_pending[name] for name in ("d_h_post", "d_h_res")}
+                    gradients = fused_call(
+                        "post_pre_bwd",
+                        self.settings,
+                        operands | {"d_x_new_in": d_x},
+                        deferred=True,
+                    )
+                    d_x = gradients["d_x_new"]
+                    d_pending = {name: gradients[name] for name in d_pending}
+                    d_params[b][j] = {name: gradients[f"d_{name}"] for name in p}
+                    h_res_new = before.pending.h_res
             of_blocks = [(tuple(d_p), d) for d_p, d in zip(d_params, d_s, strict=True)]
-            return (d_x, d_y, d_h_post, d_h_res, h_res_new, d_constants), of_blocks, ()
+            return (d_x, d_pending, h_res_new, d_constants), of_blocks, ()
 
-        num_steps = params[0][0].shape[0] // self.num_together
-        carry = (d_x_new, *d_pending, h_res, jax.tree.map(jnp.zeros_like, constants))
+        num_steps = params[0]["bias"].shape[0] // self.num_together
+        carry = d_x_new, d_pending, pending.h_res, jax.tree.map(jnp.zeros_like, constants)
         (d_x, *_, d_constants), (d_params, d_xs), _ = _loop(
             step, num_steps, carry, (params, xs, other_xs), kept, self.num_together, reverse=True
         )
-        # The first seam's h_res is I, so that what is deferred is the gradient itself.
+        # The first h_res is I, so that what is deferred is the gradient itself.
         return d_x, d_params, d_xs, d_constants, None, None
 
 
-def no_sublayer(x: Any, hidden_axes: tuple[str, ...]) -> tuple[Any, Any, Any]:
-    """y, h_post and h_res of a post that gives back x, and the cotangent of x, exactly."""
+def no_sublayer(x: jax.Array, hidden_axes: tuple[str, ...]) -> Pending:
+    """What a post needs that gives back x, and the cotangent of x, exactly."""
     *tokens, n, _ = x.shape
     wide = accumulation_dtype(x.dtype)
     h_res = jnp.broadcast_to(jnp.eye(n, dtype=wide), (*tokens, n, n))
     h_post, h_res = (of_tokens(h, x, hidden_axes) for h in (jnp.zeros((*tokens, n), wide), h_res))
-    return jnp.zeros_like(x[..., 0, :]), h_post, h_res
+    return Pending(jnp.zeros_like(x[..., 0, :]), h_post, h_res)
 
 
-def _first(stacked: Any) -> Any:
+def _normalizers(results: Values) -> Values:
+    """The m, r and rho of the results of a call, as far as they are there."""
+    return {name: results[name] for name in KEPT if name in results}
+
+
+def _first(stacked: Tree) -> Tree:
     """The slices of the first block."""
     return jax.tree.map(lambda leaf: leaf[0], stacked)
 
@@ -302,15 +394,15 @@ def _first(stacked: Any) -> Any:
 
 
 def _loop(
-    step: Any,
+    step: Callable[[jax.Array, Carry, list[Tree], Tree], tuple[Carry, list[Tree], Tree]],
     num: int,
-    carry: Any,
-    of_blocks: Any,
-    of_steps: Any,
+    carry: Carry,
+    of_blocks: Tree,
+    of_steps: Tree,
     num_together: int,
     *,
     reverse: bool = False,
-) -> tuple[Any, Any, Any]:
+) -> tuple[Carry, Tree, Tree]:
     """A scan whose step takes some blocks and is told its place.
 
     step: `(i, carry, slices of each block, slices of the step) -> carry, results of each block,
@@ -319,11 +411,11 @@ def _loop(
     XLA uses the places in arrays where they lie if they follow from the loop's own counter.
     """
 
-    def one(i: Any, carry: Any) -> Any:
+    def one(i: jax.Array, carry: Carry) -> tuple[Carry, list[Tree], Tree]:
         blocks = [jax.tree.map(partial(_at, i=place), of_blocks) for place in places(i)]
         return step(i, carry, blocks, jax.tree.map(partial(_at, i=i), of_steps))
 
-    def places(i: Any) -> list[Any]:
+    def places(i: jax.Array) -> list[jax.Array]:
         return [i * num_together + b for b in range(num_together)]
 
     traced, shapes = jax.make_jaxpr(one, return_shape=True)(jnp.int32(0), carry)
@@ -334,7 +426,7 @@ def _loop(
     block_results = jax.tree.map(partial(empty_stack, num * num_together), block_types)
     step_results = jax.tree.map(partial(empty_stack, num), step_types)
 
-    def body(state: Any) -> Any:
+    def body(state: tuple[jax.Array, Carry, Tree, Tree]) -> tuple[jax.Array, Carry, Tree, Tree]:
         count, carry, block_results, step_results = state
         i = num - 1 - count if reverse else count
         carry, of_each, of_step = one(i, carry)
@@ -346,17 +438,17 @@ def _loop(
         return count + 1, carry, block_results, _put_all(step_results, of_step, i)
 
     start = (jnp.int32(0), carry, block_results, step_results)
-    _, carry, *results = jax.lax.while_loop(lambda state: state[0] < num, body, start)
-    return carry, *results
+    _, *results = jax.lax.while_loop(lambda state: state[0] < num, body, start)
+    return tuple(results)
 
 
-def _at(array: Any, i: Any) -> Any:
+def _at(array: jax.Array, i: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(array, i, keepdims=False, allow_negative_indices=False)
 
 
-def _put(array: Any, value: Any, i: Any) -> Any:
+def _put(array: jax.Array, value: jax.Array, i: jax.Array | int) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(array, value, i, 0, allow_negative_indices=False)
 
 
-def _put_all(arrays: Any, values: Any, i: Any) -> Any:
+def _put_all(arrays: Tree, values: Tree, i: jax.Array) -> Tree:
     return jax.tree.map(lambda array, value: _put(array, value, i), arrays, values)

@@ -1,30 +1,27 @@
-"""A stack of sublayers, joined by seams."""
+"""A stack of sublayers, which post_pre joins."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from operator import itemgetter
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from jax_mhc import _check, _errors, diagnostics
-from jax_mhc._axes import varying_like
-from jax_mhc._call.dispatch import Implementation, Settings, use_fused
-from jax_mhc._mesh.types import lie_like
-from jax_mhc._ops.deferred import streams
+from jax_mhc import _check, _errors
+from jax_mhc._call import Implementation, Settings, Values, use_fused
+from jax_mhc._mesh.types import sharded_like
+from jax_mhc._ops.fused_op import present
 from jax_mhc._ops.post import post
-from jax_mhc._ops.post_pre import post_pre
-from jax_mhc._ops.pre import dense, pre
-from jax_mhc._stack.own_scan import Stretches, no_sublayer, scan_of_seams
-from jax_mhc._stack.remat import Recompute, best_length, check_policy, policy_of
-from jax_mhc._types import Context, MHCConfig, MHCParams
+from jax_mhc._stack import checks
+from jax_mhc._stack.own_scan import Stretches, own_scan
+from jax_mhc._stack.plain_scan import Pending, Runner, Steps, Sublayer, scan
+from jax_mhc._stack.remat import Recompute, best_length, check_policy
+from jax_mhc._types import MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
-_OP = "stack"
+_OP = checks.OP
 
 
 def stack(
@@ -108,12 +105,12 @@ def stack(
     """
     x = _check.streams(_OP, "x", x)
     config = _check.config(_OP, config, x.dtype)
-    layers = _elements("layers", layers, "functions, one for each sublayer")
-    params = _elements("params", params, "jax_mhc.MHCParams, one for each of layers")
+    layers = checks.elements("layers", layers, "functions, one for each sublayer")
+    params = checks.elements("params", params, "jax_mhc.MHCParams, one for each of layers")
     scales: tuple[Any, ...] = (None,) * len(layers)
     if norm_scale is not None:
-        scales = _elements("norm_scale", norm_scale, "arrays, one for each of layers")
-    _check_layers(layers, params, scales)
+        scales = checks.elements("norm_scale", norm_scale, "arrays, one for each of layers")
+    checks.sequences(layers, params, scales)
     of_what = "u" if xs is None else "u and a slice of xs"
     layers = tuple(
         partial(_check.call, _OP, f"layers[{i}]", of_what, layer) for i, layer in enumerate(layers)
@@ -141,40 +138,8 @@ def stack(
     eps = _check.norm_scale_eps(_OP, norm_scale_eps, _check.accumulation_dtype(x.dtype))
     # The ops check it, too, but there may be none.
     _check.implementation(_OP, implementation)
-    options: dict[str, Any] = {
-        "config": config, "implementation": implementation, "norm_scale_eps": eps,
-        "hidden_axis_name": axes,
-    }  # fmt: skip
     of_slices = "" if xs is None else "a slice of "
-
-    def advance(before: Any, sublayers: list[_Sublayer]) -> Any:
-        samples = []
-        for i, layer, p, scale in sublayers:
-            _check.params(_OP, p, x, config, f"{of_slices}params[{i}]", axes)
-            _check.norm_scale(_OP, scale, eps, x, f"{of_slices}norm_scale[{i}]", axes)
-            if isinstance(before, _Pending):
-                u, ctx = post_pre(*before.operands(), p, norm_scale=scale, **options)
-            else:
-                u, ctx = pre(before, p, norm_scale=scale, **options)
-            # Loops want the type of y to be that of u.
-            y = lie_like(_layer_output(i, layer(u), x), u)
-            y = checkpoint_name(y, "mhc_layer_output")
-            before = _Pending(streams(ctx)[1], y, ctx.h_post, ctx.h_res)
-            if num_samples:
-                samples.append(diagnostics.sample_tokens(ctx.h_res, num_samples))
-        return before, samples
-
-    def run(before: Any, sublayers: list[_Sublayer], every: int, prevent_cse: bool = True) -> Any:
-        if every == 1 and policy == "streams":
-            return advance(before, sublayers)
-        what = policy if callable(policy) else policy_of(x.shape, policy)
-        samples: list[Any] = []
-        for start in range(0, len(sublayers), every):
-            stretch = partial(advance, sublayers=sublayers[start : start + every])
-            run_stretch = jax.checkpoint(stretch, policy=what, prevent_cse=prevent_cse)
-            before, of_stretch = run_stretch(before)
-            samples += of_stretch
-        return before, samples
+    runner = Runner(x, config, eps, axes, implementation, policy, num_samples, of_slices)
 
     n = x.shape[-2]
     if xs is None:
@@ -182,26 +147,27 @@ def stack(
         if every == "auto":
             every = best_length(n, len(layers), list(range(1, len(layers) + 1)) or [1])
         each = zip(layers, params, scales, strict=True)
-        sublayers = [_Sublayer(i, *of_one) for i, of_one in enumerate(each)]
-        before, samples = run(x, sublayers, every)
+        sublayers = [Sublayer(i, *of_one) for i, of_one in enumerate(each)]
+        before, samples = runner.run(x, sublayers, every)
         h_res = jnp.stack(samples) if samples else None
     else:
-        num_blocks = _num_blocks(params, scales, xs)
-        every, num_together = _stretch(keep_streams_every, n, len(layers), num_blocks)
-        steps = _Steps(num_blocks, num_together, unroll)
-        if not callable(policy) and _seams_alone(layers, x, params, steps, every, implementation):
+        num_blocks = checks.num_blocks(params, scales, xs)
+        every, num_together = checks.stretch(keep_streams_every, n, len(layers), num_blocks)
+        steps = Steps(num_blocks, num_together, unroll)
+        takes_own_scan = _takes_own_scan(layers, x, params, steps, every, implementation)
+        if not callable(policy) and takes_own_scan:
             stretches = Stretches(every, num_together, policy == "streams")
-            x_new, h_res = _scan_of_seams(
+            x_new, h_res = _own_scan(
                 layers, x, params, scales, xs,
                 Settings(config, eps, axes, implementation == "fused"),
                 stretches, num_samples,
             )  # fmt: skip
             return (x_new, h_res) if num_samples else x_new
         stacked = params, scales, xs
-        before, h_res = _scan(partial(run, every=every), layers, x, stacked, steps, axes)
+        before, h_res = scan(partial(runner.run, every=every), layers, x, stacked, steps, axes)
     # Without a sublayer there is no post.
     x_new = before
-    if isinstance(before, _Pending):
+    if isinstance(before, Pending):
         x_new = post(*before.operands(), implementation=implementation)
     if not num_samples:
         return x_new
@@ -210,87 +176,15 @@ def stack(
     return x_new, h_res
 
 
-class _Pending(NamedTuple):
-    """What the post of a sublayer needs; its context has more, which a loop should not carry.
-
-    The cotangent of x is deferred where the ops are fused (_ops/deferred.py).
-    """
-
-    x: jax.Array
-    y: jax.Array
-    h_post: jax.Array
-    h_res: jax.Array
-
-    def operands(self) -> tuple[jax.Array, Context]:
-        """The first operands of post and of post_pre, which do not read h_pre."""
-        h_pre = self.h_post
-        return self.y, Context._of(self.x, self.x, h_pre, self.h_post, self.h_res)
-
-
-class _Sublayer(NamedTuple):
-    """A sublayer and its place in `layers`."""
-
-    place: int
-    layer: Callable[[jax.Array], Any]
-    params: MHCParams
-    norm_scale: jax.Array | None
-
-
-class _Steps(NamedTuple):
-    """The steps of a scan over blocks."""
-
-    num_blocks: int
-    num_together: int
-    unroll: int | bool
-
-    @property
-    def num(self) -> int:
-        return self.num_blocks // self.num_together
-
-
-def _scan(
-    run: Callable[..., Any],
-    layers: tuple[Callable[..., Any], ...],
-    x: jax.Array,
-    stacked: tuple[tuple[MHCParams, ...], tuple[Any, ...], Any],
-    steps: _Steps,
-    hidden_axes: tuple[str, ...],
-) -> tuple[_Pending, Any]:
-    """Runs all blocks; returns the pending post of the last sublayer, and samples of h_res."""
-    num_together, unroll = steps.num_together, steps.unroll
-
-    def step(before: _Pending, slices: Any) -> tuple[_Pending, Any]:
-        blocks = [slices]
-        if num_together > 1:
-            blocks = [jax.tree.map(itemgetter(b), slices) for b in range(num_together)]
-        sublayers = [
-            _Sublayer(i, partial(_with_slice, layer, s), p, scale)
-            for block_params, scales, s in blocks
-            for i, (layer, p, scale) in enumerate(zip(layers, block_params, scales, strict=True))
-        ]
-        # XLA could merge the two passes again only where no loop is left of them.
-        before, samples = run(before, sublayers, prevent_cse=unroll is True or unroll >= steps.num)
-        return before, jnp.stack(samples) if samples else None
-
-    if num_together > 1:
-        stacked = jax.tree.map(
-            lambda leaf: leaf.reshape(steps.num, num_together, *leaf.shape[1:]), stacked
-        )
-    x = varying_like(x, x, *jax.tree.leaves(stacked[:2]))
-    first = _Pending(x, *no_sublayer(x, hidden_axes))
-    before, h_res = jax.lax.scan(step, first, stacked, unroll=unroll)
-    return before, jax.tree.map(lambda h: h.reshape(-1, *h.shape[2:]), h_res)
-
-
-def _seams_alone(
+def _takes_own_scan(
     layers: tuple[Callable[..., Any], ...],
     x: jax.Array,
     params: tuple[MHCParams, ...],
-    steps: _Steps,
+    steps: Steps,
     every: int,
     implementation: Implementation,
 ) -> bool:
-    """Whether `scan_of_seams` takes these sublayers.
+    """Whether `own_scan` takes these sublayers.
 
     Of a loop of one step nothing is left, and XLA could merge what is computed again with the
     forward pass.
@@ -305,7 +199,7 @@ def _seams_alone(
     )
 
 
-def _scan_of_seams(
+def _own_scan(
     layers: tuple[Callable[..., Any], ...],
     x: jax.Array,
     params: tuple[MHCParams, ...],
@@ -315,20 +209,20 @@ def _scan_of_seams(
     stretches: Stretches,
     num_samples: int,
 ) -> tuple[jax.Array, Any]:
-    config, eps, axes, _ = settings
+    config, eps, axes = settings.config, settings.norm_scale_eps, settings.hidden_axes
     assert config is not None
 
-    def of_block(i: int, p: MHCParams, scale: Any) -> tuple[jax.Array, ...]:
-        phi_alpha_bias = _check.params(_OP, p, x, config, f"a slice of params[{i}]", axes)
+    def of_block(i: int, p: MHCParams, scale: Any) -> Values:
+        phi, alpha, bias = _check.params(_OP, p, x, config, f"a slice of params[{i}]", axes)
         of_slice = f"a slice of norm_scale[{i}]"
         scale, _ = _check.norm_scale(_OP, scale, eps, x, of_slice, axes)
-        return dense(*phi_alpha_bias, scale, x, axes)
+        return present(phi=phi, alpha=alpha, bias=bias, norm_scale=scale)
 
     def checked(i: int, u: jax.Array, s: Any) -> jax.Array:
-        return lie_like(_layer_output(i, layers[i](u, s), x), u)
+        return sharded_like(checks.layer_output(i, layers[i](u, s), x), u)
 
     with jax.named_scope("mhc_stack"):
-        return scan_of_seams(
+        return own_scan(
             [partial(checked, i) for i in range(len(layers))],
             x,
             [
@@ -340,97 +234,3 @@ def _scan_of_seams(
             stretches=stretches,
             num_samples=num_samples,
         )
-
-
-def _with_slice(layer: Callable[..., Any], s: Any, u: jax.Array) -> Any:
-    return layer(u, s)
-
-
-# ---- checks -------------------------------------------------------------------------------------
-
-
-def _elements(argument: str, value: Any, expected: str) -> tuple[Any, ...]:
-    try:
-        return tuple(value)
-    except TypeError:
-        _errors.fail(
-            TypeError, _OP, argument, f"a sequence of {expected}", type(value).__name__,
-            f"Put it into a list; {argument} stacked over blocks are given as one for each sublayer"
-            " of a block, with xs.",
-        )  # fmt: skip
-
-
-def _check_layers(
-    layers: tuple[Any, ...], params: tuple[Any, ...], scales: tuple[Any, ...]
-) -> None:
-    for i, layer in enumerate(layers):
-        _errors.function(
-            _OP, f"layers[{i}]", layer, "a function",
-            "Pass the sublayers themselves: stack([attention, mlp], x, params).",
-        )  # fmt: skip
-    if len(params) != len(layers):
-        _errors.fail(
-            ValueError, _OP, "params", f"{len(layers)} MHCParams, one for each of layers",
-            len(params), "Every sublayer has its own; attention and MLP are two.",
-        )  # fmt: skip
-    if len(scales) != len(layers):
-        _errors.fail(
-            ValueError, _OP, "norm_scale", f"{len(layers)} arrays or None, one for each of layers",
-            len(scales), "Give None for a layer whose input is not to be normalised.",
-        )  # fmt: skip
-
-
-def _layer_output(i: int, y: Any, x: jax.Array) -> jax.Array:
-    argument = f"the result of layers[{i}]"
-    if isinstance(y, tuple | list):
-        _errors.fail(
-            TypeError, _OP, argument, "one array", f"a {type(y).__name__} of {len(y)}",
-            "For layers that return more, call jax_mhc.pre, post_pre and post in a loop.",
-        )  # fmt: skip
-    return _check.layer_output(_OP, argument, y, x)
-
-
-def _num_blocks(params: tuple[MHCParams, ...], scales: tuple[Any, ...], xs: Any) -> int:
-    """The common length of the leading axes."""
-    num_blocks, first = None, ""
-    for argument, tree in (("xs", xs), ("params", params), ("norm_scale", scales)):
-        for path, leaf in jax.tree.leaves_with_path(tree):
-            name = argument + jax.tree_util.keystr(path)
-            shape = _check.shape(_OP, name, leaf)
-            if num_blocks is None and shape:
-                num_blocks, first = shape[0], name
-            elif shape[:1] != (num_blocks,):
-                expected = "a leading axis of blocks"
-                if first:
-                    expected += f" of length {num_blocks}, as {first} has"
-                _errors.fail(
-                    ValueError, _OP, name, expected, f"shape {list(shape)}",
-                    "With xs, all leaves of params and xs are stacked over the blocks, for "
-                    "example by jax.vmap(init)(keys).",
-                )  # fmt: skip
-    if num_blocks is None:
-        _errors.fail(
-            ValueError, _OP, "xs", "an array with a leading axis of blocks", "none, nor any params",
-            "Leave xs out where there is nothing to loop over.",
-        )  # fmt: skip
-    return num_blocks
-
-
-def _stretch(every: Any, streams: int, num_layers: int, num_blocks: int) -> tuple[int, int]:
-    """The sublayers of a stretch, and the blocks in a step of the scan, which is all of it."""
-    if not num_layers:
-        return 1, 1
-    within = [length for length in range(1, num_layers + 1) if num_layers % length == 0]
-    across = [b * num_layers for b in range(2, num_blocks + 1) if num_blocks % b == 0]
-    if every == "auto":
-        every = best_length(streams, num_layers * num_blocks, within + across)
-    if every in within:
-        return every, 1
-    if every in across:
-        return every, every // num_layers
-    _errors.fail(
-        ValueError, _OP, "keep_streams_every",
-        f"a divisor of {num_layers}, the sublayers of a block, or {num_layers} times a divisor of "
-        f"{num_blocks}, the blocks", every,
-        "All stretches of a scan are of the same length; 'auto' chooses one.",
-    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the backward pass of many sublayers keeps, and what it computes again (section 4.3.2)."""
+"""Policies for what a backward pass of many sublayers keeps and recomputes (section 4.3.2)."""
 
 from __future__ import annotations
 
@@ -95,12 +95,11 @@ def policy_of(
         results = getattr(options.get("call_jaxpr"), "out_avals", ())
         shapes = [getattr(aval, "shape", ()) for aval in (*avals, *results)]
         shapes.append(options.get("shape") or ())
-        # And identities, which would only be copies, and arrays without values (kept.py).
+        # And identities, which would only be copies.
         if (
             primitive.name.startswith("mhc_")
             or primitive.name == "optimization_barrier"
             or any(map(is_streams, shapes))
-            or any(0 in shape for shape in shapes)
         ):
             return False
         return (
@@ -120,7 +119,7 @@ def keep_all(primitive: Any, *avals: Any, **options: Any) -> bool:
 
 
 def best_length(streams: int, num_sublayers: int, lengths: list[int]) -> int:
-    """That of `lengths` which is nearest to the L_r of least memory, in ratio.
+    """Returns the element of `lengths` nearest, in ratio, to the L_r of least memory.
 
     Kept: n C values a token for each of L / L_r stretches; for a stretch, while the backward pass
     is in it, (n + 2) C L_r. Their sum is least at sqrt(n L / (n + 2)).

@@ -1,4 +1,4 @@
-"""What the mixing of streams does to the signal: gain, errors, entropy, similarity.
+"""Effects of the mixing of streams on the signal: gain, errors, entropy, similarity.
 
     ctx = mhc.pre(x, params)[1]
     h_res = diagnostics.sample_tokens(ctx.h_res, 64)  # of one sublayer

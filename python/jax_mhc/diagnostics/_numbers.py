@@ -21,14 +21,14 @@ BAND = (0.25, 4.0)
 
 
 class Gain(NamedTuple):
-    """How much the largest of equal signals grows."""
+    """Growth of the largest of equal signals."""
 
     forward: jax.Array
     backward: jax.Array
 
 
 class Mixing(NamedTuple):
-    """How matrices mix streams, each `[...]`.
+    """Measures of how matrices mix streams, each `[...]`.
 
     row_error: largest distance of a row's sum from 1.
     column_error: the same of columns.
@@ -135,7 +135,7 @@ def composite(h_res: jax.Array) -> jax.Array:
 
 
 def mixing(h_res: jax.Array) -> Mixing:
-    """How far matrices are from doubly stochastic, from no mixing and from the mean of all.
+    """Returns the distances of matrices from doubly stochastic, no mixing and the mean of all.
 
     Args:
         h_res: `[..., n, n]` float32 or float64.

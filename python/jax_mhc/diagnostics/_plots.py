@@ -96,7 +96,7 @@ def plot_mixing(
     sublayers: Sequence[int] | None = None,
     axes: Sequence[Axes] | None = None,
 ) -> Figure:
-    """How the sublayers of a model mix their streams.
+    """Plots how the sublayers of a model mix their streams.
 
     Curves over the sublayers: the errors of sums of rows and columns on a logarithmic axis (those
     below the precision of the dtype as if they were that), the distance from the identity and the
@@ -304,7 +304,7 @@ def _checked_x(op: str, x: Any, curves: dict[str, Gain]) -> Any:
 
 
 def _check_axes(op: str, given: Any, axes: Any) -> None:
-    """All of `axes`, which are what is given or a list of it, are matplotlib's."""
+    """Checks that all of `axes`, the argument itself or a list made of it, are matplotlib's."""
     _errors.require(op, "matplotlib", "plots")
     from matplotlib.axes import Axes
 

@@ -127,7 +127,7 @@ def watch_gain(
 
 
 def _least_and_most(numpy: Any, values: Any) -> list[Any]:
-    """Of no values those that are in any band."""
+    """Returns the bounds of the values; no values lie in any band."""
     return [numpy.min(values, initial=np.inf), numpy.max(values, initial=-np.inf)]
 
 

@@ -122,6 +122,6 @@ class Head(nn.Module):
 
 
 def _param(module: MHC | Head, init: Callable[..., Any], name: str) -> jax.Array:
-    """One of the values that `init` makes; in Linen each has a key of its own."""
+    """Returns one of the values that `init` makes; in Linen each has a key of its own."""
     sizes = {"streams": module.streams, "hidden": module.hidden, "config": module.config}
     return module.param(name, lambda key: getattr(init(key, **sizes), name))

@@ -178,7 +178,7 @@ def stack(
     sublayers: Sequence[str] | Mapping[str, Mapping[str, Any]],
     **options: Any,
 ) -> Any:
-    """All sublayers of all blocks, one after the other, by `jax_mhc.stack`.
+    """Runs all sublayers of all blocks, one after the other, by `jax_mhc.stack`.
 
     To rounding this is
 

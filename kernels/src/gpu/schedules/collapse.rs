@@ -2,7 +2,8 @@
 
 use super::post::{THREADS, channels, grid};
 use super::sizes::{for_rows, is_aligned, streams_size};
-use crate::contract::check::{Call, CheckedCall};
+use crate::contract::check::CheckedCall;
+use crate::contract::table::Call;
 use crate::gpu::launch::{Arg, Device, Kernel, Launch, Problem, Workspace};
 
 /// Threads of a block with one token, at most (`kMaxBackwardThreads` of collapse.cu).

@@ -2,7 +2,8 @@
 
 use super::pre::{self, Parts};
 use super::projection::{HandedOn, Shape};
-use crate::contract::check::{Call, CheckedCall};
+use crate::contract::check::CheckedCall;
+use crate::contract::table::Call;
 use crate::gpu::launch::{Device, Launch, Problem, Workspace};
 use crate::gpu::workspace::{Memory, room};
 

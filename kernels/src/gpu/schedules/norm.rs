@@ -1,5 +1,5 @@
-//! Launches around those of pre and of the seam where the layer's input is normalised (norm.cu,
-//! seam_norm_bwd.cu).
+//! Launches around those of pre and of post_pre where the layer's input is normalised (norm.cu,
+//! post_pre_norm_bwd.cu).
 
 use super::sizes::{is_aligned, streams_size};
 use crate::contract::check::CheckedCall;
@@ -12,9 +12,9 @@ const THREADS: u32 = 256;
 const MAX_BLOCKS: usize = 512;
 /// `kSumChannels`
 const SUM_CHANNELS: usize = 32;
-/// Channels of a thread of `seam_norm_bwd` (`kV`), and those from which on its blocks are so large that half as
+/// Channels of a thread of `post_pre_norm_bwd` (`kV`), and those from which on its blocks are so large that half as
 /// many fill a GPU.
-const SEAM_CHANNELS: usize = 8;
+const POST_PRE_CHANNELS: usize = 8;
 const WIDE: usize = 2049;
 
 /// What the backward pass keeps in the workspace: du, in the dtype of the streams, sums for dw, and d_h_pre.
@@ -74,9 +74,7 @@ pub fn forward(call: &CheckedCall, x: u64) -> Option<Launch> {
 /// the former takes from it, and what makes them: operands and nothing where there is no norm.
 pub fn backward(call: &CheckedCall, memory: &mut Memory, x: u64) -> ([u64; 2], Vec<Launch>) {
     if call.norm_width == 0 {
-        let has = |name| call.kind.operands().contains(&name);
-        let operand = |name| call.operand_address(name);
-        let given = ["d_u", "d_h_pre"].map(|name| if has(name) { operand(name) } else { 0 });
+        let given = ["d_u", "d_h_pre"].map(|name| call.operand_address(name));
         return (given, vec![]);
     }
     let [d_sum, d_w, d_h_pre] = parts(&call.problem()).map(|part| memory.take(part));
@@ -101,8 +99,8 @@ pub fn backward(call: &CheckedCall, memory: &mut Memory, x: u64) -> ([u64; 2], V
     ([d_sum, d_h_pre], launches)
 }
 
-/// The first of both for the one-pass kernel of the seam, from u_norm and without X'.
-pub fn seam_backward(call: &CheckedCall, memory: &mut Memory) -> (u64, Vec<Launch>) {
+/// The first of both for the one-pass kernel of post_pre, from u_norm and without X'.
+pub fn post_pre_backward(call: &CheckedCall, memory: &mut Memory) -> (u64, Vec<Launch>) {
     if call.norm_width == 0 {
         return (call.operand_address("d_u"), vec![]);
     }
@@ -137,13 +135,13 @@ pub fn seam_backward(call: &CheckedCall, memory: &mut Memory) -> (u64, Vec<Launc
     ]);
     let main = Launch {
         kernel: Kernel {
-            file: "seam_norm_bwd",
-            function: "seam_norm_bwd",
+            file: "post_pre_norm_bwd",
+            function: "post_pre_norm_bwd",
             size: "n4",
             dtype: call.dtype,
         },
         grid: [blocks as u32, 1, 1],
-        block: (call.c / SEAM_CHANNELS).next_multiple_of(32) as u32,
+        block: (call.c / POST_PRE_CHANNELS).next_multiple_of(32) as u32,
         cluster: 1,
         shared_bytes: 0,
         args,

@@ -4,7 +4,8 @@
 pub mod post_pre_bwd;
 pub mod pre_bwd;
 
-use crate::contract::check::{Call, CheckedCall};
+use crate::contract::check::CheckedCall;
+use crate::contract::table::Call;
 use crate::contract::view::DType;
 use crate::gpu::launch::{
     Arg, CLUSTER_SIZES, Device, Kernel, Launch, MAX_CLUSTER_BLOCKS, Problem, Tensor,
@@ -13,7 +14,7 @@ use crate::gpu::launch::{
 /// Streams, and columns of phi, that the kernels are written for.
 pub const STREAMS: usize = 4;
 pub const COLUMNS: usize = STREAMS * (STREAMS + 2);
-/// Channels of a stream that a block may own, as build.rs names them.
+/// Channels of a stream that a block may own, as the build names them.
 const CHANNELS: [(usize, &str); 4] = [(256, "w256"), (320, "w320"), (384, "w384"), (448, "w448")];
 
 /// How a cluster of blocks divides the channels among them.
@@ -21,7 +22,7 @@ const CHANNELS: [(usize, &str); 4] = [(256, "w256"), (320, "w320"), (384, "w384"
 pub struct Shape {
     /// Channels of a stream that a block owns.
     pub channels: usize,
-    /// The same, as build.rs names it.
+    /// The same, as the build names it.
     pub size: &'static str,
     /// Blocks of a cluster.
     pub cluster: u32,
@@ -62,7 +63,7 @@ impl Shape {
 
 /// How a block of a forward kernel divides its shared memory (`Shape` and `Plan` of one_pass_fwd.cu).
 struct Forward {
-    is_seam: bool,
+    is_post_pre: bool,
     has_norm: bool,
     channels: usize,
     /// Of a tile.
@@ -81,8 +82,8 @@ impl Forward {
     const FINISH_ROW_BYTES: usize = 28 * size_of::<f32>();
     const FRAGMENT_BYTES: usize = 256 * 16;
 
-    fn new(channels: usize, is_seam: bool, has_norm: bool) -> Self {
-        let (tokens, stages, fragments_in_shared) = match (channels, is_seam, has_norm) {
+    fn new(channels: usize, is_post_pre: bool, has_norm: bool) -> Self {
+        let (tokens, stages, fragments_in_shared) = match (channels, is_post_pre, has_norm) {
             (256, false, _) => (16, 5, 0),
             (320, false, _) => (8, 8, 0),
             (384, false, _) => (8, 7, 0),
@@ -96,7 +97,7 @@ impl Forward {
             (_, true, true) => (8, 5, 3),
         };
         Self {
-            is_seam,
+            is_post_pre,
             has_norm,
             channels,
             tokens,
@@ -109,8 +110,12 @@ impl Forward {
         let floats = |number: usize| number * size_of::<f32>();
         // Sums of a token: of all columns, of the squares or of the products of its streams, and padding.
         let sums = floats(if self.has_norm { 36 } else { 28 });
-        let streams = if self.is_seam { STREAMS + 1 } else { STREAMS };
-        let mixing = if self.is_seam { STREAMS + 1 } else { 0 };
+        let streams = if self.is_post_pre {
+            STREAMS + 1
+        } else {
+            STREAMS
+        };
+        let mixing = if self.is_post_pre { STREAMS + 1 } else { 0 };
         let barriers = 1024;
         let partials = 2 * 8 * self.tokens * sums;
         let own = self.tokens.max(Self::MAX_CLUSTER) * sums;
@@ -124,12 +129,12 @@ impl Forward {
     }
 }
 
-/// `pre_fwd` or `seam_fwd` in one launch, where there is a kernel for it.
+/// `pre_fwd` or `post_pre_fwd` in one launch, where there is a kernel for it.
 pub fn forward(call: &CheckedCall, device: &Device) -> Option<Launch> {
-    let is_seam = call.kind == Call::PostPreFwd;
+    let is_post_pre = call.kind == Call::PostPreFwd;
     let shape = Shape::wanted(&call.problem()).filter(|shape| shape.runs_on(device))?;
     let has_norm = call.norm_width > 0;
-    let plan = Forward::new(shape.channels, is_seam, has_norm);
+    let plan = Forward::new(shape.channels, is_post_pre, has_norm);
     let tensor = |name, num_streams| {
         Arg::TensorMap(Tensor::new(
             call.operand_address(name),
@@ -140,14 +145,14 @@ pub fn forward(call: &CheckedCall, device: &Device) -> Option<Launch> {
     let operand = |name| Arg::Pointer(call.operand_address(name));
     let result = |name| Arg::Pointer(call.result_address(name));
     let mut args = vec![tensor("x", STREAMS)];
-    if is_seam {
+    if is_post_pre {
         args.extend([tensor("y", 1), operand("h_post"), operand("h_res")]);
     }
     args.extend(["phi", "alpha", "bias"].map(operand));
     if has_norm {
         args.push(operand("norm_scale"));
     }
-    if is_seam {
+    if is_post_pre {
         args.push(result("x_new"));
     }
     args.extend(["u", "h_pre", "h_post", "h_res", "m", "r"].map(result));
@@ -162,11 +167,11 @@ pub fn forward(call: &CheckedCall, device: &Device) -> Option<Launch> {
     Some(Launch {
         kernel: Kernel {
             file: "one_pass_fwd",
-            function: match (is_seam, has_norm) {
+            function: match (is_post_pre, has_norm) {
                 (false, false) => "pre_fwd_one_pass",
                 (false, true) => "pre_norm_fwd_one_pass",
-                (true, false) => "seam_fwd_one_pass",
-                (true, true) => "seam_norm_fwd_one_pass",
+                (true, false) => "post_pre_fwd_one_pass",
+                (true, true) => "post_pre_norm_fwd_one_pass",
             },
             size: shape.size,
             dtype: call.dtype,
@@ -187,15 +192,15 @@ mod tests {
     /// What a block may have, and more than half of which it must have.
     const MAX_BYTES: usize = CLUSTER_SHARED_BYTES as usize;
 
-    /// Seam or pre, with a norm or without.
+    /// Post_pre or pre, with a norm or without.
     const VARIANTS: [(bool, bool); 4] =
         [(false, false), (false, true), (true, false), (true, true)];
 
     #[test]
     fn forward_blocks_fit_and_have_a_multiprocessor_each() {
         for (channels, _) in CHANNELS {
-            for (is_seam, has_norm) in VARIANTS {
-                let bytes = Forward::new(channels, is_seam, has_norm).shared_bytes();
+            for (is_post_pre, has_norm) in VARIANTS {
+                let bytes = Forward::new(channels, is_post_pre, has_norm).shared_bytes();
                 assert!((MAX_BYTES / 2..=MAX_BYTES).contains(&bytes), "{bytes}");
             }
         }
@@ -205,11 +210,11 @@ mod tests {
 
     #[test]
     fn the_kernel_divides_its_blocks_alike() {
-        let source = include_str!("../../../cuda/one_pass_fwd.cu");
+        let source = include_str!("../../../device/one_pass/one_pass_fwd.cu");
         for (channels, _) in CHANNELS {
-            for is_seam in [false, true] {
+            for is_post_pre in [false, true] {
                 let [norm, none] = [true, false].map(|has_norm| {
-                    let plan = Forward::new(channels, is_seam, has_norm);
+                    let plan = Forward::new(channels, is_post_pre, has_norm);
                     format!(
                         "Shape{{{}, {}, {}, ",
                         plan.tokens, plan.stages, plan.fragments_in_shared

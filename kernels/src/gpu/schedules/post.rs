@@ -1,7 +1,8 @@
-//! Launches of `post_fwd` and `post_bwd`, for the seam too, and of the part of post's gradient that pre has.
+//! Launches of `post_fwd` and `post_bwd`, for post_pre too, and of the part of post's gradient that pre has.
 
 use super::sizes::{for_rows, is_aligned, streams_bound, streams_size};
-use crate::contract::check::{Call, CheckedCall};
+use crate::contract::check::CheckedCall;
+use crate::contract::table::Call;
 use crate::gpu::launch::{Arg, Device, Kernel, Launch, Problem, Workspace};
 
 /// Threads of a block (`kThreads` of post.cu and collapse.cu, `kBackwardThreads` of post.cu).

@@ -1,8 +1,9 @@
-//! Launches of `seam_fwd` and `seam_bwd`: those of post and of pre.
+//! Launches of `post_pre_fwd` and `post_pre_bwd`: those of post and of pre.
 
 use super::projection::Shape;
 use super::{one_pass, post, pre};
-use crate::contract::check::{Call, CheckedCall};
+use crate::contract::check::CheckedCall;
+use crate::contract::table::Call;
 use crate::gpu::launch::{Device, Launch, Problem, Workspace};
 use crate::gpu::workspace::{Memory, Part, room};
 

@@ -1,10 +1,11 @@
-//! Launches of `pre_fwd` and `pre_bwd`, and of what the seam and the head share with them.
+//! Launches of `pre_fwd` and `pre_bwd`, and of what post_pre and the head share with them.
 
 use super::projection::{self, Factors, HandedOn, Shape};
 use super::sizes::{is_aligned, streams_size};
 use super::{norm, one_pass};
-use crate::contract::check::{Call, CheckedCall};
+use crate::contract::check::CheckedCall;
 use crate::contract::layout::CoefficientLayout;
+use crate::contract::table::Call;
 use crate::gpu::launch::{Arg, Device, Kernel, Launch, Problem, Workspace};
 use crate::gpu::workspace::{Memory, Part, room};
 

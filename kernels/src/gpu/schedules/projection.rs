@@ -1,4 +1,4 @@
-//! Launches of the products with phi (kernels/cuda/projection.cu).
+//! Launches of the products with phi (kernels/device/projection.cu).
 
 use super::post;
 use super::sizes::{for_rows, is_aligned};
@@ -264,7 +264,7 @@ pub fn project_back(
     factors: &Factors,
     handed_on: HandedOn,
 ) -> Vec<Launch> {
-    let d_x = call.result_address(call.kind.results()[0]);
+    let d_x = call.result_address(call.kind.first_result());
     // H_res^T is applied on the way where that fits, and beforehand where not.
     let mixing = handed_on.h_res.and_then(|_| shape.mixing_block(device));
     let mix = (handed_on.h_res)

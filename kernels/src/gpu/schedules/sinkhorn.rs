@@ -1,7 +1,8 @@
 //! Launches of `sinkhorn_fwd` and `sinkhorn_bwd`.
 
 use super::sizes::{streams_bound, streams_size};
-use crate::contract::check::{Call, CheckedCall};
+use crate::contract::check::CheckedCall;
+use crate::contract::table::Call;
 use crate::contract::view::DType;
 use crate::gpu::launch::{Arg, Device, Kernel, Launch, Problem, Workspace};
 use crate::gpu::workspace::{Memory, Part, room};

@@ -1,6 +1,6 @@
 //! Which of the compiled sizes of a kernel a call takes.
 
-/// The size of the kernels for n streams, as build.rs names it.
+/// The size of the kernels for n streams, as the build names it.
 pub fn streams_size(n: usize, aligned: bool) -> &'static str {
     match n {
         2 if aligned => "n2",

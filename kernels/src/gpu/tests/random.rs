@@ -6,9 +6,10 @@ use super::super::launch::{
 use super::super::{check_device_call, plan, workspace};
 use super::check_launch;
 use super::scratch::{Span, spans};
-use crate::contract::check::{Call, CheckedCall, Example};
+use crate::contract::check::{CheckedCall, Example};
 use crate::contract::config::{Config, Constraint};
 use crate::contract::limits::MAX_SINKHORN_ITERS;
+use crate::contract::table::Call;
 use crate::contract::view::DType;
 
 /// SplitMix64.
@@ -91,7 +92,7 @@ impl Random {
         };
         let example = Example::new(kind, dtype, tokens, [n, c], config);
         match self.below(4) {
-            0 if kind.can_normalize() => example.with_norm(),
+            0 if !kind.groups().is_empty() => example.with_norm(),
             1 => example.into_static(),
             _ => example,
         }
@@ -102,9 +103,10 @@ impl Random {
 fn check_memory(call: &CheckedCall, launches: &[Launch], name: &str) {
     let (start, len) = call.workspace().expect("there is one");
     let end = start + 4 * len as u64;
-    let names = [call.kind.operands(), call.kind.results()];
-    let operands = names[0].iter().map(|name| call.operand_address(name));
-    let results = names[1].iter().map(|name| call.result_address(name));
+    let operands = call
+        .operands()
+        .map(|value| call.operand_address(value.name));
+    let results = call.results().map(|value| call.result_address(value.name));
     let given: Vec<u64> = operands.chain(results).chain([0]).collect();
     let mut parts: Vec<Span> = Vec::new();
     for launch in launches.iter().filter(|launch| !launch.grid.contains(&0)) {

@@ -1,4 +1,4 @@
-//! What kernels touch of the workspace, by what kernels/cuda says of their arguments, and not by the plans.
+//! What kernels touch of the workspace, by what kernels/device says of their arguments, and not by the plans.
 
 use super::super::launch::{Arg, Launch};
 use crate::contract::check::CheckedCall;
@@ -91,8 +91,8 @@ fn floats(call: &CheckedCall, launch: &Launch) -> Vec<(usize, usize)> {
             (10, tokens * n),
         ],
         "sum_norm_scale" => vec![(0, int(2) * int(3))],
-        "seam_norm_bwd" => vec![(11, streams(tokens * c)), (12, blocks * c)],
-        "gates_bwd" => vec![(5, tokens * COLUMNS)],
+        "post_pre_norm_bwd" => vec![(11, streams(tokens * c)), (12, blocks * c)],
+        "logits_bwd" => vec![(5, tokens * COLUMNS)],
         "pre_bwd_one_pass" | "pre_norm_bwd_one_pass" => {
             let clusters = blocks / launch.cluster as usize;
             let common = [
@@ -104,7 +104,7 @@ fn floats(call: &CheckedCall, launch: &Launch) -> Vec<(usize, usize)> {
             let norm = function.contains("norm").then_some((20, clusters * c));
             common.into_iter().chain(norm).collect()
         }
-        "seam_bwd_one_pass" => {
+        "post_pre_bwd_one_pass" => {
             let clusters = blocks / launch.cluster as usize;
             let is_summed = launch.kernel.size == "w256";
             let product = if is_summed {

@@ -1,4 +1,4 @@
-//! Launches of `seam_bwd` in one pass over the streams (seam_bwd_one_pass.cu), but for d_phi where that has no
+//! Launches of `post_pre_bwd` in one pass over the streams (post_pre_bwd_one_pass.cu), but for d_phi where that has no
 //! room for it (phi_bwd.cu).
 
 use super::pre_bwd::{self, Parts};
@@ -34,7 +34,7 @@ fn r_dm(shape: Shape) -> Part {
     Part::per_token(if sums_phi(shape) { 0 } else { COLUMNS })
 }
 
-/// What `seam_bwd` needs in one pass.
+/// What `post_pre_bwd` needs in one pass.
 pub fn workspace(problem: &Problem) -> Workspace {
     pre_bwd::shape(problem).map_or(Workspace::default(), |shape| {
         room(&Parts::of(problem, shape).all())
@@ -43,7 +43,7 @@ pub fn workspace(problem: &Problem) -> Workspace {
     })
 }
 
-/// The launches of `seam_bwd` in one pass, where there is a kernel for it.
+/// The launches of `post_pre_bwd` in one pass, where there is a kernel for it.
 pub fn plan(call: &CheckedCall, device: &Device, memory: &mut Memory) -> Option<Vec<Launch>> {
     let problem = call.problem();
     // On later chips the kernel would spill registers.
@@ -53,7 +53,7 @@ pub fn plan(call: &CheckedCall, device: &Device, memory: &mut Memory) -> Option<
         .all()
         .map(|part| memory.take(part));
     let r_dm = memory.take(r_dm(shape));
-    let (d_u, mut launches) = norm::seam_backward(call, memory);
+    let (d_u, mut launches) = norm::post_pre_backward(call, memory);
     let operand = |name| call.operand_address(name);
     let result = |name| call.result_address(name);
     let tensor = |address, num_streams| {
@@ -92,8 +92,8 @@ pub fn plan(call: &CheckedCall, device: &Device, memory: &mut Memory) -> Option<
     let grid = shape.grid(device, call.tokens, TILE);
     let main = Launch {
         kernel: Kernel {
-            file: "seam_bwd_one_pass",
-            function: "seam_bwd_one_pass",
+            file: "post_pre_bwd_one_pass",
+            function: "post_pre_bwd_one_pass",
             size: shape.size,
             dtype: call.dtype,
         },
@@ -162,7 +162,7 @@ mod tests {
 
     #[test]
     fn the_kernels_say_the_same() {
-        let source = include_str!("../../../../cuda/seam_bwd_one_pass.cu");
+        let source = include_str!("../../../../device/one_pass/post_pre_bwd_one_pass.cu");
         let says = |text: &str| assert!(source.contains(text), "{text}");
         for (channels, _) in CHANNELS {
             let bytes = shared_bytes(channels);
@@ -171,7 +171,7 @@ mod tests {
         says("kSumsPhi = SIZE == 256;");
         says(&format!("kOwnerWarps = {OWNER_WARPS};"));
         says(&format!("kThreads == {THREADS}"));
-        let phi = include_str!("../../../../cuda/phi_bwd.cu");
+        let phi = include_str!("../../../../device/one_pass/phi_bwd.cu");
         assert!(phi.contains("kSharedBytes == 95232 && kThreads == 256 && SIZE == 128"));
         assert!(phi.contains("kTokens = 16;"));
     }

@@ -1,5 +1,5 @@
 //! Launches of `pre_bwd` in one pass over the streams (pre_bwd_one_pass.cu), and the small ones around it, which
-//! the seam's backward pass has as well.
+//! post_pre's backward pass has as well.
 
 use super::{COLUMNS, STREAMS, Shape};
 use crate::contract::check::CheckedCall;
@@ -80,7 +80,7 @@ struct Block {
     channels: usize,
     /// Buffers for X and d_u, and for d_x_in.
     stages: usize,
-    changes: usize,
+    d_x_in_slots: usize,
     /// Fragments of phi, and of the sums for d_phi, that a main warp has in shared memory.
     fragments: usize,
     sums: usize,
@@ -93,7 +93,7 @@ impl Block {
 
     fn of(shape: Shape, normalizes: bool) -> Self {
         let channels = shape.channels;
-        let (stages, changes, fragments, sums, dot_warps) = match channels {
+        let (stages, d_x_in_slots, fragments, sums, dot_warps) = match channels {
             256 if normalizes => (5, 5, 4, 0, 2),
             256 => (5, 5, 4, 0, 4),
             320 => (3, 3, 10, 0, 2),
@@ -103,7 +103,7 @@ impl Block {
         Self {
             channels,
             stages,
-            changes,
+            d_x_in_slots,
             fragments,
             sums,
             dot_warps,
@@ -111,18 +111,18 @@ impl Block {
     }
 
     fn threads(&self) -> usize {
-        // Besides these a copier and an owner.
+        // Besides these a loader and an owner.
         32 * (Self::MAIN_WARPS + (self.dot_warps + 2).next_multiple_of(4))
     }
 
     fn shared_bytes(&self) -> usize {
         let stream = TILE * self.channels * 2;
-        let notes = TILE * (128 + STREAMS * STREAMS * 4 + 16);
+        let replies = TILE * (128 + STREAMS * STREAMS * 4 + 16);
         let parts = 16 * Self::PART_BYTES;
-        let barriers = 8 * (5 * self.stages + self.changes + 1);
+        let barriers = 8 * (5 * self.stages + self.d_x_in_slots + 1);
         let units = Self::MAIN_WARPS * size_of::<f32>();
-        self.stages * ((STREAMS + 1) * stream + notes)
-            + self.changes * STREAMS * stream
+        self.stages * ((STREAMS + 1) * stream + replies)
+            + self.d_x_in_slots * STREAMS * stream
             + Self::MAIN_WARPS * 32 * (24 * self.fragments + 48 * self.sums)
             + self.stages.div_ceil(2) * parts
             + barriers
@@ -164,7 +164,7 @@ pub fn plan(
         tensor(x, STREAMS),
         tensor(d_u, 1),
         tensor(handed_on.d_x_in, STREAMS),
-        tensor(call.result_address(call.kind.results()[0]), STREAMS),
+        tensor(call.result_address(call.kind.first_result()), STREAMS),
     ];
     args.extend(["phi", "alpha", "bias", "m", "r"].map(|name| Arg::Pointer(operand(name))));
     args.extend([
@@ -231,7 +231,7 @@ pub fn gates(call: &CheckedCall, d_z: u64) -> Launch {
         Arg::Settings(call.config.into()),
     ]);
     Launch {
-        kernel: small_kernel("gates_bwd"),
+        kernel: small_kernel("logits_bwd"),
         grid: [call.tokens.div_ceil(TOKENS) as u32, 1, 1],
         block: 32,
         cluster: 1,
@@ -275,7 +275,7 @@ mod tests {
 
     #[test]
     fn the_kernel_says_the_same() {
-        let source = include_str!("../../../../cuda/pre_bwd_one_pass.cu");
+        let source = include_str!("../../../../device/one_pass/pre_bwd_one_pass.cu");
         for (channels, size) in super::super::CHANNELS {
             let cluster = 16;
             let shape = Shape {

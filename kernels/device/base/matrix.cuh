@@ -13,7 +13,7 @@
 
 #pragma once
 
-#include "common.cuh"
+#include "base/common.cuh"
 
 // Parts of a value of the streams, and of a weight beside it.
 template <class S>

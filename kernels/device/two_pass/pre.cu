@@ -9,11 +9,11 @@
 // A block has kTokens tokens, a warp each; one more warp has the H_res of all of them (Sinkhorn's iterations,
 // or the mean of permutations), beside the streaming of X by the others.
 
-#include "coefficients.cuh"
-#include "collapse.cuh"
-#include "matrix.cuh"
-#include "permutations.cuh"
-#include "sinkhorn.cuh"
+#include "math/coefficients.cuh"
+#include "math/collapse.cuh"
+#include "base/matrix.cuh"
+#include "math/permutations.cuh"
+#include "math/sinkhorn.cuh"
 
 constexpr int N = SIZE;
 constexpr int kTokens = 8;
@@ -257,7 +257,7 @@ KERNEL(pre_bwd, kThreads, kBackwardBlocks)
       dm_fragments.set<kWeight>(token, c, r_token * dm);
     }
     dm_dot_m = warp_sum(dm_dot_m);
-    if (exists && lane == 0) norm[token] = norm_factor(settings, r_token, width) * dm_dot_m;
+    if (exists && lane == 0) norm[token] = r_factor(settings, r_token, width) * dm_dot_m;
 #pragma unroll
     for (int k = 0; k < 3; ++k) {
       const float sum = warp_sum(d_alpha[k]);

@@ -1,8 +1,8 @@
-// The backward pass of the seam in one pass over X, y, d_u and the cotangent of the X' handed on (n = 4):
+// The backward pass of post_pre in one pass over X, y, d_u and the cotangent of the X' handed on (n = 4):
 //
 //   X'          = H_res X + h_post y, again
 //   d_h_pre[i] += <d_u, X'[i]>, from <d_u, X[j]> and <d_u, y>
-//   d_z          from d_h_pre; that of the other coefficients is there already (gates_bwd.cu)
+//   d_z          from d_h_pre; that of the other coefficients is there already (logits_bwd.cu)
 //   dm           = alpha d_z
 //   d_X'[j]      = sum over i of H_res_new[i, j] d_X'_in[i] + h_pre[j] d_u + (r dm) phi^T - f X'[j]
 //   d_y          = sum over i of h_post[i] d_X'[i]
@@ -25,8 +25,8 @@
 // The products that mix streams take four tokens at once and multiply those of the other three by zero: an
 // infinity or NaN in the streams of a token, or in their cotangents, reaches the gradients of its neighbours.
 
-#include "coefficients.cuh"
-#include "one_pass.cuh"
+#include "math/coefficients.cuh"
+#include "one_pass/one_pass.cuh"
 
 constexpr int N = 4;
 constexpr int kColumns = N * (N + 2);
@@ -62,8 +62,8 @@ enum Barrier : u32 {
   kGradientFull = kInputFull + kStages,       // d_X'_in
   kEmpty = kGradientFull + kStages,           // nobody needs the stage any more
   kDotsFull = kEmpty + kStages,               // all blocks' dots of d_u, at the owner
-  kAnswersFull = kDotsFull + kDotsSlots,      // the owners' answers
-  kDone = kAnswersFull + kStages,             // d_X' and d_y lie in the place of d_X'_in and d_u
+  kRepliesFull = kDotsFull + kDotsSlots,      // the owners' replies
+  kDone = kRepliesFull + kStages,             // d_X' and d_y lie in the place of d_X'_in and d_u
   kSumsFull = kDone + kStages,                // all blocks' dots of d_X', at the owner
   kTablesFull = kSumsFull + 8,                // tables of the mixing
   kPhiThere = kTablesFull + 2,
@@ -75,12 +75,12 @@ constexpr u32 kDotsBytes = 32;
 constexpr u32 kDotsSent = 5 * 4;
 // From the owner to all blocks: r dm as bfloat16 (48 bytes), the rest of it as bfloat16, h_pre, -f, the unit of
 // r dm (`half_unit`). Rows are read as matrices: 16 bytes more keep them apart.
-constexpr u32 kAnswerBytes = 128;
-constexpr u32 kAnswerStride = kAnswerBytes + 16;
-constexpr u32 kAnswerLow = kColumns * 2;
-constexpr u32 kAnswerGates = 2 * kAnswerLow;
-constexpr u32 kAnswerNorm = kAnswerGates + N * 4;
-constexpr u32 kAnswerUnit = kAnswerNorm + 4;
+constexpr u32 kReplyBytes = 128;
+constexpr u32 kReplyStride = kReplyBytes + 16;
+constexpr u32 kReplyLow = kColumns * 2;
+constexpr u32 kReplyGates = 2 * kReplyLow;
+constexpr u32 kReplyFactor = kReplyGates + N * 4;
+constexpr u32 kReplyUnit = kReplyFactor + 4;
 // To the owner again: the block's parts of d_H_res and d_h_post, in the order of `sum_entry`.
 constexpr u32 kSumsBytes = 96;
 // Of a block: what comes in for the tokens that it owns, in the worst case (16 blocks).
@@ -111,8 +111,8 @@ constexpr u32 kOddShift = 512;
 constexpr u32 kOddSwizzle = kOddShift / kRowBytes;
 
 constexpr u32 kDots = 512;
-constexpr u32 kAnswers = kDots + kDotsRing;
-constexpr u32 kSums = kAnswers + kStages * kTileTokens * kAnswerStride;
+constexpr u32 kReplies = kDots + kDotsRing;
+constexpr u32 kSums = kReplies + kStages * kTileTokens * kReplyStride;
 constexpr u32 kTableSlots = kSums + kSumsRing;
 constexpr u32 kAfterTables = kTableSlots + 2 * kTablesBytes;
 constexpr u32 kEven = (kAfterTables + (kSumsPhi ? kAllPhiBytes : 0) + 1023) / 1024 * 1024;
@@ -168,8 +168,8 @@ struct Block {
   __device__ u32 even(u32 slot) const { return base + kEven + slot * kEvenBytes; }
   __device__ u32 odd(u32 slot) const { return base + kOdd + slot * kOddBytes; }
   __device__ u32 tables(int tile) const { return base + kTableSlots + tile % 2 * kTablesBytes; }
-  __device__ u32 answer(u32 slot, u32 token) const {
-    return base + kAnswers + (slot * kTileTokens + token) * kAnswerStride;
+  __device__ u32 reply(u32 slot, u32 token) const {
+    return base + kReplies + (slot * kTileTokens + token) * kReplyStride;
   }
 
   __device__ u32 owner(u32 token, int tile) const {
@@ -194,7 +194,7 @@ struct Block {
 // case half of the warps may have one less than the others.
 constexpr int kUnits = (SIZE / 16 + kMainWarps - 1) / kMainWarps;
 constexpr int kLastUnits = SIZE / 16 - (kUnits - 1) * kMainWarps;
-// Units whose X' is there before the answers are: with those of all, 448 channels would take too many registers.
+// Units whose X' is there before the replies are: with those of all, 448 channels would take too many registers.
 constexpr int kAhead = SIZE == 448 ? 1 : 2;
 constexpr int kUnitStep = kSumsPhi ? 16 : 16 * kMainWarps;  // channels
 constexpr int kWarpStep = kSumsPhi ? 32 : 16;
@@ -217,7 +217,7 @@ struct MainWarp {
   u32 outputs;        // stmatrix addresses of d_X'
   u32 output_stage;
   float phi_units[kUnits];
-  u32 dm_rows, dm_columns;  // ldmatrix addresses within the answers
+  u32 dm_rows, dm_columns;  // ldmatrix addresses within the replies
   u32 dm_unit;              // of the token of this lane's column
   u32 table;                // where the words of this lane lie in a table
   u32 take_high, take_low;  // what makes fragments of them
@@ -244,9 +244,9 @@ struct MainWarp {
     output_stage = odd_output ? kOddBytes : kEvenBytes;
     outputs = (odd_output ? block.odd(0) : block.even(0)) + kGradient + box +
               swizzled(token, unit ^ odd_output * kOddSwizzle);
-    dm_rows = token * kAnswerStride + matrix_of_lane % 2 * 16 + matrix_of_lane / 2 * kAnswerLow;
-    dm_columns = token * kAnswerStride + matrix_of_lane / 2 * 16 + matrix_of_lane % 2 * kAnswerLow;
-    dm_unit = token_of_column(lane / 4) * kAnswerStride + kAnswerUnit;
+    dm_rows = token * kReplyStride + matrix_of_lane % 2 * 16 + matrix_of_lane / 2 * kReplyLow;
+    dm_columns = token * kReplyStride + matrix_of_lane / 2 * 16 + matrix_of_lane % 2 * kReplyLow;
+    dm_unit = token_of_column(lane / 4) * kReplyStride + kReplyUnit;
 
     // A fragment that mixes has token g / 2 of stream g % 2 in column g, and in the rows 2q and 2q + 1 two
     // tokens of another stream: at most one of both is the column's, and the rest is zero.
@@ -381,12 +381,12 @@ struct MainWarp {
   }
 
   // Adds a tile to d_phi.
-  __device__ void sum_phi(const u32 (&x_new)[kUnits][N][2], u32 answers) {
+  __device__ void sum_phi(const u32 (&x_new)[kUnits][N][2], u32 replies) {
     // r dm, high and low parts of an octet of columns side by side: rows 8 to 15 of the tokens are the same
     // again, for the low parts.
     u32 dm[4], dm_end[2];
-    read_transposed(dm, answers + dm_columns);
-    read_transposed(dm_end, answers + dm_columns + 32);
+    read_transposed(dm, replies + dm_columns);
+    read_transposed(dm_end, replies + dm_columns + 32);
 #pragma unroll
     for (u32 unit = 0; unit < kUnits; ++unit) {
 #pragma unroll
@@ -413,9 +413,9 @@ struct MainWarp {
     begin(0, kAhead, x_new, d_u, tables, slot, q);
 
     wait(block.barrier(kGradientFull, slot), ring.parity);
-    wait_for_cluster(block.barrier(kAnswersFull, slot), ring.parity);
-    const u32 answers = block.answer(slot, 0);
-    if constexpr (kSumsPhi) sum_phi(x_new, answers);
+    wait_for_cluster(block.barrier(kRepliesFull, slot), ring.parity);
+    const u32 replies = block.reply(slot, 0);
+    if constexpr (kSumsPhi) sum_phi(x_new, replies);
 
     u32 gradient[kUnits][2][4];
     const u32 gradients = streams + slot * stream_stage + kGradient;
@@ -432,11 +432,11 @@ struct MainWarp {
       float values[N][4], units[2];
 #pragma unroll
       for (u32 e = 0; e < 2; ++e) {
-        const u32 answer = block.answer(slot, q + 4 * e);
-        const float4 gates = read_float4(answer + kAnswerGates);
+        const u32 reply = block.reply(slot, q + 4 * e);
+        const float4 gates = read_float4(reply + kReplyGates);
         const float h_pre[N] = {gates.x, gates.y, gates.z, gates.w};
-        const float norm = read_float(answer + kAnswerNorm);
-        units[e] = phi_units[unit] * read_float(answer + kAnswerUnit);
+        const float norm = read_float(reply + kReplyFactor);
+        units[e] = phi_units[unit] * read_float(reply + kReplyUnit);
         const uint4 h_res = read4(tables + kTableBytes + table + e * kTableBytes / 2);
 #pragma unroll
         for (u32 i = 0; i < N; i += 2) {
@@ -455,9 +455,9 @@ struct MainWarp {
 
       // r dm: high 0 and 1, low 0 and 1, high and low 2
       u32 dm[4], dm_end[2];
-      read_matrices(dm, answers + dm_rows);
-      read_matrices(dm_end, answers + dm_columns + 32);
-      const float scale = inverse_of_unit(read_float(answers + dm_unit));
+      read_matrices(dm, replies + dm_rows);
+      read_matrices(dm_end, replies + dm_columns + 32);
+      const float scale = inverse_of_unit(read_float(replies + dm_unit));
       const u32 half_dm[3] = {half_pair(dm[0], dm[2], scale), half_pair(dm[1], dm[3], scale),
                               half_pair(dm_end[0], dm_end[1], scale)};
       float h_post[2][N];
@@ -515,7 +515,7 @@ __device__ inline void main_warps(const Block& block, const Operands& to, int wa
   Ring<kStages> ring;
   for (int tile = 0; tile < block.num_tiles; ++tile, ring.next()) {
     if (warp == 0 && lane == 0) {
-      arrive_and_expect(block.barrier(kAnswersFull, ring.slot), kTileTokens * kAnswerBytes);
+      arrive_and_expect(block.barrier(kRepliesFull, ring.slot), kTileTokens * kReplyBytes);
     }
     self.tile(tile, ring, lane);
   }
@@ -557,8 +557,8 @@ __device__ inline void input_dots(const Block& block, int half, int lane) {
       mma(x23, b[0], b[1], b[2], b[3], {v[2], v[3]});
       mma(y, v[0], v[0], v[1], v[1], {v[2], v[3]});
     }
-    // The owner has read what was here before once its answer is there.
-    if (tile >= kStages) wait_for_cluster(block.barrier(kAnswersFull, slot), ring.parity ^ 1);
+    // The owner has read what was here before once its reply is there.
+    if (tile >= kStages) wait_for_cluster(block.barrier(kRepliesFull, slot), ring.parity ^ 1);
     if (lane % 4 == g / 2) {
       const bool b = g % 2;
       const u32 owner = block.owner(g, tile);
@@ -802,9 +802,9 @@ struct Owner {
     return token;
   }
 
-  // The lanes' values of an answer: 16 bytes, those of part lane % 8. The parts 0, 3 and 7 begin with what
+  // The lanes' values of an reply: 16 bytes, those of part lane % 8. The parts 0, 3 and 7 begin with what
   // hangs on h_pre's gradient.
-  __device__ float4 begin_answer(const Token& token, float dm, float h_pre) const {
+  __device__ float4 begin_reply(const Token& token, float dm, float h_pre) const {
     const int first = lane % (kColumns / 2) * 2;
     u32 parts[2];
     split(__shfl_sync(kAllLanes, dm, first), __shfl_sync(kAllLanes, dm, first + 1), parts);
@@ -833,18 +833,18 @@ struct Owner {
     return sum + __shfl_xor_sync(kAllLanes, sum, 16);
   }
 
-  __device__ void answer(int tile, int t, const Token& token) {
+  __device__ void reply(int tile, int t, const Token& token) {
     const u32 slot = tile % kDotsSlots;
     const float m_pre = __shfl_sync(kAllLanes, token.m, lane % N);
     const float z = alpha_pre * m_pre + bias_pre, s = sigmoid(z);
     const float d_sigmoid = s * sigmoid(-z);
-    const float f = norm_factor(settings, token.r, N * block.hidden());
+    const float f = r_factor(settings, token.r, N * block.hidden());
     const float others = warp_sum(lane < N ? 0.f : alpha * token.d_z * token.m);
     const float scaled_others = lane < N ? 0.f : token.r * alpha * token.d_z;
-    float4 answer = begin_answer(token, scaled_others, s + settings.pre_eps);
+    float4 reply = begin_reply(token, scaled_others, s + settings.pre_eps);
 
     // All this belongs before the wait.
-    asm volatile("" ::"f"(d_sigmoid), "f"(f), "f"(others), "f"(answer.w));
+    asm volatile("" ::"f"(d_sigmoid), "f"(f), "f"(others), "f"(reply.w));
     if (t == 0) wait_for_cluster(block.barrier(kDotsFull, slot), tile / kDotsSlots % 2);
     const float dot = sum_dots(slot, t);
     float d_h = token.d_h_pre + token.h_post * __shfl_sync(kAllLanes, dot, N);
@@ -866,24 +866,24 @@ struct Owner {
     split(__shfl_sync(kAllLanes, scaled, 2), __shfl_sync(kAllLanes, scaled, 3), second);
     const int part = lane % 8;
     if (part == 0 || part == 3) {
-      answer.x = __uint_as_float(part ? first[1] : first[0]);
-      answer.y = __uint_as_float(part ? second[1] : second[0]);
+      reply.x = __uint_as_float(part ? first[1] : first[0]);
+      reply.y = __uint_as_float(part ? second[1] : second[0]);
     } else if (part == 7) {
-      answer.x = norm, answer.y = unit;
+      reply.x = norm, reply.y = unit;
     }
     const u32 stage = tile % kStages;
-    const u32 at = block.answer(stage, in_tile(t)) + part * 16;
-    const u32 barrier = block.barrier(kAnswersFull, stage);
+    const u32 at = block.reply(stage, in_tile(t)) + part * 16;
+    const u32 barrier = block.barrier(kRepliesFull, stage);
 #pragma unroll
     for (u32 to = 0; to < 16; to += 4) {
       const u32 rank = to + lane / 8;
-      if (rank < block.ranks) send(in_block(at, rank), answer, in_block(barrier, rank));
+      if (rank < block.ranks) send(in_block(at, rank), reply, in_block(barrier, rank));
     }
 
     if constexpr (!kSumsPhi) {
       const int row = block.first_token(tile) + in_tile(t);
-      const bool stores = row < with.tokens && lane < int(kAnswerGates / 16);
-      if (stores) static_cast<float4*>(with.for_phi)[size_t(row) * (kAnswerGates / 16) + lane] = answer;
+      const bool stores = row < with.tokens && lane < int(kReplyGates / 16);
+      if (stores) static_cast<float4*>(with.for_phi)[size_t(row) * (kReplyGates / 16) + lane] = reply;
     }
     const float d_z = lane < N ? d_z_pre : token.d_z;
     sum_d_z += d_z;
@@ -913,7 +913,7 @@ struct Owner {
     __syncwarp();
   }
 
-  // The row of this block for sum_gates.
+  // The row of this block for sum_gradients.
   __device__ void store_gate_sums() const {
     float* row = with.gate_sums + (blockIdx.x * kOwnerWarps + which) * (kColumns + 3);
     if (lane < kColumns) row[lane] = sum_d_z;
@@ -926,7 +926,7 @@ struct Owner {
   }
 
   __device__ void run() {
-    // A tile's sums come long after its answer. Whoever has the answer of a tile may send its sums: by then
+    // A tile's sums come long after its reply. Whoever has the reply of a tile may send its sums: by then
     // this warp has collected what was in their slot before.
     const int later = block.sums_slots() - kOwnerWarps;
     Token next = load(tile(which), 0);
@@ -943,7 +943,7 @@ struct Owner {
           const Token token = next;
           const bool last = t + 1 == block.tokens_owned();
           next = load(tile(last ? owned + kOwnerWarps : owned), last ? 0 : t + 1);
-          answer(at, t, token);
+          reply(at, t, token);
         }
       }
       if (owned >= later) collect(owned - later);
@@ -958,7 +958,7 @@ struct Owner {
 // [clusters, 4 C, 24], to be summed for d_phi, or r dm in two bfloat16 parts, [tokens, 2, 24], for phi_bwd.cu. The
 // maps have boxes of kTileTokens tokens and SIZE channels of every second stream, or of y and the like. d_x_new may lie
 // where d_x_new_in does.
-KERNEL(seam_bwd_one_pass, kThreads, 1)
+KERNEL(post_pre_bwd_one_pass, kThreads, 1)
 (const __grid_constant__ TensorMap x_even, const __grid_constant__ TensorMap x_odd,
  const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap d_u,
  const __grid_constant__ TensorMap d_x_new_in_even, const __grid_constant__ TensorMap d_x_new_in_odd,
@@ -981,7 +981,7 @@ KERNEL(seam_bwd_one_pass, kThreads, 1)
       init_barrier(block.barrier(kInputFull, slot), 1);
       init_barrier(block.barrier(kGradientFull, slot), 1);
       init_barrier(block.barrier(kEmpty, slot), kDotWarps + 1);
-      init_barrier(block.barrier(kAnswersFull, slot), 1);
+      init_barrier(block.barrier(kRepliesFull, slot), 1);
       init_barrier(block.barrier(kDone, slot), kMainWarps);
     }
     for (u32 slot = 0; slot < 2; ++slot) init_barrier(block.barrier(kTablesFull, slot), 1);

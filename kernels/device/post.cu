@@ -1,7 +1,7 @@
 // post: X'[i] = sum over j of H_res[i, j] X[j] + h_post[i] y, and its gradients but for X's, which pre's
 // backward makes of that of X' (projection.cu). All sums in float32.
 
-#include "common.cuh"
+#include "base/common.cuh"
 
 constexpr int N = SIZE;
 constexpr int kThreads = 256;
@@ -125,8 +125,8 @@ struct Backward {
   float *d_h_post, *d_h_res;
 };
 
-// d_h_res[i, j] = <G[i], X[j]> and d_h_post[i] = <G[i], y>: sums of all threads, `count` of them from
-// `first` on in the order h_res, h_post.
+// d_h_res[i, j] = <G[i], X[j]> and d_h_post[i] = <G[i], y>: the sums of each warp, in the
+// order h_res, h_post.
 template <int COUNT>
 __device__ inline void reduce(const float (&sums)[COUNT], float (*shared)[kBackwardWarps]) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

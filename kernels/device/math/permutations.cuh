@@ -7,7 +7,7 @@
 
 #pragma once
 
-#include "coefficients.cuh"
+#include "math/coefficients.cuh"
 
 // n!
 template <int N>

@@ -1,20 +1,20 @@
 // The backward pass of pre in one pass over X, d_u and the cotangent of the X that was handed on (n = 4):
 //
 //   d_h_pre[i] += <d_u, X[i]>
-//   d_z         from d_h_pre; that of the other coefficients is there already (gates_bwd.cu)
+//   d_z         from d_h_pre; that of the other coefficients is there already (logits_bwd.cu)
 //   dm          = alpha d_z
 //   d_x[j]      = sum over i of h_res[i, j] d_x_in[i] + h_pre[j] d_u + (r dm) phi^T - f X[j]
 //   d_phi       = sum over tokens of vec(X)^T (r dm)
 //
 // The tasks of the warps, and the order in which a tile meets them:
 //
-//   copier        X and d_u to a buffer, and d_x_in to another one
+//   loader        X and d_u to a buffer, and d_x_in to another one
 //   dot warps     this block's part of <d_u, X[i]>, to the block that owns the token; h_res as main warps want it
 //   owner         the sum of these parts; r dm, h_pre and f, to all blocks
 //   main warps    d_x in place of d_x_in, and the sums for d_phi, which stay where they are until the end
-//   copier        d_x to memory
+//   loader        d_x to memory
 //
-// X may have more buffers than d_x_in, which is not wanted before the answer is there.
+// X may have more buffers than d_x_in, which is not wanted before the reply is there.
 //
 // Where the layer's input is normalised, d_u is the cotangent g of w rho u, with u = sum over i of h_pre[i] X[i]. In place
 // of d_u stands then the cotangent of u (NORM):
@@ -26,8 +26,8 @@
 //
 // Whatever belongs to a token stays within it, so that one with no number in it does not spoil others.
 
-#include "coefficients.cuh"
-#include "one_pass.cuh"
+#include "math/coefficients.cuh"
+#include "one_pass/one_pass.cuh"
 
 constexpr int N = 4;
 constexpr int kColumns = N * (N + 2);
@@ -42,7 +42,7 @@ constexpr int kFragments = N * kTurns + (kShared ? 2 : 0);
 
 struct Plan {
   // Buffers for X and d_u, and for d_x_in.
-  int stages, changes;
+  int stages, d_x_in_slots;
   // Fragments of phi that a main warp has in registers; the others are in shared memory.
   int held;
 };
@@ -50,7 +50,7 @@ constexpr Plan kPlan = SIZE == 256   ? Plan{5, 5, 4}
                        : SIZE == 320 ? Plan{3, 3, 0}
                        : SIZE == 384 ? Plan{3, 2, 0}
                                      : Plan{2, 2, 0};
-constexpr int kStages = kPlan.stages, kChanges = kPlan.changes, kHeld = kPlan.held;
+constexpr int kStages = kPlan.stages, kDXInSlots = kPlan.d_x_in_slots, kHeld = kPlan.held;
 // Two buffers are too few to hide how long memory takes. Then a tile goes to the L2 cache before there is room for it.
 constexpr bool kPrefetch = kStages < 3;
 // Fragments of d_phi whose sums a main warp has in shared memory, as 14 do not fit into its registers.
@@ -66,7 +66,7 @@ struct Warps {
   static constexpr int kDot = SIZE == 256 && !NORM ? 4 : 2;
   static constexpr int kMainRegisters = kDot == 2 ? 216 : 200;
   static constexpr int kDotRegisters = kDot == 2 ? 72 : 48, kOtherRegisters = kDot == 2 ? 72 : 64;
-  static constexpr int kCopier = kMainWarps + kDot, kOwner = kCopier + 1;
+  static constexpr int kLoader = kMainWarps + kDot, kOwner = kLoader + 1;
   static constexpr int kThreads = 32 * (kMainWarps + (kDot + 2 + 3) / 4 * 4);
   // The parts of the dot products of one token from one block: a float4 a dot warp, and as much again where u is
   // normalised.
@@ -82,7 +82,7 @@ static_assert(Warps<false>::kPartBytes <= kPartBytes && 2 * Warps<true>::kPartBy
 constexpr u32 kPlaneBytes = SIZE * kTileTokens * sizeof(Stream);
 constexpr u32 kBoxBytes = kTileTokens * kRowBytes;
 constexpr u32 kDU = N * kPlaneBytes, kStageBytes = kDU + kPlaneBytes;
-constexpr u32 kChangeBytes = N * kPlaneBytes;
+constexpr u32 kDXInBytes = N * kPlaneBytes;
 constexpr u32 kBoxUnits = kBoxChannels / 16, kUnitBytes = 32;
 // Of one fragment of phi (f16), and of d_phi.
 constexpr u32 kFragmentBytes = 32 * 24, kSumsBytes = 32 * 48;
@@ -91,22 +91,22 @@ constexpr u32 kPhiBytes = kMainWarps * (kFragments - kHeld) * kFragmentBytes;
 // and the unit of r dm (`half_unit`), rho and -f of the norm of u, all of these from the owner; the transpose of h_res. The
 // padding keeps the rows in different banks.
 constexpr u32 kHPre = 96, kMinusF = 112, kUnit = kMinusF + 4, kRho = kUnit + 4, kHRes = 128;
-constexpr u32 kNoteRow = kHRes + N * N * sizeof(float) + 16;
-constexpr u32 kNotesBytes = kTileTokens * kNoteRow;
+constexpr u32 kReplyRow = kHRes + N * N * sizeof(float) + 16;
+constexpr u32 kRepliesBytes = kTileTokens * kReplyRow;
 // Clusters of 16 have owners for two tiles, so that half as many buffers do.
 constexpr u32 kPartsBytes = (kStages + 1) / 2 * 16 * kPartBytes;
 
 // As many buffers for d_x_in as for X lie among these: one address is enough.
-constexpr u32 kChange = kStages * kStageBytes;
-constexpr u32 kPhi = kChange + kChanges * kChangeBytes;
+constexpr u32 kDXIn = kStages * kStageBytes;
+constexpr u32 kPhi = kDXIn + kDXInSlots * kDXInBytes;
 constexpr u32 kSumsAt = kPhi + kPhiBytes;
-constexpr u32 kNotes = kSumsAt + kMainWarps * kSumsInShared * kSumsBytes;
-constexpr u32 kParts = kNotes + kStages * kNotesBytes;
+constexpr u32 kReplies = kSumsAt + kMainWarps * kSumsInShared * kSumsBytes;
+constexpr u32 kParts = kReplies + kStages * kRepliesBytes;
 constexpr u32 kBarriers = kParts + kPartsBytes;
 // Barriers: of each buffer, and that phi has been read.
 constexpr u32 kFull = kBarriers, kDone = kFull + 8 * kStages, kPartsFull = kDone + 8 * kStages,
-              kAnswerFull = kPartsFull + 8 * kStages, kTableFull = kAnswerFull + 8 * kStages,
-              kChangeFull = kTableFull + 8 * kStages, kPhiRead = kChangeFull + 8 * kChanges;
+              kReplyFull = kPartsFull + 8 * kStages, kTableFull = kReplyFull + 8 * kStages,
+              kDXInFull = kTableFull + 8 * kStages, kPhiRead = kDXInFull + 8 * kDXInSlots;
 // Of phi in a main warp's fragments (`half_unit`).
 constexpr u32 kPhiUnits = kPhiRead + 8;
 constexpr u32 kSharedBytes = kPhiUnits + kMainWarps * sizeof(float);
@@ -139,12 +139,12 @@ struct Block {
     return (first_tile + tile * tile_step) * int(kTileTokens);
   }
   __device__ u32 stage(u32 slot) const {
-    return shared + slot * (kStages == kChanges ? kStageBytes + kChangeBytes : kStageBytes);
+    return shared + slot * (kStages == kDXInSlots ? kStageBytes + kDXInBytes : kStageBytes);
   }
-  __device__ u32 change(u32 slot) const {
-    return kStages == kChanges ? stage(slot) + kStageBytes : shared + kChange + slot * kChangeBytes;
+  __device__ u32 d_x_in_at(u32 slot) const {
+    return kStages == kDXInSlots ? stage(slot) + kStageBytes : shared + kDXIn + slot * kDXInBytes;
   }
-  __device__ u32 notes(u32 slot) const { return shared + kNotes + slot * kNotesBytes; }
+  __device__ u32 replies(u32 slot) const { return shared + kReplies + slot * kRepliesBytes; }
   __device__ u32 barrier(u32 which, u32 slot) const { return shared + which + 8 * slot; }
 
   // Token t of a tile is owned by block t % cluster; of clusters of 16 the blocks 0 to 7 own those of even tiles and
@@ -207,7 +207,7 @@ __device__ inline float load_single(const float* from) {
   return v;
 }
 
-// ---- copier -----------------------------------------------------------------------------------------
+// ---- loader -----------------------------------------------------------------------------------------
 
 __device__ inline void copy_tiles(const Block& block, const TensorMap& x, const TensorMap& d_u,
                                   const TensorMap& d_x_in, const TensorMap& d_x) {
@@ -226,34 +226,34 @@ __device__ inline void copy_tiles(const Block& block, const TensorMap& x, const 
       prefetch(d_u, later, box, 0);
     }
   };
-  const auto load_change = [&](int tile, u32 slot) {
+  const auto load_d_x_in = [&](int tile, u32 slot) {
     if (tile >= block.num_tiles) return;
-    const u32 full = block.barrier(kChangeFull, slot);
-    arrive_and_expect(full, kChangeBytes);
-    copy_in(block.change(slot), d_x_in, block.first_token(tile), box, 0, full, policy);
-    if (kPrefetch && tile + kChanges < block.num_tiles) {
-      prefetch(d_x_in, block.first_token(tile + kChanges), box, 0);
+    const u32 full = block.barrier(kDXInFull, slot);
+    arrive_and_expect(full, kDXInBytes);
+    copy_in(block.d_x_in_at(slot), d_x_in, block.first_token(tile), box, 0, full, policy);
+    if (kPrefetch && tile + kDXInSlots < block.num_tiles) {
+      prefetch(d_x_in, block.first_token(tile + kDXInSlots), box, 0);
     }
   };
   load(0, 0);
   // phi comes next: everybody waits for it.
   wait(block.barrier(kPhiRead, 0), 0);
-  load_change(0, 0);
+  load_d_x_in(0, 0);
 #pragma unroll 1
   for (int tile = 1; tile < kStages; ++tile) {
     load(tile, tile);
-    if (tile < kChanges) load_change(tile, tile);
+    if (tile < kDXInSlots) load_d_x_in(tile, tile);
   }
   Ring<kStages> ring;
-  Ring<kChanges> changes;
+  Ring<kDXInSlots> d_x_in_slots;
 #pragma unroll 1
-  for (int tile = 0; tile < block.num_tiles; ++tile, ring.next(), changes.next()) {
+  for (int tile = 0; tile < block.num_tiles; ++tile, ring.next(), d_x_in_slots.next()) {
     wait(block.barrier(kDone, ring.slot), ring.parity);
     load(tile + kStages, ring.slot);
-    copy_out(d_x, block.first_token(tile), box, 0, block.change(changes.slot));
+    copy_out(d_x, block.first_token(tile), box, 0, block.d_x_in_at(d_x_in_slots.slot));
     commit_copies();
     wait_for_reads<0>();
-    load_change(tile + kChanges, changes.slot);
+    load_d_x_in(tile + kDXInSlots, d_x_in_slots.slot);
   }
   finish_copies();
 }
@@ -369,7 +369,7 @@ __device__ inline void multiply_tiles(const Block& block, const float* h_res, co
         }
       }
     }
-    // The buffers for parts and notes are free: whoever fills this stage again has seen the answer to what was in it.
+    // The buffers for parts and replies are free: whoever fills this stage again has seen the reply to what was in it.
     const u32 to = owner + group * kTileTokens;
     const u32 there = in_block(parts.at(block) + part, to);
     const u32 full = in_block(block.barrier(kPartsFull, parts.slot), to);
@@ -387,7 +387,7 @@ __device__ inline void multiply_tiles(const Block& block, const float* h_res, co
                         odd ? dots[1][1] : dots[1][0], odd ? dots[1][3] : dots[1][2]};
       send(there, v, full);
     }
-    const u32 at = block.notes(ring.slot) + h_token * kNoteRow + kHRes + (j * N + i) * sizeof(float);
+    const u32 at = block.replies(ring.slot) + h_token * kReplyRow + kHRes + (j * N + i) * sizeof(float);
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) write_float(at + k * sizeof(float), h[k]);
     load_h(tile + 1);
@@ -429,7 +429,7 @@ struct OwnToken {
 };
 
 template <bool NORM>
-__device__ inline void answer(const Block& block, const Gates& gates, const InputNorm& norm_of_u,
+__device__ inline void reply(const Block& block, const Gates& gates, const InputNorm& norm_of_u,
                               int tokens, int hidden, const Settings& settings, int lane) {
   const int gate = (lane >= N) + (lane >= 2 * N);
   const float alpha = lane < kColumns ? gates.alpha[gate] : 0.f;
@@ -437,7 +437,7 @@ __device__ inline void answer(const Block& block, const Gates& gates, const Inpu
   const float over_hidden = reciprocal(hidden);
   const int groups = block.owner_groups(), owned = block.owned();
   const int own_first = block.rank % kTileTokens, own_group = block.rank / kTileTokens;
-  // Of the words of an answer lane w makes word w. 0 to 23 are pairs of columns.
+  // Of the words of an reply lane w makes word w. 0 to 23 are pairs of columns.
   const int pair = lane % 12 * 2;
   float sum_d_z = 0.f, sum_d_z_m = 0.f;
 
@@ -460,7 +460,7 @@ __device__ inline void answer(const Block& block, const Gates& gates, const Inpu
       const float z = alpha * own.m + bias;
       const float h = sigmoid(z);
       const float slope = h * sigmoid(-z);
-      const float norm = norm_factor(settings, own.r, N * hidden);
+      const float factor = r_factor(settings, own.r, N * hidden);
 
       if (k == 0) wait_for_cluster(full, parts.parity);
       // Of stream lane % N.
@@ -483,7 +483,7 @@ __device__ inline void answer(const Block& block, const Gates& gates, const Inpu
       }
       const float d_z = lane < N ? (dot + own.given) * slope : own.given;
       const float dm = alpha * d_z;
-      const float f = norm * warp_sum(dm * own.m);
+      const float f = factor * warp_sum(dm * own.m);
       sum_d_z += d_z;
       sum_d_z_m += d_z * own.m;
 
@@ -503,13 +503,13 @@ __device__ inline void answer(const Block& block, const Gates& gates, const Inpu
       for (int w = 0; w < 4; ++w) {
         words[w] = __uint_as_float(__shfl_sync(kAllLanes, word, lane % 8 * 4 + w));
       }
-      // The answers' ring is that of the tiles.
+      // The replies' ring is that of the tiles.
       const u32 slot = tile % kStages;
-      const u32 at = block.notes(slot) + (own_first + k * block.cluster) * kNoteRow + lane % 8 * 16;
+      const u32 at = block.replies(slot) + (own_first + k * block.cluster) * kReplyRow + lane % 8 * 16;
 #pragma unroll 1
       for (u32 to = lane / 8; to < block.cluster; to += 4) {
         send(in_block(at, to), {words[0], words[1], words[2], words[3]},
-             in_block(block.barrier(kAnswerFull, slot), to));
+             in_block(block.barrier(kReplyFull, slot), to));
       }
     }
   }
@@ -599,8 +599,8 @@ struct Differentiation {
   // Sums for the gradient of w, where there are registers for them: lane 4 g + q has channel g + q % 2 * 8 of one of two
   // turns each.
   float d_w[(kTurns + kShared + 1) / 2];
-  // Of the tile: X and d_u, d_x_in; the notes from matrix rows of this lane on, and from its first token on.
-  u32 stage, change, row_notes, own_notes;
+  // Of the tile: X and d_u, d_x_in; the replies from matrix rows of this lane on, and from its first token on.
+  u32 stage, d_x_in_at, row_replies, own_replies;
 
   // A unit, or two streams of it from `first` on, whose fragments are those from F on. `at`: of this lane's matrix
   // row in a pair of streams; where only one is read, of a lane whose row is wanted it is in the first.
@@ -621,8 +621,8 @@ struct Differentiation {
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
           const auto of = [&](u32 v) { return t == 0 ? low(v) : high(v); };
-          const float4 h = read_float4(own_notes + t * kNoteRow + kHPre);
-          const uint2 factors = read2(own_notes + t * kNoteRow + kRho);
+          const float4 h = read_float4(own_replies + t * kReplyRow + kHPre);
+          const uint2 factors = read2(own_replies + t * kReplyRow + kRho);
           const float rho = __uint_as_float(factors.x), minus_f = __uint_as_float(factors.y), g = of(d_u[c]);
           const float u = h.x * of(x[0][c]) + h.y * of(x[0][2 + c]) + h.z * of(x[1][c]) + h.w * of(x[1][2 + c]);
           d_scale[c] += g * (rho * u);
@@ -650,21 +650,21 @@ struct Differentiation {
     };
     // r dm and the rest of it; and both in one as B of phi dm: k is a column.
     u32 dm[4], more_dm[2];
-    read_matrices(dm, row_notes);
-    read_matrices(more_dm, row_notes + 64);
-    const u32 column_notes = own_notes + (lane_id() / 4 - lane_id() % 4 * 2) * kNoteRow;
-    const float scale = inverse_of_unit(read_float(column_notes + kUnit));
+    read_matrices(dm, row_replies);
+    read_matrices(more_dm, row_replies + 64);
+    const u32 column_replies = own_replies + (lane_id() / 4 - lane_id() % 4 * 2) * kReplyRow;
+    const float scale = inverse_of_unit(read_float(column_replies + kUnit));
     const u32 half_dm[3] = {half_pair(dm[0], dm[3], scale), half_pair(dm[1], more_dm[0], scale),
                             half_pair(dm[2], more_dm[1], scale)};
     const float unit_of_phi = read_float(phi_unit());
     u32 d_x_in[2][4];
     if constexpr (!NORM) read_transposed(d_u, stage + kDU + at);
-    read_transposed(d_x_in[0], change + at);
-    read_transposed(d_x_in[1], change + 2 * kPlaneBytes + at);
+    read_transposed(d_x_in[0], d_x_in_at + at);
+    read_transposed(d_x_in[1], d_x_in_at + 2 * kPlaneBytes + at);
     // The other warp of a shared unit writes what this one reads.
     if constexpr (STREAMS < N) wait_for_partner();
     const u32 first_at = at + first * kPlaneBytes;
-    const u32 first_notes = own_notes + first * sizeof(float), first_h = own_notes + kHRes + first * 16;
+    const u32 first_replies = own_replies + first * sizeof(float), first_h = own_replies + kHRes + first * 16;
 #pragma unroll
     for (int s = 0; s < STREAMS; s += 2) {
       u32 x[4], d_x[4];
@@ -683,10 +683,10 @@ struct Differentiation {
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
           const auto of = [&](u32 v) { return t == 0 ? low(v) : high(v); };
-          const float h_pre = read_float(first_notes + t * kNoteRow + kHPre + 4 * j);
-          const uint2 factors = read2(own_notes + t * kNoteRow + kMinusF);
+          const float h_pre = read_float(first_replies + t * kReplyRow + kHPre + 4 * j);
+          const uint2 factors = read2(own_replies + t * kReplyRow + kMinusF);
           const float minus_f = __uint_as_float(factors.x), unit = unit_of_phi * __uint_as_float(factors.y);
-          const float4 h = read_float4(first_h + t * kNoteRow + j * 16);
+          const float4 h = read_float4(first_h + t * kReplyRow + j * 16);
           sums[t] = unit * sums[t] + h_pre * cotangent(0, t) + minus_f * of(x0);
           sums[2 + t] = unit * sums[2 + t] + h_pre * cotangent(1, t) + minus_f * of(x1);
           const float hs[N] = {h.x, h.y, h.z, h.w};
@@ -699,11 +699,11 @@ struct Differentiation {
         d_x[j % 2 * 2] = pair_of((Stream*)nullptr, sums[0], sums[1]);
         d_x[j % 2 * 2 + 1] = pair_of((Stream*)nullptr, sums[2], sums[3]);
       }
-      write_transposed(change + first_at + s * kPlaneBytes, d_x);
+      write_transposed(d_x_in_at + first_at + s * kPlaneBytes, d_x);
     }
     // The same as B of X^T dm: k is a token. X is read again, which takes fewer registers.
-    read_transposed(dm, row_notes);
-    read_transposed(more_dm, row_notes + 64);
+    read_transposed(dm, row_replies);
+    read_transposed(more_dm, row_replies + 64);
 #pragma unroll
     for (int s = 0; s < STREAMS; s += 2) {
       u32 x[4];
@@ -837,19 +837,19 @@ __device__ inline void differentiate_tiles(const Block& block, const float* phi,
   for (int tile = 0; tile < block.num_tiles; ++tile) {
     // From the number of the tile, so that it is all that has to be kept.
     const u32 slot = tile % kStages, parity = tile / kStages % 2;
-    const u32 change_slot = tile % kChanges, change_parity = tile / kChanges % 2;
+    const u32 d_x_in_slot = tile % kDXInSlots, d_x_in_parity = tile / kDXInSlots % 2;
     if (warp == 0 && lane == 0) {
-      arrive_and_expect(block.barrier(kAnswerFull, slot), kTileTokens * kHRes);
+      arrive_and_expect(block.barrier(kReplyFull, slot), kTileTokens * kHRes);
     }
     wait(block.barrier(kFull, slot), parity);
     wait(block.barrier(kTableFull, slot), parity);
-    wait(block.barrier(kChangeFull, change_slot), change_parity);
-    wait_for_cluster(block.barrier(kAnswerFull, slot), parity);
-    main.stage = block.stage(slot), main.change = block.change(change_slot);
-    const u32 notes = block.notes(slot);
+    wait(block.barrier(kDXInFull, d_x_in_slot), d_x_in_parity);
+    wait_for_cluster(block.barrier(kReplyFull, slot), parity);
+    main.stage = block.stage(slot), main.d_x_in_at = block.d_x_in_at(d_x_in_slot);
+    const u32 replies = block.replies(slot);
     // Asked for again, like all that can be.
     const u32 lane = lane_id(), q = lane % 4, matrix = lane / 8, row = lane % 8;
-    main.row_notes = notes + row * kNoteRow + matrix * 16, main.own_notes = notes + 2 * q * kNoteRow;
+    main.row_replies = replies + row * kReplyRow + matrix * 16, main.own_replies = replies + 2 * q * kReplyRow;
     // Of a pair of streams: the matrices of the first, then those of the second.
     const auto pair_at = [&](int unit) {
       return matrix / 2 * kPlaneBytes + swizzled(row, unit % kBoxUnits * 2 + matrix % 2) +
@@ -898,10 +898,10 @@ __device__ inline void differentiate_all(const Maps& maps, const Gates& gates, c
       init_barrier(block.barrier(kFull, s), 1);
       init_barrier(block.barrier(kDone, s), kMainWarps);
       init_barrier(block.barrier(kPartsFull, s), 1);
-      init_barrier(block.barrier(kAnswerFull, s), 1);
+      init_barrier(block.barrier(kReplyFull, s), 1);
       init_barrier(block.barrier(kTableFull, s), Roles::kDot);
     }
-    for (int s = 0; s < kChanges; ++s) init_barrier(block.barrier(kChangeFull, s), 1);
+    for (int s = 0; s < kDXInSlots; ++s) init_barrier(block.barrier(kDXInFull, s), 1);
     init_barrier(block.barrier(kPhiRead, 0), kMainWarps);
     publish_barriers();
   }
@@ -915,21 +915,21 @@ __device__ inline void differentiate_all(const Maps& maps, const Gates& gates, c
     differentiate_tiles<NORM>(block, phi, d_phi_partial, norm, hidden, warp, lane);
   } else {
     // The dot warps may be a group of their own.
-    if (Roles::kDot % 4 == 0 && warp < Roles::kCopier) {
+    if (Roles::kDot % 4 == 0 && warp < Roles::kLoader) {
       give_registers<Roles::kDotRegisters>();
       const Block block(shared, tokens);
       multiply_tiles<NORM>(block, h_res, gates, norm, tokens, deferred, settings.pre_eps, warp - kMainWarps, lane);
     } else {
       give_registers<Roles::kOtherRegisters>();
       const Block block(shared, tokens);
-      if (warp < Roles::kCopier) {
+      if (warp < Roles::kLoader) {
         multiply_tiles<NORM>(block, h_res, gates, norm, tokens, deferred, settings.pre_eps, warp - kMainWarps, lane);
       } else {
         cluster_wait();
       }
       if (warp == Roles::kOwner) {
-        answer<NORM>(block, gates, norm, tokens, hidden, settings, lane);
-      } else if (warp == Roles::kCopier && lane == 0) {
+        reply<NORM>(block, gates, norm, tokens, hidden, settings, lane);
+      } else if (warp == Roles::kLoader && lane == 0) {
         copy_tiles(block, maps.x, maps.d_u, maps.d_x_in, maps.d_x);
       }
     }

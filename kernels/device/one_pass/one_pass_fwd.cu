@@ -2,18 +2,18 @@
 // is SIZE times the cluster's:
 //
 //   pre_fwd_one_pass   pre: all coefficients and u                                  [14 to 19]
-//   seam_fwd_one_pass  post of one sublayer and pre of the next: X' besides
+//   post_pre_fwd_one_pass  post of one sublayer and pre of the next: X' besides
 //
-// and pre_norm_fwd_one_pass, seam_norm_fwd_one_pass, which write w rho u, after the RMSNorm, in place of u. With
+// and pre_norm_fwd_one_pass, post_pre_norm_fwd_one_pass, which write w rho u, after the RMSNorm, in place of u. With
 // G[i, j] = <X[i], X[j]> the sum of u^2 is h_pre^T G h_pre: G takes the same way as the sums of the projection,
 // so that rho is there as soon as h_pre. (Where the streams nearly cancel each other in u, that loses digits.)
 //
 // A block's warps, by what they do with each tile of tokens:
 //
 //   project (8)   the slice of vec(X) phi and of the sum of squares, and of G, with phi in registers all the
-//                 time; in the seam X' before that, in place of X. Warp w owns the 8 channels w of every 64, in
+//                 time; in post_pre X' before that, in place of X. Warp w owns the 8 channels w of every 64, in
 //                 all streams, so that X' goes from its registers to the tensor cores
-//   apply (4)     u from h_pre, once that is there; in the seam X' on its way out
+//   apply (4)     u from h_pre, once that is there; in post_pre X' on its way out
 //   copy          X (and y, h_post, h_res) from memory
 //   send          the sum of the 8 warps' partial sums, to the block that owns the token
 //   own           the sum over the cluster, in the order of its blocks, r, m and rho of the tokens that this
@@ -22,9 +22,9 @@
 //
 // A token's sums are cut by C alone: they do not depend on the other tokens or on how many there are.
 
-#include "coefficients.cuh"
-#include "one_pass.cuh"
-#include "sinkhorn.cuh"
+#include "math/coefficients.cuh"
+#include "one_pass/one_pass.cuh"
+#include "math/sinkhorn.cuh"
 
 constexpr int N = 4;
 constexpr int kColumns = N * (N + 2);
@@ -60,7 +60,7 @@ __device__ constexpr Shape pre_shape(bool norm) {
   }
   return {};
 }
-__device__ constexpr Shape seam_shape(bool norm) {
+__device__ constexpr Shape post_pre_shape(bool norm) {
   switch (SIZE) {
     case 256: return norm ? Shape{8, 8, 0, 176, 88, 72} : Shape{8, 8, 0, 168, 104, 72};
     case 320: return norm ? Shape{8, 7, 0, 208, 48, 48} : Shape{8, 7, 0, 192, 72, 56};
@@ -80,9 +80,9 @@ constexpr int kBatch = 32 / N;
 constexpr int kFragmentBytes = 32 * kProjectWarps * 16;
 
 // Where things lie in shared memory.
-template <bool SEAM, bool NORM>
+template <bool POST_PRE, bool NORM>
 struct Plan {
-  static constexpr Shape kShape = SEAM ? seam_shape(NORM) : pre_shape(NORM);
+  static constexpr Shape kShape = POST_PRE ? post_pre_shape(NORM) : pre_shape(NORM);
   static constexpr int kTokens = kShape.tokens;
   static constexpr int kTokensLog2 = kTokens == 16 ? 4 : 3;
   static constexpr int kStages = kShape.stages;
@@ -91,9 +91,9 @@ struct Plan {
   static constexpr int kBoxBytes = kTokens * int(kRowBytes);
   static constexpr int kStreamBytes = kBoxes * kBoxBytes;
   static constexpr int kY = N * kStreamBytes;
-  static constexpr int kStageBytes = SEAM ? kY + kStreamBytes : kY;
+  static constexpr int kStageBytes = POST_PRE ? kY + kStreamBytes : kY;
   static constexpr int kHPost = kTokens * N * N * 4;
-  static constexpr int kMixingBytes = SEAM ? kHPost + kTokens * N * 4 : 0;
+  static constexpr int kMixingBytes = POST_PRE ? kHPost + kTokens * N * 4 : 0;
 
   // kColumns sums, the sum of squares, G, and padding to a multiple of 16 bytes.
   static constexpr int kSumsBytes = (NORM ? 36 : 28) * 4;
@@ -127,7 +127,7 @@ struct Plan {
 
 struct Call {
   const TensorMap* x_map;
-  const TensorMap* y_map;  // the seam's, like all that follow here
+  const TensorMap* y_map;  // post_pre's, like all that follow here
   const float *h_post_in, *h_res_in;
   Stream* x_new;
 
@@ -159,9 +159,9 @@ __device__ inline void read_floats(float (&values)[4], u32 at) {
   values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
 }
 
-template <bool SEAM, bool NORM>
-struct Block : Plan<SEAM, NORM> {
-  using P = Plan<SEAM, NORM>;
+template <bool POST_PRE, bool NORM>
+struct Block : Plan<POST_PRE, NORM> {
+  using P = Plan<POST_PRE, NORM>;
   static_assert(P::kStages <= 16, "barriers");
 
   const Call& call;
@@ -369,8 +369,8 @@ __device__ inline void mix(u32 (&x)[N], u32 y, Row row) {
   }
 }
 
-template <bool SEAM, bool NORM>
-__device__ inline void Block<SEAM, NORM>::project(int warp, int lane) const {
+template <bool POST_PRE, bool NORM>
+__device__ inline void Block<POST_PRE, NORM>::project(int warp, int lane) const {
   take_registers<P::kShape.project_registers>();
 
   // What lies in registers.
@@ -418,7 +418,7 @@ __device__ inline void Block<SEAM, NORM>::project(int warp, int lane) const {
       return read_float(mixing(ring.slot) + P::kHPost + (g * N + i) * 4);
     };
     MixingRow rows[N] = {};
-    if constexpr (SEAM) {
+    if constexpr (POST_PRE) {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         if (kKeepsHRes) read_h_res(rows[i].h_res, i);
@@ -433,8 +433,8 @@ __device__ inline void Block<SEAM, NORM>::project(int warp, int lane) const {
     };
 
     constexpr int kOctets = P::kTokens / 8, kSteps = kBoxes * kOctets;
-    // In the seam the next box is on its way to registers while this one is mixed.
-    constexpr bool kAhead = SEAM && kSpare;
+    // In post_pre the next box is on its way to registers while this one is mixed.
+    constexpr bool kAhead = POST_PRE && kSpare;
     Sums sums[kOctets];
     typename TokenProducts<NORM>::type products[kOctets];
     u32 next[N], next_y = 0;
@@ -443,7 +443,7 @@ __device__ inline void Block<SEAM, NORM>::project(int warp, int lane) const {
     };
     const auto read = [&](int step) {
       read_matrices(next, address(step));
-      if constexpr (SEAM) read_matrix(next_y, address(step) + P::kY);
+      if constexpr (POST_PRE) read_matrix(next_y, address(step) + P::kY);
     };
     if (kAhead) read(0);
 #pragma unroll
@@ -452,7 +452,7 @@ __device__ inline void Block<SEAM, NORM>::project(int warp, int lane) const {
       u32 x[N] = {next[0], next[1], next[2], next[3]};
       const u32 y = next_y;
       if (kAhead && step + 1 < kSteps) read(step + 1);
-      if constexpr (SEAM) {
+      if constexpr (POST_PRE) {
         mix(x, y, row);
         write_matrices(address(step), x);
       }
@@ -498,8 +498,8 @@ __device__ inline void Block<SEAM, NORM>::project(int warp, int lane) const {
 
 // ---- apply ------------------------------------------------------------------------------------------
 
-template <bool SEAM, bool NORM>
-__device__ inline void Block<SEAM, NORM>::apply(int thread) const {
+template <bool POST_PRE, bool NORM>
+__device__ inline void Block<POST_PRE, NORM>::apply(int thread) const {
   give_registers<P::kShape.apply_registers>();
   cluster_wait();
   if constexpr (NORM) {
@@ -537,7 +537,7 @@ __device__ inline void Block<SEAM, NORM>::apply(int thread) const {
       const long long to = token(i) + t;
       if (to >= call.tokens) continue;
       const int channel = rank * SIZE + unit * 8;
-      if constexpr (SEAM) {
+      if constexpr (POST_PRE) {
 #pragma unroll
         for (int j = 0; j < N; ++j) {
           write_through(call.x_new + (to * N + j) * hidden() + channel,
@@ -564,8 +564,8 @@ __device__ inline void Block<SEAM, NORM>::apply(int thread) const {
 // ---- one warp each --------------------------------------------------------------------------------------
 
 // By one lane.
-template <bool SEAM, bool NORM>
-__device__ inline void Block<SEAM, NORM>::copy_phi() const {
+template <bool POST_PRE, bool NORM>
+__device__ inline void Block<POST_PRE, NORM>::copy_phi() const {
   for (int pair = 0; pair < 2; ++pair) {
     const u32 full = barrier(kPhiFull, pair);
     arrive_and_expect(full, 2 * P::kPhiBytes);
@@ -575,12 +575,12 @@ __device__ inline void Block<SEAM, NORM>::copy_phi() const {
     }
   }
   prefetch(*call.x_map);
-  if constexpr (SEAM) prefetch(*call.y_map);
+  if constexpr (POST_PRE) prefetch(*call.y_map);
 }
 
 // By one lane. It has nothing to do with other blocks, and does not wait for them to start.
-template <bool SEAM, bool NORM>
-__device__ inline void Block<SEAM, NORM>::copy() const {
+template <bool POST_PRE, bool NORM>
+__device__ inline void Block<POST_PRE, NORM>::copy() const {
   const u64 policy = evict_first();
   Ring<P::kStages> ring;
 #pragma unroll 1
@@ -588,13 +588,13 @@ __device__ inline void Block<SEAM, NORM>::copy() const {
     if (i == P::kFreeStages) wait(barrier(kPhiEmpty), 0);
     wait(barrier(kEmpty, ring.slot), ring.parity ^ 1);
     // X' was written there, and not by the copy engine.
-    if constexpr (SEAM) fence_for_copies();
+    if constexpr (POST_PRE) fence_for_copies();
     const u32 full = barrier(kFull, ring.slot), to = stage(ring.slot);
     const int first = token(i), count = min(P::kTokens, call.tokens - first);
-    const int coefficients = SEAM ? count * (N * N + N) * 4 : 0;
+    const int coefficients = POST_PRE ? count * (N * N + N) * 4 : 0;
     arrive_and_expect(full, P::kStageBytes + coefficients);
     copy_in(to, *call.x_map, first, rank * kBoxes, 0, full, policy);
-    if constexpr (SEAM) {
+    if constexpr (POST_PRE) {
       copy_in(to + P::kY, *call.y_map, first, rank * kBoxes, 0, full, policy);
       const u32 h_res = mixing(ring.slot);
       copy_in(h_res, call.h_res_in + size_t(first) * N * N, count * N * N * 4, full);
@@ -603,8 +603,8 @@ __device__ inline void Block<SEAM, NORM>::copy() const {
   }
 }
 
-template <bool SEAM, bool NORM>
-__device__ inline void Block<SEAM, NORM>::send_sums(int lane) const {
+template <bool POST_PRE, bool NORM>
+__device__ inline void Block<POST_PRE, NORM>::send_sums(int lane) const {
   // A lane has the same four sums of the same token in every tile.
   constexpr int kParts = P::kSumsBytes / 16;
   constexpr int kItems = P::kTokens * kParts, kRounds = (kItems + 31) / 32;
@@ -622,7 +622,7 @@ __device__ inline void Block<SEAM, NORM>::send_sums(int lane) const {
   for (int i = 0; has_tile(i); ++i, ring.next()) {
     const u32 slot = i % 2;
     wait(barrier(kPartialFull, slot), i / 2 & 1);
-    // The owners have read what this slot of theirs held before once they have answered to it.
+    // The owners have read what this slot of theirs held before once they have replied to it.
     if (i >= P::kStages) wait_for_cluster(barrier(kHFull, ring.slot), ring.parity ^ 1);
 #pragma unroll
     for (int k = 0; k < kRounds; ++k) {
@@ -662,8 +662,8 @@ __device__ inline float sum_of_blocks(u32 from, u32 stride, u32 cluster) {
 
 // Lane c has column c, and lane kColumns the sum of squares; lane k the entry k of G, too. All blocks wait for
 // this warp: what they do not wait for is left to `finish`.
-template <bool SEAM, bool NORM>
-__device__ inline void Block<SEAM, NORM>::own(int lane) const {
+template <bool POST_PRE, bool NORM>
+__device__ inline void Block<POST_PRE, NORM>::own(int lane) const {
   if (!owns()) return;
   const Settings& settings = *call.settings;
   const int c = min(lane, kColumns);
@@ -725,8 +725,8 @@ __device__ inline void Block<SEAM, NORM>::own(int lane) const {
 
 // What there is of a token besides H_res, by four lanes: m four columns at a time, and r. The first has h_pre
 // among its columns, the second h_post.
-template <bool SEAM, bool NORM>
-__device__ inline void Block<SEAM, NORM>::store_others(u32 row, size_t token, int lane) const {
+template <bool POST_PRE, bool NORM>
+__device__ inline void Block<POST_PRE, NORM>::store_others(u32 row, size_t token, int lane) const {
   float4* m = reinterpret_cast<float4*>(call.m + token * kColumns);
   float own[N];
   read_floats(own, row + lane * N * 4);
@@ -749,8 +749,8 @@ __device__ inline void Block<SEAM, NORM>::store_others(u32 row, size_t token, in
 }
 
 // Four lanes have a token.
-template <bool SEAM, bool NORM>
-__device__ inline void Block<SEAM, NORM>::finish(int lane) const {
+template <bool POST_PRE, bool NORM>
+__device__ inline void Block<POST_PRE, NORM>::finish(int lane) const {
   if (!owns()) return;
   const Settings& settings = *call.settings;
   const Sinkhorn<N> matrix{settings, N, lane % N};
@@ -780,9 +780,9 @@ __device__ inline void Block<SEAM, NORM>::finish(int lane) const {
 
 // ---- kernels ------------------------------------------------------------------------------------------
 
-template <bool SEAM, bool NORM>
+template <bool POST_PRE, bool NORM>
 __device__ inline void run(const Call& call) {
-  const Block<SEAM, NORM> block(call);
+  const Block<POST_PRE, NORM> block(call);
   // The same in all lanes, and by this the compiler knows it.
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   if (warp == 0) block.init_barriers(lane);
@@ -795,7 +795,7 @@ __device__ inline void run(const Call& call) {
   } else if (warp < kProjectWarps + kApplyWarps) {
     block.apply(threadIdx.x - 32 * kProjectWarps);
   } else {
-    give_registers<Plan<SEAM, NORM>::kShape.other_registers>();
+    give_registers<Plan<POST_PRE, NORM>::kShape.other_registers>();
     const int role = warp - kProjectWarps - kApplyWarps;
     if (role == 0 && lane == 0) block.copy();
     __syncwarp();
@@ -825,7 +825,7 @@ KERNEL(pre_norm_fwd_one_pass, kThreads, 1)
                     h_post, h_res, m, r, rho, norm_scale_eps, tokens, &settings});
 }
 
-KERNEL(seam_fwd_one_pass, kThreads, 1)
+KERNEL(post_pre_fwd_one_pass, kThreads, 1)
 (const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map,
  const float* h_post_in, const float* h_res_in, const float* phi, const float* alpha,
  const float* bias, Stream* x_new, Stream* u, float* h_pre, float* h_post, float* h_res, float* m,
@@ -834,7 +834,7 @@ KERNEL(seam_fwd_one_pass, kThreads, 1)
                     h_post, h_res, m, r, nullptr, 0.f, tokens, &settings});
 }
 
-KERNEL(seam_norm_fwd_one_pass, kThreads, 1)
+KERNEL(post_pre_norm_fwd_one_pass, kThreads, 1)
 (const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map,
  const float* h_post_in, const float* h_res_in, const float* phi, const float* alpha,
  const float* bias, const float* norm_scale, Stream* x_new, Stream* u, float* h_pre, float* h_post,

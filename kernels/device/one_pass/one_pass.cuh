@@ -9,14 +9,14 @@
 // ring of buffers with a barrier for `full` and one for `empty`:
 //
 //   copies in      from memory to shared memory by the copy engine (TMA), a whole tile at once
-//   exchange       partial sums to the block that owns the token (`send`), its answer to all blocks
+//   exchange       partial sums to the block that owns the token (`send`), its reply to all blocks
 //   copies out     results, by the copy engine or by plain stores
 //
 // Wants sm_90a or a later architecture with the same suffix (setmaxnreg).
 
 #pragma once
 
-#include "matrix.cuh"
+#include "base/matrix.cuh"
 
 constexpr u32 kTileTokens = 8;
 // Channels of one row of a copied box: 128 bytes, what the copy engine swizzles.

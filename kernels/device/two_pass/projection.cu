@@ -1,4 +1,4 @@
-// The three products with phi and its gradient, for the ops that have a projection (pre, seam, head):
+// The three products with phi and its gradient, for the ops that have a projection (pre, post_pre, head):
 //
 //   project        vec(X) phi and the sum of X^2, for slices of the n C values of a token        [14]
 //   project_back   d_x = d_x_in + h_pre d_u + (r dm) phi^T - f X, with H_res^T d_x_in where that is deferred
@@ -8,7 +8,7 @@
 // None but project_back depends on n but through n C and K. Sums over n C are cut into slices that depend on n C and K
 // alone, so that a token's result does not depend on the others.
 
-#include "matrix.cuh"
+#include "base/matrix.cuh"
 
 // Octets (groups of 8 columns) that a block works on.
 constexpr int kOctets = SIZE;

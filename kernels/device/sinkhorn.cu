@@ -1,6 +1,6 @@
 // sinkhorn: h_res = project(z) [9], and d_z from d_h_res.
 
-#include "sinkhorn.cuh"
+#include "math/sinkhorn.cuh"
 
 constexpr int N = SIZE;
 constexpr int kThreads = 128;

@@ -1,8 +1,8 @@
 // The gradients of the logits z of h_post and H_res: what a backward pass in one kernel over the streams wants
 // to know beforehand. Reads numbers of tokens alone, no streams.
 
-#include "coefficients.cuh"
-#include "sinkhorn.cuh"
+#include "math/coefficients.cuh"
+#include "math/sinkhorn.cuh"
 
 constexpr int N = SIZE;
 constexpr int kColumns = N * (N + 2);
@@ -14,7 +14,7 @@ constexpr int kTokens = 32 / kLanes;
 
 // d_z: [tokens, kColumns] in the order pre, post, res, of which the columns of pre are left alone. Shared memory:
 // 2 * sinkhorn_iters * 32 floats for each of a lane's columns, for what Sinkhorn's forward pass records.
-KERNEL(gates_bwd, 32)
+KERNEL(logits_bwd, 32)
 (const float* m, const float* alpha, const float* bias, const float* d_h_post, const float* d_h_res,
  float* d_z, int tokens, Settings settings) {
   extern __shared__ float history[];

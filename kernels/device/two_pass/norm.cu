@@ -1,4 +1,4 @@
-// The RMSNorm of the layer's input, around the launches of pre and of the seam:
+// The RMSNorm of the layer's input, around the launches of pre and of post_pre:
 //
 //   norm_fwd        u and rho of the normalised input, from X and h_pre
 //   norm_bwd        from the cotangent g of that to du, the cotangent of u before the norm, and sums over a
@@ -13,8 +13,8 @@
 // u is summed up again from X and so is never rounded in between. A block has one token at a time; a
 // thread the same channels of each.
 
-#include "coefficients.cuh"
-#include "collapse.cuh"
+#include "math/coefficients.cuh"
+#include "math/collapse.cuh"
 
 constexpr int N = SIZE;
 constexpr int kThreads = 256;

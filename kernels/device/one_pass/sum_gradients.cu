@@ -1,6 +1,6 @@
 // The gradients of the parameters from the sums that the backward passes in one kernel over the streams leave.
 
-#include "common.cuh"
+#include "base/common.cuh"
 
 constexpr int N = SIZE;
 constexpr int kColumns = N * (N + 2);

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "common.cuh"
+#include "base/common.cuh"
 
 // X, and u of it. row: all streams of the token, which 32 bits can count; with offsets of 32 bits norm_bwd would
 // spill registers on sm_120.

@@ -1,6 +1,6 @@
 // collapse: u = sum over i of h_pre[i] X[i], and d_h_pre[i] = <d_u, X[i]>. All sums in float32.
 
-#include "collapse.cuh"
+#include "math/collapse.cuh"
 
 constexpr int N = SIZE;
 constexpr int kThreads = 256;

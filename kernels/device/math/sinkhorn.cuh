@@ -10,7 +10,7 @@
 
 #pragma once
 
-#include "common.cuh"
+#include "base/common.cuh"
 
 // What rounding takes from a - b, exactly (Knuth), up to 64: where it is more, numbers of the size of a - b
 // differ by more than 64. Where a - b is infinite, it is a number too.

@@ -1,4 +1,4 @@
-// d_phi of the seam's backward pass, where seam_bwd_one_pass.cu has no room for these sums and leaves r dm (n = 4):
+// d_phi of post_pre's backward pass, where post_pre_bwd_one_pass.cu has no room for these sums and leaves r dm (n = 4):
 //
 //   X'     = H_res X + h_post y, as the forward pass rounds it
 //   d_phi  = sum over tokens of vec(X')^T (r dm)
@@ -6,7 +6,7 @@
 // A block has SIZE channels of all streams and every gridDim.y-th tile of tokens. One warp loads; the main warps have
 // 32 channels each, whose sums stay in their registers until the end. Two blocks share a multiprocessor.
 
-#include "one_pass.cuh"
+#include "one_pass/one_pass.cuh"
 
 constexpr int N = 4;
 constexpr int kColumns = N * (N + 2);

@@ -1,4 +1,4 @@
-// The norm of the layer's input, backward, before seam_bwd_one_pass: from the cotangent g of the normalised input
+// The norm of the layer's input, backward, before post_pre_bwd_one_pass: from the cotangent g of the normalised input
 // ut = w rho u to du, that of u, and sums over a block's tokens for the gradient of w (sum_norm_scale).
 //
 //   du = rho (w g - s rho u)      s = <g, ut> / C      dw = sum over tokens of g rho u
@@ -6,8 +6,8 @@
 // rho u is ut / w. Where w is 0, which is rare, it is summed up again from X and y. A block has one token at a
 // time; a thread the same kV channels of each.
 
-#include "coefficients.cuh"
-#include "common.cuh"
+#include "math/coefficients.cuh"
+#include "base/common.cuh"
 
 constexpr int N = SIZE;
 constexpr int kColumns = N * (N + 2);
@@ -41,7 +41,7 @@ struct Streams {
 };
 
 // d_w: [blocks, hidden]. Every block has a token; hidden is a multiple of kV, with a thread for each of these.
-KERNEL(seam_norm_bwd, kMaxThreads)
+KERNEL(post_pre_norm_bwd, kMaxThreads)
 (const Stream* x, const Stream* y, const float* h_post, const float* h_res, const float* alpha,
  const float* bias, const float* m, const float* norm_scale, const float* rho, const Stream* u_norm,
  const Stream* d_u, Stream* d_sum, float* d_w, int tokens, int hidden, Settings settings) {

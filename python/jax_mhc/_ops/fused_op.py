@@ -1,0 +1,160 @@
+"""What the ops have in common: their calls by name, and an op as a function with a derivative.
+
+An op is, from the outside in,
+
+    reverse_mode_only -> custom_vjp -> first_order -> the call under vmap, on all devices
+
+whose last steps are those of `fused_call`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeAlias, TypeVar
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding, PartitionSpec, reshard
+
+from jax_mhc._axes import spec_axes
+from jax_mhc._call import (
+    Implementation,
+    Settings,
+    Values,
+    first_order,
+    reverse_mode_only,
+    use_fused,
+)
+from jax_mhc._mesh import Spread, batched
+
+Results = TypeVar("Results")
+
+#: Results of forward calls that nothing reads but the backward pass, which keeps them.
+KEPT = ("m", "r", "rho")
+
+
+# ---- calls --------------------------------------------------------------------------------------
+
+
+def fused_call(
+    name: str,
+    settings: Settings,
+    operands: Mapping[str, jax.Array],
+    *,
+    kept_alone: Collection[str] = KEPT,
+    **attributes: bool | float,
+) -> Values:
+    """Runs the call `name` on all devices. It cannot be differentiated.
+
+    Args:
+        name: the name of its row in the table.
+        settings: the settings of the op.
+        operands: the operands by name, without those that are absent; phi is `[n·C, K]`, and so is
+            its gradient.
+        kept_alone: the results that nothing reads but what keeps them for the backward pass.
+        attributes: the attributes that the call has beside those of the settings.
+
+    Returns:
+        The results by name.
+    """
+    call = settings.call(name, operands, **attributes)
+    given = {name: first_order(call.op, operand) for name, operand in _split_rows(operands).items()}
+    results = batched(Spread(call, hidden_axes=settings.hidden_axes))(given)
+    if not call.is_forward:
+        return _join_rows(results, operands)
+    # Where a scan stacks a result, XLA for GPUs lets the call write it to its place (dynamic-slice
+    # fusion). If somebody else in the loop reads that result, the versions of JAX 0.11 leave a
+    # second call for him (openxla/xla#45799).
+    return {
+        result: value if result in kept_alone else jax.lax.optimization_barrier(value)
+        for result, value in results.items()
+    }
+
+
+def present(**operands: jax.Array | None) -> Values:
+    """The operands that are not None."""
+    return {name: operand for name, operand in operands.items() if operand is not None}
+
+
+def _split_rows(operands: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
+    """Operands with phi `[n*C, K]` as calls take it, `[n, C, K]`; n is that of x."""
+    if "phi" not in operands:
+        return operands
+    phi, n = operands["phi"], operands["x"].shape[-2]
+    sharding = jax.typeof(phi).sharding
+    if spec_axes(sharding.spec):
+        # Rows, n times C, cannot be sharded as C is.
+        phi = reshard(phi, NamedSharding(sharding.mesh, PartitionSpec()))
+    return dict(operands) | {"phi": phi.reshape(n, phi.shape[0] // n, phi.shape[1])}
+
+
+def _join_rows(gradients: Values, operands: Mapping[str, jax.Array]) -> Values:
+    """Gradients with d_phi `[n, C, K]` in the form that phi has in `operands`."""
+    if "d_phi" not in gradients:
+        return gradients
+    phi, d_phi = operands["phi"], gradients["d_phi"]
+    sharding = jax.typeof(phi).sharding
+    d_phi = d_phi.reshape(phi.shape)
+    if spec_axes(sharding.spec):
+        d_phi = reshard(d_phi, sharding)
+    return gradients | {"d_phi": d_phi}
+
+
+# ---- ops ----------------------------------------------------------------------------------------
+
+# Results of the op, and what its backward pass keeps, from the operands and the call's results.
+Forward: TypeAlias = Callable[[Values, Values], tuple[Results, Values]]
+# Gradients by name, from settings, what was kept, and the cotangents of the results. Any of these
+# may be a SymbolicZero.
+Backward: TypeAlias = Callable[[Settings, Values, Any], Values]
+# The op, from operands (of which the streams come first), settings and implementation; the last
+# argument is the op in plain JAX.
+FusedOp: TypeAlias = Callable[[Values, Settings, Implementation, Callable[[], Results]], Results]
+
+# The names of results for policies of `jax.checkpoint`; those of all others are coefficients.
+_NAMES = {"x_new": "mhc_streams", "u": "mhc_layer_input"}
+
+
+def fused_op(op: str, forward: Forward[Results], backward: Backward) -> FusedOp[Results]:
+    """An op as a function with a derivative, from what its two calls take and give."""
+
+    def call(settings: Settings, operands: Values) -> tuple[Results, Values]:
+        results = fused_call(f"{op}_fwd", settings, operands)
+        named = {
+            name: checkpoint_name(result, _NAMES.get(name, "mhc_coefficients"))
+            for name, result in results.items()
+        }
+        return forward(operands, named)
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def run(settings: Settings, operands: Values) -> Results:
+        return call(settings, operands)[0]
+
+    def run_fwd(settings: Settings, operands: dict[str, Any]) -> tuple[Results, Values]:
+        return call(settings, {name: operand.value for name, operand in operands.items()})
+
+    def run_bwd(settings: Settings, saved: Values, cotangents: Any) -> tuple[Values]:
+        gradients = backward(settings, saved, cotangents)
+        return ({name.removeprefix("d_"): value for name, value in gradients.items()},)
+
+    run.defvjp(run_fwd, run_bwd, symbolic_zeros=True)
+
+    def fused(
+        operands: Values,
+        settings: Settings,
+        implementation: Implementation,
+        plain: Callable[[], Results],
+    ) -> Results:
+        first, *others = operands
+        with jax.named_scope(f"mhc_{op}"):
+            streams = operands[first]
+            if not use_fused(op, implementation, streams.dtype, settings.hidden_axes):
+                return plain()
+            settings = settings._replace(fused=implementation == "fused")
+            streams, of_others = reverse_mode_only(
+                op, streams, {name: operands[name] for name in others}
+            )
+            return run(settings, {first: streams} | of_others)
+
+    return fused

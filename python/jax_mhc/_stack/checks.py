@@ -1,0 +1,101 @@
+"""Checks of the arguments of `stack`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from jax_mhc import _check, _errors
+from jax_mhc._stack.remat import best_length
+from jax_mhc._types import MHCParams
+
+OP = "stack"
+
+
+def elements(argument: str, value: Any, expected: str) -> tuple[Any, ...]:
+    """Returns the elements of a sequence."""
+    try:
+        return tuple(value)
+    except TypeError:
+        _errors.fail(
+            TypeError, OP, argument, f"a sequence of {expected}", type(value).__name__,
+            f"Put it into a list; {argument} stacked over blocks are given as one for each sublayer"
+            " of a block, with xs.",
+        )  # fmt: skip
+
+
+def sequences(layers: tuple[Any, ...], params: tuple[Any, ...], scales: tuple[Any, ...]) -> None:
+    """Checks that layers are functions, and that each has parameters and a norm's scale."""
+    for i, layer in enumerate(layers):
+        _errors.function(
+            OP, f"layers[{i}]", layer, "a function",
+            "Pass the sublayers themselves: stack([attention, mlp], x, params).",
+        )  # fmt: skip
+    if len(params) != len(layers):
+        _errors.fail(
+            ValueError, OP, "params", f"{len(layers)} MHCParams, one for each of layers",
+            len(params), "Every sublayer has its own; attention and MLP are two.",
+        )  # fmt: skip
+    if len(scales) != len(layers):
+        _errors.fail(
+            ValueError, OP, "norm_scale", f"{len(layers)} arrays or None, one for each of layers",
+            len(scales), "Give None for a layer whose input is not to be normalised.",
+        )  # fmt: skip
+
+
+def layer_output(i: int, y: Any, x: jax.Array) -> jax.Array:
+    """Returns the output of a layer, one array that belongs to the streams `x`."""
+    argument = f"the result of layers[{i}]"
+    if isinstance(y, tuple | list):
+        _errors.fail(
+            TypeError, OP, argument, "one array", f"a {type(y).__name__} of {len(y)}",
+            "For layers that return more, call jax_mhc.pre, post_pre and post in a loop.",
+        )  # fmt: skip
+    return _check.layer_output(OP, argument, y, x)
+
+
+def num_blocks(params: tuple[MHCParams, ...], scales: tuple[Any, ...], xs: Any) -> int:
+    """The common length of the leading axes."""
+    num_blocks, first = None, ""
+    for argument, tree in (("xs", xs), ("params", params), ("norm_scale", scales)):
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            name = argument + jax.tree_util.keystr(path)
+            shape = _check.shape(OP, name, leaf)
+            if num_blocks is None and shape:
+                num_blocks, first = shape[0], name
+            elif shape[:1] != (num_blocks,):
+                expected = "a leading axis of blocks"
+                if first:
+                    expected += f" of length {num_blocks}, as {first} has"
+                _errors.fail(
+                    ValueError, OP, name, expected, f"shape {list(shape)}",
+                    "With xs, all leaves of params and xs are stacked over the blocks, for "
+                    "example by jax.vmap(init)(keys).",
+                )  # fmt: skip
+    if num_blocks is None:
+        _errors.fail(
+            ValueError, OP, "xs", "an array with a leading axis of blocks", "none, nor any params",
+            "Leave xs out where there is nothing to loop over.",
+        )  # fmt: skip
+    return num_blocks
+
+
+def stretch(every: Any, streams: int, num_layers: int, num_blocks: int) -> tuple[int, int]:
+    """The sublayers of a stretch, and the blocks in a step of the scan, which is all of it."""
+    if not num_layers:
+        return 1, 1
+    within = [length for length in range(1, num_layers + 1) if num_layers % length == 0]
+    across = [b * num_layers for b in range(2, num_blocks + 1) if num_blocks % b == 0]
+    if every == "auto":
+        every = best_length(streams, num_layers * num_blocks, within + across)
+    if every in within:
+        return every, 1
+    if every in across:
+        return every, every // num_layers
+    _errors.fail(
+        ValueError, OP, "keep_streams_every",
+        f"a divisor of {num_layers}, the sublayers of a block, or {num_layers} times a divisor of "
+        f"{num_blocks}, the blocks", every,
+        "All stretches of a scan are of the same length; 'auto' chooses one.",
+    )  # fmt: skip
