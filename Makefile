@@ -23,10 +23,15 @@ HOST = $(shell rustc -vV | sed -n 's/^host: //p')
 SANITIZED = RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address CXXFLAGS=-fsanitize=address \
 	$(BUILD_FUZZER) --target $(HOST) --target-dir $(TARGET)/asan
 
+# Tests install a library that is quick to build: kernels for one architecture and PTX for later ones, without
+# fat LTO. `make wheels` builds the users' library, and checks its kernels.
+TEST_ARCHITECTURES ?= sm_90 compute_100
+QUICK_BUILD = JAX_MHC_CARGO_PROFILE=quick JAX_MHC_CUDA_ARCHITECTURES="$(TEST_ARCHITECTURES)"
+
 SOURCES := pyproject.toml hatch_build.py Cargo.toml Cargo.lock \
 	$(shell find kernels ffi xla_plugin python -type f ! -name '*.pyc')
 
-.PHONY: help demo test lint fuzz fuzz-folder shapes miri reproduce kills abi bench bench-gpu clean
+.PHONY: help demo test wheels lint fuzz fuzz-folder shapes miri reproduce kills abi bench bench-gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\): .*## \(.*\)/make \1\t\2/p' Makefile
@@ -35,7 +40,7 @@ demo: .venv/installed-examples  ## train a small GPT with plain residuals, HC an
 	$(BIN)/python examples/train_gpt.py
 
 test: lint  ## run all checks and tests of Rust and Python
-	CXXFLAGS=-Werror cargo test --locked --workspace
+	$(QUICK_BUILD) CXXFLAGS=-Werror cargo test --locked --workspace
 	env -u JAX_MHC_NVRTC $(BUILD_FUZZER)
 	$(TARGET)/fuzz/jax-mhc-fuzz --frames 200000 --jobs 2
 	rm -rf .build/tests
@@ -43,9 +48,14 @@ test: lint  ## run all checks and tests of Rust and Python
 	$(BIN)/python -m pytest -n 2 --dist worksteal --devices=8
 	@echo "All tests passed. Next: make demo, or docs/architecture.md for how it works."
 
-lint: .venv/installed-test,dev,examples,bench  ## run the formatters' and linters' checks and the type checker
+wheels: .venv/ready | $(HEADERS) $(COMPILER)  ## build the wheel for users in dist/, and check the kernels of all architectures
+	env -u JAX_MHC_CUDA_ARCHITECTURES cargo test --locked --package jax-mhc-kernels --lib gpu
+	env -u JAX_MHC_CUDA_ARCHITECTURES -u JAX_MHC_CARGO_PROFILE \
+	  $(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+lint: .venv/tested-test,dev,examples,bench  ## run the formatters' and linters' checks and the type checker
 	cargo fmt --check
-	CXXFLAGS=-Werror cargo clippy --locked --workspace --all-targets -- -D warnings
+	$(QUICK_BUILD) CXXFLAGS=-Werror cargo clippy --locked --workspace --all-targets -- -D warnings
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -54,7 +64,7 @@ lint: .venv/installed-test,dev,examples,bench  ## run the formatters' and linter
 	  echo "NOT CHECKED: advisories on the crates in Cargo.lock, since RustSec's database cannot be had from" \
 	    "here. Run make lint where it can." >&2; fi
 
-kills: .venv/installed-test,examples  ## kill a training 30 times, most of them in a save, and resume it; 10 minutes
+kills: .venv/tested-test,examples  ## kill a training 30 times, most of them in a save, and resume it; 10 minutes
 	$(BIN)/python -m pytest tests/test_resume.py -k killed --kills 30 -s
 
 abi: .venv/installed-abi  ## run one wheel on every pair of jaxlib and Python, each in an environment of its own
@@ -72,7 +82,7 @@ fuzz-folder: $(HEADERS)  ## the same program with all that it needs, to copy to 
 	cp $(addprefix $(TARGET)/asan/$(HOST)/fuzz/,jax-mhc-fuzz libjax_mhc_xla.so) dist/fuzz
 	strip --strip-debug dist/fuzz/*
 
-shapes: .venv/installed-test  ## run all small shapes through the handlers, against NumPy, in ten minutes
+shapes: .venv/tested-test  ## run all small shapes through the handlers, against NumPy, in ten minutes
 	OPENBLAS_NUM_THREADS=1 nice $(BIN)/python tests/small_shapes.py --record shapes.json
 
 # Undefined behaviour in the portable path, on Rust's nightly toolchain with its component `miri`. CUDA's tests have
@@ -106,6 +116,14 @@ clean:  ## remove everything that these targets made
 .venv/installed-%: $(SOURCES) | $(HEADERS) $(COMPILER)
 	@echo "Installing jax-mhc[$*]; the first time takes several minutes, most of it for CUDA kernels."
 	$(BIN)/pip install --quiet --no-build-isolation '.[$*]'
+	@rm -f .venv/tested-*
+	@touch $@
+
+# The quick library replaces the users' one in the environment, and is replaced by it.
+.venv/tested-%: $(SOURCES) | $(HEADERS) $(COMPILER)
+	@echo "Installing jax-mhc[$*] for tests; the first time takes a few minutes."
+	$(QUICK_BUILD) $(BIN)/pip install --quiet --no-build-isolation '.[$*]'
+	@rm -f .venv/installed-*
 	@touch $@
 
 # Takes the files under $(2) out of the wheel $(1).

@@ -28,7 +28,9 @@ class CargoBuildHook(BuildHookInterface):
         target = Path(self.root, env.setdefault("CARGO_TARGET_DIR", "target"))
         subprocess.run(["cargo", "fetch", "--locked"], cwd=self.root, env=env, check=True)
         folders = _folders(Path(self.root), target, env)
-        command = ["cargo", "build", "--release", "--locked", "--package", "jax-mhc-xla-plugin"]
+        profile = env.get("JAX_MHC_CARGO_PROFILE", "release")
+        command = ["cargo", "build", "--profile", profile, "--locked"]
+        command += ["--package", "jax-mhc-xla-plugin"]
         # Warnings that a later compiler may have are no reason to fail on a user's machine.
         flags = ["--cap-lints", "warn"]
         flags += [f"--remap-path-prefix={folder}={name}" for folder, name in folders]
@@ -38,8 +40,8 @@ class CargoBuildHook(BuildHookInterface):
 
         library = "libjax_mhc_xla" + (".dylib" if sys.platform == "darwin" else ".so")
         if version == "editable":
-            shutil.copy2(target / "release" / library, Path(self.root, "python", "jax_mhc"))
-        build_data["force_include"][str(target / "release" / library)] = f"jax_mhc/{library}"
+            shutil.copy2(target / profile / library, Path(self.root, "python", "jax_mhc"))
+        build_data["force_include"][str(target / profile / library)] = f"jax_mhc/{library}"
         build_data["tag"] = f"py3-none-{re.sub('[-.]', '_', sysconfig.get_platform())}"
         build_data["pure_python"] = False
 

@@ -30,8 +30,8 @@ from cases import (
     make_operands,
     variant,
 )
+from hlo import backward, compiled_text, custom_calls, forward
 from jax import export
-from test_hlo import backward, compiled_text, custom_calls, forward
 
 import jax_mhc
 from jax_mhc import presets

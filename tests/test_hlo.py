@@ -1,10 +1,8 @@
 """What is compiled: which custom calls there are, and what the backward pass keeps."""
 
 import collections
-import contextlib
 import dataclasses
 import functools
-import io
 import math
 import re
 
@@ -21,31 +19,14 @@ from cases import (
     make_operands,
     value_and_vjp,
 )
+from hlo import backward, compiled_text, custom_calls, forward, residuals
 from jax import checkpoint_policies
-from jax.ad_checkpoint import print_saved_residuals
 
 import jax_mhc
 from jax_mhc import presets
 
 # Large enough that a value of n C numbers a token is told from K + 1 = 25 of them.
 CASE = Case((6, 5), 4, 64)
-
-
-def compiled_text(function, *arrays):
-    return jax.jit(function).lower(*arrays).compile().as_text()
-
-
-def custom_calls(text):
-    """How often each of our calls is there, by the name of docs/architecture.md."""
-    return collections.Counter(re.findall(r'custom_call_target="jax_mhc_(\w+)_v\d+"', text))
-
-
-def forward(op):
-    return collections.Counter(f"{call}_fwd" for call in OPS[op].calls)
-
-
-def backward(op):
-    return collections.Counter(f"{call}_bwd" for call in OPS[op].calls)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -120,19 +101,6 @@ def test_named_values_are_not_computed_twice(names):
     assert collections.Counter(calls) == collections.Counter(once) + collections.Counter(
         REPEATED[names]
     )
-
-
-def residuals(function, *arrays):
-    """Numbers that the backward pass keeps beside the operands: the size of each array."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        print_saved_residuals(function, *arrays)
-    lines = printed.getvalue().splitlines()
-    shapes = [
-        re.match(r"\w+\[([\d,]*)\]", line).group(1)
-        for line in lines
-        if "from the argument" not in line
-    ]
-    return [math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes]
 
 
 @pytest.mark.parametrize("static", [False, True])

@@ -9,6 +9,7 @@ import jax
 import pytest
 from cases import exact, make_cotangents, make_operands
 from collectives import collectives
+from hlo import custom_calls
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import (
@@ -24,7 +25,6 @@ from meshes import (
     spread,
     where,
 )
-from test_hlo import custom_calls
 
 import jax_mhc
 from jax_mhc import presets

@@ -7,8 +7,8 @@ import runpy
 import jax
 import pytest
 from flax import nnx
+from hlo import custom_calls
 from test_examples import EXAMPLES
-from test_hlo import custom_calls
 
 MODULES = EXAMPLES / "modules"
 pytestmark = pytest.mark.usefixtures("default_dtypes", "quick_compilation")

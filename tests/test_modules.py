@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_hlo import custom_calls
+from hlo import custom_calls
 
 import jax_mhc as mhc
 import jax_mhc.equinox as mhc_eqx

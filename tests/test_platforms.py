@@ -27,8 +27,8 @@ from cases import (
     make_operands,
     value_and_vjp,
 )
+from hlo import backward, forward
 from jax import export
-from test_hlo import backward, forward
 
 import jax_mhc as mhc
 from jax_mhc import presets

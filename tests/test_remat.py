@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hlo import compiled_text, custom_calls, residuals
 from jax import checkpoint_policies
-from test_hlo import compiled_text, custom_calls, residuals
 
 import jax_mhc as mhc
 from jax_mhc._stack.checks import stretch

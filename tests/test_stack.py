@@ -24,8 +24,8 @@ from cases import (
     relative_error,
     variant,
 )
+from hlo import compiled_text, custom_calls, residuals
 from jax import checkpoint_policies
-from test_hlo import compiled_text, custom_calls, residuals
 
 from jax_mhc import mhc_residual, post, pre, presets, stack
 

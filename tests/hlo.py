@@ -1,0 +1,44 @@
+"""What is compiled, as tests read it: custom calls in a program, residuals of a backward pass."""
+
+import collections
+import contextlib
+import io
+import math
+import re
+
+import jax
+from cases import OPS
+from jax.ad_checkpoint import print_saved_residuals
+
+
+def compiled_text(function, *arrays):
+    """The HLO that XLA compiles a function to."""
+    return jax.jit(function).lower(*arrays).compile().as_text()
+
+
+def custom_calls(text):
+    """How often each of our calls is there, by its name in docs/calls.md."""
+    return collections.Counter(re.findall(r'custom_call_target="jax_mhc_(\w+)_v\d+"', text))
+
+
+def forward(op):
+    """The forward calls of an op of `cases.OPS`, each with its number."""
+    return collections.Counter(f"{call}_fwd" for call in OPS[op].calls)
+
+
+def backward(op):
+    """The backward calls of an op of `cases.OPS`, each with its number."""
+    return collections.Counter(f"{call}_bwd" for call in OPS[op].calls)
+
+
+def residuals(function, *arrays):
+    """Numbers that the backward pass keeps beside the operands: the size of each array."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        print_saved_residuals(function, *arrays)
+    lines = printed.getvalue().splitlines()
+    shapes = [
+        re.match(r"\w+\[([\d,]*)\]", line).group(1)
+        for line in lines
+        if "from the argument" not in line
+    ]
+    return [math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes]
