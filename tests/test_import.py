@@ -47,8 +47,8 @@ def test_import_starts_nothing():
     """No backend, thread or CUDA driver: forking before first use stays safe."""
     out = python(
         "import jax, threading, jax_mhc\n"
-        "from jax_mhc import _library\n"
-        "print(threading.active_count(), _library._cuda_outcome)\n"
+        "from jax_mhc._call import library\n"
+        "print(threading.active_count(), library._cuda_outcome)\n"
         "print('libcuda.so' in open('/proc/self/maps').read())\n",
         # Starting any backend would raise.
         JAX_PLATFORMS="none_such",

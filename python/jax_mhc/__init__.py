@@ -16,7 +16,7 @@ these names, have modules that own the parameters.
 """
 
 from jax_mhc import convert, diagnostics, presets, reference
-from jax_mhc._call import library
+from jax_mhc._call import library as _library
 from jax_mhc._init import init_head, init_params
 from jax_mhc._ops.head import head
 from jax_mhc._ops.post import post
@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 
-library.register()
+_library.register()
 
 
 def __getattr__(name: str) -> object:
