@@ -369,7 +369,7 @@ class TestUnusableLibrary:
     def test_of_an_older_table_of_calls(self, monkeypatch):
         described = library._load()
         description = {key: described[key] for key in ("version", "target_version")}
-        monkeypatch.setattr(library.json, "loads", lambda _: description)
+        monkeypatch.setattr(library.json, "loads", lambda *_, **__: description)
         check_unusable("is not the library of jax-mhc")
 
     @pytest.mark.parametrize("version", ["0.8.3", "0.4.38", "?"])
