@@ -16,8 +16,8 @@ import pytest
 from cases import PLATFORM, WIDEST
 
 import jax_mhc
-from jax_mhc import _limits
-from jax_mhc._call import dispatch, library, table
+from jax_mhc import _limits, presets
+from jax_mhc._call import Settings, dispatch, library, table
 
 ATTRIBUTES = table.attributes(table.Call("sinkhorn_fwd", jax_mhc.MHCConfig()))
 OF_PRE = table.attributes(
@@ -257,6 +257,59 @@ def test_the_library_answers_every_call():
         assert sorted(handlers) == sorted(map(library.target_name, table.rows()))
     assert described["version"] == metadata.version("jax-mhc")
     assert described["error"] is None
+
+
+# ---- the table of calls -------------------------------------------------------------------------
+
+
+def with_groups(name, groups):
+    row = table.rows()[name]
+    names = [value.name for value in row.operands if value.group in (None, *groups)]
+    more = {"deferred": True} if "deferred" in row.attributes else {}
+    return Settings(presets.PAPER, norm_scale_eps=0.5).call(name, names, **more), names
+
+
+@pytest.mark.parametrize("groups", [(), ("dynamic",), ("norm",), ("dynamic", "norm")])
+@pytest.mark.parametrize("name", ["pre_fwd", "pre_bwd", "post_pre_fwd", "post_pre_bwd", "head_bwd"])
+def test_a_call_has_the_operands_of_its_groups(name, groups):
+    made, names = with_groups(name, groups)
+    assert made.operands == names
+    has = set(made.groups)
+    assert has == (set(groups) if not name.startswith("head") else set())
+    gone = {"norm_scale", "rho", "u_norm", "d_norm_scale"} if "norm" not in groups else set()
+    if "dynamic" not in groups and not name.startswith("head"):
+        gone |= {"phi", "alpha", "m", "d_phi", "d_alpha"}
+    assert gone.isdisjoint([*made.operands, *made.results])
+    # Each gradient belongs to an operand that is there.
+    gradients = [result.removeprefix("d_") for result in made.results if result.startswith("d_")]
+    assert set(gradients) <= {*made.operands, "x_new"}
+
+
+@pytest.mark.parametrize("name", ["phi", "h_res_new"])
+def test_a_call_without_an_operand_is_refused(name):
+    _, names = with_groups("post_pre_bwd", ("dynamic",))
+    operands = [other for other in names if other != name]
+    with pytest.raises(TypeError, match="post_pre_bwd: expected operands"):
+        Settings(presets.PAPER).call("post_pre_bwd", operands, deferred=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["pre_fwd", "post_bwd", "post_pre_bwd", "sinkhorn_bwd", "head_fwd"]
+)
+def test_attributes_are_those_of_the_table(name):
+    made, _ = with_groups(name, ("norm",))
+    assert sorted(table.attributes(made)) == sorted(table.rows()[name].attributes)
+
+
+def test_values_of_one_name_are_alike():
+    """Operands and results of a call may have a name in common, and so may calls."""
+    found = {}
+    for row in table.rows().values():
+        for value in (*row.operands, *row.results):
+            assert found.setdefault(value.name, value)[:4] == value[:4]
+
+
+# ---- the file -----------------------------------------------------------------------------------
 
 
 def test_the_library_does_not_tell_where_it_was_built():

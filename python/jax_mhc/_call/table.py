@@ -63,7 +63,7 @@ class Row(NamedTuple):
         adds_in_place: whether the first result takes the memory of the last operand, to which the
             kernel adds.
         has_config: whether the settings of an `MHCConfig` are attributes of the call.
-        attributes: the names of the other attributes.
+        attributes: the names of all attributes.
     """
 
     operands: tuple[Value, ...]
@@ -165,12 +165,12 @@ class Call(NamedTuple):
 
     @property
     def operand_values(self) -> list[Value]:
-        """What the table tells of each operand, in order."""
+        """The table's values of the operands, in order."""
         return _present(self.row.operands, self.groups)
 
     @property
     def result_values(self) -> list[Value]:
-        """What the table tells of each result, in order."""
+        """The table's values of the results, in order."""
         return _present(self.row.results, self.groups)
 
     def attribute(self, name: str) -> bool | float:
@@ -201,7 +201,7 @@ class Settings(NamedTuple):
     defers: bool = False
 
     def call(self, name: str, operands: Collection[str], **attributes: bool | float) -> Call:
-        """The call `name` with these operands, whose groups they tell, and these settings."""
+        """The call `name` with these operands, which determine its groups, and these settings."""
         row = rows()[name]
         if "norm_scale_eps" in row.attributes:
             attributes["norm_scale_eps"] = self.norm_scale_eps

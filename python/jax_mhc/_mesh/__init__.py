@@ -2,10 +2,10 @@
 
 A mesh has three kinds of axes, and may have several of them:
 
-- **Explicit** (`explicit.py`): the types of the operands tell how they are sharded over them.
+- **Explicit** (`explicit.py`): the types of the operands say how they are sharded over them.
   `jax.shard_map`.
 - **Auto** (`auto.py`): XLA decides that, later. `custom_partitioning`, with a rule for Shardy.
-- **Manual** (`manual.py`), inside `jax.shard_map`: this is one device's program already. Types tell
+- **Manual** (`manual.py`), inside `jax.shard_map`: this is one device's program already. Types say
   over which axes values vary, but not whether C is sharded over them: `Spread.hidden_axes` does.
 
 Each way ends on one device. Where tokens are sharded, that needs nothing of the others but for

@@ -1,4 +1,4 @@
-"""Calls on auto axes: XLA tells how the operands are sharded when it partitions the program."""
+"""Calls on auto axes: XLA reports how the operands are sharded when it partitions the program."""
 
 from __future__ import annotations
 

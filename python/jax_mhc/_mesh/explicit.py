@@ -1,4 +1,4 @@
-"""Calls on explicit axes: the types of the operands tell how they are sharded."""
+"""Calls on explicit axes: the types of the operands say how they are sharded."""
 
 from __future__ import annotations
 

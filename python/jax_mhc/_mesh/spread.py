@@ -17,7 +17,7 @@ class SpreadValue(NamedTuple):
     """An operand or result of a call that is spread.
 
     Attributes:
-        value: what the table tells of it.
+        value: its value in the table.
         is_mapped: whether it has the axis of a batch in front; see `Spread`.
     """
 

@@ -6,7 +6,7 @@ values a token. Instead post's backward passes G on as it is, and pre's backward
 
 `Context._deferred` carries G: it holds X like `Context.x`, and its cotangent is, by convention, G.
 All of it is linear, so G may be a sum over several posts. The cotangent of the public x is what it
-says. pre's backward takes either, and JAX tells which of the two is zero while it traces.
+says. pre's backward takes either, and JAX reports which of the two is zero while it traces.
 """
 
 from __future__ import annotations

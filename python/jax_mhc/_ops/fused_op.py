@@ -72,6 +72,11 @@ def fused_call(
     }
 
 
+def normalizers(results: Values) -> Values:
+    """The m, r and rho of the results of a forward call, as far as they are there."""
+    return {name: results[name] for name in KEPT if name in results}
+
+
 def present(**operands: jax.Array | None) -> Values:
     """The operands that are not None."""
     return {name: operand for name, operand in operands.items() if operand is not None}

@@ -10,7 +10,7 @@ import jax
 from jax_mhc import _check, reference
 from jax_mhc._call import Implementation, Settings, Values
 from jax_mhc._ops.deferred import d_streams_in, gradient, streams
-from jax_mhc._ops.fused_op import KEPT, fused_call, fused_op, present
+from jax_mhc._ops.fused_op import fused_call, fused_op, normalizers, present
 from jax_mhc._ops.pre import context, cotangents_of
 from jax_mhc._types import Context, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
@@ -83,7 +83,7 @@ def post_pre(
 
 def _forward(operands: Values, results: Values) -> tuple[tuple[jax.Array, Context], Values]:
     ctx = context(results["x_new"], results)
-    kept = {name: result for name, result in results.items() if name in KEPT}
+    kept = normalizers(results)
     if "norm_scale" in operands:
         # The layer keeps u, too.
         kept["u_norm"] = results["u"]

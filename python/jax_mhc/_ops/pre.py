@@ -10,7 +10,7 @@ import jax
 from jax_mhc import _check, reference
 from jax_mhc._call import Implementation, Settings, Values
 from jax_mhc._ops.deferred import d_streams_in, instantiate
-from jax_mhc._ops.fused_op import KEPT, fused_call, fused_op, present
+from jax_mhc._ops.fused_op import fused_call, fused_op, normalizers, present
 from jax_mhc._types import Context, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
@@ -103,10 +103,8 @@ def pre(
 
 
 def _forward(operands: Values, results: Values) -> tuple[tuple[jax.Array, Context], Values]:
-    h_res = results["h_res"]
     ctx = context(operands["x"], results)
-    kept = {name: result for name, result in results.items() if name in KEPT}
-    return (results["u"], ctx), operands | kept | {"h_res": h_res}
+    return (results["u"], ctx), operands | normalizers(results) | {"h_res": results["h_res"]}
 
 
 def context(x: jax.Array, results: Values) -> Context:

@@ -24,7 +24,7 @@ from jax_mhc._axes import varying_like
 from jax_mhc._call import Settings, Values, reverse_mode_only
 from jax_mhc._check import accumulation_dtype
 from jax_mhc._mesh.types import empty_stack, empty_stack_of, of_tokens
-from jax_mhc._ops.fused_op import KEPT, fused_call
+from jax_mhc._ops.fused_op import KEPT, fused_call, normalizers
 from jax_mhc._stack.layer import Given, Layer, Leaves, is_inexact, merge, partition
 from jax_mhc._stack.structure import structure
 from jax_mhc.diagnostics import sample_tokens
@@ -102,7 +102,7 @@ def _compiled(keyed: _Keyed) -> Callable[..., tuple[jax.Array, jax.Array | None]
 
 
 class Stretches(NamedTuple):
-    """The streams are kept before every stretch of `length` sublayers.
+    """Stretches of `length` sublayers, before each of which the streams are kept.
 
     num_blocks: the blocks in an iteration of the loop; they are a whole number of stretches.
     keeps_inputs: whether the layers' inputs and the coefficients are kept, too; else they are
@@ -160,7 +160,7 @@ class _Before(NamedTuple):
 
 
 class _Scan:
-    """What is the same in all passes."""
+    """The passes of a scan over blocks, and what is the same in all of them."""
 
     def __init__(
         self,
@@ -281,11 +281,11 @@ class _Scan:
                     y, new = self.layers[j].forward(
                         results["u"], Given(s, other_s, constants, other_constants)
                     )
-                    of_post, normalizers = pending._asdict(), _normalizers(results)
+                    of_post, of_pre = pending._asdict(), normalizers(results)
                     if not self.keeps_inputs:
                         # Of the coefficients those alone that the stretch begins with.
-                        of_post, normalizers = of_post if not kept[k] else {"y": pending.y}, {}
-                    kept[k].append(_Kept(of_post, normalizers, new))
+                        of_post, of_pre = of_post if not kept[k] else {"y": pending.y}, {}
+                    kept[k].append(_Kept(of_post, of_pre, new))
                     pending = Pending(y, results["h_post"], results["h_res"])
                 streams[k] = _put(streams[k], x, i + 1 if k == last else i)
             return (tuple(streams), pending), len(blocks) * [()], (kept, self.stacked(samples))
@@ -307,13 +307,13 @@ class _Scan:
         for s, (p, kept) in enumerate(zip(stretch_params, stretch_kept, strict=True)):
             coefficients = {name: results[name] for name in ("h_post", "h_res") if name in results}
             pending = Pending(**(coefficients | kept.pending))
-            results, normalizers, x_new = {}, kept.normalizers, x
+            results, of_pre, x_new = {}, kept.normalizers, x
             if not self.keeps_inputs:
                 results = self.post_pre(x, pending, p)
-                x_new, normalizers = results["x_new"], _normalizers(results)
+                x_new, of_pre = results["x_new"], normalizers(results)
             elif s < len(stretch_kept) - 1:
                 x_new = self.post(x, pending)
-            made.append(_Before(x, pending, normalizers, results.get("u")))
+            made.append(_Before(x, pending, of_pre, results.get("u")))
             x = x_new
         return made
 
@@ -380,11 +380,6 @@ def no_sublayer(x: jax.Array, hidden_axes: tuple[str, ...]) -> Pending:
     return Pending(jnp.zeros_like(x[..., 0, :]), h_post, h_res)
 
 
-def _normalizers(results: Values) -> Values:
-    """The m, r and rho of the results of a call, as far as they are there."""
-    return {name: results[name] for name in KEPT if name in results}
-
-
 def _first(stacked: Tree) -> Tree:
     """The slices of the first block."""
     return jax.tree.map(lambda leaf: leaf[0], stacked)
@@ -403,12 +398,12 @@ def _loop(
     *,
     reverse: bool = False,
 ) -> tuple[Carry, Tree, Tree]:
-    """A scan whose step takes some blocks and is told its place.
+    """A scan whose step takes several blocks, and its place.
 
     step: `(i, carry, slices of each block, slices of the step) -> carry, results of each block,
     results of the step`. Blocks and results of blocks are stacked over all blocks.
 
-    XLA uses the places in arrays where they lie if they follow from the loop's own counter.
+    XLA uses the places in arrays in place if they follow from the loop's own counter.
     """
 
     def one(i: jax.Array, carry: Carry) -> tuple[Carry, list[Tree], Tree]:
