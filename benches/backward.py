@@ -106,7 +106,7 @@ def _run_fused(name: str, kept: Any, cotangents: dict[str, Any]) -> dict[str, An
     given = {key: cotangents[key] for key in _COTANGENTS[name].split()}
     if name == "post_bwd":
         return fused_call(name, _POST, kept | given)
-    # What is added to is named apart in the calls: d_x_in and d_x_new_in.
+    # Calls have a name of its own for the cotangent that they add to: d_x_in or d_x_new_in.
     added_to = "d_x_in" if name == "pre_bwd" else "d_x_new_in"
     given[added_to] = given.pop("d_x_new")
     return fused_call(name, _PRE, kept | given, deferred=True)

@@ -139,7 +139,7 @@ impl Nvrtc {
         }
     }
 
-    /// What `<what>Size` and `<what>` give.
+    /// Text or code that `<what>` gives, of the size that `<what>Size` gives.
     ///
     /// # Safety
     /// Both are functions of nvrtc.h, and `program` is one.

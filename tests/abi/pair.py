@@ -17,12 +17,12 @@ from pathlib import Path
 warnings.simplefilter("error")
 
 import jax  # noqa: E402 - the filter above is for imports, too
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from jax import export  # noqa: E402
+import jax.numpy as jnp  # noqa: E402 - see above
+import numpy as np  # noqa: E402 - see above
+from jax import export  # noqa: E402 - see above
 
-import jax_mhc as mhc  # noqa: E402
-from jax_mhc._call import library  # noqa: E402
+import jax_mhc as mhc  # noqa: E402 - see above
+from jax_mhc._call import library  # noqa: E402 - see above
 
 # XLA's own optimisations are of no interest here.
 jax.config.update("jax_disable_most_optimizations", True)

@@ -437,7 +437,7 @@ __device__ inline void reply(const Block& block, const Gates& gates, const Input
   const float over_hidden = reciprocal(hidden);
   const int groups = block.owner_groups(), owned = block.owned();
   const int own_first = block.rank % kTileTokens, own_group = block.rank / kTileTokens;
-  // Of the words of an reply lane w makes word w. 0 to 23 are pairs of columns.
+  // Lane w makes word w of a reply. Words 0 to 23 are pairs of columns.
   const int pair = lane % 12 * 2;
   float sum_d_z = 0.f, sum_d_z_m = 0.f;
 
@@ -599,7 +599,8 @@ struct Differentiation {
   // Sums for the gradient of w, where there are registers for them: lane 4 g + q has channel g + q % 2 * 8 of one of two
   // turns each.
   float d_w[(kTurns + kShared + 1) / 2];
-  // Of the tile: X and d_u, d_x_in; the replies from matrix rows of this lane on, and from its first token on.
+  // Places of the tile: of X and d_u, and of d_x_in; of the replies from matrix rows of this lane on, and from its
+  // first token on.
   u32 stage, d_x_in_at, row_replies, own_replies;
 
   // A unit, or two streams of it from `first` on, whose fragments are those from F on. `at`: of this lane's matrix

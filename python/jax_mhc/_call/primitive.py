@@ -74,7 +74,7 @@ def primitive() -> Primitive:
 
 
 def _are_mapped(call: Call, mapped: Mapped) -> list[bool]:
-    """Of each operand, whether its first axis is that of a batch."""
+    """Whether the first axis of each operand is that of a batch."""
     return [name in (mapped or ()) for name in call.operands]
 
 
@@ -122,6 +122,7 @@ def _lower_plain(
 
 def _types(context: mlir.LoweringRuleContext) -> Sequence[jax.core.ShapedArray]:
     """The types of the operands, of which the first is that of the streams, or in their place."""
+    # JAX declares the base class of all types.
     return context.avals_in  # type: ignore[return-value]
 
 

@@ -110,7 +110,13 @@ def rows() -> dict[str, Row]:
     described: Sequence[_Described] = library.description()["calls"]
 
     def values(of_row: list[_DescribedValue]) -> tuple[Value, ...]:
-        return tuple(Value(**(value | {"dims": tuple(value["dims"])})) for value in of_row)  # type: ignore[arg-type]
+        return tuple(
+            Value(
+                value["name"], value["precision"], value["has_tokens"], tuple(value["dims"]),
+                value["group"],
+            )
+            for value in of_row
+        )  # fmt: skip
 
     return {
         row["name"]: Row(

@@ -22,7 +22,7 @@ const CHANNELS: [(usize, &str); 4] = [(256, "w256"), (320, "w320"), (384, "w384"
 pub struct Shape {
     /// Channels of a stream that a block owns.
     pub channels: usize,
-    /// The same, as the build names it.
+    /// Name that the build has for these channels, such as `w256`.
     pub size: &'static str,
     /// Blocks of a cluster.
     pub cluster: u32,

@@ -1,4 +1,4 @@
-//! What kernels touch of the workspace, by what kernels/device says of their arguments, and not by the plans.
+//! Parts of the workspace that kernels touch, by the arguments that kernels/device declares and not by the plans.
 
 use super::super::launch::{Arg, Launch};
 use crate::contract::check::CheckedCall;

@@ -34,7 +34,7 @@ fn r_dm(shape: Shape) -> Part {
     Part::per_token(if sums_phi(shape) { 0 } else { COLUMNS })
 }
 
-/// What `post_pre_bwd` needs in one pass.
+/// Workspace of `post_pre_bwd` in one pass.
 pub fn workspace(problem: &Problem) -> Workspace {
     pre_bwd::shape(problem).map_or(Workspace::default(), |shape| {
         room(&Parts::of(problem, shape).all())
