@@ -12,98 +12,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use miniz_oxide::deflate::compress_to_vec;
 use nvrtc::Nvrtc;
 use spills::spills;
+use tuning::{FILES, File, Size, Target};
 
+mod generated;
 mod nvrtc;
 mod spills;
-
-/// Every file under kernels/device with the sizes and dtypes that have code of their own, and what it is compiled for.
-const FILES: [(&str, &[Size], &[&str], Target); 13] = [
-    ("sinkhorn", &STREAMS, &["f32"], Target::Every),
-    (
-        "two_pass/pre",
-        &STREAMS,
-        &["bf16", "f16", "f32"],
-        Target::Every,
-    ),
-    (
-        "two_pass/norm",
-        &STREAMS,
-        &["bf16", "f16", "f32"],
-        Target::Every,
-    ),
-    ("post", &STREAMS, &["bf16", "f16", "f32"], Target::Every),
-    ("collapse", &STREAMS, &["bf16", "f16", "f32"], Target::Every),
-    (
-        "two_pass/projection",
-        &COLUMNS,
-        &["bf16", "f16", "f32"],
-        Target::Every,
-    ),
-    (
-        "one_pass/one_pass_fwd",
-        &CHANNELS,
-        &["bf16"],
-        Target::Clusters,
-    ),
-    (
-        "one_pass/pre_bwd_one_pass",
-        &CHANNELS,
-        &["bf16"],
-        Target::Clusters,
-    ),
-    (
-        "one_pass/post_pre_bwd_one_pass",
-        &CHANNELS,
-        &["bf16"],
-        Target::Hopper,
-    ),
-    ("one_pass/phi_bwd", &[W128], &["bf16"], Target::Hopper),
-    (
-        "one_pass/post_pre_norm_bwd",
-        &[N4],
-        &["bf16"],
-        Target::Hopper,
-    ),
-    ("one_pass/logits_bwd", &[N4], &["f32"], Target::Clusters),
-    ("one_pass/sum_gradients", &[N4], &["f32"], Target::Clusters),
-];
-
-/// Of the architectures that a build is for.
-enum Target {
-    /// All of them.
-    Every,
-    /// Those with clusters of blocks and registers that warps hand to each other, see [`CLUSTERS`].
-    Clusters,
-    /// The first of these: on the other the kernel would spill registers.
-    Hopper,
-}
-
-/// Its name in symbols, its number, and whether that is the number itself and not its bound.
-type Size = (&'static str, u32, bool);
-
-/// The paper's number of streams.
-const N4: Size = ("n4", 4, true);
-
-/// Streams.
-const STREAMS: [Size; 4] = [("n2", 2, true), N4, ("n8", 8, true), ("any", 16, false)];
-
-/// Columns of phi, in groups of 8.
-const COLUMNS: [Size; 5] = [
-    ("k8", 1, true),
-    ("k24", 3, true),
-    ("k32", 4, true),
-    ("k80", 10, true),
-    ("any", 12, false),
-];
-
-/// Channels of a stream that a block owns by itself, and those in a cluster.
-const W128: Size = ("w128", 128, true);
-const CHANNELS: [Size; 4] = [
-    ("w256", 256, true),
-    ("w320", 320, true),
-    ("w384", 384, true),
-    ("w448", 448, true),
-];
+#[allow(dead_code, reason = "plans read the rest")]
+#[path = "../tuning.rs"]
+mod tuning;
 
 /// A cubin runs on its chip and on those of the same major version that follow; PTX on all that follow.
 /// Kernels for a bound are there once for each major version: they are large, and not the fast ones.
@@ -117,13 +33,16 @@ const ARCHITECTURES: [&str; 7] = [
     "compute_100",
 ];
 
-/// What [`Target::Clusters`] is compiled for where a build is for the other: with the suffix `a` a cubin
-/// runs on its very chip alone, with `f` on this family of chips.
+/// What [`Target::Clusters`] is compiled for where a build is for the other, [`Target::Hopper`] for the first: with the
+/// suffix `a` a cubin runs on its very chip alone, with `f` on this family of chips.
 const CLUSTERS: [(&str, &str); 2] = [("sm_90", "sm_90a"), ("sm_100", "sm_100f")];
 
 fn main() {
     println!("cargo::rerun-if-changed=device");
     println!("cargo::rerun-if-changed=build");
+    println!("cargo::rerun-if-changed=tuning.rs");
+    println!("cargo::rerun-if-changed=src/contract/constraints.rs");
+    println!("cargo::rerun-if-changed=src/gpu/structs.rs");
     println!("cargo::rerun-if-env-changed=JAX_MHC_NVRTC");
     println!("cargo::rerun-if-env-changed=JAX_MHC_CUDA_ARCHITECTURES");
     let out_dir = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
@@ -146,8 +65,8 @@ fn main() {
 
 /// One file for one size, dtype and architecture.
 struct Unit {
-    file: &'static str,
-    size: Size,
+    file: &'static File,
+    size: &'static Size,
     dtype: &'static str,
     architecture: &'static str,
 }
@@ -183,8 +102,8 @@ fn units(architectures: &[&'static str]) -> Vec<Unit> {
         let is_first = earlier
             .copied()
             .all(|other| major(other) != major(architecture));
-        for (file, sizes, dtypes, target) in FILES {
-            let architecture = match target {
+        for file in FILES {
+            let architecture = match file.target {
                 Target::Every => Some(architecture),
                 Target::Clusters => with_suffix(&CLUSTERS, architecture),
                 Target::Hopper => with_suffix(&CLUSTERS[..1], architecture),
@@ -192,18 +111,13 @@ fn units(architectures: &[&'static str]) -> Vec<Unit> {
             let Some(architecture) = architecture else {
                 continue;
             };
-            for &size in sizes
-                .iter()
-                .filter(|(_, _, is_exact)| *is_exact || is_first)
-            {
-                for &dtype in dtypes {
-                    units.push(Unit {
-                        file,
-                        size,
-                        dtype,
-                        architecture,
-                    });
-                }
+            for size in (file.sizes().into_iter()).filter(|size| size.is_exact || is_first) {
+                units.extend(file.dtypes.iter().map(|dtype| Unit {
+                    file,
+                    size,
+                    dtype,
+                    architecture,
+                }));
             }
         }
     }
@@ -243,7 +157,7 @@ fn compile_all(path: &Path, out_dir: &Path) -> Result<String, String> {
     for (index, result) in done {
         let Unit {
             file,
-            size: (size, ..),
+            size,
             dtype,
             architecture,
         } = units[index];
@@ -252,7 +166,7 @@ fn compile_all(path: &Path, out_dir: &Path) -> Result<String, String> {
                 for spill in &spills {
                     println!("cargo::warning={spill} ({architecture})");
                 }
-                let file = stem(file);
+                let (file, size) = (file.stem(), size.name);
                 images += &format!(
                     "    Image {{ file: {file:?}, size: {size:?}, dtype: {dtype:?}, \
                      architecture: {architecture:?}, spills: &{spills:?}, \
@@ -277,11 +191,6 @@ fn list(compiler: Option<&str>, architectures: &[&str], images: &str) -> String 
     )
 }
 
-/// The name of a file of [`FILES`] without its folder, by which plans and images name it.
-fn stem(file: &str) -> &str {
-    file.rsplit_once('/').map_or(file, |(_, stem)| stem)
-}
-
 /// What becomes of a unit.
 struct Compiled {
     /// The file with the code, compressed: that is a quarter of it.
@@ -294,27 +203,26 @@ impl Unit {
     fn compile(&self, nvrtc: &Nvrtc, version: &str, cache: &Path) -> Result<Compiled, String> {
         let Self {
             file,
-            size: (size, number, is_exact),
+            size: Size { name: size, .. },
             dtype,
             architecture,
         } = self;
-        let name = format!("{file}.cu");
-        let stem = stem(file);
+        let name = format!("{}.cu", file.path);
+        let header = generated::header(file, self.size);
         let sources = with_includes(&name, &mut Vec::new())?;
         let options = [
             "--std=c++17".to_owned(),
             format!("--gpu-architecture={architecture}"),
             "-Idevice".to_owned(),
             format!("-DSTREAM={dtype}"),
-            format!("-DSIZE={number}"),
-            format!("-DEXACT={}", u8::from(*is_exact)),
             format!("-DSUFFIX=_{size}_{dtype}"),
             "--ptxas-options=-v".to_owned(),
         ];
         let mut hasher = DefaultHasher::new();
-        (&sources, &options, version).hash(&mut hasher);
+        (&sources, &header, &options, version).hash(&mut hasher);
         let stem = format!(
-            "{stem}_{size}_{dtype}_{architecture}_{:016x}",
+            "{}_{size}_{dtype}_{architecture}_{:016x}",
+            file.stem(),
             hasher.finish()
         );
         let (path, log_path) = (cache.join(&stem), cache.join(format!("{stem}.log")));
@@ -322,14 +230,14 @@ impl Unit {
         let is_ptx = architecture.starts_with("compute_");
         if !path.exists() {
             let (code, log) = nvrtc
-                .compile(&sources[0], &name, &options, is_ptx)
+                .compile(&sources[0], &name, &header, &options, is_ptx)
                 .map_err(in_unit)?;
             write(&log_path, log.as_bytes())
                 .and_then(|()| write(&path, &compress_to_vec(&code, 9)))
                 .map_err(|error| in_unit(error.to_string()))?;
         }
         let log = fs::read_to_string(&log_path).map_err(|error| in_unit(error.to_string()))?;
-        let spills = if *is_exact && !is_ptx {
+        let spills = if self.size.is_exact && !is_ptx {
             spills(&log).map_err(in_unit)?
         } else {
             Vec::new()
@@ -355,8 +263,10 @@ fn with_includes(name: &str, seen: &mut Vec<String>) -> Result<Vec<String>, Stri
         .map_err(|error| format!("kernels/device/{name}: {error}\n"))?;
     let mut texts = vec![text.clone()];
     for line in text.lines() {
-        if let Some(name) = line.strip_prefix("#include \"") {
-            texts.extend(with_includes(name.trim_end_matches('"'), seen)?);
+        let included = line.strip_prefix("#include \"");
+        let included = included.map(|name| name.trim_end_matches('"'));
+        if let Some(name) = included.filter(|name| *name != nvrtc::HEADER) {
+            texts.extend(with_includes(name, seen)?);
         }
     }
     Ok(texts)

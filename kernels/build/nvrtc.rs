@@ -14,6 +14,9 @@ const ASK_PYTHON: &str = "import importlib.util as u; \
 /// The first that knows all architectures.
 const OLDEST_NVRTC: (c_int, c_int) = (12, 9);
 
+/// The name of the header that the build writes for each file (`generated::header`).
+pub const HEADER: &str = "generated.cuh";
+
 /// The path of NVRTC, or why there is none.
 pub fn find() -> Result<PathBuf, String> {
     if env::var("CARGO_CFG_TARGET_OS").as_deref() != Ok("linux") {
@@ -84,11 +87,12 @@ impl Nvrtc {
         Ok(format!("NVRTC {major}.{minor}"))
     }
 
-    /// Compiled code and the compiler's log.
+    /// Compiled code and the compiler's log. `header` is what `#include` finds under the name [`HEADER`].
     pub fn compile(
         &self,
         source: &str,
         name: &str,
+        header: &str,
         options: &[String],
         is_ptx: bool,
     ) -> Result<(Vec<u8>, String), String> {
@@ -103,6 +107,7 @@ impl Nvrtc {
         type Compile = unsafe extern "C" fn(Program, c_int, *const *const c_char) -> c_int;
         let text = |text: &str| CString::new(text).map_err(|error| error.to_string());
         let (source, name) = (text(source)?, text(name)?);
+        let (header, header_name) = (text(header)?, text(HEADER)?);
         let options = options.iter().map(|option| text(option));
         let options: Vec<CString> = options.collect::<Result<_, _>>()?;
         let options: Vec<_> = options.iter().map(|option| option.as_ptr()).collect();
@@ -115,13 +120,14 @@ impl Nvrtc {
             let destroy: unsafe extern "C" fn(*mut Program) -> c_int =
                 self.function("nvrtcDestroyProgram")?;
             let (source, name) = (source.as_ptr(), name.as_ptr());
+            let (header, header_name) = (header.as_ptr(), header_name.as_ptr());
             self.check(create(
                 &raw mut program,
                 source,
                 name,
-                0,
-                ptr::null(),
-                ptr::null(),
+                1,
+                &raw const header,
+                &raw const header_name,
             ))?;
             let compiled = self.check(compile(program, options.len() as c_int, options.as_ptr()));
             let log = self.output(program, "nvrtcGetProgramLog")?;

@@ -3,7 +3,7 @@
 #include "math/collapse.cuh"
 
 constexpr int N = SIZE;
-constexpr int kThreads = 256;
+constexpr int kThreads = tuning_collapse_fwd::threads;
 // Channels that a thread takes at once, as in post.cu.
 constexpr int V = (N <= 4 ? 16 : 8) / int(sizeof(Stream));
 
@@ -45,7 +45,7 @@ KERNEL(collapse_fwd_unaligned, kThreads)
 
 // A block has one token, and so many warps as its channels keep busy: their number, and with it the
 // order of the sums, depends on n, C and the dtype alone.
-constexpr int kMaxBackwardThreads = 128;
+constexpr int kMaxBackwardThreads = tuning_collapse_bwd::threads;
 constexpr int kMaxBackwardWarps = kMaxBackwardThreads / 32;
 
 template <bool ALIGNED>

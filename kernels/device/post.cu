@@ -4,7 +4,8 @@
 #include "base/common.cuh"
 
 constexpr int N = SIZE;
-constexpr int kThreads = 256;
+constexpr int kThreads = tuning_post_fwd::threads;
+static_assert(kThreads == tuning_mix::threads);
 // Channels that a thread takes at once: 16 bytes, less where there are many streams.
 constexpr int V = (N <= 4 ? 16 : 8) / int(sizeof(Stream));
 
@@ -114,7 +115,7 @@ KERNEL(mix_unaligned, kThreads)
 // ---- backward -----------------------------------------------------------------------------------
 
 // A block has one token.
-constexpr int kBackwardThreads = 128;
+constexpr int kBackwardThreads = tuning_post_bwd::threads;
 constexpr int kBackwardWarps = kBackwardThreads / 32;
 
 struct Backward {

@@ -3,7 +3,8 @@
 #include "math/sinkhorn.cuh"
 
 constexpr int N = SIZE;
-constexpr int kThreads = 128;
+constexpr int kThreads = tuning_sinkhorn_fwd::threads;
+static_assert(kThreads == tuning_sinkhorn_bwd::threads);
 
 // The matrix of this lane, and whether it exists: lanes without one take part in exchanges.
 struct Place {

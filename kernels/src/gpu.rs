@@ -4,13 +4,18 @@
 //! stream. Nothing is allocated on the device and nothing waits for it.
 
 mod api;
+mod device;
 mod driver;
 mod images;
+mod kernel;
 mod launch;
 mod modules;
 mod schedules;
 #[cfg(test)]
 mod tests;
+#[allow(dead_code, reason = "the build reads the rest")]
+#[path = "../tuning.rs"]
+mod tuning;
 mod workspace;
 
 use std::ffi::c_void;
@@ -21,13 +26,15 @@ use crate::contract::check::CheckedCall;
 use crate::contract::table::Call;
 use crate::contract::view::{DType, View};
 use crate::{Config, Error};
+use device::Device;
 use driver::{Driver, check_device, driver};
-use launch::{Device, Launch, MAX_COUNT};
+use launch::Launch;
 use modules::Context;
-use schedules::{collapse, head, post, post_pre, pre, sinkhorn};
+use schedules::schedules;
+use workspace::{Lent, MAX_COUNT};
 
 pub use images::{Build, build};
-pub use launch::{Problem, Workspace};
+pub use workspace::{Problem, WorkspaceSize};
 
 /// The target of the library's events.
 const TARGET: &str = "jax_mhc";
@@ -35,28 +42,37 @@ const TARGET: &str = "jax_mhc";
 /// Dtypes of streams that there are kernels for.
 pub const DTYPES: [DType; 3] = [DType::F32, DType::Bf16, DType::F16];
 
-/// The launches of a call, in their order.
-fn plan(call: &CheckedCall, device: &Device) -> Vec<Launch> {
-    match call.kind {
-        Call::PreFwd | Call::PreBwd => pre::plan(call, device),
-        Call::PostFwd | Call::PostBwd => post::plan(call, device),
-        Call::PostPreFwd | Call::PostPreBwd => post_pre::plan(call, device),
-        Call::SinkhornFwd | Call::SinkhornBwd => sinkhorn::plan(call, device),
-        Call::HeadFwd | Call::HeadBwd => head::plan(call, device),
-        Call::CollapseFwd | Call::CollapseBwd => collapse::plan(call, device),
-    }
+/// How a call is launched.
+struct Plan {
+    /// Name of the schedule.
+    schedule: &'static str,
+    /// Launches in their order.
+    launches: Vec<Launch>,
 }
 
-/// The workspace that a call needs. None where no call has such sizes.
-pub fn workspace(problem: &Problem) -> Option<Workspace> {
-    problem.is_possible().then(|| match problem.kind {
-        Call::PreFwd | Call::PreBwd => pre::workspace(problem),
-        Call::PostFwd | Call::PostBwd => post::workspace(problem),
-        Call::PostPreFwd | Call::PostPreBwd => post_pre::workspace(problem),
-        Call::SinkhornFwd | Call::SinkhornBwd => sinkhorn::workspace(problem),
-        Call::HeadFwd | Call::HeadBwd => head::workspace(problem),
-        Call::CollapseFwd | Call::CollapseBwd => collapse::workspace(problem),
-    })
+/// The plan of a call by the first schedule that takes it.
+///
+/// # Errors
+/// A workspace that is too small.
+fn plan(call: &CheckedCall, device: &Device) -> Result<Plan, Error> {
+    for schedule in schedules(call.kind) {
+        let mut workspace = Lent::of(call);
+        let Some(launches) = (schedule.plan)(call, device, &mut workspace) else {
+            continue;
+        };
+        if !workspace.is_enough() {
+            let size = Problem::of(call).workspace();
+            let needed = size.map_or(0, |size| size.len(call.tokens));
+            let got = call.workspace().map_or(0, |(_, len)| len);
+            let (expected, got) = (format!("float32[{needed}]"), format!("float32[{got}]"));
+            return Err(call.kind.error("workspace", &expected, &got));
+        }
+        return Ok(Plan {
+            schedule: schedule.name,
+            launches,
+        });
+    }
+    unreachable!("the last schedule takes every call")
 }
 
 /// Loads the kernels of a call, so that [`execute`] may be recorded into a CUDA graph. Cheap where they
@@ -124,12 +140,16 @@ unsafe fn run(
     let in_op = |reason| Error::Device(format!("{}: {reason}", kind.name()));
     // SAFETY: promised by the caller.
     let context = unsafe { Context::enter(stream) }.map_err(in_op)?;
-    let mut launches = plan(&call, context.device());
+    let Plan {
+        schedule,
+        mut launches,
+    } = plan(&call, context.device())?;
     launches.retain(|launch| !launch.grid.contains(&0));
     tracing::debug!(
         target: TARGET,
         op = kind.name(),
         stage = ?stage,
+        schedule,
         device = context.device().ordinal,
         dtype = call.dtype.name(),
         shapes = ?args.iter().map(|view| view.dims).collect::<Vec<_>>(),
@@ -190,13 +210,6 @@ fn check_device_call(call: &CheckedCall) -> Result<(), Error> {
     let bytes = tokens * width * call.dtype.num_bytes();
     if bytes > MAX_BYTES {
         return refuse(&format!("at most {MAX_BYTES} bytes"), &bytes.to_string());
-    }
-    let workspace = workspace(&call.problem()).expect("checked calls have possible sizes");
-    let needed = workspace.len(tokens);
-    let got = call.workspace().map_or(0, |(_, len)| len);
-    if got < needed {
-        let (expected, got) = (format!("float32[{needed}]"), format!("float32[{got}]"));
-        return Err(kind.error("workspace", &expected, &got));
     }
     Ok(())
 }

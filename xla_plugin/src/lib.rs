@@ -218,7 +218,7 @@ pub unsafe extern "C" fn jax_mhc_workspace(
     let call = unsafe { CStr::from_ptr(call) };
     let workspace = || -> Option<[i64; 2]> {
         let count = |number: i64| usize::try_from(number).ok();
-        let workspace = gpu::workspace(&gpu::Problem {
+        let problem = gpu::Problem {
             kind: Call::ALL
                 .into_iter()
                 .find(|op| op.name().as_bytes() == call.to_bytes())?,
@@ -232,7 +232,8 @@ pub unsafe extern "C" fn jax_mhc_workspace(
             columns: count(columns)?,
             sinkhorn_iters: count(sinkhorn_iters)?,
             norm_width: count(norm_width)?,
-        })?;
+        };
+        let workspace = problem.workspace()?;
         let number = |count: usize| i64::try_from(count).ok();
         Some([number(workspace.per_token)?, number(workspace.fixed)?])
     };

@@ -6,8 +6,13 @@
 //   EXACT   whether SIZE is the number itself and not its bound; only kernels for a bound take rows that
 //           are not aligned
 //   SUFFIX  of the symbols, such as _n4_bf16
+//
+// The build writes into generated.cuh SIZE and EXACT, Constraint, SettingsFields and LayoutFields, and the rows of
+// kernels/tuning.rs for the size: tuning_<function>, and HAS_<function>, as not every size has every kernel.
 
 #pragma once
+
+#include "generated.cuh"
 
 #define CONCAT_(a, b) a##b
 #define CONCAT(a, b) CONCAT_(a, b)
@@ -30,23 +35,21 @@ using Stream = STREAM;
 
 constexpr u32 kAllLanes = 0xffffffff;
 
-// The settings of a call (config.rs has their meaning; launch.rs the same struct).
-struct Settings {
-  int constraint;  // 0 birkhoff, 1 none, 2 identity, 3 permutations
-  int sinkhorn_iters;
-  float sinkhorn_eps;
-  int clamp;      // divisions by max(sum, eps) and not by sum + eps
-  int row_first;  // row_column
-  float norm_eps;
-  int norm_eps_outside;
-  float pre_eps;
-  float post_scale;
+// The one of two types that a condition picks.
+template <bool FIRST, class A, class B>
+struct Choose {
+  using Type = A;
+};
+template <class A, class B>
+struct Choose<false, A, B> {
+  using Type = B;
 };
 
-// Which coefficients a token has (coefficients.rs).
-struct Layout {
-  int n, num_post, num_res;
+// The settings of a call (kernels/src/gpu/structs.rs).
+using Settings = SettingsFields;
 
+// Which coefficients a token has.
+struct Layout : LayoutFields {
   __device__ int num() const { return n + num_post + num_res; }
   // Which of alpha's gates belongs to column c.
   __device__ int gate(int c) const { return (c >= n) + (c >= n + num_post); }

@@ -6,11 +6,12 @@
 
 constexpr int N = SIZE;
 constexpr int kColumns = N * (N + 2);
+// A block is a warp, as there are few tokens, and each of them takes long.
+static_assert(tuning_logits_bwd::threads == 32);
+constexpr int kTokens = tuning_logits_bwd::tokens;
 // Lanes of a matrix: fewer of them make the chain of waits shorter, and more have more warps at it.
-constexpr int kLanes = 2;
+constexpr int kLanes = 32 / kTokens;
 using Matrices = Sinkhorn<N, kLanes>;
-// Of a warp, which is a block: there are few tokens, and each of them takes long.
-constexpr int kTokens = 32 / kLanes;
 
 // d_z: [tokens, kColumns] in the order pre, post, res, of which the columns of pre are left alone. Shared memory:
 // 2 * sinkhorn_iters * 32 floats for each of a lane's columns, for what Sinkhorn's forward pass records.
@@ -39,7 +40,7 @@ KERNEL(logits_bwd, 32)
     const float d_post = d_h_post[token * N + c] * settings.post_scale;
     if (own < tokens) d_z_token[N + c] = d_post * sigmoid(z_post) * sigmoid(-z_post);
   }
-  if (settings.constraint == 0) {
+  if (settings.constraint == kBirkhoff) {
     matrices.forward(z, h, history + lane, 32);
     matrices.backward(z, h, g, history + lane, 32);
   }

@@ -42,33 +42,10 @@ static_assert(SIZE % kBoxChannels == 0, "whole boxes");
 
 // ---- sizes ------------------------------------------------------------------------------------------
 
-// Of a block of SIZE channels. Tiles of 16 tokens halve the exchange, where there are registers for two
-// accumulators and each tile is read and projected at once; stages are as many as shared memory holds, and
-// registers such that nothing spills: the three numbers and once more the first are no more than 512. Of what
-// these leave open it is what was fastest on an H200.
-struct Shape {
-  int tokens, stages;
-  int in_shared;  // of the fragments of phi, how many lie in shared memory
-  int project_registers, apply_registers, other_registers;
-};
-__device__ constexpr Shape pre_shape(bool norm) {
-  switch (SIZE) {
-    case 256: return norm ? Shape{16, 5, 0, 176, 88, 72} : Shape{16, 5, 0, 176, 88, 72};
-    case 320: return norm ? Shape{8, 8, 0, 176, 88, 72} : Shape{8, 8, 0, 168, 104, 72};
-    case 384: return norm ? Shape{8, 7, 0, 200, 56, 56} : Shape{8, 7, 0, 200, 56, 56};
-    case 448: return norm ? Shape{8, 6, 3, 208, 40, 56} : Shape{8, 6, 0, 208, 40, 56};
-  }
-  return {};
-}
-__device__ constexpr Shape post_pre_shape(bool norm) {
-  switch (SIZE) {
-    case 256: return norm ? Shape{8, 8, 0, 176, 88, 72} : Shape{8, 8, 0, 168, 104, 72};
-    case 320: return norm ? Shape{8, 7, 0, 208, 48, 48} : Shape{8, 7, 0, 192, 72, 56};
-    case 384: return norm ? Shape{8, 6, 1, 208, 48, 48} : Shape{8, 6, 0, 208, 48, 48};
-    case 448: return norm ? Shape{8, 5, 3, 208, 48, 48} : Shape{8, 5, 5, 208, 48, 48};
-  }
-  return {};
-}
+template <bool POST_PRE, bool NORM>
+using Tuning = typename Choose<
+    POST_PRE, typename Choose<NORM, tuning_post_pre_norm_fwd_one_pass, tuning_post_pre_fwd_one_pass>::Type,
+    typename Choose<NORM, tuning_pre_norm_fwd_one_pass, tuning_pre_fwd_one_pass>::Type>::Type;
 
 // Entries of G on and above its diagonal: the diagonal, then the others row by row.
 constexpr int kProducts = N * (N + 1) / 2;
@@ -82,11 +59,11 @@ constexpr int kFragmentBytes = 32 * kProjectWarps * 16;
 // Where things lie in shared memory.
 template <bool POST_PRE, bool NORM>
 struct Plan {
-  static constexpr Shape kShape = POST_PRE ? post_pre_shape(NORM) : pre_shape(NORM);
-  static constexpr int kTokens = kShape.tokens;
+  using Tuned = Tuning<POST_PRE, NORM>;
+  static constexpr int kTokens = Tuned::tokens;
   static constexpr int kTokensLog2 = kTokens == 16 ? 4 : 3;
-  static constexpr int kStages = kShape.stages;
-  static constexpr int kSharedFragments = kShape.in_shared;
+  static constexpr int kStages = Tuned::stages;
+  static constexpr int kSharedFragments = Tuned::fragments;
   // A stage: X as [stream, box, token, 64 channels], then y alike. Elsewhere its h_res and h_post.
   static constexpr int kBoxBytes = kTokens * int(kRowBytes);
   static constexpr int kStreamBytes = kBoxes * kBoxBytes;
@@ -118,8 +95,9 @@ struct Plan {
   static constexpr int kPhi = kBytes - N * kPhiBytes;
   static constexpr int kFreeStages = (kPhi - kStage) / kStageBytes;
   static_assert(kPhi >= kStage, "phi lies in stages alone");
+  static_assert(kBytes == Tuned::shared_bytes && kThreads == Tuned::threads, "kernels/tuning.rs");
   static_assert(kBytes <= 232448, "shared memory of a block");
-  static_assert(2 * kShape.project_registers + kShape.apply_registers + kShape.other_registers <= 512,
+  static_assert(2 * Tuned::project_registers + Tuned::apply_registers + Tuned::other_registers <= 512,
                 "registers of a block");
 };
 
@@ -371,7 +349,7 @@ __device__ inline void mix(u32 (&x)[N], u32 y, Row row) {
 
 template <bool POST_PRE, bool NORM>
 __device__ inline void Block<POST_PRE, NORM>::project(int warp, int lane) const {
-  take_registers<P::kShape.project_registers>();
+  take_registers<P::Tuned::project_registers>();
 
   // What lies in registers.
   constexpr int kInRegisters = 3 * kSlices - P::kSharedFragments;
@@ -500,7 +478,7 @@ __device__ inline void Block<POST_PRE, NORM>::project(int warp, int lane) const 
 
 template <bool POST_PRE, bool NORM>
 __device__ inline void Block<POST_PRE, NORM>::apply(int thread) const {
-  give_registers<P::kShape.apply_registers>();
+  give_registers<P::Tuned::apply_registers>();
   cluster_wait();
   if constexpr (NORM) {
     // The first halves of all units, then the second ones: without conflicts.
@@ -511,7 +489,7 @@ __device__ inline void Block<POST_PRE, NORM>::apply(int thread) const {
     }
     asm volatile("bar.sync 1, %0;" ::"n"(kApplyThreads) : "memory");
   }
-  constexpr int kUnroll = P::kShape.apply_registers < 64 ? 1 : 2;
+  constexpr int kUnroll = P::Tuned::apply_registers < 64 ? 1 : 2;
   Ring<P::kStages> ring;
 #pragma unroll 1
   for (int i = 0; has_tile(i); ++i, ring.next()) {
@@ -768,7 +746,7 @@ __device__ inline void Block<POST_PRE, NORM>::finish(int lane) const {
       const int c = 2 * N + matrix.at(k, j);
       h_res[k][j] = z[k][j] = call.alpha[2] * read_float(row + 4 * c) + call.bias[c];
     });
-    if (settings.constraint == 0) matrix.forward(z, h_res, nullptr, 0);
+    if (settings.constraint == kBirkhoff) matrix.forward(z, h_res, nullptr, 0);
     if (exists) {
       matrix.for_each([&](int k, int j) { call.h_res[at * N * N + matrix.at(k, j)] = h_res[k][j]; });
       store_others(row, at, matrix.lane);
@@ -795,7 +773,7 @@ __device__ inline void run(const Call& call) {
   } else if (warp < kProjectWarps + kApplyWarps) {
     block.apply(threadIdx.x - 32 * kProjectWarps);
   } else {
-    give_registers<Plan<POST_PRE, NORM>::kShape.other_registers>();
+    give_registers<Plan<POST_PRE, NORM>::Tuned::other_registers>();
     const int role = warp - kProjectWarps - kApplyWarps;
     if (role == 0 && lane == 0) block.copy();
     __syncwarp();

@@ -11,8 +11,8 @@
 constexpr int N = 4;
 constexpr int kColumns = N * (N + 2);
 constexpr int kOctets = kColumns / 8;
-constexpr int kTokens = 16;
-constexpr int kStages = 4;
+constexpr int kTokens = tuning_phi_bwd::tokens;
+constexpr int kStages = tuning_phi_bwd::stages;
 constexpr int kMainWarps = SIZE / 32;
 // The loader is one warp; registers go from four warps to four.
 constexpr int kThreads = 32 * (kMainWarps + 4);
@@ -36,8 +36,7 @@ constexpr u32 kStageBytes = kDm + kTokens * kDmStride;
 constexpr u32 kFirstStage = 1024;  // behind the barriers
 constexpr u32 kSharedBytes = kFirstStage + kStages * kStageBytes;
 static_assert(kStageBytes % 1024 == 0, "");
-// The launch says the same.
-static_assert(kSharedBytes == 95232 && kThreads == 256 && SIZE == 128, "");
+static_assert(kSharedBytes == tuning_phi_bwd::shared_bytes && kThreads == tuning_phi_bwd::threads, "");
 
 struct Stages {
   u32 base;
@@ -207,7 +206,7 @@ __device__ inline void sum_tiles(const Stages& stages, const Operands& to, int w
 
 // r_dm: [tokens, 2, 24], bfloat16. d_phi: [gridDim.y, 4 C, 24], to be summed. The maps have boxes of kTokens tokens and
 // SIZE channels; gridDim.x is C / SIZE.
-KERNEL(phi_bwd, kThreads, 2)
+KERNEL(phi_bwd, kThreads, tuning_phi_bwd::blocks)
 (const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap y, const float4* h_post,
  const float4* h_res, const uint4* r_dm, float* d_phi, int tokens) {
   extern __shared__ __align__(1024) unsigned char shared[];

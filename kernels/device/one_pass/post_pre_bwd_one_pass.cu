@@ -31,12 +31,12 @@
 constexpr int N = 4;
 constexpr int kColumns = N * (N + 2);
 
-// The sums for d_phi of 256 channels take 96 registers of each thread of the main warps. Those of 320, 384 and 448
-// would take 120, 144 and 168, which the chip has no room for (docs/architecture.md counts): then phi_bwd.cu computes
-// d_phi, from r dm and another pass over X and y, and the main warps have phi in such registers, at most 96 of them,
-// which leaves shared memory to the stages.
-constexpr bool kSumsPhi = SIZE == 256;
-constexpr int kStages = SIZE <= 320 ? 4 : 3;
+using Tuned = tuning_post_pre_bwd_one_pass;
+static_assert(Tuned::tokens == kTileTokens);
+// Where the sums for d_phi have no room, phi_bwd.cu computes d_phi, from r dm and another pass over X and y, and the main
+// warps have phi in such registers, at most 96 of them, which leaves shared memory to the stages.
+constexpr bool kSumsPhi = Tuned::sums_phi;
+constexpr int kStages = Tuned::stages;
 
 // Warps and their tasks.
 constexpr int kMainWarps = 8;
@@ -46,7 +46,7 @@ constexpr int kStreamDots = kInputDots + kDotWarps;
 constexpr int kLoader = kStreamDots + kDotWarps;
 constexpr int kFinisher = kLoader + 1;
 constexpr int kFirstOwner = kLoader + 2;
-constexpr int kOwnerWarps = 2;
+constexpr int kOwnerWarps = Tuned::owner_warps;
 constexpr int kThreads = 32 * (kFirstOwner + kOwnerWarps);
 constexpr int kMainRegisters = 184;
 constexpr int kOtherRegisters = 72;
@@ -121,12 +121,7 @@ constexpr u32 kPhi = kSumsPhi ? kAfterTables : kEven + (kStages - 2) * kEvenByte
 static_assert(kSumsPhi || kAllPhiBytes == 2 * kEvenBytes, "");
 constexpr u32 kOdd = kEven + kStages * kEvenBytes + kOddShift;
 constexpr u32 kSharedBytes = kOdd + kStages * kOddBytes;
-// The launch says the same.
-static_assert(SIZE != 256 || kSharedBytes == 229888, "");
-static_assert(SIZE != 320 || kSharedBytes == 221696, "");
-static_assert(SIZE != 384 || kSharedBytes == 200192, "");
-static_assert(SIZE != 448 || kSharedBytes == 230912, "");
-static_assert(kThreads == 512, "");
+static_assert(kSharedBytes == Tuned::shared_bytes && kThreads == Tuned::threads, "");
 static_assert(8 * kNumBarriers <= kDots, "");
 
 // ---- what all warps know ----------------------------------------------------------------------------
@@ -195,7 +190,7 @@ struct Block {
 constexpr int kUnits = (SIZE / 16 + kMainWarps - 1) / kMainWarps;
 constexpr int kLastUnits = SIZE / 16 - (kUnits - 1) * kMainWarps;
 // Units whose X' is there before the replies are: with those of all, 448 channels would take too many registers.
-constexpr int kAhead = SIZE == 448 ? 1 : 2;
+constexpr int kAhead = Tuned::ahead;
 constexpr int kUnitStep = kSumsPhi ? 16 : 16 * kMainWarps;  // channels
 constexpr int kWarpStep = kSumsPhi ? 32 : 16;
 // Where a unit lies, from the address of the warp's first one.

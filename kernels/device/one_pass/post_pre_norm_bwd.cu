@@ -11,8 +11,8 @@
 
 constexpr int N = SIZE;
 constexpr int kColumns = N * (N + 2);
-constexpr int kMaxThreads = 896;
-constexpr int kV = 8;
+constexpr int kMaxThreads = tuning_post_pre_norm_bwd::threads;
+constexpr int kV = tuning_post_pre_norm_bwd::channels;
 // What is divided by must leave room for the digits of the quotient.
 constexpr float kSmallest = 1e-30f;
 

@@ -40,30 +40,32 @@ static_assert(kUnits % kMainWarps == 0 || kUnits % kMainWarps * 2 == kMainWarps)
 // A fragment of phi or d_phi is what a unit has of a stream. Those of a main warp: of its turns, then what it shares.
 constexpr int kFragments = N * kTurns + (kShared ? 2 : 0);
 
-struct Plan {
-  // Buffers for X and d_u, and for d_x_in.
-  int stages, d_x_in_slots;
-  // Fragments of phi that a main warp has in registers; the others are in shared memory.
-  int held;
-};
-constexpr Plan kPlan = SIZE == 256   ? Plan{5, 5, 4}
-                       : SIZE == 320 ? Plan{3, 3, 0}
-                       : SIZE == 384 ? Plan{3, 2, 0}
-                                     : Plan{2, 2, 0};
-constexpr int kStages = kPlan.stages, kDXInSlots = kPlan.d_x_in_slots, kHeld = kPlan.held;
+using Tuned = tuning_pre_bwd_one_pass;
+// Not every size has a kernel with the norm.
+#ifdef HAS_pre_norm_bwd_one_pass
+using NormTuned = tuning_pre_norm_bwd_one_pass;
+#else
+using NormTuned = Tuned;
+#endif
+// Buffers for X and d_u, and for d_x_in; fragments of phi that a main warp has in registers: the others are in shared
+// memory.
+constexpr int kStages = Tuned::stages, kDXInSlots = Tuned::d_x_in_slots, kHeld = Tuned::held;
+static_assert(Tuned::tokens == kTileTokens && NormTuned::tokens == kTileTokens);
+static_assert(NormTuned::stages == kStages && NormTuned::d_x_in_slots == kDXInSlots && NormTuned::held == kHeld &&
+              NormTuned::sums == Tuned::sums);
 // Two buffers are too few to hide how long memory takes. Then a tile goes to the L2 cache before there is room for it.
 constexpr bool kPrefetch = kStages < 3;
 // Fragments of d_phi whose sums a main warp has in shared memory, as 14 do not fit into its registers.
-constexpr int kSumsInShared = SIZE == 448 ? 1 : 0, kSums = kFragments - kSumsInShared;
+constexpr int kSumsInShared = Tuned::sums, kSums = kFragments - kSumsInShared;
 
 // Whether main warps have registers for their sums for the gradient of w.
-constexpr bool kHoldsDW = SIZE <= 320;
+constexpr bool kHoldsDW = NormTuned::holds_d_w;
 
 // Registers are handed on by groups of four warps. Two dot warps take longer than four, but leave more registers to
 // the main warps.
 template <bool NORM>
 struct Warps {
-  static constexpr int kDot = SIZE == 256 && !NORM ? 4 : 2;
+  static constexpr int kDot = NORM ? NormTuned::dot_warps : Tuned::dot_warps;
   static constexpr int kMainRegisters = kDot == 2 ? 216 : 200;
   static constexpr int kDotRegisters = kDot == 2 ? 72 : 48, kOtherRegisters = kDot == 2 ? 72 : 64;
   static constexpr int kLoader = kMainWarps + kDot, kOwner = kLoader + 1;
@@ -110,14 +112,8 @@ constexpr u32 kFull = kBarriers, kDone = kFull + 8 * kStages, kPartsFull = kDone
 // Of phi in a main warp's fragments (`half_unit`).
 constexpr u32 kPhiUnits = kPhiRead + 8;
 constexpr u32 kSharedBytes = kPhiUnits + kMainWarps * sizeof(float);
-// The plan of a call (one_pass/pre_bwd.rs) has the same numbers.
-static_assert(SIZE != 256 || kSharedBytes == 220568);
-static_assert(SIZE != 320 || kSharedBytes == 206904);
-static_assert(SIZE != 384 || kSharedBytes == 222256);
-static_assert(SIZE != 448 || kSharedBytes == 231816);
-static_assert(SIZE != 256 || Warps<false>::kThreads == 512);
-static_assert(SIZE == 256 || Warps<false>::kThreads == 384);
-static_assert(Warps<true>::kThreads == 384);
+static_assert(kSharedBytes == Tuned::shared_bytes && kSharedBytes == NormTuned::shared_bytes);
+static_assert(Warps<false>::kThreads == Tuned::threads && Warps<true>::kThreads == NormTuned::threads);
 
 extern __shared__ __align__(1024) unsigned char shared[];
 
@@ -953,7 +949,7 @@ KERNEL(pre_bwd_one_pass, Warps<false>::kThreads, 1)
 }
 
 // The same where the layer's input is normalised. With 384 channels it would spill registers.
-#if SIZE != 384
+#ifdef HAS_pre_norm_bwd_one_pass
 KERNEL(pre_norm_bwd_one_pass, Warps<true>::kThreads, 1)
 (const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap d_u,
  const __grid_constant__ TensorMap d_x_in, const __grid_constant__ TensorMap d_x, const float* phi,

@@ -4,7 +4,7 @@
 
 constexpr int N = SIZE;
 constexpr int kColumns = N * (N + 2);
-constexpr int kThreads = 256;
+constexpr int kThreads = tuning_sum_gradients::threads;
 
 // d_phi from d_phi_partial [clusters, size], whose numbers come in fours. The last block has d_bias and d_alpha, from
 // gate_sums [blocks, kColumns + 3], a warp a column.

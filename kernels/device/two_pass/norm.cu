@@ -17,7 +17,8 @@
 #include "math/collapse.cuh"
 
 constexpr int N = SIZE;
-constexpr int kThreads = 256;
+constexpr int kThreads = tuning_norm_fwd::threads;
+static_assert(kThreads == tuning_norm_bwd::threads && kThreads == tuning_sum_norm_scale::threads);
 constexpr int kWarps = kThreads / 32;
 // Channels that a thread takes at once.
 constexpr int V = N <= 4 ? 8 : 4;
@@ -166,7 +167,7 @@ KERNEL(norm_bwd, kThreads, !EXACT ? 1 : N <= 4 ? 4 : 2)
 }
 
 // Channels of a block, a lane each; its warps share the rows of d_w.
-constexpr int kSumChannels = 32;
+constexpr int kSumChannels = tuning_sum_norm_scale::channels;
 
 KERNEL(sum_norm_scale, kThreads)
 (const float* d_w, float* d_norm_scale, int blocks, int hidden) {

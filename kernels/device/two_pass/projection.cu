@@ -14,8 +14,12 @@
 constexpr int kOctets = SIZE;
 constexpr int kStream = kStreamParts<Stream>;
 constexpr int kWeight = kWeightParts<Stream>;
-constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;
+constexpr int kThreads = tuning_project::threads;
+constexpr int kWarps = kThreads / 32;
+static_assert(kThreads == tuning_project_back::threads && kThreads == tuning_project_back_mixing::threads &&
+              kThreads == tuning_d_phi::threads && kThreads == tuning_sum_d_phi::threads);
+static_assert(kTile == tuning_project::tokens && kTile == tuning_project_back::tokens &&
+              kTile == tuning_project_back_mixing::tokens && kTile == tuning_d_phi::tokens);
 
 // Tensor cores cut a sum off after every addition. Beside float32 streams every sum is therefore short,
 // begins with the smallest products, and is added to the others by the units that round; the parts of
@@ -206,7 +210,8 @@ KERNEL(project_unaligned, kThreads)
 // 4 g + q has the channels 8 g to 8 g + 7 of the tokens 2 q, 2 q + 1, 2 q + 8 and 2 q + 9, so that a
 // warp reads and writes lines of 128 bytes. In the products j = 0 to 3 row g is channel 8 g + 2 j, and
 // row g + 8 the next one.
-constexpr int kChannels = 64;
+constexpr int kChannels = tuning_d_phi::channels;
+static_assert(kChannels == tuning_project_back::channels && kChannels == tuning_project_back_mixing::channels);
 
 __device__ inline int token_of(int r, int q) { return 2 * q + r % 2 + r / 2 * 8; }
 
@@ -232,9 +237,8 @@ __device__ inline void phi_fragment(uint4 (&parts)[kWeight], const float* phi, i
 // registers than there are for that.
 constexpr bool kTwoHexets = kOctets < 10 && !(kRounded && __CUDA_ARCH__ >= 1000);
 
-// Streams whose deferred cotangents are mixed here: those that have so many columns. Any number where the
-// number of columns is not known.
-constexpr int kMixed = !EXACT ? 0 : kOctets == 1 ? 2 : kOctets <= 4 ? 4 : 8;
+// Streams whose deferred cotangents are mixed here: those that have so many columns.
+constexpr int kMixed = tuning_project_back_mixing::streams;
 
 // The warps of a block that have the same channels, one for each stream, hand each other a tile of d_x_in: a
 // lane needs of the other streams what the same lane of their warps has.
@@ -454,7 +458,7 @@ BACK(project_back_mixing_unaligned, false, true)
 // ---- d_phi --------------------------------------------------------------------------------------
 
 // Octets whose sums a warp holds: 16 registers a thread each.
-constexpr int kPhiOctets = kOctets < 5 ? kOctets : 5;
+constexpr int kPhiOctets = kOctets < tuning_d_phi::octets ? kOctets : tuning_d_phi::octets;
 
 // partial: [splits, width, num_columns]. Grid: groups of warps, splits of the tokens, chunks of kPhiOctets
 // octets.

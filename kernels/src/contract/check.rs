@@ -108,6 +108,30 @@ impl<'a> CheckedCall<'a> {
         Err(kind.error("operands and results", "no more", &got))
     }
 
+    /// A call of no tokens and without memory: every address is 0. Plans are measured on it. `sizes` are n, C, columns
+    /// of phi and values of norm_scale, which have to be possible.
+    pub fn without_memory(
+        kind: Call,
+        config: &'a Config,
+        dtype: DType,
+        [n, c, columns, norm_width]: [usize; 4],
+    ) -> Self {
+        Self {
+            kind,
+            config,
+            dtype,
+            tokens: 0,
+            n,
+            c,
+            columns,
+            norm_width,
+            layout: kind.layout(n, config),
+            lead: &[0],
+            args: &[],
+            rets: &[],
+        }
+    }
+
     /// A copy of the call with settings that kernels read in place of those that were checked.
     pub fn with_config(self, config: &'a Config) -> Self {
         Self { config, ..self }
@@ -261,13 +285,13 @@ impl<'a> CheckedCall<'a> {
     /// An operand; None where the call has none of this name.
     pub fn operand(&self, name: &str) -> Option<&'a View<'a>> {
         let at = self.operands().position(|value| value.name == name)?;
-        Some(&self.args[at])
+        self.args.get(at)
     }
 
     /// A result; None where the call has none of this name.
     pub fn result(&self, name: &str) -> Option<&'a View<'a>> {
         let at = self.results().position(|value| value.name == name)?;
-        Some(&self.rets[at])
+        self.rets.get(at)
     }
 
     /// Address of an operand, 0 where the call has none of this name: what a kernel gets as its argument.

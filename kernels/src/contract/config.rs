@@ -19,8 +19,7 @@ use crate::contract::limits::{MAX_PERMUTED, MAX_SINKHORN_ITERS, MAX_STREAMS};
 use crate::contract::table::Group;
 use crate::contract::view::DType;
 
-/// Defines [`Constraint`]: a row has the number that CUDA kernels know the constraint by, the word of
-/// `MHCConfig`, the number of columns of phi for H_res of n streams, and the most streams.
+/// Defines [`Constraint`] by the rows of constraints.rs.
 macro_rules! constraints {
     ($($(#[$doc:meta])* $name:ident = $number:literal, $word:literal, $columns:expr, $max:expr;)+) => {
         /// The set that the matrix H_res is kept on. Its number is the one that CUDA kernels know it by.
@@ -84,16 +83,7 @@ macro_rules! spelled {
     };
 }
 
-constraints! {
-    /// Doubly stochastic matrices, by Sinkhorn-Knopp.
-    Birkhoff = 0, "birkhoff", |n| n * n, MAX_STREAMS;
-    /// Any matrix: H_res = z_res (unconstrained hyper-connections).
-    None = 1, "none", |n| n * n, MAX_STREAMS;
-    /// H_res = I; no coefficients for it.
-    Identity = 2, "identity", |_| 0, MAX_STREAMS;
-    /// Weighted means of permutation matrices.
-    Permutations = 3, "permutations", factorial, MAX_PERMUTED;
-}
+include!("constraints.rs");
 
 /// The axis of h_res[i, j] that each Sinkhorn iteration normalises first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -8,8 +8,8 @@ use cudarc::driver::sys::CUdevice_attribute;
 
 use super::TARGET;
 use super::api::{Api, version_name};
+use super::device::{CLUSTER_SIZES, Device, SHARED_BYTES};
 use super::images::check_capability;
-use super::launch::{CLUSTER_SIZES, Device, SHARED_BYTES};
 
 /// More GPUs than any machine has.
 const MAX_DEVICES: c_int = 1024;

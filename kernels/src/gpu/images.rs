@@ -2,7 +2,8 @@
 
 use miniz_oxide::inflate::decompress_to_vec;
 
-use super::launch::Kernel;
+use super::kernel::Kernel;
+use super::tuning::CHANNELS;
 use crate::contract::view::DType;
 
 include!(concat!(env!("OUT_DIR"), "/cubins.rs"));
@@ -11,12 +12,9 @@ include!(concat!(env!("OUT_DIR"), "/cubins.rs"));
 const OLDEST_CAPABILITY: (u32, u32) = (8, 0);
 
 /// The kernel for clusters that tells how many of them a GPU runs at once.
-pub const PROBE: Kernel = Kernel {
-    file: "one_pass_fwd",
-    function: "pre_fwd_one_pass",
-    size: "w256",
-    dtype: DType::Bf16,
-};
+pub fn probe() -> Kernel {
+    Kernel::of("pre_fwd_one_pass", &CHANNELS[0], DType::Bf16)
+}
 
 /// A file of kernels, compiled for a size, a dtype and an architecture.
 pub struct Image {
@@ -140,6 +138,7 @@ pub fn has_symbol(kernel: &Kernel, capability: (u32, u32)) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gpu::tuning::{FILES, Target};
 
     #[test]
     fn every_gpu_runs_the_code_that_fits_it_best() {
@@ -180,7 +179,6 @@ mod tests {
         assert!(check_capability((7, 5)).unwrap_err().contains("7.5"));
     }
 
-    /// Sizes and dtypes that the plans name, for all that [`Kernel`] can name.
     #[test]
     fn every_architecture_has_every_kernel() {
         if !cfg!(target_os = "linux") {
@@ -188,53 +186,33 @@ mod tests {
             return;
         }
         let build = build().expect("NVRTC to build with");
-        let all = [DType::Bf16, DType::F16, DType::F32];
-        let streams: &[_] = &["n2", "n4", "n8", "any"];
-        let every: [(_, &[_], &[DType]); 6] = [
-            ("sinkhorn", streams, &all[2..]),
-            ("pre", streams, &all),
-            ("norm", streams, &all),
-            ("post", streams, &all),
-            ("collapse", streams, &all),
-            ("projection", &["k8", "k24", "k32", "k80", "any"], &all),
-        ];
-        let channels: &[_] = &["w256", "w320", "w384", "w448"];
-        let clusters: [(_, &[_], &[DType]); 7] = [
-            ("one_pass_fwd", channels, &all[..1]),
-            ("pre_bwd_one_pass", channels, &all[..1]),
-            ("post_pre_bwd_one_pass", channels, &all[..1]),
-            ("phi_bwd", &["w128"], &all[..1]),
-            ("post_pre_norm_bwd", &streams[1..2], &all[..1]),
-            ("logits_bwd", &streams[1..2], &all[2..]),
-            ("sum_gradients", &streams[1..2], &all[2..]),
-        ];
         for architecture in build.architectures {
             let (_, number) = architecture.split_once('_').unwrap();
             let number: u32 = number.parse().unwrap();
             let has_clusters = matches!(*architecture, "sm_90" | "sm_100");
-            let of_hopper = ["post_pre_bwd_one_pass", "phi_bwd", "post_pre_norm_bwd"];
-            let clusters = (clusters.iter())
-                .filter(|_| has_clusters)
-                .filter(|(file, ..)| *architecture == "sm_90" || !of_hopper.contains(file));
-            for (file, sizes, dtypes) in every.iter().chain(clusters) {
-                for size in *sizes {
-                    for &dtype in *dtypes {
-                        let kernel = Kernel {
-                            file,
-                            function: "",
-                            size,
-                            dtype,
-                        };
-                        let capability = (number / 10, number % 10);
-                        assert!(
-                            image(&kernel, capability).is_some(),
-                            "{kernel:?} {architecture}"
-                        );
+            for file in FILES {
+                let is_for = match file.target {
+                    Target::Every => true,
+                    Target::Clusters => has_clusters,
+                    Target::Hopper => *architecture == "sm_90",
+                };
+                for row in file.kernels.iter().filter(|_| is_for) {
+                    let dtypes = DType::ALL.iter();
+                    let dtypes: Vec<_> = dtypes
+                        .filter(|dtype| file.dtypes.contains(&dtype.short_name()))
+                        .collect();
+                    assert_eq!(dtypes.len(), file.dtypes.len());
+                    for size in row.sizes {
+                        for dtype in &dtypes {
+                            let kernel = Kernel::of(row.function, size, **dtype);
+                            let capability = (number / 10, number % 10);
+                            assert!(has_symbol(&kernel, capability), "{kernel:?} {architecture}");
+                        }
                     }
                 }
             }
         }
-        assert!(image(&PROBE, (12, 0)).is_none());
+        assert!(image(&probe(), (12, 0)).is_none());
     }
 
     #[test]

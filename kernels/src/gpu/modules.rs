@@ -10,9 +10,11 @@ use std::sync::{Arc, LazyLock, Mutex, PoisonError, RwLock};
 use cudarc::driver::sys;
 
 use super::TARGET;
+use super::device::{CLUSTER_SIZES, Device};
 use super::driver::{Driver, check_device, checked, driver};
-use super::images::{PROBE, image};
-use super::launch::{Arg, CLUSTER_SIZES, Device, Kernel, Launch, Tensor};
+use super::images::{image, probe};
+use super::kernel::Kernel;
+use super::launch::{Arg, Launch, Tensor};
 
 /// A GPU with the kernels that it has loaded.
 pub struct Gpu {
@@ -287,23 +289,22 @@ fn find_device(driver: &Driver, ordinal: c_int) -> Result<Device, String> {
 }
 
 /// How many clusters run at once. Every kernel for clusters has a multiprocessor for each block, so that
-/// this depends on the size of the clusters alone, and [`PROBE`] can tell for all.
+/// this depends on the size of the clusters alone, and [`probe`] can tell for all.
 fn max_clusters(driver: &Driver, device: &Device) -> Result<[u32; CLUSTER_SIZES.len()], String> {
     let mut most = [0; CLUSTER_SIZES.len()];
-    if image(&PROBE, device.capability).is_none() {
+    let kernel = probe();
+    if image(&kernel, device.capability).is_none() {
         return Ok(most);
     }
-    let in_probe = |reason| format!("{}: {reason}", PROBE.symbol());
-    let function = load(driver, &PROBE, device).map_err(in_probe)?.0;
+    let in_probe = |reason| format!("{}: {reason}", kernel.symbol());
+    let function = load(driver, &kernel, device).map_err(in_probe)?.0;
     for (most, size) in most.iter_mut().zip(CLUSTER_SIZES) {
         let probe = Launch {
-            kernel: PROBE,
-            grid: [size, 1, 1],
             block: 128,
             cluster: size,
             // More than half of what a multiprocessor has.
             shared_bytes: device.max_shared_bytes / 4 * 3,
-            args: Vec::new(),
+            ..kernel.launch([size as usize, 1, 1], Vec::new())
         };
         let (mut cluster, mut num) = (cluster_of(size), 0);
         let config = config(&probe, ptr::null_mut(), &mut cluster);

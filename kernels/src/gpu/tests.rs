@@ -3,10 +3,11 @@
 mod random;
 mod scratch;
 
+use super::device::Device;
 use super::images::{build, has_symbol};
-use super::launch::{Arg, Device, Launch, Tensor};
-use super::{check_device_call, plan, status, workspace};
-use crate::contract::check::Example;
+use super::launch::{Arg, Launch, Tensor};
+use super::{Problem, check_device_call, plan, status};
+use crate::contract::check::{CheckedCall, Example};
 use crate::contract::limits::MAX_PERMUTED;
 use crate::contract::table::Call;
 use crate::contract::view::DType;
@@ -113,6 +114,11 @@ fn examples() -> Vec<(String, Example)> {
     examples
 }
 
+/// Floats that the workspace of a call has to have.
+fn needed(call: &CheckedCall) -> usize {
+    Problem::of(call).workspace().unwrap().len(call.tokens)
+}
+
 /// Checks the limits of CUDA and of a GPU.
 fn check_launch(launch: &Launch, device: &Device, name: &str) {
     let [x, y, z] = launch.grid;
@@ -147,13 +153,10 @@ fn check_launch(launch: &Launch, device: &Device, name: &str) {
 fn plans_name_kernels_that_exist_and_fit_the_gpu() {
     let mut seen = std::collections::HashSet::new();
     for (name, example) in examples() {
-        let needed = example.check(|call| {
-            let call = call.unwrap();
-            workspace(&call.problem()).unwrap().len(call.tokens)
-        });
+        let needed = example.check(|call| needed(&call.unwrap()));
         let example = example.with_workspace(needed);
         for device in [H100, B200, L4] {
-            let launches = example.check(|call| plan(&call.unwrap(), &device));
+            let launches = example.check(|call| plan(&call.unwrap(), &device).unwrap().launches);
             for launch in launches {
                 check_launch(&launch, &device, &name);
                 // So that a multiprocessor has one block, as Device::max_clusters says.
@@ -176,8 +179,9 @@ fn plans_name_kernels_that_exist_and_fit_the_gpu() {
 
 /// The kernels of a call of 17 tokens, in their order.
 fn functions_of(example: Example, device: &Device) -> Vec<&'static str> {
-    let needed = example.check(|call| workspace(&call.unwrap().problem()).unwrap().len(17));
-    let launches = (example.with_workspace(needed)).check(|call| plan(&call.unwrap(), device));
+    let needed = example.check(|call| needed(&call.unwrap()));
+    let example = example.with_workspace(needed);
+    let launches = example.check(|call| plan(&call.unwrap(), device).unwrap().launches);
     launches
         .iter()
         .map(|launch| launch.kernel.function)
@@ -300,14 +304,11 @@ fn the_norm_is_in_the_kernels_that_read_the_streams_once() {
 #[test]
 fn every_call_does_something() {
     for (name, example) in examples() {
-        let needed = example.check(|call| {
-            let call = call.unwrap();
-            workspace(&call.problem()).unwrap().len(call.tokens)
-        });
+        let needed = example.check(|call| needed(&call.unwrap()));
         example.with_workspace(needed).check(|call| {
             let call = call.unwrap();
             let writes = call.tokens > 0 || call.result("d_bias").is_some();
-            let launches = plan(&call, &H100);
+            let launches = plan(&call, &H100).unwrap().launches;
             let runs = launches.iter().any(|launch| !launch.grid.contains(&0));
             assert!(runs || !writes, "{name}");
         });
@@ -319,8 +320,11 @@ fn what_the_kernels_cannot_take_is_refused() {
     let refusal = |dtype, tokens, workspace| {
         let example = Example::new(Call::PreFwd, dtype, tokens, [1, 1], Config::default());
         let check = |example: &Example| {
-            example
-                .check(|call| check_device_call(&call.unwrap()).map_err(|error| error.to_string()))
+            example.check(|call| {
+                let call = call.unwrap();
+                let plan = check_device_call(&call).and_then(|()| plan(&call, &L4));
+                plan.map(|_| ()).map_err(|error| error.to_string())
+            })
         };
         match workspace {
             Some(len) => check(&example.with_workspace(len)),

@@ -76,7 +76,7 @@ impl Case {
             sinkhorn_iters: self.config.sinkhorn_iters,
             norm_width: 0,
         };
-        let len = gpu::workspace(&problem).unwrap().len(self.tokens);
+        let len = problem.workspace().unwrap().len(self.tokens);
         types[1].push(wide(&[len as i64]));
         types
     }

@@ -27,21 +27,7 @@ impl Example {
     ) -> Self {
         let c = if kind.first_operand() == "z" { n } else { c };
         let lead = [tokens as i64];
-        let layout = kind.layout(n, &config);
-        let call = CheckedCall {
-            kind,
-            config: &config,
-            dtype,
-            tokens,
-            n,
-            c,
-            columns: 0,
-            norm_width: 0,
-            layout,
-            lead: &lead,
-            args: &[],
-            rets: &[],
-        };
+        let call = CheckedCall::without_memory(kind, &config, dtype, [n, c, 0, 0]);
         let of = |value: Value| {
             let shape = call.shape(&value);
             let lead = if value.has_tokens { &lead[..] } else { &[] };

@@ -1,57 +1,58 @@
-//! Launches of `collapse_fwd` and `collapse_bwd`.
+//! The schedule of `collapse_fwd` and `collapse_bwd`.
 
-use super::post::{THREADS, channels, grid};
-use super::sizes::{for_rows, is_aligned, streams_size};
+use super::Schedule;
+use super::post::{channels, grid};
+use super::sizes::{self, for_rows, is_aligned};
 use crate::contract::check::CheckedCall;
 use crate::contract::table::Call;
-use crate::gpu::launch::{Arg, Device, Kernel, Launch, Problem, Workspace};
+use crate::gpu::kernel::Kernel;
+use crate::gpu::launch::{Arg, Launch};
 
-/// Threads of a block with one token, at most (`kMaxBackwardThreads` of collapse.cu).
-const MAX_BACKWARD_THREADS: usize = 128;
+/// Forward a thread some channels of a token, backward a block a token.
+pub const SCHEDULE: Schedule = Schedule {
+    name: "collapse",
+    plan: |call, _, _| {
+        Some(vec![match call.kind {
+            Call::CollapseBwd => backward(call),
+            _ => forward(call),
+        }])
+    },
+};
 
-/// The launches of a call, in their order.
-pub fn plan(call: &CheckedCall, _device: &Device) -> Vec<Launch> {
-    let (functions, grid, threads, mut args) = match call.kind {
-        Call::CollapseBwd => {
-            let threads = call.c.div_ceil(channels(call)).min(MAX_BACKWARD_THREADS);
-            let args = vec![
-                Arg::Pointer(call.operand_address("x")),
-                Arg::Pointer(call.operand_address("d_u")),
-                Arg::Pointer(call.result_address("d_h_pre")),
-            ];
-            let functions = ["collapse_bwd", "collapse_bwd_unaligned"];
-            (functions, [call.tokens as u32, 1, 1], threads, args)
-        }
-        _ => {
-            let (grid, slab) = grid(call);
-            let args = vec![
-                Arg::Pointer(call.operand_address("x")),
-                Arg::Pointer(call.operand_address("h_pre")),
-                Arg::Pointer(call.result_address("u")),
-                Arg::I32(call.tokens as i32),
-                Arg::I32(slab as i32),
-            ];
-            let functions = ["collapse_fwd", "collapse_fwd_unaligned"];
-            (functions, grid, THREADS, args)
-        }
-    };
-    args.extend([Arg::I32(call.n as i32), Arg::I32(call.c as i32)]);
-    vec![Launch {
-        kernel: Kernel {
-            file: "collapse",
-            function: for_rows(call.c, functions),
-            size: streams_size(call.n, is_aligned(call.c)),
-            dtype: call.dtype,
-        },
-        grid,
-        block: threads.next_multiple_of(32) as u32,
-        cluster: 1,
-        shared_bytes: 0,
-        args,
-    }]
+fn kernel(call: &CheckedCall, functions: [&'static str; 2]) -> Kernel {
+    let size = sizes::streams(call.n, is_aligned(call.c));
+    Kernel::of(for_rows(call.c, functions), size, call.dtype)
 }
 
-/// What the call needs.
-pub fn workspace(_problem: &Problem) -> Workspace {
-    Workspace::default()
+fn forward(call: &CheckedCall) -> Launch {
+    let kernel = kernel(call, ["collapse_fwd", "collapse_fwd_unaligned"]);
+    let (grid, slab) = grid(call, kernel);
+    kernel.launch(
+        grid,
+        vec![
+            Arg::Pointer(call.operand_address("x")),
+            Arg::Pointer(call.operand_address("h_pre")),
+            Arg::Pointer(call.result_address("u")),
+            Arg::I32(call.tokens as i32),
+            Arg::I32(slab as i32),
+            Arg::I32(call.n as i32),
+            Arg::I32(call.c as i32),
+        ],
+    )
+}
+
+fn backward(call: &CheckedCall) -> Launch {
+    let kernel = kernel(call, ["collapse_bwd", "collapse_bwd_unaligned"]);
+    let threads = call.c.div_ceil(channels(call)).min(kernel.threads());
+    let args = vec![
+        Arg::Pointer(call.operand_address("x")),
+        Arg::Pointer(call.operand_address("d_u")),
+        Arg::Pointer(call.result_address("d_h_pre")),
+        Arg::I32(call.n as i32),
+        Arg::I32(call.c as i32),
+    ];
+    Launch {
+        block: threads.next_multiple_of(32) as u32,
+        ..kernel.launch([call.tokens, 1, 1], args)
+    }
 }

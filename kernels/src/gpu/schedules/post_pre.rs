@@ -1,49 +1,60 @@
-//! Launches of `post_pre_fwd` and `post_pre_bwd`: those of post and of pre.
+//! The schedules of `post_pre_fwd` and `post_pre_bwd` that launch post and pre one after the other.
 
-use super::projection::Shape;
-use super::{one_pass, post, pre};
+use super::one_pass::pre_bwd;
+use super::two_pass::pre;
+use super::{DXIn, Schedule, post};
 use crate::contract::check::CheckedCall;
-use crate::contract::table::Call;
-use crate::gpu::launch::{Device, Launch, Problem, Workspace};
-use crate::gpu::workspace::{Memory, Part, room};
+use crate::gpu::device::Device;
+use crate::gpu::launch::Launch;
+use crate::gpu::workspace::{Part, Workspace};
 
-/// The launches of a call, in their order.
-pub fn plan(call: &CheckedCall, device: &Device) -> Vec<Launch> {
-    let memory = &mut Memory::of(call);
-    if call.kind == Call::PostPreFwd {
-        if let Some(launch) = one_pass::forward(call, device) {
-            return vec![launch];
-        }
+/// Post, then pre in two passes.
+pub const FORWARD: Schedule = Schedule {
+    name: "post, then pre",
+    plan: |call, device, workspace| {
         let x_new = call.result_address("x_new");
         let mut launches = vec![post::forward(call, x_new)];
-        launches.extend(pre::forward(call, device, memory, x_new));
-        return launches;
-    }
-    if let Some(launches) = one_pass::post_pre_bwd::plan(call, device, memory) {
-        return launches;
-    }
-    // X' is computed again. Its gradient grows where d_x_new_in lies.
-    let x_new = memory.take(x_new(&call.problem()));
-    let handed_on = pre::handed_on(call, "d_x_new_in", "h_res_new");
+        launches.extend(pre::forward(call, device, workspace, x_new));
+        Some(launches)
+    },
+};
+
+/// X' again, then pre's backward pass in one pass over it, and post's.
+pub const ONE_PASS_BACKWARD: Schedule = Schedule {
+    name: "post again, pre in one pass, post",
+    plan: |call, device, workspace| backward(call, device, workspace, pre_bwd::plan),
+};
+
+/// X' again, then pre's backward pass in two passes over it, and post's.
+pub const TWO_PASS_BACKWARD: Schedule = Schedule {
+    name: "post again, pre in two passes, post",
+    plan: |call, device, workspace| {
+        backward(
+            call,
+            device,
+            workspace,
+            |call, device, workspace, x, d_x_in| {
+                Some(pre::backward(call, device, workspace, x, d_x_in))
+            },
+        )
+    },
+};
+
+/// The backward pass of pre from the streams at an address.
+type PreBackward = fn(&CheckedCall, &Device, &mut dyn Workspace, u64, DXIn) -> Option<Vec<Launch>>;
+
+/// The launches around pre's. The gradient of X' grows where d_x_new_in lies.
+fn backward(
+    call: &CheckedCall,
+    device: &Device,
+    workspace: &mut dyn Workspace,
+    pre_backward: PreBackward,
+) -> Option<Vec<Launch>> {
+    let streams_bytes = call.n * call.c * call.dtype.num_bytes();
+    let x_new = workspace.take(Part::bytes_per_token(streams_bytes));
+    let d_x_in = DXIn::of(call, "d_x_new_in", "h_res_new");
     let mut launches = vec![post::forward(call, x_new)];
-    launches.extend(pre::backward(call, device, memory, x_new, handed_on));
+    launches.extend(pre_backward(call, device, workspace, x_new, d_x_in)?);
     launches.push(post::backward(call, call.result_address("d_x_new")));
-    launches
-}
-
-/// What the call needs.
-pub fn workspace(problem: &Problem) -> Workspace {
-    if problem.kind == Call::PostPreFwd {
-        return room(&[Shape::of(problem).partial()]);
-    }
-    // Which of both it is depends on the GPU.
-    room(&[x_new(problem)])
-        .and(pre::backward_workspace(problem))
-        .max(one_pass::post_pre_bwd::workspace(problem))
-}
-
-/// X', in the dtype of the streams.
-fn x_new(problem: &Problem) -> Part {
-    let bytes = problem.n * problem.c * problem.dtype.num_bytes();
-    Part::per_token(bytes.div_ceil(size_of::<f32>()))
+    Some(launches)
 }

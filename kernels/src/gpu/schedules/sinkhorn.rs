@@ -1,77 +1,63 @@
-//! Launches of `sinkhorn_fwd` and `sinkhorn_bwd`.
+//! The schedule of `sinkhorn_fwd` and `sinkhorn_bwd`.
 
-use super::sizes::{streams_bound, streams_size};
+use super::{Schedule, sizes};
 use crate::contract::check::CheckedCall;
 use crate::contract::table::Call;
 use crate::contract::view::DType;
-use crate::gpu::launch::{Arg, Device, Kernel, Launch, Problem, Workspace};
-use crate::gpu::workspace::{Memory, Part, room};
+use crate::gpu::device::Device;
+use crate::gpu::kernel::Kernel;
+use crate::gpu::launch::{Arg, Launch};
+use crate::gpu::workspace::{Part, Workspace};
 
-/// Threads of a block (`kThreads` of sinkhorn.cu).
-const THREADS: usize = 128;
 /// The most shared memory for what the backward pass records; the workspace has it otherwise.
 const HISTORY_BYTES: usize = 48 << 10;
 
-/// The launches of a call, in their order.
-pub fn plan(call: &CheckedCall, _device: &Device) -> Vec<Launch> {
-    let problem = call.problem();
-    let shared_bytes = shared_history(&problem);
-    let kernel = |function| Kernel {
-        file: "sinkhorn",
-        function,
-        size: streams_size(call.n, true),
-        dtype: DType::F32,
+/// A thread a row of a matrix.
+pub const SCHEDULE: Schedule = Schedule {
+    name: "sinkhorn",
+    plan: |call, _: &Device, workspace| Some(vec![launch(call, workspace)]),
+};
+
+fn launch(call: &CheckedCall, workspace: &mut dyn Workspace) -> Launch {
+    let is_backward = call.kind == Call::SinkhornBwd;
+    let function = if is_backward {
+        "sinkhorn_bwd"
+    } else {
+        "sinkhorn_fwd"
     };
-    let sizes = [
+    let kernel = Kernel::of(function, sizes::streams(call.n, true), DType::F32);
+    let rows = sizes::streams_bound(call.n, true);
+    let mut args = vec![Arg::Pointer(call.operand_address("z"))];
+    let mut shared_bytes = 0;
+    if is_backward {
+        let half_steps = 2 * call.config.sinkhorn_iters;
+        let bytes = half_steps * kernel.threads() * size_of::<f32>();
+        let history = if bytes <= HISTORY_BYTES {
+            shared_bytes = bytes as u32;
+            0
+        } else {
+            // Blocks are whole.
+            workspace.take(Part {
+                per_token: half_steps * rows,
+                fixed: half_steps * kernel.threads(),
+            })
+        };
+        args.extend([
+            Arg::Pointer(call.operand_address("d_h_res")),
+            Arg::Pointer(call.result_address("d_z")),
+            Arg::Pointer(history),
+        ]);
+    } else {
+        args.push(Arg::Pointer(call.result_address("h_res")));
+    }
+    args.extend([
         Arg::I64(call.tokens as i64),
         Arg::I32(call.n as i32),
         Arg::Settings(call.config.into()),
-    ];
-    let mut args = vec![Arg::Pointer(call.operand_address("z"))];
-    let (kernel, shared_bytes) = if call.kind == Call::SinkhornFwd {
-        args.push(Arg::Pointer(call.result_address("h_res")));
-        (kernel("sinkhorn_fwd"), 0)
-    } else {
-        let history = match shared_bytes {
-            Some(_) => 0,
-            None => Memory::of(call).take(history(&problem)),
-        };
-        args.push(Arg::Pointer(call.operand_address("d_h_res")));
-        args.push(Arg::Pointer(call.result_address("d_z")));
-        args.push(Arg::Pointer(history));
-        (kernel("sinkhorn_bwd"), shared_bytes.unwrap_or(0))
-    };
-    args.extend(sizes);
-    let threads = call.tokens * streams_bound(call.n, true);
-    vec![Launch {
-        kernel,
-        grid: [threads.div_ceil(THREADS) as u32, 1, 1],
-        block: THREADS as u32,
-        cluster: 1,
-        shared_bytes: shared_bytes as u32,
-        args,
-    }]
-}
-
-/// What the call needs.
-pub fn workspace(problem: &Problem) -> Workspace {
-    match shared_history(problem) {
-        None if problem.kind == Call::SinkhornBwd => room(&[history(problem)]),
-        _ => Workspace::default(),
-    }
-}
-
-/// The bytes of shared memory for what the backward pass records, where they fit.
-fn shared_history(problem: &Problem) -> Option<usize> {
-    let bytes = 2 * problem.sinkhorn_iters * THREADS * size_of::<f32>();
-    (bytes <= HISTORY_BYTES).then_some(bytes)
-}
-
-/// The same in the workspace, for whole blocks.
-fn history(problem: &Problem) -> Part {
-    let half_steps = 2 * problem.sinkhorn_iters;
-    Part {
-        per_token: half_steps * streams_bound(problem.n, true),
-        fixed: half_steps * THREADS,
+    ]);
+    let blocks = (call.tokens * rows).div_ceil(kernel.threads());
+    Launch {
+        shared_bytes,
+        ..kernel.launch([blocks, 1, 1], args)
     }
 }

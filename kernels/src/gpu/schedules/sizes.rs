@@ -1,22 +1,23 @@
-//! Which of the compiled sizes of a kernel a call takes.
+//! The compiled size of a kernel that a call takes.
 
-/// The size of the kernels for n streams, as the build names it.
-pub fn streams_size(n: usize, aligned: bool) -> &'static str {
-    match n {
-        2 if aligned => "n2",
-        4 if aligned => "n4",
-        8 if aligned => "n8",
-        _ => "any",
-    }
+use crate::gpu::tuning::{STREAMS, Size};
+
+/// The size of the kernels for n streams of C channels.
+pub fn streams(n: usize, is_aligned: bool) -> &'static Size {
+    of(STREAMS, n, is_aligned)
+}
+
+/// The exact size of a number, or the bound: that takes all numbers, and rows that are not aligned.
+pub fn of(sizes: &'static [Size], number: usize, is_aligned: bool) -> &'static Size {
+    let mut exact =
+        (sizes.iter()).filter(|size| is_aligned && size.is_exact && size.number as usize == number);
+    let bound = || sizes.iter().find(|size| !size.is_exact);
+    (exact.next().or_else(bound)).expect("the last size is a bound")
 }
 
 /// The number of streams that these kernels have room for (`SIZE`).
-pub fn streams_bound(n: usize, aligned: bool) -> usize {
-    if streams_size(n, aligned) == "any" {
-        16
-    } else {
-        n
-    }
+pub fn streams_bound(n: usize, is_aligned: bool) -> usize {
+    streams(n, is_aligned).number as usize
 }
 
 /// Whether rows can be read 16 bytes at a time (`aligned` of common.cuh).
@@ -24,7 +25,7 @@ pub fn is_aligned(c: usize) -> bool {
     c.is_multiple_of(8)
 }
 
-/// The symbol of a kernel that is there for both kinds of rows.
+/// The function of a kernel that is there for both kinds of rows.
 pub fn for_rows(c: usize, [aligned, unaligned]: [&'static str; 2]) -> &'static str {
     if is_aligned(c) { aligned } else { unaligned }
 }

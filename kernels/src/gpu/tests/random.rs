@@ -1,9 +1,9 @@
 //! Plans of random calls on random GPUs, the largest and the oddest among them.
 
-use super::super::launch::{
-    Arg, CLUSTER_SHARED_BYTES, Device, Launch, MAX_COUNT, Problem, SHARED_BYTES,
-};
-use super::super::{check_device_call, plan, workspace};
+use super::super::device::{CLUSTER_SHARED_BYTES, Device, SHARED_BYTES};
+use super::super::launch::{Arg, Launch};
+use super::super::workspace::MAX_COUNT;
+use super::super::{Problem, check_device_call, plan};
 use super::check_launch;
 use super::scratch::{Span, spans};
 use crate::contract::check::{CheckedCall, Example};
@@ -151,7 +151,11 @@ fn plans_of_any_call_keep_to_its_memory_and_to_cudas_limits() {
         let (example, device) = (random.example(), random.device());
         let needed = example.check(|call| {
             let call = call.ok()?;
-            Some(workspace(&call.problem())?.len(call.tokens.min(MAX_COUNT)))
+            Some(
+                Problem::of(&call)
+                    .workspace()?
+                    .len(call.tokens.min(MAX_COUNT)),
+            )
         });
         let Some(needed) = needed else {
             refused += 1;
@@ -163,8 +167,8 @@ fn plans_of_any_call_keep_to_its_memory_and_to_cudas_limits() {
                 return;
             };
             planned += 1;
-            let name = format!("{at}: {:?} of {} tokens", call.problem(), call.tokens);
-            let launches = plan(&call, &device);
+            let name = format!("{at}: {:?} of {} tokens", Problem::of(&call), call.tokens);
+            let launches = plan(&call, &device).expect("room").launches;
             for launch in &launches {
                 check_launch(
                     launch,
@@ -202,7 +206,7 @@ fn workspaces_of_any_sizes_are_told_or_none() {
                     sinkhorn_iters,
                     norm_width,
                 };
-                let Some(workspace) = workspace(&problem) else {
+                let Some(workspace) = problem.workspace() else {
                     continue;
                 };
                 told += 1;

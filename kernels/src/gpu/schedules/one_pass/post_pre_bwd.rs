@@ -1,68 +1,47 @@
-//! Launches of `post_pre_bwd` in one pass over the streams (post_pre_bwd_one_pass.cu), but for d_phi where that has no
-//! room for it (phi_bwd.cu).
+//! The schedule of `post_pre_bwd` in one pass over the streams (post_pre_bwd_one_pass.cu), but for d_phi where that has
+//! no room for it (phi_bwd.cu), and for the norm of the layer's input (post_pre_norm_bwd.cu).
 
-use super::pre_bwd::{self, Parts};
-use super::{COLUMNS, STREAMS, Shape};
+use super::pre_bwd::{self, Sums};
+use super::{COLUMNS, Geometry, STREAMS};
 use crate::contract::check::CheckedCall;
-use crate::gpu::launch::{Arg, Device, Kernel, Launch, Problem, Tensor, Workspace};
-use crate::gpu::schedules::norm;
-use crate::gpu::workspace::{Memory, Part, room};
+use crate::gpu::device::Device;
+use crate::gpu::kernel::Kernel;
+use crate::gpu::launch::{Arg, Launch, Tensor};
+use crate::gpu::schedules::{Schedule, norm, sizes};
+use crate::gpu::tuning::W128;
+use crate::gpu::workspace::{Part, Workspace};
 
-/// Tokens of a tile (`kTileTokens`), and threads of a block.
-const TILE: usize = 8;
-const THREADS: u32 = 512;
-/// Warps of a block that write sums of the gates' gradients.
-const OWNER_WARPS: u32 = 2;
+/// Channels from which on blocks with the norm are so large that half as many fill a GPU.
+const WIDE: usize = 2049;
 
-/// `kSharedBytes`.
-fn shared_bytes(channels: usize) -> u32 {
-    match channels {
-        256 => 229_888,
-        320 => 221_696,
-        384 => 200_192,
-        _ => 230_912,
+/// The logits' gradients beforehand, then X' and its gradient in one pass, then the sums for the parameters.
+pub const POST_PRE_BACKWARD: Schedule = Schedule {
+    name: "one pass",
+    plan,
+};
+
+fn plan(call: &CheckedCall, device: &Device, workspace: &mut dyn Workspace) -> Option<Vec<Launch>> {
+    let geometry = pre_bwd::geometry(call, device)?;
+    let kernel = Kernel::find("post_pre_bwd_one_pass", geometry.size, call.dtype)?;
+    if !kernel.is_for(device) {
+        return None;
     }
-}
-
-/// Whether there is room for the sums for d_phi (`kSumsPhi`).
-fn sums_phi(shape: Shape) -> bool {
-    shape.channels == 256
-}
-
-/// Where there is not, r dm: as many numbers a token as phi has columns, each in two halves of a float.
-fn r_dm(shape: Shape) -> Part {
-    Part::per_token(if sums_phi(shape) { 0 } else { COLUMNS })
-}
-
-/// Workspace of `post_pre_bwd` in one pass.
-pub fn workspace(problem: &Problem) -> Workspace {
-    pre_bwd::shape(problem).map_or(Workspace::default(), |shape| {
-        room(&Parts::of(problem, shape).all())
-            .and(room(&[r_dm(shape)]))
-            .and(norm::workspace(problem))
-    })
-}
-
-/// The launches of `post_pre_bwd` in one pass, where there is a kernel for it.
-pub fn plan(call: &CheckedCall, device: &Device, memory: &mut Memory) -> Option<Vec<Launch>> {
-    let problem = call.problem();
-    // On later chips the kernel would spill registers.
-    let is_hopper = device.capability.0 == 9;
-    let shape = pre_bwd::shape(&problem).filter(|shape| is_hopper && shape.runs_on(device))?;
-    let [d_z, gate_sums, d_phi] = Parts::of(&problem, shape)
-        .all()
-        .map(|part| memory.take(part));
-    let r_dm = memory.take(r_dm(shape));
-    let (d_u, mut launches) = norm::post_pre_backward(call, memory);
+    let sums_phi = kernel.more("sums_phi") > 0;
+    let sums = Sums::take(call, geometry, workspace);
+    // As many numbers a token as phi has columns, each in two halves of a float.
+    let r_dm = if sums_phi {
+        0
+    } else {
+        workspace.take(Part::per_token(COLUMNS))
+    };
+    let (d_u, mut launches) = norm_backward(call, workspace);
     let operand = |name| call.operand_address(name);
     let result = |name| call.result_address(name);
-    let tensor = |address, num_streams| {
-        let dims = [call.tokens, num_streams, call.c];
-        Tensor::new(address, dims, [TILE, shape.channels])
+    let vector = |address| Arg::TensorMap(geometry.tensor(call, kernel, address, 1));
+    let streams = |address| {
+        let tensor = geometry.tensor(call, kernel, address, STREAMS);
+        [0, 1].map(|first| Arg::TensorMap(tensor.every_second(first)))
     };
-    let vector = |address| Arg::TensorMap(tensor(address, 1));
-    let streams =
-        |address| [0, 1].map(|first| Arg::TensorMap(tensor(address, STREAMS).every_second(first)));
     let mut args = streams(operand("x")).to_vec();
     args.extend([vector(operand("y")), vector(d_u)]);
     args.extend(streams(operand("d_x_new_in")));
@@ -80,99 +59,102 @@ pub fn plan(call: &CheckedCall, device: &Device, memory: &mut Memory) -> Option<
         "d_h_pre",
     ];
     args.extend(names.map(|name| Arg::Pointer(operand(name))));
-    args.push(Arg::Pointer(d_z));
+    args.push(Arg::Pointer(sums.d_z));
     args.extend(["d_h_post", "d_h_res"].map(|name| Arg::Pointer(result(name))));
     args.extend([
-        Arg::Pointer(if sums_phi(shape) { d_phi } else { r_dm }),
-        Arg::Pointer(gate_sums),
+        Arg::Pointer(if sums_phi { sums.d_phi } else { r_dm }),
+        Arg::Pointer(sums.gates),
         Arg::I32(call.tokens as i32),
         Arg::I32(i32::from(call.config.deferred)),
         Arg::Settings(call.config.into()),
     ]);
-    let grid = shape.grid(device, call.tokens, TILE);
-    let main = Launch {
-        kernel: Kernel {
-            file: "post_pre_bwd_one_pass",
-            function: "post_pre_bwd_one_pass",
-            size: shape.size,
-            dtype: call.dtype,
-        },
-        grid,
-        block: THREADS,
-        cluster: shape.cluster,
-        shared_bytes: shared_bytes(shape.channels),
-        args,
-    };
-    launches.extend([pre_bwd::gates(call, d_z), main]);
-    let num_sums = if sums_phi(shape) {
-        grid[0] / shape.cluster
+    let main = geometry.launch(call, device, kernel, args);
+    let blocks = main.grid[0];
+    launches.extend([pre_bwd::logits(call, &sums), main]);
+    let num_sums = if sums_phi {
+        blocks / geometry.cluster
     } else {
-        let launch = phi(call, device, shape, r_dm, d_phi);
+        let launch = phi(call, device, geometry, r_dm, sums.d_phi);
         let num_sums = launch.grid[1];
         launches.push(launch);
         num_sums
     };
-    let rows = OWNER_WARPS * grid[0];
-    launches.push(pre_bwd::sum_gradients(
-        call, d_phi, gate_sums, num_sums, rows,
-    ));
+    let rows = kernel.more("owner_warps") as u32 * blocks;
+    launches.push(pre_bwd::sum_gradients(call, &sums, num_sums, rows));
     Some(launches)
 }
 
 /// The sums for d_phi, at `d_phi`, from r dm: a row of blocks for each of them.
-fn phi(call: &CheckedCall, device: &Device, shape: Shape, r_dm: u64, d_phi: u64) -> Launch {
-    const TILE: usize = 16;
-    const CHANNELS: usize = 128;
-    const THREADS: u32 = 256;
-    const SHARED_BYTES: u32 = 95_232;
-    const BLOCKS_OF_SM: usize = 2;
+fn phi(call: &CheckedCall, device: &Device, geometry: Geometry, r_dm: u64, d_phi: u64) -> Launch {
+    let kernel = Kernel::of("phi_bwd", &W128, call.dtype);
+    let channels = W128.number as usize;
     let operand = |name| call.operand_address(name);
     let tensor = |name, num_streams| {
         let dims = [call.tokens, num_streams, call.c];
-        Arg::TensorMap(Tensor::new(operand(name), dims, [TILE, CHANNELS]))
+        Arg::TensorMap(Tensor::new(
+            operand(name),
+            dims,
+            [kernel.tokens(), channels],
+        ))
     };
-    let slices = call.c / CHANNELS;
+    let slices = call.c / channels;
     // There is room for as many sums as clusters make.
-    let most = shape.max_clusters() as usize;
-    let most = (BLOCKS_OF_SM * device.num_sms as usize / slices).clamp(1, most);
-    let num_sums = most.min(call.tokens.div_ceil(TILE));
+    let most = kernel.more("blocks") * device.num_sms as usize / slices;
+    let most = most.clamp(1, geometry.max_clusters());
+    let num_sums = most.min(call.tokens.div_ceil(kernel.tokens()));
     let mut args = vec![tensor("x", STREAMS), tensor("y", 1)];
     args.extend(["h_post", "h_res"].map(|name| Arg::Pointer(operand(name))));
     args.extend([r_dm, d_phi].map(Arg::Pointer));
     args.push(Arg::I32(call.tokens as i32));
-    Launch {
-        kernel: Kernel {
-            file: "phi_bwd",
-            function: "phi_bwd",
-            size: "w128",
-            dtype: call.dtype,
-        },
-        grid: [slices as u32, num_sums as u32, 1],
-        block: THREADS,
-        cluster: 1,
-        shared_bytes: SHARED_BYTES,
-        args,
-    }
+    kernel.launch([slices, num_sums, 1], args)
 }
 
-#[cfg(test)]
-mod tests {
-    use super::super::CHANNELS;
-    use super::*;
-
-    #[test]
-    fn the_kernels_say_the_same() {
-        let source = include_str!("../../../../device/one_pass/post_pre_bwd_one_pass.cu");
-        let says = |text: &str| assert!(source.contains(text), "{text}");
-        for (channels, _) in CHANNELS {
-            let bytes = shared_bytes(channels);
-            says(&format!("SIZE != {channels} || kSharedBytes == {bytes}"));
-        }
-        says("kSumsPhi = SIZE == 256;");
-        says(&format!("kOwnerWarps = {OWNER_WARPS};"));
-        says(&format!("kThreads == {THREADS}"));
-        let phi = include_str!("../../../../device/one_pass/phi_bwd.cu");
-        assert!(phi.contains("kSharedBytes == 95232 && kThreads == 256 && SIZE == 128"));
-        assert!(phi.contains("kTokens = 16;"));
+/// Where the cotangent of u lies, and what makes it of that of the normalised u: the operand and nothing where there is
+/// no norm.
+fn norm_backward(call: &CheckedCall, workspace: &mut dyn Workspace) -> (u64, Vec<Launch>) {
+    if call.norm_width == 0 {
+        return (call.operand_address("d_u"), vec![]);
     }
+    let d_u = workspace.take(norm::d_u(call));
+    let d_w = workspace.take(norm::sums(call, norm::MAX_BLOCKS));
+    let kernel = Kernel::of(
+        "post_pre_norm_bwd",
+        sizes::streams(STREAMS, true),
+        call.dtype,
+    );
+    let most = if call.c < WIDE {
+        norm::MAX_BLOCKS
+    } else {
+        norm::MAX_BLOCKS / 2
+    };
+    let blocks = call.tokens.min(most);
+    let names = [
+        "x",
+        "y",
+        "h_post",
+        "h_res",
+        "alpha",
+        "bias",
+        "m",
+        "norm_scale",
+        "rho",
+        "u_norm",
+        "d_u",
+    ];
+    let mut args = names
+        .map(|name| Arg::Pointer(call.operand_address(name)))
+        .to_vec();
+    args.extend([
+        Arg::Pointer(d_u),
+        Arg::Pointer(d_w),
+        Arg::I32(call.tokens as i32),
+        Arg::I32(call.c as i32),
+        Arg::Settings(call.config.into()),
+    ]);
+    let threads = (call.c / kernel.more("channels")).next_multiple_of(32);
+    let main = Launch {
+        block: threads as u32,
+        ..kernel.launch([blocks, 1, 1], args)
+    };
+    (d_u, vec![main, norm::sum(call, d_w, blocks)])
 }

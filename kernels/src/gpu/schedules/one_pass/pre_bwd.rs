@@ -1,264 +1,147 @@
-//! Launches of `pre_bwd` in one pass over the streams (pre_bwd_one_pass.cu), and the small ones around it, which
-//! post_pre's backward pass has as well.
+//! The schedule of `pre_bwd` in one pass over the streams (pre_bwd_one_pass.cu), and what post_pre's backward pass shares
+//! with it: its workspace, and the small launches before and after.
 
-use super::{COLUMNS, STREAMS, Shape};
+use super::{COLUMNS, Geometry, STREAMS};
 use crate::contract::check::CheckedCall;
 use crate::contract::view::DType;
-use crate::gpu::launch::{
-    Arg, Device, Kernel, Launch, MAX_CLUSTER_BLOCKS, Problem, Tensor, Workspace,
-};
-use crate::gpu::schedules::norm;
-use crate::gpu::schedules::projection::HandedOn;
-use crate::gpu::workspace::{Memory, Part, room};
+use crate::gpu::device::{Device, MAX_CLUSTER_BLOCKS};
+use crate::gpu::kernel::Kernel;
+use crate::gpu::launch::{Arg, Launch};
+use crate::gpu::schedules::{DXIn, Schedule, norm, sizes};
+use crate::gpu::workspace::{Part, Workspace};
 
-/// Tokens of a tile (`kTileTokens`).
-const TILE: usize = 8;
-/// What Sinkhorn's iterations record has to fit into shared memory.
+/// The most iterations of Sinkhorn-Knopp whose record fits into shared memory.
 const MAX_SINKHORN_ITERS: usize = 128;
 
-/// What the backward passes in one kernel keep in the workspace.
-pub struct Parts {
-    d_z: Part,
-    gate_sums: Part,
-    d_phi: Part,
+/// The logits' gradients beforehand, then one pass over the streams, then the sums for the parameters.
+pub const PRE_BACKWARD: Schedule = Schedule {
+    name: "one pass",
+    plan: |call, device, workspace| {
+        let d_x_in = DXIn::of(call, "d_x_in", "h_res");
+        plan(call, device, workspace, call.operand_address("x"), d_x_in)
+    },
+};
+
+/// The geometry of a backward call.
+pub fn geometry(call: &CheckedCall, device: &Device) -> Option<Geometry> {
+    let recorded = call.config.sinkhorn_iters <= MAX_SINKHORN_ITERS;
+    Geometry::of(call, device).filter(|_| recorded)
 }
 
-impl Parts {
-    /// Those of a problem, with room for the sums of as many clusters as any GPU runs at once.
-    pub fn of(problem: &Problem, shape: Shape) -> Self {
-        let fixed = |fixed| Part {
-            per_token: 0,
-            fixed,
-        };
-        let clusters = shape.max_clusters() as usize;
+/// What the backward passes in one kernel keep in the workspace, with room for the sums of as many clusters as any GPU
+/// runs at once.
+pub struct Sums {
+    /// Gradients of the logits of h_post and H_res.
+    pub d_z: u64,
+    /// Sums for alpha and bias, of up to two warps a block.
+    pub gates: u64,
+    /// Sums for phi, of a cluster each.
+    pub d_phi: u64,
+}
+
+impl Sums {
+    /// Room for the sums of a call.
+    pub fn take(call: &CheckedCall, geometry: Geometry, workspace: &mut dyn Workspace) -> Self {
+        let gates = 2 * MAX_CLUSTER_BLOCKS as usize * (COLUMNS + 3);
+        let d_phi = geometry.max_clusters() * STREAMS * call.c * COLUMNS;
         Self {
-            d_z: Part::per_token(COLUMNS),
-            // Of up to two warps a block.
-            gate_sums: fixed(2 * MAX_CLUSTER_BLOCKS as usize * (COLUMNS + 3)),
-            d_phi: fixed(clusters * STREAMS * problem.c * COLUMNS),
+            d_z: workspace.take(Part::per_token(COLUMNS)),
+            gates: workspace.take(Part::fixed(gates)),
+            d_phi: workspace.take(Part::fixed(d_phi)),
         }
     }
-
-    /// All of them.
-    pub fn all(&self) -> [Part; 3] {
-        [self.d_z, self.gate_sums, self.d_phi]
-    }
 }
 
-/// The shape of a problem, whatever the GPU, where the backward passes have it.
-pub fn shape(problem: &Problem) -> Option<Shape> {
-    Shape::wanted(problem).filter(|_| problem.sinkhorn_iters <= MAX_SINKHORN_ITERS)
-}
-
-/// Whether the kernel takes the norm of the layer's input back, too. With 384 channels it would spill registers.
-fn normalizes(problem: &Problem, shape: Shape) -> bool {
-    problem.norm_width > 0 && shape.channels != 384
-}
-
-/// Sums for the gradient of norm_scale, one of each cluster.
-fn norm_sums(problem: &Problem, shape: Shape) -> Part {
-    Part {
-        per_token: 0,
-        fixed: (MAX_CLUSTER_BLOCKS / shape.cluster) as usize * problem.norm_width,
-    }
-}
-
-/// What `pre_bwd` needs in one pass.
-pub fn workspace(problem: &Problem) -> Workspace {
-    shape(problem).map_or(Workspace::default(), |shape| {
-        let norm = if normalizes(problem, shape) {
-            room(&[norm_sums(problem, shape)])
-        } else {
-            norm::workspace(problem)
-        };
-        room(&Parts::of(problem, shape).all()).and(norm)
-    })
-}
-
-/// How a block is divided (the constants at the head of pre_bwd_one_pass.cu).
-struct Block {
-    channels: usize,
-    /// Buffers for X and d_u, and for d_x_in.
-    stages: usize,
-    d_x_in_slots: usize,
-    /// Fragments of phi, and of the sums for d_phi, that a main warp has in shared memory.
-    fragments: usize,
-    sums: usize,
-    dot_warps: usize,
-}
-
-impl Block {
-    const MAIN_WARPS: usize = 8;
-    const PART_BYTES: usize = 64;
-
-    fn of(shape: Shape, normalizes: bool) -> Self {
-        let channels = shape.channels;
-        let (stages, d_x_in_slots, fragments, sums, dot_warps) = match channels {
-            256 if normalizes => (5, 5, 4, 0, 2),
-            256 => (5, 5, 4, 0, 4),
-            320 => (3, 3, 10, 0, 2),
-            384 => (3, 2, 12, 0, 2),
-            _ => (2, 2, 14, 1, 2),
-        };
-        Self {
-            channels,
-            stages,
-            d_x_in_slots,
-            fragments,
-            sums,
-            dot_warps,
-        }
-    }
-
-    fn threads(&self) -> usize {
-        // Besides these a loader and an owner.
-        32 * (Self::MAIN_WARPS + (self.dot_warps + 2).next_multiple_of(4))
-    }
-
-    fn shared_bytes(&self) -> usize {
-        let stream = TILE * self.channels * 2;
-        let replies = TILE * (128 + STREAMS * STREAMS * 4 + 16);
-        let parts = 16 * Self::PART_BYTES;
-        let barriers = 8 * (5 * self.stages + self.d_x_in_slots + 1);
-        let units = Self::MAIN_WARPS * size_of::<f32>();
-        self.stages * ((STREAMS + 1) * stream + replies)
-            + self.d_x_in_slots * STREAMS * stream
-            + Self::MAIN_WARPS * 32 * (24 * self.fragments + 48 * self.sums)
-            + self.stages.div_ceil(2) * parts
-            + barriers
-            + units
-    }
-}
-
-/// The backward pass from the streams at `x` to d_x and the parameters in one pass, where there is a kernel for it.
+/// The backward pass from the streams at `x` to d_x and the parameters.
 pub fn plan(
     call: &CheckedCall,
     device: &Device,
-    memory: &mut Memory,
+    workspace: &mut dyn Workspace,
     x: u64,
-    handed_on: HandedOn,
+    d_x_in: DXIn,
 ) -> Option<Vec<Launch>> {
-    let problem = call.problem();
-    let shape = shape(&problem).filter(|shape| shape.runs_on(device))?;
-    let normalizes = normalizes(&problem, shape);
-    let block = Block::of(shape, normalizes);
-    let [d_z, gate_sums, d_phi] = Parts::of(&problem, shape)
-        .all()
-        .map(|part| memory.take(part));
+    let geometry = geometry(call, device)?;
+    let find = |function| Kernel::find(function, geometry.size, call.dtype);
+    // Where no kernel takes the norm of the layer's input back, too, that is done beforehand.
+    let with_norm = find("pre_norm_bwd_one_pass").filter(|_| call.norm_width > 0);
+    let kernel = with_norm.or_else(|| find("pre_bwd_one_pass"))?;
+    let sums = Sums::take(call, geometry, workspace);
     let operand = |name| call.operand_address(name);
-    let (d_w, ([d_u, d_h_pre], mut launches)) = if normalizes {
-        let d_w = memory.take(norm_sums(&problem, shape));
+    let (d_w, ([d_u, d_h_pre], mut launches)) = if with_norm.is_some() {
+        let d_w = workspace.take(norm::sums(call, geometry.max_clusters()));
         (d_w, (["d_u", "d_h_pre"].map(operand), vec![]))
     } else {
-        (0, norm::backward(call, memory, x))
+        (0, norm::backward(call, workspace, x))
     };
-    let tensor = |address, num_streams| {
-        Arg::TensorMap(Tensor::new(
-            address,
-            [call.tokens, num_streams, call.c],
-            [TILE, shape.channels],
-        ))
-    };
-    let grid = shape.grid(device, call.tokens, TILE);
+    let tensor =
+        |address, num_streams| Arg::TensorMap(geometry.tensor(call, kernel, address, num_streams));
     let mut args = vec![
         tensor(x, STREAMS),
         tensor(d_u, 1),
-        tensor(handed_on.d_x_in, STREAMS),
+        tensor(d_x_in.address, STREAMS),
         tensor(call.result_address(call.kind.first_result()), STREAMS),
     ];
     args.extend(["phi", "alpha", "bias", "m", "r"].map(|name| Arg::Pointer(operand(name))));
     args.extend([
-        Arg::Pointer(handed_on.h_res.unwrap_or(0)),
+        Arg::Pointer(d_x_in.h_res.unwrap_or(0)),
         Arg::Pointer(d_h_pre),
-        Arg::Pointer(d_z),
-        Arg::Pointer(d_phi),
-        Arg::Pointer(gate_sums),
+        Arg::Pointer(sums.d_z),
+        Arg::Pointer(sums.d_phi),
+        Arg::Pointer(sums.gates),
         Arg::I32(call.tokens as i32),
         Arg::I32(call.c as i32),
-        Arg::I32(i32::from(handed_on.h_res.is_some())),
+        Arg::I32(i32::from(d_x_in.h_res.is_some())),
         Arg::Settings(call.config.into()),
     ]);
-    if normalizes {
+    if with_norm.is_some() {
         args.extend(["norm_scale", "rho"].map(|name| Arg::Pointer(operand(name))));
         args.push(Arg::Pointer(d_w));
     }
-    let main = Launch {
-        kernel: Kernel {
-            file: "pre_bwd_one_pass",
-            function: if normalizes {
-                "pre_norm_bwd_one_pass"
-            } else {
-                "pre_bwd_one_pass"
-            },
-            size: shape.size,
-            dtype: call.dtype,
-        },
-        grid,
-        block: block.threads() as u32,
-        cluster: shape.cluster,
-        shared_bytes: block.shared_bytes() as u32,
-        args,
-    };
-    let clusters = grid[0] / shape.cluster;
-    let sums = sum_gradients(call, d_phi, gate_sums, clusters, grid[0]);
-    launches.extend([gates(call, d_z), main, sums]);
-    launches.extend(normalizes.then(|| norm::sum(call, d_w, clusters as usize)));
+    let main = geometry.launch(call, device, kernel, args);
+    let blocks = main.grid[0];
+    let clusters = blocks / geometry.cluster;
+    launches.extend([
+        logits(call, &sums),
+        main,
+        sum_gradients(call, &sums, clusters, blocks),
+    ]);
+    launches.extend(with_norm.map(|_| norm::sum(call, d_w, clusters as usize)));
     Some(launches)
 }
 
-/// Kernels that read no streams.
+/// A kernel of four streams that reads numbers of tokens and no streams.
 fn small_kernel(function: &'static str) -> Kernel {
-    Kernel {
-        file: function,
-        function,
-        size: "n4",
-        dtype: DType::F32,
-    }
+    Kernel::of(function, sizes::streams(STREAMS, true), DType::F32)
 }
 
-/// d_z of h_post and H_res, at `d_z`.
-pub fn gates(call: &CheckedCall, d_z: u64) -> Launch {
-    // Lanes of a matrix (`kLanes`), of the 32 of a block.
-    const LANES: usize = 2;
-    const TOKENS: usize = 32 / LANES;
+/// The gradients of the logits of h_post and H_res.
+pub fn logits(call: &CheckedCall, sums: &Sums) -> Launch {
+    let kernel = small_kernel("logits_bwd");
     let names = ["m", "alpha", "bias", "d_h_post", "d_h_res"];
     let mut args = names
         .map(|name| Arg::Pointer(call.operand_address(name)))
         .to_vec();
     args.extend([
-        Arg::Pointer(d_z),
+        Arg::Pointer(sums.d_z),
         Arg::I32(call.tokens as i32),
         Arg::Settings(call.config.into()),
     ]);
+    let recorded = 2 * call.config.sinkhorn_iters * kernel.tokens() * STREAMS;
     Launch {
-        kernel: small_kernel("logits_bwd"),
-        grid: [call.tokens.div_ceil(TOKENS) as u32, 1, 1],
-        block: 32,
-        cluster: 1,
-        shared_bytes: (2 * call.config.sinkhorn_iters * TOKENS * STREAMS * size_of::<f32>()) as u32,
-        args,
+        shared_bytes: (recorded * size_of::<f32>()) as u32,
+        ..kernel.launch([call.tokens.div_ceil(kernel.tokens()), 1, 1], args)
     }
 }
 
 /// The parameters' gradients from the sums of `clusters` for phi and from `rows` for the others.
-pub fn sum_gradients(
-    call: &CheckedCall,
-    d_phi: u64,
-    gate_sums: u64,
-    clusters: u32,
-    rows: u32,
-) -> Launch {
-    const THREADS: usize = 256;
+pub fn sum_gradients(call: &CheckedCall, sums: &Sums, clusters: u32, rows: u32) -> Launch {
+    let kernel = small_kernel("sum_gradients");
     let size = STREAMS * call.c * COLUMNS / 4;
-    Launch {
-        kernel: small_kernel("sum_gradients"),
-        grid: [size.div_ceil(THREADS) as u32 + 1, 1, 1],
-        block: THREADS as u32,
-        cluster: 1,
-        shared_bytes: 0,
-        args: vec![
-            Arg::Pointer(d_phi),
-            Arg::Pointer(gate_sums),
+    kernel.launch(
+        [size.div_ceil(kernel.threads()) + 1, 1, 1],
+        vec![
+            Arg::Pointer(sums.d_phi),
+            Arg::Pointer(sums.gates),
             Arg::Pointer(call.result_address("d_phi")),
             Arg::Pointer(call.result_address("d_bias")),
             Arg::Pointer(call.result_address("d_alpha")),
@@ -266,36 +149,5 @@ pub fn sum_gradients(
             Arg::I32(rows as i32),
             Arg::I32(size as i32),
         ],
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_kernel_says_the_same() {
-        let source = include_str!("../../../../device/one_pass/pre_bwd_one_pass.cu");
-        for (channels, size) in super::super::CHANNELS {
-            let cluster = 16;
-            let shape = Shape {
-                channels,
-                size,
-                cluster,
-            };
-            let says = |text: String| assert!(source.contains(&text), "{text}");
-            for normalizes in [false, true] {
-                let block = Block::of(shape, normalizes);
-                let bytes = block.shared_bytes();
-                says(format!("SIZE != {channels} || kSharedBytes == {bytes}"));
-                let threads = block.threads();
-                let of = if channels == 256 { "!=" } else { "==" };
-                says(if normalizes {
-                    format!("Warps<true>::kThreads == {threads}")
-                } else {
-                    format!("SIZE {of} 256 || Warps<false>::kThreads == {threads}")
-                });
-            }
-        }
-    }
+    )
 }
