@@ -18,7 +18,7 @@ FOLDERS = (
     ".ci", "benches", "docs", "examples", "ffi", "fuzz", "kernels", "python", "tests", "xla_plugin",
 )  # fmt: skip
 # What tools write, and what users do.
-OTHERS = {"demo/", "dist/", "dist/fuzz/", "summary.json"}
+OTHERS = {"demo/", "dist/fuzz/", "summary.json"}
 
 
 @pytest.fixture(scope="module")
