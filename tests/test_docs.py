@@ -1,14 +1,24 @@
-"""Pages of docs/ that are written from the code."""
+"""Pages of docs/: the one that is written from the code, and the paths that all of them name."""
 
 import copy
 import importlib.util
-from pathlib import Path
+import itertools
+import re
 
 import pytest
+from programs import README, ROOT
 
 from jax_mhc._call import library
 
-PAGE = Path(__file__).parents[1] / "docs" / "calls.md"
+PAGE = ROOT / "docs" / "calls.md"
+
+# Links are rumdl's to check. In backticks stand files and folders, by their path or its end.
+PATH = re.compile(r"`([\w./-]+(?:\.(?:cc|cu|cuh|h|json|md|py|rs|toml|ya?ml)|/))`")
+FOLDERS = (
+    ".ci", "benches", "docs", "examples", "ffi", "fuzz", "kernels", "python", "tests", "xla_plugin",
+)  # fmt: skip
+# What tools write, and what users do.
+OTHERS = {"demo/", "dist/fuzz/", "summary.json"}
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +55,27 @@ def test_values_of_one_name_have_one_shape(calls):
     description["calls"][1]["operands"][0]["dims"] = ["n"]
     with pytest.raises(ValueError, match="x: expected one shape in all calls"):
         calls.text(description)
+
+
+@pytest.fixture(scope="module")
+def paths():
+    """The files and folders of the repository, and all ends of their paths; folders end in /."""
+    trees = ((ROOT / folder).rglob("*") for folder in FOLDERS)
+    folders = (ROOT / folder for folder in FOLDERS)
+    ends = set()
+    for path in itertools.chain(ROOT.glob("*.*"), folders, *trees):
+        parts = path.relative_to(ROOT).parts
+        last = "/" if path.is_dir() else ""
+        ends.update("/".join(parts[at:]) + last for at in range(len(parts)))
+    return ends
+
+
+@pytest.mark.parametrize(
+    "page",
+    [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples" / "README.md"],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_the_paths_that_a_page_names_are_there(page, paths):
+    named = set(PATH.findall(page.read_text(encoding="utf-8")))
+    missing = sorted(named - OTHERS - paths)
+    assert not missing, f"{page.name}: no such files or folders: {missing}"

@@ -58,14 +58,11 @@ inline std::string Name(const RawAttribute& attribute) {
   switch (static_cast<int>(attribute.type)) {
     case XLA_FFI_AttrType_ARRAY:
       return "an array of " + Name(static_cast<const XLA_FFI_Array*>(attribute.value)->dtype);
-    case XLA_FFI_AttrType_DICTIONARY:
-      return "a dictionary";
+    case XLA_FFI_AttrType_DICTIONARY: return "a dictionary";
     case XLA_FFI_AttrType_SCALAR:
       return Name(static_cast<const XLA_FFI_Scalar*>(attribute.value)->dtype);
-    case XLA_FFI_AttrType_STRING:
-      return "a string";
-    default:
-      return "an attribute of kind " + std::to_string(static_cast<int>(attribute.type));
+    case XLA_FFI_AttrType_STRING: return "a string";
+    default: return "an attribute of kind " + std::to_string(static_cast<int>(attribute.type));
   }
 }
 

@@ -16,16 +16,11 @@ namespace ffi = xla::ffi;
 
 DType Supported(XLA_FFI_DataType dtype) {
   switch (dtype) {
-    case XLA_FFI_DataType_F32:
-      return DType::F32;
-    case XLA_FFI_DataType_F64:
-      return DType::F64;
-    case XLA_FFI_DataType_BF16:
-      return DType::Bf16;
-    case XLA_FFI_DataType_F16:
-      return DType::F16;
-    default:
-      throw Unexpected("F32, F64, BF16 or F16", Name(dtype));
+    case XLA_FFI_DataType_F32: return DType::F32;
+    case XLA_FFI_DataType_F64: return DType::F64;
+    case XLA_FFI_DataType_BF16: return DType::Bf16;
+    case XLA_FFI_DataType_F16: return DType::F16;
+    default: throw Unexpected("F32, F64, BF16 or F16", Name(dtype));
   }
 }
 
@@ -52,14 +47,11 @@ struct Handler {
                         ffi::Dictionary attributes, Context context) const try {
     const Outcome outcome = run_call(entry, call, Frame(args, rets, attributes, context));
     switch (outcome.code) {
-      case Code::Ok:
-        return ffi::Error::Success();
-      case Code::InvalidArgument:
-        return ffi::Error::InvalidArgument(std::string(outcome.message));
+      case Code::Ok: return ffi::Error::Success();
+      case Code::InvalidArgument: return ffi::Error::InvalidArgument(std::string(outcome.message));
       case Code::ResourceExhausted:
         return ffi::Error(ffi::ErrorCode::kResourceExhausted, std::string(outcome.message));
-      default:
-        return ffi::Error::Internal(std::string(outcome.message));
+      default: return ffi::Error::Internal(std::string(outcome.message));
     }
   } catch (const std::bad_alloc& error) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, error.what());
@@ -81,12 +73,9 @@ XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame) {
     return ffi::internal::CreateError(frame->api, ffi::Error::InvalidArgument(message));
   }
   if constexpr (kEntry == Entry::Cpu) {
-    static const auto handler = ffi::Ffi::Bind()
-                                    .RemainingArgs()
-                                    .RemainingRets()
-                                    .Attrs()
-                                    .Ctx<ffi::ThreadPool>()
-                                    .To(Handler<ffi::ThreadPool>{kEntry, kOp});
+    static const auto handler =
+        ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs().Ctx<ffi::ThreadPool>().To(
+            Handler<ffi::ThreadPool>{kEntry, kOp});
     return handler->Call(frame);
   } else {
     constexpr auto kStage = kEntry == Entry::CudaInitialize ? ffi::ExecutionStage::kInitialize
@@ -105,11 +94,10 @@ XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame) {
 
 // The handler of names that are no more: an error, whatever the frame holds.
 XLA_FFI_Error* HandleRetired(XLA_FFI_CallFrame* frame) {
-  static const auto handler =
-      ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs().To(
-          [](ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
-            return ffi::Error::InvalidArgument(std::string(retired_message()));
-          });
+  static const auto handler = ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs().To(
+      [](ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
+        return ffi::Error::InvalidArgument(std::string(retired_message()));
+      });
   return handler->Call(frame);
 }
 
@@ -164,19 +152,14 @@ void Frame::schedule(rust::Box<Task> task) const {
       [task = std::move(task)]() mutable { run_task(std::move(task)); });
 }
 
-std::size_t retired_handler_address() {
-  return reinterpret_cast<std::size_t>(&HandleRetired);
-}
+std::size_t retired_handler_address() { return reinterpret_cast<std::size_t>(&HandleRetired); }
 
 std::size_t handler_address(Entry entry, std::size_t call) {
   constexpr auto kCalls = std::make_index_sequence<kNumHandlers>();
   switch (entry) {
-    case Entry::Cpu:
-      return Address<Entry::Cpu>(call, kCalls);
-    case Entry::CudaInitialize:
-      return Address<Entry::CudaInitialize>(call, kCalls);
-    default:
-      return Address<Entry::CudaExecute>(call, kCalls);
+    case Entry::Cpu: return Address<Entry::Cpu>(call, kCalls);
+    case Entry::CudaInitialize: return Address<Entry::CudaInitialize>(call, kCalls);
+    default: return Address<Entry::CudaExecute>(call, kCalls);
   }
 }
 

@@ -21,10 +21,10 @@ struct Task;
 class Frame {
  public:
   Frame(xla::ffi::RemainingArgs args, xla::ffi::RemainingRets rets, xla::ffi::Dictionary attributes,
-       xla::ffi::ThreadPool pool)
+        xla::ffi::ThreadPool pool)
       : args_(args), rets_(rets), attributes_(attributes), pool_(pool) {}
   Frame(xla::ffi::RemainingArgs args, xla::ffi::RemainingRets rets, xla::ffi::Dictionary attributes,
-       void* stream)
+        void* stream)
       : args_(args), rets_(rets), attributes_(attributes), stream_(stream) {}
 
   std::size_t num_args() const { return args_.size(); }

@@ -126,9 +126,7 @@ struct Attributes {
           value.dictionary.struct_size = XLA_FFI_Attrs_STRUCT_SIZE;
           pointers[i] = &value.dictionary;
           break;
-        default:
-          value.scalar = {dtype, data};
-          pointers[i] = &value.scalar;
+        default: value.scalar = {dtype, data}; pointers[i] = &value.scalar;
       }
     }
   }

@@ -2,7 +2,7 @@
 //! matrices at once as a vector has lanes.
 //!
 //! A matrix is `n * n` vectors in row-major order; lane l of each belongs to matrix l. Every
-//! published variant is one of the settings of docs/architecture.md.
+//! published variant is one of the settings of docs/mathematics.md.
 
 use crate::contract::config::{Config, EpsMode, Order};
 use crate::contract::limits::MAX_STREAMS;
