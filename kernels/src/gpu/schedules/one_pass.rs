@@ -9,6 +9,7 @@ pub use post_pre_bwd::POST_PRE_BACKWARD;
 pub use pre_bwd::PRE_BACKWARD;
 
 use crate::contract::check::CheckedCall;
+use crate::contract::config::Constraint;
 use crate::contract::view::DType;
 use crate::gpu::device::{CLUSTER_SIZES, Device, MAX_CLUSTER_BLOCKS};
 use crate::gpu::kernel::Kernel;
@@ -32,7 +33,12 @@ impl Geometry {
     /// The geometry of a call, where the kernels take it on the GPU. The number of tokens has no say: a token's result
     /// must not depend on it.
     fn of(call: &CheckedCall, device: &Device) -> Option<Self> {
+        let is_known = matches!(
+            call.config.constraint,
+            Constraint::Birkhoff | Constraint::None
+        );
         let fits = call.dtype == DType::Bf16 && call.n == STREAMS && call.columns == COLUMNS;
+        let fits = fits && is_known;
         let geometry = Self::of_width(call.c).filter(|_| fits)?;
         device.num_clusters(geometry.cluster, 1).map(|_| geometry)
     }
