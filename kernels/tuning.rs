@@ -1,8 +1,8 @@
 //! The compiled kernels: a row each. The build hands it to the compiler, which asserts what follows from it, and a
 //! plan takes threads and memory of a launch from it.
 //!
-//! A compiled size is a [`Size`] in the rows of the kernels that have it. In CUDA C++ a row is `tuning_<function>`, with
-//! a member for each number.
+//! A compiled size is a [`Size`] in the rows of the kernels that have it. In CUDA C++ a row is `tuning_<function>`,
+//! with a member for each number.
 
 /// A file of kernels/device, compiled for every size of its kernels, every dtype and every architecture of its target.
 pub struct File {
@@ -21,9 +21,9 @@ pub struct File {
 /// Architectures that a file is compiled for, of those that a build is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Target {
-    /// All of them.
+    /// All architectures.
     Every,
-    /// Those with clusters of blocks and registers that warps hand to each other.
+    /// Architectures with clusters of blocks and registers that warps hand to each other.
     Clusters,
     /// Compute capability 9.0 alone: on later chips the kernel would spill registers.
     Hopper,
@@ -110,7 +110,7 @@ const W320: Size = exact("w320", 320);
 const W384: Size = exact("w384", 384);
 const W448: Size = exact("w448", 448);
 
-/// The same of a block without a cluster.
+/// Channels of a block without a cluster.
 pub const W128: Size = exact("w128", 128);
 
 const ALL: &[&str] = &["bf16", "f16", "f32"];
@@ -177,9 +177,9 @@ pub const FILES: &[File] = &[
         row("post_pre_norm_fwd_one_pass", &[W384], [ 8, 6, 512, 230_400], &[1, 208,  48, 48]),
         row("post_pre_norm_fwd_one_pass", &[W448], [ 8, 5, 512, 230_400], &[3, 208,  48, 48]),
     ] },
-    // Stages are for X and d_u, `d_x_in_slots` for d_x_in. A main warp has `held` fragments of phi in registers, `sums` of
-    // its sums for d_phi in shared memory, and, where `holds_d_w` is 1, its sums for d_norm_scale in registers. With 384
-    // channels and a norm the kernel would spill.
+    // Stages are for X and d_u, `d_x_in_slots` for d_x_in. A main warp has `held` fragments of phi in registers,
+    // `sums` of its sums for d_phi in shared memory, and, where `holds_d_w` is 1, its sums for d_norm_scale in
+    // registers. With 384 channels and a norm the kernel would spill.
     File { path: "one_pass/pre_bwd_one_pass", dtypes: BF16, target: Target::Clusters,
            more: &["d_x_in_slots", "held", "dot_warps", "sums", "holds_d_w"], kernels: &[
         row("pre_bwd_one_pass",      &[W256], [8, 5, 512, 220_568], &[5, 4, 4, 0, 1]),

@@ -16,28 +16,28 @@ pub struct Buffer {
     pub dtype: i32,
     /// Dimensions.
     pub dims: Vec<i64>,
-    /// Where it lies.
+    /// Place of the buffer.
     pub place: Place,
 }
 
-/// Where a buffer lies.
+/// Place of a buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Place {
-    /// In a slot of its own, which it ends with or begins with, and so many bytes off.
+    /// Slot of its own, which the buffer ends with or begins with, and so many bytes off.
     Own {
-        /// Whether it ends where the slot ends.
+        /// Whether the buffer ends where the slot ends.
         at_end: bool,
         /// Bytes, towards the inside of the slot.
         shift: usize,
     },
-    /// In the memory of an operand, so many bytes into it.
+    /// Memory of an operand, so many bytes into it.
     Operand {
         /// Index of the buffer.
         index: usize,
         /// Bytes.
         offset: usize,
     },
-    /// In the memory of another result.
+    /// Memory of another result.
     Result {
         /// Index of the buffer.
         index: usize,
@@ -126,7 +126,7 @@ pub enum Style {
 /// When the tasks of a call run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum When {
-    /// Where they are scheduled.
+    /// Place where they are scheduled.
     AtOnce,
     /// On threads, while the call runs.
     Concurrently,

@@ -18,7 +18,7 @@ pub struct Description {
     pub commit: Option<String>,
     /// Instruction set of the kernels for CPUs on this machine.
     pub instruction_set: String,
-    /// Whether it was built with debug assertions, and so with checks of overflow.
+    /// Whether the library was built with debug assertions, and so with checks of overflow.
     pub debug_assertions: bool,
     handlers: Vec<Handler>,
     calls: Vec<Op>,
@@ -104,12 +104,12 @@ pub enum Setting {
 }
 
 impl Op {
-    /// Whether it is about logits alone.
+    /// Whether the call is about logits alone.
     pub fn takes_logits(&self) -> bool {
         self.operands[0].name == "z"
     }
 
-    /// Whether it has the coefficients of the learned exit: those of h_pre alone.
+    /// Whether the call has the coefficients of the learned exit: those of h_pre alone.
     pub fn is_head(&self) -> bool {
         self.name.starts_with("head")
     }
@@ -124,7 +124,7 @@ impl Op {
         present(&self.results, attributes)
     }
 
-    /// Whether it has an operand of this name.
+    /// Whether the call has an operand of this name.
     pub fn takes(&self, name: &str) -> bool {
         self.operands.iter().any(|value| value.name == name)
     }

@@ -2,7 +2,7 @@
 
 use std::ptr::null_mut;
 
-/// Where one buffer of a frame lies. The pages before and behind are no memory at all.
+/// Memory of one buffer of a frame. The pages before and behind are no memory at all.
 pub struct Slot {
     /// For reads and writes.
     pub writable: *mut u8,

@@ -30,7 +30,7 @@ pub struct Options {
     pub jobs: u64,
     /// When to end.
     pub seconds: Option<f64>,
-    /// Where the record goes.
+    /// Path of the record.
     pub record: Option<PathBuf>,
     /// Whether frames are printed.
     pub verbose: bool,

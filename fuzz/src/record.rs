@@ -55,7 +55,7 @@ pub struct Record {
 }
 
 impl Record {
-    /// Of a run that begins.
+    /// The record of a run that begins.
     pub fn new(options: &Options) -> Self {
         Self {
             processor: processor(),

@@ -38,7 +38,8 @@ pub fn judge(op: &Op, frame: &Frame, args: &[usize], rets: &[usize]) -> Verdict 
     }
 }
 
-/// Checks that every attribute of the table is there, and no other; numbers in their range, as the streams' kernels see them.
+/// Checks that every attribute of the table is there, and no other; numbers in their range, as the streams' kernels
+/// see them.
 fn attributes(op: &Op, frame: &Frame) -> Result<(), &'static str> {
     let largest = match frame.args.first() {
         Some(streams) if streams.dtype == dtype::F64 => f64::MAX,
@@ -205,7 +206,7 @@ fn sizes(frame: &Frame, either: &mut Option<&'static str>) -> Result<(), &'stati
     Ok(())
 }
 
-/// Where there are elements, there is memory, aligned for them.
+/// The rule that elements have memory, aligned for them.
 fn memory(frame: &Frame, args: &[usize], rets: &[usize]) -> Result<(), &'static str> {
     let buffers = frame.args.iter().chain(&frame.rets);
     for (buffer, address) in buffers.zip(args.iter().chain(rets)) {

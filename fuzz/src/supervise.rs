@@ -18,7 +18,7 @@ use crate::record::{Found, Record};
 /// A frame that takes longer never ends.
 const HANG: Duration = Duration::from_secs(120);
 
-/// So many crashes of one worker tell enough.
+/// Crashes of one worker that tell enough.
 const CRASHES: usize = 50;
 
 /// A part of the seeds, and the worker that is at it.

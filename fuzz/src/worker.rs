@@ -27,9 +27,9 @@ pub enum Line {
         instruction_set: String,
         /// Version of the package.
         version: String,
-        /// Of its sources.
+        /// Commit of the library's sources.
         commit: Option<String>,
-        /// Whether it checks itself.
+        /// Whether the library checks itself.
         debug_assertions: bool,
     },
     /// Something that must not be.

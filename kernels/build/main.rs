@@ -33,8 +33,8 @@ const ARCHITECTURES: [&str; 7] = [
     "compute_100",
 ];
 
-/// What [`Target::Clusters`] is compiled for where a build is for the other, [`Target::Hopper`] for the first: with the
-/// suffix `a` a cubin runs on its very chip alone, with `f` on this family of chips.
+/// Architectures that [`Target::Clusters`] is compiled for where a build is for the other, [`Target::Hopper`] for the
+/// first: with the suffix `a` a cubin runs on its very chip alone, with `f` on this family of chips.
 const CLUSTERS: [(&str, &str); 2] = [("sm_90", "sm_90a"), ("sm_100", "sm_100f")];
 
 fn main() {
@@ -71,7 +71,7 @@ struct Unit {
     architecture: &'static str,
 }
 
-/// Those named in JAX_MHC_CUDA_ARCHITECTURES, or all.
+/// The architectures named in JAX_MHC_CUDA_ARCHITECTURES, or all.
 fn architectures() -> Result<Vec<&'static str>, String> {
     let Ok(text) = env::var("JAX_MHC_CUDA_ARCHITECTURES") else {
         return Ok(ARCHITECTURES.to_vec());
@@ -191,7 +191,7 @@ fn list(compiler: Option<&str>, architectures: &[&str], images: &str) -> String 
     )
 }
 
-/// What becomes of a unit.
+/// A compiled unit.
 struct Compiled {
     /// The file with the code, compressed: that is a quarter of it.
     path: PathBuf,
@@ -246,7 +246,7 @@ impl Unit {
     }
 }
 
-/// Whoever reads the file while it is written must not see a part.
+/// Writes a file at once, so that whoever reads it meanwhile does not see a part.
 fn write(path: &Path, contents: &[u8]) -> std::io::Result<()> {
     let partial = path.with_extension(format!("{}.partial", std::process::id()));
     fs::write(&partial, contents)?;

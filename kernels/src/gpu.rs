@@ -116,14 +116,14 @@ pub unsafe fn execute(
     unsafe { run(kind, args, rets, config, stream, Stage::Execute) }
 }
 
-/// What XLA wants of a call.
+/// A stage of a call, as XLA runs them.
 #[derive(Debug, Clone, Copy)]
 enum Stage {
     Initialize,
     Execute,
 }
 
-/// Does for every launch of a call what the stage wants.
+/// Loads or launches the kernels of a call, as the stage wants.
 ///
 /// # Safety
 /// As for [`execute`].
@@ -168,7 +168,7 @@ unsafe fn run(
     context.leave().map_err(in_op)
 }
 
-/// What the driver said, with what it was about.
+/// The driver's error, with the call that it was about.
 fn failure(call: &CheckedCall, launch: &Launch, context: &Context, reason: &str) -> Error {
     let operands: Vec<String> = call
         .operands()
@@ -194,7 +194,7 @@ fn failure(call: &CheckedCall, launch: &Launch, context: &Context, reason: &str)
 /// More than the memory of any GPU: the streams of a call whose launches no grid has room for are larger.
 const MAX_BYTES: usize = 1 << 46;
 
-/// What the CPU does not ask for.
+/// The checks of a call that CPUs do not need.
 fn check_device_call(call: &CheckedCall) -> Result<(), Error> {
     let kind = call.kind;
     let refuse = |expected: &str, got: &str| Err(kind.error(kind.first_operand(), expected, got));
@@ -214,12 +214,12 @@ fn check_device_call(call: &CheckedCall) -> Result<(), Error> {
     Ok(())
 }
 
-/// What there is of CUDA here.
+/// The state of CUDA here.
 #[derive(Debug, Clone, Serialize)]
 pub struct Status {
-    /// That the kernels were compiled for.
+    /// Architectures that the kernels were compiled for.
     pub architectures: &'static [&'static str],
-    /// What compiled them.
+    /// Compiler of the kernels.
     pub compiler: Option<&'static str>,
     /// The CUDA version of the driver.
     pub driver: Option<String>,
@@ -229,10 +229,10 @@ pub struct Status {
     pub devices: Vec<DeviceStatus>,
 }
 
-/// What there is of one GPU.
+/// The state of one GPU.
 #[derive(Debug, Clone, Serialize)]
 pub struct DeviceStatus {
-    /// As NVIDIA calls it.
+    /// Name that NVIDIA gives it.
     pub name: Option<String>,
     /// Compute capability.
     pub capability: Option<String>,

@@ -139,8 +139,8 @@ pub struct Config {
     pub norm: bool,
     /// Term added to mean(u²) where the layer's input is normalised.
     pub norm_scale_eps: f64,
-    /// Whether the cotangent that a call adds to ([`Call::adds_in_place`](crate::Call::adds_in_place)) is that of the streams which post
-    /// made, so that the transposed h_res has yet to be applied.
+    /// Whether the cotangent that a call adds to ([`Call::adds_in_place`](crate::Call::adds_in_place)) is that of the
+    /// streams which post made, so that the transposed h_res has yet to be applied.
     pub deferred: bool,
 }
 

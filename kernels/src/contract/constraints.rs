@@ -1,6 +1,6 @@
 // The constraints, a row each, for two macros of this name: one makes the enum of Rust (config.rs), the other that of
-// CUDA C++ (kernels/build). A row has the number that kernels know the constraint by, the word of `MHCConfig`, the number
-// of columns of phi for H_res of n streams, and the most streams.
+// CUDA C++ (kernels/build). A row has the number that kernels know the constraint by, the word of `MHCConfig`, the
+// number of columns of phi for H_res of n streams, and the most streams.
 constraints! {
     /// Doubly stochastic matrices, by Sinkhorn-Knopp.
     Birkhoff = 0, "birkhoff", |n| n * n, MAX_STREAMS;

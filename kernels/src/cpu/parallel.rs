@@ -38,14 +38,14 @@ struct Claims {
     all_finished: Condvar,
 }
 
-/// What all threads have done so far.
+/// Progress of all threads.
 #[derive(Default)]
 struct Finished {
     num_items: usize,
     failure: Option<Failure>,
 }
 
-/// What ends a call early: the first of them counts.
+/// Reason to end a call early: the first of them counts.
 enum Failure {
     Panic(Box<dyn Any + Send>),
     Exhausted(Exhausted),
@@ -147,7 +147,7 @@ impl Drop for End<'_> {
     }
 }
 
-/// What a thread does that has taken its first item: all items it can get.
+/// The work of a thread that has taken its first item: all items it can get.
 type Worker<'a> = dyn Fn(&mut Share, usize) + Sync + 'a;
 
 /// A worker with its lifetime hidden, so that a task may hold it.

@@ -30,7 +30,7 @@ pub trait Real:
     + Mul<Output = Self>
     + Div<Output = Self>
 {
-    /// Its vector in an instruction set.
+    /// The element's vector in an instruction set.
     type Vector<I: Isa>: Vector<Real = Self>;
 
     /// Runs `call` with the best instruction set of this machine for this type.

@@ -70,7 +70,7 @@ fn normalise<V: Vector>(m: &mut [V], n: usize, axis: Axis, eps: V, mode: EpsMode
     }
 }
 
-/// What rounding took from `difference` = a - b, exactly (Knuth), up to 64: where it is more, numbers of
+/// The part that rounding took from `difference` = a - b, exactly (Knuth), up to 64: where it is more, numbers of
 /// this size differ by more than 64. Where the difference is infinite, it is a number too.
 #[inline(always)]
 fn rounded_off<V: Vector>(a: V, b: V, difference: V) -> V {

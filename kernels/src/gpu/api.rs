@@ -192,7 +192,7 @@ fn version(library: &Library) -> Result<c_int, String> {
     }
 }
 
-/// As people write it: 13.0 for 13000.
+/// A version as people write it: 13.0 for 13000.
 pub fn version_name(version: c_int) -> String {
     format!("{}.{}", version / 1000, version % 1000 / 10)
 }

@@ -1,4 +1,4 @@
-//! What plans have to know of a GPU.
+//! The numbers of a GPU that plans depend on.
 
 /// A GPU, as far as plans depend on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

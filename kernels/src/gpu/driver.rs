@@ -74,7 +74,7 @@ impl Driver {
         checked("cuDeviceGetCount", num, 0..=MAX_DEVICES)
     }
 
-    /// What CUDA calls a GPU.
+    /// CUDA's handle of a GPU.
     pub fn device_name(&self, ordinal: c_int) -> Result<String, String> {
         let mut name = [0_u8; 256];
         let start = name.as_mut_ptr().cast::<c_char>();
@@ -85,7 +85,7 @@ impl Driver {
         Ok(String::from_utf8_lossy(name).into_owned())
     }
 
-    /// What plans need to know of a GPU, but for its clusters: they take a kernel and a context to ask.
+    /// The numbers of a GPU that plans depend on, but for its clusters: they take a kernel and a context to ask.
     pub fn device(&self, ordinal: c_int) -> Result<Device, String> {
         use CUdevice_attribute as Attribute;
         let attribute = |attribute: Attribute| {

@@ -35,7 +35,7 @@ impl Image {
         decompress_to_vec(self.code).expect("the build compressed it")
     }
 
-    /// Whether its kernels run in clusters of blocks.
+    /// Whether the image's kernels run in clusters of blocks.
     pub fn has_clusters(&self) -> bool {
         self.architecture.ends_with(['a', 'f'])
     }
@@ -96,7 +96,7 @@ pub fn image(kernel: &Kernel, capability: (u32, u32)) -> Option<(usize, &'static
     ranked.max().map(|(_, index)| (index, &IMAGES[index]))
 }
 
-/// What to say in a build without a compiler.
+/// The reason in a build without a compiler.
 pub const NO_KERNELS: &str = "this build of jax-mhc has no CUDA kernels; reinstall it on Linux with \
      the Python package nvidia-cuda-nvrtc-cu12 at hand, as pip install does by itself";
 

@@ -41,13 +41,13 @@ impl Kernel {
         })
     }
 
-    /// The same of a kernel that a schedule knows to be there.
+    /// The kernel of this name, which a schedule knows to be there.
     pub fn of(function: &'static str, size: &'static Size, dtype: DType) -> Self {
         Self::find(function, size, dtype)
             .unwrap_or_else(|| panic!("tuning.rs has no {function} in {}", size.name))
     }
 
-    /// Its name in the compiled module.
+    /// Name in the compiled module.
     pub fn symbol(&self) -> String {
         let Self {
             function,

@@ -1,4 +1,4 @@
-//! What is to be launched: a plan of a call is a list of these.
+//! Launches of kernels: a plan of a call is a list of them.
 
 use super::kernel::Kernel;
 use crate::contract::config::{Config, EpsMode, NormEpsMode, Order};
@@ -24,7 +24,7 @@ pub enum Arg {
 }
 
 impl Arg {
-    /// Where its value lies; None where the driver has to make it first.
+    /// Address of the argument's value; None where the driver has to make it first.
     pub(super) fn value(&self) -> Option<*const std::ffi::c_void> {
         Some(match self {
             Self::Pointer(value) => std::ptr::from_ref(value).cast(),
@@ -38,14 +38,14 @@ impl Arg {
     }
 }
 
-/// What the copy engine takes a box at a time of: bfloat16 `[tokens, num_streams, hidden]`, or some of the
+/// A tensor that the copy engine takes a box at a time of: bfloat16 `[tokens, num_streams, hidden]`, or some of the
 /// streams. A box lies in shared memory as `[stream, channels / 64, token, 64]`, with swizzled lines of
 /// 128 bytes; in these coordinates one_pass.cuh names its start. `hidden` is a multiple of 64.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tensor {
-    /// Where it starts.
+    /// Address of its first value.
     pub address: u64,
-    /// Its tokens.
+    /// Tokens.
     pub tokens: usize,
     /// Streams of a token in memory; 1 for y and u.
     pub num_streams: usize,
@@ -53,9 +53,9 @@ pub struct Tensor {
     pub hidden: usize,
     /// The first stream that boxes may have.
     pub first_stream: usize,
-    /// From there on every one, or every second.
+    /// Step from there on: every stream, or every second.
     pub stream_step: usize,
-    /// What a box has of tokens, of channels (a multiple of 64) and of streams.
+    /// Tokens, channels (a multiple of 64) and streams of a box.
     pub box_dims: [usize; 3],
 }
 
@@ -77,7 +77,7 @@ impl Tensor {
         }
     }
 
-    /// The same with every second stream alone.
+    /// A tensor of every second stream alone.
     pub fn every_second(self, first_stream: usize) -> Self {
         Self {
             first_stream,
@@ -91,7 +91,7 @@ impl Tensor {
         }
     }
 
-    /// Where its first value lies.
+    /// Address of the first value that boxes may have.
     pub(super) fn start(&self) -> u64 {
         self.address + (self.first_stream * self.hidden * BF16_BYTES) as u64
     }
@@ -166,7 +166,7 @@ impl From<CoefficientLayout> for Layout {
 /// One kernel with its grid and arguments.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Launch {
-    /// Which.
+    /// The kernel.
     pub kernel: Kernel,
     /// Blocks; a launch without blocks is left out.
     pub grid: [u32; 3],
@@ -176,6 +176,6 @@ pub struct Launch {
     pub cluster: u32,
     /// Dynamic shared memory of a block.
     pub shared_bytes: u32,
-    /// As the kernel declares them.
+    /// Arguments in the order in which the kernel declares them.
     pub args: Vec<Arg>,
 }

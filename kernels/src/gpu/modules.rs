@@ -1,4 +1,4 @@
-//! What every GPU has loaded of the kernels: they are loaded when they are first wanted, and stay.
+//! The kernels that every GPU has loaded: they are loaded when they are first wanted, and stay.
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_void};
@@ -18,7 +18,7 @@ use super::launch::{Arg, Launch, Tensor};
 
 /// A GPU with the kernels that it has loaded.
 pub struct Gpu {
-    /// What plans need to know of it.
+    /// Numbers that plans depend on.
     pub device: Device,
     functions: RwLock<HashMap<Kernel, Function>>,
 }
@@ -38,7 +38,7 @@ struct Library(sys::CUlibrary);
 // SAFETY: as above.
 unsafe impl Send for Library {}
 
-/// Those of the images, by their index.
+/// Loaded libraries of the images, by their index.
 static LIBRARIES: LazyLock<Mutex<HashMap<usize, Library>>> = LazyLock::new(Mutex::default);
 
 static GPUS: LazyLock<RwLock<HashMap<c_int, Arc<Gpu>>>> = LazyLock::new(RwLock::default);
@@ -46,7 +46,7 @@ static GPUS: LazyLock<RwLock<HashMap<c_int, Arc<Gpu>>>> = LazyLock::new(RwLock::
 /// A context that is the current one of this thread for as long as this value lives.
 struct Current {
     driver: &'static Driver,
-    /// What keeps it on its thread.
+    /// Marker that keeps the context on its thread.
     not_send: PhantomData<*const ()>,
 }
 
@@ -222,7 +222,7 @@ fn config(
     }
 }
 
-/// What the copy engine wants to know of a tensor. Made on the host, at once.
+/// The copy engine's description of a tensor, which the host makes at once.
 fn tensor_map(driver: &Driver, tensor: &Tensor) -> Result<sys::CUtensorMap, String> {
     let mut map = sys::CUtensorMap { opaque: [0; 16] };
     let (sizes, strides, box_sizes) = tensor.layout();
@@ -280,7 +280,7 @@ fn gpu(driver: &Driver, ordinal: c_int) -> Result<Arc<Gpu>, String> {
     Ok(gpu.clone())
 }
 
-/// What plans need to know of the GPU whose context is the current one, if the kernels run there.
+/// The numbers that plans depend on of the GPU whose context is the current one, if the kernels run there.
 fn find_device(driver: &Driver, ordinal: c_int) -> Result<Device, String> {
     let mut device = driver.device(ordinal)?;
     check_device(&device)?;

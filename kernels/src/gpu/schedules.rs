@@ -19,8 +19,8 @@ use crate::contract::table::Call;
 pub struct Schedule {
     /// Name in the library's events.
     pub name: &'static str,
-    /// The launches of a call in their order; None where the schedule does not take the call on this GPU. What it takes
-    /// of the workspace follows from the call without its tokens and from the kind of GPU, [`Device::KINDS`].
+    /// The launches of a call in their order; None where the schedule does not take the call on this GPU. What it
+    /// takes of the workspace follows from the call without its tokens and from the kind of GPU, [`Device::KINDS`].
     pub plan: fn(&CheckedCall, &Device, &mut dyn Workspace) -> Option<Vec<Launch>>,
 }
 
@@ -46,7 +46,7 @@ pub fn schedules(kind: Call) -> &'static [Schedule] {
 /// The cotangent of the streams that a backward call adds to.
 #[derive(Debug, Clone, Copy)]
 pub struct DXIn {
-    /// Its address; 0 for none.
+    /// Address; 0 for none.
     address: u64,
     /// H_res, whose transpose has yet to be applied; None where the cotangent is not deferred.
     h_res: Option<u64>,

@@ -1,5 +1,5 @@
-// The structs that kernels take as arguments, for two macros of this name: one makes the struct of Rust (launch.rs), the
-// other that of CUDA C++ (kernels/build).
+// The structs that kernels take as arguments, for two macros of this name: one makes the struct of Rust (launch.rs),
+// the other that of CUDA C++ (kernels/build).
 device_struct! {
     /// A [`Config`] as the kernels read it.
     Settings {

@@ -1,4 +1,4 @@
-//! What can be known of the CUDA side without a GPU.
+//! Tests of the CUDA side that need no GPU.
 
 mod random;
 mod scratch;

@@ -61,7 +61,7 @@ impl Part {
     }
 }
 
-/// What plans take their memory from.
+/// A workspace that plans take their memory from.
 pub trait Workspace {
     /// Address of the next part.
     fn take(&mut self, part: Part) -> u64;
@@ -70,7 +70,7 @@ pub trait Workspace {
 /// The workspace that XLA lends a call.
 pub struct Lent {
     next: u64,
-    /// Where the workspace ends.
+    /// End of the workspace.
     end: u64,
     tokens: usize,
 }
@@ -139,7 +139,7 @@ impl WorkspaceSize {
         }
     }
 
-    /// Its number of floats, for at most [`MAX_COUNT`] tokens.
+    /// Number of floats, for at most [`MAX_COUNT`] tokens.
     pub fn len(&self, tokens: usize) -> usize {
         self.per_token * tokens + self.fixed
     }
@@ -148,12 +148,12 @@ impl WorkspaceSize {
 /// The most tokens, and values of a token: kernels count in 32 bits, and look ahead by less than the rest.
 pub const MAX_COUNT: usize = 1 << 30;
 
-/// What the size of a workspace depends on besides the number of tokens.
+/// A call as the size of its workspace depends on it: without its tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Problem {
-    /// Which call.
+    /// The call.
     pub kind: Call,
-    /// Of the streams.
+    /// Dtype of the streams.
     pub dtype: DType,
     /// Streams.
     pub n: usize,
@@ -161,7 +161,7 @@ pub struct Problem {
     pub c: usize,
     /// Columns of phi.
     pub columns: usize,
-    /// Of the configuration; 0 where there is none.
+    /// Iterations of Sinkhorn-Knopp; 0 where there are none.
     pub sinkhorn_iters: usize,
     /// Values of norm_scale; 0 where there are none.
     pub norm_width: usize,

@@ -86,7 +86,7 @@ impl Case {
         self.op == Call::PreFwd && self.dtype == DType::Bf16
     }
 
-    /// What XLA does at every execution: what became of both stages.
+    /// Both stages of an execution by XLA, and what became of them.
     pub fn run(&self) -> [Result<(), String>; 2] {
         let types = self.types();
         let (args, rets) = (views(&types[0], 1), views(&types[1], 100));

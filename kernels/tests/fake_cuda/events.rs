@@ -1,4 +1,4 @@
-//! What the library tells at each level.
+//! Events that the library tells at each level.
 
 use std::io;
 use std::sync::{Arc, Mutex};

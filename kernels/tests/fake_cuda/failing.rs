@@ -8,7 +8,7 @@ use crate::driver::FakeDriver;
 /// Codes that a driver returns: of all ages of CUDA, of errors that stay, and one that no driver has.
 const CODES: [i32; 5] = [1, 2, 700, 999, 12345];
 
-/// In which of (status, device, initialize, execute) a call looks at a function's result.
+/// The ones of (status, device, initialize, execute) that look at a function's result.
 fn told_by(function: &str) -> [bool; 4] {
     let has_kernels = gpu::build().is_some();
     match function {
@@ -93,7 +93,7 @@ fn check_healthy(outcome: Result<(), String>) {
     }
 }
 
-/// Where the driver does not name its error, its number is told.
+/// Errors that the driver does not name are told by their number.
 fn names_of_errors_may_fail(driver: &FakeDriver, function: &str) {
     let expected = match function {
         "cuGetErrorName" => "cuStreamGetCtx: error 700 (a fake error)",

@@ -2,8 +2,9 @@
 //! nothing aborts or panics, no context stays on the stack, every error names its call and its function, and what the
 //! driver can do again works again.
 //!
-//! A process loads one driver, so every case has a process of its own: this program, with the case in a variable. A build
-//! without CUDA kernels loads and launches nothing: there a call ends with that reason where the driver gives none before.
+//! A process loads one driver, so every case has a process of its own: this program, with the case in a variable. A
+//! build without CUDA kernels loads and launches nothing: there a call ends with that reason where the driver gives
+//! none before.
 
 #![cfg(target_os = "linux")]
 

@@ -1,4 +1,4 @@
-//! What a driver may tell of itself and of its GPUs.
+//! Answers that a driver may give about itself and its GPUs.
 
 use jax_mhc_kernels::gpu;
 

@@ -7,7 +7,7 @@ use loom::sync::atomic::{AtomicUsize, Ordering};
 use self::parallel::{Pool, Task, for_each};
 use crate::cpu::scratch::Exhausted;
 
-/// In place of `crate::sync`.
+/// Stand-ins for `crate::sync`.
 mod sync {
     pub use loom::sync::atomic::{AtomicUsize, Ordering};
     pub use loom::sync::{Arc, Condvar, Mutex};

@@ -42,8 +42,8 @@ pub fn forward(call: &CheckedCall, x: u64) -> Option<Launch> {
     (call.norm_width > 0).then(|| kernel(call, "norm_fwd").launch([call.tokens, 1, 1], args()))
 }
 
-/// Where the cotangents of the sum over the streams at `x` and of h_pre lie, the latter with what the rounding of
-/// the former takes from it, and what makes them: operands and nothing where there is no norm.
+/// Addresses of the cotangents of the sum over the streams at `x` and of h_pre, the latter with what the rounding of
+/// the former takes from it, and the launches that make them: operands and nothing where there is no norm.
 pub fn backward(
     call: &CheckedCall,
     workspace: &mut dyn Workspace,

@@ -1,5 +1,5 @@
-//! The schedule of `post_fwd` and `post_bwd`, whose launches post_pre has too, and the part of post's gradient that pre
-//! has.
+//! The schedule of `post_fwd` and `post_bwd`, whose launches post_pre has too, and the part of post's gradient that
+//! pre has.
 
 use super::Schedule;
 use super::sizes::{self, for_rows, is_aligned};

@@ -1,5 +1,5 @@
-//! The schedules that read the streams twice: once for the products with phi, and once for what the products give. They
-//! take every call of pre and of the head, which is a pre with h_pre alone.
+//! The schedules that read the streams twice: once for the products with phi, and once for what the products give.
+//! They take every call of pre and of the head, which is a pre with h_pre alone.
 
 pub mod pre;
 mod projection;

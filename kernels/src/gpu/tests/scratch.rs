@@ -10,7 +10,7 @@ const COLUMNS: usize = 24;
 /// Memory of the workspace: its address and its bytes.
 pub type Span = (u64, usize);
 
-/// What the launch touches of the workspace of a call, which begins at `start`.
+/// The parts that the launch touches of the workspace of a call, which begins at `start`.
 pub fn spans(call: &CheckedCall, launch: &Launch, start: u64) -> Vec<Span> {
     let of_pointers =
         (floats(call, launch).into_iter()).map(|(at, floats)| match launch.args[at] {

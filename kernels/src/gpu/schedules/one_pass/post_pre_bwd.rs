@@ -1,5 +1,5 @@
-//! The schedule of `post_pre_bwd` in one pass over the streams (post_pre_bwd_one_pass.cu), but for d_phi where that has
-//! no room for it (phi_bwd.cu), and for the norm of the layer's input (post_pre_norm_bwd.cu).
+//! The schedule of `post_pre_bwd` in one pass over the streams (post_pre_bwd_one_pass.cu), but for d_phi where that
+//! has no room for it (phi_bwd.cu), and for the norm of the layer's input (post_pre_norm_bwd.cu).
 
 use super::pre_bwd::{self, Sums};
 use super::{COLUMNS, Geometry, STREAMS};
@@ -109,8 +109,8 @@ fn phi(call: &CheckedCall, device: &Device, geometry: Geometry, r_dm: u64, d_phi
     kernel.launch([slices, num_sums, 1], args)
 }
 
-/// Where the cotangent of u lies, and what makes it of that of the normalised u: the operand and nothing where there is
-/// no norm.
+/// Address of the cotangent of u, and the launches that make it of that of the normalised u: the operand and nothing
+/// where there is no norm.
 fn norm_backward(call: &CheckedCall, workspace: &mut dyn Workspace) -> (u64, Vec<Launch>) {
     if call.norm_width == 0 {
         return (call.operand_address("d_u"), vec![]);

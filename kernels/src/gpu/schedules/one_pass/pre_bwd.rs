@@ -1,5 +1,5 @@
-//! The schedule of `pre_bwd` in one pass over the streams (pre_bwd_one_pass.cu), and what post_pre's backward pass shares
-//! with it: its workspace, and the small launches before and after.
+//! The schedule of `pre_bwd` in one pass over the streams (pre_bwd_one_pass.cu), and what post_pre's backward pass
+//! shares with it: its workspace, and the small launches before and after.
 
 use super::{COLUMNS, Geometry, STREAMS};
 use crate::contract::check::CheckedCall;
@@ -28,8 +28,8 @@ pub fn geometry(call: &CheckedCall, device: &Device) -> Option<Geometry> {
     Geometry::of(call, device).filter(|_| recorded)
 }
 
-/// What the backward passes in one kernel keep in the workspace, with room for the sums of as many clusters as any GPU
-/// runs at once.
+/// Sums that the backward passes in one kernel keep in the workspace, with room for the sums of as many clusters as
+/// any GPU runs at once.
 pub struct Sums {
     /// Gradients of the logits of h_post and H_res.
     pub d_z: u64,

@@ -181,7 +181,7 @@ pub fn project(
     })
 }
 
-/// What pre's backward leaves for the products.
+/// Numbers of tokens that pre's backward leaves for the products.
 pub struct Factors {
     /// The gradient of m, see [`Projection::fragments`].
     pub dm: [u64; 2],
@@ -196,13 +196,13 @@ pub struct Factors {
 /// The warps of a block of `project_back`, and what it keeps in shared memory.
 struct BackBlock {
     warps: usize,
-    /// Whether that is phi too.
+    /// Whether the shared memory holds phi, too.
     staged: bool,
     shared_bytes: usize,
 }
 
 impl Projection {
-    /// Of phi for the channels of a warp.
+    /// Bytes of phi for the channels of a warp.
     fn warp_phi_bytes(&self) -> usize {
         self.hexets() * self.weight_parts() * 2048
     }
