@@ -23,11 +23,10 @@
 // A token's sums are cut by C alone: they do not depend on the other tokens or on how many there are.
 
 #include "math/coefficients.cuh"
-#include "one_pass/one_pass.cuh"
+#include "one_pass/geometry.cuh"
+#include "one_pass/products.cuh"
 #include "math/sinkhorn.cuh"
 
-constexpr int N = 4;
-constexpr int kColumns = N * (N + 2);
 constexpr int kProjectWarps = 8;
 constexpr int kApplyWarps = 4;
 constexpr int kApplyThreads = 32 * kApplyWarps;
@@ -35,10 +34,8 @@ constexpr int kThreads = 32 * (kProjectWarps + kApplyWarps + 4);
 constexpr int kMaxCluster = 16;
 // 8 channels, what a lane of `apply` takes at once.
 constexpr int kUnits = SIZE / 8;
-constexpr int kBoxes = SIZE / kBoxChannels;
 // Of phi for a warp: the same 8 channels of two streams.
 constexpr int kSlices = 2 * kBoxes;
-static_assert(SIZE % kBoxChannels == 0, "whole boxes");
 
 // ---- sizes ------------------------------------------------------------------------------------------
 
@@ -88,8 +85,8 @@ struct Plan {
   static constexpr int kStages = kShape.stages;
   static constexpr int kSharedFragments = kShape.in_shared;
   // A stage: X as [stream, box, token, 64 channels], then y alike. Elsewhere its h_res and h_post.
-  static constexpr int kBoxBytes = kTokens * int(kRowBytes);
-  static constexpr int kStreamBytes = kBoxes * kBoxBytes;
+  static constexpr int kBoxBytes = Tile<kTokens>::kBoxBytes;
+  static constexpr int kStreamBytes = Tile<kTokens>::kPlaneBytes;
   static constexpr int kY = N * kStreamBytes;
   static constexpr int kStageBytes = POST_PRE ? kY + kStreamBytes : kY;
   static constexpr int kHPost = kTokens * N * N * 4;
@@ -154,41 +151,28 @@ enum Barrier : u32 {
   kPhiEmpty = 74,
 };
 
-__device__ inline void read_floats(float (&values)[4], u32 at) {
-  const float4 v = read_float4(at);
-  values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
-}
-
 template <bool POST_PRE, bool NORM>
-struct Block : Plan<POST_PRE, NORM> {
+struct Block : Place<Plan<POST_PRE, NORM>::kTokens> {
   using P = Plan<POST_PRE, NORM>;
+  using Place<P::kTokens>::shared, Place<P::kTokens>::rank, Place<P::kTokens>::ranks;
+  using Place<P::kTokens>::hidden, Place<P::kTokens>::first_token;
   static_assert(P::kStages <= 16, "barriers");
 
   const Call& call;
-  u32 shared, rank, cluster;  // cluster: its number of blocks
-  int first_tile, tile_step;
   int owned, owned_log2;  // tokens of a tile that a block owns, if it owns any
 
-  __device__ explicit Block(const Call& c) : call(c) {
-    extern __shared__ __align__(1024) unsigned char memory[];
-    shared = shared_address(memory);
-    rank = cluster_rank();
-    cluster = cluster_size();
+  __device__ Block(const void* memory, const Call& call) : Place<P::kTokens>(memory), call(call) {
     // Powers of two: a division takes as long as the exchange between two blocks.
-    const int cluster_log2 = __ffs(cluster) - 1;
-    first_tile = blockIdx.x >> cluster_log2;
-    tile_step = gridDim.x >> cluster_log2;
-    owned_log2 = max(P::kTokensLog2 - cluster_log2, 0);
+    const int ranks_log2 = __ffs(ranks) - 1;
+    this->take_tiles(ranks_log2);
+    owned_log2 = max(P::kTokensLog2 - ranks_log2, 0);
     owned = 1 << owned_log2;
   }
 
   __device__ u32 barrier(Barrier which, u32 index = 0) const { return shared + 8 * (which + index); }
   __device__ u32 stage(u32 slot) const { return shared + P::kStage + slot * P::kStageBytes; }
   __device__ u32 mixing(u32 slot) const { return shared + P::kMixing + slot * P::kMixingBytes; }
-  // The first token of this cluster's tile i.
-  __device__ int token(int i) const { return (first_tile + i * tile_step) * P::kTokens; }
-  __device__ bool has_tile(int i) const { return token(i) < call.tokens; }
-  __device__ int hidden() const { return SIZE * int(cluster); }
+  __device__ bool has_tile(int i) const { return first_token(i) < call.tokens; }
   __device__ bool owns() const { return int(rank) * owned < P::kTokens; }
 
   // Asks for phi first: nothing can start without it.
@@ -225,120 +209,49 @@ struct Block : Plan<POST_PRE, NORM> {
   __device__ void store_others(u32 row, size_t token, int lane) const;
 };
 
-// ---- project ------------------------------------------------------------------------------------------
+// ---- copy ------------------------------------------------------------------------------------------
 
-// A fragments of phi transposed, with phi = high + low, for 16 rows of phi: 8 channels of two streams. Of the
-// 48 rows that columns of phi make in two parts, the first has the columns 0 to 15 of high, the second those of
-// low, the third the columns 16 to 23 of high and of low.
-struct Slice {
-  uint4 fragments[3];
-};
-
-// at: this lane's words, columns g, g + 8 and g + 16 of two rows each.
-__device__ inline Slice read_phi(u32 at, u32 row_bytes, u32 stream_bytes) {
-  u32 high[3][2], low[3][2];
-#pragma unroll
-  for (int c = 0; c < 3; ++c) {
-#pragma unroll
-    for (int s = 0; s < 2; ++s) {
-      const u32 word = at + s * stream_bytes + 8 * c * 4;
-      u32 parts[2];
-      split(read_float(word), read_float(word + row_bytes), parts);
-      high[c][s] = parts[0];
-      low[c][s] = parts[1];
+// By one lane.
+template <bool POST_PRE, bool NORM>
+__device__ inline void Block<POST_PRE, NORM>::copy_phi() const {
+  for (int pair = 0; pair < 2; ++pair) {
+    const u32 full = barrier(kPhiFull, pair);
+    arrive_and_expect(full, 2 * P::kPhiBytes);
+    for (int j = 2 * pair; j < 2 * pair + 2; ++j) {
+      const float* from = call.phi + (size_t(j) * hidden() + rank * SIZE) * kColumns;
+      copy_in(shared + P::kPhi + j * P::kPhiBytes, from, P::kPhiBytes, full);
     }
   }
-  return {{{high[0][0], high[1][0], high[0][1], high[1][1]},
-           {low[0][0], low[1][0], low[0][1], low[1][1]},
-           {high[2][0], low[2][0], high[2][1], low[2][1]}}};
+  prefetch(*call.x_map);
+  if constexpr (POST_PRE) prefetch(*call.y_map);
 }
 
-__device__ inline void mma(float (&d)[4], uint4 a, uint2 b) { mma(d, a.x, a.y, a.z, a.w, b); }
-
-// The products with phi of 8 tokens as the tensor cores leave them: their rows are those of a `Slice`.
-struct Sums {
-  float sums[2][4] = {};
-
-  __device__ void add(const Slice& phi, uint2 x) {
-    mma(sums[0], phi.fragments[0], x);
-    mma(sums[1], phi.fragments[2], x);
-    mma(sums[0], phi.fragments[1], x);
-  }
-
-  template <int ROW_BYTES>
-  __device__ void store(u32 at, int lane) const {
-    const int g = lane / 4, q = lane % 4;
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const u32 row = at + (2 * q + e) * ROW_BYTES + 4 * g;
-      write_float(row, sums[0][e]);
-      write_float(row + 32, sums[0][2 + e]);
-      write_float(row + 64, sums[1][e] + sums[1][2 + e]);
+// By one lane. It has nothing to do with other blocks, and does not wait for them to start.
+template <bool POST_PRE, bool NORM>
+__device__ inline void Block<POST_PRE, NORM>::copy() const {
+  const u64 policy = evict_first();
+  Ring<P::kStages> ring;
+#pragma unroll 1
+  for (int i = 0; has_tile(i); ++i, ring.next()) {
+    if (i == P::kFreeStages) wait(barrier(kPhiEmpty), 0);
+    wait(barrier(kEmpty, ring.slot), ring.parity ^ 1);
+    // X' was written there, and not by the copy engine.
+    if constexpr (POST_PRE) fence_for_copies();
+    const u32 full = barrier(kFull, ring.slot), to = stage(ring.slot);
+    const int first = first_token(i), count = min(P::kTokens, call.tokens - first);
+    const int coefficients = POST_PRE ? count * (N * N + N) * 4 : 0;
+    arrive_and_expect(full, P::kStageBytes + coefficients);
+    copy_in(to, *call.x_map, first, rank * kBoxes, 0, full, policy);
+    if constexpr (POST_PRE) {
+      copy_in(to + P::kY, *call.y_map, first, rank * kBoxes, 0, full, policy);
+      const u32 h_res = mixing(ring.slot);
+      copy_in(h_res, call.h_res_in + size_t(first) * N * N, count * N * N * 4, full);
+      copy_in(h_res + P::kHPost, call.h_post_in + size_t(first) * N, count * N * 4, full);
     }
   }
-};
+}
 
-// The sums of squares of the same tokens, on the diagonal.
-struct Squares {
-  float sums[4] = {};
-
-  __device__ void add(const u32 (&x)[N]) {
-#pragma unroll
-    for (int j = 0; j < N; j += 2) mma(sums, {x[j], 0, x[j + 1], 0}, {x[j], x[j + 1]});
-  }
-
-  template <int ROW_BYTES>
-  __device__ void store(u32 at, int lane) const {
-    const int g = lane / 4, q = lane % 4;
-    if (g / 2 == q) write_float(at + g * ROW_BYTES, g % 2 ? sums[1] : sums[0]);
-  }
-};
-
-// G of the same tokens: <X[i], X[j]> are the diagonals of products of 8 tokens each.
-struct Products {
-  // Two such products at a time, those of the streams {i, j} with stream k.
-  float sums[5][4] = {};
-
-  // Of two boxes.
-  __device__ void add(const u32 (&x)[N], const u32 (&y)[N]) {
-    const auto add = [&](float (&d)[4], int i, int j, int k) {
-      mma(d, {x[i], x[j], y[i], y[j]}, {x[k], y[k]});
-    };
-    add(sums[0], 0, 1, 0);
-    add(sums[1], 1, 3, 1);
-    add(sums[2], 3, 0, 3);
-    add(sums[3], 2, 0, 2);
-    add(sums[4], 1, 3, 2);
-  }
-
-  // The sum of squares, then G.
-  template <int ROW_BYTES>
-  __device__ void store(u32 at, int lane) const {
-    constexpr int kEntries[5][2] = {{0, 4}, {1, 8}, {3, 6}, {2, 5}, {7, 9}};
-    const int g = lane / 4, q = lane % 4;
-    if (g / 2 != q) return;
-    const u32 row = at + g * ROW_BYTES;
-    float squares = 0.f;
-#pragma unroll
-    for (int k = 0; k < 5; ++k) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float entry = g % 2 ? sums[k][2 * e + 1] : sums[k][2 * e];
-        write_float(row + 4 * (1 + kEntries[k][e]), entry);
-        if (kEntries[k][e] < N) squares += entry;
-      }
-    }
-    write_float(row, squares);
-  }
-};
-template <bool NORM>
-struct TokenProducts {
-  using type = Squares;
-};
-template <>
-struct TokenProducts<true> {
-  using type = Products;
-};
+// ---- project ---------------------------------------------------------------------------------------
 
 // Row i of H_res, and h_post[i].
 struct MixingRow {
@@ -496,112 +409,7 @@ __device__ inline void Block<POST_PRE, NORM>::project(int warp, int lane) const 
   }
 }
 
-// ---- apply ------------------------------------------------------------------------------------------
-
-template <bool POST_PRE, bool NORM>
-__device__ inline void Block<POST_PRE, NORM>::apply(int thread) const {
-  give_registers<P::kShape.apply_registers>();
-  cluster_wait();
-  if constexpr (NORM) {
-    // The first halves of all units, then the second ones: without conflicts.
-    const float4* from = reinterpret_cast<const float4*>(call.norm_scale + rank * SIZE);
-    if (thread < kUnits) {
-      write_float4(shared + P::kWeights + 16 * thread, from[2 * thread]);
-      write_float4(shared + P::kWeights + 16 * (kUnits + thread), from[2 * thread + 1]);
-    }
-    asm volatile("bar.sync 1, %0;" ::"n"(kApplyThreads) : "memory");
-  }
-  constexpr int kUnroll = P::kShape.apply_registers < 64 ? 1 : 2;
-  Ring<P::kStages> ring;
-#pragma unroll 1
-  for (int i = 0; has_tile(i); ++i, ring.next()) {
-    if (thread == 0) arrive_and_expect(barrier(kHFull, ring.slot), P::kTokens * N * 4);
-    wait_for_cluster(barrier(kHFull, ring.slot), ring.parity);
-    const u32 h_pre = shared + P::kHPre + ring.slot * P::kTokens * N * 4;
-#pragma unroll kUnroll
-    for (int k = thread; k < P::kTokens * kUnits; k += kApplyThreads) {
-      const int t = k / kUnits, unit = k % kUnits;
-      float h[N];
-      read_floats(h, h_pre + t * N * 4);
-      const u32 at = stage(ring.slot) + unit / 8 * P::kBoxBytes + swizzled(t, unit % 8);
-      Pack<bf16, 8> x[N];
-      float sums[8] = {};
-#pragma unroll
-      for (int j = 0; j < N; ++j) {
-        const uint4 words = read4(at + j * P::kStreamBytes);
-        x[j].words[0] = words.x, x[j].words[1] = words.y, x[j].words[2] = words.z;
-        x[j].words[3] = words.w;
-#pragma unroll
-        for (int v = 0; v < 8; ++v) sums[v] += h[j] * x[j][v];
-      }
-      const long long to = token(i) + t;
-      if (to >= call.tokens) continue;
-      const int channel = rank * SIZE + unit * 8;
-      if constexpr (POST_PRE) {
-#pragma unroll
-        for (int j = 0; j < N; ++j) {
-          write_through(call.x_new + (to * N + j) * hidden() + channel,
-                        {x[j].words[0], x[j].words[1], x[j].words[2], x[j].words[3]});
-        }
-      }
-      if constexpr (NORM) {
-#pragma unroll
-        for (int v = 0; v < 8; v += 4) {
-          const float4 w = read_float4(shared + P::kWeights + 16 * (v / 4 * kUnits + unit));
-          sums[v] *= w.x, sums[v + 1] *= w.y, sums[v + 2] *= w.z, sums[v + 3] *= w.w;
-        }
-      }
-      Pack<bf16, 8> u;
-      u.set(sums);
-      write_through(call.u + to * hidden() + channel,
-                    {u.words[0], u.words[1], u.words[2], u.words[3]});
-    }
-    __syncwarp();
-    if (thread % 32 == 0) arrive(barrier(kEmpty, ring.slot));
-  }
-}
-
-// ---- one warp each --------------------------------------------------------------------------------------
-
-// By one lane.
-template <bool POST_PRE, bool NORM>
-__device__ inline void Block<POST_PRE, NORM>::copy_phi() const {
-  for (int pair = 0; pair < 2; ++pair) {
-    const u32 full = barrier(kPhiFull, pair);
-    arrive_and_expect(full, 2 * P::kPhiBytes);
-    for (int j = 2 * pair; j < 2 * pair + 2; ++j) {
-      const float* from = call.phi + (size_t(j) * hidden() + rank * SIZE) * kColumns;
-      copy_in(shared + P::kPhi + j * P::kPhiBytes, from, P::kPhiBytes, full);
-    }
-  }
-  prefetch(*call.x_map);
-  if constexpr (POST_PRE) prefetch(*call.y_map);
-}
-
-// By one lane. It has nothing to do with other blocks, and does not wait for them to start.
-template <bool POST_PRE, bool NORM>
-__device__ inline void Block<POST_PRE, NORM>::copy() const {
-  const u64 policy = evict_first();
-  Ring<P::kStages> ring;
-#pragma unroll 1
-  for (int i = 0; has_tile(i); ++i, ring.next()) {
-    if (i == P::kFreeStages) wait(barrier(kPhiEmpty), 0);
-    wait(barrier(kEmpty, ring.slot), ring.parity ^ 1);
-    // X' was written there, and not by the copy engine.
-    if constexpr (POST_PRE) fence_for_copies();
-    const u32 full = barrier(kFull, ring.slot), to = stage(ring.slot);
-    const int first = token(i), count = min(P::kTokens, call.tokens - first);
-    const int coefficients = POST_PRE ? count * (N * N + N) * 4 : 0;
-    arrive_and_expect(full, P::kStageBytes + coefficients);
-    copy_in(to, *call.x_map, first, rank * kBoxes, 0, full, policy);
-    if constexpr (POST_PRE) {
-      copy_in(to + P::kY, *call.y_map, first, rank * kBoxes, 0, full, policy);
-      const u32 h_res = mixing(ring.slot);
-      copy_in(h_res, call.h_res_in + size_t(first) * N * N, count * N * N * 4, full);
-      copy_in(h_res + P::kHPost, call.h_post_in + size_t(first) * N, count * N * 4, full);
-    }
-  }
-}
+// ---- send ------------------------------------------------------------------------------------------
 
 template <bool POST_PRE, bool NORM>
 __device__ inline void Block<POST_PRE, NORM>::send_sums(int lane) const {
@@ -641,6 +449,8 @@ __device__ inline void Block<POST_PRE, NORM>::send_sums(int lane) const {
   }
 }
 
+// ---- own -------------------------------------------------------------------------------------------
+
 // The sum of the values at `from`, one of each block of the cluster.
 template <u32 CLUSTER>
 __device__ inline float sum_of_blocks(u32 from, u32 stride) {
@@ -652,11 +462,11 @@ __device__ inline float sum_of_blocks(u32 from, u32 stride) {
   for (u32 b = 2; b < CLUSTER; ++b) sums[b % 2] += values[b];
   return sums[0] + sums[1];
 }
-__device__ inline float sum_of_blocks(u32 from, u32 stride, u32 cluster) {
-  return cluster == 16  ? sum_of_blocks<16>(from, stride)
-         : cluster == 8 ? sum_of_blocks<8>(from, stride)
-         : cluster == 4 ? sum_of_blocks<4>(from, stride)
-         : cluster == 2 ? sum_of_blocks<2>(from, stride)
+__device__ inline float sum_of_blocks(u32 from, u32 stride, u32 ranks) {
+  return ranks == 16  ? sum_of_blocks<16>(from, stride)
+         : ranks == 8 ? sum_of_blocks<8>(from, stride)
+         : ranks == 4 ? sum_of_blocks<4>(from, stride)
+         : ranks == 2 ? sum_of_blocks<2>(from, stride)
                         : read_float(from);
 }
 
@@ -681,17 +491,17 @@ __device__ inline void Block<POST_PRE, NORM>::own(int lane) const {
   Ring<P::kStages> ring;
 #pragma unroll 1
   for (int i = 0; has_tile(i); ++i, ring.next()) {
-    if (lane == 0) arrive_and_expect(barrier(kSumsFull, ring.slot), cluster * stride);
+    if (lane == 0) arrive_and_expect(barrier(kSumsFull, ring.slot), ranks * stride);
     wait_for_cluster(barrier(kSumsFull, ring.slot), ring.parity);
 #pragma unroll 1
     for (int o = 0; o < owned; ++o, ++count) {
       const u32 from = shared + P::kOwn + ring.slot * P::kOwnBytes + o * P::kSumsBytes;
-      const float sum = sum_of_blocks(from + 4 * c, stride, cluster);
+      const float sum = sum_of_blocks(from + 4 * c, stride, ranks);
       float g = 0.f;
       if constexpr (NORM) {
         // That of half of the blocks.
-        const u32 entry = from + 4 * (kColumns + 1 + k) + lane / 16 * (cluster / 2) * stride;
-        g = sum_of_blocks(entry, stride, cluster / 2);
+        const u32 entry = from + 4 * (kColumns + 1 + k) + lane / 16 * (ranks / 2) * stride;
+        g = sum_of_blocks(entry, stride, ranks / 2);
       }
       const float r = inverse_norm(settings, __shfl_sync(kAllLanes, sum, kColumns), N * hidden());
       const float m = r * sum, h = sigmoid(alpha * m + bias) + settings.pre_eps;
@@ -706,7 +516,7 @@ __device__ inline void Block<POST_PRE, NORM>::own(int lane) const {
         rho = inverse_root((mean < 0.f ? 0.f : mean) + call.norm_scale_eps);
         h_pre = {rho * h_pre.x, rho * h_pre.y, rho * h_pre.z, rho * h_pre.w};
       }
-      if (lane < int(cluster)) {
+      if (lane < int(ranks)) {
         const u32 row = ring.slot * P::kTokens + rank * owned + o;
         send(h_pre_there + row * N * 4, h_pre, h_full_there + 8 * ring.slot);
       }
@@ -722,6 +532,73 @@ __device__ inline void Block<POST_PRE, NORM>::own(int lane) const {
     }
   }
 }
+
+// ---- apply ------------------------------------------------------------------------------------------
+
+template <bool POST_PRE, bool NORM>
+__device__ inline void Block<POST_PRE, NORM>::apply(int thread) const {
+  give_registers<P::kShape.apply_registers>();
+  cluster_wait();
+  if constexpr (NORM) {
+    // The first halves of all units, then the second ones: without conflicts.
+    const float4* from = reinterpret_cast<const float4*>(call.norm_scale + rank * SIZE);
+    if (thread < kUnits) {
+      write_float4(shared + P::kWeights + 16 * thread, from[2 * thread]);
+      write_float4(shared + P::kWeights + 16 * (kUnits + thread), from[2 * thread + 1]);
+    }
+    asm volatile("bar.sync 1, %0;" ::"n"(kApplyThreads) : "memory");
+  }
+  constexpr int kUnroll = P::kShape.apply_registers < 64 ? 1 : 2;
+  Ring<P::kStages> ring;
+#pragma unroll 1
+  for (int i = 0; has_tile(i); ++i, ring.next()) {
+    if (thread == 0) arrive_and_expect(barrier(kHFull, ring.slot), P::kTokens * N * 4);
+    wait_for_cluster(barrier(kHFull, ring.slot), ring.parity);
+    const u32 h_pre = shared + P::kHPre + ring.slot * P::kTokens * N * 4;
+#pragma unroll kUnroll
+    for (int k = thread; k < P::kTokens * kUnits; k += kApplyThreads) {
+      const int t = k / kUnits, unit = k % kUnits;
+      float h[N];
+      read_floats(h, h_pre + t * N * 4);
+      const u32 at = stage(ring.slot) + unit / 8 * P::kBoxBytes + swizzled(t, unit % 8);
+      Pack<bf16, 8> x[N];
+      float sums[8] = {};
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const uint4 words = read4(at + j * P::kStreamBytes);
+        x[j].words[0] = words.x, x[j].words[1] = words.y, x[j].words[2] = words.z;
+        x[j].words[3] = words.w;
+#pragma unroll
+        for (int v = 0; v < 8; ++v) sums[v] += h[j] * x[j][v];
+      }
+      const long long to = first_token(i) + t;
+      if (to >= call.tokens) continue;
+      const int channel = rank * SIZE + unit * 8;
+      if constexpr (POST_PRE) {
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+          write_through(call.x_new + (to * N + j) * hidden() + channel,
+                        {x[j].words[0], x[j].words[1], x[j].words[2], x[j].words[3]});
+        }
+      }
+      if constexpr (NORM) {
+#pragma unroll
+        for (int v = 0; v < 8; v += 4) {
+          const float4 w = read_float4(shared + P::kWeights + 16 * (v / 4 * kUnits + unit));
+          sums[v] *= w.x, sums[v + 1] *= w.y, sums[v + 2] *= w.z, sums[v + 3] *= w.w;
+        }
+      }
+      Pack<bf16, 8> u;
+      u.set(sums);
+      write_through(call.u + to * hidden() + channel,
+                    {u.words[0], u.words[1], u.words[2], u.words[3]});
+    }
+    __syncwarp();
+    if (thread % 32 == 0) arrive(barrier(kEmpty, ring.slot));
+  }
+}
+
+// ---- finish ----------------------------------------------------------------------------------------
 
 // What there is of a token besides H_res, by four lanes: m four columns at a time, and r. The first has h_pre
 // among its columns, the second h_post.
@@ -761,7 +638,7 @@ __device__ inline void Block<POST_PRE, NORM>::finish(int lane) const {
     wait(barrier(kFinishFull, slot), batch / 2 & 1);
     const u32 row = shared + P::kFinish + (slot * kBatch + t) * kFinishRowBytes;
     const int count = batch * kBatch + t, i = count >> owned_log2;
-    const size_t at = size_t(token(i)) + rank * owned + (count & (owned - 1));
+    const size_t at = size_t(first_token(i)) + rank * owned + (count & (owned - 1));
     const bool exists = at < call.tokens;
     Sinkhorn<N>::Matrix z, h_res;
     matrix.for_each([&](int k, int j) {
@@ -782,7 +659,8 @@ __device__ inline void Block<POST_PRE, NORM>::finish(int lane) const {
 
 template <bool POST_PRE, bool NORM>
 __device__ inline void run(const Call& call) {
-  const Block<POST_PRE, NORM> block(call);
+  extern __shared__ __align__(1024) unsigned char memory[];
+  const Block<POST_PRE, NORM> block(memory, call);
   // The same in all lanes, and by this the compiler knows it.
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   if (warp == 0) block.init_barriers(lane);
