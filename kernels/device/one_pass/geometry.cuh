@@ -40,9 +40,6 @@ struct Place {
   __device__ int first_box() const { return rank * kBoxes; }
   // The first token of this cluster's tile i.
   __device__ int first_token(int i) const { return (first_tile + i * tile_step) * TOKENS; }
-  // The tiles of this cluster.
-  __device__ int tiles_of(int tokens) const {
-    const int tiles = (tokens + TOKENS - 1) / TOKENS;
-    return (tiles - first_tile + tile_step - 1) / tile_step;
-  }
+  // This cluster's number of all tiles.
+  __device__ int share_of(int tiles) const { return (tiles - first_tile + tile_step - 1) / tile_step; }
 };

@@ -26,10 +26,7 @@
 // infinity or NaN in the streams of a token, or in their cotangents, reaches the gradients of its neighbours.
 
 #include "math/coefficients.cuh"
-#include "one_pass/one_pass.cuh"
-
-constexpr int N = 4;
-constexpr int kColumns = N * (N + 2);
+#include "one_pass/geometry.cuh"
 
 // The sums for d_phi of 256 channels take 96 registers of each thread of the main warps. Those of 320, 384 and 448
 // would take 120, 144 and 168, which the chip has no room for (docs/architecture.md counts): then phi_bwd.cu computes
@@ -96,9 +93,8 @@ constexpr u32 kTablesBytes = 2 * kTableBytes + kTileTokens * N * 4;
 constexpr u32 kPhiBytes = 768;
 constexpr u32 kAllPhiBytes = SIZE / 16 * N * kPhiBytes;
 
-// One stream of a tile.
-constexpr u32 kPlane = kTileTokens * SIZE * 2;
-constexpr u32 kBox = kTileTokens * kRowBytes;
+constexpr u32 kBox = Tile<kTileTokens>::kBoxBytes;
+constexpr u32 kPlane = Tile<kTileTokens>::kPlaneBytes;
 // A stage has two parts, with a copied box of each pair: streams 0 and 2 of X, the same of d_X', y, d_u; and
 // the streams 1 and 3. Main warps read two neighbouring streams at once: half a swizzled box between them
 // keeps those in different banks.
@@ -139,37 +135,28 @@ struct Operands {
   int tokens, deferred;
 };
 
-struct Block {
-  u32 base;  // of shared memory
-  u32 rank, ranks;
-  int cluster, clusters;
+struct Block : Place<kTileTokens> {
   int num_tiles;  // of this cluster
   // Of a tile's tokens a block owns 2^owned_shift; where there are more blocks than tokens, it does so every
   // 2^turns_shift tiles.
   int owned_shift, turns_shift;
 
-  __device__ Block(u32 base, int tokens) : base(base), rank(cluster_rank()), ranks(cluster_size()) {
+  __device__ Block(const void* memory, int tokens) : Place(memory) {
     const int log_ranks = 31 - __clz(ranks), log_tokens = 31 - __clz(kTileTokens);
-    cluster = blockIdx.x >> log_ranks;
-    clusters = gridDim.x >> log_ranks;
-    const int tiles = (tokens + kTileTokens - 1) / kTileTokens;
-    num_tiles = (tiles - cluster + clusters - 1) / clusters;
+    take_tiles(log_ranks);
+    num_tiles = share_of((tokens + kTileTokens - 1) / kTileTokens);
     owned_shift = max(0, log_tokens - log_ranks);
     turns_shift = max(0, log_ranks - log_tokens);
   }
   __device__ int tokens_owned() const { return 1 << owned_shift; }
   __device__ int turns() const { return 1 << turns_shift; }
-  __device__ int first_token(int tile) const { return (cluster + tile * clusters) * int(kTileTokens); }
-  // Where the first box of this block's channels lies.
-  __device__ int first_box() const { return rank * (SIZE / kBoxChannels); }
-  __device__ int hidden() const { return ranks * SIZE; }
 
-  __device__ u32 barrier(Barrier first, u32 slot) const { return base + 8 * (first + slot); }
-  __device__ u32 even(u32 slot) const { return base + kEven + slot * kEvenBytes; }
-  __device__ u32 odd(u32 slot) const { return base + kOdd + slot * kOddBytes; }
-  __device__ u32 tables(int tile) const { return base + kTableSlots + tile % 2 * kTablesBytes; }
+  __device__ u32 barrier(Barrier first, u32 slot) const { return shared + 8 * (first + slot); }
+  __device__ u32 even(u32 slot) const { return shared + kEven + slot * kEvenBytes; }
+  __device__ u32 odd(u32 slot) const { return shared + kOdd + slot * kOddBytes; }
+  __device__ u32 tables(int tile) const { return shared + kTableSlots + tile % 2 * kTablesBytes; }
   __device__ u32 reply(u32 slot, u32 token) const {
-    return base + kReplies + (slot * kTileTokens + token) * kReplyStride;
+    return shared + kReplies + (slot * kTileTokens + token) * kReplyStride;
   }
 
   __device__ u32 owner(u32 token, int tile) const {
@@ -179,12 +166,12 @@ struct Block {
   __device__ u32 dots(u32 slot, u32 token, u32 from) const {
     const u32 of_block = token & (tokens_owned() - 1);
     const u32 row = ((slot >> turns_shift << owned_shift) + of_block) * ranks * kDotWarps + from;
-    return base + kDots + row * kDotsBytes;
+    return shared + kDots + row * kDotsBytes;
   }
   __device__ u32 sums_slots() const { return 8 >> turns_shift; }
   __device__ u32 sums(u32 slot, u32 token, u32 from) const {
     const u32 row = ((slot << owned_shift) + (token & (tokens_owned() - 1))) * ranks + from;
-    return base + kSums + row * kSumsBytes;
+    return shared + kSums + row * kSumsBytes;
   }
 };
 
@@ -229,7 +216,7 @@ struct MainWarp {
     const u32 row = lane % 8, matrix_of_lane = lane / 8;
     const u32 first_channel = warp * kWarpStep, box = first_channel / kBoxChannels * kBox;
     const u32 first_unit = first_channel % kBoxChannels / 8;  // 16 bytes are 8 channels
-    phi = block.base + kPhi + first_channel / 16 * N * kPhiBytes;
+    phi = block.shared + kPhi + first_channel / 16 * N * kPhiBytes;
 
     // Rows (k) are stream * 4 + token % 4; matrices go over the channels first.
     const u32 k = lane / 16 * 8 + row, stream = k / 4, odd = stream % 2;
@@ -506,7 +493,7 @@ struct MainWarp {
 
 __device__ inline void main_warps(const Block& block, const Operands& to, int warp, int lane) {
   MainWarp self(block, warp, lane);
-  const int row = block.rank * SIZE + warp * kWarpStep;
+  const int row = block.first_channel() + warp * kWarpStep;
   self.load_phi(to.phi + row * kColumns, lane);
   fence_for_copies();
   __syncwarp();
@@ -520,7 +507,7 @@ __device__ inline void main_warps(const Block& block, const Operands& to, int wa
     self.tile(tile, ring, lane);
   }
   if constexpr (kSumsPhi) {
-    const int of_cluster = block.cluster * N * block.hidden();
+    const int of_cluster = block.first_tile * N * block.hidden();
     self.store_d_phi(static_cast<float*>(to.for_phi) + (of_cluster + row) * kColumns);
   }
 }
@@ -967,9 +954,9 @@ KERNEL(post_pre_bwd_one_pass, kThreads, 1)
  const float* alpha, const float* bias, const float* m, const float* r, const float* h_res_new,
  const float* d_h_pre, const float* d_z, float* d_h_post, float* d_h_res, void* for_phi,
  float* gate_sums, int tokens, int deferred, Settings settings) {
-  extern __shared__ __align__(1024) unsigned char shared[];
+  extern __shared__ __align__(1024) unsigned char memory[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const Block block(shared_address(shared), tokens);
+  const Block block(memory, tokens);
   const Operands operands{h_post,  h_res, phi,      alpha,   bias,    m,         r,      h_res_new,
                           d_h_pre, d_z,   d_h_post, d_h_res, for_phi, gate_sums, tokens, deferred};
   const Maps maps{x_even,         x_odd,        y,           d_u, d_x_new_in_even,
