@@ -27,10 +27,8 @@
 // Whatever belongs to a token stays within it, so that one with no number in it does not spoil others.
 
 #include "math/coefficients.cuh"
-#include "one_pass/one_pass.cuh"
+#include "one_pass/geometry.cuh"
 
-constexpr int N = 4;
-constexpr int kColumns = N * (N + 2);
 // Main warps take turns at units of 16 channels of all streams. Where four units are left, two warps share one of
 // them: two streams for each.
 constexpr int kMainWarps = 8;
@@ -79,8 +77,8 @@ static_assert(Warps<false>::kPartBytes <= kPartBytes && 2 * Warps<true>::kPartBy
 // ---- shared memory ----------------------------------------------------------------------------------
 
 // A plane a stream: X and d_u; d_x_in.
-constexpr u32 kPlaneBytes = SIZE * kTileTokens * sizeof(Stream);
-constexpr u32 kBoxBytes = kTileTokens * kRowBytes;
+constexpr u32 kPlaneBytes = Tile<kTileTokens>::kPlaneBytes;
+constexpr u32 kBoxBytes = Tile<kTileTokens>::kBoxBytes;
 constexpr u32 kDU = N * kPlaneBytes, kStageBytes = kDU + kPlaneBytes;
 constexpr u32 kDXInBytes = N * kPlaneBytes;
 constexpr u32 kBoxUnits = kBoxChannels / 16, kUnitBytes = 32;
@@ -122,22 +120,16 @@ static_assert(Warps<true>::kThreads == 384);
 extern __shared__ __align__(1024) unsigned char shared[];
 
 // What all warps of a block know.
-struct Block {
-  u32 shared;
-  u32 rank, cluster;
-  int first_tile, tile_step, num_tiles;
+struct Block : Place<kTileTokens> {
+  int num_tiles;  // of this cluster
 
-  __device__ Block(const unsigned char* shared_bytes, int tokens)
-      : shared(shared_address(shared_bytes)), rank(cluster_rank()), cluster(cluster_size()) {
-    first_tile = blockIdx.x / cluster;
-    tile_step = gridDim.x / cluster;
-    const int all_tiles = (tokens + int(kTileTokens) - 1) / int(kTileTokens);
-    num_tiles = (all_tiles - first_tile + tile_step - 1) / tile_step;
+  __device__ Block(const void* memory, int tokens) : Place(memory) {
+    // With shifts, as powers of two allow, pre_norm_bwd_one_pass would spill registers on sm_100f.
+    first_tile = blockIdx.x / ranks;
+    tile_step = gridDim.x / ranks;
+    num_tiles = share_of((tokens + int(kTileTokens) - 1) / int(kTileTokens));
   }
 
-  __device__ int first_token(int tile) const {
-    return (first_tile + tile * tile_step) * int(kTileTokens);
-  }
   __device__ u32 stage(u32 slot) const {
     return shared + slot * (kStages == kDXInSlots ? kStageBytes + kDXInBytes : kStageBytes);
   }
@@ -147,10 +139,10 @@ struct Block {
   __device__ u32 replies(u32 slot) const { return shared + kReplies + slot * kRepliesBytes; }
   __device__ u32 barrier(u32 which, u32 slot) const { return shared + which + 8 * slot; }
 
-  // Token t of a tile is owned by block t % cluster; of clusters of 16 the blocks 0 to 7 own those of even tiles and
+  // Token t of a tile is owned by block t % ranks; of clusters of 16 the blocks 0 to 7 own those of even tiles and
   // the others those of odd ones.
-  __device__ u32 owned() const { return cluster < kTileTokens ? kTileTokens / cluster : 1; }
-  __device__ int owner_groups() const { return cluster > kTileTokens ? cluster / kTileTokens : 1; }
+  __device__ u32 owned() const { return ranks < kTileTokens ? kTileTokens / ranks : 1; }
+  __device__ int owner_groups() const { return ranks > kTileTokens ? ranks / kTileTokens : 1; }
 };
 
 // The ring of buffers for parts of the dot products. A buffer has them one kind after the other.
@@ -161,7 +153,7 @@ struct PartsRing {
 
   __device__ PartsRing(const Block& block)
       : slots(block.owner_groups() > 1 ? (kStages + 1) / 2 : kStages),
-        kind_bytes(block.owned() * block.cluster * Warps<NORM>::kPartBytes),
+        kind_bytes(block.owned() * block.ranks * Warps<NORM>::kPartBytes),
         slot_bytes(NORM ? 2 * kind_bytes : kind_bytes) {}
   __device__ u32 at(const Block& block) const { return block.shared + kParts + slot * slot_bytes; }
   __device__ void next() {
@@ -184,10 +176,6 @@ struct InputNorm {
   // [clusters, C], for sum_norm_scale
   float* d_w;
 };
-
-// Neighbours in a word.
-__device__ inline float low(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ inline float high(u32 pair) { return __uint_as_float(pair & 0xffff0000); }
 
 // The same sum in four neighbouring lanes.
 __device__ inline float sum_of_four(float v) {
@@ -212,7 +200,7 @@ __device__ inline float load_single(const float* from) {
 __device__ inline void copy_tiles(const Block& block, const TensorMap& x, const TensorMap& d_u,
                                   const TensorMap& d_x_in, const TensorMap& d_x) {
   const u64 policy = evict_first();
-  const int box = block.rank * (SIZE / kBoxChannels);
+  const int box = block.first_box();
   const auto load = [&](int tile, u32 slot) {
     if (tile >= block.num_tiles) return;
     const u32 stage = block.stage(slot), full = block.barrier(kFull, slot);
@@ -275,8 +263,8 @@ __device__ inline void multiply_tiles(const Block& block, const float* h_res, co
   // The token whose diagonal element this lane has, if any.
   const u32 token = lane / 4;
   const bool on_diagonal = token / 2 == lane % 4;
-  const u32 owner = token % block.cluster;
-  const u32 part = (token / block.cluster * block.cluster + block.rank) * Warps<NORM>::kPartBytes + warp * 16;
+  const u32 owner = token % block.ranks;
+  const u32 part = (token / block.ranks * block.ranks + block.rank) * Warps<NORM>::kPartBytes + warp * 16;
 
   // Neighbours in row j of the transpose.
   constexpr int kOwn = N * N * int(kTileTokens) / (32 * kWarps);
@@ -328,7 +316,7 @@ __device__ inline void multiply_tiles(const Block& block, const float* h_res, co
       for (int i = 0; i < N; ++i) h_pre[i] = __shfl_sync(kAllLanes, own, i, N);
     }
 #pragma unroll
-    for (int box = 0; box < SIZE / kBoxChannels; ++box) {
+    for (int box = 0; box < kBoxes; ++box) {
 #pragma unroll
       for (int unit = 0; unit < kBoxUnits / kWarps; ++unit) {
         // Swizzling is an exclusive or.
@@ -346,7 +334,7 @@ __device__ inline void multiply_tiles(const Block& block, const float* h_res, co
             const float2 scale = w[half];
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-              const auto of = [&](u32 v) { return e == 0 ? low(v) : high(v); };
+              const auto of = [&](u32 v) { return e == 0 ? low_half(v) : high_half(v); };
               const float v = (e == 0 ? scale.x : scale.y) * of(d_u[half]);
               float u = 0.f;
 #pragma unroll
@@ -442,7 +430,7 @@ __device__ inline void reply(const Block& block, const Gates& gates, const Input
   float sum_d_z = 0.f, sum_d_z_m = 0.f;
 
   const auto load = [&](int tile, int k) {
-    const long long token = block.first_token(tile) + own_first + k * int(block.cluster);
+    const long long token = block.first_token(tile) + own_first + k * int(block.ranks);
     const bool exists = tile < block.num_tiles && token < tokens;
     return OwnToken(gates, NORM ? norm_of_u.rho : nullptr, token, exists, lane);
   };
@@ -466,7 +454,7 @@ __device__ inline void reply(const Block& block, const Gates& gates, const Input
       // Of stream lane % N.
       const auto sum_parts = [&](u32 kind) {
         float4 dots = {};
-        const int num_parts = block.cluster * Warps<NORM>::kDot;
+        const int num_parts = block.ranks * Warps<NORM>::kDot;
 #pragma unroll 1
         for (int p = lane; p < num_parts; p += 32) {
           const float4 v = read_float4(parts.at(block) + kind * parts.kind_bytes + (k * num_parts + p) * 16);
@@ -505,9 +493,9 @@ __device__ inline void reply(const Block& block, const Gates& gates, const Input
       }
       // The replies' ring is that of the tiles.
       const u32 slot = tile % kStages;
-      const u32 at = block.replies(slot) + (own_first + k * block.cluster) * kReplyRow + lane % 8 * 16;
+      const u32 at = block.replies(slot) + (own_first + k * block.ranks) * kReplyRow + lane % 8 * 16;
 #pragma unroll 1
-      for (u32 to = lane / 8; to < block.cluster; to += 4) {
+      for (u32 to = lane / 8; to < block.ranks; to += 4) {
         send(in_block(at, to), {words[0], words[1], words[2], words[3]},
              in_block(block.barrier(kReplyFull, slot), to));
       }
@@ -621,7 +609,7 @@ struct Differentiation {
         const float scale = load_single(norm.w + channel_at(F / N) + 8 * c);
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
-          const auto of = [&](u32 v) { return t == 0 ? low(v) : high(v); };
+          const auto of = [&](u32 v) { return t == 0 ? low_half(v) : high_half(v); };
           const float4 h = read_float4(own_replies + t * kReplyRow + kHPre);
           const uint2 factors = read2(own_replies + t * kReplyRow + kRho);
           const float rho = __uint_as_float(factors.x), minus_f = __uint_as_float(factors.y), g = of(d_u[c]);
@@ -646,7 +634,7 @@ struct Differentiation {
       if constexpr (NORM) {
         return du[c][t];
       } else {
-        return t == 0 ? low(d_u[c]) : high(d_u[c]);
+        return t == 0 ? low_half(d_u[c]) : high_half(d_u[c]);
       }
     };
     // r dm and the rest of it; and both in one as B of phi dm: k is a column.
@@ -683,7 +671,7 @@ struct Differentiation {
         mma_half(sums, p.words, half_dm);
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
-          const auto of = [&](u32 v) { return t == 0 ? low(v) : high(v); };
+          const auto of = [&](u32 v) { return t == 0 ? low_half(v) : high_half(v); };
           const float h_pre = read_float(first_replies + t * kReplyRow + kHPre + 4 * j);
           const uint2 factors = read2(own_replies + t * kReplyRow + kMinusF);
           const float minus_f = __uint_as_float(factors.x), unit = unit_of_phi * __uint_as_float(factors.y);
@@ -697,8 +685,8 @@ struct Differentiation {
             sums[2 + t] += hs[i] * of(d_x_in[i / 2][i % 2 * 2 + 1]);
           }
         }
-        d_x[j % 2 * 2] = pair_of((Stream*)nullptr, sums[0], sums[1]);
-        d_x[j % 2 * 2 + 1] = pair_of((Stream*)nullptr, sums[2], sums[3]);
+        d_x[j % 2 * 2] = pair(sums[0], sums[1]);
+        d_x[j % 2 * 2 + 1] = pair(sums[2], sums[3]);
       }
       write_transposed(d_x_in_at + first_at + s * kPlaneBytes, d_x);
     }
