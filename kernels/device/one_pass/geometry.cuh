@@ -36,7 +36,7 @@ struct Place {
   }
 
   __device__ int hidden() const { return SIZE * int(ranks); }
-  __device__ int first_channel() const { return rank * SIZE; }
+  __device__ u32 first_channel() const { return rank * SIZE; }
   __device__ int first_box() const { return rank * kBoxes; }
   // The first token of this cluster's tile i.
   __device__ int first_token(int i) const { return (first_tile + i * tile_step) * TOKENS; }

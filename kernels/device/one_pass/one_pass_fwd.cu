@@ -24,6 +24,7 @@
 
 #include "math/coefficients.cuh"
 #include "one_pass/geometry.cuh"
+#include "one_pass/owner.cuh"
 #include "one_pass/products.cuh"
 #include "math/sinkhorn.cuh"
 
@@ -290,9 +291,7 @@ __device__ inline void Block<POST_PRE, NORM>::project(int warp, int lane) const 
   constexpr int kInRegisters = 3 * kSlices - P::kSharedFragments;
   Slice slices[kSlices];
   const auto shared_fragment = [&](int fragment) {
-    u32 thread;  // asked for every time: to keep it would take a register too many
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    return shared + P::kFragments + (fragment - kInRegisters) * kFragmentBytes + 16 * thread;
+    return shared + P::kFragments + (fragment - kInRegisters) * kFragmentBytes + 16 * thread_id();
   };
   // Whether there are registers left for what can as well be read when it is needed.
   constexpr bool kSpare = P::kSharedFragments == 0, kKeepsHRes = kSpare || !NORM;
@@ -450,25 +449,6 @@ __device__ inline void Block<POST_PRE, NORM>::send_sums(int lane) const {
 }
 
 // ---- own -------------------------------------------------------------------------------------------
-
-// The sum of the values at `from`, one of each block of the cluster.
-template <u32 CLUSTER>
-__device__ inline float sum_of_blocks(u32 from, u32 stride) {
-  float values[CLUSTER];
-#pragma unroll
-  for (u32 b = 0; b < CLUSTER; ++b) values[b] = read_float(from + b * stride);
-  float sums[2] = {values[0], values[1]};
-#pragma unroll
-  for (u32 b = 2; b < CLUSTER; ++b) sums[b % 2] += values[b];
-  return sums[0] + sums[1];
-}
-__device__ inline float sum_of_blocks(u32 from, u32 stride, u32 ranks) {
-  return ranks == 16  ? sum_of_blocks<16>(from, stride)
-         : ranks == 8 ? sum_of_blocks<8>(from, stride)
-         : ranks == 4 ? sum_of_blocks<4>(from, stride)
-         : ranks == 2 ? sum_of_blocks<2>(from, stride)
-                        : read_float(from);
-}
 
 // Lane c has column c, and lane kColumns the sum of squares; lane k the entry k of G, too. All blocks wait for
 // this warp: what they do not wait for is left to `finish`.
@@ -664,10 +644,8 @@ __device__ inline void run(const Call& call) {
   // The same in all lanes, and by this the compiler knows it.
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   if (warp == 0) block.init_barriers(lane);
-  __syncthreads();
-  // No block may send to another before that one's barriers are there: everybody waits for the others, first
-  // thing in its role.
-  cluster_arrive();
+  // Every role begins with the wait for the other blocks.
+  start_cluster();
   if (warp < kProjectWarps) {
     block.project(warp, lane);
   } else if (warp < kProjectWarps + kApplyWarps) {

@@ -27,6 +27,7 @@
 
 #include "math/coefficients.cuh"
 #include "one_pass/geometry.cuh"
+#include "one_pass/owner.cuh"
 
 // The sums for d_phi of 256 channels take 96 registers of each thread of the main warps. Those of 320, 384 and 448
 // would take 120, 144 and 168, which the chip has no room for (docs/architecture.md counts): then phi_bwd.cu computes
@@ -474,9 +475,8 @@ struct MainWarp {
   }
 
   __device__ void store_d_phi(float* d_phi_of_block) const {
-    // Asked for again, or the addresses of phi would be kept until here: registers are few on the way.
-    u32 lane;
-    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    // Asked for again, or the addresses of phi would be kept until here.
+    const u32 lane = lane_id();
     const int g = lane / 4, q = lane % 4;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -750,7 +750,7 @@ struct Owner {
   const int which, lane;
   float alpha;                // of column `lane`
   float alpha_pre, bias_pre;  // of column lane % 4
-  float sum_d_z = 0.f, sum_d_z_m = 0.f;
+  GateSums sums;
 
   // What a token's lanes have, zero behind the last token: of column `lane` m and d_z, of stream lane % 4
   // the others.
@@ -763,9 +763,12 @@ struct Owner {
                    int lane)
       : block(block), with(with), settings(settings), which(which), lane(lane) {
     alpha_pre = with.alpha[0];
-    alpha = lane >= kColumns ? 0.f : with.alpha[lane < N ? 0 : lane < 2 * N ? 1 : 2];
+    alpha = lane >= kColumns ? 0.f : with.alpha[gate_of(lane)];
     bias_pre = with.bias[lane % N];
   }
+
+  // The place in alpha of column c's gate.
+  __device__ static int gate_of(int c) { return c < N ? 0 : c < 2 * N ? 1 : 2; }
 
   __device__ int tile(int owned) const {
     return (owned << block.turns_shift) + (block.rank & (block.turns() - 1));
@@ -872,9 +875,7 @@ struct Owner {
       const bool stores = row < with.tokens && lane < int(kReplyGates / 16);
       if (stores) static_cast<float4*>(with.for_phi)[size_t(row) * (kReplyGates / 16) + lane] = reply;
     }
-    const float d_z = lane < N ? d_z_pre : token.d_z;
-    sum_d_z += d_z;
-    sum_d_z_m += d_z * token.m;
+    sums.add(lane < N ? d_z_pre : token.d_z, token.m);
   }
 
   // d_H_res and d_h_post, once all blocks have sent their parts.
@@ -900,18 +901,6 @@ struct Owner {
     __syncwarp();
   }
 
-  // The row of this block for sum_gradients.
-  __device__ void store_gate_sums() const {
-    float* row = with.gate_sums + (blockIdx.x * kOwnerWarps + which) * (kColumns + 3);
-    if (lane < kColumns) row[lane] = sum_d_z;
-#pragma unroll
-    for (int gate = 0; gate < 3; ++gate) {
-      const bool own = lane < kColumns && gate == (lane < N ? 0 : lane < 2 * N ? 1 : 2);
-      const float sum = warp_sum(own ? sum_d_z_m : 0.f);
-      if (lane == 0) row[kColumns + gate] = sum;
-    }
-  }
-
   __device__ void run() {
     // A tile's sums come long after its reply. Whoever has the reply of a tile may send its sums: by then
     // this warp has collected what was in their slot before.
@@ -935,7 +924,8 @@ struct Owner {
       }
       if (owned >= later) collect(owned - later);
     }
-    store_gate_sums();
+    // The row of this warp.
+    sums.store(with.gate_sums + (blockIdx.x * kOwnerWarps + which) * (kColumns + 3), lane, gate_of);
   }
 };
 
@@ -975,8 +965,7 @@ KERNEL(post_pre_bwd_one_pass, kThreads, 1)
     init_barrier(block.barrier(kPhiThere, 0), kMainWarps);
     publish_barriers();
   }
-  __syncthreads();
-  cluster_arrive();
+  start_cluster();
 
   if (warp < kMainWarps) {
     take_registers<kMainRegisters>();
@@ -996,8 +985,5 @@ KERNEL(post_pre_bwd_one_pass, kThreads, 1)
       Owner(block, operands, settings, warp - kFirstOwner, lane).run();
     }
   }
-  // A block's shared memory must stay until the last message to it is there.
-  __syncwarp();
-  cluster_arrive();
-  cluster_wait();
+  end_cluster();
 }

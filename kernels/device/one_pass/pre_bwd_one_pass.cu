@@ -28,6 +28,7 @@
 
 #include "math/coefficients.cuh"
 #include "one_pass/geometry.cuh"
+#include "one_pass/owner.cuh"
 
 // Main warps take turns at units of 16 channels of all streams. Where four units are left, two warps share one of
 // them: two streams for each.
@@ -288,7 +289,7 @@ __device__ inline void multiply_tiles(const Block& block, const float* h_res, co
 
   // w of this lane's channels of the next unit.
   constexpr int kWarpUnits = kBoxUnits / kWarps;
-  const float* w_at = norm.w + block.rank * SIZE + first_unit * 16 + lane % 4 * 2;
+  const float* w_at = norm.w + block.first_channel() + first_unit * 16 + lane % 4 * 2;
   float2 next_w[2];
   const auto load_w = [&](int unit) {
     const int next = unit % (kUnits / kWarps);
@@ -427,7 +428,7 @@ __device__ inline void reply(const Block& block, const Gates& gates, const Input
   const int own_first = block.rank % kTileTokens, own_group = block.rank / kTileTokens;
   // Lane w makes word w of a reply. Words 0 to 23 are pairs of columns.
   const int pair = lane % 12 * 2;
-  float sum_d_z = 0.f, sum_d_z_m = 0.f;
+  GateSums sums;
 
   const auto load = [&](int tile, int k) {
     const long long token = block.first_token(tile) + own_first + k * int(block.ranks);
@@ -472,8 +473,7 @@ __device__ inline void reply(const Block& block, const Gates& gates, const Input
       const float d_z = lane < N ? (dot + own.given) * slope : own.given;
       const float dm = alpha * d_z;
       const float f = factor * warp_sum(dm * own.m);
-      sum_d_z += d_z;
-      sum_d_z_m += d_z * own.m;
+      sums.add(d_z, own.m);
 
       // r dm and what it lost by rounding, in one word, then as pairs of columns.
       const float rdm = own.r * dm;
@@ -502,13 +502,7 @@ __device__ inline void reply(const Block& block, const Gates& gates, const Input
     }
   }
 
-  float* row = gates.sums + (long long)blockIdx.x * (kColumns + 3);
-  if (lane < kColumns) row[lane] = sum_d_z;
-#pragma unroll
-  for (int g = 0; g < 3; ++g) {
-    const float sum = warp_sum(lane < kColumns && gate == g ? sum_d_z_m : 0.f);
-    if (lane == 0) row[kColumns + g] = sum;
-  }
+  sums.store(gates.sums + (long long)blockIdx.x * (kColumns + 3), lane, [&](int) { return gate; });
 }
 
 // ---- main warps -------------------------------------------------------------------------------------
@@ -542,25 +536,10 @@ struct PhiFragment {
   }
 };
 
-// Asks for it, so that it need not be kept in a register meanwhile.
-__device__ inline u32 lane_id() {
-  u32 lane;
-  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
-  return lane;
-}
-
-// Of this block; asked for like the lane.
-__device__ inline u32 cluster_id() {
-  u32 id;
-  asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(id));
-  return id;
-}
-
 // The first channel of this thread in a turn; it has the eighth from there on, too. Asks for its place, so that it need not
 // be kept in registers meanwhile.
 __device__ inline int channel_at(int turn) {
-  u32 thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  const u32 thread = thread_id();
   const int warp = thread / 32;
   const int unit = turn * kMainWarps + (turn < kTurns ? warp : warp / 2);
   return cluster_rank() * SIZE + unit * 16 + thread % 32 / 4;
@@ -568,8 +547,7 @@ __device__ inline int channel_at(int turn) {
 
 // Where this thread's elements of fragment f of phi or d_phi begin; asks for its place, too.
 __device__ inline int fragment_at(int f, int hidden) {
-  u32 thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  const u32 thread = thread_id();
   const int warp = thread / 32, turn = f / N;
   const int stream = f % N + (turn < kTurns ? 0 : warp % 2 * 2);
   return (stream * hidden + channel_at(turn)) * kColumns + thread % 4 * 2;
@@ -733,22 +711,19 @@ struct Differentiation {
   // The same as phi_at; asked for again where the norm leaves no register for it.
   __device__ u32 phi() const {
     if constexpr (!NORM || kHoldsDW) return phi_at;
-    u32 thread;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    const u32 thread = thread_id();
     return shared_address(shared) + kPhi + thread / 32 * kFragmentBytes + thread % 32 * 8;
   }
 
   // Asks for its place like `fragment_at`.
   __device__ static u32 phi_unit() {
-    u32 thread;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    const u32 thread = thread_id();
     return shared_address(shared) + kPhiUnits + thread / 32 * sizeof(float);
   }
 
   // Asks for its place like `fragment_at`.
   __device__ static u32 sums_at() {
-    u32 thread;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    const u32 thread = thread_id();
     return shared_address(shared) + kSumsAt + thread / 32 * kSumsBytes + thread % 32 * 16;
   }
   __device__ static void read_sums(float (&sums)[3][4]) {
@@ -894,8 +869,7 @@ __device__ inline void differentiate_all(const Maps& maps, const Gates& gates, c
     init_barrier(block.barrier(kPhiRead, 0), kMainWarps);
     publish_barriers();
   }
-  __syncthreads();
-  cluster_arrive();
+  start_cluster();
 
   // Each task asks for its block again, so that none keeps in registers what only others want.
   if (warp < kMainWarps) {
@@ -923,10 +897,7 @@ __device__ inline void differentiate_all(const Maps& maps, const Gates& gates, c
       }
     }
   }
-  // What others sent may still be on its way to a block.
-  __syncwarp();
-  cluster_arrive();
-  cluster_wait();
+  end_cluster();
 }
 
 // d_z: [tokens, kColumns], of which those of h_pre are not read. d_x may be d_x_in.
