@@ -6,9 +6,8 @@
 // A block has SIZE channels of all streams and every gridDim.y-th tile of tokens. One warp loads; the main warps have
 // 32 channels each, whose sums stay in their registers until the end. Two blocks share a multiprocessor.
 
-#include "one_pass/geometry.cuh"
+#include "one_pass/phi.cuh"
 
-constexpr int kOctets = kColumns / 8;
 constexpr int kTokens = 16;
 constexpr int kStages = 4;
 constexpr int kMainWarps = SIZE / 32;
@@ -187,12 +186,12 @@ __device__ inline void sum_tiles(const Stages& stages, const Operands& to, int w
 
   const size_t first = size_t(blockIdx.y) * N * to.hidden + blockIdx.x * SIZE + warp * 32 + g;
 #pragma unroll
-  for (int e = 0; e < kUnits * N * kOctets * 2; ++e) {
-    const int unit = e / (N * kOctets * 2), i = e / (kOctets * 2) % N;
-    const int octet = e / 2 % kOctets, half = e % 2;
-    const size_t channel = first + size_t(i) * to.hidden + unit * 16 + half * 8;
-    const float* sums = d_phi[unit][i][octet] + half * 2;
-    reinterpret_cast<float2*>(to.d_phi + channel * kColumns + octet * 8)[q] = {sums[0], sums[1]};
+  for (int unit = 0; unit < kUnits; ++unit) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const size_t channel = first + size_t(i) * to.hidden + unit * 16;
+      store_d_phi(to.d_phi + channel * kColumns, d_phi[unit][i], q);
+    }
   }
 }
 
