@@ -30,9 +30,12 @@ using Stream = STREAM;
 
 constexpr u32 kAllLanes = 0xffffffff;
 
-// The settings of a call (config.rs has their meaning; launch.rs the same struct).
+// The set that H_res is kept on, with the numbers of `Constraint` in contract/config.rs.
+enum class Constraint : int { kBirkhoff = 0, kNone = 1, kIdentity = 2, kPermutations = 3 };
+
+// The settings of a call (contract/config.rs has their meaning; gpu/launch.rs the same struct).
 struct Settings {
-  int constraint;  // 0 birkhoff, 1 none, 2 identity, 3 permutations
+  Constraint constraint;
   int sinkhorn_iters;
   float sinkhorn_eps;
   int clamp;      // divisions by max(sum, eps) and not by sum + eps

@@ -625,7 +625,7 @@ __device__ inline void Block<POST_PRE, NORM>::finish(int lane) const {
       const int c = 2 * N + matrix.at(k, j);
       h_res[k][j] = z[k][j] = call.alpha[2] * read_float(row + 4 * c) + call.bias[c];
     });
-    if (settings.constraint == 0) matrix.forward(z, h_res, nullptr, 0);
+    if (settings.constraint == Constraint::kBirkhoff) matrix.forward(z, h_res, nullptr, 0);
     if (exists) {
       matrix.for_each([&](int k, int j) { call.h_res[at * N * N + matrix.at(k, j)] = h_res[k][j]; });
       store_others(row, at, matrix.lane);

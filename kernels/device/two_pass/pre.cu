@@ -115,7 +115,7 @@ KERNEL(pre_fwd, kThreads, kForwardBlocks)
 
   if (warp == kTokens) {
     if (!h_res) return;
-    if (settings.constraint == 3) {
+    if (settings.constraint == Constraint::kPermutations) {
       const int t = lane / kPermutedLanes;
       float* out = h_res + (block + t) * n * n;
       return mix_permutations(n, z_res[t], out, lane % kPermutedLanes, block + t < tokens);
@@ -126,7 +126,7 @@ KERNEL(pre_fwd, kThreads, kForwardBlocks)
         z[k][i] = layout.num_res && sinkhorn.active(k, i) ? z_res[t][sinkhorn.at(k, i)] : 0.f;
         h[k][i] = layout.num_res ? z[k][i] : float(i == sinkhorn.column(k));  // none: z; identity: I
       });
-      if (settings.constraint == 0) sinkhorn.forward(z, h, nullptr, 0);
+      if (settings.constraint == Constraint::kBirkhoff) sinkhorn.forward(z, h, nullptr, 0);
       sinkhorn.for_each([&](int k, int i) {
         if (own && block + t < tokens && sinkhorn.active(k, i)) {
           h_res[(block + t) * n * n + sinkhorn.at(k, i)] = h[k][i];
@@ -189,7 +189,7 @@ KERNEL(pre_bwd, kThreads, kBackwardBlocks)
     return columns > 0 ? alpha[layout.gate(c)] * m[t * columns + c] + z : z;
   };
 
-  if (warp == kTokens && layout.num_res && settings.constraint == 3) {
+  if (warp == kTokens && layout.num_res && settings.constraint == Constraint::kPermutations) {
     const int t = lane / kPermutedLanes;
     const long long at = min(block + t, (long long)tokens - 1);
     mix_permutations_bwd(
@@ -205,7 +205,7 @@ KERNEL(pre_bwd, kThreads, kBackwardBlocks)
         z[k][i] = sinkhorn.active(k, i) ? logit(at, 2 * n + sinkhorn.at(k, i)) : 0.f;
         g[k][i] = sinkhorn.active(k, i) ? d_h_res[at * n * n + sinkhorn.at(k, i)] : 0.f;
       });
-      if (settings.constraint == 0) {
+      if (settings.constraint == Constraint::kBirkhoff) {
         sinkhorn.forward(z, h, own, 32);
         sinkhorn.backward(z, h, g, own, 32);
       }
