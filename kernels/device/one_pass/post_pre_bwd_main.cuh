@@ -251,7 +251,7 @@ struct MainWarp {
         const u32 reply = block.reply(slot, q + 4 * e);
         const float4 gates = read_float4(reply + kReplyGates);
         const float h_pre[N] = {gates.x, gates.y, gates.z, gates.w};
-        const float norm = read_float(reply + kReplyFactor);
+        const float minus_f = read_float(reply + kReplyFactor);
         units[e] = phi_units[unit] * read_float(reply + kReplyUnit);
         const uint4 h_res = read4(tables + kTableBytes + table + e * kTableBytes / 2);
 #pragma unroll
@@ -264,7 +264,7 @@ struct MainWarp {
             const float d_u_v = e ? high_half(d_u_pair) : low_half(d_u_pair);
             const float x_v = e ? high_half(x_pair) : low_half(x_pair);
             const float collapsed = fmaf(h_pre[i + v % 2], d_u_v, mixed[v]);
-            values[i + v % 2][v / 2 * 2 + e] = fmaf(norm, x_v, collapsed);
+            values[i + v % 2][v / 2 * 2 + e] = fmaf(minus_f, x_v, collapsed);
           }
         }
       }

@@ -357,13 +357,13 @@ struct Owner {
     const float m_pre = __shfl_sync(kAllLanes, token.m, lane % N);
     const float z = alpha_pre * m_pre + bias_pre, s = sigmoid(z);
     const float d_sigmoid = s * sigmoid(-z);
-    const float f = r_factor(settings, token.r, N * block.hidden());
+    const float slope = r_slope(settings, token.r, N * block.hidden());
     const float others = warp_sum(lane < N ? 0.f : alpha * token.d_z * token.m);
     const float scaled_others = lane < N ? 0.f : token.r * alpha * token.d_z;
     float4 reply = begin_reply(token, scaled_others, s + settings.pre_eps);
 
     // All this belongs before the wait.
-    asm volatile("" ::"f"(d_sigmoid), "f"(f), "f"(others), "f"(reply.w));
+    asm volatile("" ::"f"(d_sigmoid), "f"(slope), "f"(others), "f"(reply.w));
     if (t == 0) wait_for_cluster(block.barrier(kDotsFull, slot), tile / kDotsSlots % 2);
     const float dot = sum_dots(slot, t);
     float d_h = token.d_h_pre + token.h_post * __shfl_sync(kAllLanes, dot, N);
@@ -377,7 +377,7 @@ struct Owner {
     float dm_dot_m = dm * m_pre;
     dm_dot_m += __shfl_xor_sync(kAllLanes, dm_dot_m, 1);
     dm_dot_m += __shfl_xor_sync(kAllLanes, dm_dot_m, 2);
-    const float norm = -f * (dm_dot_m + others), scaled = token.r * dm;
+    const float minus_f = -slope * (dm_dot_m + others), scaled = token.r * dm;
     const u32 largest = max(magnitude(scaled), magnitude(scaled_others));
     const float unit = half_unit(__reduce_max_sync(kAllLanes, largest));
     u32 first[2], second[2];
@@ -388,7 +388,7 @@ struct Owner {
       reply.x = __uint_as_float(part ? first[1] : first[0]);
       reply.y = __uint_as_float(part ? second[1] : second[0]);
     } else if (part == 7) {
-      reply.x = norm, reply.y = unit;
+      reply.x = minus_f, reply.y = unit;
     }
     const u32 stage = tile % kStages;
     const u32 at = block.reply(stage, in_tile(t)) + part * 16;

@@ -62,7 +62,8 @@ struct Differentiation {
   PhiFragment held[kHeld > 0 ? kHeld : 1];
   u32 phi_at;
   float d_phi[kSums][3][4];
-  InputNorm norm;
+  const float* norm_scale;
+  float* d_norm_scale_partials;
   int hidden;
   // Sums for the gradient of w, where there are registers for them: lane 4 g + q has channel g + q % 2 * 8 of one of two
   // turns each.
@@ -86,7 +87,7 @@ struct Differentiation {
       float d_scale[2] = {};
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const float scale = load_single(norm.w + channel_at(F / N) + 8 * c);
+        const float scale = load_single(norm_scale + channel_at(F / N) + 8 * c);
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
           const auto of = [&](u32 v) { return t == 0 ? low_half(v) : high_half(v); };
@@ -197,9 +198,9 @@ struct Differentiation {
     }
   }
 
-  // What of `norm.d_w` lane 4 g + q, q < 2, adds up in a turn.
+  // What of `d_norm_scale_partials` lane 4 g + q, q < 2, adds up in a turn.
   __device__ float* d_w_at(int turn) const {
-    return norm.d_w + (cluster_id() * u32(hidden) + u32(channel_at(turn)) + lane_id() % 2 * 8);
+    return d_norm_scale_partials + (cluster_id() * u32(hidden) + u32(channel_at(turn)) + lane_id() % 2 * 8);
   }
 
   __device__ void write_d_w(int lane) const {
@@ -260,15 +261,15 @@ struct Differentiation {
 };
 
 template <bool NORM>
-__device__ inline void differentiate_tiles(const Block& block, const float* phi, float* d_phi_partial,
-                                           const InputNorm& norm, int hidden, int warp, int lane) {
+__device__ inline void differentiate_tiles(const Block& block, const Args& args, int warp, int lane) {
+  const int hidden = args.hidden;
   Differentiation<NORM> main;
   main.phi_at = block.shared + kPhi + warp * kFragmentBytes + lane * 8;
   // All of it at once, before the sums need the registers.
   float2 values[kFragments][6];
   u32 largest = 0;
 #pragma unroll
-  for (int f = 0; f < kFragments; ++f) PhiFragment::load(values[f], phi + fragment_at(f, hidden));
+  for (int f = 0; f < kFragments; ++f) PhiFragment::load(values[f], args.phi + fragment_at(f, hidden));
 #pragma unroll
   for (int w = 0; w < kFragments * 6; ++w) {
     const float2 v = values[w / 6][w % 6];
@@ -289,7 +290,8 @@ __device__ inline void differentiate_tiles(const Block& block, const float* phi,
 #pragma unroll
   for (int e = 0; e < kSums * 12; ++e) main.d_phi[e / 12][e / 4 % 3][e % 4] = 0.f;
   if constexpr (NORM) {
-    main.norm = norm, main.hidden = hidden;
+    main.norm_scale = args.norm_scale, main.d_norm_scale_partials = args.d_norm_scale_partials;
+    main.hidden = hidden;
 #pragma unroll
     for (float& sum : main.d_w) sum = 0.f;
     if constexpr (!kHoldsDW) main.write_d_w(lane);
@@ -330,8 +332,7 @@ __device__ inline void differentiate_tiles(const Block& block, const float* phi,
     if (lane == 0) arrive(block.barrier(kDone, slot));
   }
 
-  // [clusters, n C, kColumns], for sum_gradients
-  float* partial = d_phi_partial + (long long)cluster_id() * N * hidden * kColumns;
+  float* partial = args.d_phi_partials + (long long)cluster_id() * N * hidden * kColumns;
   float last[3][4] = {};
   if constexpr (kSumsInShared > 0) main.read_sums(last);
 #pragma unroll

@@ -166,17 +166,18 @@ struct PartsRing {
   }
 };
 
-struct Gates {
-  const float *alpha, *bias, *m, *r, *d_h_pre, *d_z;
-  // [blocks, kColumns + 3], for sum_gradients
-  float* sums;
-};
-
-// Of the norm of u, where there is one.
-struct InputNorm {
-  const float *w, *rho;
-  // [clusters, C], for sum_norm_scale
-  float* d_w;
+// The arguments of a kernel.
+struct Args {
+  const TensorMap &x, &d_u, &d_x_in, &d_x;  // d_x may be d_x_in
+  const float *phi, *alpha, *bias, *m, *r, *h_res, *d_h_pre;
+  const float* d_z;        // [tokens, kColumns], of which those of h_pre are not read
+  float* d_phi_partials;   // [clusters, n C, kColumns], for sum_gradients
+  float* gate_sums;        // [blocks, kColumns + 3], for sum_gradients
+  int tokens, hidden, deferred;
+  const Settings& settings;
+  // With a layer norm alone.
+  const float *norm_scale, *rho;
+  float* d_norm_scale_partials;  // [clusters, C], for sum_norm_scale
 };
 
 // The same sum in four neighbouring lanes.
@@ -199,8 +200,7 @@ __device__ inline float load_single(const float* from) {
 
 // ---- loader -----------------------------------------------------------------------------------------
 
-__device__ inline void copy_tiles(const Block& block, const TensorMap& x, const TensorMap& d_u,
-                                  const TensorMap& d_x_in, const TensorMap& d_x) {
+__device__ inline void copy_tiles(const Block& block, const Args& args) {
   const u64 policy = evict_first();
   const int box = block.first_box();
   const auto load = [&](int tile, u32 slot) {
@@ -208,21 +208,21 @@ __device__ inline void copy_tiles(const Block& block, const TensorMap& x, const 
     const u32 stage = block.stage(slot), full = block.barrier(kFull, slot);
     const int token = block.first_token(tile);
     arrive_and_expect(full, kStageBytes);
-    copy_in(stage, x, token, box, 0, full, policy);
-    copy_in(stage + kDU, d_u, token, box, 0, full, policy);
+    copy_in(stage, args.x, token, box, 0, full, policy);
+    copy_in(stage + kDU, args.d_u, token, box, 0, full, policy);
     if (kPrefetch && tile + kStages < block.num_tiles) {
       const int later = block.first_token(tile + kStages);
-      prefetch(x, later, box, 0);
-      prefetch(d_u, later, box, 0);
+      prefetch(args.x, later, box, 0);
+      prefetch(args.d_u, later, box, 0);
     }
   };
   const auto load_d_x_in = [&](int tile, u32 slot) {
     if (tile >= block.num_tiles) return;
     const u32 full = block.barrier(kDXInFull, slot);
     arrive_and_expect(full, kDXInBytes);
-    copy_in(block.d_x_in_at(slot), d_x_in, block.first_token(tile), box, 0, full, policy);
+    copy_in(block.d_x_in_at(slot), args.d_x_in, block.first_token(tile), box, 0, full, policy);
     if (kPrefetch && tile + kDXInSlots < block.num_tiles) {
-      prefetch(d_x_in, block.first_token(tile + kDXInSlots), box, 0);
+      prefetch(args.d_x_in, block.first_token(tile + kDXInSlots), box, 0);
     }
   };
   load(0, 0);
@@ -240,7 +240,7 @@ __device__ inline void copy_tiles(const Block& block, const TensorMap& x, const 
   for (int tile = 0; tile < block.num_tiles; ++tile, ring.next(), d_x_in_slots.next()) {
     wait(block.barrier(kDone, ring.slot), ring.parity);
     load(tile + kStages, ring.slot);
-    copy_out(d_x, block.first_token(tile), box, 0, block.d_x_in_at(d_x_in_slots.slot));
+    copy_out(args.d_x, block.first_token(tile), box, 0, block.d_x_in_at(d_x_in_slots.slot));
     commit_copies();
     wait_for_reads<0>();
     load_d_x_in(tile + kDXInSlots, d_x_in_slots.slot);
@@ -253,9 +253,7 @@ __device__ inline void copy_tiles(const Block& block, const TensorMap& x, const 
 // <d_u, X[i]> is the diagonal of the product of both tiles. A dot warp has some units of every box, and h_res of some
 // tokens: its transpose, or the unit matrix where d_x_in is not to be mixed.
 template <bool NORM>
-__device__ inline void multiply_tiles(const Block& block, const float* h_res, const Gates& gates,
-                                      const InputNorm& norm, int tokens, bool deferred, float pre_eps,
-                                      int warp, int lane) {
+__device__ inline void multiply_tiles(const Block& block, const Args& args, bool deferred, int warp, int lane) {
   constexpr int kWarps = Warps<NORM>::kDot;
   cluster_wait();
   const u32 matrix = lane / 8, row = lane % 8;
@@ -274,23 +272,23 @@ __device__ inline void multiply_tiles(const Block& block, const float* h_res, co
   float h[kOwn];
   const auto load_h = [&](int tile) {
     const long long of = block.first_token(tile) + h_token;
-    const bool mixes = deferred && tile < block.num_tiles && of < tokens;
+    const bool mixes = deferred && tile < block.num_tiles && of < args.tokens;
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) {
-      h[k] = mixes ? h_res[(of * N + i + k) * N + j] : float(i + k == j);
+      h[k] = mixes ? args.h_res[(of * N + i + k) * N + j] : float(i + k == j);
     }
   };
   load_h(0);
   // For h_pre of this lane's token and of stream lane % N.
   const auto load_m = [&](int tile) {
     const long long of = block.first_token(tile) + int(token);
-    return tile < block.num_tiles && of < tokens ? gates.m[of * kColumns + lane % N] : 0.f;
+    return tile < block.num_tiles && of < args.tokens ? args.m[of * kColumns + lane % N] : 0.f;
   };
   float m = NORM ? load_m(0) : 0.f;
 
   // w of this lane's channels of the next unit.
   constexpr int kWarpUnits = kBoxUnits / kWarps;
-  const float* w_at = norm.w + block.first_channel() + first_unit * 16 + lane % 4 * 2;
+  const float* w_at = args.norm_scale + block.first_channel() + first_unit * 16 + lane % 4 * 2;
   float2 next_w[2];
   const auto load_w = [&](int unit) {
     const int next = unit % (kUnits / kWarps);
@@ -312,7 +310,7 @@ __device__ inline void multiply_tiles(const Block& block, const float* h_res, co
     float v_sums[N] = {}, u_sums[N] = {};
     float h_pre[N];
     if constexpr (NORM) {
-      const float own = sigmoid(gates.alpha[0] * m + gates.bias[lane % N]) + pre_eps;
+      const float own = sigmoid(args.alpha[0] * m + args.bias[lane % N]) + args.settings.pre_eps;
       m = load_m(tile + 1);
 #pragma unroll
       for (int i = 0; i < N; ++i) h_pre[i] = __shfl_sync(kAllLanes, own, i, N);
@@ -408,23 +406,22 @@ __device__ inline float sum_components(float4 v, int lane) {
 struct OwnToken {
   float m, r, rho, given;
 
-  __device__ OwnToken(const Gates& gates, const float* rhos, long long token, bool exists, int lane) {
-    rho = rhos && exists ? rhos[token] : 0.f;
-    m = exists && lane < kColumns ? gates.m[token * kColumns + lane] : 0.f;
-    r = exists ? gates.r[token] : 0.f;
+  __device__ OwnToken(const Args& args, long long token, bool exists, int lane) {
+    rho = args.rho && exists ? args.rho[token] : 0.f;
+    m = exists && lane < kColumns ? args.m[token * kColumns + lane] : 0.f;
+    r = exists ? args.r[token] : 0.f;
     given = 0.f;
-    if (exists && lane < N) given = gates.d_h_pre[token * N + lane];
-    if (exists && lane >= N && lane < kColumns) given = gates.d_z[token * kColumns + lane];
+    if (exists && lane < N) given = args.d_h_pre[token * N + lane];
+    if (exists && lane >= N && lane < kColumns) given = args.d_z[token * kColumns + lane];
   }
 };
 
 template <bool NORM>
-__device__ inline void reply(const Block& block, const Gates& gates, const InputNorm& norm_of_u,
-                              int tokens, int hidden, const Settings& settings, int lane) {
+__device__ inline void reply(const Block& block, const Args& args, int lane) {
   const int gate = (lane >= N) + (lane >= 2 * N);
-  const float alpha = lane < kColumns ? gates.alpha[gate] : 0.f;
-  const float bias = lane < N ? gates.bias[lane] : 0.f;
-  const float over_hidden = reciprocal(hidden);
+  const float alpha = lane < kColumns ? args.alpha[gate] : 0.f;
+  const float bias = lane < N ? args.bias[lane] : 0.f;
+  const float over_hidden = reciprocal(args.hidden);
   const int groups = block.owner_groups(), owned = block.owned();
   const int own_first = block.rank % kTileTokens, own_group = block.rank / kTileTokens;
   // Lane w makes word w of a reply. Words 0 to 23 are pairs of columns.
@@ -433,8 +430,8 @@ __device__ inline void reply(const Block& block, const Gates& gates, const Input
 
   const auto load = [&](int tile, int k) {
     const long long token = block.first_token(tile) + own_first + k * int(block.ranks);
-    const bool exists = tile < block.num_tiles && token < tokens;
-    return OwnToken(gates, NORM ? norm_of_u.rho : nullptr, token, exists, lane);
+    const bool exists = tile < block.num_tiles && token < args.tokens;
+    return OwnToken(args, token, exists, lane);
   };
   PartsRing<NORM> parts(block);
   OwnToken next = load(own_group, 0);
@@ -450,7 +447,7 @@ __device__ inline void reply(const Block& block, const Gates& gates, const Input
       const float z = alpha * own.m + bias;
       const float h = sigmoid(z);
       const float slope = h * sigmoid(-z);
-      const float factor = r_factor(settings, own.r, N * hidden);
+      const float of_r = r_slope(args.settings, own.r, N * args.hidden);
 
       if (k == 0) wait_for_cluster(full, parts.parity);
       // Of stream lane % N.
@@ -464,7 +461,7 @@ __device__ inline void reply(const Block& block, const Gates& gates, const Input
         }
         return __shfl_sync(kAllLanes, sum_components(dots, lane), lane % N * 8);
       };
-      const float h_pre = __shfl_sync(kAllLanes, h + settings.pre_eps, lane % N);
+      const float h_pre = __shfl_sync(kAllLanes, h + args.settings.pre_eps, lane % N);
       float dot = sum_parts(0), f_of_u = 0.f;
       if constexpr (NORM) {
         // <v, u>, then <du, X[i]>
@@ -473,7 +470,7 @@ __device__ inline void reply(const Block& block, const Gates& gates, const Input
       }
       const float d_z = lane < N ? (dot + own.given) * slope : own.given;
       const float dm = alpha * d_z;
-      const float f = factor * warp_sum(dm * own.m);
+      const float f = of_r * warp_sum(dm * own.m);
       sums.add(d_z, own.m);
 
       // r dm and what it lost by rounding, in one word, then as pairs of columns.
@@ -503,7 +500,7 @@ __device__ inline void reply(const Block& block, const Gates& gates, const Input
     }
   }
 
-  sums.store(gates.sums + (long long)blockIdx.x * (kColumns + 3), lane, [&](int) { return gate; });
+  sums.store(args.gate_sums + (long long)blockIdx.x * (kColumns + 3), lane, [&](int) { return gate; });
 }
 
 // ---- main warps -------------------------------------------------------------------------------------
@@ -512,17 +509,11 @@ __device__ inline void reply(const Block& block, const Gates& gates, const Input
 
 // ---- kernel -----------------------------------------------------------------------------------------
 
-struct Maps {
-  const TensorMap &x, &d_u, &d_x_in, &d_x;
-};
-
 template <bool NORM>
-__device__ inline void differentiate_all(const Maps& maps, const Gates& gates, const InputNorm& norm,
-                                         const float* phi, const float* h_res, float* d_phi_partial,
-                                         int tokens, int hidden, int deferred, const Settings& settings) {
+__device__ inline void run(const Args args) {
   using Roles = Warps<NORM>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const Block block(shared, tokens);
+  const Block block(shared, args.tokens);
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
@@ -541,41 +532,40 @@ __device__ inline void differentiate_all(const Maps& maps, const Gates& gates, c
   // Each task asks for its block again, so that none keeps in registers what only others want.
   if (warp < kMainWarps) {
     take_registers<Roles::kMainRegisters>();
-    const Block block(shared, tokens);
-    differentiate_tiles<NORM>(block, phi, d_phi_partial, norm, hidden, warp, lane);
+    const Block block(shared, args.tokens);
+    differentiate_tiles<NORM>(block, args, warp, lane);
   } else {
     // The dot warps may be a group of their own.
     if (Roles::kDot % 4 == 0 && warp < Roles::kLoader) {
       give_registers<Roles::kDotRegisters>();
-      const Block block(shared, tokens);
-      multiply_tiles<NORM>(block, h_res, gates, norm, tokens, deferred, settings.pre_eps, warp - kMainWarps, lane);
+      const Block block(shared, args.tokens);
+      multiply_tiles<NORM>(block, args, args.deferred, warp - kMainWarps, lane);
     } else {
       give_registers<Roles::kOtherRegisters>();
-      const Block block(shared, tokens);
+      const Block block(shared, args.tokens);
       if (warp < Roles::kLoader) {
-        multiply_tiles<NORM>(block, h_res, gates, norm, tokens, deferred, settings.pre_eps, warp - kMainWarps, lane);
+        multiply_tiles<NORM>(block, args, args.deferred, warp - kMainWarps, lane);
       } else {
         cluster_wait();
       }
       if (warp == Roles::kOwner) {
-        reply<NORM>(block, gates, norm, tokens, hidden, settings, lane);
+        reply<NORM>(block, args, lane);
       } else if (warp == Roles::kLoader && lane == 0) {
-        copy_tiles(block, maps.x, maps.d_u, maps.d_x_in, maps.d_x);
+        copy_tiles(block, args);
       }
     }
   }
   end_cluster();
 }
 
-// d_z: [tokens, kColumns], of which those of h_pre are not read. d_x may be d_x_in.
 KERNEL(pre_bwd_one_pass, Warps<false>::kThreads, 1)
 (const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap d_u,
  const __grid_constant__ TensorMap d_x_in, const __grid_constant__ TensorMap d_x, const float* phi,
  const float* alpha, const float* bias, const float* m, const float* r, const float* h_res,
- const float* d_h_pre, const float* d_z, float* d_phi_partial, float* gate_sums, int tokens,
+ const float* d_h_pre, const float* d_z, float* d_phi_partials, float* gate_sums, int tokens,
  int hidden, int deferred, Settings settings) {
-  differentiate_all<false>({x, d_u, d_x_in, d_x}, {alpha, bias, m, r, d_h_pre, d_z, gate_sums}, {}, phi, h_res,
-                           d_phi_partial, tokens, hidden, deferred, settings);
+  run<false>({x, d_u, d_x_in, d_x, phi, alpha, bias, m, r, h_res, d_h_pre, d_z, d_phi_partials, gate_sums, tokens,
+              hidden, deferred, settings, nullptr, nullptr, nullptr});
 }
 
 // The same where the layer's input is normalised. With 384 channels it would spill registers.
@@ -584,9 +574,10 @@ KERNEL(pre_norm_bwd_one_pass, Warps<true>::kThreads, 1)
 (const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap d_u,
  const __grid_constant__ TensorMap d_x_in, const __grid_constant__ TensorMap d_x, const float* phi,
  const float* alpha, const float* bias, const float* m, const float* r, const float* h_res,
- const float* d_h_pre, const float* d_z, float* d_phi_partial, float* gate_sums, int tokens,
- int hidden, int deferred, Settings settings, const float* w, const float* rho, float* d_w_partial) {
-  differentiate_all<true>({x, d_u, d_x_in, d_x}, {alpha, bias, m, r, d_h_pre, d_z, gate_sums}, {w, rho, d_w_partial},
-                          phi, h_res, d_phi_partial, tokens, hidden, deferred, settings);
+ const float* d_h_pre, const float* d_z, float* d_phi_partials, float* gate_sums, int tokens,
+ int hidden, int deferred, Settings settings, const float* norm_scale, const float* rho,
+ float* d_norm_scale_partials) {
+  run<true>({x, d_u, d_x_in, d_x, phi, alpha, bias, m, r, h_res, d_h_pre, d_z, d_phi_partials, gate_sums, tokens,
+             hidden, deferred, settings, norm_scale, rho, d_norm_scale_partials});
 }
 #endif

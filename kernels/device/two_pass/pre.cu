@@ -2,7 +2,7 @@
 // gradients. A head is a pre that has h_pre alone.
 //
 //   pre_fwd    r, m, h_pre, h_post, H_res from the projection's partial sums, and u      [14 to 19]
-//   pre_bwd    from d_u and the cotangents of the coefficients: r dm (for the products), the factor f of
+//   pre_bwd    from d_u and the cotangents of the coefficients: r dm (for the products), r's factor of
 //              -X in d_x, h_pre, and sums over a block's tokens for d_alpha and d_bias
 //   sum_gates  d_alpha and d_bias, from these sums
 //
@@ -171,7 +171,7 @@ constexpr int kBackwardBlocks = EXACT && N <= 4 ? kFewBlocks : 1;
 KERNEL(pre_bwd, kThreads, kBackwardBlocks)
 (const Stream* x, const float* alpha, const float* bias, const float* m, const float* r,
  const Stream* d_u, const float* d_h_pre, const float* d_h_post, const float* d_h_res, u32* dm_rows,
- u32* dm_columns, float* h_pre, float* norm, float* gate_sums, float* history, int tokens,
+ u32* dm_columns, float* h_pre, float* r_factor, float* gate_sums, float* history, int tokens,
  int hidden, int columns, Layout layout, Settings settings) {
   extern __shared__ float shared_history[];
   __shared__ float d_z[kTokens][kMaxColumns];
@@ -257,7 +257,7 @@ KERNEL(pre_bwd, kThreads, kBackwardBlocks)
       dm_fragments.set<kWeight>(token, c, r_token * dm);
     }
     dm_dot_m = warp_sum(dm_dot_m);
-    if (exists && lane == 0) norm[token] = r_factor(settings, r_token, width) * dm_dot_m;
+    if (exists && lane == 0) r_factor[token] = r_slope(settings, r_token, width) * dm_dot_m;
 #pragma unroll
     for (int k = 0; k < 3; ++k) {
       const float sum = warp_sum(d_alpha[k]);

@@ -1,7 +1,7 @@
 //! Launches of `head_fwd` and `head_bwd`: those of a pre that has h_pre alone.
 
 use super::pre::{self, Parts};
-use super::projection::{HandedOn, Shape};
+use super::projection::{DxIn, Shape};
 use crate::contract::check::CheckedCall;
 use crate::contract::table::Call;
 use crate::gpu::launch::{Device, Launch, Problem, Workspace};
@@ -14,11 +14,11 @@ pub fn plan(call: &CheckedCall, device: &Device) -> Vec<Launch> {
     if call.kind == Call::HeadFwd {
         pre::forward(call, device, memory, x)
     } else {
-        let handed_on = HandedOn {
-            d_x_in: 0,
+        let d_x_in = DxIn {
+            address: 0,
             h_res: None,
         };
-        pre::backward(call, device, memory, x, handed_on)
+        pre::backward(call, device, memory, x, d_x_in)
     }
 }
 

@@ -24,9 +24,9 @@ pub fn plan(call: &CheckedCall, device: &Device) -> Vec<Launch> {
     }
     // X' is computed again. Its gradient grows where d_x_new_in lies.
     let x_new = memory.take(x_new(&call.problem()));
-    let handed_on = pre::handed_on(call, "d_x_new_in", "h_res_new");
+    let d_x_in = pre::d_x_in(call, "d_x_new_in", "h_res_new");
     let mut launches = vec![post::forward(call, x_new)];
-    launches.extend(pre::backward(call, device, memory, x_new, handed_on));
+    launches.extend(pre::backward(call, device, memory, x_new, d_x_in));
     launches.push(post::backward(call, call.result_address("d_x_new")));
     launches
 }

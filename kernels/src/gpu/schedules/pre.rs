@@ -1,6 +1,6 @@
 //! Launches of `pre_fwd` and `pre_bwd`, and of what post_pre and the head share with them.
 
-use super::projection::{self, Factors, HandedOn, Shape};
+use super::projection::{self, DxIn, Factors, Shape};
 use super::sizes::{is_aligned, streams_size};
 use super::{norm, one_pass};
 use crate::contract::check::CheckedCall;
@@ -26,8 +26,8 @@ pub fn plan(call: &CheckedCall, device: &Device) -> Vec<Launch> {
     let x = call.operand_address("x");
     match call.kind {
         Call::PreBwd => {
-            let handed_on = handed_on(call, "d_x_in", "h_res");
-            backward(call, device, memory, x, handed_on)
+            let d_x_in = d_x_in(call, "d_x_in", "h_res");
+            backward(call, device, memory, x, d_x_in)
         }
         _ => forward(call, device, memory, x),
     }
@@ -49,9 +49,9 @@ pub fn backward_workspace(problem: &Problem) -> Workspace {
 }
 
 /// The cotangent of the streams at the operand `d_x_in`, deferred or not.
-pub fn handed_on(call: &CheckedCall, d_x_in: &str, h_res: &str) -> HandedOn {
-    HandedOn {
-        d_x_in: call.operand_address(d_x_in),
+pub fn d_x_in(call: &CheckedCall, d_x_in: &str, h_res: &str) -> DxIn {
+    DxIn {
+        address: call.operand_address(d_x_in),
         h_res: (call.config.deferred).then(|| call.operand_address(h_res)),
     }
 }
@@ -105,7 +105,7 @@ pub fn forward(call: &CheckedCall, device: &Device, memory: &mut Memory, x: u64)
 pub struct Parts {
     dm: [Part; 2],
     h_pre: Part,
-    norm: Part,
+    r_factor: Part,
     gate_sums: Part,
     history: Part,
     d_phi: Part,
@@ -125,7 +125,7 @@ impl Parts {
         Self {
             dm: shape.fragments(),
             h_pre: Part::per_token(n),
-            norm: Part::per_token(1),
+            r_factor: Part::per_token(1),
             gate_sums: Part::per_token((CoefficientLayout::max_num(n) + 3).div_ceil(TOKENS)),
             history: Part::per_token(history),
             d_phi: shape.d_phi_partial(),
@@ -138,7 +138,7 @@ impl Parts {
             self.dm[0],
             self.dm[1],
             self.h_pre,
-            self.norm,
+            self.r_factor,
             self.gate_sums,
             self.history,
             self.d_phi,
@@ -163,16 +163,16 @@ pub fn backward(
     device: &Device,
     memory: &mut Memory,
     x: u64,
-    handed_on: HandedOn,
+    d_x_in: DxIn,
 ) -> Vec<Launch> {
-    if let Some(launches) = one_pass::pre_bwd::plan(call, device, memory, x, handed_on) {
+    if let Some(launches) = one_pass::pre_bwd::plan(call, device, memory, x, d_x_in) {
         return launches;
     }
     let ([d_u, d_h_pre], mut launches) = norm::backward(call, memory, x);
     let problem = call.problem();
     let shape = Shape::of(&problem);
     let parts = Parts::of(&problem).all().map(|part| memory.take(part));
-    let [dm_rows, dm_columns, h_pre, norm, gate_sums, history, d_phi] = parts;
+    let [dm_rows, dm_columns, h_pre, r_factor, gate_sums, history, d_phi] = parts;
     let shared_bytes = shared_history(problem.sinkhorn_iters);
     let history = if shared_bytes.is_some() { 0 } else { history };
     let blocks = 2 * call.tokens.div_ceil(2 * TOKENS) as u32;
@@ -196,7 +196,7 @@ pub fn backward(
             Arg::Pointer(dm_rows),
             Arg::Pointer(dm_columns),
             Arg::Pointer(h_pre),
-            Arg::Pointer(norm),
+            Arg::Pointer(r_factor),
             Arg::Pointer(gate_sums),
             Arg::Pointer(history),
             Arg::I32(call.tokens as i32),
@@ -226,12 +226,12 @@ pub fn backward(
     let factors = Factors {
         dm,
         h_pre,
-        norm,
+        r_factor,
         d_u,
     };
     launches.push(coefficients);
     launches.extend(projection::project_back(
-        call, device, shape, x, &factors, handed_on,
+        call, device, shape, x, &factors, d_x_in,
     ));
     launches.extend(projection::d_phi(call, shape, x, dm, d_phi));
     launches.push(sum_gates);

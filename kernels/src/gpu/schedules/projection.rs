@@ -186,8 +186,8 @@ pub struct Factors {
     pub dm: [u64; 2],
     /// h_pre again.
     pub h_pre: u64,
-    /// Factor of -X in d_x.
-    pub norm: u64,
+    /// Factor of -X in d_x that comes of r.
+    pub r_factor: u64,
     /// The cotangent of the sum over streams.
     pub d_u: u64,
 }
@@ -246,31 +246,31 @@ impl Shape {
     }
 }
 
-/// The cotangent of the streams that the context handed on.
+/// The cotangent of the streams that a backward call adds to.
 #[derive(Debug, Clone, Copy)]
-pub struct HandedOn {
-    /// Where it lies; 0 for none.
-    pub d_x_in: u64,
-    /// H_res, where it is to be multiplied by its transpose.
+pub struct DxIn {
+    /// Its place; 0 for none.
+    pub address: u64,
+    /// H_res, whose transpose has yet to be applied, where it is deferred.
     pub h_res: Option<u64>,
 }
 
-/// d_x, with what was handed on.
+/// d_x, with `d_x_in`.
 pub fn project_back(
     call: &CheckedCall,
     device: &Device,
     shape: Shape,
     x: u64,
     factors: &Factors,
-    handed_on: HandedOn,
+    d_x_in: DxIn,
 ) -> Vec<Launch> {
     let d_x = call.result_address(call.kind.first_result());
     // H_res^T is applied on the way where that fits, and beforehand where not.
-    let mixing = handed_on.h_res.and_then(|_| shape.mixing_block(device));
-    let mix = (handed_on.h_res)
+    let mixing = d_x_in.h_res.and_then(|_| shape.mixing_block(device));
+    let mix = (d_x_in.h_res)
         .filter(|_| mixing.is_none())
-        .map(|h_res| post::mix(call, handed_on.d_x_in, h_res, d_x));
-    let d_x_in = if mix.is_some() { d_x } else { handed_on.d_x_in };
+        .map(|h_res| post::mix(call, d_x_in.address, h_res, d_x));
+    let address = if mix.is_some() { d_x } else { d_x_in.address };
     let functions = match mixing {
         Some(_) => ["project_back_mixing", "project_back_mixing_unaligned"],
         None => ["project_back", "project_back_unaligned"],
@@ -300,10 +300,10 @@ pub fn project_back(
             Arg::Pointer(factors.dm[1]),
             Arg::I32(shape.columns as i32),
             Arg::Pointer(factors.h_pre),
-            Arg::Pointer(factors.norm),
+            Arg::Pointer(factors.r_factor),
             Arg::Pointer(factors.d_u),
-            Arg::Pointer(d_x_in),
-            Arg::Pointer(handed_on.h_res.unwrap_or(0)),
+            Arg::Pointer(address),
+            Arg::Pointer(d_x_in.h_res.unwrap_or(0)),
             Arg::Pointer(d_x),
             Arg::I32(call.tokens as i32),
             Arg::I32(shape.n as i32),

@@ -103,7 +103,7 @@ pub fn plan(call: &CheckedCall, device: &Device, memory: &mut Memory) -> Option<
         shared_bytes: shared_bytes(shape.channels),
         args,
     };
-    launches.extend([pre_bwd::gates(call, d_z), main]);
+    launches.extend([pre_bwd::logits_bwd(call, d_z), main]);
     let num_sums = if sums_phi(shape) {
         grid[0] / shape.cluster
     } else {

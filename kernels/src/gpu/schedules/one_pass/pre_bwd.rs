@@ -8,7 +8,7 @@ use crate::gpu::launch::{
     Arg, Device, Kernel, Launch, MAX_CLUSTER_BLOCKS, Problem, Tensor, Workspace,
 };
 use crate::gpu::schedules::norm;
-use crate::gpu::schedules::projection::HandedOn;
+use crate::gpu::schedules::projection::DxIn;
 use crate::gpu::workspace::{Memory, Part, room};
 
 /// Tokens of a tile (`kTileTokens`).
@@ -136,7 +136,7 @@ pub fn plan(
     device: &Device,
     memory: &mut Memory,
     x: u64,
-    handed_on: HandedOn,
+    d_x_in: DxIn,
 ) -> Option<Vec<Launch>> {
     let problem = call.problem();
     let shape = shape(&problem).filter(|shape| shape.runs_on(device))?;
@@ -163,19 +163,19 @@ pub fn plan(
     let mut args = vec![
         tensor(x, STREAMS),
         tensor(d_u, 1),
-        tensor(handed_on.d_x_in, STREAMS),
+        tensor(d_x_in.address, STREAMS),
         tensor(call.result_address(call.kind.first_result()), STREAMS),
     ];
     args.extend(["phi", "alpha", "bias", "m", "r"].map(|name| Arg::Pointer(operand(name))));
     args.extend([
-        Arg::Pointer(handed_on.h_res.unwrap_or(0)),
+        Arg::Pointer(d_x_in.h_res.unwrap_or(0)),
         Arg::Pointer(d_h_pre),
         Arg::Pointer(d_z),
         Arg::Pointer(d_phi),
         Arg::Pointer(gate_sums),
         Arg::I32(call.tokens as i32),
         Arg::I32(call.c as i32),
-        Arg::I32(i32::from(handed_on.h_res.is_some())),
+        Arg::I32(i32::from(d_x_in.h_res.is_some())),
         Arg::Settings(call.config.into()),
     ]);
     if normalizes {
@@ -201,7 +201,7 @@ pub fn plan(
     };
     let clusters = grid[0] / shape.cluster;
     let sums = sum_gradients(call, d_phi, gate_sums, clusters, grid[0]);
-    launches.extend([gates(call, d_z), main, sums]);
+    launches.extend([logits_bwd(call, d_z), main, sums]);
     launches.extend(normalizes.then(|| norm::sum(call, d_w, clusters as usize)));
     Some(launches)
 }
@@ -217,7 +217,7 @@ fn small_kernel(function: &'static str) -> Kernel {
 }
 
 /// d_z of h_post and H_res, at `d_z`.
-pub fn gates(call: &CheckedCall, d_z: u64) -> Launch {
+pub fn logits_bwd(call: &CheckedCall, d_z: u64) -> Launch {
     // Lanes of a matrix (`kLanes`), of the 32 of a block.
     const LANES: usize = 2;
     const TOKENS: usize = 32 / LANES;
