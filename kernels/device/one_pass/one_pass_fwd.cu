@@ -25,7 +25,6 @@
 #include "math/coefficients.cuh"
 #include "one_pass/geometry.cuh"
 #include "one_pass/owner.cuh"
-#include "one_pass/products.cuh"
 #include "math/sinkhorn.cuh"
 
 constexpr int kProjectWarps = 8;
@@ -123,19 +122,22 @@ struct Plan {
 
 // ---- a block ------------------------------------------------------------------------------------------
 
-struct Call {
+// The arguments of a kernel.
+struct Args {
   const TensorMap* x_map;
-  const TensorMap* y_map;  // post_pre's, like all that follow here
-  const float *h_post_in, *h_res_in;
-  Stream* x_new;
-
   const float *phi, *alpha, *bias;
-  const float* norm_scale;  // with a norm alone, like rho and norm_scale_eps
   Stream* u;
-  float *h_pre, *h_post, *h_res, *m, *r, *rho;
-  float norm_scale_eps;
+  float *h_pre, *h_post, *h_res, *m, *r;
   int tokens;
   const Settings* settings;
+  // In post_pre alone.
+  const TensorMap* y_map;
+  const float *h_post_in, *h_res_in;
+  Stream* x_new;
+  // With a layer norm alone.
+  const float* norm_scale;
+  float* rho;
+  float norm_scale_eps;
 };
 
 // Barriers, in this order at the start of shared memory.
@@ -159,10 +161,10 @@ struct Block : Place<Plan<POST_PRE, NORM>::kTokens> {
   using Place<P::kTokens>::hidden, Place<P::kTokens>::first_token;
   static_assert(P::kStages <= 16, "barriers");
 
-  const Call& call;
+  const Args& args;
   int owned, owned_log2;  // tokens of a tile that a block owns, if it owns any
 
-  __device__ Block(const void* memory, const Call& call) : Place<P::kTokens>(memory), call(call) {
+  __device__ Block(const void* memory, const Args& args) : Place<P::kTokens>(memory), args(args) {
     // Powers of two: a division takes as long as the exchange between two blocks.
     const int ranks_log2 = __ffs(ranks) - 1;
     this->take_tiles(ranks_log2);
@@ -173,7 +175,7 @@ struct Block : Place<Plan<POST_PRE, NORM>::kTokens> {
   __device__ u32 barrier(Barrier which, u32 index = 0) const { return shared + 8 * (which + index); }
   __device__ u32 stage(u32 slot) const { return shared + P::kStage + slot * P::kStageBytes; }
   __device__ u32 mixing(u32 slot) const { return shared + P::kMixing + slot * P::kMixingBytes; }
-  __device__ bool has_tile(int i) const { return first_token(i) < call.tokens; }
+  __device__ bool has_tile(int i) const { return first_token(i) < args.tokens; }
   __device__ bool owns() const { return int(rank) * owned < P::kTokens; }
 
   // Asks for phi first: nothing can start without it.
@@ -219,12 +221,12 @@ __device__ inline void Block<POST_PRE, NORM>::copy_phi() const {
     const u32 full = barrier(kPhiFull, pair);
     arrive_and_expect(full, 2 * P::kPhiBytes);
     for (int j = 2 * pair; j < 2 * pair + 2; ++j) {
-      const float* from = call.phi + (size_t(j) * hidden() + rank * SIZE) * kColumns;
+      const float* from = args.phi + (size_t(j) * hidden() + rank * SIZE) * kColumns;
       copy_in(shared + P::kPhi + j * P::kPhiBytes, from, P::kPhiBytes, full);
     }
   }
-  prefetch(*call.x_map);
-  if constexpr (POST_PRE) prefetch(*call.y_map);
+  prefetch(*args.x_map);
+  if constexpr (POST_PRE) prefetch(*args.y_map);
 }
 
 // By one lane. It has nothing to do with other blocks, and does not wait for them to start.
@@ -239,174 +241,22 @@ __device__ inline void Block<POST_PRE, NORM>::copy() const {
     // X' was written there, and not by the copy engine.
     if constexpr (POST_PRE) fence_for_copies();
     const u32 full = barrier(kFull, ring.slot), to = stage(ring.slot);
-    const int first = first_token(i), count = min(P::kTokens, call.tokens - first);
+    const int first = first_token(i), count = min(P::kTokens, args.tokens - first);
     const int coefficients = POST_PRE ? count * (N * N + N) * 4 : 0;
     arrive_and_expect(full, P::kStageBytes + coefficients);
-    copy_in(to, *call.x_map, first, rank * kBoxes, 0, full, policy);
+    copy_in(to, *args.x_map, first, rank * kBoxes, 0, full, policy);
     if constexpr (POST_PRE) {
-      copy_in(to + P::kY, *call.y_map, first, rank * kBoxes, 0, full, policy);
+      copy_in(to + P::kY, *args.y_map, first, rank * kBoxes, 0, full, policy);
       const u32 h_res = mixing(ring.slot);
-      copy_in(h_res, call.h_res_in + size_t(first) * N * N, count * N * N * 4, full);
-      copy_in(h_res + P::kHPost, call.h_post_in + size_t(first) * N, count * N * 4, full);
+      copy_in(h_res, args.h_res_in + size_t(first) * N * N, count * N * N * 4, full);
+      copy_in(h_res + P::kHPost, args.h_post_in + size_t(first) * N, count * N * 4, full);
     }
   }
 }
 
 // ---- project ---------------------------------------------------------------------------------------
 
-// Row i of H_res, and h_post[i].
-struct MixingRow {
-  float h_res[N], h_post;
-};
-
-// X'[i] = h_post[i] y + sum over j of H_res[i, j] X[j], for two channels of a token. row: gives row i.
-template <class Row>
-__device__ inline void mix(u32 (&x)[N], u32 y, Row row) {
-  float values[N + 1][2];
-#pragma unroll
-  for (int j = 0; j <= N; ++j) {
-    const u32 word = j < N ? x[j] : y;
-    values[j][0] = wide(bf16{u16(word)});
-    values[j][1] = wide(bf16{u16(word >> 16)});
-  }
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const MixingRow h = row(i);
-    float sums[2];
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      sums[e] = h.h_post * values[N][e];
-#pragma unroll
-      for (int j = 0; j < N; ++j) sums[e] += h.h_res[j] * values[j][e];
-    }
-    x[i] = pair_of((bf16*)nullptr, sums[0], sums[1]);
-  }
-}
-
-template <bool POST_PRE, bool NORM>
-__device__ inline void Block<POST_PRE, NORM>::project(int warp, int lane) const {
-  take_registers<P::kShape.project_registers>();
-
-  // What lies in registers.
-  constexpr int kInRegisters = 3 * kSlices - P::kSharedFragments;
-  Slice slices[kSlices];
-  const auto shared_fragment = [&](int fragment) {
-    return shared + P::kFragments + (fragment - kInRegisters) * kFragmentBytes + 16 * thread_id();
-  };
-  // Whether there are registers left for what can as well be read when it is needed.
-  constexpr bool kSpare = P::kSharedFragments == 0, kKeepsHRes = kSpare || !NORM;
-  const u32 phi = shared + P::kPhi + (8 * warp + 2 * (lane % 4)) * P::kPhiRowBytes + lane / 4 * 4;
-#pragma unroll
-  for (int pair = 0; pair < 2; ++pair) {
-    wait(barrier(kPhiFull, pair), 0);
-#pragma unroll
-    for (int box = 0; box < kBoxes; ++box) {
-      const u32 at = phi + 2 * pair * P::kPhiBytes + box * kBoxChannels * P::kPhiRowBytes;
-      const int slice = 2 * box + pair;
-      slices[slice] = read_phi(at, P::kPhiRowBytes, P::kPhiBytes);
-#pragma unroll
-      for (int f = 0; f < 3; ++f) {
-        const int fragment = 3 * slice + f;
-        if (fragment >= kInRegisters) write4(shared_fragment(fragment), slices[slice].fragments[f]);
-      }
-    }
-  }
-  __syncwarp();
-  if (lane == 0) arrive(barrier(kPhiEmpty));
-  cluster_wait();
-
-  const int g = lane / 4;
-  // Lane l points at the 8 channels of token l % 8 of stream l / 8.
-  const u32 matrices = lane / 8 * P::kStreamBytes + swizzled(lane % 8, warp);
-  Ring<P::kStages> ring;
-#pragma unroll 1
-  for (int i = 0; has_tile(i); ++i, ring.next()) {
-    wait(barrier(kFull, ring.slot), ring.parity);
-    const u32 here = stage(ring.slot);
-    const auto read_h_res = [&](float (&row)[N], int i) {
-      read_floats(row, mixing(ring.slot) + (g * N + i) * N * 4);
-    };
-    const auto read_h_post = [&](int i) {
-      return read_float(mixing(ring.slot) + P::kHPost + (g * N + i) * 4);
-    };
-    MixingRow rows[N] = {};
-    if constexpr (POST_PRE) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        if (kKeepsHRes) read_h_res(rows[i].h_res, i);
-        if (kSpare) rows[i].h_post = read_h_post(i);
-      }
-    }
-    const auto row = [&](int i) {
-      MixingRow row = rows[i];
-      if (!kKeepsHRes) read_h_res(row.h_res, i);
-      if (!kSpare) row.h_post = read_h_post(i);
-      return row;
-    };
-
-    constexpr int kOctets = P::kTokens / 8, kSteps = kBoxes * kOctets;
-    // In post_pre the next box is on its way to registers while this one is mixed.
-    constexpr bool kAhead = POST_PRE && kSpare;
-    Sums sums[kOctets];
-    typename TokenProducts<NORM>::type products[kOctets];
-    u32 next[N], next_y = 0;
-    const auto address = [&](int step) {
-      return here + matrices + step / kOctets * P::kBoxBytes + step % kOctets * 8 * kRowBytes;
-    };
-    const auto read = [&](int step) {
-      read_matrices(next, address(step));
-      if constexpr (POST_PRE) read_matrix(next_y, address(step) + P::kY);
-    };
-    if (kAhead) read(0);
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      if (!kAhead) read(step);
-      u32 x[N] = {next[0], next[1], next[2], next[3]};
-      const u32 y = next_y;
-      if (kAhead && step + 1 < kSteps) read(step + 1);
-      if constexpr (POST_PRE) {
-        mix(x, y, row);
-        write_matrices(address(step), x);
-      }
-#pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
-        const int slice = step / kOctets * 2 + pair;
-        Slice phi = slices[slice];
-#pragma unroll
-        for (int f = 0; f < 3; ++f) {
-          const int fragment = 3 * slice + f;
-          if (fragment >= kInRegisters) phi.fragments[f] = read4(shared_fragment(fragment));
-        }
-        sums[step % kOctets].add(phi, {x[2 * pair], x[2 * pair + 1]});
-      }
-      if constexpr (!NORM) products[step % kOctets].add(x);
-    }
-    if constexpr (NORM) {
-      // Afterwards, for it takes many registers.
-      __syncwarp();
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        if (step / kOctets % 2) continue;
-        u32 x[N], y[N] = {};
-        read_matrices(x, address(step));
-        if (step + kOctets < kSteps) read_matrices(y, address(step + kOctets));
-        products[step % kOctets].add(x, y);
-      }
-    }
-
-    const u32 slot = i % 2;
-    wait(barrier(kPartialEmpty, slot), (i / 2 & 1) ^ 1);
-#pragma unroll
-    for (int octet = 0; octet < P::kTokens / 8; ++octet) {
-      const u32 row = warp * P::kTokens + 8 * octet;
-      const u32 at = shared + P::kPartials + slot * P::kPartialBytes + row * P::kSumsBytes;
-      sums[octet].template store<P::kSumsBytes>(at, lane);
-      products[octet].template store<P::kSumsBytes>(at + 4 * kColumns, lane);
-    }
-    __syncwarp();
-    if (lane == 0) arrive(barrier(kPartialFull, slot));
-  }
-}
+#include "one_pass/one_pass_fwd_project.cuh"
 
 // ---- send ------------------------------------------------------------------------------------------
 
@@ -455,10 +305,10 @@ __device__ inline void Block<POST_PRE, NORM>::send_sums(int lane) const {
 template <bool POST_PRE, bool NORM>
 __device__ inline void Block<POST_PRE, NORM>::own(int lane) const {
   if (!owns()) return;
-  const Settings& settings = *call.settings;
+  const Settings& settings = *args.settings;
   const int c = min(lane, kColumns);
   // The other lanes send alike, and what is not h_pre reaches nobody.
-  const float alpha = call.alpha[0], bias = call.bias[c % N];
+  const float alpha = args.alpha[0], bias = args.bias[c % N];
   const u32 stride = owned * P::kSumsBytes;
   // Of this lane's entry of G; what is not on the diagonal is there twice.
   const int k = min(lane % 16, kProducts - 1);
@@ -493,7 +343,7 @@ __device__ inline void Block<POST_PRE, NORM>::own(int lane) const {
         const float h_column = __shfl_sync(kAllLanes, h, column_of_g);
         const float mean = warp_sum(lane % 16 < kProducts ? g * (weight_of_g * h_row * h_column) : 0.f);
         // What is left of a sum of zero may be less than that; NaN stays.
-        rho = inverse_root((mean < 0.f ? 0.f : mean) + call.norm_scale_eps);
+        rho = inverse_root((mean < 0.f ? 0.f : mean) + args.norm_scale_eps);
         h_pre = {rho * h_pre.x, rho * h_pre.y, rho * h_pre.z, rho * h_pre.w};
       }
       if (lane < int(ranks)) {
@@ -521,7 +371,7 @@ __device__ inline void Block<POST_PRE, NORM>::apply(int thread) const {
   cluster_wait();
   if constexpr (NORM) {
     // The first halves of all units, then the second ones: without conflicts.
-    const float4* from = reinterpret_cast<const float4*>(call.norm_scale + rank * SIZE);
+    const float4* from = reinterpret_cast<const float4*>(args.norm_scale + rank * SIZE);
     if (thread < kUnits) {
       write_float4(shared + P::kWeights + 16 * thread, from[2 * thread]);
       write_float4(shared + P::kWeights + 16 * (kUnits + thread), from[2 * thread + 1]);
@@ -552,12 +402,12 @@ __device__ inline void Block<POST_PRE, NORM>::apply(int thread) const {
         for (int v = 0; v < 8; ++v) sums[v] += h[j] * x[j][v];
       }
       const long long to = first_token(i) + t;
-      if (to >= call.tokens) continue;
+      if (to >= args.tokens) continue;
       const int channel = rank * SIZE + unit * 8;
       if constexpr (POST_PRE) {
 #pragma unroll
         for (int j = 0; j < N; ++j) {
-          write_through(call.x_new + (to * N + j) * hidden() + channel,
+          write_through(args.x_new + (to * N + j) * hidden() + channel,
                         {x[j].words[0], x[j].words[1], x[j].words[2], x[j].words[3]});
         }
       }
@@ -570,7 +420,7 @@ __device__ inline void Block<POST_PRE, NORM>::apply(int thread) const {
       }
       Pack<bf16, 8> u;
       u.set(sums);
-      write_through(call.u + to * hidden() + channel,
+      write_through(args.u + to * hidden() + channel,
                     {u.words[0], u.words[1], u.words[2], u.words[3]});
     }
     __syncwarp();
@@ -584,32 +434,32 @@ __device__ inline void Block<POST_PRE, NORM>::apply(int thread) const {
 // among its columns, the second h_post.
 template <bool POST_PRE, bool NORM>
 __device__ inline void Block<POST_PRE, NORM>::store_others(u32 row, size_t token, int lane) const {
-  float4* m = reinterpret_cast<float4*>(call.m + token * kColumns);
+  float4* m = reinterpret_cast<float4*>(args.m + token * kColumns);
   float own[N];
   read_floats(own, row + lane * N * 4);
   m[lane] = {own[0], own[1], own[2], own[3]};
   if (lane >= 2) {
     m[lane + 2] = read_float4(row + (lane + 2) * N * 4);
-    if (lane == 2) call.r[token] = read_float(row + 4 * kColumns);
-    if (NORM && lane == 3) call.rho[token] = read_float(row + 4 * (kColumns + 1));
+    if (lane == 2) args.r[token] = read_float(row + 4 * kColumns);
+    if (NORM && lane == 3) args.rho[token] = read_float(row + 4 * (kColumns + 1));
     return;
   }
   const bool is_pre = lane == 0;
-  const Settings& settings = *call.settings;
+  const Settings& settings = *args.settings;
   const float scale = is_pre ? 1.f : settings.post_scale, offset = is_pre ? settings.pre_eps : 0.f;
   float h[N];
 #pragma unroll
   for (int k = 0; k < N; ++k) {
-    h[k] = scale * sigmoid(call.alpha[lane] * own[k] + call.bias[lane * N + k]) + offset;
+    h[k] = scale * sigmoid(args.alpha[lane] * own[k] + args.bias[lane * N + k]) + offset;
   }
-  reinterpret_cast<float4*>(is_pre ? call.h_pre : call.h_post)[token] = {h[0], h[1], h[2], h[3]};
+  reinterpret_cast<float4*>(is_pre ? args.h_pre : args.h_post)[token] = {h[0], h[1], h[2], h[3]};
 }
 
 // Four lanes have a token.
 template <bool POST_PRE, bool NORM>
 __device__ inline void Block<POST_PRE, NORM>::finish(int lane) const {
   if (!owns()) return;
-  const Settings& settings = *call.settings;
+  const Settings& settings = *args.settings;
   const Sinkhorn<N> matrix{settings, N, lane % N};
   const int t = lane / N;
 #pragma unroll 1
@@ -619,15 +469,15 @@ __device__ inline void Block<POST_PRE, NORM>::finish(int lane) const {
     const u32 row = shared + P::kFinish + (slot * kBatch + t) * kFinishRowBytes;
     const int count = batch * kBatch + t, i = count >> owned_log2;
     const size_t at = size_t(first_token(i)) + rank * owned + (count & (owned - 1));
-    const bool exists = at < call.tokens;
+    const bool exists = at < args.tokens;
     Sinkhorn<N>::Matrix z, h_res;
     matrix.for_each([&](int k, int j) {
       const int c = 2 * N + matrix.at(k, j);
-      h_res[k][j] = z[k][j] = call.alpha[2] * read_float(row + 4 * c) + call.bias[c];
+      h_res[k][j] = z[k][j] = args.alpha[2] * read_float(row + 4 * c) + args.bias[c];
     });
     if (settings.constraint == Constraint::kBirkhoff) matrix.forward(z, h_res, nullptr, 0);
     if (exists) {
-      matrix.for_each([&](int k, int j) { call.h_res[at * N * N + matrix.at(k, j)] = h_res[k][j]; });
+      matrix.for_each([&](int k, int j) { args.h_res[at * N * N + matrix.at(k, j)] = h_res[k][j]; });
       store_others(row, at, matrix.lane);
     }
     __syncwarp();
@@ -638,9 +488,9 @@ __device__ inline void Block<POST_PRE, NORM>::finish(int lane) const {
 // ---- kernels ------------------------------------------------------------------------------------------
 
 template <bool POST_PRE, bool NORM>
-__device__ inline void run(const Call& call) {
+__device__ inline void run(const Args& args) {
   extern __shared__ __align__(1024) unsigned char memory[];
-  const Block<POST_PRE, NORM> block(memory, call);
+  const Block<POST_PRE, NORM> block(memory, args);
   // The same in all lanes, and by this the compiler knows it.
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   if (warp == 0) block.init_barriers(lane);
@@ -669,16 +519,15 @@ KERNEL(pre_fwd_one_pass, kThreads, 1)
 (const __grid_constant__ TensorMap x_map, const float* phi, const float* alpha, const float* bias,
  Stream* u, float* h_pre, float* h_post, float* h_res, float* m, float* r, int tokens,
  const __grid_constant__ Settings settings) {
-  run<false, false>({&x_map, nullptr, nullptr, nullptr, nullptr, phi, alpha, bias, nullptr, u, h_pre,
-                     h_post, h_res, m, r, nullptr, 0.f, tokens, &settings});
+  run<false, false>({&x_map, phi, alpha, bias, u, h_pre, h_post, h_res, m, r, tokens, &settings});
 }
 
 KERNEL(pre_norm_fwd_one_pass, kThreads, 1)
 (const __grid_constant__ TensorMap x_map, const float* phi, const float* alpha, const float* bias,
  const float* norm_scale, Stream* u, float* h_pre, float* h_post, float* h_res, float* m, float* r,
  float* rho, float norm_scale_eps, int tokens, const __grid_constant__ Settings settings) {
-  run<false, true>({&x_map, nullptr, nullptr, nullptr, nullptr, phi, alpha, bias, norm_scale, u, h_pre,
-                    h_post, h_res, m, r, rho, norm_scale_eps, tokens, &settings});
+  run<false, true>({&x_map, phi, alpha, bias, u, h_pre, h_post, h_res, m, r, tokens, &settings,
+                    nullptr, nullptr, nullptr, nullptr, norm_scale, rho, norm_scale_eps});
 }
 
 KERNEL(post_pre_fwd_one_pass, kThreads, 1)
@@ -686,8 +535,8 @@ KERNEL(post_pre_fwd_one_pass, kThreads, 1)
  const float* h_post_in, const float* h_res_in, const float* phi, const float* alpha,
  const float* bias, Stream* x_new, Stream* u, float* h_pre, float* h_post, float* h_res, float* m,
  float* r, int tokens, const __grid_constant__ Settings settings) {
-  run<true, false>({&x_map, &y_map, h_post_in, h_res_in, x_new, phi, alpha, bias, nullptr, u, h_pre,
-                    h_post, h_res, m, r, nullptr, 0.f, tokens, &settings});
+  run<true, false>({&x_map, phi, alpha, bias, u, h_pre, h_post, h_res, m, r, tokens, &settings,
+                   &y_map, h_post_in, h_res_in, x_new});
 }
 
 KERNEL(post_pre_norm_fwd_one_pass, kThreads, 1)
@@ -696,6 +545,6 @@ KERNEL(post_pre_norm_fwd_one_pass, kThreads, 1)
  const float* bias, const float* norm_scale, Stream* x_new, Stream* u, float* h_pre, float* h_post,
  float* h_res, float* m, float* r, float* rho, float norm_scale_eps, int tokens,
  const __grid_constant__ Settings settings) {
-  run<true, true>({&x_map, &y_map, h_post_in, h_res_in, x_new, phi, alpha, bias, norm_scale, u, h_pre,
-                   h_post, h_res, m, r, rho, norm_scale_eps, tokens, &settings});
+  run<true, true>({&x_map, phi, alpha, bias, u, h_pre, h_post, h_res, m, r, tokens, &settings,
+                  &y_map, h_post_in, h_res_in, x_new, norm_scale, rho, norm_scale_eps});
 }
