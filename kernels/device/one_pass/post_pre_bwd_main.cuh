@@ -317,10 +317,10 @@ struct MainWarp {
   }
 };
 
-__device__ inline void main_warps(const Block& block, const Operands& to, int warp, int lane) {
+__device__ inline void main_warps(const Block& block, const Args& args, int warp, int lane) {
   MainWarp self(block, warp, lane);
   const int row = block.first_channel() + warp * kWarpStep;
-  self.load_phi(to.phi + row * kColumns, lane);
+  self.load_phi(args.phi + row * kColumns, lane);
   fence_for_copies();
   __syncwarp();
   if (lane == 0) arrive(block.barrier(kPhiThere, 0));
@@ -334,6 +334,6 @@ __device__ inline void main_warps(const Block& block, const Operands& to, int wa
   }
   if constexpr (kSumsPhi) {
     const int of_cluster = block.first_tile * N * block.hidden();
-    self.store_d_phi(static_cast<float*>(to.for_phi) + (of_cluster + row) * kColumns);
+    self.store_d_phi(static_cast<float*>(args.for_phi) + (of_cluster + row) * kColumns);
   }
 }

@@ -129,11 +129,23 @@ static_assert(8 * kNumBarriers <= kDots, "");
 
 // ---- what all warps know ----------------------------------------------------------------------------
 
-struct Operands {
-  const float *h_post, *h_res, *phi, *alpha, *bias, *m, *r, *h_res_new, *d_h_pre, *d_z;
+// Maps of the streams, with boxes of kTileTokens tokens and SIZE channels: of every second stream (`_even`, `_odd`), or
+// of y and the like.
+struct Maps {
+  const TensorMap &x_even, &x_odd, &y, &d_u, &d_x_new_in_even, &d_x_new_in_odd;
+  const TensorMap &d_x_new_even, &d_x_new_odd, &d_y;  // d_x_new may lie where d_x_new_in does
+};
+
+// The other arguments of the kernel, but for its settings: with these or the maps in one struct the compiler orders the
+// whole kernel anew.
+struct Args {
+  const float *h_post, *h_res, *phi, *alpha, *bias, *m, *r, *h_res_new, *d_h_pre;
+  const float* d_z;  // [tokens, kColumns], of which those of h_pre are not read
   float *d_h_post, *d_h_res;
-  void* for_phi;  // the sums for d_phi, or r dm
-  float* gate_sums;
+  // Where kSumsPhi: [clusters, n C, kColumns], for sum_gradients; elsewhere r dm in two bfloat16 parts,
+  // [tokens, 2, kColumns], for phi_bwd.
+  void* for_phi;
+  float* gate_sums;  // [2 * blocks, kColumns + 3], for sum_gradients
   int tokens, deferred;
 };
 
@@ -179,10 +191,6 @@ struct Block : Place<kTileTokens> {
 
 // ---- loader -----------------------------------------------------------------------------------------
 
-struct Maps {
-  const TensorMap &x_even, &x_odd, &y, &d_u, &in_even, &in_odd, &out_even, &out_odd, &d_y;
-};
-
 __device__ inline void load_tiles(const Block& block, const Maps& maps) {
   const u64 policy = evict_first();
   const int box = block.first_box();
@@ -198,8 +206,8 @@ __device__ inline void load_tiles(const Block& block, const Maps& maps) {
       prefetch(maps.x_odd, token, box, 0);
       prefetch(maps.y, token, box, 0);
       prefetch(maps.d_u, token, box, 0);
-      prefetch(maps.in_even, token, box, 0);
-      prefetch(maps.in_odd, token, box, 0);
+      prefetch(maps.d_x_new_in_even, token, box, 0);
+      prefetch(maps.d_x_new_in_odd, token, box, 0);
     }
     wait(block.barrier(kEmpty, slot), ring.parity ^ 1);
     u32 full = block.barrier(kInputFull, slot);
@@ -210,8 +218,8 @@ __device__ inline void load_tiles(const Block& block, const Maps& maps) {
     copy_in(even + kInput, maps.d_u, token, box, 0, full, policy);
     full = block.barrier(kGradientFull, slot);
     arrive_and_expect(full, 4 * kPlane);
-    copy_in(even + kGradient, maps.in_even, token, box, 0, full, policy);
-    copy_in(odd + kGradient, maps.in_odd, token, box, 0, full, policy);
+    copy_in(even + kGradient, maps.d_x_new_in_even, token, box, 0, full, policy);
+    copy_in(odd + kGradient, maps.d_x_new_in_odd, token, box, 0, full, policy);
   }
 }
 
@@ -274,7 +282,7 @@ __device__ inline int sum_entry(int i) { return (4 + i % 2) * 4 + i / 2; }
 // The tokens of a block: from the dots of d_u to r dm, and the sums of the dots of d_X'.
 struct Owner {
   const Block& block;
-  const Operands& with;
+  const Args& args;
   const Settings& settings;
   const int which, lane;
   float alpha;                // of column `lane`
@@ -288,12 +296,12 @@ struct Owner {
     float4 h_res;
   };
 
-  __device__ Owner(const Block& block, const Operands& with, const Settings& settings, int which,
+  __device__ Owner(const Block& block, const Args& args, const Settings& settings, int which,
                    int lane)
-      : block(block), with(with), settings(settings), which(which), lane(lane) {
-    alpha_pre = with.alpha[0];
-    alpha = lane >= kColumns ? 0.f : with.alpha[gate_of(lane)];
-    bias_pre = with.bias[lane % N];
+      : block(block), args(args), settings(settings), which(which), lane(lane) {
+    alpha_pre = args.alpha[0];
+    alpha = lane >= kColumns ? 0.f : args.alpha[gate_of(lane)];
+    bias_pre = args.bias[lane % N];
   }
 
   // The place in alpha of column c's gate.
@@ -310,14 +318,14 @@ struct Owner {
   __device__ Token load(int tile, int t) const {
     Token token = {};
     const long long at = block.first_token(tile) + in_tile(t);
-    if (tile >= block.num_tiles || at >= with.tokens) return token;
+    if (tile >= block.num_tiles || at >= args.tokens) return token;
     const int i = lane % N;
-    if (lane < kColumns) token.m = __ldg(with.m + at * kColumns + lane);
-    if (lane >= N && lane < kColumns) token.d_z = __ldg(with.d_z + at * kColumns + lane);
-    token.r = __ldg(with.r + at);
-    token.d_h_pre = __ldg(with.d_h_pre + at * N + i);
-    token.h_post = __ldg(with.h_post + at * N + i);
-    token.h_res = __ldg(reinterpret_cast<const float4*>(with.h_res) + at * N + i);
+    if (lane < kColumns) token.m = __ldg(args.m + at * kColumns + lane);
+    if (lane >= N && lane < kColumns) token.d_z = __ldg(args.d_z + at * kColumns + lane);
+    token.r = __ldg(args.r + at);
+    token.d_h_pre = __ldg(args.d_h_pre + at * N + i);
+    token.h_post = __ldg(args.h_post + at * N + i);
+    token.h_res = __ldg(reinterpret_cast<const float4*>(args.h_res) + at * N + i);
     return token;
   }
 
@@ -401,8 +409,8 @@ struct Owner {
 
     if constexpr (!kSumsPhi) {
       const int row = block.first_token(tile) + in_tile(t);
-      const bool stores = row < with.tokens && lane < int(kReplyGates / 16);
-      if (stores) static_cast<float4*>(with.for_phi)[size_t(row) * (kReplyGates / 16) + lane] = reply;
+      const bool stores = row < args.tokens && lane < int(kReplyGates / 16);
+      if (stores) static_cast<float4*>(args.for_phi)[size_t(row) * (kReplyGates / 16) + lane] = reply;
     }
     sums.add(lane < N ? d_z_pre : token.d_z, token.m);
   }
@@ -424,8 +432,8 @@ struct Owner {
         const float v = read_float(first + rank * kSumsBytes);
         sum += rank < block.ranks ? v : 0.f;
       }
-      if (token < with.tokens && lane < N * N) with.d_h_res[token * N * N + lane] = sum;
-      if (token < with.tokens && lane / N == N) with.d_h_post[token * N + lane % N] = sum;
+      if (token < args.tokens && lane < N * N) args.d_h_res[token * N * N + lane] = sum;
+      if (token < args.tokens && lane / N == N) args.d_h_post[token * N + lane % N] = sum;
     }
     __syncwarp();
   }
@@ -454,7 +462,7 @@ struct Owner {
       if (owned >= later) collect(owned - later);
     }
     // The row of this warp.
-    sums.store(with.gate_sums + (blockIdx.x * kOwnerWarps + which) * (kColumns + 3), lane, gate_of);
+    sums.store(args.gate_sums + (blockIdx.x * kOwnerWarps + which) * (kColumns + 3), lane, gate_of);
   }
 };
 
@@ -523,7 +531,7 @@ __device__ inline void stream_dots(const Block& block, int half, int lane) {
 // and so do those of i and i + 2: see `MainWarp::table`.
 struct Tables {
   const Block& block;
-  const Operands& from;
+  const Args& args;
   const int lane;
   float row[N], column[N];
   float4 h_post;
@@ -531,16 +539,16 @@ struct Tables {
   __device__ void load(int tile) {
     const int t = lane / N, i = lane % N;
     const long long token = block.first_token(tile) + t, whole = block.first_token(tile) + lane;
-    const bool exists = tile < block.num_tiles && token < from.tokens;
-    const float4 v = exists ? __ldg(reinterpret_cast<const float4*>(from.h_res) + token * N + i) : float4{};
+    const bool exists = tile < block.num_tiles && token < args.tokens;
+    const float4 v = exists ? __ldg(reinterpret_cast<const float4*>(args.h_res) + token * N + i) : float4{};
     row[0] = v.x, row[1] = v.y, row[2] = v.z, row[3] = v.w;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       column[k] = k == i;
-      if (from.deferred) column[k] = exists ? __ldg(from.h_res_new + (token * N + k) * N + i) : 0.f;
+      if (args.deferred) column[k] = exists ? __ldg(args.h_res_new + (token * N + k) * N + i) : 0.f;
     }
-    const bool has_h_post = lane < kTileTokens && tile < block.num_tiles && whole < from.tokens;
-    h_post = has_h_post ? __ldg(reinterpret_cast<const float4*>(from.h_post) + whole) : float4{};
+    const bool has_h_post = lane < kTileTokens && tile < block.num_tiles && whole < args.tokens;
+    h_post = has_h_post ? __ldg(reinterpret_cast<const float4*>(args.h_post) + whole) : float4{};
   }
 
   __device__ static void write(u32 at, const float (&values)[N]) {
@@ -568,9 +576,9 @@ struct Tables {
 };
 
 // The tables of two tiles are there at once: a finished tile makes room for the one after the next.
-__device__ inline void finish_tiles(const Block& block, const Operands& from, const Maps& maps, int lane) {
+__device__ inline void finish_tiles(const Block& block, const Args& args, const Maps& maps, int lane) {
   const int box = block.first_box();
-  Tables tables{block, from, lane};
+  Tables tables{block, args, lane};
   for (int tile = 0; tile < 2; ++tile) {
     tables.load(tile);
     tables.write(tile);
@@ -582,8 +590,8 @@ __device__ inline void finish_tiles(const Block& block, const Operands& from, co
     const int token = block.first_token(tile);
     wait(block.barrier(kDone, slot), ring.parity);
     if (lane == 0) {
-      copy_out(maps.out_even, token, box, 0, even + kGradient);
-      copy_out(maps.out_odd, token, box, 0, odd + kGradient);
+      copy_out(maps.d_x_new_even, token, box, 0, even + kGradient);
+      copy_out(maps.d_x_new_odd, token, box, 0, odd + kGradient);
       copy_out(maps.d_y, token, box, 0, even + kInput);
       commit_copies();
     }
@@ -600,10 +608,6 @@ __device__ inline void finish_tiles(const Block& block, const Operands& from, co
 
 // ---- kernel -----------------------------------------------------------------------------------------
 
-// d_z: [tokens, 24], of which those of h_pre are not read. gate_sums: [2 * blocks, 24 + 3], to be summed. for_phi:
-// [clusters, 4 C, 24], to be summed for d_phi, or r dm in two bfloat16 parts, [tokens, 2, 24], for phi_bwd.cu. The
-// maps have boxes of kTileTokens tokens and SIZE channels of every second stream, or of y and the like. d_x_new may lie
-// where d_x_new_in does.
 KERNEL(post_pre_bwd_one_pass, kThreads, 1)
 (const __grid_constant__ TensorMap x_even, const __grid_constant__ TensorMap x_odd,
  const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap d_u,
@@ -616,8 +620,8 @@ KERNEL(post_pre_bwd_one_pass, kThreads, 1)
   extern __shared__ __align__(1024) unsigned char memory[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Block block(memory, tokens);
-  const Operands operands{h_post,  h_res, phi,      alpha,   bias,    m,         r,      h_res_new,
-                          d_h_pre, d_z,   d_h_post, d_h_res, for_phi, gate_sums, tokens, deferred};
+  const Args args{h_post, h_res, phi,      alpha,   bias,    m,         r,      h_res_new,
+                  d_h_pre, d_z,  d_h_post, d_h_res, for_phi, gate_sums, tokens, deferred};
   const Maps maps{x_even,         x_odd,        y,           d_u, d_x_new_in_even,
                   d_x_new_in_odd, d_x_new_even, d_x_new_odd, d_y};
   if (threadIdx.x == 0) {
@@ -638,7 +642,7 @@ KERNEL(post_pre_bwd_one_pass, kThreads, 1)
 
   if (warp < kMainWarps) {
     take_registers<kMainRegisters>();
-    main_warps(block, operands, warp, lane);
+    main_warps(block, args, warp, lane);
   } else {
     give_registers<kOtherRegisters>();
     cluster_wait();
@@ -649,9 +653,9 @@ KERNEL(post_pre_bwd_one_pass, kThreads, 1)
     } else if (warp == kLoader) {
       if (lane == 0) load_tiles(block, maps);
     } else if (warp == kFinisher) {
-      finish_tiles(block, operands, maps, lane);
+      finish_tiles(block, args, maps, lane);
     } else {
-      Owner(block, operands, settings, warp - kFirstOwner, lane).run();
+      Owner(block, args, settings, warp - kFirstOwner, lane).run();
     }
   }
   end_cluster();
