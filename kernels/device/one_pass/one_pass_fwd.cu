@@ -140,18 +140,20 @@ struct Args {
   float norm_scale_eps;
 };
 
-// Barriers, in this order at the start of shared memory.
+// Barriers, of 8 bytes each, in this order at the start of shared memory: what is there once a phase is over, and who
+// arrives for that (`Block::init_barriers` has the numbers). Copies and other blocks arrive with bytes, which one warp
+// here announces.
 enum Barrier : u32 {
-  kFull = 0,       // a stage of X
-  kEmpty = 16,
-  kSumsFull = 32,  // all blocks' sums for the owned tokens of a stage
-  kHFull = 48,     // h_pre of a stage's tokens, or rho h_pre
-  kPartialFull = 64,
-  kPartialEmpty = 66,
-  kFinishFull = 68,  // a batch: m, r and rho of its tokens
-  kFinishEmpty = 70,
-  kPhiFull = 72,   // two streams of phi
-  kPhiEmpty = 74,
+  kFull = 0,           // X of a stage, and in post_pre y, h_res and h_post; copy, with bytes
+  kEmpty = 16,         // nobody needs the stage any more; the warps of apply
+  kSumsFull = 32,      // all blocks' sums for the owned tokens of a stage; own, with bytes
+  kHFull = 48,         // h_pre of a stage's tokens, or rho h_pre; the first warp of apply, with bytes
+  kPartialFull = 64,   // a tile's sums of each warp; the warps of project
+  kPartialEmpty = 66,  // these have been sent; send
+  kFinishFull = 68,    // m, r and rho of a batch of tokens; own
+  kFinishEmpty = 70,   // these have been read; finish
+  kPhiFull = 72,       // two streams of phi; copy, with bytes
+  kPhiEmpty = 74,      // phi is in registers; the warps of project
 };
 
 template <bool POST_PRE, bool NORM>

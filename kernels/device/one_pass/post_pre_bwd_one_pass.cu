@@ -55,17 +55,18 @@ constexpr int kOtherRegisters = 72;
 // Slots for dots of d_u, of which an owner has every one or every second: at least as many as stages, and even.
 constexpr int kDotsSlots = 4;
 
-// Barriers, of 8 bytes each.
+// Barriers, of 8 bytes each: what is there once a phase is over, and who arrives for that (`Block::init_barriers` has the
+// numbers). Copies and other blocks arrive with bytes, which one warp here announces.
 enum Barrier : u32 {
-  kInputFull = 0,                             // x, y and d_u of a stage are there
-  kGradientFull = kInputFull + kStages,       // d_X'_in
-  kEmpty = kGradientFull + kStages,           // nobody needs the stage any more
-  kDotsFull = kEmpty + kStages,               // all blocks' dots of d_u, at the owner
-  kRepliesFull = kDotsFull + kDotsSlots,      // the owners' replies
-  kDone = kRepliesFull + kStages,             // d_X' and d_y lie in the place of d_X'_in and d_u
-  kSumsFull = kDone + kStages,                // all blocks' dots of d_X', at the owner
-  kTablesFull = kSumsFull + 8,                // tables of the mixing
-  kPhiThere = kTablesFull + 2,
+  kInputFull = 0,                         // x, y and d_u of a stage; the loader, with bytes
+  kGradientFull = kInputFull + kStages,   // d_X'_in of a stage; the loader, with bytes
+  kEmpty = kGradientFull + kStages,       // nobody needs the stage any more; stream dots and the finisher
+  kDotsFull = kEmpty + kStages,           // all blocks' dots of d_u, at the owner; the owner, with bytes
+  kRepliesFull = kDotsFull + kDotsSlots,  // the owners' replies; the first main warp, with bytes
+  kDone = kRepliesFull + kStages,         // d_X' and d_y, in the place of d_X'_in and d_u; the main warps
+  kSumsFull = kDone + kStages,            // all blocks' dots of d_X', at the owner; the owner, with bytes
+  kTablesFull = kSumsFull + 8,            // tables of the mixing; the finisher
+  kPhiThere = kTablesFull + 2,            // phi is in registers, or in its own place; the main warps
   kNumBarriers,
 };
 
@@ -166,6 +167,22 @@ struct Block : Place<kTileTokens> {
   __device__ int turns() const { return 1 << turns_shift; }
 
   __device__ u32 barrier(Barrier first, u32 slot) const { return shared + 8 * (first + slot); }
+  // By one thread.
+  __device__ void init_barriers() const {
+    for (u32 slot = 0; slot < 8; ++slot) init_barrier(barrier(kSumsFull, slot), 1);
+    for (u32 slot = 0; slot < kDotsSlots; ++slot) init_barrier(barrier(kDotsFull, slot), 1);
+    for (u32 slot = 0; slot < kStages; ++slot) {
+      init_barrier(barrier(kInputFull, slot), 1);
+      init_barrier(barrier(kGradientFull, slot), 1);
+      init_barrier(barrier(kEmpty, slot), kDotWarps + 1);
+      init_barrier(barrier(kRepliesFull, slot), 1);
+      init_barrier(barrier(kDone, slot), kMainWarps);
+    }
+    for (u32 slot = 0; slot < 2; ++slot) init_barrier(barrier(kTablesFull, slot), 1);
+    init_barrier(barrier(kPhiThere, 0), kMainWarps);
+    publish_barriers();
+  }
+
   __device__ u32 even(u32 slot) const { return shared + kEven + slot * kEvenBytes; }
   __device__ u32 odd(u32 slot) const { return shared + kOdd + slot * kOddBytes; }
   __device__ u32 tables(int tile) const { return shared + kTableSlots + tile % 2 * kTablesBytes; }
@@ -624,20 +641,7 @@ KERNEL(post_pre_bwd_one_pass, kThreads, 1)
                   d_h_pre, d_z,  d_h_post, d_h_res, for_phi, gate_sums, tokens, deferred};
   const Maps maps{x_even,         x_odd,        y,           d_u, d_x_new_in_even,
                   d_x_new_in_odd, d_x_new_even, d_x_new_odd, d_y};
-  if (threadIdx.x == 0) {
-    for (u32 slot = 0; slot < 8; ++slot) init_barrier(block.barrier(kSumsFull, slot), 1);
-    for (u32 slot = 0; slot < kDotsSlots; ++slot) init_barrier(block.barrier(kDotsFull, slot), 1);
-    for (u32 slot = 0; slot < kStages; ++slot) {
-      init_barrier(block.barrier(kInputFull, slot), 1);
-      init_barrier(block.barrier(kGradientFull, slot), 1);
-      init_barrier(block.barrier(kEmpty, slot), kDotWarps + 1);
-      init_barrier(block.barrier(kRepliesFull, slot), 1);
-      init_barrier(block.barrier(kDone, slot), kMainWarps);
-    }
-    for (u32 slot = 0; slot < 2; ++slot) init_barrier(block.barrier(kTablesFull, slot), 1);
-    init_barrier(block.barrier(kPhiThere, 0), kMainWarps);
-    publish_barriers();
-  }
+  if (threadIdx.x == 0) block.init_barriers();
   start_cluster();
 
   if (warp < kMainWarps) {

@@ -103,10 +103,15 @@ constexpr u32 kSumsAt = kPhi + kPhiBytes;
 constexpr u32 kReplies = kSumsAt + kMainWarps * kSumsInShared * kSumsBytes;
 constexpr u32 kParts = kReplies + kStages * kRepliesBytes;
 constexpr u32 kBarriers = kParts + kPartsBytes;
-// Barriers: of each buffer, and that phi has been read.
-constexpr u32 kFull = kBarriers, kDone = kFull + 8 * kStages, kPartsFull = kDone + 8 * kStages,
-              kReplyFull = kPartsFull + 8 * kStages, kTableFull = kReplyFull + 8 * kStages,
-              kDXInFull = kTableFull + 8 * kStages, kPhiRead = kDXInFull + 8 * kDXInSlots;
+// Barriers, of 8 bytes each, of every buffer but the last: what is there once a phase is over, and who arrives for that
+// (`Block::init_barriers` has the numbers). Copies and other blocks arrive with bytes, which one warp here announces.
+constexpr u32 kFull = kBarriers;                  // X and d_u; the loader, with bytes
+constexpr u32 kDone = kFull + 8 * kStages;        // d_x in the place of d_x_in; the main warps
+constexpr u32 kPartsFull = kDone + 8 * kStages;   // all blocks' parts of the dot products; the owner, with bytes
+constexpr u32 kReplyFull = kPartsFull + 8 * kStages;   // the owners' replies; the first main warp, with bytes
+constexpr u32 kTableFull = kReplyFull + 8 * kStages;   // h_res beside the replies; the dot warps
+constexpr u32 kDXInFull = kTableFull + 8 * kStages;    // d_x_in; the loader, with bytes
+constexpr u32 kPhiRead = kDXInFull + 8 * kDXInSlots;   // phi is where it stays; the main warps
 // Of phi in a main warp's fragments (`half_unit`).
 constexpr u32 kPhiUnits = kPhiRead + 8;
 constexpr u32 kSharedBytes = kPhiUnits + kMainWarps * sizeof(float);
@@ -140,6 +145,19 @@ struct Block : Place<kTileTokens> {
   }
   __device__ u32 replies(u32 slot) const { return shared + kReplies + slot * kRepliesBytes; }
   __device__ u32 barrier(u32 which, u32 slot) const { return shared + which + 8 * slot; }
+  // By one thread.
+  __device__ void init_barriers(u32 dot_warps) const {
+    for (int s = 0; s < kStages; ++s) {
+      init_barrier(barrier(kFull, s), 1);
+      init_barrier(barrier(kDone, s), kMainWarps);
+      init_barrier(barrier(kPartsFull, s), 1);
+      init_barrier(barrier(kReplyFull, s), 1);
+      init_barrier(barrier(kTableFull, s), dot_warps);
+    }
+    for (int s = 0; s < kDXInSlots; ++s) init_barrier(barrier(kDXInFull, s), 1);
+    init_barrier(barrier(kPhiRead, 0), kMainWarps);
+    publish_barriers();
+  }
 
   // Token t of a tile is owned by block t % ranks; of clusters of 16 the blocks 0 to 7 own those of even tiles and
   // the others those of odd ones.
@@ -515,18 +533,7 @@ __device__ inline void run(const Args args) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Block block(shared, args.tokens);
 
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < kStages; ++s) {
-      init_barrier(block.barrier(kFull, s), 1);
-      init_barrier(block.barrier(kDone, s), kMainWarps);
-      init_barrier(block.barrier(kPartsFull, s), 1);
-      init_barrier(block.barrier(kReplyFull, s), 1);
-      init_barrier(block.barrier(kTableFull, s), Roles::kDot);
-    }
-    for (int s = 0; s < kDXInSlots; ++s) init_barrier(block.barrier(kDXInFull, s), 1);
-    init_barrier(block.barrier(kPhiRead, 0), kMainWarps);
-    publish_barriers();
-  }
+  if (threadIdx.x == 0) block.init_barriers(Roles::kDot);
   start_cluster();
 
   // Each task asks for its block again, so that none keeps in registers what only others want.
