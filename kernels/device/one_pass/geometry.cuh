@@ -1,7 +1,7 @@
 // The place of a block in a one-pass kernel: its slice of the channels, and its cluster's tiles of tokens.
 //
-// The block of rank b owns the channels [b * SIZE, (b + 1) * SIZE) of all streams. Cluster k of `tile_step` clusters has
-// the tiles k, k + tile_step and so on.
+// The block of rank b owns the channels [b * SIZE, (b + 1) * SIZE) of all streams. Cluster k of `tile_step` clusters
+// has the tiles k, k + tile_step and so on.
 
 #pragma once
 

@@ -10,22 +10,22 @@
 //
 // A block's warps, by what they do with each tile of tokens:
 //
+//   loader        X (and y, h_post, h_res) from memory
 //   project (8)   the slice of vec(X) phi and of the sum of squares, and of G, with phi in registers all the
-//                 time; in post_pre X' before that, in place of X. Warp w owns the 8 channels w of every 64, in
+//                 time; in post_pre X' before that, in place of X. Warp w has the 8 channels w of every 64, in
 //                 all streams, so that X' goes from its registers to the tensor cores
-//   apply (4)     u from h_pre, once that is there; in post_pre X' on its way out
-//   copy          X (and y, h_post, h_res) from memory
 //   send          the sum of the 8 warps' partial sums, to the block that owns the token
-//   own           the sum over the cluster, in the order of its blocks, r, m and rho of the tokens that this
+//   owner         the sum over the cluster, in the order of its blocks, r, m and rho of the tokens that this
 //                 block owns; h_pre, or rho h_pre, to every block
+//   apply (4)     u from h_pre, once that is there; in post_pre X' on its way out
 //   finish        all coefficients of owned tokens, many at a time, for H_res takes long. Nobody waits for it
 //
 // A token's sums are cut by C alone: they do not depend on the other tokens or on how many there are.
 
 #include "math/coefficients.cuh"
+#include "math/sinkhorn.cuh"
 #include "one_pass/geometry.cuh"
 #include "one_pass/owner.cuh"
-#include "math/sinkhorn.cuh"
 
 constexpr int kProjectWarps = 8;
 constexpr int kApplyWarps = 4;
@@ -144,15 +144,15 @@ struct Args {
 // arrives for that (`Block::init_barriers` has the numbers). Copies and other blocks arrive with bytes, which one warp
 // here announces.
 enum Barrier : u32 {
-  kFull = 0,           // X of a stage, and in post_pre y, h_res and h_post; copy, with bytes
+  kFull = 0,           // X of a stage, and in post_pre y, h_res and h_post; the loader, with bytes
   kEmpty = 16,         // nobody needs the stage any more; the warps of apply
-  kSumsFull = 32,      // all blocks' sums for the owned tokens of a stage; own, with bytes
+  kSumsFull = 32,      // all blocks' sums for the owned tokens of a stage; the owner, with bytes
   kHFull = 48,         // h_pre of a stage's tokens, or rho h_pre; the first warp of apply, with bytes
   kPartialFull = 64,   // a tile's sums of each warp; the warps of project
   kPartialEmpty = 66,  // these have been sent; send
-  kFinishFull = 68,    // m, r and rho of a batch of tokens; own
+  kFinishFull = 68,    // m, r and rho of a batch of tokens; the owner
   kFinishEmpty = 70,   // these have been read; finish
-  kPhiFull = 72,       // two streams of phi; copy, with bytes
+  kPhiFull = 72,       // two streams of phi; the loader, with bytes
   kPhiEmpty = 74,      // phi is in registers; the warps of project
 };
 
@@ -207,14 +207,14 @@ struct Block : Place<Plan<POST_PRE, NORM>::kTokens> {
   __device__ void project(int warp, int lane) const;
   __device__ void apply(int thread) const;
   __device__ void copy_phi() const;
-  __device__ void copy() const;
+  __device__ void load_tiles() const;
   __device__ void send_sums(int lane) const;
-  __device__ void own(int lane) const;
+  __device__ void reply(int lane) const;
   __device__ void finish(int lane) const;
   __device__ void store_others(u32 row, size_t token, int lane) const;
 };
 
-// ---- copy ------------------------------------------------------------------------------------------
+// ---- loader ------------------------------------------------------------------------------------------
 
 // By one lane.
 template <bool POST_PRE, bool NORM>
@@ -233,7 +233,7 @@ __device__ inline void Block<POST_PRE, NORM>::copy_phi() const {
 
 // By one lane. It has nothing to do with other blocks, and does not wait for them to start.
 template <bool POST_PRE, bool NORM>
-__device__ inline void Block<POST_PRE, NORM>::copy() const {
+__device__ inline void Block<POST_PRE, NORM>::load_tiles() const {
   const u64 policy = evict_first();
   Ring<P::kStages> ring;
 #pragma unroll 1
@@ -300,12 +300,12 @@ __device__ inline void Block<POST_PRE, NORM>::send_sums(int lane) const {
   }
 }
 
-// ---- own -------------------------------------------------------------------------------------------
+// ---- owner -------------------------------------------------------------------------------------------
 
 // Lane c has column c, and lane kColumns the sum of squares; lane k the entry k of G, too. All blocks wait for
 // this warp: what they do not wait for is left to `finish`.
 template <bool POST_PRE, bool NORM>
-__device__ inline void Block<POST_PRE, NORM>::own(int lane) const {
+__device__ inline void Block<POST_PRE, NORM>::reply(int lane) const {
   if (!owns()) return;
   const Settings& settings = *args.settings;
   const int c = min(lane, kColumns);
@@ -505,12 +505,12 @@ __device__ inline void run(const Args& args) {
   } else {
     give_registers<Plan<POST_PRE, NORM>::kShape.other_registers>();
     const int role = warp - kProjectWarps - kApplyWarps;
-    if (role == 0 && lane == 0) block.copy();
+    if (role == 0 && lane == 0) block.load_tiles();
     __syncwarp();
     cluster_wait();
     switch (role) {
       case 1: block.send_sums(lane); break;
-      case 2: block.own(lane); break;
+      case 2: block.reply(lane); break;
       case 3: block.finish(lane); break;
     }
   }

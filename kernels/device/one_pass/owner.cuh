@@ -32,8 +32,8 @@ struct GateSums {
     d_z += token_d_z;
     d_z_m += token_d_z * m;
   }
-  // The row [kColumns + 3] of this warp, for sum_gradients. gate_of(lane): the place in alpha of the lane's gate, in the
-  // words of the kernel, since with others its loops would be compiled anew, and spill on sm_100f.
+  // The row [kColumns + 3] of this warp, for sum_gradients. gate_of(lane): the place in alpha of the lane's gate. A
+  // kernel brings its own expression of it: in another's words its registers are allotted anew, and on sm_100f spill.
   //
   //   d_bias[c] = sum of d_z[c],  d_alpha[gate] = sum of d_z[c] m[c] over the columns of the gate
   template <class Gate>

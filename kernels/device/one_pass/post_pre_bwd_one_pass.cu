@@ -1,4 +1,4 @@
-// The backward pass of post_pre in one pass over X, y, d_u and the cotangent of the X' handed on (n = 4):
+// The backward pass of post_pre in one pass over X, y, d_u and d_X'_in, the cotangent of X' that it adds to (n = 4):
 //
 //   X'          = H_res X + h_post y, again
 //   d_h_pre[i] += <d_u, X'[i]>, from <d_u, X[j]> and <d_u, y>
@@ -55,8 +55,8 @@ constexpr int kOtherRegisters = 72;
 // Slots for dots of d_u, of which an owner has every one or every second: at least as many as stages, and even.
 constexpr int kDotsSlots = 4;
 
-// Barriers, of 8 bytes each: what is there once a phase is over, and who arrives for that (`Block::init_barriers` has the
-// numbers). Copies and other blocks arrive with bytes, which one warp here announces.
+// Barriers, of 8 bytes each: what is there once a phase is over, and who arrives for that, a warp once. Copies and other
+// blocks arrive with bytes, which one warp here announces.
 enum Barrier : u32 {
   kInputFull = 0,                         // x, y and d_u of a stage; the loader, with bytes
   kGradientFull = kInputFull + kStages,   // d_X'_in of a stage; the loader, with bytes
@@ -91,9 +91,8 @@ constexpr u32 kSumsRing = 8 * 8 * kSumsBytes;
 constexpr u32 kTableBytes = kTileTokens * N * N * 4;
 constexpr u32 kTablesBytes = 2 * kTableBytes + kTileTokens * N * 4;
 
-// phi of 16 channels of a stream, as A fragments of 16 and of 8 columns. In float16 one part of phi and one of
-// r dm are as near as d_X' in bfloat16 wants them, and bfloat16 would take two of each.
-constexpr u32 kPhiBytes = 768;
+// phi of 16 channels of a stream, and of all channels of the block.
+constexpr u32 kPhiBytes = kPhiFragmentBytes;
 constexpr u32 kAllPhiBytes = SIZE / 16 * N * kPhiBytes;
 
 constexpr u32 kBox = Tile<kTileTokens>::kBoxBytes;
@@ -167,22 +166,6 @@ struct Block : Place<kTileTokens> {
   __device__ int turns() const { return 1 << turns_shift; }
 
   __device__ u32 barrier(Barrier first, u32 slot) const { return shared + 8 * (first + slot); }
-  // By one thread.
-  __device__ void init_barriers() const {
-    for (u32 slot = 0; slot < 8; ++slot) init_barrier(barrier(kSumsFull, slot), 1);
-    for (u32 slot = 0; slot < kDotsSlots; ++slot) init_barrier(barrier(kDotsFull, slot), 1);
-    for (u32 slot = 0; slot < kStages; ++slot) {
-      init_barrier(barrier(kInputFull, slot), 1);
-      init_barrier(barrier(kGradientFull, slot), 1);
-      init_barrier(barrier(kEmpty, slot), kDotWarps + 1);
-      init_barrier(barrier(kRepliesFull, slot), 1);
-      init_barrier(barrier(kDone, slot), kMainWarps);
-    }
-    for (u32 slot = 0; slot < 2; ++slot) init_barrier(barrier(kTablesFull, slot), 1);
-    init_barrier(barrier(kPhiThere, 0), kMainWarps);
-    publish_barriers();
-  }
-
   __device__ u32 even(u32 slot) const { return shared + kEven + slot * kEvenBytes; }
   __device__ u32 odd(u32 slot) const { return shared + kOdd + slot * kOddBytes; }
   __device__ u32 tables(int tile) const { return shared + kTableSlots + tile % 2 * kTablesBytes; }
@@ -346,7 +329,7 @@ struct Owner {
     return token;
   }
 
-  // The lanes' values of an reply: 16 bytes, those of part lane % 8. The parts 0, 3 and 7 begin with what
+  // The lanes' values of a reply: 16 bytes, those of part lane % 8. The parts 0, 3 and 7 begin with what
   // hangs on h_pre's gradient.
   __device__ float4 begin_reply(const Token& token, float dm, float h_pre) const {
     const int first = lane % (kColumns / 2) * 2;
@@ -641,7 +624,20 @@ KERNEL(post_pre_bwd_one_pass, kThreads, 1)
                   d_h_pre, d_z,  d_h_post, d_h_res, for_phi, gate_sums, tokens, deferred};
   const Maps maps{x_even,         x_odd,        y,           d_u, d_x_new_in_even,
                   d_x_new_in_odd, d_x_new_even, d_x_new_odd, d_y};
-  if (threadIdx.x == 0) block.init_barriers();
+  if (threadIdx.x == 0) {
+    for (u32 slot = 0; slot < 8; ++slot) init_barrier(block.barrier(kSumsFull, slot), 1);
+    for (u32 slot = 0; slot < kDotsSlots; ++slot) init_barrier(block.barrier(kDotsFull, slot), 1);
+    for (u32 slot = 0; slot < kStages; ++slot) {
+      init_barrier(block.barrier(kInputFull, slot), 1);
+      init_barrier(block.barrier(kGradientFull, slot), 1);
+      init_barrier(block.barrier(kEmpty, slot), kDotWarps + 1);
+      init_barrier(block.barrier(kRepliesFull, slot), 1);
+      init_barrier(block.barrier(kDone, slot), kMainWarps);
+    }
+    for (u32 slot = 0; slot < 2; ++slot) init_barrier(block.barrier(kTablesFull, slot), 1);
+    init_barrier(block.barrier(kPhiThere, 0), kMainWarps);
+    publish_barriers();
+  }
   start_cluster();
 
   if (warp < kMainWarps) {

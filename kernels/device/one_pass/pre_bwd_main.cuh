@@ -10,8 +10,7 @@
 
 #pragma once
 
-// A fragment of phi: 16 channels and 24 columns, as A of the products. In float16 one part of phi and one of r dm are
-// as near as d_x in bfloat16 wants them, and bfloat16 would take two of each.
+// A fragment of phi (phi.cuh) with its way through shared memory.
 struct PhiFragment {
   u32 words[6];
 
@@ -38,8 +37,8 @@ struct PhiFragment {
   }
 };
 
-// The first channel of this thread in a turn; it has the eighth from there on, too. Asks for its place, so that it need not
-// be kept in registers meanwhile.
+// The first channel of this thread in a turn; it has the eighth from there on, too. Asks for its place, so that it need
+// not be kept in registers meanwhile.
 __device__ inline int channel_at(int turn) {
   const u32 thread = thread_id();
   const int warp = thread / 32;
@@ -65,8 +64,8 @@ struct Differentiation {
   const float* norm_scale;
   float* d_norm_scale_partials;
   int hidden;
-  // Sums for the gradient of w, where there are registers for them: lane 4 g + q has channel g + q % 2 * 8 of one of two
-  // turns each.
+  // Sums for the gradient of w, where there are registers for them: lane 4 g + q has channel g + q % 2 * 8 of one of
+  // two turns each.
   float d_w[(kTurns + kShared + 1) / 2];
   // Places of the tile: of X and d_u, and of d_x_in; of the replies from matrix rows of this lane on, and from its
   // first token on.

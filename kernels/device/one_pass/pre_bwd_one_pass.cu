@@ -1,4 +1,4 @@
-// The backward pass of pre in one pass over X, d_u and the cotangent of the X that was handed on (n = 4):
+// The backward pass of pre in one pass over X, d_u and d_x_in, the cotangent of X that it adds to (n = 4):
 //
 //   d_h_pre[i] += <d_u, X[i]>
 //   d_z         from d_h_pre; that of the other coefficients is there already (logits_bwd.cu)
@@ -9,20 +9,20 @@
 // The tasks of the warps, and the order in which a tile meets them:
 //
 //   loader        X and d_u to a buffer, and d_x_in to another one
-//   dot warps     this block's part of <d_u, X[i]>, to the block that owns the token; h_res as main warps want it
-//   owner         the sum of these parts; r dm, h_pre and f, to all blocks
+//   dot warps     this block's partials of <d_u, X[i]>, to the block that owns the token; h_res as main warps want it
+//   owner         the sum of these partials; r dm, h_pre and f, to all blocks
 //   main warps    d_x in place of d_x_in, and the sums for d_phi, which stay where they are until the end
 //   loader        d_x to memory
 //
 // X may have more buffers than d_x_in, which is not wanted before the reply is there.
 //
-// Where the layer's input is normalised, d_u is the cotangent g of w rho u, with u = sum over i of h_pre[i] X[i]. In place
-// of d_u stands then the cotangent of u (NORM):
+// Where the layer's input is normalised, d_u is the cotangent g of w rho u, with u = sum over i of h_pre[i] X[i] and
+// w = norm_scale. In place of d_u stands then the cotangent of u (NORM):
 //
 //   v = w g      du = rho v - f u, f = rho^3 <v, u> / C      dw = sum over tokens of g rho u
 //
-// Neither u nor du is rounded or written anywhere: the dot warps have <v, X[i]> and <X[i], X[j]>, of which the owner makes
-// <u, X[i]>, <v, u> and so f; main warps add up u again.
+// Neither u nor du is rounded or written anywhere: the dot warps have <v, X[i]> and <u, X[i]>, of which the owner makes
+// <v, u> and so f; main warps add up u again.
 //
 // Whatever belongs to a token stays within it, so that one with no number in it does not spoil others.
 
@@ -59,7 +59,7 @@ constexpr int kSumsInShared = SIZE == 448 ? 1 : 0, kSums = kFragments - kSumsInS
 // Whether main warps have registers for their sums for the gradient of w.
 constexpr bool kHoldsDW = SIZE <= 320;
 
-// Registers are handed on by groups of four warps. Two dot warps take longer than four, but leave more registers to
+// Registers go from warps to warps by groups of four warps. Two dot warps take longer than four, but leave more registers to
 // the main warps.
 template <bool NORM>
 struct Warps {
@@ -68,13 +68,13 @@ struct Warps {
   static constexpr int kDotRegisters = kDot == 2 ? 72 : 48, kOtherRegisters = kDot == 2 ? 72 : 64;
   static constexpr int kLoader = kMainWarps + kDot, kOwner = kLoader + 1;
   static constexpr int kThreads = 32 * (kMainWarps + (kDot + 2 + 3) / 4 * 4);
-  // The parts of the dot products of one token from one block: a float4 a dot warp, and as much again where u is
+  // The partials of the dot products of one token from one block: a float4 a dot warp, and as much again where u is
   // normalised.
-  static constexpr u32 kPartBytes = kDot * 16;
+  static constexpr u32 kPartialBytes = kDot * 16;
 };
 // Room for them.
-constexpr u32 kPartBytes = 64;
-static_assert(Warps<false>::kPartBytes <= kPartBytes && 2 * Warps<true>::kPartBytes <= kPartBytes);
+constexpr u32 kPartialBytes = 64;
+static_assert(Warps<false>::kPartialBytes <= kPartialBytes && 2 * Warps<true>::kPartialBytes <= kPartialBytes);
 
 // ---- shared memory ----------------------------------------------------------------------------------
 
@@ -85,30 +85,30 @@ constexpr u32 kDU = N * kPlaneBytes, kStageBytes = kDU + kPlaneBytes;
 constexpr u32 kDXInBytes = N * kPlaneBytes;
 constexpr u32 kBoxUnits = kBoxChannels / 16, kUnitBytes = 32;
 // Of one fragment of phi (f16), and of d_phi.
-constexpr u32 kFragmentBytes = 32 * 24, kSumsBytes = 32 * 48;
+constexpr u32 kFragmentBytes = kPhiFragmentBytes, kSumsBytes = 32 * 48;
 constexpr u32 kPhiBytes = kMainWarps * (kFragments - kHeld) * kFragmentBytes;
 // What main warps want to know of a tile, a row a token: r dm, what r dm lost by rounding (bf16, 24 each), h_pre, -f
-// and the unit of r dm (`half_unit`), rho and -f of the norm of u, all of these from the owner; the transpose of h_res. The
-// padding keeps the rows in different banks.
+// and the unit of r dm (`half_unit`), rho and -f of the norm of u, all of these from the owner; the transpose of h_res.
+// The padding keeps the rows in different banks.
 constexpr u32 kHPre = 96, kMinusF = 112, kUnit = kMinusF + 4, kRho = kUnit + 4, kHRes = 128;
 constexpr u32 kReplyRow = kHRes + N * N * sizeof(float) + 16;
 constexpr u32 kRepliesBytes = kTileTokens * kReplyRow;
 // Clusters of 16 have owners for two tiles, so that half as many buffers do.
-constexpr u32 kPartsBytes = (kStages + 1) / 2 * 16 * kPartBytes;
+constexpr u32 kPartialsBytes = (kStages + 1) / 2 * 16 * kPartialBytes;
 
 // As many buffers for d_x_in as for X lie among these: one address is enough.
 constexpr u32 kDXIn = kStages * kStageBytes;
 constexpr u32 kPhi = kDXIn + kDXInSlots * kDXInBytes;
 constexpr u32 kSumsAt = kPhi + kPhiBytes;
 constexpr u32 kReplies = kSumsAt + kMainWarps * kSumsInShared * kSumsBytes;
-constexpr u32 kParts = kReplies + kStages * kRepliesBytes;
-constexpr u32 kBarriers = kParts + kPartsBytes;
+constexpr u32 kPartials = kReplies + kStages * kRepliesBytes;
+constexpr u32 kBarriers = kPartials + kPartialsBytes;
 // Barriers, of 8 bytes each, of every buffer but the last: what is there once a phase is over, and who arrives for that
 // (`Block::init_barriers` has the numbers). Copies and other blocks arrive with bytes, which one warp here announces.
 constexpr u32 kFull = kBarriers;                  // X and d_u; the loader, with bytes
 constexpr u32 kDone = kFull + 8 * kStages;        // d_x in the place of d_x_in; the main warps
-constexpr u32 kPartsFull = kDone + 8 * kStages;   // all blocks' parts of the dot products; the owner, with bytes
-constexpr u32 kReplyFull = kPartsFull + 8 * kStages;   // the owners' replies; the first main warp, with bytes
+constexpr u32 kPartialsFull = kDone + 8 * kStages;   // all blocks' partials of the dot products; the owner, with bytes
+constexpr u32 kReplyFull = kPartialsFull + 8 * kStages;   // the owners' replies; the first main warp, with bytes
 constexpr u32 kTableFull = kReplyFull + 8 * kStages;   // h_res beside the replies; the dot warps
 constexpr u32 kDXInFull = kTableFull + 8 * kStages;    // d_x_in; the loader, with bytes
 constexpr u32 kPhiRead = kDXInFull + 8 * kDXInSlots;   // phi is where it stays; the main warps
@@ -150,7 +150,7 @@ struct Block : Place<kTileTokens> {
     for (int s = 0; s < kStages; ++s) {
       init_barrier(barrier(kFull, s), 1);
       init_barrier(barrier(kDone, s), kMainWarps);
-      init_barrier(barrier(kPartsFull, s), 1);
+      init_barrier(barrier(kPartialsFull, s), 1);
       init_barrier(barrier(kReplyFull, s), 1);
       init_barrier(barrier(kTableFull, s), dot_warps);
     }
@@ -165,17 +165,17 @@ struct Block : Place<kTileTokens> {
   __device__ int owner_groups() const { return ranks > kTileTokens ? ranks / kTileTokens : 1; }
 };
 
-// The ring of buffers for parts of the dot products. A buffer has them one kind after the other.
+// The ring of buffers for partials of the dot products. A buffer has them one kind after the other.
 template <bool NORM>
-struct PartsRing {
+struct PartialsRing {
   u32 slots, kind_bytes, slot_bytes;
   u32 slot = 0, parity = 0;
 
-  __device__ PartsRing(const Block& block)
+  __device__ PartialsRing(const Block& block)
       : slots(block.owner_groups() > 1 ? (kStages + 1) / 2 : kStages),
-        kind_bytes(block.owned() * block.ranks * Warps<NORM>::kPartBytes),
+        kind_bytes(block.owned() * block.ranks * Warps<NORM>::kPartialBytes),
         slot_bytes(NORM ? 2 * kind_bytes : kind_bytes) {}
-  __device__ u32 at(const Block& block) const { return block.shared + kParts + slot * slot_bytes; }
+  __device__ u32 at(const Block& block) const { return block.shared + kPartials + slot * slot_bytes; }
   __device__ void next() {
     if (++slot == slots) {
       slot = 0;
@@ -218,7 +218,7 @@ __device__ inline float load_single(const float* from) {
 
 // ---- loader -----------------------------------------------------------------------------------------
 
-__device__ inline void copy_tiles(const Block& block, const Args& args) {
+__device__ inline void load_tiles(const Block& block, const Args& args) {
   const u64 policy = evict_first();
   const int box = block.first_box();
   const auto load = [&](int tile, u32 slot) {
@@ -282,7 +282,7 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
   const u32 token = lane / 4;
   const bool on_diagonal = token / 2 == lane % 4;
   const u32 owner = token % block.ranks;
-  const u32 part = (token / block.ranks * block.ranks + block.rank) * Warps<NORM>::kPartBytes + warp * 16;
+  const u32 part = (token / block.ranks * block.ranks + block.rank) * Warps<NORM>::kPartialBytes + warp * 16;
 
   // Neighbours in row j of the transpose.
   constexpr int kOwn = N * N * int(kTileTokens) / (32 * kWarps);
@@ -317,7 +317,7 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
   if constexpr (NORM) load_w(0);
 
   Ring<kStages> ring;
-  PartsRing<NORM> parts(block);
+  PartialsRing<NORM> partials(block);
   int group = 0;
 #pragma unroll 1
   for (int tile = 0; tile < block.num_tiles; ++tile, ring.next()) {
@@ -375,10 +375,10 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
         }
       }
     }
-    // The buffers for parts and replies are free: whoever fills this stage again has seen the reply to what was in it.
+    // The buffers for partials and replies are free: whoever fills this stage again has seen the reply to what was in it.
     const u32 to = owner + group * kTileTokens;
-    const u32 there = in_block(parts.at(block) + part, to);
-    const u32 full = in_block(block.barrier(kPartsFull, parts.slot), to);
+    const u32 there = in_block(partials.at(block) + part, to);
+    const u32 full = in_block(block.barrier(kPartialsFull, partials.slot), to);
     if constexpr (NORM) {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
@@ -386,7 +386,7 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
         u_sums[i] = sum_of_four(u_sums[i]);
       }
       if (lane % 4 == 0) send(there, {v_sums[0], v_sums[1], v_sums[2], v_sums[3]}, full);
-      if (lane % 4 == 1) send(there + parts.kind_bytes, {u_sums[0], u_sums[1], u_sums[2], u_sums[3]}, full);
+      if (lane % 4 == 1) send(there + partials.kind_bytes, {u_sums[0], u_sums[1], u_sums[2], u_sums[3]}, full);
     } else if (on_diagonal) {
       const bool odd = token % 2;
       const float4 v = {odd ? dots[0][1] : dots[0][0], odd ? dots[0][3] : dots[0][2],
@@ -401,7 +401,7 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
     if (lane == 0) arrive(block.barrier(kTableFull, ring.slot));
     if (++group == block.owner_groups()) {
       group = 0;
-      parts.next();
+      partials.next();
     }
   }
 }
@@ -451,12 +451,12 @@ __device__ inline void reply(const Block& block, const Args& args, int lane) {
     const bool exists = tile < block.num_tiles && token < args.tokens;
     return OwnToken(args, token, exists, lane);
   };
-  PartsRing<NORM> parts(block);
+  PartialsRing<NORM> partials(block);
   OwnToken next = load(own_group, 0);
 #pragma unroll 1
-  for (int tile = own_group; tile < block.num_tiles; tile += groups, parts.next()) {
-    const u32 full = block.barrier(kPartsFull, parts.slot);
-    if (lane == 0) arrive_and_expect(full, parts.slot_bytes);
+  for (int tile = own_group; tile < block.num_tiles; tile += groups, partials.next()) {
+    const u32 full = block.barrier(kPartialsFull, partials.slot);
+    if (lane == 0) arrive_and_expect(full, partials.slot_bytes);
 #pragma unroll 1
     for (int k = 0; k < owned; ++k) {
       const OwnToken own = next;
@@ -467,24 +467,24 @@ __device__ inline void reply(const Block& block, const Args& args, int lane) {
       const float slope = h * sigmoid(-z);
       const float of_r = r_slope(args.settings, own.r, N * args.hidden);
 
-      if (k == 0) wait_for_cluster(full, parts.parity);
+      if (k == 0) wait_for_cluster(full, partials.parity);
       // Of stream lane % N.
-      const auto sum_parts = [&](u32 kind) {
+      const auto sum_partials = [&](u32 kind) {
         float4 dots = {};
-        const int num_parts = block.ranks * Warps<NORM>::kDot;
+        const int num_partials = block.ranks * Warps<NORM>::kDot;
 #pragma unroll 1
-        for (int p = lane; p < num_parts; p += 32) {
-          const float4 v = read_float4(parts.at(block) + kind * parts.kind_bytes + (k * num_parts + p) * 16);
+        for (int p = lane; p < num_partials; p += 32) {
+          const float4 v = read_float4(partials.at(block) + kind * partials.kind_bytes + (k * num_partials + p) * 16);
           dots = {dots.x + v.x, dots.y + v.y, dots.z + v.z, dots.w + v.w};
         }
         return __shfl_sync(kAllLanes, sum_components(dots, lane), lane % N * 8);
       };
       const float h_pre = __shfl_sync(kAllLanes, h + args.settings.pre_eps, lane % N);
-      float dot = sum_parts(0), f_of_u = 0.f;
+      float dot = sum_partials(0), f_of_u = 0.f;
       if constexpr (NORM) {
         // <v, u>, then <du, X[i]>
         f_of_u = own.rho * own.rho * own.rho * (sum_of_four(h_pre * dot) * over_hidden);
-        dot = own.rho * dot - f_of_u * sum_parts(1);
+        dot = own.rho * dot - f_of_u * sum_partials(1);
       }
       const float d_z = lane < N ? (dot + own.given) * slope : own.given;
       const float dm = alpha * d_z;
@@ -558,7 +558,7 @@ __device__ inline void run(const Args args) {
       if (warp == Roles::kOwner) {
         reply<NORM>(block, args, lane);
       } else if (warp == Roles::kLoader && lane == 0) {
-        copy_tiles(block, args);
+        load_tiles(block, args);
       }
     }
   }
