@@ -32,7 +32,7 @@ pub fn header(file: &File, size: &Size) -> String {
         "#pragma once\n\
          #define SIZE {}\n\
          #define EXACT {}\n\
-         enum Constraint : int {{ {} }};\n",
+         enum class Constraint : int {{ {} }};\n",
         size.number,
         u8::from(size.is_exact),
         constraints.join(", ")
@@ -42,6 +42,7 @@ pub fn header(file: &File, size: &Size) -> String {
             let type_ = match *type_ {
                 "i32" => "int",
                 "f32" => "float",
+                "Constraint" => "Constraint",
                 other => panic!("{name}: {other} has no name in C++"),
             };
             format!("  {type_} {field};\n")

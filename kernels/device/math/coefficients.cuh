@@ -22,7 +22,7 @@ __device__ inline float inverse_norm(const Settings& settings, float sum_of_squa
 }
 
 // f with dr/dX = -f r X
-__device__ inline float r_factor(const Settings& settings, float r, int width) {
+__device__ inline float r_slope(const Settings& settings, float r, int width) {
   const float over_width = r * reciprocal(width);
   if (!settings.norm_eps_outside) return r * over_width;
   const float root_mean = reciprocal(r) - settings.norm_eps;

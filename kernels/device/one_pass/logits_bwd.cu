@@ -40,7 +40,7 @@ KERNEL(logits_bwd, 32)
     const float d_post = d_h_post[token * N + c] * settings.post_scale;
     if (own < tokens) d_z_token[N + c] = d_post * sigmoid(z_post) * sigmoid(-z_post);
   }
-  if (settings.constraint == kBirkhoff) {
+  if (settings.constraint == Constraint::kBirkhoff) {
     matrices.forward(z, h, history + lane, 32);
     matrices.backward(z, h, g, history + lane, 32);
   }

@@ -69,6 +69,10 @@ __device__ inline float4 read_float4(u32 at) {
   return {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
 }
 __device__ inline float read_float(u32 at) { return __uint_as_float(read1(at)); }
+__device__ inline void read_floats(float (&values)[4], u32 at) {
+  const float4 v = read_float4(at);
+  values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
+}
 __device__ inline void write_float4(u32 at, float4 v) {
   write4(at, {__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w)});
 }
@@ -198,6 +202,18 @@ __device__ inline void cluster_arrive() {
 __device__ inline void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+// The start of a block, by all threads: its barriers are there. Each waits with `cluster_wait` for those of the others
+// before it sends anything.
+__device__ inline void start_cluster() {
+  __syncthreads();
+  cluster_arrive();
+}
+// The end of a block that others may still send to: its shared memory stays until all of them are here.
+__device__ inline void end_cluster() {
+  __syncwarp();
+  cluster_arrive();
+  cluster_wait();
+}
 // The same place in the shared memory of block `rank`.
 __device__ inline u32 in_block(u32 at, u32 rank) {
   u32 there;
@@ -276,6 +292,26 @@ __device__ inline void finish_copies() { asm volatile("cp.async.bulk.wait_group 
 // Makes this thread's writes to shared memory visible to the copy engine.
 __device__ inline void fence_for_copies() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// ---- the place of a thread, asked for again ------------------------------------------------------------
+
+// Special registers of a thread that these read every time: what is computed from them need not be kept in registers of
+// the kernel meanwhile, of which it has too few.
+__device__ inline u32 lane_id() {
+  u32 lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+__device__ inline u32 thread_id() {
+  u32 thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+__device__ inline u32 cluster_id() {
+  u32 id;
+  asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(id));
+  return id;
 }
 
 // ---- global memory and registers -------------------------------------------------------------------------

@@ -10,24 +10,23 @@
 //
 // A block's warps, by what they do with each tile of tokens:
 //
+//   loader        X (and y, h_post, h_res) from memory
 //   project (8)   the slice of vec(X) phi and of the sum of squares, and of G, with phi in registers all the
-//                 time; in post_pre X' before that, in place of X. Warp w owns the 8 channels w of every 64, in
+//                 time; in post_pre X' before that, in place of X. Warp w has the 8 channels w of every 64, in
 //                 all streams, so that X' goes from its registers to the tensor cores
-//   apply (4)     u from h_pre, once that is there; in post_pre X' on its way out
-//   copy          X (and y, h_post, h_res) from memory
 //   send          the sum of the 8 warps' partial sums, to the block that owns the token
-//   own           the sum over the cluster, in the order of its blocks, r, m and rho of the tokens that this
+//   owner         the sum over the cluster, in the order of its blocks, r, m and rho of the tokens that this
 //                 block owns; h_pre, or rho h_pre, to every block
+//   apply (4)     u from h_pre, once that is there; in post_pre X' on its way out
 //   finish        all coefficients of owned tokens, many at a time, for H_res takes long. Nobody waits for it
 //
 // A token's sums are cut by C alone: they do not depend on the other tokens or on how many there are.
 
 #include "math/coefficients.cuh"
-#include "one_pass/one_pass.cuh"
 #include "math/sinkhorn.cuh"
+#include "one_pass/geometry.cuh"
+#include "one_pass/owner.cuh"
 
-constexpr int N = 4;
-constexpr int kColumns = N * (N + 2);
 constexpr int kProjectWarps = 8;
 constexpr int kApplyWarps = 4;
 constexpr int kApplyThreads = 32 * kApplyWarps;
@@ -35,10 +34,8 @@ constexpr int kThreads = 32 * (kProjectWarps + kApplyWarps + 4);
 constexpr int kMaxCluster = 16;
 // 8 channels, what a lane of `apply` takes at once.
 constexpr int kUnits = SIZE / 8;
-constexpr int kBoxes = SIZE / kBoxChannels;
 // Of phi for a warp: the same 8 channels of two streams.
 constexpr int kSlices = 2 * kBoxes;
-static_assert(SIZE % kBoxChannels == 0, "whole boxes");
 
 // ---- sizes ------------------------------------------------------------------------------------------
 
@@ -65,8 +62,8 @@ struct Plan {
   static constexpr int kStages = Tuned::stages;
   static constexpr int kSharedFragments = Tuned::fragments;
   // A stage: X as [stream, box, token, 64 channels], then y alike. Elsewhere its h_res and h_post.
-  static constexpr int kBoxBytes = kTokens * int(kRowBytes);
-  static constexpr int kStreamBytes = kBoxes * kBoxBytes;
+  static constexpr int kBoxBytes = Tile<kTokens>::kBoxBytes;
+  static constexpr int kStreamBytes = Tile<kTokens>::kPlaneBytes;
   static constexpr int kY = N * kStreamBytes;
   static constexpr int kStageBytes = POST_PRE ? kY + kStreamBytes : kY;
   static constexpr int kHPost = kTokens * N * N * 4;
@@ -103,70 +100,62 @@ struct Plan {
 
 // ---- a block ------------------------------------------------------------------------------------------
 
-struct Call {
+// The arguments of a kernel.
+struct Args {
   const TensorMap* x_map;
-  const TensorMap* y_map;  // post_pre's, like all that follow here
-  const float *h_post_in, *h_res_in;
-  Stream* x_new;
-
   const float *phi, *alpha, *bias;
-  const float* norm_scale;  // with a norm alone, like rho and norm_scale_eps
   Stream* u;
-  float *h_pre, *h_post, *h_res, *m, *r, *rho;
-  float norm_scale_eps;
+  float *h_pre, *h_post, *h_res, *m, *r;
   int tokens;
   const Settings* settings;
+  // In post_pre alone.
+  const TensorMap* y_map;
+  const float *h_post_in, *h_res_in;
+  Stream* x_new;
+  // With a layer norm alone.
+  const float* norm_scale;
+  float* rho;
+  float norm_scale_eps;
 };
 
-// Barriers, in this order at the start of shared memory.
+// Barriers, of 8 bytes each, in this order at the start of shared memory: what is there once a phase is over, and who
+// arrives for that (`Block::init_barriers` has the numbers). Copies and other blocks arrive with bytes, which one warp
+// here announces.
 enum Barrier : u32 {
-  kFull = 0,       // a stage of X
-  kEmpty = 16,
-  kSumsFull = 32,  // all blocks' sums for the owned tokens of a stage
-  kHFull = 48,     // h_pre of a stage's tokens, or rho h_pre
-  kPartialFull = 64,
-  kPartialEmpty = 66,
-  kFinishFull = 68,  // a batch: m, r and rho of its tokens
-  kFinishEmpty = 70,
-  kPhiFull = 72,   // two streams of phi
-  kPhiEmpty = 74,
+  kFull = 0,           // X of a stage, and in post_pre y, h_res and h_post; the loader, with bytes
+  kEmpty = 16,         // nobody needs the stage any more; the warps of apply
+  kSumsFull = 32,      // all blocks' sums for the owned tokens of a stage; the owner, with bytes
+  kHFull = 48,         // h_pre of a stage's tokens, or rho h_pre; the first warp of apply, with bytes
+  kPartialFull = 64,   // a tile's sums of each warp; the warps of project
+  kPartialEmpty = 66,  // these have been sent; send
+  kFinishFull = 68,    // m, r and rho of a batch of tokens; the owner
+  kFinishEmpty = 70,   // these have been read; finish
+  kPhiFull = 72,       // two streams of phi; the loader, with bytes
+  kPhiEmpty = 74,      // phi is in registers; the warps of project
 };
-
-__device__ inline void read_floats(float (&values)[4], u32 at) {
-  const float4 v = read_float4(at);
-  values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
-}
 
 template <bool POST_PRE, bool NORM>
-struct Block : Plan<POST_PRE, NORM> {
+struct Block : Place<Plan<POST_PRE, NORM>::kTokens> {
   using P = Plan<POST_PRE, NORM>;
+  using Place<P::kTokens>::shared, Place<P::kTokens>::rank, Place<P::kTokens>::ranks;
+  using Place<P::kTokens>::hidden, Place<P::kTokens>::first_token;
   static_assert(P::kStages <= 16, "barriers");
 
-  const Call& call;
-  u32 shared, rank, cluster;  // cluster: its number of blocks
-  int first_tile, tile_step;
+  const Args& args;
   int owned, owned_log2;  // tokens of a tile that a block owns, if it owns any
 
-  __device__ explicit Block(const Call& c) : call(c) {
-    extern __shared__ __align__(1024) unsigned char memory[];
-    shared = shared_address(memory);
-    rank = cluster_rank();
-    cluster = cluster_size();
+  __device__ Block(const void* memory, const Args& args) : Place<P::kTokens>(memory), args(args) {
     // Powers of two: a division takes as long as the exchange between two blocks.
-    const int cluster_log2 = __ffs(cluster) - 1;
-    first_tile = blockIdx.x >> cluster_log2;
-    tile_step = gridDim.x >> cluster_log2;
-    owned_log2 = max(P::kTokensLog2 - cluster_log2, 0);
+    const int ranks_log2 = __ffs(ranks) - 1;
+    this->take_tiles(ranks_log2);
+    owned_log2 = max(P::kTokensLog2 - ranks_log2, 0);
     owned = 1 << owned_log2;
   }
 
   __device__ u32 barrier(Barrier which, u32 index = 0) const { return shared + 8 * (which + index); }
   __device__ u32 stage(u32 slot) const { return shared + P::kStage + slot * P::kStageBytes; }
   __device__ u32 mixing(u32 slot) const { return shared + P::kMixing + slot * P::kMixingBytes; }
-  // The first token of this cluster's tile i.
-  __device__ int token(int i) const { return (first_tile + i * tile_step) * P::kTokens; }
-  __device__ bool has_tile(int i) const { return token(i) < call.tokens; }
-  __device__ int hidden() const { return SIZE * int(cluster); }
+  __device__ bool has_tile(int i) const { return first_token(i) < args.tokens; }
   __device__ bool owns() const { return int(rank) * owned < P::kTokens; }
 
   // Asks for phi first: nothing can start without it.
@@ -196,350 +185,14 @@ struct Block : Plan<POST_PRE, NORM> {
   __device__ void project(int warp, int lane) const;
   __device__ void apply(int thread) const;
   __device__ void copy_phi() const;
-  __device__ void copy() const;
+  __device__ void load_tiles() const;
   __device__ void send_sums(int lane) const;
-  __device__ void own(int lane) const;
+  __device__ void reply(int lane) const;
   __device__ void finish(int lane) const;
   __device__ void store_others(u32 row, size_t token, int lane) const;
 };
 
-// ---- project ------------------------------------------------------------------------------------------
-
-// A fragments of phi transposed, with phi = high + low, for 16 rows of phi: 8 channels of two streams. Of the
-// 48 rows that columns of phi make in two parts, the first has the columns 0 to 15 of high, the second those of
-// low, the third the columns 16 to 23 of high and of low.
-struct Slice {
-  uint4 fragments[3];
-};
-
-// at: this lane's words, columns g, g + 8 and g + 16 of two rows each.
-__device__ inline Slice read_phi(u32 at, u32 row_bytes, u32 stream_bytes) {
-  u32 high[3][2], low[3][2];
-#pragma unroll
-  for (int c = 0; c < 3; ++c) {
-#pragma unroll
-    for (int s = 0; s < 2; ++s) {
-      const u32 word = at + s * stream_bytes + 8 * c * 4;
-      u32 parts[2];
-      split(read_float(word), read_float(word + row_bytes), parts);
-      high[c][s] = parts[0];
-      low[c][s] = parts[1];
-    }
-  }
-  return {{{high[0][0], high[1][0], high[0][1], high[1][1]},
-           {low[0][0], low[1][0], low[0][1], low[1][1]},
-           {high[2][0], low[2][0], high[2][1], low[2][1]}}};
-}
-
-__device__ inline void mma(float (&d)[4], uint4 a, uint2 b) { mma(d, a.x, a.y, a.z, a.w, b); }
-
-// The products with phi of 8 tokens as the tensor cores leave them: their rows are those of a `Slice`.
-struct Sums {
-  float sums[2][4] = {};
-
-  __device__ void add(const Slice& phi, uint2 x) {
-    mma(sums[0], phi.fragments[0], x);
-    mma(sums[1], phi.fragments[2], x);
-    mma(sums[0], phi.fragments[1], x);
-  }
-
-  template <int ROW_BYTES>
-  __device__ void store(u32 at, int lane) const {
-    const int g = lane / 4, q = lane % 4;
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const u32 row = at + (2 * q + e) * ROW_BYTES + 4 * g;
-      write_float(row, sums[0][e]);
-      write_float(row + 32, sums[0][2 + e]);
-      write_float(row + 64, sums[1][e] + sums[1][2 + e]);
-    }
-  }
-};
-
-// The sums of squares of the same tokens, on the diagonal.
-struct Squares {
-  float sums[4] = {};
-
-  __device__ void add(const u32 (&x)[N]) {
-#pragma unroll
-    for (int j = 0; j < N; j += 2) mma(sums, {x[j], 0, x[j + 1], 0}, {x[j], x[j + 1]});
-  }
-
-  template <int ROW_BYTES>
-  __device__ void store(u32 at, int lane) const {
-    const int g = lane / 4, q = lane % 4;
-    if (g / 2 == q) write_float(at + g * ROW_BYTES, g % 2 ? sums[1] : sums[0]);
-  }
-};
-
-// G of the same tokens: <X[i], X[j]> are the diagonals of products of 8 tokens each.
-struct Products {
-  // Two such products at a time, those of the streams {i, j} with stream k.
-  float sums[5][4] = {};
-
-  // Of two boxes.
-  __device__ void add(const u32 (&x)[N], const u32 (&y)[N]) {
-    const auto add = [&](float (&d)[4], int i, int j, int k) {
-      mma(d, {x[i], x[j], y[i], y[j]}, {x[k], y[k]});
-    };
-    add(sums[0], 0, 1, 0);
-    add(sums[1], 1, 3, 1);
-    add(sums[2], 3, 0, 3);
-    add(sums[3], 2, 0, 2);
-    add(sums[4], 1, 3, 2);
-  }
-
-  // The sum of squares, then G.
-  template <int ROW_BYTES>
-  __device__ void store(u32 at, int lane) const {
-    constexpr int kEntries[5][2] = {{0, 4}, {1, 8}, {3, 6}, {2, 5}, {7, 9}};
-    const int g = lane / 4, q = lane % 4;
-    if (g / 2 != q) return;
-    const u32 row = at + g * ROW_BYTES;
-    float squares = 0.f;
-#pragma unroll
-    for (int k = 0; k < 5; ++k) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float entry = g % 2 ? sums[k][2 * e + 1] : sums[k][2 * e];
-        write_float(row + 4 * (1 + kEntries[k][e]), entry);
-        if (kEntries[k][e] < N) squares += entry;
-      }
-    }
-    write_float(row, squares);
-  }
-};
-template <bool NORM>
-struct TokenProducts {
-  using type = Squares;
-};
-template <>
-struct TokenProducts<true> {
-  using type = Products;
-};
-
-// Row i of H_res, and h_post[i].
-struct MixingRow {
-  float h_res[N], h_post;
-};
-
-// X'[i] = h_post[i] y + sum over j of H_res[i, j] X[j], for two channels of a token. row: gives row i.
-template <class Row>
-__device__ inline void mix(u32 (&x)[N], u32 y, Row row) {
-  float values[N + 1][2];
-#pragma unroll
-  for (int j = 0; j <= N; ++j) {
-    const u32 word = j < N ? x[j] : y;
-    values[j][0] = wide(bf16{u16(word)});
-    values[j][1] = wide(bf16{u16(word >> 16)});
-  }
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const MixingRow h = row(i);
-    float sums[2];
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      sums[e] = h.h_post * values[N][e];
-#pragma unroll
-      for (int j = 0; j < N; ++j) sums[e] += h.h_res[j] * values[j][e];
-    }
-    x[i] = pair_of((bf16*)nullptr, sums[0], sums[1]);
-  }
-}
-
-template <bool POST_PRE, bool NORM>
-__device__ inline void Block<POST_PRE, NORM>::project(int warp, int lane) const {
-  take_registers<P::Tuned::project_registers>();
-
-  // What lies in registers.
-  constexpr int kInRegisters = 3 * kSlices - P::kSharedFragments;
-  Slice slices[kSlices];
-  const auto shared_fragment = [&](int fragment) {
-    u32 thread;  // asked for every time: to keep it would take a register too many
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    return shared + P::kFragments + (fragment - kInRegisters) * kFragmentBytes + 16 * thread;
-  };
-  // Whether there are registers left for what can as well be read when it is needed.
-  constexpr bool kSpare = P::kSharedFragments == 0, kKeepsHRes = kSpare || !NORM;
-  const u32 phi = shared + P::kPhi + (8 * warp + 2 * (lane % 4)) * P::kPhiRowBytes + lane / 4 * 4;
-#pragma unroll
-  for (int pair = 0; pair < 2; ++pair) {
-    wait(barrier(kPhiFull, pair), 0);
-#pragma unroll
-    for (int box = 0; box < kBoxes; ++box) {
-      const u32 at = phi + 2 * pair * P::kPhiBytes + box * kBoxChannels * P::kPhiRowBytes;
-      const int slice = 2 * box + pair;
-      slices[slice] = read_phi(at, P::kPhiRowBytes, P::kPhiBytes);
-#pragma unroll
-      for (int f = 0; f < 3; ++f) {
-        const int fragment = 3 * slice + f;
-        if (fragment >= kInRegisters) write4(shared_fragment(fragment), slices[slice].fragments[f]);
-      }
-    }
-  }
-  __syncwarp();
-  if (lane == 0) arrive(barrier(kPhiEmpty));
-  cluster_wait();
-
-  const int g = lane / 4;
-  // Lane l points at the 8 channels of token l % 8 of stream l / 8.
-  const u32 matrices = lane / 8 * P::kStreamBytes + swizzled(lane % 8, warp);
-  Ring<P::kStages> ring;
-#pragma unroll 1
-  for (int i = 0; has_tile(i); ++i, ring.next()) {
-    wait(barrier(kFull, ring.slot), ring.parity);
-    const u32 here = stage(ring.slot);
-    const auto read_h_res = [&](float (&row)[N], int i) {
-      read_floats(row, mixing(ring.slot) + (g * N + i) * N * 4);
-    };
-    const auto read_h_post = [&](int i) {
-      return read_float(mixing(ring.slot) + P::kHPost + (g * N + i) * 4);
-    };
-    MixingRow rows[N] = {};
-    if constexpr (POST_PRE) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        if (kKeepsHRes) read_h_res(rows[i].h_res, i);
-        if (kSpare) rows[i].h_post = read_h_post(i);
-      }
-    }
-    const auto row = [&](int i) {
-      MixingRow row = rows[i];
-      if (!kKeepsHRes) read_h_res(row.h_res, i);
-      if (!kSpare) row.h_post = read_h_post(i);
-      return row;
-    };
-
-    constexpr int kOctets = P::kTokens / 8, kSteps = kBoxes * kOctets;
-    // In post_pre the next box is on its way to registers while this one is mixed.
-    constexpr bool kAhead = POST_PRE && kSpare;
-    Sums sums[kOctets];
-    typename TokenProducts<NORM>::type products[kOctets];
-    u32 next[N], next_y = 0;
-    const auto address = [&](int step) {
-      return here + matrices + step / kOctets * P::kBoxBytes + step % kOctets * 8 * kRowBytes;
-    };
-    const auto read = [&](int step) {
-      read_matrices(next, address(step));
-      if constexpr (POST_PRE) read_matrix(next_y, address(step) + P::kY);
-    };
-    if (kAhead) read(0);
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      if (!kAhead) read(step);
-      u32 x[N] = {next[0], next[1], next[2], next[3]};
-      const u32 y = next_y;
-      if (kAhead && step + 1 < kSteps) read(step + 1);
-      if constexpr (POST_PRE) {
-        mix(x, y, row);
-        write_matrices(address(step), x);
-      }
-#pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
-        const int slice = step / kOctets * 2 + pair;
-        Slice phi = slices[slice];
-#pragma unroll
-        for (int f = 0; f < 3; ++f) {
-          const int fragment = 3 * slice + f;
-          if (fragment >= kInRegisters) phi.fragments[f] = read4(shared_fragment(fragment));
-        }
-        sums[step % kOctets].add(phi, {x[2 * pair], x[2 * pair + 1]});
-      }
-      if constexpr (!NORM) products[step % kOctets].add(x);
-    }
-    if constexpr (NORM) {
-      // Afterwards, for it takes many registers.
-      __syncwarp();
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        if (step / kOctets % 2) continue;
-        u32 x[N], y[N] = {};
-        read_matrices(x, address(step));
-        if (step + kOctets < kSteps) read_matrices(y, address(step + kOctets));
-        products[step % kOctets].add(x, y);
-      }
-    }
-
-    const u32 slot = i % 2;
-    wait(barrier(kPartialEmpty, slot), (i / 2 & 1) ^ 1);
-#pragma unroll
-    for (int octet = 0; octet < P::kTokens / 8; ++octet) {
-      const u32 row = warp * P::kTokens + 8 * octet;
-      const u32 at = shared + P::kPartials + slot * P::kPartialBytes + row * P::kSumsBytes;
-      sums[octet].template store<P::kSumsBytes>(at, lane);
-      products[octet].template store<P::kSumsBytes>(at + 4 * kColumns, lane);
-    }
-    __syncwarp();
-    if (lane == 0) arrive(barrier(kPartialFull, slot));
-  }
-}
-
-// ---- apply ------------------------------------------------------------------------------------------
-
-template <bool POST_PRE, bool NORM>
-__device__ inline void Block<POST_PRE, NORM>::apply(int thread) const {
-  give_registers<P::Tuned::apply_registers>();
-  cluster_wait();
-  if constexpr (NORM) {
-    // The first halves of all units, then the second ones: without conflicts.
-    const float4* from = reinterpret_cast<const float4*>(call.norm_scale + rank * SIZE);
-    if (thread < kUnits) {
-      write_float4(shared + P::kWeights + 16 * thread, from[2 * thread]);
-      write_float4(shared + P::kWeights + 16 * (kUnits + thread), from[2 * thread + 1]);
-    }
-    asm volatile("bar.sync 1, %0;" ::"n"(kApplyThreads) : "memory");
-  }
-  constexpr int kUnroll = P::Tuned::apply_registers < 64 ? 1 : 2;
-  Ring<P::kStages> ring;
-#pragma unroll 1
-  for (int i = 0; has_tile(i); ++i, ring.next()) {
-    if (thread == 0) arrive_and_expect(barrier(kHFull, ring.slot), P::kTokens * N * 4);
-    wait_for_cluster(barrier(kHFull, ring.slot), ring.parity);
-    const u32 h_pre = shared + P::kHPre + ring.slot * P::kTokens * N * 4;
-#pragma unroll kUnroll
-    for (int k = thread; k < P::kTokens * kUnits; k += kApplyThreads) {
-      const int t = k / kUnits, unit = k % kUnits;
-      float h[N];
-      read_floats(h, h_pre + t * N * 4);
-      const u32 at = stage(ring.slot) + unit / 8 * P::kBoxBytes + swizzled(t, unit % 8);
-      Pack<bf16, 8> x[N];
-      float sums[8] = {};
-#pragma unroll
-      for (int j = 0; j < N; ++j) {
-        const uint4 words = read4(at + j * P::kStreamBytes);
-        x[j].words[0] = words.x, x[j].words[1] = words.y, x[j].words[2] = words.z;
-        x[j].words[3] = words.w;
-#pragma unroll
-        for (int v = 0; v < 8; ++v) sums[v] += h[j] * x[j][v];
-      }
-      const long long to = token(i) + t;
-      if (to >= call.tokens) continue;
-      const int channel = rank * SIZE + unit * 8;
-      if constexpr (POST_PRE) {
-#pragma unroll
-        for (int j = 0; j < N; ++j) {
-          write_through(call.x_new + (to * N + j) * hidden() + channel,
-                        {x[j].words[0], x[j].words[1], x[j].words[2], x[j].words[3]});
-        }
-      }
-      if constexpr (NORM) {
-#pragma unroll
-        for (int v = 0; v < 8; v += 4) {
-          const float4 w = read_float4(shared + P::kWeights + 16 * (v / 4 * kUnits + unit));
-          sums[v] *= w.x, sums[v + 1] *= w.y, sums[v + 2] *= w.z, sums[v + 3] *= w.w;
-        }
-      }
-      Pack<bf16, 8> u;
-      u.set(sums);
-      write_through(call.u + to * hidden() + channel,
-                    {u.words[0], u.words[1], u.words[2], u.words[3]});
-    }
-    __syncwarp();
-    if (thread % 32 == 0) arrive(barrier(kEmpty, ring.slot));
-  }
-}
-
-// ---- one warp each --------------------------------------------------------------------------------------
+// ---- loader ------------------------------------------------------------------------------------------
 
 // By one lane.
 template <bool POST_PRE, bool NORM>
@@ -548,17 +201,17 @@ __device__ inline void Block<POST_PRE, NORM>::copy_phi() const {
     const u32 full = barrier(kPhiFull, pair);
     arrive_and_expect(full, 2 * P::kPhiBytes);
     for (int j = 2 * pair; j < 2 * pair + 2; ++j) {
-      const float* from = call.phi + (size_t(j) * hidden() + rank * SIZE) * kColumns;
+      const float* from = args.phi + (size_t(j) * hidden() + rank * SIZE) * kColumns;
       copy_in(shared + P::kPhi + j * P::kPhiBytes, from, P::kPhiBytes, full);
     }
   }
-  prefetch(*call.x_map);
-  if constexpr (POST_PRE) prefetch(*call.y_map);
+  prefetch(*args.x_map);
+  if constexpr (POST_PRE) prefetch(*args.y_map);
 }
 
 // By one lane. It has nothing to do with other blocks, and does not wait for them to start.
 template <bool POST_PRE, bool NORM>
-__device__ inline void Block<POST_PRE, NORM>::copy() const {
+__device__ inline void Block<POST_PRE, NORM>::load_tiles() const {
   const u64 policy = evict_first();
   Ring<P::kStages> ring;
 #pragma unroll 1
@@ -568,18 +221,24 @@ __device__ inline void Block<POST_PRE, NORM>::copy() const {
     // X' was written there, and not by the copy engine.
     if constexpr (POST_PRE) fence_for_copies();
     const u32 full = barrier(kFull, ring.slot), to = stage(ring.slot);
-    const int first = token(i), count = min(P::kTokens, call.tokens - first);
+    const int first = first_token(i), count = min(P::kTokens, args.tokens - first);
     const int coefficients = POST_PRE ? count * (N * N + N) * 4 : 0;
     arrive_and_expect(full, P::kStageBytes + coefficients);
-    copy_in(to, *call.x_map, first, rank * kBoxes, 0, full, policy);
+    copy_in(to, *args.x_map, first, rank * kBoxes, 0, full, policy);
     if constexpr (POST_PRE) {
-      copy_in(to + P::kY, *call.y_map, first, rank * kBoxes, 0, full, policy);
+      copy_in(to + P::kY, *args.y_map, first, rank * kBoxes, 0, full, policy);
       const u32 h_res = mixing(ring.slot);
-      copy_in(h_res, call.h_res_in + size_t(first) * N * N, count * N * N * 4, full);
-      copy_in(h_res + P::kHPost, call.h_post_in + size_t(first) * N, count * N * 4, full);
+      copy_in(h_res, args.h_res_in + size_t(first) * N * N, count * N * N * 4, full);
+      copy_in(h_res + P::kHPost, args.h_post_in + size_t(first) * N, count * N * 4, full);
     }
   }
 }
+
+// ---- project ---------------------------------------------------------------------------------------
+
+#include "one_pass/one_pass_fwd_project.cuh"
+
+// ---- send ------------------------------------------------------------------------------------------
 
 template <bool POST_PRE, bool NORM>
 __device__ inline void Block<POST_PRE, NORM>::send_sums(int lane) const {
@@ -619,34 +278,17 @@ __device__ inline void Block<POST_PRE, NORM>::send_sums(int lane) const {
   }
 }
 
-// The sum of the values at `from`, one of each block of the cluster.
-template <u32 CLUSTER>
-__device__ inline float sum_of_blocks(u32 from, u32 stride) {
-  float values[CLUSTER];
-#pragma unroll
-  for (u32 b = 0; b < CLUSTER; ++b) values[b] = read_float(from + b * stride);
-  float sums[2] = {values[0], values[1]};
-#pragma unroll
-  for (u32 b = 2; b < CLUSTER; ++b) sums[b % 2] += values[b];
-  return sums[0] + sums[1];
-}
-__device__ inline float sum_of_blocks(u32 from, u32 stride, u32 cluster) {
-  return cluster == 16  ? sum_of_blocks<16>(from, stride)
-         : cluster == 8 ? sum_of_blocks<8>(from, stride)
-         : cluster == 4 ? sum_of_blocks<4>(from, stride)
-         : cluster == 2 ? sum_of_blocks<2>(from, stride)
-                        : read_float(from);
-}
+// ---- owner -------------------------------------------------------------------------------------------
 
 // Lane c has column c, and lane kColumns the sum of squares; lane k the entry k of G, too. All blocks wait for
 // this warp: what they do not wait for is left to `finish`.
 template <bool POST_PRE, bool NORM>
-__device__ inline void Block<POST_PRE, NORM>::own(int lane) const {
+__device__ inline void Block<POST_PRE, NORM>::reply(int lane) const {
   if (!owns()) return;
-  const Settings& settings = *call.settings;
+  const Settings& settings = *args.settings;
   const int c = min(lane, kColumns);
   // The other lanes send alike, and what is not h_pre reaches nobody.
-  const float alpha = call.alpha[0], bias = call.bias[c % N];
+  const float alpha = args.alpha[0], bias = args.bias[c % N];
   const u32 stride = owned * P::kSumsBytes;
   // Of this lane's entry of G; what is not on the diagonal is there twice.
   const int k = min(lane % 16, kProducts - 1);
@@ -659,17 +301,17 @@ __device__ inline void Block<POST_PRE, NORM>::own(int lane) const {
   Ring<P::kStages> ring;
 #pragma unroll 1
   for (int i = 0; has_tile(i); ++i, ring.next()) {
-    if (lane == 0) arrive_and_expect(barrier(kSumsFull, ring.slot), cluster * stride);
+    if (lane == 0) arrive_and_expect(barrier(kSumsFull, ring.slot), ranks * stride);
     wait_for_cluster(barrier(kSumsFull, ring.slot), ring.parity);
 #pragma unroll 1
     for (int o = 0; o < owned; ++o, ++count) {
       const u32 from = shared + P::kOwn + ring.slot * P::kOwnBytes + o * P::kSumsBytes;
-      const float sum = sum_of_blocks(from + 4 * c, stride, cluster);
+      const float sum = sum_of_blocks(from + 4 * c, stride, ranks);
       float g = 0.f;
       if constexpr (NORM) {
         // That of half of the blocks.
-        const u32 entry = from + 4 * (kColumns + 1 + k) + lane / 16 * (cluster / 2) * stride;
-        g = sum_of_blocks(entry, stride, cluster / 2);
+        const u32 entry = from + 4 * (kColumns + 1 + k) + lane / 16 * (ranks / 2) * stride;
+        g = sum_of_blocks(entry, stride, ranks / 2);
       }
       const float r = inverse_norm(settings, __shfl_sync(kAllLanes, sum, kColumns), N * hidden());
       const float m = r * sum, h = sigmoid(alpha * m + bias) + settings.pre_eps;
@@ -681,10 +323,10 @@ __device__ inline void Block<POST_PRE, NORM>::own(int lane) const {
         const float h_column = __shfl_sync(kAllLanes, h, column_of_g);
         const float mean = warp_sum(lane % 16 < kProducts ? g * (weight_of_g * h_row * h_column) : 0.f);
         // What is left of a sum of zero may be less than that; NaN stays.
-        rho = inverse_root((mean < 0.f ? 0.f : mean) + call.norm_scale_eps);
+        rho = inverse_root((mean < 0.f ? 0.f : mean) + args.norm_scale_eps);
         h_pre = {rho * h_pre.x, rho * h_pre.y, rho * h_pre.z, rho * h_pre.w};
       }
-      if (lane < int(cluster)) {
+      if (lane < int(ranks)) {
         const u32 row = ring.slot * P::kTokens + rank * owned + o;
         send(h_pre_there + row * N * 4, h_pre, h_full_there + 8 * ring.slot);
       }
@@ -701,36 +343,103 @@ __device__ inline void Block<POST_PRE, NORM>::own(int lane) const {
   }
 }
 
+// ---- apply ------------------------------------------------------------------------------------------
+
+template <bool POST_PRE, bool NORM>
+__device__ inline void Block<POST_PRE, NORM>::apply(int thread) const {
+  give_registers<P::Tuned::apply_registers>();
+  cluster_wait();
+  if constexpr (NORM) {
+    // The first halves of all units, then the second ones: without conflicts.
+    const float4* from = reinterpret_cast<const float4*>(args.norm_scale + rank * SIZE);
+    if (thread < kUnits) {
+      write_float4(shared + P::kWeights + 16 * thread, from[2 * thread]);
+      write_float4(shared + P::kWeights + 16 * (kUnits + thread), from[2 * thread + 1]);
+    }
+    asm volatile("bar.sync 1, %0;" ::"n"(kApplyThreads) : "memory");
+  }
+  constexpr int kUnroll = P::Tuned::apply_registers < 64 ? 1 : 2;
+  Ring<P::kStages> ring;
+#pragma unroll 1
+  for (int i = 0; has_tile(i); ++i, ring.next()) {
+    if (thread == 0) arrive_and_expect(barrier(kHFull, ring.slot), P::kTokens * N * 4);
+    wait_for_cluster(barrier(kHFull, ring.slot), ring.parity);
+    const u32 h_pre = shared + P::kHPre + ring.slot * P::kTokens * N * 4;
+#pragma unroll kUnroll
+    for (int k = thread; k < P::kTokens * kUnits; k += kApplyThreads) {
+      const int t = k / kUnits, unit = k % kUnits;
+      float h[N];
+      read_floats(h, h_pre + t * N * 4);
+      const u32 at = stage(ring.slot) + unit / 8 * P::kBoxBytes + swizzled(t, unit % 8);
+      Pack<bf16, 8> x[N];
+      float sums[8] = {};
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const uint4 words = read4(at + j * P::kStreamBytes);
+        x[j].words[0] = words.x, x[j].words[1] = words.y, x[j].words[2] = words.z;
+        x[j].words[3] = words.w;
+#pragma unroll
+        for (int v = 0; v < 8; ++v) sums[v] += h[j] * x[j][v];
+      }
+      const long long to = first_token(i) + t;
+      if (to >= args.tokens) continue;
+      const int channel = rank * SIZE + unit * 8;
+      if constexpr (POST_PRE) {
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+          write_through(args.x_new + (to * N + j) * hidden() + channel,
+                        {x[j].words[0], x[j].words[1], x[j].words[2], x[j].words[3]});
+        }
+      }
+      if constexpr (NORM) {
+#pragma unroll
+        for (int v = 0; v < 8; v += 4) {
+          const float4 w = read_float4(shared + P::kWeights + 16 * (v / 4 * kUnits + unit));
+          sums[v] *= w.x, sums[v + 1] *= w.y, sums[v + 2] *= w.z, sums[v + 3] *= w.w;
+        }
+      }
+      Pack<bf16, 8> u;
+      u.set(sums);
+      write_through(args.u + to * hidden() + channel,
+                    {u.words[0], u.words[1], u.words[2], u.words[3]});
+    }
+    __syncwarp();
+    if (thread % 32 == 0) arrive(barrier(kEmpty, ring.slot));
+  }
+}
+
+// ---- finish ----------------------------------------------------------------------------------------
+
 // What there is of a token besides H_res, by four lanes: m four columns at a time, and r. The first has h_pre
 // among its columns, the second h_post.
 template <bool POST_PRE, bool NORM>
 __device__ inline void Block<POST_PRE, NORM>::store_others(u32 row, size_t token, int lane) const {
-  float4* m = reinterpret_cast<float4*>(call.m + token * kColumns);
+  float4* m = reinterpret_cast<float4*>(args.m + token * kColumns);
   float own[N];
   read_floats(own, row + lane * N * 4);
   m[lane] = {own[0], own[1], own[2], own[3]};
   if (lane >= 2) {
     m[lane + 2] = read_float4(row + (lane + 2) * N * 4);
-    if (lane == 2) call.r[token] = read_float(row + 4 * kColumns);
-    if (NORM && lane == 3) call.rho[token] = read_float(row + 4 * (kColumns + 1));
+    if (lane == 2) args.r[token] = read_float(row + 4 * kColumns);
+    if (NORM && lane == 3) args.rho[token] = read_float(row + 4 * (kColumns + 1));
     return;
   }
   const bool is_pre = lane == 0;
-  const Settings& settings = *call.settings;
+  const Settings& settings = *args.settings;
   const float scale = is_pre ? 1.f : settings.post_scale, offset = is_pre ? settings.pre_eps : 0.f;
   float h[N];
 #pragma unroll
   for (int k = 0; k < N; ++k) {
-    h[k] = scale * sigmoid(call.alpha[lane] * own[k] + call.bias[lane * N + k]) + offset;
+    h[k] = scale * sigmoid(args.alpha[lane] * own[k] + args.bias[lane * N + k]) + offset;
   }
-  reinterpret_cast<float4*>(is_pre ? call.h_pre : call.h_post)[token] = {h[0], h[1], h[2], h[3]};
+  reinterpret_cast<float4*>(is_pre ? args.h_pre : args.h_post)[token] = {h[0], h[1], h[2], h[3]};
 }
 
 // Four lanes have a token.
 template <bool POST_PRE, bool NORM>
 __device__ inline void Block<POST_PRE, NORM>::finish(int lane) const {
   if (!owns()) return;
-  const Settings& settings = *call.settings;
+  const Settings& settings = *args.settings;
   const Sinkhorn<N> matrix{settings, N, lane % N};
   const int t = lane / N;
 #pragma unroll 1
@@ -739,16 +448,16 @@ __device__ inline void Block<POST_PRE, NORM>::finish(int lane) const {
     wait(barrier(kFinishFull, slot), batch / 2 & 1);
     const u32 row = shared + P::kFinish + (slot * kBatch + t) * kFinishRowBytes;
     const int count = batch * kBatch + t, i = count >> owned_log2;
-    const size_t at = size_t(token(i)) + rank * owned + (count & (owned - 1));
-    const bool exists = at < call.tokens;
+    const size_t at = size_t(first_token(i)) + rank * owned + (count & (owned - 1));
+    const bool exists = at < args.tokens;
     Sinkhorn<N>::Matrix z, h_res;
     matrix.for_each([&](int k, int j) {
       const int c = 2 * N + matrix.at(k, j);
-      h_res[k][j] = z[k][j] = call.alpha[2] * read_float(row + 4 * c) + call.bias[c];
+      h_res[k][j] = z[k][j] = args.alpha[2] * read_float(row + 4 * c) + args.bias[c];
     });
-    if (settings.constraint == kBirkhoff) matrix.forward(z, h_res, nullptr, 0);
+    if (settings.constraint == Constraint::kBirkhoff) matrix.forward(z, h_res, nullptr, 0);
     if (exists) {
-      matrix.for_each([&](int k, int j) { call.h_res[at * N * N + matrix.at(k, j)] = h_res[k][j]; });
+      matrix.for_each([&](int k, int j) { args.h_res[at * N * N + matrix.at(k, j)] = h_res[k][j]; });
       store_others(row, at, matrix.lane);
     }
     __syncwarp();
@@ -759,15 +468,14 @@ __device__ inline void Block<POST_PRE, NORM>::finish(int lane) const {
 // ---- kernels ------------------------------------------------------------------------------------------
 
 template <bool POST_PRE, bool NORM>
-__device__ inline void run(const Call& call) {
-  const Block<POST_PRE, NORM> block(call);
+__device__ inline void run(const Args& args) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  const Block<POST_PRE, NORM> block(memory, args);
   // The same in all lanes, and by this the compiler knows it.
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   if (warp == 0) block.init_barriers(lane);
-  __syncthreads();
-  // No block may send to another before that one's barriers are there: everybody waits for the others, first
-  // thing in its role.
-  cluster_arrive();
+  // Every role begins with the wait for the other blocks.
+  start_cluster();
   if (warp < kProjectWarps) {
     block.project(warp, lane);
   } else if (warp < kProjectWarps + kApplyWarps) {
@@ -775,12 +483,12 @@ __device__ inline void run(const Call& call) {
   } else {
     give_registers<Plan<POST_PRE, NORM>::Tuned::other_registers>();
     const int role = warp - kProjectWarps - kApplyWarps;
-    if (role == 0 && lane == 0) block.copy();
+    if (role == 0 && lane == 0) block.load_tiles();
     __syncwarp();
     cluster_wait();
     switch (role) {
       case 1: block.send_sums(lane); break;
-      case 2: block.own(lane); break;
+      case 2: block.reply(lane); break;
       case 3: block.finish(lane); break;
     }
   }
@@ -791,16 +499,15 @@ KERNEL(pre_fwd_one_pass, kThreads, 1)
 (const __grid_constant__ TensorMap x_map, const float* phi, const float* alpha, const float* bias,
  Stream* u, float* h_pre, float* h_post, float* h_res, float* m, float* r, int tokens,
  const __grid_constant__ Settings settings) {
-  run<false, false>({&x_map, nullptr, nullptr, nullptr, nullptr, phi, alpha, bias, nullptr, u, h_pre,
-                     h_post, h_res, m, r, nullptr, 0.f, tokens, &settings});
+  run<false, false>({&x_map, phi, alpha, bias, u, h_pre, h_post, h_res, m, r, tokens, &settings});
 }
 
 KERNEL(pre_norm_fwd_one_pass, kThreads, 1)
 (const __grid_constant__ TensorMap x_map, const float* phi, const float* alpha, const float* bias,
  const float* norm_scale, Stream* u, float* h_pre, float* h_post, float* h_res, float* m, float* r,
  float* rho, float norm_scale_eps, int tokens, const __grid_constant__ Settings settings) {
-  run<false, true>({&x_map, nullptr, nullptr, nullptr, nullptr, phi, alpha, bias, norm_scale, u, h_pre,
-                    h_post, h_res, m, r, rho, norm_scale_eps, tokens, &settings});
+  run<false, true>({&x_map, phi, alpha, bias, u, h_pre, h_post, h_res, m, r, tokens, &settings,
+                    nullptr, nullptr, nullptr, nullptr, norm_scale, rho, norm_scale_eps});
 }
 
 KERNEL(post_pre_fwd_one_pass, kThreads, 1)
@@ -808,8 +515,8 @@ KERNEL(post_pre_fwd_one_pass, kThreads, 1)
  const float* h_post_in, const float* h_res_in, const float* phi, const float* alpha,
  const float* bias, Stream* x_new, Stream* u, float* h_pre, float* h_post, float* h_res, float* m,
  float* r, int tokens, const __grid_constant__ Settings settings) {
-  run<true, false>({&x_map, &y_map, h_post_in, h_res_in, x_new, phi, alpha, bias, nullptr, u, h_pre,
-                    h_post, h_res, m, r, nullptr, 0.f, tokens, &settings});
+  run<true, false>({&x_map, phi, alpha, bias, u, h_pre, h_post, h_res, m, r, tokens, &settings,
+                   &y_map, h_post_in, h_res_in, x_new});
 }
 
 KERNEL(post_pre_norm_fwd_one_pass, kThreads, 1)
@@ -818,6 +525,6 @@ KERNEL(post_pre_norm_fwd_one_pass, kThreads, 1)
  const float* bias, const float* norm_scale, Stream* x_new, Stream* u, float* h_pre, float* h_post,
  float* h_res, float* m, float* r, float* rho, float norm_scale_eps, int tokens,
  const __grid_constant__ Settings settings) {
-  run<true, true>({&x_map, &y_map, h_post_in, h_res_in, x_new, phi, alpha, bias, norm_scale, u, h_pre,
-                   h_post, h_res, m, r, rho, norm_scale_eps, tokens, &settings});
+  run<true, true>({&x_map, phi, alpha, bias, u, h_pre, h_post, h_res, m, r, tokens, &settings,
+                  &y_map, h_post_in, h_res_in, x_new, norm_scale, rho, norm_scale_eps});
 }

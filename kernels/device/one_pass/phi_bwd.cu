@@ -6,11 +6,8 @@
 // A block has SIZE channels of all streams and every gridDim.y-th tile of tokens. One warp loads; the main warps have
 // 32 channels each, whose sums stay in their registers until the end. Two blocks share a multiprocessor.
 
-#include "one_pass/one_pass.cuh"
+#include "one_pass/phi.cuh"
 
-constexpr int N = 4;
-constexpr int kColumns = N * (N + 2);
-constexpr int kOctets = kColumns / 8;
 constexpr int kTokens = tuning_phi_bwd::tokens;
 constexpr int kStages = tuning_phi_bwd::stages;
 constexpr int kMainWarps = SIZE / 32;
@@ -24,8 +21,8 @@ constexpr int kUnits = 2;  // of 16 channels, of a warp
 
 // A stage: X as [stream, box, token, 64 channels], y alike, and rows of the tokens: H_res and h_post, and r dm in two
 // bfloat16 parts. The strides keep rows in different banks that are read at once.
-constexpr u32 kPlane = kTokens * SIZE * 2;
-constexpr u32 kBox = kTokens * kRowBytes;
+constexpr u32 kBox = Tile<kTokens>::kBoxBytes;
+constexpr u32 kPlane = Tile<kTokens>::kPlaneBytes;
 constexpr u32 kY = N * kPlane;
 constexpr u32 kMixing = kY + kPlane;
 constexpr u32 kMixingStride = (N * N + N) * 4;
@@ -97,7 +94,7 @@ struct Coefficients {
 __device__ inline void load_tiles(const Stages& stages, const TensorMap& x, const TensorMap& y,
                                   const Operands& from, int lane) {
   const u64 policy = evict_first();
-  const int box = blockIdx.x * (SIZE / kBoxChannels);
+  const int box = blockIdx.x * kBoxes;
   Coefficients coefficients;
   coefficients.load(from, blockIdx.y, lane);
   Ring<kStages> ring;
@@ -132,11 +129,6 @@ __device__ inline void mix(u32 (&x_new)[2], int i, const u32 (&x)[N][2], const u
     }
     x_new[c] = pair(sums[0], sums[1]);
   }
-}
-
-__device__ inline void read_floats(float (&values)[N], u32 at) {
-  const float4 v = read_float4(at);
-  values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
 }
 
 __device__ inline void sum_tiles(const Stages& stages, const Operands& to, int warp, int lane) {
@@ -193,12 +185,12 @@ __device__ inline void sum_tiles(const Stages& stages, const Operands& to, int w
 
   const size_t first = size_t(blockIdx.y) * N * to.hidden + blockIdx.x * SIZE + warp * 32 + g;
 #pragma unroll
-  for (int e = 0; e < kUnits * N * kOctets * 2; ++e) {
-    const int unit = e / (N * kOctets * 2), i = e / (kOctets * 2) % N;
-    const int octet = e / 2 % kOctets, half = e % 2;
-    const size_t channel = first + size_t(i) * to.hidden + unit * 16 + half * 8;
-    const float* sums = d_phi[unit][i][octet] + half * 2;
-    reinterpret_cast<float2*>(to.d_phi + channel * kColumns + octet * 8)[q] = {sums[0], sums[1]};
+  for (int unit = 0; unit < kUnits; ++unit) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const size_t channel = first + size_t(i) * to.hidden + unit * 16;
+      store_d_phi(to.d_phi + channel * kColumns, d_phi[unit][i], q);
+    }
   }
 }
 

@@ -1,4 +1,4 @@
-// The backward pass of post_pre in one pass over X, y, d_u and the cotangent of the X' handed on (n = 4):
+// The backward pass of post_pre in one pass over X, y, d_u and d_X'_in, the cotangent of X' that it adds to (n = 4):
 //
 //   X'          = H_res X + h_post y, again
 //   d_h_pre[i] += <d_u, X'[i]>, from <d_u, X[j]> and <d_u, y>
@@ -26,10 +26,9 @@
 // infinity or NaN in the streams of a token, or in their cotangents, reaches the gradients of its neighbours.
 
 #include "math/coefficients.cuh"
-#include "one_pass/one_pass.cuh"
-
-constexpr int N = 4;
-constexpr int kColumns = N * (N + 2);
+#include "one_pass/geometry.cuh"
+#include "one_pass/owner.cuh"
+#include "one_pass/phi.cuh"
 
 using Tuned = tuning_post_pre_bwd_one_pass;
 static_assert(Tuned::tokens == kTileTokens);
@@ -56,17 +55,18 @@ constexpr int kOtherRegisters = 72;
 // Slots for dots of d_u, of which an owner has every one or every second: at least as many as stages, and even.
 constexpr int kDotsSlots = 4;
 
-// Barriers, of 8 bytes each.
+// Barriers, of 8 bytes each: what is there once a phase is over, and who arrives for that, a warp once. Copies and other
+// blocks arrive with bytes, which one warp here announces.
 enum Barrier : u32 {
-  kInputFull = 0,                             // x, y and d_u of a stage are there
-  kGradientFull = kInputFull + kStages,       // d_X'_in
-  kEmpty = kGradientFull + kStages,           // nobody needs the stage any more
-  kDotsFull = kEmpty + kStages,               // all blocks' dots of d_u, at the owner
-  kRepliesFull = kDotsFull + kDotsSlots,      // the owners' replies
-  kDone = kRepliesFull + kStages,             // d_X' and d_y lie in the place of d_X'_in and d_u
-  kSumsFull = kDone + kStages,                // all blocks' dots of d_X', at the owner
-  kTablesFull = kSumsFull + 8,                // tables of the mixing
-  kPhiThere = kTablesFull + 2,
+  kInputFull = 0,                         // x, y and d_u of a stage; the loader, with bytes
+  kGradientFull = kInputFull + kStages,   // d_X'_in of a stage; the loader, with bytes
+  kEmpty = kGradientFull + kStages,       // nobody needs the stage any more; stream dots and the finisher
+  kDotsFull = kEmpty + kStages,           // all blocks' dots of d_u, at the owner; the owner, with bytes
+  kRepliesFull = kDotsFull + kDotsSlots,  // the owners' replies; the first main warp, with bytes
+  kDone = kRepliesFull + kStages,         // d_X' and d_y, in the place of d_X'_in and d_u; the main warps
+  kSumsFull = kDone + kStages,            // all blocks' dots of d_X', at the owner; the owner, with bytes
+  kTablesFull = kSumsFull + 8,            // tables of the mixing; the finisher
+  kPhiThere = kTablesFull + 2,            // phi is in registers, or in its own place; the main warps
   kNumBarriers,
 };
 
@@ -91,14 +91,12 @@ constexpr u32 kSumsRing = 8 * 8 * kSumsBytes;
 constexpr u32 kTableBytes = kTileTokens * N * N * 4;
 constexpr u32 kTablesBytes = 2 * kTableBytes + kTileTokens * N * 4;
 
-// phi of 16 channels of a stream, as A fragments of 16 and of 8 columns. In float16 one part of phi and one of
-// r dm are as near as d_X' in bfloat16 wants them, and bfloat16 would take two of each.
-constexpr u32 kPhiBytes = 768;
+// phi of 16 channels of a stream, and of all channels of the block.
+constexpr u32 kPhiBytes = kPhiFragmentBytes;
 constexpr u32 kAllPhiBytes = SIZE / 16 * N * kPhiBytes;
 
-// One stream of a tile.
-constexpr u32 kPlane = kTileTokens * SIZE * 2;
-constexpr u32 kBox = kTileTokens * kRowBytes;
+constexpr u32 kBox = Tile<kTileTokens>::kBoxBytes;
+constexpr u32 kPlane = Tile<kTileTokens>::kPlaneBytes;
 // A stage has two parts, with a copied box of each pair: streams 0 and 2 of X, the same of d_X', y, d_u; and
 // the streams 1 and 3. Main warps read two neighbouring streams at once: half a swizzled box between them
 // keeps those in different banks.
@@ -126,45 +124,48 @@ static_assert(8 * kNumBarriers <= kDots, "");
 
 // ---- what all warps know ----------------------------------------------------------------------------
 
-struct Operands {
-  const float *h_post, *h_res, *phi, *alpha, *bias, *m, *r, *h_res_new, *d_h_pre, *d_z;
+// Maps of the streams, with boxes of kTileTokens tokens and SIZE channels: of every second stream (`_even`, `_odd`), or
+// of y and the like.
+struct Maps {
+  const TensorMap &x_even, &x_odd, &y, &d_u, &d_x_new_in_even, &d_x_new_in_odd;
+  const TensorMap &d_x_new_even, &d_x_new_odd, &d_y;  // d_x_new may lie where d_x_new_in does
+};
+
+// The other arguments of the kernel, but for its settings: with these or the maps in one struct the compiler orders the
+// whole kernel anew.
+struct Args {
+  const float *h_post, *h_res, *phi, *alpha, *bias, *m, *r, *h_res_new, *d_h_pre;
+  const float* d_z;  // [tokens, kColumns], of which those of h_pre are not read
   float *d_h_post, *d_h_res;
-  void* for_phi;  // the sums for d_phi, or r dm
-  float* gate_sums;
+  // Where kSumsPhi: [clusters, n C, kColumns], for sum_gradients; elsewhere r dm in two bfloat16 parts,
+  // [tokens, 2, kColumns], for phi_bwd.
+  void* for_phi;
+  float* gate_sums;  // [2 * blocks, kColumns + 3], for sum_gradients
   int tokens, deferred;
 };
 
-struct Block {
-  u32 base;  // of shared memory
-  u32 rank, ranks;
-  int cluster, clusters;
+struct Block : Place<kTileTokens> {
   int num_tiles;  // of this cluster
   // Of a tile's tokens a block owns 2^owned_shift; where there are more blocks than tokens, it does so every
   // 2^turns_shift tiles.
   int owned_shift, turns_shift;
 
-  __device__ Block(u32 base, int tokens) : base(base), rank(cluster_rank()), ranks(cluster_size()) {
+  __device__ Block(const void* memory, int tokens) : Place(memory) {
     const int log_ranks = 31 - __clz(ranks), log_tokens = 31 - __clz(kTileTokens);
-    cluster = blockIdx.x >> log_ranks;
-    clusters = gridDim.x >> log_ranks;
-    const int tiles = (tokens + kTileTokens - 1) / kTileTokens;
-    num_tiles = (tiles - cluster + clusters - 1) / clusters;
+    take_tiles(log_ranks);
+    num_tiles = share_of((tokens + kTileTokens - 1) / kTileTokens);
     owned_shift = max(0, log_tokens - log_ranks);
     turns_shift = max(0, log_ranks - log_tokens);
   }
   __device__ int tokens_owned() const { return 1 << owned_shift; }
   __device__ int turns() const { return 1 << turns_shift; }
-  __device__ int first_token(int tile) const { return (cluster + tile * clusters) * int(kTileTokens); }
-  // Where the first box of this block's channels lies.
-  __device__ int first_box() const { return rank * (SIZE / kBoxChannels); }
-  __device__ int hidden() const { return ranks * SIZE; }
 
-  __device__ u32 barrier(Barrier first, u32 slot) const { return base + 8 * (first + slot); }
-  __device__ u32 even(u32 slot) const { return base + kEven + slot * kEvenBytes; }
-  __device__ u32 odd(u32 slot) const { return base + kOdd + slot * kOddBytes; }
-  __device__ u32 tables(int tile) const { return base + kTableSlots + tile % 2 * kTablesBytes; }
+  __device__ u32 barrier(Barrier first, u32 slot) const { return shared + 8 * (first + slot); }
+  __device__ u32 even(u32 slot) const { return shared + kEven + slot * kEvenBytes; }
+  __device__ u32 odd(u32 slot) const { return shared + kOdd + slot * kOddBytes; }
+  __device__ u32 tables(int tile) const { return shared + kTableSlots + tile % 2 * kTablesBytes; }
   __device__ u32 reply(u32 slot, u32 token) const {
-    return base + kReplies + (slot * kTileTokens + token) * kReplyStride;
+    return shared + kReplies + (slot * kTileTokens + token) * kReplyStride;
   }
 
   __device__ u32 owner(u32 token, int tile) const {
@@ -174,349 +175,46 @@ struct Block {
   __device__ u32 dots(u32 slot, u32 token, u32 from) const {
     const u32 of_block = token & (tokens_owned() - 1);
     const u32 row = ((slot >> turns_shift << owned_shift) + of_block) * ranks * kDotWarps + from;
-    return base + kDots + row * kDotsBytes;
+    return shared + kDots + row * kDotsBytes;
   }
   __device__ u32 sums_slots() const { return 8 >> turns_shift; }
   __device__ u32 sums(u32 slot, u32 token, u32 from) const {
     const u32 row = ((slot << owned_shift) + (token & (tokens_owned() - 1))) * ranks + from;
-    return base + kSums + row * kSumsBytes;
+    return shared + kSums + row * kSumsBytes;
   }
 };
 
-// ---- main warps -------------------------------------------------------------------------------------
+// ---- loader -----------------------------------------------------------------------------------------
 
-// A main warp has units of 16 channels of all streams: two neighbours, or every eighth of the block's. In the latter
-// case half of the warps may have one less than the others.
-constexpr int kUnits = (SIZE / 16 + kMainWarps - 1) / kMainWarps;
-constexpr int kLastUnits = SIZE / 16 - (kUnits - 1) * kMainWarps;
-// Units whose X' is there before the replies are: with those of all, 448 channels would take too many registers.
-constexpr int kAhead = Tuned::ahead;
-constexpr int kUnitStep = kSumsPhi ? 16 : 16 * kMainWarps;  // channels
-constexpr int kWarpStep = kSumsPhi ? 32 : 16;
-// Where a unit lies, from the address of the warp's first one.
-__device__ inline u32 of_unit(u32 at, u32 unit) {
-  return kSumsPhi ? at ^ unit * 32 : at + unit * (kUnitStep / kBoxChannels) * kBox;
-}
-
-// Its fragments of 16 channels and 8 tokens have the channels g and g + 8, and in neighbouring columns the
-// tokens q and q + 4: so those of two products with four tokens each make one for eight.
-__device__ inline u32 token_of_column(u32 column) { return column / 2 + 4 * (column % 2); }
-
-struct MainWarp {
-  const Block& block;
-  const bool has_last_unit;
-  u32 phi;            // this lane's fragment of the first unit
-  u32 streams;        // ldmatrix address, within a stage, of the tokens 0 to 3
-  u32 stream_stage;   // bytes from stage to stage there
-  u32 vectors;        // of y and d_u; the first two of the four matrices are y's
-  u32 outputs;        // stmatrix addresses of d_X'
-  u32 output_stage;
-  float phi_units[kUnits];
-  u32 dm_rows, dm_columns;  // ldmatrix addresses within the replies
-  u32 dm_unit;              // of the token of this lane's column
-  u32 table;                // where the words of this lane lie in a table
-  u32 take_high, take_low;  // what makes fragments of them
-  float d_phi[N][kUnits][3][4];  // where kSumsPhi
-  u32 phi_words[N][kUnits][6];   // elsewhere, beyond a tile
-
-  __device__ MainWarp(const Block& block, int warp, int lane)
-      : block(block), has_last_unit(kLastUnits == kMainWarps || warp < kLastUnits) {
-    const u32 row = lane % 8, matrix_of_lane = lane / 8;
-    const u32 first_channel = warp * kWarpStep, box = first_channel / kBoxChannels * kBox;
-    const u32 first_unit = first_channel % kBoxChannels / 8;  // 16 bytes are 8 channels
-    phi = block.base + kPhi + first_channel / 16 * N * kPhiBytes;
-
-    // Rows (k) are stream * 4 + token % 4; matrices go over the channels first.
-    const u32 k = lane / 16 * 8 + row, stream = k / 4, odd = stream % 2;
-    const u32 unit = first_unit + matrix_of_lane % 2;
-    stream_stage = odd ? kOddBytes : kEvenBytes;
-    streams = (odd ? block.odd(0) : block.even(0)) + stream / 2 * kPlane + box +
-              swizzled(k % 4, unit ^ odd * kOddSwizzle);
-
-    const u32 token = token_of_column(row);
-    vectors = block.even(0) + (matrix_of_lane / 2 ? kInput : kY) + box + swizzled(token, unit);
-    const u32 odd_output = matrix_of_lane / 2;
-    output_stage = odd_output ? kOddBytes : kEvenBytes;
-    outputs = (odd_output ? block.odd(0) : block.even(0)) + kGradient + box +
-              swizzled(token, unit ^ odd_output * kOddSwizzle);
-    dm_rows = token * kReplyStride + matrix_of_lane % 2 * 16 + matrix_of_lane / 2 * kReplyLow;
-    dm_columns = token * kReplyStride + matrix_of_lane / 2 * 16 + matrix_of_lane % 2 * kReplyLow;
-    dm_unit = token_of_column(lane / 4) * kReplyStride + kReplyUnit;
-
-    // A fragment that mixes has token g / 2 of stream g % 2 in column g, and in the rows 2q and 2q + 1 two
-    // tokens of another stream: at most one of both is the column's, and the rest is zero.
-    const u32 g = lane / 4, q = lane % 4;
-    table = ((g / 2 * 2 + g % 2) * 2 + q / 2) * 16;
-    const bool has_token = g / 4 == q % 2, upper = g / 2 % 2;
-    take_high = !has_token ? 0x4444 : upper ? 0x1044 : 0x4410;
-    take_low = !has_token ? 0x4444 : upper ? 0x3244 : 0x4432;
-  }
-
-  // phi as fragments, into shared memory and from there into registers if it is kept there. Two units at a
-  // time, which share a scale: there are too few registers for the numbers of all.
-  __device__ void load_phi(const float* phi_of_warp, int lane) {
-    const int g = lane / 4, q = lane % 4;
-#pragma unroll 1
-    for (int first = 0; first < kUnits; first += 2) {
-      float2 values[N * 2][6];
-      u32 largest = 0;
-#pragma unroll
-      for (int e = 0; e < N * 2 * 6; ++e) {
-        const int j = e / 6, p = e % 6, unit = first + j % 2;
-        if (!has_unit(unit)) continue;
-        const int row = j / 2 * block.hidden() + unit * kUnitStep + p % 2 * 8 + g;
-        const float2 v = __ldg(reinterpret_cast<const float2*>(phi_of_warp + row * kColumns + p / 2 * 8) + q);
-        largest = max(largest, max(magnitude(v.x), magnitude(v.y)));
-        values[j][p] = v;
-      }
-      const float phi_unit = half_unit(__reduce_max_sync(kAllLanes, largest));
-      const float scale = inverse_of_unit(phi_unit);
-#pragma unroll
-      for (int unit = 0; unit < kUnits; ++unit) {
-        if (unit / 2 == first / 2) phi_units[unit] = phi_unit;
-      }
-#pragma unroll
-      for (int j = 0; j < N * 2; ++j) {
-        const int unit = first + j % 2;
-        if (!has_unit(unit)) continue;
-        u32 words[6];
-#pragma unroll
-        for (int p = 0; p < 6; ++p) words[p] = half_pair(values[j][p].x * scale, values[j][p].y * scale);
-        const u32 at = fragment(j / 2, unit);
-        write4(at + lane * 16, {words[0], words[1], words[2], words[3]});
-        write2(at + 512 + lane * 8, {words[4], words[5]});
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < N * kUnits; ++j) {
-      const int i = j / kUnits, unit = j % kUnits;
-      if constexpr (kSumsPhi) {
-#pragma unroll
-        for (int c = 0; c < 12; ++c) d_phi[i][unit][c / 4][c % 4] = 0.f;
-      } else if (has_unit(unit)) {
-        read_phi(phi_words[i][unit], i, unit, lane);
-      }
-    }
-  }
-  __device__ u32 fragment(int i, int unit) const { return phi + (unit * (kUnitStep / 16) * N + i) * kPhiBytes; }
-  __device__ void read_phi(u32 (&words)[6], int i, int unit, int lane) const {
-    const uint4 a = read4(fragment(i, unit) + lane * 16);
-    const uint2 b = read2(fragment(i, unit) + 512 + lane * 8);
-    words[0] = a.x, words[1] = a.y, words[2] = a.z, words[3] = a.w, words[4] = b.x, words[5] = b.y;
-  }
-  __device__ bool has_unit(int unit) const {
-    return unit + 1 < kUnits || (unit + 1 == kUnits && has_last_unit);
-  }
-
-  // Four streams of the tokens 0 to 3 and 4 to 7.
-  __device__ static void read_streams(u32 (&fragments)[2][4], u32 at) {
-    read_transposed(fragments[0], at);
-    read_transposed(fragments[1], (at ^ 4 * 16) + 4 * kRowBytes);
-  }
-
-  // Mixes four streams of four tokens to the streams i and i + 1: (channel g, i), (g, i + 1), (g + 8, i),
-  // (g + 8, i + 1) of the token q. `first` and `second` are words of a table, for two of the four each.
-  __device__ void mix(float (&mixed)[4], const u32 (&streams)[4], u32 first, u32 second) const {
-    mma(mixed, streams[0], streams[1], streams[2], streams[3],
-        {__byte_perm(first, 0, take_high), __byte_perm(second, 0, take_high)});
-    mma(mixed, streams[0], streams[1], streams[2], streams[3],
-        {__byte_perm(first, 0, take_low), __byte_perm(second, 0, take_low)});
-  }
-
-  // H_post of the tokens q and q + 4.
-  __device__ static void read_h_post(float (&h_post)[2][N], u32 tables, int q) {
-#pragma unroll
-    for (u32 e = 0; e < 2; ++e) {
-      const float4 h = read_float4(tables + 2 * kTableBytes + (q + 4 * e) * N * 4);
-      h_post[e][0] = h.x, h_post[e][1] = h.y, h_post[e][2] = h.z, h_post[e][3] = h.w;
-    }
-  }
-
-  // X' of a unit as A fragments: channels g and g + 8.
-  __device__ void mix_x(u32 (&x_new)[N][2], const u32 (&y)[2], u32 at, const uint4 (&h_res)[2],
-                        const float (&h_post)[2][N]) const {
-    u32 x[2][4];
-    read_streams(x, at);
-    float values[N][4];
-#pragma unroll
-    for (u32 e = 0; e < 2; ++e) {
-#pragma unroll
-      for (u32 i = 0; i < N; i += 2) {
-        float mixed[4] = {};
-        mix(mixed, x[e], i ? h_res[e].z : h_res[e].x, i ? h_res[e].w : h_res[e].y);
-#pragma unroll
-        for (u32 v = 0; v < 4; ++v) {
-          const float y_v = e ? high_half(y[v / 2]) : low_half(y[v / 2]);
-          values[i + v % 2][v / 2 * 2 + e] = fmaf(h_post[e][i + v % 2], y_v, mixed[v]);
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      x_new[i][0] = pair(values[i][0], values[i][1]);
-      x_new[i][1] = pair(values[i][2], values[i][3]);
-    }
-  }
-
-  // X' and d_u of some units.
-  __device__ void begin(u32 first, u32 last, u32 (&x_new)[kUnits][N][2], u32 (&d_u)[kUnits][2],
-                        u32 tables, u32 slot, int q) const {
-    const uint4 h_res[2] = {read4(tables + table), read4(tables + table + kTableBytes / 2)};
-    float h_post[2][N];
-    read_h_post(h_post, tables, q);
-#pragma unroll
-    for (u32 unit = first; unit < last; ++unit) {
-      if (!has_unit(unit)) break;
-      u32 y_and_d_u[4];
-      read_transposed(y_and_d_u, of_unit(vectors + slot * kEvenBytes, unit));
-      const u32 y[2] = {y_and_d_u[0], y_and_d_u[1]};
-      d_u[unit][0] = y_and_d_u[2], d_u[unit][1] = y_and_d_u[3];
-      mix_x(x_new[unit], y, of_unit(streams + slot * stream_stage, unit), h_res, h_post);
-    }
-  }
-
-  // Adds a tile to d_phi.
-  __device__ void sum_phi(const u32 (&x_new)[kUnits][N][2], u32 replies) {
-    // r dm, high and low parts of an octet of columns side by side: rows 8 to 15 of the tokens are the same
-    // again, for the low parts.
-    u32 dm[4], dm_end[2];
-    read_transposed(dm, replies + dm_columns);
-    read_transposed(dm_end, replies + dm_columns + 32);
-#pragma unroll
-    for (u32 unit = 0; unit < kUnits; ++unit) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const u32 a0 = x_new[unit][i][0], a1 = x_new[unit][i][1];
-        mma_k8(d_phi[i][unit][0], a0, a1, dm[0]);
-        mma_k8(d_phi[i][unit][0], a0, a1, dm[1]);
-        mma_k8(d_phi[i][unit][1], a0, a1, dm[2]);
-        mma_k8(d_phi[i][unit][1], a0, a1, dm[3]);
-        mma_k8(d_phi[i][unit][2], a0, a1, dm_end[0]);
-        mma_k8(d_phi[i][unit][2], a0, a1, dm_end[1]);
-      }
-    }
-  }
-
-  __device__ void tile(int tile, Ring<kStages> ring, int lane) {
-    const u32 slot = ring.slot;
-    const int q = lane % 4;
-    const u32 tables = block.tables(tile);
-    wait(block.barrier(kInputFull, slot), ring.parity);
-    wait(block.barrier(kTablesFull, tile % 2), tile / 2 % 2);
-
-    u32 x_new[kUnits][N][2], d_u[kUnits][2];
-    begin(0, kAhead, x_new, d_u, tables, slot, q);
-
-    wait(block.barrier(kGradientFull, slot), ring.parity);
-    wait_for_cluster(block.barrier(kRepliesFull, slot), ring.parity);
-    const u32 replies = block.reply(slot, 0);
-    if constexpr (kSumsPhi) sum_phi(x_new, replies);
-
-    u32 gradient[kUnits][2][4];
-    const u32 gradients = streams + slot * stream_stage + kGradient;
-    if constexpr (kSumsPhi) {
-#pragma unroll
-      for (u32 unit = 0; unit < kUnits; ++unit) read_streams(gradient[unit], of_unit(gradients, unit));
-    }
-#pragma unroll
-    for (u32 unit = 0; unit < kUnits; ++unit) {
-      if (!has_unit(unit)) break;
-      if (unit >= kAhead) begin(unit, unit + 1, x_new, d_u, tables, slot, q);
-      if constexpr (!kSumsPhi) read_streams(gradient[unit], of_unit(gradients, unit));
-      // d_X' but for phi (r dm): channel g of the tokens q and q + 4, channel g + 8 of these
-      float values[N][4], units[2];
-#pragma unroll
-      for (u32 e = 0; e < 2; ++e) {
-        const u32 reply = block.reply(slot, q + 4 * e);
-        const float4 gates = read_float4(reply + kReplyGates);
-        const float h_pre[N] = {gates.x, gates.y, gates.z, gates.w};
-        const float norm = read_float(reply + kReplyFactor);
-        units[e] = phi_units[unit] * read_float(reply + kReplyUnit);
-        const uint4 h_res = read4(tables + kTableBytes + table + e * kTableBytes / 2);
-#pragma unroll
-        for (u32 i = 0; i < N; i += 2) {
-          float mixed[4] = {};
-          mix(mixed, gradient[unit][e], i ? h_res.z : h_res.x, i ? h_res.w : h_res.y);
-#pragma unroll
-          for (u32 v = 0; v < 4; ++v) {
-            const u32 d_u_pair = d_u[unit][v / 2], x_pair = x_new[unit][i + v % 2][v / 2];
-            const float d_u_v = e ? high_half(d_u_pair) : low_half(d_u_pair);
-            const float x_v = e ? high_half(x_pair) : low_half(x_pair);
-            const float collapsed = fmaf(h_pre[i + v % 2], d_u_v, mixed[v]);
-            values[i + v % 2][v / 2 * 2 + e] = fmaf(norm, x_v, collapsed);
-          }
-        }
-      }
-
-      // r dm: high 0 and 1, low 0 and 1, high and low 2
-      u32 dm[4], dm_end[2];
-      read_matrices(dm, replies + dm_rows);
-      read_matrices(dm_end, replies + dm_columns + 32);
-      const float scale = inverse_of_unit(read_float(replies + dm_unit));
-      const u32 half_dm[3] = {half_pair(dm[0], dm[2], scale), half_pair(dm[1], dm[3], scale),
-                              half_pair(dm_end[0], dm_end[1], scale)};
-      float h_post[2][N];
-      read_h_post(h_post, tables, q);
-      float d_y[4] = {};
-      u32 rounded[2][4];
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        float products[4] = {};
-        if constexpr (kSumsPhi) read_phi(phi_words[i][unit], i, unit, lane);
-        mma_half(products, phi_words[i][unit], half_dm);
-#pragma unroll
-        for (int v = 0; v < 4; ++v) values[i][v] = fmaf(units[v % 2], products[v], values[i][v]);
-#pragma unroll
-        for (int v = 0; v < 4; ++v) d_y[v] = fmaf(h_post[v % 2][i], values[i][v], d_y[v]);
-        rounded[i / 2][i % 2 * 2] = pair(values[i][0], values[i][1]);
-        rounded[i / 2][i % 2 * 2 + 1] = pair(values[i][2], values[i][3]);
-      }
-      write_transposed(of_unit(outputs + slot * output_stage, unit), rounded[0]);
-      write_transposed(of_unit(outputs + kPlane + slot * output_stage, unit), rounded[1]);
-      const u32 rounded_d_y[2] = {pair(d_y[0], d_y[1]), pair(d_y[2], d_y[3])};
-      write_transposed(of_unit(vectors + kPlane + slot * kEvenBytes, unit), rounded_d_y);
-    }
-    fence_for_copies();
-    __syncwarp();
-    if (lane == 0) arrive(block.barrier(kDone, slot));
-  }
-
-  __device__ void store_d_phi(float* d_phi_of_block) const {
-    // Asked for again, or the addresses of phi would be kept until here: registers are few on the way.
-    u32 lane;
-    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
-    const int g = lane / 4, q = lane % 4;
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-#pragma unroll
-      for (int p = 0; p < kUnits * 3 * 2; ++p) {
-        const int unit = p / 6, octet = p / 2 % 3, half = p % 2;
-        const float* sums = d_phi[i][unit][octet] + half * 2;
-        const int row = i * block.hidden() + unit * 16 + half * 8 + g;
-        reinterpret_cast<float2*>(d_phi_of_block + row * kColumns + octet * 8)[q] = {sums[0], sums[1]};
-      }
-    }
-  }
-};
-
-__device__ inline void main_warps(const Block& block, const Operands& to, int warp, int lane) {
-  MainWarp self(block, warp, lane);
-  const int row = block.rank * SIZE + warp * kWarpStep;
-  self.load_phi(to.phi + row * kColumns, lane);
-  fence_for_copies();
-  __syncwarp();
-  if (lane == 0) arrive(block.barrier(kPhiThere, 0));
-  cluster_wait();
+__device__ inline void load_tiles(const Block& block, const Maps& maps) {
+  const u64 policy = evict_first();
+  const int box = block.first_box();
   Ring<kStages> ring;
   for (int tile = 0; tile < block.num_tiles; ++tile, ring.next()) {
-    if (warp == 0 && lane == 0) {
-      arrive_and_expect(block.barrier(kRepliesFull, ring.slot), kTileTokens * kReplyBytes);
+    // phi first: all wait for it.
+    if (tile == 1) wait(block.barrier(kPhiThere, 0), 0);
+    const u32 slot = ring.slot, even = block.even(slot), odd = block.odd(slot);
+    const int token = block.first_token(tile);
+    if (tile >= kStages) {
+      // Until there is room for it, the tile comes as far as the L2 cache.
+      prefetch(maps.x_even, token, box, 0);
+      prefetch(maps.x_odd, token, box, 0);
+      prefetch(maps.y, token, box, 0);
+      prefetch(maps.d_u, token, box, 0);
+      prefetch(maps.d_x_new_in_even, token, box, 0);
+      prefetch(maps.d_x_new_in_odd, token, box, 0);
     }
-    self.tile(tile, ring, lane);
-  }
-  if constexpr (kSumsPhi) {
-    const int of_cluster = block.cluster * N * block.hidden();
-    self.store_d_phi(static_cast<float*>(to.for_phi) + (of_cluster + row) * kColumns);
+    wait(block.barrier(kEmpty, slot), ring.parity ^ 1);
+    u32 full = block.barrier(kInputFull, slot);
+    arrive_and_expect(full, 6 * kPlane);
+    copy_in(even, maps.x_even, token, box, 0, full, policy);
+    copy_in(odd, maps.x_odd, token, box, 0, full, policy);
+    copy_in(even + kY, maps.y, token, box, 0, full, policy);
+    copy_in(even + kInput, maps.d_u, token, box, 0, full, policy);
+    full = block.barrier(kGradientFull, slot);
+    arrive_and_expect(full, 4 * kPlane);
+    copy_in(even + kGradient, maps.d_x_new_in_even, token, box, 0, full, policy);
+    copy_in(odd + kGradient, maps.d_x_new_in_odd, token, box, 0, full, policy);
   }
 }
 
@@ -568,13 +266,206 @@ __device__ inline void input_dots(const Block& block, int half, int lane) {
   }
 }
 
-// ---- stream dots ------------------------------------------------------------------------------------
+// ---- owners -----------------------------------------------------------------------------------------
 
 // Where the owner finds (i, j) of d_H_res, and i of d_h_post behind them: see the sends below.
 __device__ inline int sum_entry(int i, int j) {
   return (i % 2 * 2 + j % 2) * 4 + i / 2 * 2 + j / 2;
 }
 __device__ inline int sum_entry(int i) { return (4 + i % 2) * 4 + i / 2; }
+
+// The tokens of a block: from the dots of d_u to r dm, and the sums of the dots of d_X'.
+struct Owner {
+  const Block& block;
+  const Args& args;
+  const Settings& settings;
+  const int which, lane;
+  float alpha;                // of column `lane`
+  float alpha_pre, bias_pre;  // of column lane % 4
+  GateSums sums;
+
+  // What a token's lanes have, zero behind the last token: of column `lane` m and d_z, of stream lane % 4
+  // the others.
+  struct Token {
+    float m, r, d_z, d_h_pre, h_post;
+    float4 h_res;
+  };
+
+  __device__ Owner(const Block& block, const Args& args, const Settings& settings, int which,
+                   int lane)
+      : block(block), args(args), settings(settings), which(which), lane(lane) {
+    alpha_pre = args.alpha[0];
+    alpha = lane >= kColumns ? 0.f : args.alpha[gate_of(lane)];
+    bias_pre = args.bias[lane % N];
+  }
+
+  // The place in alpha of column c's gate.
+  __device__ static int gate_of(int c) { return c < N ? 0 : c < 2 * N ? 1 : 2; }
+
+  __device__ int tile(int owned) const {
+    return (owned << block.turns_shift) + (block.rank & (block.turns() - 1));
+  }
+  // Where one of the block's tokens stands in a tile.
+  __device__ u32 in_tile(int t) const {
+    return (block.rank >> block.turns_shift << block.owned_shift) + t;
+  }
+
+  __device__ Token load(int tile, int t) const {
+    Token token = {};
+    const long long at = block.first_token(tile) + in_tile(t);
+    if (tile >= block.num_tiles || at >= args.tokens) return token;
+    const int i = lane % N;
+    if (lane < kColumns) token.m = __ldg(args.m + at * kColumns + lane);
+    if (lane >= N && lane < kColumns) token.d_z = __ldg(args.d_z + at * kColumns + lane);
+    token.r = __ldg(args.r + at);
+    token.d_h_pre = __ldg(args.d_h_pre + at * N + i);
+    token.h_post = __ldg(args.h_post + at * N + i);
+    token.h_res = __ldg(reinterpret_cast<const float4*>(args.h_res) + at * N + i);
+    return token;
+  }
+
+  // The lanes' values of a reply: 16 bytes, those of part lane % 8. The parts 0, 3 and 7 begin with what
+  // hangs on h_pre's gradient.
+  __device__ float4 begin_reply(const Token& token, float dm, float h_pre) const {
+    const int first = lane % (kColumns / 2) * 2;
+    u32 parts[2];
+    split(__shfl_sync(kAllLanes, dm, first), __shfl_sync(kAllLanes, dm, first + 1), parts);
+    float word = 0.f;
+    if (lane < kColumns) {
+      word = __uint_as_float(lane < kColumns / 2 ? parts[0] : parts[1]);
+    } else if (lane < kColumns + N) {
+      word = h_pre;
+    }
+    const int from = lane % 8 * 4;
+    return {__shfl_sync(kAllLanes, word, from), __shfl_sync(kAllLanes, word, from + 1),
+            __shfl_sync(kAllLanes, word, from + 2), __shfl_sync(kAllLanes, word, from + 3)};
+  }
+
+  // The sum of entry lane % 8 over all that sent.
+  __device__ float sum_dots(u32 slot, int t) const {
+    float sum = 0.f;
+    const u32 first = block.dots(slot, t, lane / 8) + lane % 8 * 4;
+    // Without branches all reads are under way at once; those behind the last block's are for nothing.
+#pragma unroll
+    for (u32 k = 0; k < 8; ++k) {
+      const float v = read_float(first + k * 4 * kDotsBytes);
+      sum += k * 4 < block.ranks * kDotWarps ? v : 0.f;
+    }
+    sum += __shfl_xor_sync(kAllLanes, sum, 8);
+    return sum + __shfl_xor_sync(kAllLanes, sum, 16);
+  }
+
+  __device__ void reply(int tile, int t, const Token& token) {
+    const u32 slot = tile % kDotsSlots;
+    const float m_pre = __shfl_sync(kAllLanes, token.m, lane % N);
+    const float z = alpha_pre * m_pre + bias_pre, s = sigmoid(z);
+    const float d_sigmoid = s * sigmoid(-z);
+    const float slope = r_slope(settings, token.r, N * block.hidden());
+    const float others = warp_sum(lane < N ? 0.f : alpha * token.d_z * token.m);
+    const float scaled_others = lane < N ? 0.f : token.r * alpha * token.d_z;
+    float4 reply = begin_reply(token, scaled_others, s + settings.pre_eps);
+
+    // All this belongs before the wait.
+    asm volatile("" ::"f"(d_sigmoid), "f"(slope), "f"(others), "f"(reply.w));
+    if (t == 0) wait_for_cluster(block.barrier(kDotsFull, slot), tile / kDotsSlots % 2);
+    const float dot = sum_dots(slot, t);
+    float d_h = token.d_h_pre + token.h_post * __shfl_sync(kAllLanes, dot, N);
+    d_h = fmaf(token.h_res.x, __shfl_sync(kAllLanes, dot, 0), d_h);
+    d_h = fmaf(token.h_res.y, __shfl_sync(kAllLanes, dot, 1), d_h);
+    d_h = fmaf(token.h_res.z, __shfl_sync(kAllLanes, dot, 2), d_h);
+    d_h = fmaf(token.h_res.w, __shfl_sync(kAllLanes, dot, 3), d_h);
+    const float d_z_pre = d_h * d_sigmoid;
+
+    const float dm = alpha_pre * d_z_pre;
+    float dm_dot_m = dm * m_pre;
+    dm_dot_m += __shfl_xor_sync(kAllLanes, dm_dot_m, 1);
+    dm_dot_m += __shfl_xor_sync(kAllLanes, dm_dot_m, 2);
+    const float minus_f = -slope * (dm_dot_m + others), scaled = token.r * dm;
+    const u32 largest = max(magnitude(scaled), magnitude(scaled_others));
+    const float unit = half_unit(__reduce_max_sync(kAllLanes, largest));
+    u32 first[2], second[2];
+    split(__shfl_sync(kAllLanes, scaled, 0), __shfl_sync(kAllLanes, scaled, 1), first);
+    split(__shfl_sync(kAllLanes, scaled, 2), __shfl_sync(kAllLanes, scaled, 3), second);
+    const int part = lane % 8;
+    if (part == 0 || part == 3) {
+      reply.x = __uint_as_float(part ? first[1] : first[0]);
+      reply.y = __uint_as_float(part ? second[1] : second[0]);
+    } else if (part == 7) {
+      reply.x = minus_f, reply.y = unit;
+    }
+    const u32 stage = tile % kStages;
+    const u32 at = block.reply(stage, in_tile(t)) + part * 16;
+    const u32 barrier = block.barrier(kRepliesFull, stage);
+#pragma unroll
+    for (u32 to = 0; to < 16; to += 4) {
+      const u32 rank = to + lane / 8;
+      if (rank < block.ranks) send(in_block(at, rank), reply, in_block(barrier, rank));
+    }
+
+    if constexpr (!kSumsPhi) {
+      const int row = block.first_token(tile) + in_tile(t);
+      const bool stores = row < args.tokens && lane < int(kReplyGates / 16);
+      if (stores) static_cast<float4*>(args.for_phi)[size_t(row) * (kReplyGates / 16) + lane] = reply;
+    }
+    sums.add(lane < N ? d_z_pre : token.d_z, token.m);
+  }
+
+  // d_H_res and d_h_post, once all blocks have sent their parts.
+  __device__ void collect(int owned) const {
+    const u32 slots = block.sums_slots(), slot = owned & (slots - 1);
+    const u32 barrier = block.barrier(kSumsFull, slot);
+    if (lane == 0) arrive_and_expect(barrier, block.tokens_owned() * block.ranks * kSumsBytes);
+    wait_for_cluster(barrier, (owned & slots) != 0);
+#pragma unroll 1
+    for (int t = 0; t < block.tokens_owned(); ++t) {
+      const long long token = block.first_token(tile(owned)) + in_tile(t);
+      const int entry = lane < N * N ? sum_entry(lane / N, lane % N) : sum_entry(lane % N);
+      const u32 first = block.sums(slot, t, 0) + entry * 4;
+      float sum = 0.f;
+#pragma unroll
+      for (u32 rank = 0; rank < 16; ++rank) {
+        const float v = read_float(first + rank * kSumsBytes);
+        sum += rank < block.ranks ? v : 0.f;
+      }
+      if (token < args.tokens && lane < N * N) args.d_h_res[token * N * N + lane] = sum;
+      if (token < args.tokens && lane / N == N) args.d_h_post[token * N + lane % N] = sum;
+    }
+    __syncwarp();
+  }
+
+  __device__ void run() {
+    // A tile's sums come long after its reply. Whoever has the reply of a tile may send its sums: by then
+    // this warp has collected what was in their slot before.
+    const int later = block.sums_slots() - kOwnerWarps;
+    Token next = load(tile(which), 0);
+#pragma unroll 1
+    for (int owned = which; tile(owned - later) < block.num_tiles; owned += kOwnerWarps) {
+      const int at = tile(owned);
+      if (at < block.num_tiles) {
+        if (lane == 0) {
+          arrive_and_expect(block.barrier(kDotsFull, at % kDotsSlots),
+                            block.tokens_owned() * block.ranks * kDotWarps * kDotsSent);
+        }
+#pragma unroll 1
+        for (int t = 0; t < block.tokens_owned(); ++t) {
+          const Token token = next;
+          const bool last = t + 1 == block.tokens_owned();
+          next = load(tile(last ? owned + kOwnerWarps : owned), last ? 0 : t + 1);
+          reply(at, t, token);
+        }
+      }
+      if (owned >= later) collect(owned - later);
+    }
+    // The row of this warp.
+    sums.store(args.gate_sums + (blockIdx.x * kOwnerWarps + which) * (kColumns + 3), lane, gate_of);
+  }
+};
+
+// ---- main warps -------------------------------------------------------------------------------------
+
+#include "one_pass/post_pre_bwd_main.cuh"
+
+// ---- stream dots ------------------------------------------------------------------------------------
 
 // d_X' [X, y]^T of four tokens. Rows and columns of the products are stream * 4 + token, and only entries with
 // the same token in both are wanted.
@@ -628,44 +519,6 @@ __device__ inline void stream_dots(const Block& block, int half, int lane) {
   }
 }
 
-// ---- loader -----------------------------------------------------------------------------------------
-
-struct Maps {
-  const TensorMap &x_even, &x_odd, &y, &d_u, &in_even, &in_odd, &out_even, &out_odd, &d_y;
-};
-
-__device__ inline void load_tiles(const Block& block, const Maps& maps) {
-  const u64 policy = evict_first();
-  const int box = block.first_box();
-  Ring<kStages> ring;
-  for (int tile = 0; tile < block.num_tiles; ++tile, ring.next()) {
-    // phi first: all wait for it.
-    if (tile == 1) wait(block.barrier(kPhiThere, 0), 0);
-    const u32 slot = ring.slot, even = block.even(slot), odd = block.odd(slot);
-    const int token = block.first_token(tile);
-    if (tile >= kStages) {
-      // Until there is room for it, the tile comes as far as the L2 cache.
-      prefetch(maps.x_even, token, box, 0);
-      prefetch(maps.x_odd, token, box, 0);
-      prefetch(maps.y, token, box, 0);
-      prefetch(maps.d_u, token, box, 0);
-      prefetch(maps.in_even, token, box, 0);
-      prefetch(maps.in_odd, token, box, 0);
-    }
-    wait(block.barrier(kEmpty, slot), ring.parity ^ 1);
-    u32 full = block.barrier(kInputFull, slot);
-    arrive_and_expect(full, 6 * kPlane);
-    copy_in(even, maps.x_even, token, box, 0, full, policy);
-    copy_in(odd, maps.x_odd, token, box, 0, full, policy);
-    copy_in(even + kY, maps.y, token, box, 0, full, policy);
-    copy_in(even + kInput, maps.d_u, token, box, 0, full, policy);
-    full = block.barrier(kGradientFull, slot);
-    arrive_and_expect(full, 4 * kPlane);
-    copy_in(even + kGradient, maps.in_even, token, box, 0, full, policy);
-    copy_in(odd + kGradient, maps.in_odd, token, box, 0, full, policy);
-  }
-}
-
 // ---- finisher ---------------------------------------------------------------------------------------
 
 // What the main warps mix by. A lane has a token's row i of H_res (for X'[i]) and column i of H_res_new (for
@@ -673,7 +526,7 @@ __device__ inline void load_tiles(const Block& block, const Maps& maps) {
 // and so do those of i and i + 2: see `MainWarp::table`.
 struct Tables {
   const Block& block;
-  const Operands& from;
+  const Args& args;
   const int lane;
   float row[N], column[N];
   float4 h_post;
@@ -681,16 +534,16 @@ struct Tables {
   __device__ void load(int tile) {
     const int t = lane / N, i = lane % N;
     const long long token = block.first_token(tile) + t, whole = block.first_token(tile) + lane;
-    const bool exists = tile < block.num_tiles && token < from.tokens;
-    const float4 v = exists ? __ldg(reinterpret_cast<const float4*>(from.h_res) + token * N + i) : float4{};
+    const bool exists = tile < block.num_tiles && token < args.tokens;
+    const float4 v = exists ? __ldg(reinterpret_cast<const float4*>(args.h_res) + token * N + i) : float4{};
     row[0] = v.x, row[1] = v.y, row[2] = v.z, row[3] = v.w;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       column[k] = k == i;
-      if (from.deferred) column[k] = exists ? __ldg(from.h_res_new + (token * N + k) * N + i) : 0.f;
+      if (args.deferred) column[k] = exists ? __ldg(args.h_res_new + (token * N + k) * N + i) : 0.f;
     }
-    const bool has_h_post = lane < kTileTokens && tile < block.num_tiles && whole < from.tokens;
-    h_post = has_h_post ? __ldg(reinterpret_cast<const float4*>(from.h_post) + whole) : float4{};
+    const bool has_h_post = lane < kTileTokens && tile < block.num_tiles && whole < args.tokens;
+    h_post = has_h_post ? __ldg(reinterpret_cast<const float4*>(args.h_post) + whole) : float4{};
   }
 
   __device__ static void write(u32 at, const float (&values)[N]) {
@@ -718,9 +571,9 @@ struct Tables {
 };
 
 // The tables of two tiles are there at once: a finished tile makes room for the one after the next.
-__device__ inline void finish_tiles(const Block& block, const Operands& from, const Maps& maps, int lane) {
+__device__ inline void finish_tiles(const Block& block, const Args& args, const Maps& maps, int lane) {
   const int box = block.first_box();
-  Tables tables{block, from, lane};
+  Tables tables{block, args, lane};
   for (int tile = 0; tile < 2; ++tile) {
     tables.load(tile);
     tables.write(tile);
@@ -732,8 +585,8 @@ __device__ inline void finish_tiles(const Block& block, const Operands& from, co
     const int token = block.first_token(tile);
     wait(block.barrier(kDone, slot), ring.parity);
     if (lane == 0) {
-      copy_out(maps.out_even, token, box, 0, even + kGradient);
-      copy_out(maps.out_odd, token, box, 0, odd + kGradient);
+      copy_out(maps.d_x_new_even, token, box, 0, even + kGradient);
+      copy_out(maps.d_x_new_odd, token, box, 0, odd + kGradient);
       copy_out(maps.d_y, token, box, 0, even + kInput);
       commit_copies();
     }
@@ -748,211 +601,8 @@ __device__ inline void finish_tiles(const Block& block, const Operands& from, co
   if (lane == 0) finish_copies();
 }
 
-// ---- owners -----------------------------------------------------------------------------------------
-
-// The tokens of a block: from the dots of d_u to r dm, and the sums of the dots of d_X'.
-struct Owner {
-  const Block& block;
-  const Operands& with;
-  const Settings& settings;
-  const int which, lane;
-  float alpha;                // of column `lane`
-  float alpha_pre, bias_pre;  // of column lane % 4
-  float sum_d_z = 0.f, sum_d_z_m = 0.f;
-
-  // What a token's lanes have, zero behind the last token: of column `lane` m and d_z, of stream lane % 4
-  // the others.
-  struct Token {
-    float m, r, d_z, d_h_pre, h_post;
-    float4 h_res;
-  };
-
-  __device__ Owner(const Block& block, const Operands& with, const Settings& settings, int which,
-                   int lane)
-      : block(block), with(with), settings(settings), which(which), lane(lane) {
-    alpha_pre = with.alpha[0];
-    alpha = lane >= kColumns ? 0.f : with.alpha[lane < N ? 0 : lane < 2 * N ? 1 : 2];
-    bias_pre = with.bias[lane % N];
-  }
-
-  __device__ int tile(int owned) const {
-    return (owned << block.turns_shift) + (block.rank & (block.turns() - 1));
-  }
-  // Where one of the block's tokens stands in a tile.
-  __device__ u32 in_tile(int t) const {
-    return (block.rank >> block.turns_shift << block.owned_shift) + t;
-  }
-
-  __device__ Token load(int tile, int t) const {
-    Token token = {};
-    const long long at = block.first_token(tile) + in_tile(t);
-    if (tile >= block.num_tiles || at >= with.tokens) return token;
-    const int i = lane % N;
-    if (lane < kColumns) token.m = __ldg(with.m + at * kColumns + lane);
-    if (lane >= N && lane < kColumns) token.d_z = __ldg(with.d_z + at * kColumns + lane);
-    token.r = __ldg(with.r + at);
-    token.d_h_pre = __ldg(with.d_h_pre + at * N + i);
-    token.h_post = __ldg(with.h_post + at * N + i);
-    token.h_res = __ldg(reinterpret_cast<const float4*>(with.h_res) + at * N + i);
-    return token;
-  }
-
-  // The lanes' values of an reply: 16 bytes, those of part lane % 8. The parts 0, 3 and 7 begin with what
-  // hangs on h_pre's gradient.
-  __device__ float4 begin_reply(const Token& token, float dm, float h_pre) const {
-    const int first = lane % (kColumns / 2) * 2;
-    u32 parts[2];
-    split(__shfl_sync(kAllLanes, dm, first), __shfl_sync(kAllLanes, dm, first + 1), parts);
-    float word = 0.f;
-    if (lane < kColumns) {
-      word = __uint_as_float(lane < kColumns / 2 ? parts[0] : parts[1]);
-    } else if (lane < kColumns + N) {
-      word = h_pre;
-    }
-    const int from = lane % 8 * 4;
-    return {__shfl_sync(kAllLanes, word, from), __shfl_sync(kAllLanes, word, from + 1),
-            __shfl_sync(kAllLanes, word, from + 2), __shfl_sync(kAllLanes, word, from + 3)};
-  }
-
-  // The sum of entry lane % 8 over all that sent.
-  __device__ float sum_dots(u32 slot, int t) const {
-    float sum = 0.f;
-    const u32 first = block.dots(slot, t, lane / 8) + lane % 8 * 4;
-    // Without branches all reads are under way at once; those behind the last block's are for nothing.
-#pragma unroll
-    for (u32 k = 0; k < 8; ++k) {
-      const float v = read_float(first + k * 4 * kDotsBytes);
-      sum += k * 4 < block.ranks * kDotWarps ? v : 0.f;
-    }
-    sum += __shfl_xor_sync(kAllLanes, sum, 8);
-    return sum + __shfl_xor_sync(kAllLanes, sum, 16);
-  }
-
-  __device__ void reply(int tile, int t, const Token& token) {
-    const u32 slot = tile % kDotsSlots;
-    const float m_pre = __shfl_sync(kAllLanes, token.m, lane % N);
-    const float z = alpha_pre * m_pre + bias_pre, s = sigmoid(z);
-    const float d_sigmoid = s * sigmoid(-z);
-    const float f = r_factor(settings, token.r, N * block.hidden());
-    const float others = warp_sum(lane < N ? 0.f : alpha * token.d_z * token.m);
-    const float scaled_others = lane < N ? 0.f : token.r * alpha * token.d_z;
-    float4 reply = begin_reply(token, scaled_others, s + settings.pre_eps);
-
-    // All this belongs before the wait.
-    asm volatile("" ::"f"(d_sigmoid), "f"(f), "f"(others), "f"(reply.w));
-    if (t == 0) wait_for_cluster(block.barrier(kDotsFull, slot), tile / kDotsSlots % 2);
-    const float dot = sum_dots(slot, t);
-    float d_h = token.d_h_pre + token.h_post * __shfl_sync(kAllLanes, dot, N);
-    d_h = fmaf(token.h_res.x, __shfl_sync(kAllLanes, dot, 0), d_h);
-    d_h = fmaf(token.h_res.y, __shfl_sync(kAllLanes, dot, 1), d_h);
-    d_h = fmaf(token.h_res.z, __shfl_sync(kAllLanes, dot, 2), d_h);
-    d_h = fmaf(token.h_res.w, __shfl_sync(kAllLanes, dot, 3), d_h);
-    const float d_z_pre = d_h * d_sigmoid;
-
-    const float dm = alpha_pre * d_z_pre;
-    float dm_dot_m = dm * m_pre;
-    dm_dot_m += __shfl_xor_sync(kAllLanes, dm_dot_m, 1);
-    dm_dot_m += __shfl_xor_sync(kAllLanes, dm_dot_m, 2);
-    const float norm = -f * (dm_dot_m + others), scaled = token.r * dm;
-    const u32 largest = max(magnitude(scaled), magnitude(scaled_others));
-    const float unit = half_unit(__reduce_max_sync(kAllLanes, largest));
-    u32 first[2], second[2];
-    split(__shfl_sync(kAllLanes, scaled, 0), __shfl_sync(kAllLanes, scaled, 1), first);
-    split(__shfl_sync(kAllLanes, scaled, 2), __shfl_sync(kAllLanes, scaled, 3), second);
-    const int part = lane % 8;
-    if (part == 0 || part == 3) {
-      reply.x = __uint_as_float(part ? first[1] : first[0]);
-      reply.y = __uint_as_float(part ? second[1] : second[0]);
-    } else if (part == 7) {
-      reply.x = norm, reply.y = unit;
-    }
-    const u32 stage = tile % kStages;
-    const u32 at = block.reply(stage, in_tile(t)) + part * 16;
-    const u32 barrier = block.barrier(kRepliesFull, stage);
-#pragma unroll
-    for (u32 to = 0; to < 16; to += 4) {
-      const u32 rank = to + lane / 8;
-      if (rank < block.ranks) send(in_block(at, rank), reply, in_block(barrier, rank));
-    }
-
-    if constexpr (!kSumsPhi) {
-      const int row = block.first_token(tile) + in_tile(t);
-      const bool stores = row < with.tokens && lane < int(kReplyGates / 16);
-      if (stores) static_cast<float4*>(with.for_phi)[size_t(row) * (kReplyGates / 16) + lane] = reply;
-    }
-    const float d_z = lane < N ? d_z_pre : token.d_z;
-    sum_d_z += d_z;
-    sum_d_z_m += d_z * token.m;
-  }
-
-  // d_H_res and d_h_post, once all blocks have sent their parts.
-  __device__ void collect(int owned) const {
-    const u32 slots = block.sums_slots(), slot = owned & (slots - 1);
-    const u32 barrier = block.barrier(kSumsFull, slot);
-    if (lane == 0) arrive_and_expect(barrier, block.tokens_owned() * block.ranks * kSumsBytes);
-    wait_for_cluster(barrier, (owned & slots) != 0);
-#pragma unroll 1
-    for (int t = 0; t < block.tokens_owned(); ++t) {
-      const long long token = block.first_token(tile(owned)) + in_tile(t);
-      const int entry = lane < N * N ? sum_entry(lane / N, lane % N) : sum_entry(lane % N);
-      const u32 first = block.sums(slot, t, 0) + entry * 4;
-      float sum = 0.f;
-#pragma unroll
-      for (u32 rank = 0; rank < 16; ++rank) {
-        const float v = read_float(first + rank * kSumsBytes);
-        sum += rank < block.ranks ? v : 0.f;
-      }
-      if (token < with.tokens && lane < N * N) with.d_h_res[token * N * N + lane] = sum;
-      if (token < with.tokens && lane / N == N) with.d_h_post[token * N + lane % N] = sum;
-    }
-    __syncwarp();
-  }
-
-  // The row of this block for sum_gradients.
-  __device__ void store_gate_sums() const {
-    float* row = with.gate_sums + (blockIdx.x * kOwnerWarps + which) * (kColumns + 3);
-    if (lane < kColumns) row[lane] = sum_d_z;
-#pragma unroll
-    for (int gate = 0; gate < 3; ++gate) {
-      const bool own = lane < kColumns && gate == (lane < N ? 0 : lane < 2 * N ? 1 : 2);
-      const float sum = warp_sum(own ? sum_d_z_m : 0.f);
-      if (lane == 0) row[kColumns + gate] = sum;
-    }
-  }
-
-  __device__ void run() {
-    // A tile's sums come long after its reply. Whoever has the reply of a tile may send its sums: by then
-    // this warp has collected what was in their slot before.
-    const int later = block.sums_slots() - kOwnerWarps;
-    Token next = load(tile(which), 0);
-#pragma unroll 1
-    for (int owned = which; tile(owned - later) < block.num_tiles; owned += kOwnerWarps) {
-      const int at = tile(owned);
-      if (at < block.num_tiles) {
-        if (lane == 0) {
-          arrive_and_expect(block.barrier(kDotsFull, at % kDotsSlots),
-                            block.tokens_owned() * block.ranks * kDotWarps * kDotsSent);
-        }
-#pragma unroll 1
-        for (int t = 0; t < block.tokens_owned(); ++t) {
-          const Token token = next;
-          const bool last = t + 1 == block.tokens_owned();
-          next = load(tile(last ? owned + kOwnerWarps : owned), last ? 0 : t + 1);
-          reply(at, t, token);
-        }
-      }
-      if (owned >= later) collect(owned - later);
-    }
-    store_gate_sums();
-  }
-};
-
 // ---- kernel -----------------------------------------------------------------------------------------
 
-// d_z: [tokens, 24], of which those of h_pre are not read. gate_sums: [2 * blocks, 24 + 3], to be summed. for_phi:
-// [clusters, 4 C, 24], to be summed for d_phi, or r dm in two bfloat16 parts, [tokens, 2, 24], for phi_bwd.cu. The
-// maps have boxes of kTileTokens tokens and SIZE channels of every second stream, or of y and the like. d_x_new may lie
-// where d_x_new_in does.
 KERNEL(post_pre_bwd_one_pass, kThreads, 1)
 (const __grid_constant__ TensorMap x_even, const __grid_constant__ TensorMap x_odd,
  const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap d_u,
@@ -962,11 +612,11 @@ KERNEL(post_pre_bwd_one_pass, kThreads, 1)
  const float* alpha, const float* bias, const float* m, const float* r, const float* h_res_new,
  const float* d_h_pre, const float* d_z, float* d_h_post, float* d_h_res, void* for_phi,
  float* gate_sums, int tokens, int deferred, Settings settings) {
-  extern __shared__ __align__(1024) unsigned char shared[];
+  extern __shared__ __align__(1024) unsigned char memory[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const Block block(shared_address(shared), tokens);
-  const Operands operands{h_post,  h_res, phi,      alpha,   bias,    m,         r,      h_res_new,
-                          d_h_pre, d_z,   d_h_post, d_h_res, for_phi, gate_sums, tokens, deferred};
+  const Block block(memory, tokens);
+  const Args args{h_post, h_res, phi,      alpha,   bias,    m,         r,      h_res_new,
+                  d_h_pre, d_z,  d_h_post, d_h_res, for_phi, gate_sums, tokens, deferred};
   const Maps maps{x_even,         x_odd,        y,           d_u, d_x_new_in_even,
                   d_x_new_in_odd, d_x_new_even, d_x_new_odd, d_y};
   if (threadIdx.x == 0) {
@@ -983,12 +633,11 @@ KERNEL(post_pre_bwd_one_pass, kThreads, 1)
     init_barrier(block.barrier(kPhiThere, 0), kMainWarps);
     publish_barriers();
   }
-  __syncthreads();
-  cluster_arrive();
+  start_cluster();
 
   if (warp < kMainWarps) {
     take_registers<kMainRegisters>();
-    main_warps(block, operands, warp, lane);
+    main_warps(block, args, warp, lane);
   } else {
     give_registers<kOtherRegisters>();
     cluster_wait();
@@ -999,13 +648,10 @@ KERNEL(post_pre_bwd_one_pass, kThreads, 1)
     } else if (warp == kLoader) {
       if (lane == 0) load_tiles(block, maps);
     } else if (warp == kFinisher) {
-      finish_tiles(block, operands, maps, lane);
+      finish_tiles(block, args, maps, lane);
     } else {
-      Owner(block, operands, settings, warp - kFirstOwner, lane).run();
+      Owner(block, args, settings, warp - kFirstOwner, lane).run();
     }
   }
-  // A block's shared memory must stay until the last message to it is there.
-  __syncwarp();
-  cluster_arrive();
-  cluster_wait();
+  end_cluster();
 }

@@ -2,7 +2,7 @@
 // gradients. A head is a pre that has h_pre alone.
 //
 //   pre_fwd    r, m, h_pre, h_post, H_res from the projection's partial sums, and u      [14 to 19]
-//   pre_bwd    from d_u and the cotangents of the coefficients: r dm (for the products), the factor f of
+//   pre_bwd    from d_u and the cotangents of the coefficients: r dm (for the products), r's factor of
 //              -X in d_x, h_pre, and sums over a block's tokens for d_alpha and d_bias
 //   sum_gates  d_alpha and d_bias, from these sums
 //
@@ -117,7 +117,7 @@ KERNEL(pre_fwd, kThreads, kForwardBlocks)
 
   if (warp == kTokens) {
     if (!h_res) return;
-    if (settings.constraint == kPermutations) {
+    if (settings.constraint == Constraint::kPermutations) {
       const int t = lane / kPermutedLanes;
       float* out = h_res + (block + t) * n * n;
       return mix_permutations(n, z_res[t], out, lane % kPermutedLanes, block + t < tokens);
@@ -128,7 +128,7 @@ KERNEL(pre_fwd, kThreads, kForwardBlocks)
         z[k][i] = layout.num_res && sinkhorn.active(k, i) ? z_res[t][sinkhorn.at(k, i)] : 0.f;
         h[k][i] = layout.num_res ? z[k][i] : float(i == sinkhorn.column(k));  // none: z; identity: I
       });
-      if (settings.constraint == kBirkhoff) sinkhorn.forward(z, h, nullptr, 0);
+      if (settings.constraint == Constraint::kBirkhoff) sinkhorn.forward(z, h, nullptr, 0);
       sinkhorn.for_each([&](int k, int i) {
         if (own && block + t < tokens && sinkhorn.active(k, i)) {
           h_res[(block + t) * n * n + sinkhorn.at(k, i)] = h[k][i];
@@ -173,7 +173,7 @@ constexpr int kBackwardBlocks = EXACT && N <= 4 ? kFewBlocks : 1;
 KERNEL(pre_bwd, kThreads, kBackwardBlocks)
 (const Stream* x, const float* alpha, const float* bias, const float* m, const float* r,
  const Stream* d_u, const float* d_h_pre, const float* d_h_post, const float* d_h_res, u32* dm_rows,
- u32* dm_columns, float* h_pre, float* norm, float* gate_sums, float* history, int tokens,
+ u32* dm_columns, float* h_pre, float* r_factor, float* gate_sums, float* history, int tokens,
  int hidden, int columns, Layout layout, Settings settings) {
   extern __shared__ float shared_history[];
   __shared__ float d_z[kTokens][kMaxColumns];
@@ -191,7 +191,7 @@ KERNEL(pre_bwd, kThreads, kBackwardBlocks)
     return columns > 0 ? alpha[layout.gate(c)] * m[t * columns + c] + z : z;
   };
 
-  if (warp == kTokens && layout.num_res && settings.constraint == kPermutations) {
+  if (warp == kTokens && layout.num_res && settings.constraint == Constraint::kPermutations) {
     const int t = lane / kPermutedLanes;
     const long long at = min(block + t, (long long)tokens - 1);
     mix_permutations_bwd(
@@ -207,7 +207,7 @@ KERNEL(pre_bwd, kThreads, kBackwardBlocks)
         z[k][i] = sinkhorn.active(k, i) ? logit(at, 2 * n + sinkhorn.at(k, i)) : 0.f;
         g[k][i] = sinkhorn.active(k, i) ? d_h_res[at * n * n + sinkhorn.at(k, i)] : 0.f;
       });
-      if (settings.constraint == kBirkhoff) {
+      if (settings.constraint == Constraint::kBirkhoff) {
         sinkhorn.forward(z, h, own, 32);
         sinkhorn.backward(z, h, g, own, 32);
       }
@@ -259,7 +259,7 @@ KERNEL(pre_bwd, kThreads, kBackwardBlocks)
       dm_fragments.set<kWeight>(token, c, r_token * dm);
     }
     dm_dot_m = warp_sum(dm_dot_m);
-    if (exists && lane == 0) norm[token] = r_factor(settings, r_token, width) * dm_dot_m;
+    if (exists && lane == 0) r_factor[token] = r_slope(settings, r_token, width) * dm_dot_m;
 #pragma unroll
     for (int k = 0; k < 3; ++k) {
       const float sum = warp_sum(d_alpha[k]);

@@ -323,7 +323,7 @@ struct Exchange {
 // it is too large for that, it is read again for every tile.
 template <bool ALIGNED, bool MIXES>
 __device__ inline void project_back(const Stream* x, const float* phi, Fragments dm,
-                                    const float* h_pre, const float* norm, const Stream* d_u,
+                                    const float* h_pre, const float* r_factor, const Stream* d_u,
                                     const Stream* d_x_in, const float* h_res, Stream* d_x,
                                     int tokens, int n, int hidden, bool staged) {
   extern __shared__ uint4 staged_phi[];
@@ -365,7 +365,7 @@ __device__ inline void project_back(const Stream* x, const float* phi, Fragments
         d_xs[r] = {};
       }
       h[r] = h_pre[token * n + stream];
-      f[r] = norm[token];
+      f[r] = r_factor[token];
     }
     if (MIXES) exchange.load_h(h_res, tile, tokens);
 
@@ -442,9 +442,9 @@ constexpr int kBackBlocks =
 #define BACK(name, aligned, mixes)                                                              \
   KERNEL(name, kThreads, kBackBlocks)                                                           \
   (const Stream* x, const float* phi, u32* rows, u32* columns, int num_columns,                 \
-   const float* h_pre, const float* norm, const Stream* d_u, const Stream* d_x_in,              \
+   const float* h_pre, const float* r_factor, const Stream* d_u, const Stream* d_x_in,              \
    const float* h_res, Stream* d_x, int tokens, int n, int hidden, int staged) {                \
-    project_back<aligned, mixes>(x, phi, {rows, columns, num_columns}, h_pre, norm, d_u, d_x_in, \
+    project_back<aligned, mixes>(x, phi, {rows, columns, num_columns}, h_pre, r_factor, d_u, d_x_in, \
                                  h_res, d_x, tokens, n, hidden, staged);                        \
   }
 BACK(project_back, true, false)

@@ -288,8 +288,8 @@ impl GateSums {
 pub struct StreamFactors<'a, R> {
     /// r · dm `[K]`, zero in columns behind K.
     pub r_dm: RowsMut<'a, R>,
-    /// Factor of -X in d_x, from the gradient of r `[1]`.
-    pub norm: RowsMut<'a, R>,
+    /// Factor of -X in d_x that comes of r `[1]`.
+    pub r_factor: RowsMut<'a, R>,
     /// h_pre again `[n]`.
     pub h_pre: RowsMut<'a, R>,
 }
@@ -406,14 +406,14 @@ fn backward_with<V: Vector, const N: usize>(
         }
         for (l, dm_dot_m) in dm_dot_m.into_iter().enumerate().take(count) {
             let r = r.row(first + l)[0];
-            factors.norm.row(first + l)[0] = norm_factor(config, r, numel) * dm_dot_m;
+            factors.r_factor.row(first + l)[0] = r_slope(config, r, numel) * dm_dot_m;
         }
     }
 }
 
 /// f with dr/dX = -f · r · X, so that f · (dm · m) · X is what r's gradient takes from d_x.
 #[inline(always)]
-fn norm_factor<R: Real>(config: &Config, r: R, numel: usize) -> R {
+fn r_slope<R: Real>(config: &Config, r: R, numel: usize) -> R {
     let r_over_numel = r / R::from_f64(numel as f64);
     match config.norm_eps_mode {
         NormEpsMode::Inside => r * r_over_numel,

@@ -81,7 +81,7 @@ impl Case {
     fn norm_width(&self) -> usize {
         if self.has_norm { self.c } else { 0 }
     }
-    /// How pre's backward reads the cotangent of the x that was handed on.
+    /// `d_x_in` as pre's backward reads it.
     fn d_x_in<'a, R>(&self, h_res: &'a [R]) -> DxIn<'a, R> {
         if self.deferred {
             DxIn::Deferred {

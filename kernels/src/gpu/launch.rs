@@ -1,7 +1,7 @@
 //! Launches of kernels: a plan of a call is a list of them.
 
 use super::kernel::Kernel;
-use crate::contract::config::{Config, EpsMode, NormEpsMode, Order};
+use crate::contract::config::{Config, Constraint, EpsMode, NormEpsMode, Order};
 use crate::contract::layout::CoefficientLayout;
 
 /// One argument of a kernel. Signed, as in the kernels.
@@ -140,7 +140,7 @@ include!("structs.rs");
 impl From<&Config> for Settings {
     fn from(config: &Config) -> Self {
         Self {
-            constraint: config.constraint as i32,
+            constraint: config.constraint,
             sinkhorn_iters: config.sinkhorn_iters as i32,
             sinkhorn_eps: config.sinkhorn_eps as f32,
             clamp: i32::from(config.sinkhorn_eps_mode == EpsMode::Clamp),

@@ -3,8 +3,8 @@
 device_struct! {
     /// A [`Config`] as the kernels read it.
     Settings {
-        /// Number of the constraint.
-        constraint: i32,
+        /// The set that H_res is kept on.
+        constraint: Constraint,
         /// Iterations of Sinkhorn-Knopp.
         sinkhorn_iters: i32,
         /// Term in the divisions of Sinkhorn-Knopp.

@@ -47,7 +47,7 @@ pub struct BackwardScratch<V: Vector> {
     mixed: Vec<Staged<V>>,
     d_h_pre: Vec<V::Real>,
     r_dm: Vec<V::Real>,
-    norm: Vec<V::Real>,
+    r_factor: Vec<V::Real>,
     h_pre: Vec<V::Real>,
     norm_scale: Vec<V>,
     d_sum: Vec<V>,
@@ -69,7 +69,7 @@ impl<V: Vector> BackwardScratch<V> {
             mixed: filled([V::zero(); STAGE], CHUNK * layout.n)?,
             d_h_pre: zeros(layout.n)?,
             r_dm: zeros(shape.padded_columns())?,
-            norm: zeros(1)?,
+            r_factor: zeros(1)?,
             h_pre: zeros(layout.n)?,
             d_sum: filled(V::zero(), CHUNK * norm_scale.len())?,
             norm_scale,
@@ -132,7 +132,7 @@ pub fn backward_chunk<S: Stream, I: Isa>(
         mixed,
         d_h_pre,
         r_dm,
-        norm,
+        r_factor,
         h_pre,
         norm_scale,
         d_sum,
@@ -174,7 +174,7 @@ pub fn backward_chunk<S: Stream, I: Isa>(
     };
     let factors = StreamFactors {
         r_dm: RowsMut::new(r_dm, phi.padded_columns()),
-        norm: RowsMut::new(norm, 1),
+        r_factor: RowsMut::new(r_factor, 1),
         h_pre: RowsMut::new(h_pre, n),
     };
     coefficients::backward::<_, I>(inputs, factors, &mut sums.gates, coefficients);
@@ -189,7 +189,7 @@ pub fn backward_chunk<S: Stream, I: Isa>(
         d_sum,
         tokens,
         r_dm,
-        norm,
+        r_factor,
         h_pre,
         n,
         d_x,
@@ -211,7 +211,7 @@ struct StreamsBackward<'a, S: Stream, I: Isa> {
     d_sum: &'a [Acc<S, I>],
     tokens: usize,
     r_dm: &'a [S::Real],
-    norm: &'a [S::Real],
+    r_factor: &'a [S::Real],
     h_pre: &'a [S::Real],
     n: usize,
     d_x: RowsMut<'a, S>,
@@ -319,7 +319,7 @@ impl<S: Stream, I: Isa> StreamsBackward<'_, S, I> {
         }
     }
 
-    /// d_x = d_x_in + h_pre[i] · du + (r · dm) phiᵀ − norm · X for `T` tokens and `B` blocks.
+    /// d_x = d_x_in + h_pre[i] · du + (r · dm) phiᵀ − r_factor · X for `T` tokens and `B` blocks.
     #[inline(always)]
     fn write<const T: usize, const B: usize, const WHOLE: bool>(
         &mut self,
@@ -343,7 +343,7 @@ impl<S: Stream, I: Isa> StreamsBackward<'_, S, I> {
         for (t, sums) in sums.into_iter().enumerate() {
             let token = token + t;
             let h_pre = Acc::<S, I>::splat(self.h_pre[token * self.n + stream]);
-            let norm = Acc::<S, I>::splat(S::Real::default() - self.norm[token]);
+            let minus_f = Acc::<S, I>::splat(S::Real::default() - self.r_factor[token]);
             let d_u = self.d_u.row(token);
             let d_x = &mut self.d_x.row(token)[stream * c..][..c];
             for (b, sum) in sums.into_iter().enumerate() {
@@ -354,7 +354,7 @@ impl<S: Stream, I: Isa> StreamsBackward<'_, S, I> {
                     self.d_sum[token * self.shape.blocks + first + block + b]
                 };
                 let sum = h_pre.mul_add(d_u, sum);
-                let mut sum = norm.mul_add(self.staged[token][block + b], sum);
+                let mut sum = minus_f.mul_add(self.staged[token][block + b], sum);
                 match self.d_x_in {
                     DxIn::Absent => {}
                     DxIn::OfX => sum = S::load::<I, WHOLE>(&d_x[at..]) + sum,

@@ -1,0 +1,45 @@
+// The place of a block in a one-pass kernel: its slice of the channels, and its cluster's tiles of tokens.
+//
+// The block of rank b owns the channels [b * SIZE, (b + 1) * SIZE) of all streams. Cluster k of `tile_step` clusters
+// has the tiles k, k + tile_step and so on.
+
+#pragma once
+
+#include "one_pass/one_pass.cuh"
+
+constexpr int N = 4;  // streams
+constexpr int kColumns = N * (N + 2);
+
+// Boxes of a block in one stream.
+constexpr int kBoxes = SIZE / kBoxChannels;
+static_assert(SIZE % kBoxChannels == 0, "whole boxes");
+
+// Bytes of a box of TOKENS tokens, and of a plane: the boxes of one stream.
+template <int TOKENS>
+struct Tile {
+  static constexpr u32 kBoxBytes = TOKENS * kRowBytes;
+  static constexpr u32 kPlaneBytes = kBoxes * kBoxBytes;
+};
+
+template <int TOKENS>
+struct Place {
+  u32 shared;       // address of the block's shared memory
+  u32 rank, ranks;  // of the block in its cluster; the number of the cluster's blocks, a power of two
+  int first_tile, tile_step;
+
+  __device__ explicit Place(const void* memory)
+      : shared(shared_address(memory)), rank(cluster_rank()), ranks(cluster_size()) {}
+  // Sets this cluster's tiles.
+  __device__ void take_tiles(int ranks_log2) {
+    first_tile = blockIdx.x >> ranks_log2;
+    tile_step = gridDim.x >> ranks_log2;
+  }
+
+  __device__ int hidden() const { return SIZE * int(ranks); }
+  __device__ u32 first_channel() const { return rank * SIZE; }
+  __device__ int first_box() const { return rank * kBoxes; }
+  // The first token of this cluster's tile i.
+  __device__ int first_token(int i) const { return (first_tile + i * tile_step) * TOKENS; }
+  // This cluster's number of all tiles.
+  __device__ int share_of(int tiles) const { return (tiles - first_tile + tile_step - 1) / tile_step; }
+};

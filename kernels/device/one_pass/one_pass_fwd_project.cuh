@@ -1,0 +1,162 @@
+// The projecting warps of one_pass_fwd.cu, which includes this behind its sizes and its `Block`.
+//
+//   X'[i] = h_post[i] y + sum over j of H_res[i, j] X[j], in post_pre
+//   a block's parts of vec(X) phi and of the sum of X^2, or with a layer norm of G[i, j] = <X[i], X[j]>          [14]
+
+#pragma once
+
+#include "one_pass/products.cuh"
+
+// Row i of H_res, and h_post[i].
+struct MixingRow {
+  float h_res[N], h_post;
+};
+
+// X'[i] = h_post[i] y + sum over j of H_res[i, j] X[j], for two channels of a token. row: gives row i.
+template <class Row>
+__device__ inline void mix(u32 (&x)[N], u32 y, Row row) {
+  float values[N + 1][2];
+#pragma unroll
+  for (int j = 0; j <= N; ++j) {
+    const u32 word = j < N ? x[j] : y;
+    values[j][0] = wide(bf16{u16(word)});
+    values[j][1] = wide(bf16{u16(word >> 16)});
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const MixingRow h = row(i);
+    float sums[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      sums[e] = h.h_post * values[N][e];
+#pragma unroll
+      for (int j = 0; j < N; ++j) sums[e] += h.h_res[j] * values[j][e];
+    }
+    x[i] = pair_of((bf16*)nullptr, sums[0], sums[1]);
+  }
+}
+
+template <bool POST_PRE, bool NORM>
+__device__ inline void Block<POST_PRE, NORM>::project(int warp, int lane) const {
+  take_registers<P::Tuned::project_registers>();
+
+  // What lies in registers.
+  constexpr int kInRegisters = 3 * kSlices - P::kSharedFragments;
+  Slice slices[kSlices];
+  const auto shared_fragment = [&](int fragment) {
+    return shared + P::kFragments + (fragment - kInRegisters) * kFragmentBytes + 16 * thread_id();
+  };
+  // Whether there are registers left for what can as well be read when it is needed.
+  constexpr bool kSpare = P::kSharedFragments == 0, kKeepsHRes = kSpare || !NORM;
+  const u32 phi = shared + P::kPhi + (8 * warp + 2 * (lane % 4)) * P::kPhiRowBytes + lane / 4 * 4;
+#pragma unroll
+  for (int pair = 0; pair < 2; ++pair) {
+    wait(barrier(kPhiFull, pair), 0);
+#pragma unroll
+    for (int box = 0; box < kBoxes; ++box) {
+      const u32 at = phi + 2 * pair * P::kPhiBytes + box * kBoxChannels * P::kPhiRowBytes;
+      const int slice = 2 * box + pair;
+      slices[slice] = read_phi(at, P::kPhiRowBytes, P::kPhiBytes);
+#pragma unroll
+      for (int f = 0; f < 3; ++f) {
+        const int fragment = 3 * slice + f;
+        if (fragment >= kInRegisters) write4(shared_fragment(fragment), slices[slice].fragments[f]);
+      }
+    }
+  }
+  __syncwarp();
+  if (lane == 0) arrive(barrier(kPhiEmpty));
+  cluster_wait();
+
+  const int g = lane / 4;
+  // Lane l points at the 8 channels of token l % 8 of stream l / 8.
+  const u32 matrices = lane / 8 * P::kStreamBytes + swizzled(lane % 8, warp);
+  Ring<P::kStages> ring;
+#pragma unroll 1
+  for (int i = 0; has_tile(i); ++i, ring.next()) {
+    wait(barrier(kFull, ring.slot), ring.parity);
+    const u32 here = stage(ring.slot);
+    const auto read_h_res = [&](float (&row)[N], int i) {
+      read_floats(row, mixing(ring.slot) + (g * N + i) * N * 4);
+    };
+    const auto read_h_post = [&](int i) {
+      return read_float(mixing(ring.slot) + P::kHPost + (g * N + i) * 4);
+    };
+    MixingRow rows[N] = {};
+    if constexpr (POST_PRE) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (kKeepsHRes) read_h_res(rows[i].h_res, i);
+        if (kSpare) rows[i].h_post = read_h_post(i);
+      }
+    }
+    const auto row = [&](int i) {
+      MixingRow row = rows[i];
+      if (!kKeepsHRes) read_h_res(row.h_res, i);
+      if (!kSpare) row.h_post = read_h_post(i);
+      return row;
+    };
+
+    constexpr int kOctets = P::kTokens / 8, kSteps = kBoxes * kOctets;
+    // In post_pre the next box is on its way to registers while this one is mixed.
+    constexpr bool kAhead = POST_PRE && kSpare;
+    Sums sums[kOctets];
+    typename TokenProducts<NORM>::type products[kOctets];
+    u32 next[N], next_y = 0;
+    const auto address = [&](int step) {
+      return here + matrices + step / kOctets * P::kBoxBytes + step % kOctets * 8 * kRowBytes;
+    };
+    const auto read = [&](int step) {
+      read_matrices(next, address(step));
+      if constexpr (POST_PRE) read_matrix(next_y, address(step) + P::kY);
+    };
+    if (kAhead) read(0);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      if (!kAhead) read(step);
+      u32 x[N] = {next[0], next[1], next[2], next[3]};
+      const u32 y = next_y;
+      if (kAhead && step + 1 < kSteps) read(step + 1);
+      if constexpr (POST_PRE) {
+        mix(x, y, row);
+        write_matrices(address(step), x);
+      }
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair) {
+        const int slice = step / kOctets * 2 + pair;
+        Slice phi = slices[slice];
+#pragma unroll
+        for (int f = 0; f < 3; ++f) {
+          const int fragment = 3 * slice + f;
+          if (fragment >= kInRegisters) phi.fragments[f] = read4(shared_fragment(fragment));
+        }
+        sums[step % kOctets].add(phi, {x[2 * pair], x[2 * pair + 1]});
+      }
+      if constexpr (!NORM) products[step % kOctets].add(x);
+    }
+    if constexpr (NORM) {
+      // Afterwards, for it takes many registers.
+      __syncwarp();
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        if (step / kOctets % 2) continue;
+        u32 x[N], y[N] = {};
+        read_matrices(x, address(step));
+        if (step + kOctets < kSteps) read_matrices(y, address(step + kOctets));
+        products[step % kOctets].add(x, y);
+      }
+    }
+
+    const u32 slot = i % 2;
+    wait(barrier(kPartialEmpty, slot), (i / 2 & 1) ^ 1);
+#pragma unroll
+    for (int octet = 0; octet < P::kTokens / 8; ++octet) {
+      const u32 row = warp * P::kTokens + 8 * octet;
+      const u32 at = shared + P::kPartials + slot * P::kPartialBytes + row * P::kSumsBytes;
+      sums[octet].template store<P::kSumsBytes>(at, lane);
+      products[octet].template store<P::kSumsBytes>(at + 4 * kColumns, lane);
+    }
+    __syncwarp();
+    if (lane == 0) arrive(barrier(kPartialFull, slot));
+  }
+}

@@ -1,0 +1,339 @@
+// The main warps of post_pre_bwd_one_pass.cu, which includes this behind its sizes and its `Block`.
+//
+//   X'      = H_res X + h_post y, again
+//   d_X'[j] = sum over i of H_res_new[i, j] d_X'_in[i] + h_pre[j] d_u + (r dm) phi^T - f X'[j]
+//   d_y     = sum over i of h_post[i] d_X'[i]
+//   d_phi   = sum over tokens of vec(X')^T (r dm), where kSumsPhi
+
+#pragma once
+
+// A main warp has units of 16 channels of all streams: two neighbours, or every eighth of the block's. In the latter
+// case half of the warps may have one less than the others.
+constexpr int kUnits = (SIZE / 16 + kMainWarps - 1) / kMainWarps;
+constexpr int kLastUnits = SIZE / 16 - (kUnits - 1) * kMainWarps;
+// Units whose X' is there before the replies are: with those of all, 448 channels would take too many registers.
+constexpr int kAhead = Tuned::ahead;
+constexpr int kUnitStep = kSumsPhi ? 16 : 16 * kMainWarps;  // channels
+constexpr int kWarpStep = kSumsPhi ? 32 : 16;
+// Where a unit lies, from the address of the warp's first one.
+__device__ inline u32 of_unit(u32 at, u32 unit) {
+  return kSumsPhi ? at ^ unit * 32 : at + unit * (kUnitStep / kBoxChannels) * kBox;
+}
+
+// Its fragments of 16 channels and 8 tokens have the channels g and g + 8, and in neighbouring columns the
+// tokens q and q + 4: so those of two products with four tokens each make one for eight.
+__device__ inline u32 token_of_column(u32 column) { return column / 2 + 4 * (column % 2); }
+
+struct MainWarp {
+  const Block& block;
+  const bool has_last_unit;
+  u32 phi;            // this lane's fragment of the first unit
+  u32 streams;        // ldmatrix address, within a stage, of the tokens 0 to 3
+  u32 stream_stage;   // bytes from stage to stage there
+  u32 vectors;        // of y and d_u; the first two of the four matrices are y's
+  u32 outputs;        // stmatrix addresses of d_X'
+  u32 output_stage;
+  float phi_units[kUnits];
+  u32 dm_rows, dm_columns;  // ldmatrix addresses within the replies
+  u32 dm_unit;              // of the token of this lane's column
+  u32 table;                // where the words of this lane lie in a table
+  u32 take_high, take_low;  // what makes fragments of them
+  float d_phi[N][kUnits][3][4];  // where kSumsPhi
+  u32 phi_words[N][kUnits][6];   // elsewhere, beyond a tile
+
+  __device__ MainWarp(const Block& block, int warp, int lane)
+      : block(block), has_last_unit(kLastUnits == kMainWarps || warp < kLastUnits) {
+    const u32 row = lane % 8, matrix_of_lane = lane / 8;
+    const u32 first_channel = warp * kWarpStep, box = first_channel / kBoxChannels * kBox;
+    const u32 first_unit = first_channel % kBoxChannels / 8;  // 16 bytes are 8 channels
+    phi = block.shared + kPhi + first_channel / 16 * N * kPhiBytes;
+
+    // Rows (k) are stream * 4 + token % 4; matrices go over the channels first.
+    const u32 k = lane / 16 * 8 + row, stream = k / 4, odd = stream % 2;
+    const u32 unit = first_unit + matrix_of_lane % 2;
+    stream_stage = odd ? kOddBytes : kEvenBytes;
+    streams = (odd ? block.odd(0) : block.even(0)) + stream / 2 * kPlane + box +
+              swizzled(k % 4, unit ^ odd * kOddSwizzle);
+
+    const u32 token = token_of_column(row);
+    vectors = block.even(0) + (matrix_of_lane / 2 ? kInput : kY) + box + swizzled(token, unit);
+    const u32 odd_output = matrix_of_lane / 2;
+    output_stage = odd_output ? kOddBytes : kEvenBytes;
+    outputs = (odd_output ? block.odd(0) : block.even(0)) + kGradient + box +
+              swizzled(token, unit ^ odd_output * kOddSwizzle);
+    dm_rows = token * kReplyStride + matrix_of_lane % 2 * 16 + matrix_of_lane / 2 * kReplyLow;
+    dm_columns = token * kReplyStride + matrix_of_lane / 2 * 16 + matrix_of_lane % 2 * kReplyLow;
+    dm_unit = token_of_column(lane / 4) * kReplyStride + kReplyUnit;
+
+    // A fragment that mixes has token g / 2 of stream g % 2 in column g, and in the rows 2q and 2q + 1 two
+    // tokens of another stream: at most one of both is the column's, and the rest is zero.
+    const u32 g = lane / 4, q = lane % 4;
+    table = ((g / 2 * 2 + g % 2) * 2 + q / 2) * 16;
+    const bool has_token = g / 4 == q % 2, upper = g / 2 % 2;
+    take_high = !has_token ? 0x4444 : upper ? 0x1044 : 0x4410;
+    take_low = !has_token ? 0x4444 : upper ? 0x3244 : 0x4432;
+  }
+
+  // phi as fragments, into shared memory and from there into registers if it is kept there. Two units at a
+  // time, which share a scale: there are too few registers for the numbers of all.
+  __device__ void load_phi(const float* phi_of_warp, int lane) {
+    const int g = lane / 4, q = lane % 4;
+#pragma unroll 1
+    for (int first = 0; first < kUnits; first += 2) {
+      float2 values[N * 2][6];
+      u32 largest = 0;
+#pragma unroll
+      for (int e = 0; e < N * 2 * 6; ++e) {
+        const int j = e / 6, p = e % 6, unit = first + j % 2;
+        if (!has_unit(unit)) continue;
+        const int row = j / 2 * block.hidden() + unit * kUnitStep + p % 2 * 8 + g;
+        const float2 v = __ldg(reinterpret_cast<const float2*>(phi_of_warp + row * kColumns + p / 2 * 8) + q);
+        largest = max(largest, max(magnitude(v.x), magnitude(v.y)));
+        values[j][p] = v;
+      }
+      const float phi_unit = half_unit(__reduce_max_sync(kAllLanes, largest));
+      const float scale = inverse_of_unit(phi_unit);
+#pragma unroll
+      for (int unit = 0; unit < kUnits; ++unit) {
+        if (unit / 2 == first / 2) phi_units[unit] = phi_unit;
+      }
+#pragma unroll
+      for (int j = 0; j < N * 2; ++j) {
+        const int unit = first + j % 2;
+        if (!has_unit(unit)) continue;
+        u32 words[6];
+        round_phi(words, values[j], scale);
+        const u32 at = fragment(j / 2, unit);
+        write4(at + lane * 16, {words[0], words[1], words[2], words[3]});
+        write2(at + 512 + lane * 8, {words[4], words[5]});
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < N * kUnits; ++j) {
+      const int i = j / kUnits, unit = j % kUnits;
+      if constexpr (kSumsPhi) {
+#pragma unroll
+        for (int c = 0; c < 12; ++c) d_phi[i][unit][c / 4][c % 4] = 0.f;
+      } else if (has_unit(unit)) {
+        read_phi(phi_words[i][unit], i, unit, lane);
+      }
+    }
+  }
+  __device__ u32 fragment(int i, int unit) const { return phi + (unit * (kUnitStep / 16) * N + i) * kPhiBytes; }
+  __device__ void read_phi(u32 (&words)[6], int i, int unit, int lane) const {
+    const uint4 a = read4(fragment(i, unit) + lane * 16);
+    const uint2 b = read2(fragment(i, unit) + 512 + lane * 8);
+    words[0] = a.x, words[1] = a.y, words[2] = a.z, words[3] = a.w, words[4] = b.x, words[5] = b.y;
+  }
+  __device__ bool has_unit(int unit) const {
+    return unit + 1 < kUnits || (unit + 1 == kUnits && has_last_unit);
+  }
+
+  // Four streams of the tokens 0 to 3 and 4 to 7.
+  __device__ static void read_streams(u32 (&fragments)[2][4], u32 at) {
+    read_transposed(fragments[0], at);
+    read_transposed(fragments[1], (at ^ 4 * 16) + 4 * kRowBytes);
+  }
+
+  // Mixes four streams of four tokens to the streams i and i + 1: (channel g, i), (g, i + 1), (g + 8, i),
+  // (g + 8, i + 1) of the token q. `first` and `second` are words of a table, for two of the four each.
+  __device__ void mix(float (&mixed)[4], const u32 (&streams)[4], u32 first, u32 second) const {
+    mma(mixed, streams[0], streams[1], streams[2], streams[3],
+        {__byte_perm(first, 0, take_high), __byte_perm(second, 0, take_high)});
+    mma(mixed, streams[0], streams[1], streams[2], streams[3],
+        {__byte_perm(first, 0, take_low), __byte_perm(second, 0, take_low)});
+  }
+
+  // H_post of the tokens q and q + 4.
+  __device__ static void read_h_post(float (&h_post)[2][N], u32 tables, int q) {
+#pragma unroll
+    for (u32 e = 0; e < 2; ++e) {
+      const float4 h = read_float4(tables + 2 * kTableBytes + (q + 4 * e) * N * 4);
+      h_post[e][0] = h.x, h_post[e][1] = h.y, h_post[e][2] = h.z, h_post[e][3] = h.w;
+    }
+  }
+
+  // X' of a unit as A fragments: channels g and g + 8.
+  __device__ void mix_x(u32 (&x_new)[N][2], const u32 (&y)[2], u32 at, const uint4 (&h_res)[2],
+                        const float (&h_post)[2][N]) const {
+    u32 x[2][4];
+    read_streams(x, at);
+    float values[N][4];
+#pragma unroll
+    for (u32 e = 0; e < 2; ++e) {
+#pragma unroll
+      for (u32 i = 0; i < N; i += 2) {
+        float mixed[4] = {};
+        mix(mixed, x[e], i ? h_res[e].z : h_res[e].x, i ? h_res[e].w : h_res[e].y);
+#pragma unroll
+        for (u32 v = 0; v < 4; ++v) {
+          const float y_v = e ? high_half(y[v / 2]) : low_half(y[v / 2]);
+          values[i + v % 2][v / 2 * 2 + e] = fmaf(h_post[e][i + v % 2], y_v, mixed[v]);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      x_new[i][0] = pair(values[i][0], values[i][1]);
+      x_new[i][1] = pair(values[i][2], values[i][3]);
+    }
+  }
+
+  // X' and d_u of some units.
+  __device__ void begin(u32 first, u32 last, u32 (&x_new)[kUnits][N][2], u32 (&d_u)[kUnits][2],
+                        u32 tables, u32 slot, int q) const {
+    const uint4 h_res[2] = {read4(tables + table), read4(tables + table + kTableBytes / 2)};
+    float h_post[2][N];
+    read_h_post(h_post, tables, q);
+#pragma unroll
+    for (u32 unit = first; unit < last; ++unit) {
+      if (!has_unit(unit)) break;
+      u32 y_and_d_u[4];
+      read_transposed(y_and_d_u, of_unit(vectors + slot * kEvenBytes, unit));
+      const u32 y[2] = {y_and_d_u[0], y_and_d_u[1]};
+      d_u[unit][0] = y_and_d_u[2], d_u[unit][1] = y_and_d_u[3];
+      mix_x(x_new[unit], y, of_unit(streams + slot * stream_stage, unit), h_res, h_post);
+    }
+  }
+
+  // Adds a tile to d_phi.
+  __device__ void sum_phi(const u32 (&x_new)[kUnits][N][2], u32 replies) {
+    // r dm, high and low parts of an octet of columns side by side: rows 8 to 15 of the tokens are the same
+    // again, for the low parts.
+    u32 dm[4], dm_end[2];
+    read_transposed(dm, replies + dm_columns);
+    read_transposed(dm_end, replies + dm_columns + 32);
+#pragma unroll
+    for (u32 unit = 0; unit < kUnits; ++unit) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const u32 a0 = x_new[unit][i][0], a1 = x_new[unit][i][1];
+        mma_k8(d_phi[i][unit][0], a0, a1, dm[0]);
+        mma_k8(d_phi[i][unit][0], a0, a1, dm[1]);
+        mma_k8(d_phi[i][unit][1], a0, a1, dm[2]);
+        mma_k8(d_phi[i][unit][1], a0, a1, dm[3]);
+        mma_k8(d_phi[i][unit][2], a0, a1, dm_end[0]);
+        mma_k8(d_phi[i][unit][2], a0, a1, dm_end[1]);
+      }
+    }
+  }
+
+  __device__ void tile(int tile, Ring<kStages> ring, int lane) {
+    const u32 slot = ring.slot;
+    const int q = lane % 4;
+    const u32 tables = block.tables(tile);
+    wait(block.barrier(kInputFull, slot), ring.parity);
+    wait(block.barrier(kTablesFull, tile % 2), tile / 2 % 2);
+
+    u32 x_new[kUnits][N][2], d_u[kUnits][2];
+    begin(0, kAhead, x_new, d_u, tables, slot, q);
+
+    wait(block.barrier(kGradientFull, slot), ring.parity);
+    wait_for_cluster(block.barrier(kRepliesFull, slot), ring.parity);
+    const u32 replies = block.reply(slot, 0);
+    if constexpr (kSumsPhi) sum_phi(x_new, replies);
+
+    u32 gradient[kUnits][2][4];
+    const u32 gradients = streams + slot * stream_stage + kGradient;
+    if constexpr (kSumsPhi) {
+#pragma unroll
+      for (u32 unit = 0; unit < kUnits; ++unit) read_streams(gradient[unit], of_unit(gradients, unit));
+    }
+#pragma unroll
+    for (u32 unit = 0; unit < kUnits; ++unit) {
+      if (!has_unit(unit)) break;
+      if (unit >= kAhead) begin(unit, unit + 1, x_new, d_u, tables, slot, q);
+      if constexpr (!kSumsPhi) read_streams(gradient[unit], of_unit(gradients, unit));
+      // d_X' but for phi (r dm): channel g of the tokens q and q + 4, channel g + 8 of these
+      float values[N][4], units[2];
+#pragma unroll
+      for (u32 e = 0; e < 2; ++e) {
+        const u32 reply = block.reply(slot, q + 4 * e);
+        const float4 gates = read_float4(reply + kReplyGates);
+        const float h_pre[N] = {gates.x, gates.y, gates.z, gates.w};
+        const float minus_f = read_float(reply + kReplyFactor);
+        units[e] = phi_units[unit] * read_float(reply + kReplyUnit);
+        const uint4 h_res = read4(tables + kTableBytes + table + e * kTableBytes / 2);
+#pragma unroll
+        for (u32 i = 0; i < N; i += 2) {
+          float mixed[4] = {};
+          mix(mixed, gradient[unit][e], i ? h_res.z : h_res.x, i ? h_res.w : h_res.y);
+#pragma unroll
+          for (u32 v = 0; v < 4; ++v) {
+            const u32 d_u_pair = d_u[unit][v / 2], x_pair = x_new[unit][i + v % 2][v / 2];
+            const float d_u_v = e ? high_half(d_u_pair) : low_half(d_u_pair);
+            const float x_v = e ? high_half(x_pair) : low_half(x_pair);
+            const float collapsed = fmaf(h_pre[i + v % 2], d_u_v, mixed[v]);
+            values[i + v % 2][v / 2 * 2 + e] = fmaf(minus_f, x_v, collapsed);
+          }
+        }
+      }
+
+      // r dm: high 0 and 1, low 0 and 1, high and low 2
+      u32 dm[4], dm_end[2];
+      read_matrices(dm, replies + dm_rows);
+      read_matrices(dm_end, replies + dm_columns + 32);
+      const float scale = inverse_of_unit(read_float(replies + dm_unit));
+      const u32 half_dm[3] = {half_pair(dm[0], dm[2], scale), half_pair(dm[1], dm[3], scale),
+                              half_pair(dm_end[0], dm_end[1], scale)};
+      float h_post[2][N];
+      read_h_post(h_post, tables, q);
+      float d_y[4] = {};
+      u32 rounded[2][4];
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        float products[4] = {};
+        if constexpr (kSumsPhi) read_phi(phi_words[i][unit], i, unit, lane);
+        mma_half(products, phi_words[i][unit], half_dm);
+#pragma unroll
+        for (int v = 0; v < 4; ++v) values[i][v] = fmaf(units[v % 2], products[v], values[i][v]);
+#pragma unroll
+        for (int v = 0; v < 4; ++v) d_y[v] = fmaf(h_post[v % 2][i], values[i][v], d_y[v]);
+        rounded[i / 2][i % 2 * 2] = pair(values[i][0], values[i][1]);
+        rounded[i / 2][i % 2 * 2 + 1] = pair(values[i][2], values[i][3]);
+      }
+      write_transposed(of_unit(outputs + slot * output_stage, unit), rounded[0]);
+      write_transposed(of_unit(outputs + kPlane + slot * output_stage, unit), rounded[1]);
+      const u32 rounded_d_y[2] = {pair(d_y[0], d_y[1]), pair(d_y[2], d_y[3])};
+      write_transposed(of_unit(vectors + kPlane + slot * kEvenBytes, unit), rounded_d_y);
+    }
+    fence_for_copies();
+    __syncwarp();
+    if (lane == 0) arrive(block.barrier(kDone, slot));
+  }
+
+  __device__ void store_d_phi(float* d_phi_of_block) const {
+    // Asked for again, or the addresses of phi would be kept until here.
+    const u32 lane = lane_id();
+    const int g = lane / 4, q = lane % 4;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+#pragma unroll
+      for (int unit = 0; unit < kUnits; ++unit) {
+        const int row = i * block.hidden() + unit * 16 + g;
+        ::store_d_phi(d_phi_of_block + row * kColumns, d_phi[i][unit], q);
+      }
+    }
+  }
+};
+
+__device__ inline void main_warps(const Block& block, const Args& args, int warp, int lane) {
+  MainWarp self(block, warp, lane);
+  const int row = block.first_channel() + warp * kWarpStep;
+  self.load_phi(args.phi + row * kColumns, lane);
+  fence_for_copies();
+  __syncwarp();
+  if (lane == 0) arrive(block.barrier(kPhiThere, 0));
+  cluster_wait();
+  Ring<kStages> ring;
+  for (int tile = 0; tile < block.num_tiles; ++tile, ring.next()) {
+    if (warp == 0 && lane == 0) {
+      arrive_and_expect(block.barrier(kRepliesFull, ring.slot), kTileTokens * kReplyBytes);
+    }
+    self.tile(tile, ring, lane);
+  }
+  if constexpr (kSumsPhi) {
+    const int of_cluster = block.first_tile * N * block.hidden();
+    self.store_d_phi(static_cast<float*>(args.for_phi) + (of_cluster + row) * kColumns);
+  }
+}

@@ -1,0 +1,343 @@
+// The main warps of pre_bwd_one_pass.cu, which includes this behind its sizes and its `Block`.
+//
+//   d_x[j] = sum over i of h_res[i, j] d_x_in[i] + h_pre[j] d_u + (r dm) phi^T - f X[j]
+//   d_phi  = sum over tokens of vec(X)^T (r dm)
+//
+// and with a norm of the layer's input (NORM)
+//
+//   u      = sum over i of h_pre[i] X[i], again, and the cotangent of u in place of d_u
+//   dw     = sum over tokens of g rho u
+
+#pragma once
+
+// A fragment of phi (phi.cuh) with its way through shared memory.
+struct PhiFragment {
+  u32 words[6];
+
+  // This lane's elements, from the first on.
+  __device__ static void load(float2 (&values)[6], const float* first) {
+#pragma unroll
+    for (int w = 0; w < 6; ++w) {
+      values[w] = *reinterpret_cast<const float2*>(first + w % 2 * 8 * kColumns + w / 2 * 8);
+    }
+  }
+  __device__ void set(const float2 (&values)[6], float scale) {
+    round_phi(words, values, scale);
+  }
+  __device__ void write(u32 at) const {
+#pragma unroll
+    for (int w = 0; w < 6; w += 2) write2(at + w * 128, {words[w], words[w + 1]});
+  }
+  __device__ void read(u32 at) {
+#pragma unroll
+    for (int w = 0; w < 6; w += 2) {
+      const uint2 v = read2(at + w * 128);
+      words[w] = v.x, words[w + 1] = v.y;
+    }
+  }
+};
+
+// The first channel of this thread in a turn; it has the eighth from there on, too. Asks for its place, so that it need
+// not be kept in registers meanwhile.
+__device__ inline int channel_at(int turn) {
+  const u32 thread = thread_id();
+  const int warp = thread / 32;
+  const int unit = turn * kMainWarps + (turn < kTurns ? warp : warp / 2);
+  return cluster_rank() * SIZE + unit * 16 + thread % 32 / 4;
+}
+
+// Where this thread's elements of fragment f of phi or d_phi begin; asks for its place, too.
+__device__ inline int fragment_at(int f, int hidden) {
+  const u32 thread = thread_id();
+  const int warp = thread / 32, turn = f / N;
+  const int stream = f % N + (turn < kTurns ? 0 : warp % 2 * 2);
+  return (stream * hidden + channel_at(turn)) * kColumns + thread % 4 * 2;
+}
+
+// A main warp. Lane 4 g + q has the channels g and g + 8 of a unit, and the tokens 2 q and 2 q + 1.
+template <bool NORM>
+struct Differentiation {
+  // Fragments of phi; from this warp's first one in shared memory on.
+  PhiFragment held[kHeld > 0 ? kHeld : 1];
+  u32 phi_at;
+  float d_phi[kSums][3][4];
+  const float* norm_scale;
+  float* d_norm_scale_partials;
+  int hidden;
+  // Sums for the gradient of w, where there are registers for them: lane 4 g + q has channel g + q % 2 * 8 of one of
+  // two turns each.
+  float d_w[(kTurns + kShared + 1) / 2];
+  // Places of the tile: of X and d_u, and of d_x_in; of the replies from matrix rows of this lane on, and from its
+  // first token on.
+  u32 stage, d_x_in_at, row_replies, own_replies;
+
+  // A unit, or two streams of it from `first` on, whose fragments are those from F on. `at`: of this lane's matrix
+  // row in a pair of streams; where only one is read, of a lane whose row is wanted it is in the first.
+  template <int F, int STREAMS>
+  __device__ void differentiate(u32 at, int first) {
+    // d_u of channels g and g + 8, and where it is normalised the cotangent of u.
+    u32 d_u[2] = {};
+    float du[2][2];
+    if constexpr (NORM) {
+      u32 x[2][4];
+      read_transposed(x[0], stage + at);
+      read_transposed(x[1], stage + 2 * kPlaneBytes + at);
+      read_transposed(d_u, stage + kDU + at);
+      float d_scale[2] = {};
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const float scale = load_single(norm_scale + channel_at(F / N) + 8 * c);
+#pragma unroll
+        for (int t = 0; t < 2; ++t) {
+          const auto of = [&](u32 v) { return t == 0 ? low_half(v) : high_half(v); };
+          const float4 h = read_float4(own_replies + t * kReplyRow + kHPre);
+          const uint2 factors = read2(own_replies + t * kReplyRow + kRho);
+          const float rho = __uint_as_float(factors.x), minus_f = __uint_as_float(factors.y), g = of(d_u[c]);
+          const float u = h.x * of(x[0][c]) + h.y * of(x[0][2 + c]) + h.z * of(x[1][c]) + h.w * of(x[1][2 + c]);
+          d_scale[c] += g * (rho * u);
+          du[c][t] = rho * (scale * g) + minus_f * u;
+        }
+      }
+      const u32 q = lane_id() % 4;
+      float sum = q % 2 ? d_scale[1] : d_scale[0];
+      sum += __shfl_xor_sync(kAllLanes, q % 2 ? d_scale[0] : d_scale[1], 1);
+      sum += __shfl_xor_sync(kAllLanes, sum, 2);
+      constexpr int kTurn = F / N;
+      if constexpr (kHoldsDW) {
+        if (q / 2 == kTurn % 2) d_w[kTurn / 2] += sum;
+      } else if (q < 2 && first == 0) {
+        // Of two warps that share a unit the first.
+        *d_w_at(kTurn) += sum;
+      }
+    }
+    const auto cotangent = [&](int c, int t) {
+      if constexpr (NORM) {
+        return du[c][t];
+      } else {
+        return t == 0 ? low_half(d_u[c]) : high_half(d_u[c]);
+      }
+    };
+    // r dm and the rest of it; and both in one as B of phi dm: k is a column.
+    u32 dm[4], more_dm[2];
+    read_matrices(dm, row_replies);
+    read_matrices(more_dm, row_replies + 64);
+    const u32 column_replies = own_replies + (lane_id() / 4 - lane_id() % 4 * 2) * kReplyRow;
+    const float scale = inverse_of_unit(read_float(column_replies + kUnit));
+    const u32 half_dm[3] = {half_pair(dm[0], dm[3], scale), half_pair(dm[1], more_dm[0], scale),
+                            half_pair(dm[2], more_dm[1], scale)};
+    const float unit_of_phi = read_float(phi_unit());
+    u32 d_x_in[2][4];
+    if constexpr (!NORM) read_transposed(d_u, stage + kDU + at);
+    read_transposed(d_x_in[0], d_x_in_at + at);
+    read_transposed(d_x_in[1], d_x_in_at + 2 * kPlaneBytes + at);
+    // The other warp of a shared unit writes what this one reads.
+    if constexpr (STREAMS < N) wait_for_partner();
+    const u32 first_at = at + first * kPlaneBytes;
+    const u32 first_replies = own_replies + first * sizeof(float), first_h = own_replies + kHRes + first * 16;
+#pragma unroll
+    for (int s = 0; s < STREAMS; s += 2) {
+      u32 x[4], d_x[4];
+      read_transposed(x, stage + first_at + s * kPlaneBytes);
+#pragma unroll
+      for (int j = s; j < s + 2; ++j) {
+        const u32 x0 = x[j % 2 * 2], x1 = x[j % 2 * 2 + 1];
+        PhiFragment p;
+        if (F + j < kHeld) {
+          p = held[F + j < kHeld ? F + j : 0];
+        } else {
+          p.read(phi() + (F + j - kHeld) * kMainWarps * kFragmentBytes);
+        }
+        float sums[4] = {};
+        mma_half(sums, p.words, half_dm);
+#pragma unroll
+        for (int t = 0; t < 2; ++t) {
+          const auto of = [&](u32 v) { return t == 0 ? low_half(v) : high_half(v); };
+          const float h_pre = read_float(first_replies + t * kReplyRow + kHPre + 4 * j);
+          const uint2 factors = read2(own_replies + t * kReplyRow + kMinusF);
+          const float minus_f = __uint_as_float(factors.x), unit = unit_of_phi * __uint_as_float(factors.y);
+          const float4 h = read_float4(first_h + t * kReplyRow + j * 16);
+          sums[t] = unit * sums[t] + h_pre * cotangent(0, t) + minus_f * of(x0);
+          sums[2 + t] = unit * sums[2 + t] + h_pre * cotangent(1, t) + minus_f * of(x1);
+          const float hs[N] = {h.x, h.y, h.z, h.w};
+#pragma unroll
+          for (int i = 0; i < N; ++i) {
+            sums[t] += hs[i] * of(d_x_in[i / 2][i % 2 * 2]);
+            sums[2 + t] += hs[i] * of(d_x_in[i / 2][i % 2 * 2 + 1]);
+          }
+        }
+        d_x[j % 2 * 2] = pair(sums[0], sums[1]);
+        d_x[j % 2 * 2 + 1] = pair(sums[2], sums[3]);
+      }
+      write_transposed(d_x_in_at + first_at + s * kPlaneBytes, d_x);
+    }
+    // The same as B of X^T dm: k is a token. X is read again, which takes fewer registers.
+    read_transposed(dm, row_replies);
+    read_transposed(more_dm, row_replies + 64);
+#pragma unroll
+    for (int s = 0; s < STREAMS; s += 2) {
+      u32 x[4];
+      read_transposed(x, stage + first_at + s * kPlaneBytes);
+#pragma unroll
+      for (int j = s; j < s + 2; ++j) {
+        const u32 x0 = x[j % 2 * 2], x1 = x[j % 2 * 2 + 1];
+        const auto add = [&](float(&sums)[3][4]) {
+          mma(sums[0], x0, x1, x0, x1, {dm[0], dm[3]});
+          mma(sums[1], x0, x1, x0, x1, {dm[1], more_dm[0]});
+          mma(sums[2], x0, x1, x0, x1, {dm[2], more_dm[1]});
+        };
+        if (F + j < kSums) {
+          add(d_phi[F + j < kSums ? F + j : 0]);
+        } else {
+          float sums[3][4];
+          read_sums(sums);
+          add(sums);
+          write_sums(sums);
+        }
+      }
+    }
+  }
+
+  // What of `d_norm_scale_partials` lane 4 g + q, q < 2, adds up in a turn.
+  __device__ float* d_w_at(int turn) const {
+    return d_norm_scale_partials + (cluster_id() * u32(hidden) + u32(channel_at(turn)) + lane_id() % 2 * 8);
+  }
+
+  __device__ void write_d_w(int lane) const {
+#pragma unroll
+    for (int turn = 0; turn < kTurns + kShared; ++turn) {
+      // Both warps of a shared unit write the same.
+      if (lane % 4 / 2 == turn % 2) *d_w_at(turn) = d_w[turn / 2];
+    }
+  }
+
+  // The same as phi_at; asked for again where the norm leaves no register for it.
+  __device__ u32 phi() const {
+    if constexpr (!NORM || kHoldsDW) return phi_at;
+    const u32 thread = thread_id();
+    return shared_address(shared) + kPhi + thread / 32 * kFragmentBytes + thread % 32 * 8;
+  }
+
+  // Asks for its place like `fragment_at`.
+  __device__ static u32 phi_unit() {
+    const u32 thread = thread_id();
+    return shared_address(shared) + kPhiUnits + thread / 32 * sizeof(float);
+  }
+
+  // Asks for its place like `fragment_at`.
+  __device__ static u32 sums_at() {
+    const u32 thread = thread_id();
+    return shared_address(shared) + kSumsAt + thread / 32 * kSumsBytes + thread % 32 * 16;
+  }
+  __device__ static void read_sums(float (&sums)[3][4]) {
+    const u32 at = sums_at();
+#pragma unroll
+    for (int octet = 0; octet < 3; ++octet) {
+      const float4 v = read_float4(at + octet * 512);
+      sums[octet][0] = v.x, sums[octet][1] = v.y, sums[octet][2] = v.z, sums[octet][3] = v.w;
+    }
+  }
+  __device__ static void write_sums(const float (&sums)[3][4]) {
+    const u32 at = sums_at();
+#pragma unroll
+    for (int octet = 0; octet < 3; ++octet) {
+      const float(&s)[4] = sums[octet];
+      write_float4(at + octet * 512, {s[0], s[1], s[2], s[3]});
+    }
+  }
+
+  __device__ static void wait_for_partner() {
+    asm volatile("bar.sync %0, 64;" ::"r"(1 + threadIdx.x / 64) : "memory");
+  }
+
+  template <int TURN>
+  __device__ void take_turns(u32 at) {
+    constexpr u32 kTurnBytes = kMainWarps / kBoxUnits * kBoxBytes;
+    if constexpr (TURN < kTurns) {
+      differentiate<TURN * N, N>(at + TURN * kTurnBytes, 0);
+      take_turns<TURN + 1>(at);
+    }
+  }
+};
+
+template <bool NORM>
+__device__ inline void differentiate_tiles(const Block& block, const Args& args, int warp, int lane) {
+  const int hidden = args.hidden;
+  Differentiation<NORM> main;
+  main.phi_at = block.shared + kPhi + warp * kFragmentBytes + lane * 8;
+  // All of it at once, before the sums need the registers.
+  float2 values[kFragments][6];
+  u32 largest = 0;
+#pragma unroll
+  for (int f = 0; f < kFragments; ++f) PhiFragment::load(values[f], args.phi + fragment_at(f, hidden));
+#pragma unroll
+  for (int w = 0; w < kFragments * 6; ++w) {
+    const float2 v = values[w / 6][w % 6];
+    largest = max(largest, max(magnitude(v.x), magnitude(v.y)));
+  }
+  const float unit = half_unit(__reduce_max_sync(kAllLanes, largest)), scale = inverse_of_unit(unit);
+  write_float(main.phi_unit(), unit);
+#pragma unroll
+  for (int f = 0; f < kFragments; ++f) {
+    PhiFragment fragment;
+    fragment.set(values[f], scale);
+    if (f < kHeld) {
+      main.held[f < kHeld ? f : 0] = fragment;
+    } else {
+      fragment.write(main.phi_at + (f - kHeld) * kMainWarps * kFragmentBytes);
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < kSums * 12; ++e) main.d_phi[e / 12][e / 4 % 3][e % 4] = 0.f;
+  if constexpr (NORM) {
+    main.norm_scale = args.norm_scale, main.d_norm_scale_partials = args.d_norm_scale_partials;
+    main.hidden = hidden;
+#pragma unroll
+    for (float& sum : main.d_w) sum = 0.f;
+    if constexpr (!kHoldsDW) main.write_d_w(lane);
+  }
+  if constexpr (kSumsInShared > 0) main.write_sums({});
+  __syncwarp();
+  if (lane == 0) arrive(block.barrier(kPhiRead, 0));
+  cluster_wait();
+
+#pragma unroll 1
+  for (int tile = 0; tile < block.num_tiles; ++tile) {
+    // From the number of the tile, so that it is all that has to be kept.
+    const u32 slot = tile % kStages, parity = tile / kStages % 2;
+    const u32 d_x_in_slot = tile % kDXInSlots, d_x_in_parity = tile / kDXInSlots % 2;
+    if (warp == 0 && lane == 0) {
+      arrive_and_expect(block.barrier(kReplyFull, slot), kTileTokens * kHRes);
+    }
+    wait(block.barrier(kFull, slot), parity);
+    wait(block.barrier(kTableFull, slot), parity);
+    wait(block.barrier(kDXInFull, d_x_in_slot), d_x_in_parity);
+    wait_for_cluster(block.barrier(kReplyFull, slot), parity);
+    main.stage = block.stage(slot), main.d_x_in_at = block.d_x_in_at(d_x_in_slot);
+    const u32 replies = block.replies(slot);
+    // Asked for again, like all that can be.
+    const u32 lane = lane_id(), q = lane % 4, matrix = lane / 8, row = lane % 8;
+    main.row_replies = replies + row * kReplyRow + matrix * 16, main.own_replies = replies + 2 * q * kReplyRow;
+    // Of a pair of streams: the matrices of the first, then those of the second.
+    const auto pair_at = [&](int unit) {
+      return matrix / 2 * kPlaneBytes + swizzled(row, unit % kBoxUnits * 2 + matrix % 2) +
+             unit / kBoxUnits * kBoxBytes;
+    };
+    main.template take_turns<0>(pair_at(warp));
+    if constexpr (kShared) {
+      main.template differentiate<kTurns * N, 2>(pair_at(kTurns * kMainWarps + warp / 2), warp % 2 * 2);
+    }
+    fence_for_copies();
+    __syncwarp();
+    if (lane == 0) arrive(block.barrier(kDone, slot));
+  }
+
+  float* partial = args.d_phi_partials + (long long)cluster_id() * N * hidden * kColumns;
+  float last[3][4] = {};
+  if constexpr (kSumsInShared > 0) main.read_sums(last);
+#pragma unroll
+  for (int f = 0; f < kFragments; ++f) {
+    float* out = partial + fragment_at(f, hidden);
+    store_d_phi(out, f < kSums ? main.d_phi[f < kSums ? f : 0] : last);
+  }
+  if constexpr (NORM && kHoldsDW) main.write_d_w(lane);
+}
