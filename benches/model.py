@@ -43,12 +43,15 @@ LABELS: dict[Connection, str] = {
 STACKS: dict[Connection, dict[str, Any]] = {
     "seams": {},
     "seams-norms": {},
-    "seams-checkpoint": {"keep_streams_every": 2},
-    "seams-auto": {"keep_streams_every": "auto"},
-    "seams-auto-mhc": {"keep_streams_every": "auto", "policy": "mhc"},
-    "seams-told": {"sample_tokens": 64},
-    "seams-watched": {"sample_tokens": 64},
+    "seams-checkpoint": {"recompute": mhc.Recompute(every=2)},
+    "seams-auto": {"recompute": mhc.Recompute(every="auto")},
+    "seams-auto-mhc": {"recompute": mhc.Recompute(every="auto", policy="mhc")},
+    "seams-told": {},
+    "seams-watched": {},
 }
+# Those of mhc.stack_with_samples, for the composite gain.
+SAMPLED = ("seams-told", "seams-watched")
+SAMPLE_TOKENS = 64
 FUSED = ("mhc", "mhc-layers", *STACKS)
 # Those with jax.checkpoint around the whole of each layer of the model.
 RUN_AGAIN = ("residual-layers", "mhc-layers")
@@ -167,7 +170,10 @@ def run_layers(
         norm_scale = None
         if connection == "seams-norms":
             layers, norm_scale = behind_norms, [params["layers"][name]["norm"] for name in layers]
-        results = mhc.stack(
+        run = mhc.stack
+        if connection in SAMPLED:
+            run = functools.partial(mhc.stack_with_samples, sample_tokens=SAMPLE_TOKENS)
+        results = run(
             [lambda u, p, name=name: layers[name](u, params=p[name]) for name in layers],
             x,
             [params["connections"][name] for name in layers],
@@ -176,7 +182,7 @@ def run_layers(
             implementation="fused",
             **STACKS[connection],
         )
-        if "sample_tokens" not in STACKS[connection]:
+        if connection not in SAMPLED:
             return mhc.reduce(results), ()
         x, h_res = results
         gain = mhc.diagnostics.amax_gain(mhc.diagnostics.composite(h_res))

@@ -5,7 +5,7 @@ layers and with 48; how time and memory are measured is told in train_step.py. C
 
 - plain residuals and mHC (a scan of `mhc_residual`) with `jax.checkpoint` around each layer of the
   model, attention and MLP: the streams before a layer are kept, and all of it runs again,
-- mHC in `mhc.stack` with keep_streams_every="auto": the streams before each stretch of
+- mHC in `mhc.stack` with Recompute(every="auto"): the streams before each stretch of
   sqrt(n L / (n + 2)) sublayers, as near as the scan allows, are kept, and no layer runs again; with
   policy="mhc" the layers' inputs and the coefficients are computed again, too.
 """

@@ -163,7 +163,7 @@ def stack(x, params, weights, **options):
 
 def static_stack(x, params, weights, **options):
     params = dataclasses.replace(params, phi=None, alpha=None)
-    options |= {"keep_streams_every": 2, "policy": "mhc"}
+    options |= {"recompute": jax_mhc.Recompute(every=2, policy="mhc")}
     return stack(x, params, weights, **options)
 
 
@@ -206,7 +206,7 @@ def mapped_weights(x, params, weights, **options):
 PROGRAMS = {
     "sublayer": residual,
     "stack": stack,
-    "recomputed stack": functools.partial(stack, keep_streams_every=2),
+    "recomputed stack": functools.partial(stack, recompute=jax_mhc.Recompute(every=2)),
     "static stack, recomputed": static_stack,
     "checkpoint": saved,
     "scan": scan_of_sublayers,

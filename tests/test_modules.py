@@ -366,7 +366,7 @@ def nnx_value_and_grads(run, **options):
         (in_scan, {}),
         (in_scan_with_remat, {}),
         (in_stack, {}),
-        (in_stack, {"keep_streams_every": 2}),
+        (in_stack, {"recompute": mhc.Recompute(every=2)}),
     ],
 )
 def test_nnx_blocks_in_a_loop(run, options):
@@ -391,7 +391,7 @@ def test_nnx_dropout():
     first, second = nnx.jit(in_scan)(blocks, x), nnx.jit(in_scan)(blocks, x)
     assert np.any(first != second)
     np.testing.assert_array_equal(blocks.mlp.layer.dropout.rngs.count[...], 3 * [2])
-    for options in ({}, {"keep_streams_every": 2}):
+    for options in ({}, {"recompute": mhc.Recompute(every=2)}):
         with pytest.raises(ValueError) as error:
             nnx.jit(functools.partial(in_stack, **options))(blocks, x)
         assert str(error.value) == (

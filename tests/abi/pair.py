@@ -58,7 +58,7 @@ def loss_of_scan(x, params, implementation="fused"):
     return jnp.sum(
         mhc.stack(
             (lambda u, scale: jnp.tanh(u) * scale,), x, [params], xs=jnp.arange(1.0, 4.0),
-            implementation=implementation, keep_streams_every=3,
+            implementation=implementation, recompute=mhc.Recompute(every=3),
         ) ** 2
     )  # fmt: skip
 

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import jax
 
 from jax_mhc import _check, _errors
-from jax_mhc._stack.remat import best_length
+from jax_mhc._stack.remat import Recompute, best_length
 from jax_mhc._types import MHCParams
 
 OP = "stack"
 
-
-def elements(argument: str, value: Any, expected: str) -> tuple[Any, ...]:
-    """Returns the elements of a sequence."""
-    try:
-        return tuple(value)
-    except TypeError:
-        _errors.fail(
-            TypeError, OP, argument, f"a sequence of {expected}", type(value).__name__,
-            f"Put it into a list; {argument} stacked over blocks are given as one for each sublayer"
-            " of a block, with xs.",
-        )  # fmt: skip
+Element = TypeVar("Element")
 
 
-def sequences(layers: tuple[Any, ...], params: tuple[Any, ...], scales: tuple[Any, ...]) -> None:
-    """Checks that layers are functions, and that each has parameters and a norm's scale."""
+def sublayers(
+    layers: Sequence[Callable[..., Any]],
+    params: Sequence[MHCParams],
+    norm_scale: Sequence[jax.Array | None] | None,
+    *,
+    has_slices: bool,
+) -> tuple[tuple[Callable[..., Any], ...], tuple[MHCParams, ...], tuple[jax.Array | None, ...]]:
+    """The layers, which name themselves in errors, and for each parameters and a norm's scale.
+
+    has_slices: whether layers take a slice of xs, too.
+    """
+    layers = _elements("layers", layers, "functions, one for each sublayer")
+    params = _elements("params", params, "jax_mhc.MHCParams, one for each of layers")
+    scales: tuple[jax.Array | None, ...] = (None,) * len(layers)
+    if norm_scale is not None:
+        scales = _elements("norm_scale", norm_scale, "arrays, one for each of layers")
     for i, layer in enumerate(layers):
         _errors.function(
             OP, f"layers[{i}]", layer, "a function",
@@ -42,6 +48,44 @@ def sequences(layers: tuple[Any, ...], params: tuple[Any, ...], scales: tuple[An
             ValueError, OP, "norm_scale", f"{len(layers)} arrays or None, one for each of layers",
             len(scales), "Give None for a layer whose input is not to be normalised.",
         )  # fmt: skip
+    of_what = "u and a slice of xs" if has_slices else "u"
+    named = tuple(
+        partial(_check.call, OP, f"layers[{i}]", of_what, layer) for i, layer in enumerate(layers)
+    )
+    return named, params, scales
+
+
+def _elements(argument: str, value: Iterable[Element], expected: str) -> tuple[Element, ...]:
+    """The elements of a sequence."""
+    try:
+        return tuple(value)
+    except TypeError:
+        _errors.fail(
+            TypeError, OP, argument, f"a sequence of {expected}", type(value).__name__,
+            f"Put it into a list; {argument} stacked over blocks are given as one for each sublayer"
+            " of a block, with xs.",
+        )  # fmt: skip
+
+
+def recompute(value: Recompute) -> None:
+    """Checks what is computed again."""
+    if not isinstance(value, Recompute):
+        _errors.fail(
+            TypeError, OP, "recompute", "jax_mhc.Recompute", _errors.typed(value),
+            "Make one, such as jax_mhc.Recompute(every='auto').",
+        )  # fmt: skip
+
+
+def unroll(value: int | bool, *, has_loop: bool) -> int | bool:
+    """How many steps of the loop are unrolled; True: all of them."""
+    if not isinstance(value, bool):
+        value = _errors.integer(OP, "unroll", value, 1, None, "Give 1 to unroll nothing.")
+    if not has_loop and value not in (False, 1):
+        _errors.fail(
+            ValueError, OP, "unroll", "1 where there is no xs", value,
+            "Without xs there is no loop; leave unroll out.",
+        )  # fmt: skip
+    return value
 
 
 def layer_output(i: int, y: Any, x: jax.Array) -> jax.Array:
@@ -81,7 +125,9 @@ def num_blocks(params: tuple[MHCParams, ...], scales: tuple[Any, ...], xs: Any) 
     return num_blocks
 
 
-def stretch(every: Any, streams: int, num_layers: int, num_blocks: int) -> tuple[int, int]:
+def stretch(
+    every: int | Literal["auto"], streams: int, num_layers: int, num_blocks: int
+) -> tuple[int, int]:
     """The sublayers of a stretch, and the blocks in a step of the scan, which is all of it."""
     if not num_layers:
         return 1, 1
@@ -94,7 +140,7 @@ def stretch(every: Any, streams: int, num_layers: int, num_blocks: int) -> tuple
     if every in across:
         return every, every // num_layers
     _errors.fail(
-        ValueError, OP, "keep_streams_every",
+        ValueError, OP, "recompute.every",
         f"a divisor of {num_layers}, the sublayers of a block, or {num_layers} times a divisor of "
         f"{num_blocks}, the blocks", every,
         "All stretches of a scan are of the same length; 'auto' chooses one.",

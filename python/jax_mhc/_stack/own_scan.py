@@ -80,8 +80,7 @@ def own_scan(
     layers_structure = tuple(structure(layer.jaxpr) for layer in traced)
     key = layers_structure, layout, settings, stretches, num_samples
     run = _compiled(_Keyed(key, scan))
-    x_new, h_res = run(*operands, other_xs, other_constants)
-    return x_new, jax.tree.map(lambda h: h.reshape(-1, *h.shape[2:]), h_res)
+    return run(*operands, other_xs, other_constants)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +234,7 @@ class _Scan:
 
         carry = x, no_sublayer(x, self.settings.hidden_axes)
         (x, pending), samples = jax.lax.scan(step, carry, (params, xs, other_xs))
-        return self.post(x, pending), samples
+        return self.post(x, pending), _of_sublayers(samples)
 
     def forward_and_keep(
         self,
@@ -296,7 +295,7 @@ class _Scan:
         )
         x_new = self.post(streams[last][-1], pending)
         saved = params, xs, constants, other_xs, other_constants
-        return (x_new, samples), (streams, pending, kept, saved)
+        return (x_new, _of_sublayers(samples)), (streams, pending, kept, saved)
 
     def again(
         self, x: jax.Array, stretch_params: list[Values], stretch_kept: list[_Kept]
@@ -378,6 +377,11 @@ def no_sublayer(x: jax.Array, hidden_axes: tuple[str, ...]) -> Pending:
     h_res = jnp.broadcast_to(jnp.eye(n, dtype=wide), (*tokens, n, n))
     h_post, h_res = (of_tokens(h, x, hidden_axes) for h in (jnp.zeros((*tokens, n), wide), h_res))
     return Pending(jnp.zeros_like(x[..., 0, :]), h_post, h_res)
+
+
+def _of_sublayers(samples: jax.Array | None) -> jax.Array | None:
+    """Samples `[L, S, n, n]` of those of each step of a loop, `[steps, sublayers, S, n, n]`."""
+    return None if samples is None else samples.reshape(-1, *samples.shape[2:])
 
 
 def _first(stacked: Tree) -> Tree:

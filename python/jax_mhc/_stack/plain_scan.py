@@ -21,7 +21,7 @@ from jax_mhc._ops.post_pre import post_pre
 from jax_mhc._ops.pre import pre
 from jax_mhc._stack import checks
 from jax_mhc._stack.own_scan import no_sublayer
-from jax_mhc._stack.remat import Recompute, policy_of
+from jax_mhc._stack.remat import Recomputed, policy_of
 from jax_mhc._types import Context, MHCConfig, MHCParams
 
 
@@ -72,7 +72,7 @@ class Runner:
     norm_scale_eps: float
     hidden_axes: tuple[str, ...]
     implementation: Implementation
-    policy: Recompute | Callable[..., Any]
+    policy: Recomputed | Callable[..., Any]
     num_samples: int
     of_slices: str
 

@@ -2,23 +2,67 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Hashable
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from jax_mhc import _errors
 
-# What is computed again: the streams alone, or all that mHC makes but y.
-Recompute = Literal["streams", "mhc"]
+# Values that are computed again: the streams alone, or all that mHC makes but y.
+Recomputed: TypeAlias = Literal["streams", "mhc"]
 _NAMES: dict[str, tuple[str, ...]] = {
     "streams": ("mhc_streams",),
     "mhc": ("mhc_streams", "mhc_layer_input", "mhc_coefficients"),
 }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recompute:
+    """What the backward pass of `stack` computes again rather than keeps; hashable.
+
+    Sublayers are run in stretches. The streams before a stretch are kept; the backward pass
+    computes those within it again, a stretch at a time, and runs no layer (section 4.3.2 of arXiv
+    2512.24880). The defaults keep the streams before every sublayer.
+
+    Attributes:
+        every: the sublayers of a stretch. In a stack with xs a divisor of those of a block, or
+            those of several blocks that divide num_blocks. "auto": the possible number nearest to
+            sqrt(n L / (n + 2)) of all L sublayers, which needs the least memory.
+        policy: what a stretch computes again beside the streams within it: "streams": nothing;
+            "mhc": the layers' inputs and the coefficients, as in the paper (see `remat_policy`); or
+            what of it is kept, a policy of `jax.checkpoint`.
+
+    Raises:
+        ValueError, TypeError: a number of sublayers below 1; a policy that is none.
+    """
+
+    every: int | Literal["auto"] = 1
+    policy: Recomputed | Callable[..., Any] = "streams"
+
+    def __post_init__(self) -> None:
+        """Checks both; stores plain Python values, so that equal ones hash alike."""
+        op, every, policy = "Recompute", self.every, self.policy
+        if isinstance(every, str) and every == "auto":
+            every = "auto"
+        else:
+            remedy = "Give 1 to keep the streams before every sublayer, or 'auto'."
+            every = _errors.integer(op, "every", every, 1, None, remedy)
+        if callable(policy):
+            check_policy(op, "policy", policy)
+        else:
+            policy = _errors.choice(op, "policy", policy, ("streams", "mhc"), "a function")
+        object.__setattr__(self, "every", every)
+        object.__setattr__(self, "policy", policy)
+
+
+#: Nothing is computed again.
+NOTHING = Recompute()
+
+
 def remat_policy(
-    recompute: Recompute = "streams",
+    recompute: Recomputed = "streams",
     *,
     streams: int,
     hidden: int,
@@ -34,7 +78,7 @@ def remat_policy(
 
     keeps the streams before the block, of each sublayer y, and what the layer itself keeps; the
     backward pass runs the kernels again for the streams within the block. `stack` does the same
-    faster, with `keep_streams_every` and these names as its `policy`. For L sublayers with n
+    faster, with a `Recompute`, whose `policy` takes these names. For L sublayers with n
     streams, blocks of about sqrt(n L / (n + 2)) sublayers need the least memory (arXiv 2512.24880,
     section 4.3.2).
 
@@ -81,7 +125,7 @@ def check_policy(op: str, argument: str, policy: Any) -> None:
 
 @functools.cache
 def policy_of(
-    shape: tuple[int, ...], recompute: Recompute, layers: Callable[..., Any] | None = None
+    shape: tuple[int, ...], recompute: Recomputed, layers: Callable[..., Any] | None = None
 ) -> Callable[..., Any]:
     """The policy for streams of `shape`, in front of which there may be other axes (vmap's)."""
 

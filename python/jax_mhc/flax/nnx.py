@@ -5,7 +5,7 @@
     self.attention = MHC(Attention(..., rngs=rngs), C, streams=4, rngs=rngs)
     x = self.attention(x)                       # in place of x + attention(x)
 
-`Head` leaves the streams, and `stack` runs blocks that `nnx.vmap` made.
+`Head` leaves the streams; `stack` and `stack_with_samples` run blocks that `nnx.vmap` made.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jax_mhc._call.dispatch import Implementation
 from jax_mhc._types import HeadParams, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
-__all__ = ["MHC", "Head", "stack"]
+__all__ = ["MHC", "Head", "stack", "stack_with_samples"]
 
 
 class MHC(nnx.Module):
@@ -177,7 +177,7 @@ def stack(
     x: jax.Array,
     sublayers: Sequence[str] | Mapping[str, Mapping[str, Any]],
     **options: Any,
-) -> Any:
+) -> jax.Array:
     """Runs all sublayers of all blocks, one after the other, by `jax_mhc.stack`.
 
     To rounding this is
@@ -201,16 +201,53 @@ def stack(
         sublayers: the names of attributes of blocks, in the order in which they run. Each is an
             `MHC` whose layer returns y alone. A mapping gives keyword arguments for each layer,
             the same for all blocks: `{"attention": {"mask": mask}, "mlp": {}}`.
-        **options: of `jax_mhc.stack`, such as keep_streams_every, policy and sample_tokens.
+        **options: of `jax_mhc.stack`: hidden_axis_name, recompute and unroll.
 
     Returns:
-        What `jax_mhc.stack` returns: the new streams `[..., n, C]`, and with sample_tokens h_res.
+        The new streams `[..., n, C]`.
 
     Raises:
         ValueError, TypeError: x that is not streams of the modules' n and C; a sublayer that is no
             `MHC`, or has other settings than the first; a variable that changes; what
             `jax_mhc.stack` raises.
     """
+    return jax_mhc.stack(**_arguments(blocks, x, sublayers, options))
+
+
+def stack_with_samples(
+    blocks: nnx.Module,
+    x: jax.Array,
+    sublayers: Sequence[str] | Mapping[str, Mapping[str, Any]],
+    *,
+    sample_tokens: int,
+    **options: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs `stack`, and returns h_res of some tokens, by `jax_mhc.stack_with_samples`.
+
+    Args:
+        blocks: a module whose variables are stacked over the blocks; see `stack`.
+        x: the streams `[..., n, C]`.
+        sublayers: the names of attributes of blocks, or a mapping of them to arguments.
+        sample_tokens: the number of tokens S, at least 1.
+        **options: of `jax_mhc.stack`: hidden_axis_name, recompute and unroll.
+
+    Returns:
+        The new streams `[..., n, C]`, and h_res `[L, S, n, n]` of all L sublayers in their order.
+
+    Raises:
+        ValueError, TypeError: what `stack` and `jax_mhc.stack_with_samples` raise.
+    """
+    arguments = _arguments(blocks, x, sublayers, options)
+    return jax_mhc.stack_with_samples(sample_tokens=sample_tokens, **arguments)
+
+
+def _arguments(
+    blocks: nnx.Module,
+    x: jax.Array,
+    sublayers: Sequence[str] | Mapping[str, Mapping[str, Any]],
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """The arguments for `jax_mhc.stack` that run all sublayers of all blocks."""
     sublayers = _checked_names(sublayers)
     for name in (*_SETTINGS, "params", "xs", "norm_scale"):
         if name in options:
@@ -249,15 +286,15 @@ def stack(
                 )  # fmt: skip
         return y
 
-    return jax_mhc.stack(
-        [partial(run, name) for name in sublayers],
-        _module.streams(_STACK, x, first.streams, first.hidden),
-        [modules[name].params for name in sublayers],
-        xs=state,
-        norm_scale=[_value(modules[name].norm_scale) for name in sublayers],
+    return {
+        "layers": [partial(run, name) for name in sublayers],
+        "x": _module.streams(_STACK, x, first.streams, first.hidden),
+        "params": [modules[name].params for name in sublayers],
+        "xs": state,
+        "norm_scale": [_value(modules[name].norm_scale) for name in sublayers],
         **settings,
         **options,
-    )
+    }
 
 
 _STACK = "flax.nnx.stack"
