@@ -7,13 +7,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, _errors
 from jax_mhc._call.dispatch import Implementation
-from jax_mhc._ops.post import post
-from jax_mhc._ops.pre import pre
-from jax_mhc._types import MHCParams
+from jax_mhc._ops.sublayer import Options, Sublayer
+from jax_mhc._types import MHCConfig, MHCParams
 
 
 def streams(op: str, x: Any, num_streams: int, hidden: int) -> jax.Array:
@@ -58,15 +56,25 @@ def residual(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
+    config: MHCConfig,
+    norm_scale: jax.Array | None,
+    norm_scale_eps: float,
     implementation: Implementation,
-    **options: Any,
 ) -> tuple[Any, jax.Array]:
     """`mhc_residual`, and h_res; of a layer that returns `(y, *rest)`, `(streams, *rest)`."""
-    u, ctx = pre(x, params, implementation=implementation, **options)
-    out = _check.call(op, "layer", "u and the arguments of the call", layer, u, *args, **kwargs)
-    # An empty tuple is no array, which the check says.
-    returns_rest = isinstance(out, tuple) and len(out) > 0
-    y, rest = (out[0], out[1:]) if returns_rest else (out, ())
-    y = _check.layer_output(op, "the layer's result", y, x)
-    x_new = post(checkpoint_name(y, "mhc_layer_output"), ctx, implementation=implementation)
-    return ((x_new, *rest) if returns_rest else x_new), ctx.h_res
+
+    def run(u: jax.Array) -> tuple[jax.Array, tuple[Any, ...] | None]:
+        out = _check.call(op, "layer", "u and the arguments of the call", layer, u, *args, **kwargs)
+        # An empty tuple is no array, which the check says.
+        returns_rest = isinstance(out, tuple) and len(out) > 0
+        y, rest = (out[0], out[1:]) if returns_rest else (out, None)
+        return _check.layer_output(op, "the layer's result", y, x), rest
+
+    options: Options = {
+        "config": config,
+        "norm_scale_eps": norm_scale_eps,
+        "hidden_axis_name": None,
+        "implementation": implementation,
+    }
+    x_new, ctx, rest = Sublayer(run, params, norm_scale, options).run(x)
+    return (x_new if rest is None else (x_new, *rest)), ctx.h_res

@@ -7,13 +7,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, _errors
 from jax_mhc._call.dispatch import Implementation
 from jax_mhc._copies import copies
-from jax_mhc._ops.post import post
-from jax_mhc._ops.pre import pre
+from jax_mhc._ops.sublayer import Options, Sublayer
 from jax_mhc._types import MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
@@ -107,25 +105,30 @@ def mhc_residual(
         "Pass the sublayer itself: mhc_residual(layer, x, params).",
     )  # fmt: skip
     has_aux = _errors.flag(op, "has_aux", has_aux)
-    norm: dict[str, Any] = {"norm_scale": norm_scale, "norm_scale_eps": norm_scale_eps}
-    u, ctx = pre(
-        x, params, config=config, hidden_axis_name=hidden_axis_name, implementation=implementation,
-        **norm,
-    )  # fmt: skip
-    y, aux = _check.call(op, "layer", "u", layer, u), None
-    if has_aux:
-        if not isinstance(y, tuple) or len(y) != 2:
+    x = _check.streams("pre", "x", x)
+
+    def run(u: jax.Array) -> tuple[jax.Array, Any]:
+        y, aux = _check.call(op, "layer", "u", layer, u), None
+        if has_aux:
+            if not isinstance(y, tuple) or len(y) != 2:
+                _errors.fail(
+                    TypeError, op, "layer's result", "a pair (y, aux), since has_aux=True",
+                    f"a tuple of {len(y)}" if isinstance(y, tuple) else type(y).__name__,
+                    "Return (y, aux), or leave has_aux out.",
+                )  # fmt: skip
+            y, aux = y
+        elif isinstance(y, tuple):
             _errors.fail(
-                TypeError, op, "layer's result", "a pair (y, aux), since has_aux=True",
-                f"a tuple of {len(y)}" if isinstance(y, tuple) else type(y).__name__,
-                "Return (y, aux), or leave has_aux out.",
+                TypeError, op, "layer's result", "one array", f"a tuple of {len(y)}",
+                "Set has_aux=True for a layer that returns (y, aux).",
             )  # fmt: skip
-        y, aux = y
-    elif isinstance(y, tuple):
-        _errors.fail(
-            TypeError, op, "layer's result", "one array", f"a tuple of {len(y)}",
-            "Set has_aux=True for a layer that returns (y, aux).",
-        )  # fmt: skip
-    y = checkpoint_name(_check.layer_output(op, "layer's result", y, ctx.x), "mhc_layer_output")
-    x_new = post(y, ctx, implementation=implementation)
+        return _check.layer_output(op, "layer's result", y, x), aux
+
+    options: Options = {
+        "config": config,
+        "norm_scale_eps": norm_scale_eps,
+        "hidden_axis_name": hidden_axis_name,
+        "implementation": implementation,
+    }
+    x_new, _, aux = Sublayer(run, params, norm_scale, options).run(x)
     return (x_new, aux) if has_aux else x_new

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 import jax
 
 from jax_mhc import _check, _errors
+from jax_mhc._mesh.types import sharded_like
 from jax_mhc._stack.remat import Recompute, best_length
 from jax_mhc._types import MHCParams
 
@@ -21,11 +22,13 @@ def sublayers(
     layers: Sequence[Callable[..., Any]],
     params: Sequence[MHCParams],
     norm_scale: Sequence[jax.Array | None] | None,
+    x: jax.Array,
     *,
     has_slices: bool,
 ) -> tuple[tuple[Callable[..., Any], ...], tuple[MHCParams, ...], tuple[jax.Array | None, ...]]:
-    """The layers, which name themselves in errors, and for each parameters and a norm's scale.
+    """The layers, which check themselves, and for each parameters and a norm's scale.
 
+    x: the streams that the layers are for.
     has_slices: whether layers take a slice of xs, too.
     """
     layers = _elements("layers", layers, "functions, one for each sublayer")
@@ -49,10 +52,16 @@ def sublayers(
             len(scales), "Give None for a layer whose input is not to be normalised.",
         )  # fmt: skip
     of_what = "u and a slice of xs" if has_slices else "u"
-    named = tuple(
-        partial(_check.call, OP, f"layers[{i}]", of_what, layer) for i, layer in enumerate(layers)
-    )
-    return named, params, scales
+    checked = tuple(partial(_run, i, layer, of_what, x) for i, layer in enumerate(layers))
+    return checked, params, scales
+
+
+def _run(
+    i: int, layer: Callable[..., Any], of_what: str, x: jax.Array, u: jax.Array, *of_block: Any
+) -> jax.Array:
+    """The output of a layer that belongs to the streams x, sharded as u: loops require that."""
+    y = _check.call(OP, f"layers[{i}]", of_what, layer, u, *of_block)
+    return sharded_like(_layer_output(i, y, x), u)
 
 
 def _elements(argument: str, value: Iterable[Element], expected: str) -> tuple[Element, ...]:
@@ -88,7 +97,7 @@ def unroll(value: int | bool, *, has_loop: bool) -> int | bool:
     return value
 
 
-def layer_output(i: int, y: Any, x: jax.Array) -> jax.Array:
+def _layer_output(i: int, y: Any, x: jax.Array) -> jax.Array:
     """Returns the output of a layer, one array that belongs to the streams `x`."""
     argument = f"the result of layers[{i}]"
     if isinstance(y, tuple | list):

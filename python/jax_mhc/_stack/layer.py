@@ -16,6 +16,8 @@ import jax.numpy as jnp
 if TYPE_CHECKING:
     from jax.extend.core import JaxprEqn, Var
 
+# A pytree of arrays, the same at every place that names it in a signature.
+Tree: TypeAlias = Any
 # The leaves of a pytree of arrays. Some may be None: those that a list of others has.
 Leaves: TypeAlias = list[Any]
 

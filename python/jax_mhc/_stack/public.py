@@ -11,12 +11,13 @@ import jax.numpy as jnp
 
 from jax_mhc import _check, _errors
 from jax_mhc._call import Implementation, Settings, Values, use_fused
-from jax_mhc._mesh.types import sharded_like
 from jax_mhc._ops.fused_op import present
 from jax_mhc._ops.post import post
+from jax_mhc._ops.sublayer import Options
 from jax_mhc._stack import checks
 from jax_mhc._stack.own_scan import Stretches, own_scan
-from jax_mhc._stack.plain_scan import Pending, Runner, Steps, Sublayer, scan
+from jax_mhc._stack.pending import PendingPost
+from jax_mhc._stack.plain_scan import Before, Runner, Steps, scan
 from jax_mhc._stack.remat import NOTHING, Recompute, best_length
 from jax_mhc._types import MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
@@ -189,15 +190,23 @@ def _run(
     """The new streams, and h_res of `num_samples` tokens; None for 0 of them."""
     x = _check.streams(_OP, "x", x)
     config = _check.config(_OP, config, x.dtype)
-    layers, params, scales = checks.sublayers(layers, params, norm_scale, has_slices=xs is not None)
+    layers, params, scales = checks.sublayers(
+        layers, params, norm_scale, x, has_slices=xs is not None
+    )
     checks.recompute(recompute)
     unroll = checks.unroll(unroll, has_loop=xs is not None)
     axes = _check.hidden_axes(_OP, hidden_axis_name, x)
     eps = _check.norm_scale_eps(_OP, norm_scale_eps, _check.accumulation_dtype(x.dtype))
     # The ops check it, too, but there may be none.
     _check.implementation(_OP, implementation)
+    options: Options = {
+        "config": config,
+        "norm_scale_eps": eps,
+        "hidden_axis_name": axes,
+        "implementation": implementation,
+    }
     of_slices = "" if xs is None else "a slice of "
-    runner = Runner(x, config, eps, axes, implementation, recompute.policy, num_samples, of_slices)
+    runner = Runner(x, options, axes, recompute.policy, num_samples, of_slices)
 
     if xs is None:
         before, h_res = _in_a_row(runner, layers, params, scales, recompute)
@@ -213,11 +222,12 @@ def _run(
             stretches = Stretches(every, num_together, policy == "streams")
             return _own_scan(layers, x, params, scales, xs, settings, stretches, num_samples)
         stacked = params, scales, xs
-        before, h_res = scan(partial(runner.run, every=every), layers, x, stacked, steps, axes)
+        before, h_res = scan(runner, layers, stacked, steps, every)
     # Without a sublayer there is no post.
-    x_new = before
-    if isinstance(before, Pending):
+    if isinstance(before, PendingPost):
         x_new = post(*before.operands(), implementation=implementation)
+    else:
+        x_new = before
     if num_samples and h_res is None:
         n = x.shape[-2]
         h_res = jnp.zeros((0, num_samples, n, n), _check.accumulation_dtype(x.dtype))
@@ -230,16 +240,15 @@ def _in_a_row(
     params: tuple[MHCParams, ...],
     scales: tuple[jax.Array | None, ...],
     recompute: Recompute,
-) -> tuple[Any, jax.Array | None]:
+) -> tuple[Before, jax.Array | None]:
     """The pending post of the last sublayer, or the streams if there is none; samples of h_res."""
     every = recompute.every
     if every == "auto":
         lengths = list(range(1, len(layers) + 1)) or [1]
         every = best_length(runner.x.shape[-2], len(layers), lengths)
     each = zip(layers, params, scales, strict=True)
-    before, samples = runner.run(
-        runner.x, [Sublayer(i, *of_one) for i, of_one in enumerate(each)], every
-    )
+    sublayers = [runner.sublayer(i, *of_one) for i, of_one in enumerate(each)]
+    before, samples = runner.run(runner.x, sublayers, every)
     return before, jnp.stack(samples) if samples else None
 
 
@@ -285,12 +294,9 @@ def _own_scan(
         scale, _ = _check.norm_scale(_OP, scale, eps, x, of_slice, axes)
         return present(phi=phi, alpha=alpha, bias=bias, norm_scale=scale)
 
-    def checked(i: int, u: jax.Array, s: Any) -> jax.Array:
-        return sharded_like(checks.layer_output(i, layers[i](u, s), x), u)
-
     with jax.named_scope("mhc_stack"):
         return own_scan(
-            [partial(checked, i) for i in range(len(layers))],
+            layers,
             x,
             [
                 jax.vmap(partial(of_block, i))(*of_all)
