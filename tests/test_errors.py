@@ -576,13 +576,13 @@ def test_message(call, error, op, argument, got):
 
 
 def test_every_message_is_tested():
-    """Each call of `fail` in the package is reached by a row above, or is conditional."""
+    """Each `Refusal` in the package is raised by a row above, or is conditional."""
     reached = set()
     for call, *_ in ERRORS:
         try:
             call()
         except (TypeError, ValueError, ImportError) as error:
-            frame = traceback.extract_tb(error.__traceback__)[-2]
+            frame = traceback.extract_tb(error.__traceback__)[-1]
             reached.add((Path(frame.filename).name, frame.lineno))
     package = Path(mhc.__file__).parent
     missed = {}
@@ -594,7 +594,7 @@ def test_every_message_is_tested():
                 name = getattr(getattr(node, "func", None), "id", None) or getattr(
                     getattr(node, "func", None), "attr", None
                 )
-                if not isinstance(node, ast.Call) or name != "fail":
+                if not isinstance(node, ast.Call) or name != "Refusal":
                     continue
                 lines = range(node.lineno, node.end_lineno + 1)
                 if not any((path.name, line) in reached for line in lines):

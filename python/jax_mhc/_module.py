@@ -20,11 +20,12 @@ def streams(op: str, x: Any, num_streams: int, hidden: int) -> jax.Array:
     _errors.width(op, hidden)
     x = _check.array(op, "x", x)
     if x.shape[-2:] != (num_streams, hidden):
-        _errors.fail(
-            ValueError, op, "x", f"streams [..., {num_streams}, {hidden}]", list(x.shape),
+        raise _errors.Refusal(ValueError, op, "x").expected(
+            f"streams [..., {num_streams}, {hidden}]",
+            list(x.shape),
             f"Make streams from a hidden state [..., {hidden}] with "
             f"jax_mhc.expand(u, streams={num_streams}), once, in front of the first layer.",
-        )  # fmt: skip
+        )
     return _check.streams(op, "x", x)
 
 
@@ -38,10 +39,8 @@ def settings(
     implementation: Any,
 ) -> None:
     """Checks what the initial values do not."""
-    _errors.function(
-        op, "layer", layer, "a module or function, layer(u, ...)",
-        "Pass the layer that the residual connection goes around.",
-    )  # fmt: skip
+    remedy = "Pass the layer that the residual connection goes around."
+    _errors.function(op, "layer", layer, "a module or function, layer(u, ...)", remedy)
     _errors.flag(op, "static", static)
     _errors.flag(op, "norm", norm)
     _check.norm_scale_eps(op, norm_scale_eps, np.dtype(np.float32))

@@ -100,10 +100,8 @@ def mhc_residual(
             another shape or dtype.
     """
     op = "mhc_residual"
-    _errors.function(
-        op, "layer", layer, "a function from [..., C] to [..., C]",
-        "Pass the sublayer itself: mhc_residual(layer, x, params).",
-    )  # fmt: skip
+    remedy = "Pass the sublayer itself: mhc_residual(layer, x, params)."
+    _errors.function(op, "layer", layer, "a function from [..., C] to [..., C]", remedy)
     has_aux = _errors.flag(op, "has_aux", has_aux)
     x = _check.streams("pre", "x", x)
 
@@ -111,17 +109,18 @@ def mhc_residual(
         y, aux = _check.call(op, "layer", "u", layer, u), None
         if has_aux:
             if not isinstance(y, tuple) or len(y) != 2:
-                _errors.fail(
-                    TypeError, op, "layer's result", "a pair (y, aux), since has_aux=True",
+                raise _errors.Refusal(TypeError, op, "layer's result").expected(
+                    "a pair (y, aux), since has_aux=True",
                     f"a tuple of {len(y)}" if isinstance(y, tuple) else type(y).__name__,
                     "Return (y, aux), or leave has_aux out.",
-                )  # fmt: skip
+                )
             y, aux = y
         elif isinstance(y, tuple):
-            _errors.fail(
-                TypeError, op, "layer's result", "one array", f"a tuple of {len(y)}",
+            raise _errors.Refusal(TypeError, op, "layer's result").expected(
+                "one array",
+                f"a tuple of {len(y)}",
                 "Set has_aux=True for a layer that returns (y, aux).",
-            )  # fmt: skip
+            )
         return _check.layer_output(op, "layer's result", y, x), aux
 
     options: Options = {

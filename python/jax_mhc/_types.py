@@ -100,12 +100,12 @@ class MHCConfig:
         streams = _errors.num_streams(op, "streams", streams)
         if self.constraint == "permutations":
             if streams > MAX_PERMUTED_STREAMS:
-                _errors.fail(
-                    ValueError, op, "config.constraint",
+                raise _errors.Refusal(ValueError, op, "config.constraint").expected(
                     f"one for {streams} streams (this one has a coefficient for each of n! "
                     f"permutations, and is for up to {MAX_PERMUTED_STREAMS})",
-                    repr(self.constraint), "Take fewer streams, or 'birkhoff'.",
-                )  # fmt: skip
+                    repr(self.constraint),
+                    "Take fewer streams, or 'birkhoff'.",
+                )
             return 2 * streams + math.factorial(streams)
         return 2 * streams + (0 if self.constraint == "identity" else streams**2)
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_mhc._check import accumulation_dtype, array
-from jax_mhc._errors import fail, num_streams
+from jax_mhc._errors import Refusal, num_streams
 from jax_mhc._limits import MAX_STREAMS, STREAM_DTYPES
 from jax_mhc._types import HeadParams, MHCParams
 
@@ -72,15 +72,15 @@ def to_deepseek_v4(
     """
     op = "convert.to_deepseek_v4"
     if not isinstance(params, MHCParams):
-        fail(
-            TypeError, op, "params", "jax_mhc.MHCParams", type(params).__name__,
-            "Make them with jax_mhc.init_params.",
-        )  # fmt: skip
+        raise Refusal(TypeError, op, "params").expected(
+            "jax_mhc.MHCParams", type(params).__name__, "Make them with jax_mhc.init_params."
+        )
     if params.phi is None or params.alpha is None:
-        fail(
-            ValueError, op, "params.phi", "a projection [nC, K]", None,
+        raise Refusal(ValueError, op, "params.phi").expected(
+            "a projection [nC, K]",
+            None,
             "DeepSeek-V4 has no static coefficients; a phi of zeros computes the same.",
-        )  # fmt: skip
+        )
     phi = array(op, "params.phi", params.phi)
     _check_columns(op, phi.shape, streams)
     fn, base, scale, n = _checked(
@@ -104,10 +104,11 @@ def head_from_deepseek_v4(hc_fn: Any, hc_base: Any, hc_scale: Any) -> HeadParams
     fn = _floating(op, "hc_fn", hc_fn)
     n = fn.shape[0] if fn.ndim == 2 else 0
     if not 1 <= n <= MAX_STREAMS or not fn.shape[1] or fn.shape[1] % n:
-        fail(
-            ValueError, op, "hc_fn", f"shape [n, n·C] with n from 1 to {MAX_STREAMS}",
-            list(fn.shape), "It is the weight of the projection, one row for each stream.",
-        )  # fmt: skip
+        raise Refusal(ValueError, op, "hc_fn").expected(
+            f"shape [n, n·C] with n from 1 to {MAX_STREAMS}",
+            list(fn.shape),
+            "It is the weight of the projection, one row for each stream.",
+        )
     return HeadParams(
         phi=fn.T,
         alpha=_shaped(op, "hc_scale", hc_scale, (1,)),
@@ -163,21 +164,22 @@ def _check_columns(op: str, shape: tuple[int, ...], streams: Any) -> None:
     if streams is not None:
         n = num_streams(op, "streams", streams)
         if (rows % n, num) != (0, n * n + 2 * n):
-            fail(
-                ValueError, op, "params.phi", f"shape [{n}·C, {n * n + 2 * n}] for {n} streams",
-                list(shape), "Parameters for constraint 'identity' or 'permutations' have other "
+            raise Refusal(ValueError, op, "params.phi").expected(
+                f"shape [{n}·C, {n * n + 2 * n}] for {n} streams",
+                list(shape),
+                "Parameters for constraint 'identity' or 'permutations' have other "
                 "columns, and DeepSeek-V4 has neither constraint.",
-            )  # fmt: skip
+            )
         return
     n, others = math.isqrt(num + 1) - 1, num // 2
     if num in (8, 24) and rows % others == 0:
-        fail(
-            ValueError, op, "streams",
+        raise Refusal(ValueError, op, "streams").expected(
             f"the number of streams, since phi {list(shape)} may be of {n}, or of {others} for "
-            "constraint 'identity'", None,
+            "constraint 'identity'",
+            None,
             f"Pass streams={n}, if {n * n} of the {num} columns are those of h_res; DeepSeek-V4 "
             "has no counterpart of the other.",
-        )  # fmt: skip
+        )
 
 
 def _checked(
@@ -189,21 +191,20 @@ def _checked(
     n = math.isqrt(num + 1) - 1
     fits = 1 <= n <= MAX_STREAMS and n * n + 2 * n == num
     if not fits or not fn.shape[1] or fn.shape[1] % n:
-        fail(
-            ValueError, op, weight[0],
+        raise Refusal(ValueError, op, weight[0]).expected(
             f"shape [n² + 2n, n·C] with n from 1 to {MAX_STREAMS}, such as [24, 4·C]",
-            list(fn.shape), "It is the weight of the projection, one row for each coefficient.",
-        )  # fmt: skip
+            list(fn.shape),
+            "It is the weight of the projection, one row for each coefficient.",
+        )
     return fn, _shaped(op, *bias, (num,)), _shaped(op, *alpha, (3,)), n
 
 
 def _shaped(op: str, argument: str, value: Any, shape: tuple[int, ...]) -> jax.Array:
     value = _floating(op, argument, value)
     if value.shape != shape:
-        fail(
-            ValueError, op, argument, f"shape {list(shape)}", list(value.shape),
-            "Pass the arrays of one hyper-connection.",
-        )  # fmt: skip
+        raise Refusal(ValueError, op, argument).expected(
+            f"shape {list(shape)}", list(value.shape), "Pass the arrays of one hyper-connection."
+        )
     return value
 
 
@@ -211,10 +212,11 @@ def _floating(op: str, argument: str, value: Any) -> jax.Array:
     value = array(op, argument, value)
     # Of float8 and the like the scales are missing.
     if value.dtype.name not in STREAM_DTYPES:
-        fail(
-            TypeError, op, argument, f"dtype {', '.join(STREAM_DTYPES)}", value.dtype.name,
+        raise Refusal(TypeError, op, argument).expected(
+            f"dtype {', '.join(STREAM_DTYPES)}",
+            value.dtype.name,
             "Pass the stored parameters; quantised ones have to be multiplied by their scales.",
-        )  # fmt: skip
+        )
     return value.astype(accumulation_dtype(value.dtype))
 
 

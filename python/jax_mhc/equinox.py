@@ -91,9 +91,13 @@ class MHC(eqx.Module):
     ):
         """See the class."""
         _module.settings(
-            "equinox.MHC", layer=layer, static=static, norm=norm, norm_scale_eps=norm_scale_eps,
+            "equinox.MHC",
+            layer=layer,
+            static=static,
+            norm=norm,
+            norm_scale_eps=norm_scale_eps,
             implementation=implementation,
-        )  # fmt: skip
+        )
         params = jax_mhc.init_params(
             key, streams=streams, hidden=hidden, config=config, static=static
         )
@@ -126,11 +130,17 @@ class MHC(eqx.Module):
         """
         op = "equinox.MHC"
         out, _ = _module.residual(
-            op, self.layer, _module.streams(op, x, self.streams, self.hidden), self.params,
-            args, kwargs,
-            config=self.config, norm_scale=self.norm_scale,
-            norm_scale_eps=self.norm_scale_eps, implementation=self.implementation,
-        )  # fmt: skip
+            op,
+            self.layer,
+            _module.streams(op, x, self.streams, self.hidden),
+            self.params,
+            args,
+            kwargs,
+            config=self.config,
+            norm_scale=self.norm_scale,
+            norm_scale_eps=self.norm_scale_eps,
+            implementation=self.implementation,
+        )
         return out
 
 

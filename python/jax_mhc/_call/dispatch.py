@@ -17,7 +17,7 @@ import numpy as np
 from jax_mhc import _check
 from jax_mhc._call import library
 from jax_mhc._call.table import refuse_fused
-from jax_mhc._errors import fail
+from jax_mhc._errors import Refusal
 from jax_mhc._limits import KERNEL_DTYPES
 
 Implementation: TypeAlias = Literal["fused", "reference"] | None
@@ -43,11 +43,12 @@ def use_fused(
     if _runs_fused(op, implementation, dtype):
         return True
     if hidden_axes:
-        fail(
-            ValueError, op, "hidden_axis_name", "None where the op runs in plain JAX",
-            hidden_axes, "Plain JAX does not split C by hand: leave C whole, or split it by an "
+        raise Refusal(ValueError, op, "hidden_axis_name").expected(
+            "None where the op runs in plain JAX",
+            hidden_axes,
+            "Plain JAX does not split C by hand: leave C whole, or split it by an "
             "auto or explicit mesh axis.",
-        )  # fmt: skip
+        )
     return False
 
 

@@ -93,12 +93,16 @@ def _result_types(
     dtypes = {"streams": streams.dtype, "accumulation": accumulation_dtype(streams.dtype)}
     return [
         typed(
-            (*lead[: len(lead) if value.has_tokens else len(lead) - len(tokens)],
-             *(by_letter[dim] for dim in value.dims)),
-            dtypes[value.precision], varying, streams,
+            (
+                *lead[: len(lead) if value.has_tokens else len(lead) - len(tokens)],
+                *(by_letter[dim] for dim in value.dims),
+            ),
+            dtypes[value.precision],
+            varying,
+            streams,
         )
         for value in call.result_values
-    ]  # fmt: skip
+    ]
 
 
 # ---- lowering -----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jax_mhc._call import library
-from jax_mhc._errors import fail
+from jax_mhc._errors import Refusal
 from jax_mhc._limits import KERNEL_DTYPES
 from jax_mhc._types import MHCConfig
 
@@ -112,19 +112,25 @@ def rows() -> dict[str, Row]:
     def values(of_row: list[_DescribedValue]) -> tuple[Value, ...]:
         return tuple(
             Value(
-                value["name"], value["precision"], value["has_tokens"], tuple(value["dims"]),
+                value["name"],
+                value["precision"],
+                value["has_tokens"],
+                tuple(value["dims"]),
                 value["group"],
             )
             for value in of_row
-        )  # fmt: skip
+        )
 
     return {
         row["name"]: Row(
-            values(row["operands"]), values(row["results"]), row["adds_in_place"],
-            row["has_config"], tuple(attribute["name"] for attribute in row["attributes"]),
+            values(row["operands"]),
+            values(row["results"]),
+            row["adds_in_place"],
+            row["has_config"],
+            tuple(attribute["name"] for attribute in row["attributes"]),
         )
         for row in described
-    }  # fmt: skip
+    }
 
 
 class Call(NamedTuple):
@@ -238,16 +244,16 @@ def sizes(
 def refuse_fused(op: str, platform: str, dtype: str) -> NoReturn:
     """Raises that there are no kernels for a platform, or for this dtype on it."""
     if platform not in KERNEL_DTYPES:
-        fail(
-            ValueError, op, "implementation='fused'",
-            f"a platform with kernels ({', '.join(KERNEL_DTYPES)})", platform,
+        raise Refusal(ValueError, op, "implementation='fused'").expected(
+            f"a platform with kernels ({', '.join(KERNEL_DTYPES)})",
+            platform,
             "Use implementation=None or implementation='reference' here.",
-        )  # fmt: skip
-    fail(
-        TypeError, op, "implementation='fused'",
-        f"dtype {', '.join(KERNEL_DTYPES[platform])} on platform {platform!r}", dtype,
+        )
+    raise Refusal(TypeError, op, "implementation='fused'").expected(
+        f"dtype {', '.join(KERNEL_DTYPES[platform])} on platform {platform!r}",
+        dtype,
         "Use implementation=None or implementation='reference', or convert the arrays.",
-    )  # fmt: skip
+    )
 
 
 def attributes(call: Call) -> dict[str, np.generic | str]:

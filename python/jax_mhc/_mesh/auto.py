@@ -232,8 +232,9 @@ def _warn_of_streams(axes: Axes) -> None:
     logging.getLogger("jax_mhc").warning(
         "XLA splits the streams of a token (n) over the mesh axes %s, and gathers them for every "
         "op, in which each stream mixes with all others; sharding constraints on [..., n, C] "
-        "should name an axis for each dimension, and None for n", axes
-    )  # fmt: skip
+        "should name an axis for each dimension, and None for n",
+        axes,
+    )
 
 
 def _sharded_axes(array: jax.ShapeDtypeStruct, mesh: AbstractMesh) -> tuple[Axes, ...]:

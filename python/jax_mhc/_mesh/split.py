@@ -134,8 +134,10 @@ def _head_backward(inner: Inner, call: Call, axes: Axes, given: Values) -> Value
     pre = Settings(config, fused=call.fused).call("pre_bwd", given | as_pre, deferred=False)
     got = _backward(inner, pre, axes, given | as_pre)
     return got | {
-        "d_phi": got["d_phi"][..., :n], "d_alpha": got["d_alpha"][:1], "d_bias": got["d_bias"][:n]
-    }  # fmt: skip
+        "d_phi": got["d_phi"][..., :n],
+        "d_alpha": got["d_alpha"][:1],
+        "d_bias": got["d_bias"][:n],
+    }
 
 
 _PROGRAMS: dict[str, Callable[[Inner, Call, Axes, Values], Values]] = {

@@ -69,16 +69,26 @@ def post_pre(
     deferred, x = streams(ctx)
     return _post_pre(
         present(
-            x=x, y=y, h_post=ctx.h_post, h_res=ctx.h_res,
-            phi=phi, alpha=alpha, bias=bias, norm_scale=norm_scale,
+            x=x,
+            y=y,
+            h_post=ctx.h_post,
+            h_res=ctx.h_res,
+            phi=phi,
+            alpha=alpha,
+            bias=bias,
+            norm_scale=norm_scale,
         ),
         Settings(config, eps, axes, defers=deferred),
         implementation,
         lambda: reference.post_pre(
-            y, ctx, MHCParams(phi, alpha, bias), config=config,
-            norm_scale=norm_scale, norm_scale_eps=eps,
+            y,
+            ctx,
+            MHCParams(phi, alpha, bias),
+            config=config,
+            norm_scale=norm_scale,
+            norm_scale_eps=eps,
         ),
-    )  # fmt: skip
+    )
 
 
 def _forward(operands: Values, results: Values) -> tuple[tuple[jax.Array, Context], Values]:

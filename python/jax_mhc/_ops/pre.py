@@ -96,10 +96,13 @@ def pre(
         Settings(config, eps, axes),
         implementation,
         lambda: reference.pre(
-            x, MHCParams(phi, alpha, bias), config=config,
-            norm_scale=norm_scale, norm_scale_eps=eps,
+            x,
+            MHCParams(phi, alpha, bias),
+            config=config,
+            norm_scale=norm_scale,
+            norm_scale_eps=eps,
         ),
-    )  # fmt: skip
+    )
 
 
 def _forward(operands: Values, results: Values) -> tuple[tuple[jax.Array, Context], Values]:
@@ -116,9 +119,11 @@ def _backward(settings: Settings, saved: Values, cotangents: tuple[Any, Context]
     d_u, d_ctx = cotangents
     d_x_in, deferred = d_streams_in(d_ctx, saved["h_res"])
     return fused_call(
-        "pre_bwd", settings, saved | cotangents_of(d_u, d_ctx) | {"d_x_in": d_x_in},
+        "pre_bwd",
+        settings,
+        saved | cotangents_of(d_u, d_ctx) | {"d_x_in": d_x_in},
         deferred=deferred,
-    )  # fmt: skip
+    )
 
 
 def cotangents_of(d_u: Any, d_ctx: Context) -> Values:

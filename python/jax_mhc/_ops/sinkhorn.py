@@ -55,10 +55,11 @@ def sinkhorn(
     logits = _check.matrices(op, "logits", logits)
     config = _check.config(op, config, logits.dtype)
     if config.constraint != "birkhoff":
-        _errors.fail(
-            ValueError, op, "config.constraint", "'birkhoff'", repr(config.constraint),
+        raise _errors.Refusal(ValueError, op, "config.constraint").expected(
+            "'birkhoff'",
+            repr(config.constraint),
             "Sinkhorn is the projection of this constraint alone.",
-        )  # fmt: skip
+        )
     return _sinkhorn(
         {"z": logits},
         Settings(config),

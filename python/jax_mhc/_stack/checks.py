@@ -37,20 +37,20 @@ def sublayers(
     if norm_scale is not None:
         scales = _elements("norm_scale", norm_scale, "arrays, one for each of layers")
     for i, layer in enumerate(layers):
-        _errors.function(
-            OP, f"layers[{i}]", layer, "a function",
-            "Pass the sublayers themselves: stack([attention, mlp], x, params).",
-        )  # fmt: skip
+        remedy = "Pass the sublayers themselves: stack([attention, mlp], x, params)."
+        _errors.function(OP, f"layers[{i}]", layer, "a function", remedy)
     if len(params) != len(layers):
-        _errors.fail(
-            ValueError, OP, "params", f"{len(layers)} MHCParams, one for each of layers",
-            len(params), "Every sublayer has its own; attention and MLP are two.",
-        )  # fmt: skip
+        raise _errors.Refusal(ValueError, OP, "params").expected(
+            f"{len(layers)} MHCParams, one for each of layers",
+            len(params),
+            "Every sublayer has its own; attention and MLP are two.",
+        )
     if len(scales) != len(layers):
-        _errors.fail(
-            ValueError, OP, "norm_scale", f"{len(layers)} arrays or None, one for each of layers",
-            len(scales), "Give None for a layer whose input is not to be normalised.",
-        )  # fmt: skip
+        raise _errors.Refusal(ValueError, OP, "norm_scale").expected(
+            f"{len(layers)} arrays or None, one for each of layers",
+            len(scales),
+            "Give None for a layer whose input is not to be normalised.",
+        )
     of_what = "u and a slice of xs" if has_slices else "u"
     checked = tuple(partial(_run, i, layer, of_what, x) for i, layer in enumerate(layers))
     return checked, params, scales
@@ -68,21 +68,23 @@ def _elements(argument: str, value: Iterable[Element], expected: str) -> tuple[E
     """The elements of a sequence."""
     try:
         return tuple(value)
-    except TypeError:
-        _errors.fail(
-            TypeError, OP, argument, f"a sequence of {expected}", type(value).__name__,
+    except TypeError as error:
+        raise _errors.Refusal(TypeError, OP, argument).expected(
+            f"a sequence of {expected}",
+            type(value).__name__,
             f"Put it into a list; {argument} stacked over blocks are given as one for each sublayer"
             " of a block, with xs.",
-        )  # fmt: skip
+        ) from error
 
 
 def recompute(value: Recompute) -> None:
     """Checks what is computed again."""
     if not isinstance(value, Recompute):
-        _errors.fail(
-            TypeError, OP, "recompute", "jax_mhc.Recompute", _errors.typed(value),
+        raise _errors.Refusal(TypeError, OP, "recompute").expected(
+            "jax_mhc.Recompute",
+            _errors.typed(value),
             "Make one, such as jax_mhc.Recompute(every='auto').",
-        )  # fmt: skip
+        )
 
 
 def unroll(value: int | bool, *, has_loop: bool) -> int | bool:
@@ -90,10 +92,9 @@ def unroll(value: int | bool, *, has_loop: bool) -> int | bool:
     if not isinstance(value, bool):
         value = _errors.integer(OP, "unroll", value, 1, None, "Give 1 to unroll nothing.")
     if not has_loop and value not in (False, 1):
-        _errors.fail(
-            ValueError, OP, "unroll", "1 where there is no xs", value,
-            "Without xs there is no loop; leave unroll out.",
-        )  # fmt: skip
+        raise _errors.Refusal(ValueError, OP, "unroll").expected(
+            "1 where there is no xs", value, "Without xs there is no loop; leave unroll out."
+        )
     return value
 
 
@@ -101,10 +102,11 @@ def _layer_output(i: int, y: Any, x: jax.Array) -> jax.Array:
     """Returns the output of a layer, one array that belongs to the streams `x`."""
     argument = f"the result of layers[{i}]"
     if isinstance(y, tuple | list):
-        _errors.fail(
-            TypeError, OP, argument, "one array", f"a {type(y).__name__} of {len(y)}",
+        raise _errors.Refusal(TypeError, OP, argument).expected(
+            "one array",
+            f"a {type(y).__name__} of {len(y)}",
             "For layers that return more, call jax_mhc.pre, post_pre and post in a loop.",
-        )  # fmt: skip
+        )
     return _check.layer_output(OP, argument, y, x)
 
 
@@ -121,16 +123,18 @@ def num_blocks(params: tuple[MHCParams, ...], scales: tuple[Any, ...], xs: Any) 
                 expected = "a leading axis of blocks"
                 if first:
                     expected += f" of length {num_blocks}, as {first} has"
-                _errors.fail(
-                    ValueError, OP, name, expected, f"shape {list(shape)}",
+                raise _errors.Refusal(ValueError, OP, name).expected(
+                    expected,
+                    f"shape {list(shape)}",
                     "With xs, all leaves of params and xs are stacked over the blocks, for "
                     "example by jax.vmap(init)(keys).",
-                )  # fmt: skip
+                )
     if num_blocks is None:
-        _errors.fail(
-            ValueError, OP, "xs", "an array with a leading axis of blocks", "none, nor any params",
+        raise _errors.Refusal(ValueError, OP, "xs").expected(
+            "an array with a leading axis of blocks",
+            "none, nor any params",
             "Leave xs out where there is nothing to loop over.",
-        )  # fmt: skip
+        )
     return num_blocks
 
 
@@ -148,9 +152,9 @@ def stretch(
         return every, 1
     if every in across:
         return every, every // num_layers
-    _errors.fail(
-        ValueError, OP, "recompute.every",
+    raise _errors.Refusal(ValueError, OP, "recompute.every").expected(
         f"a divisor of {num_layers}, the sublayers of a block, or {num_layers} times a divisor of "
-        f"{num_blocks}, the blocks", every,
+        f"{num_blocks}, the blocks",
+        every,
         "All stretches of a scan are of the same length; 'auto' chooses one.",
-    )  # fmt: skip
+    )

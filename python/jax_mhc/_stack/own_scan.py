@@ -258,11 +258,14 @@ class _Scan:
         given = Given(s, other_s, constants, other_constants)
         self.layers = [
             Layer(
-                partial(self.layer, j), layer.in_avals[0], given,
-                has_norm="norm_scale" in p, keeps_input=self.keeps_inputs,
+                partial(self.layer, j),
+                layer.in_avals[0],
+                given,
+                has_norm="norm_scale" in p,
+                keeps_input=self.keeps_inputs,
             )
             for j, (layer, p) in enumerate(zip(self.traced, params, strict=True))
-        ]  # fmt: skip
+        ]
 
         def step(
             i: jax.Array, carry: Carry, blocks: list[Tree], _: Tree

@@ -150,10 +150,8 @@ def stack_with_samples(
         ValueError, TypeError: sample_tokens that is no positive int; what `stack` raises, by its
             name.
     """
-    num_samples = _errors.integer(
-        "stack_with_samples", "sample_tokens", sample_tokens, 1, None,
-        "Some 64 tokens tell enough of a batch.",
-    )  # fmt: skip
+    op, remedy = "stack_with_samples", "Some 64 tokens tell enough of a batch."
+    num_samples = _errors.integer(op, "sample_tokens", sample_tokens, 1, None, remedy)
     x_new, h_res = _run(
         layers,
         x,

@@ -116,11 +116,12 @@ def check_policy(op: str, argument: str, policy: Any) -> None:
     """
     is_policy = callable(policy) and _errors.takes(policy, None, None, None, setting=None)
     if not is_policy or not isinstance(policy, Hashable):
-        _errors.fail(
-            TypeError, op, argument, "a policy of jax.checkpoint", _errors.shown(policy),
+        raise _errors.Refusal(TypeError, op, argument).expected(
+            "a policy of jax.checkpoint",
+            _errors.shown(policy),
             "Take one of jax.checkpoint_policies, or a hashable function (primitive, *avals, "
             "**settings) -> bool.",
-        )  # fmt: skip
+        )
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax_mhc import _check, _errors
 from jax_mhc._axes import axes_of
 from jax_mhc._check import accumulation_dtype
-from jax_mhc._errors import fail
+from jax_mhc._errors import Refusal
 
 # Of composite gains that are in order. In 48 sublayers of mHC they came to 2.4 in a training, where
 # without a constraint they passed 75 in its first twentieth (docs/results.md).
@@ -119,10 +119,11 @@ def composite(h_res: jax.Array) -> jax.Array:
     """
     h_res = _check.matrices("diagnostics.composite", "h_res", h_res)
     if h_res.ndim < 3:
-        fail(
-            ValueError, "diagnostics.composite", "h_res", "shape [L, ..., n, n]",
-            list(h_res.shape), "Stack the matrices of all sublayers: jnp.stack([...]).",
-        )  # fmt: skip
+        raise Refusal(ValueError, "diagnostics.composite", "h_res").expected(
+            "shape [L, ..., n, n]",
+            list(h_res.shape),
+            "Stack the matrices of all sublayers: jnp.stack([...]).",
+        )
 
     def step(product: Any, of_one: Any) -> tuple[Any, Any]:
         product = jnp.matmul(of_one, product, precision="highest")
@@ -177,10 +178,11 @@ def stream_similarity(x: jax.Array) -> jax.Array:
     x = _check.streams(op, "x", x)
     n = x.shape[-2]
     if n < 2:
-        fail(
-            ValueError, op, "x", "shape [..., n, C] with n at least 2", list(x.shape),
+        raise Refusal(ValueError, op, "x").expected(
+            "shape [..., n, C] with n at least 2",
+            list(x.shape),
             "One stream has no other to be similar to.",
-        )  # fmt: skip
+        )
     x = x.astype(accumulation_dtype(x.dtype))
     size = jnp.sqrt(jnp.sum(x * x, -1, keepdims=True))
     # With lengths of 1, the squared length of the sum is n and the similarities of all pairs.

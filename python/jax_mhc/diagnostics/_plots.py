@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jax_mhc import _check, _errors
-from jax_mhc._errors import fail
+from jax_mhc._errors import Refusal
 from jax_mhc.diagnostics import _checks
 from jax_mhc.diagnostics._numbers import BAND, Gain, Mixing, mixing
 
@@ -124,10 +124,11 @@ def plot_mixing(
     if not isinstance(h_res, Mixing):
         matrices = _check.matrices(op, "h_res", h_res)
         if matrices.ndim < 3 or matrices.size == 0:
-            fail(
-                ValueError, op, "h_res", "shape [L, ..., n, n], or mixing of it",
-                list(matrices.shape), "Stack the matrices of all sublayers: jnp.stack([...]).",
-            )  # fmt: skip
+            raise Refusal(ValueError, op, "h_res").expected(
+                "shape [L, ..., n, n], or mixing of it",
+                list(matrices.shape),
+                "Stack the matrices of all sublayers: jnp.stack([...]).",
+            )
         h_res = mixing(matrices)
     values = _checks.curves(op, "h_res", h_res)
     matrices = jax.device_get(matrices)
@@ -137,10 +138,11 @@ def plot_mixing(
     else:
         _check_axes(op, axes, axes)
         if len(axes) != 3 + len(shown):
-            fail(
-                ValueError, op, "axes", f"3 for the curves and {len(shown)} for sublayers",
-                len(axes), "Give one for each, in this order.",
-            )  # fmt: skip
+            raise Refusal(ValueError, op, "axes").expected(
+                f"3 for the curves and {len(shown)} for sublayers",
+                len(axes),
+                "Give one for each, in this order.",
+            )
     _draw_mixing(axes[:3], values, None if matrices is None else matrices.shape[-1])
     if matrices is not None:
         _draw_matrices(axes[3:], matrices, shown)
@@ -170,9 +172,13 @@ def _draw_mixing(axes: Sequence[Any], values: Mixing, n: int | None) -> None:
     least = np.finfo(values.row_error.dtype).eps
     _curve(errors, x, np.maximum(values.row_error, least), color=COLORS[0], label="rows")
     num_tokens = _curve(
-        errors, x, np.maximum(values.column_error, least),
-        color=COLORS[1], ls=DASHED, label="columns",
-    )  # fmt: skip
+        errors,
+        x,
+        np.maximum(values.column_error, least),
+        color=COLORS[1],
+        ls=DASHED,
+        label="columns",
+    )
     _logarithmic(errors)
     errors.set_title("Distance of sums from 1", fontsize=10)
     _legend(errors, num_tokens)
@@ -213,10 +219,14 @@ def _draw_matrices(axes: Sequence[Any], matrices: Any, shown: Sequence[int]) -> 
             panel.set_ylabel("to new stream i")
         for i, j in np.ndindex(n, n) if has_numbers else ():
             panel.text(
-                j, i, f"{np.round(mean[i, j], 2) + 0.0:.2f}",  # never -0.00
-                ha="center", va="center", fontsize=9,
+                j,
+                i,
+                f"{np.round(mean[i, j], 2) + 0.0:.2f}",  # never -0.00
+                ha="center",
+                va="center",
+                fontsize=9,
                 color="white" if sizes[place, i, j] > 0.6 * most else "black",
-            )  # fmt: skip
+            )
     if len(axes) and not has_numbers:
         _figure_of(axes[0]).colorbar(image, ax=list(axes), label="weight")
 
@@ -276,10 +286,11 @@ def _checked_gains(op: str, gains: Any) -> dict[str, Gain]:
         got = type(gains).__name__
         if isinstance(gains, Mapping):
             got += f" of {', '.join(sorted({type(g).__name__ for g in gains.values()})) or 'none'}"
-        fail(
-            TypeError, op, "gains", "a Gain, or a dict of labels and Gains", got,
+        raise Refusal(TypeError, op, "gains").expected(
+            "a Gain, or a dict of labels and Gains",
+            got,
             "Make them with jax_mhc.diagnostics.amax_gain.",
-        )  # fmt: skip
+        )
     return {
         label: _checks.curves(op, f"gains[{label!r}]" if label else "gains", gain)
         for label, gain in gains.items()
@@ -292,14 +303,17 @@ def _checked_x(op: str, x: Any, curves: dict[str, Gain]) -> Any:
     except (TypeError, ValueError):
         x = np.empty((), object)
     if x.ndim and x.dtype.kind not in "biufmM":
-        fail(TypeError, op, "x", "numbers", f"dtype {x.dtype}", "Give the numbers of the steps.")
+        raise Refusal(TypeError, op, "x").expected(
+            "numbers", f"dtype {x.dtype}", "Give the numbers of the steps."
+        )
     lengths = {len(gain.forward) for gain in curves.values()}
     if x.ndim != 1 or lengths - {len(x)}:
-        fail(
-            ValueError, op, "x", f"shape [L] of gains with L = {sorted(lengths)}", list(x.shape),
+        raise Refusal(ValueError, op, "x").expected(
+            f"shape [L] of gains with L = {sorted(lengths)}",
+            list(x.shape),
             "Give one value for each of the gains; curves of other lengths go into the same axes "
             "with another call.",
-        )  # fmt: skip
+        )
     return x
 
 
@@ -309,26 +323,27 @@ def _check_axes(op: str, given: Any, axes: Any) -> None:
     from matplotlib.axes import Axes
 
     if not isinstance(axes, Sequence | np.ndarray) or not all(isinstance(a, Axes) for a in axes):
-        fail(
-            TypeError, op, "axes", "axes of matplotlib", _errors.shown(given),
+        raise Refusal(TypeError, op, "axes").expected(
+            "axes of matplotlib",
+            _errors.shown(given),
             "Make them with matplotlib's subplots, or leave them out for a new figure.",
-        )  # fmt: skip
+        )
 
 
 def _checked_sublayers(op: str, sublayers: Any, matrices: Any, num: int) -> list[int]:
     if matrices is None:
         if sublayers is not None and not (isinstance(sublayers, Sequence) and not sublayers):
-            fail(
-                ValueError, op, "sublayers", "None where there are no matrices",
-                _errors.shown(sublayers), "Pass h_res in place of its mixing.",
-            )  # fmt: skip
+            raise Refusal(ValueError, op, "sublayers").expected(
+                "None where there are no matrices",
+                _errors.shown(sublayers),
+                "Pass h_res in place of its mixing.",
+            )
         return []
     if sublayers is None:
         return sorted({0, num // 2, num - 1})
     if not isinstance(sublayers, Iterable):
-        fail(
-            TypeError, op, "sublayers", "a sequence of ints", _errors.typed(sublayers),
-            "Put it into a list.",
-        )  # fmt: skip
+        raise Refusal(TypeError, op, "sublayers").expected(
+            "a sequence of ints", _errors.typed(sublayers), "Put it into a list."
+        )
     remedy = "Sublayers are counted from 0."
     return [_errors.integer(op, "sublayers", at, 0, num - 1, remedy) for at in sublayers]

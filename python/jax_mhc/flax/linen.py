@@ -76,9 +76,13 @@ class MHC(nn.Module):
         """
         op = "flax.linen.MHC"
         _module.settings(
-            op, layer=self.layer, static=self.static, norm=self.norm,
-            norm_scale_eps=self.norm_scale_eps, implementation=self.implementation,
-        )  # fmt: skip
+            op,
+            layer=self.layer,
+            static=self.static,
+            norm=self.norm,
+            norm_scale_eps=self.norm_scale_eps,
+            implementation=self.implementation,
+        )
         x = _module.streams(op, x, self.streams, self.hidden)
         param = partial(_param, self, jax_mhc.init_params)
         phi, alpha = (None, None) if self.static else (param("phi"), param("alpha"))
@@ -86,10 +90,17 @@ class MHC(nn.Module):
         if self.norm:
             scale = self.param("norm_scale", nn.initializers.ones, (self.hidden,), "float32")
         out, h_res = _module.residual(
-            op, self.layer, x, MHCParams(phi, alpha, param("bias")), args, kwargs,
-            config=self.config, norm_scale=scale, norm_scale_eps=self.norm_scale_eps,
+            op,
+            self.layer,
+            x,
+            MHCParams(phi, alpha, param("bias")),
+            args,
+            kwargs,
+            config=self.config,
+            norm_scale=scale,
+            norm_scale_eps=self.norm_scale_eps,
             implementation=self.implementation,
-        )  # fmt: skip
+        )
         self.sow("intermediates", "h_res", h_res)
         return out
 

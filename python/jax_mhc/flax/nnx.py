@@ -76,9 +76,13 @@ class MHC(nnx.Module):
     ):
         """See the class."""
         _module.settings(
-            "flax.nnx.MHC", layer=layer, static=static, norm=norm, norm_scale_eps=norm_scale_eps,
+            "flax.nnx.MHC",
+            layer=layer,
+            static=static,
+            norm=norm,
+            norm_scale_eps=norm_scale_eps,
             implementation=implementation,
-        )  # fmt: skip
+        )
         params = jax_mhc.init_params(
             _key("flax.nnx.MHC", rngs), streams=streams, hidden=hidden, config=config, static=static
         )
@@ -112,11 +116,17 @@ class MHC(nnx.Module):
         """
         op = "flax.nnx.MHC"
         out, _ = _module.residual(
-            op, self.layer, _module.streams(op, x, self.streams, self.hidden), self.params,
-            args, kwargs,
-            config=self.config, norm_scale=_value(self.norm_scale),
-            norm_scale_eps=self.norm_scale_eps, implementation=self.implementation,
-        )  # fmt: skip
+            op,
+            self.layer,
+            _module.streams(op, x, self.streams, self.hidden),
+            self.params,
+            args,
+            kwargs,
+            config=self.config,
+            norm_scale=_value(self.norm_scale),
+            norm_scale_eps=self.norm_scale_eps,
+            implementation=self.implementation,
+        )
         return out
 
 
@@ -251,21 +261,22 @@ def _arguments(
     sublayers = _checked_names(sublayers)
     for name in (*_SETTINGS, "params", "xs", "norm_scale"):
         if name in options:
-            _errors.fail(
-                TypeError, _STACK, name, "no such option, since the sublayers have it",
-                _errors.typed(options[name]), "Give it to each MHC instead.",
-            )  # fmt: skip
+            raise _errors.Refusal(TypeError, _STACK, name).expected(
+                "no such option, since the sublayers have it",
+                _errors.typed(options[name]),
+                "Give it to each MHC instead.",
+            )
     modules = {name: _sublayer(blocks, name) for name in sublayers}
     first = next(iter(modules.values()))
     settings = {name: getattr(first, name) for name in _SETTINGS}
     for name, module in modules.items():
         for setting, value in settings.items():
             if (got := getattr(module, setting)) != value:
-                _errors.fail(
-                    ValueError, _STACK, f"blocks.{name}.{setting}",
-                    f"that of the other sublayers, {value!r}", repr(got),
+                raise _errors.Refusal(ValueError, _STACK, f"blocks.{name}.{setting}").expected(
+                    f"that of the other sublayers, {value!r}",
+                    repr(got),
                     "Make all sublayers of a stack alike, or use nnx.scan over the blocks.",
-                )  # fmt: skip
+                )
     graphdef, state = nnx.split({name: module.layer for name, module in modules.items()})
 
     def run(name: str, u: jax.Array, state: Any) -> Any:
@@ -278,12 +289,13 @@ def _arguments(
             # What a call assigns is another array, even if it is equal.
             if path not in before or before[path] is not variable.get_raw_value():
                 module, *rest = map(str, path)
-                _errors.fail(
-                    ValueError, _STACK, ".".join(["blocks", module, "layer", *rest]),
+                raise _errors.Refusal(
+                    ValueError, _STACK, ".".join(["blocks", module, "layer", *rest])
+                ).expected(
                     "a variable that does not change in the call",
                     f"a {type(variable).__name__} that does",
                     "Use nnx.scan over the blocks and their own call, or evaluation mode.",
-                )  # fmt: skip
+                )
         return y
 
     return {
@@ -314,21 +326,22 @@ def _checked_names(sublayers: Any) -> Any:
         or not all(isinstance(name, str) for name in names)
         or not all(isinstance(arguments, Mapping) for arguments in of_layers)
     ):
-        _errors.fail(
-            ValueError, _STACK, "sublayers",
+        raise _errors.Refusal(ValueError, _STACK, "sublayers").expected(
             "a sequence of names of attributes of blocks, or a mapping of them to arguments",
-            _errors.shown(sublayers), "Name the sublayers in their order: ['attention', 'mlp'].",
-        )  # fmt: skip
+            _errors.shown(sublayers),
+            "Name the sublayers in their order: ['attention', 'mlp'].",
+        )
     return sublayers if isinstance(sublayers, Mapping) else names
 
 
 def _sublayer(blocks: nnx.Module, name: str) -> MHC:
     module = getattr(blocks, name, None)
     if not isinstance(module, MHC):
-        _errors.fail(
-            TypeError, _STACK, f"blocks.{name}", "a jax_mhc.flax.nnx.MHC", type(module).__name__,
+        raise _errors.Refusal(TypeError, _STACK, f"blocks.{name}").expected(
+            "a jax_mhc.flax.nnx.MHC",
+            type(module).__name__,
             "Wrap each sublayer of a block: MHC(layer, C, rngs=rngs).",
-        )  # fmt: skip
+        )
     return module
 
 
@@ -337,10 +350,11 @@ def _key(op: str, rngs: nnx.Rngs) -> jax.Array:
     if isinstance(rngs, nnx.Rngs):
         stream = getattr(rngs, "mhc" if "mhc" in rngs else "params", None)
     if stream is None:
-        _errors.fail(
-            TypeError, op, "rngs", "nnx.Rngs with a stream mhc or params", _errors.typed(rngs),
+        raise _errors.Refusal(TypeError, op, "rngs").expected(
+            "nnx.Rngs with a stream mhc or params",
+            _errors.typed(rngs),
             "Make them with nnx.Rngs(seed).",
-        )  # fmt: skip
+        )
     return stream()
 
 
