@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jax_mhc import _errors
 from jax_mhc._axes import varying_axes
@@ -15,13 +17,15 @@ from jax_mhc._errors import Refusal
 from jax_mhc._limits import MAX_STREAMS, STREAM_DTYPES
 from jax_mhc._types import NUMBERS, Context, HeadParams, MHCConfig, MHCParams
 
+Result = TypeVar("Result")
 
-def accumulation_dtype(dtype: Any) -> np.dtype:
+
+def accumulation_dtype(dtype: DTypeLike) -> np.dtype:
     """The dtype of coefficients, parameters and sums for streams of `dtype`."""
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
-def array(op: str, argument: str, value: Any) -> jax.Array:
+def array(op: str, argument: str, value: object) -> jax.Array:
     """`value` as a JAX array that is not weakly typed."""
     if not isinstance(value, jax.Array | np.ndarray | np.generic) and not hasattr(
         value, "__jax_array__"
@@ -47,7 +51,7 @@ def array(op: str, argument: str, value: Any) -> jax.Array:
     return jnp.asarray(value, dtype=value.dtype)
 
 
-def shape(op: str, argument: str, value: Any) -> tuple[int, ...]:
+def shape(op: str, argument: str, value: object) -> tuple[int, ...]:
     """The shape of what JAX takes for an array, Python's numbers too, which stays what it is."""
     try:
         return jax.typeof(jnp.asarray(value) if hasattr(value, "__jax_array__") else value).shape
@@ -57,7 +61,7 @@ def shape(op: str, argument: str, value: Any) -> tuple[int, ...]:
         ) from error
 
 
-def key(op: str, argument: str, value: Any) -> None:
+def key(op: str, argument: str, value: object) -> None:
     """Checks one random key, of either of JAX's kinds."""
     key, got = None, _errors.typed(value)
     if isinstance(value, jax.Array | np.ndarray) or hasattr(value, "__jax_array__"):
@@ -74,7 +78,7 @@ def key(op: str, argument: str, value: Any) -> None:
         )
 
 
-def hidden_state(op: str, argument: str, u: Any) -> jax.Array:
+def hidden_state(op: str, argument: str, u: object) -> jax.Array:
     """A hidden state `[..., C]` of a dtype that the ops accept."""
     u = array(op, argument, u)
     if u.dtype.name not in STREAM_DTYPES:
@@ -92,7 +96,7 @@ def hidden_state(op: str, argument: str, u: Any) -> jax.Array:
     return u
 
 
-def streams(op: str, argument: str, x: Any) -> jax.Array:
+def streams(op: str, argument: str, x: object) -> jax.Array:
     """Residual streams `[..., n, C]` of a dtype that the ops accept."""
     x = array(op, argument, x)
     if x.dtype.name not in STREAM_DTYPES:
@@ -122,7 +126,7 @@ def streams(op: str, argument: str, x: Any) -> jax.Array:
     return x
 
 
-def hidden_axes(op: str, value: Any, x: jax.Array) -> tuple[str, ...]:
+def hidden_axes(op: str, value: object, x: jax.Array) -> tuple[str, ...]:
     """The axes of the enclosing `jax.shard_map` over which the channels of x are split."""
     argument = "hidden_axis_name"
     remedy = (
@@ -144,7 +148,7 @@ def hidden_axes(op: str, value: Any, x: jax.Array) -> tuple[str, ...]:
     return tuple(names)
 
 
-def implementation(op: str, value: Any) -> None:
+def implementation(op: str, value: object) -> None:
     """Checks an implementation: None, "fused" or "reference"."""
     _errors.choice(op, "implementation", value, (None, "fused", "reference"))
 
@@ -154,7 +158,15 @@ def num_channels(x: jax.Array, hidden_axes: tuple[str, ...]) -> int:
     return x.shape[-1] * math.prod(jax.lax.axis_size(axis) for axis in hidden_axes)
 
 
-def call(op: str, argument: str, what: str, layer: Any, /, *args: Any, **kwargs: Any) -> Any:
+def call(
+    op: str,
+    argument: str,
+    what: str,
+    layer: Callable[..., Result],
+    /,
+    *args: object,
+    **kwargs: object,
+) -> Result:
     """Calls a layer; if these arguments do not fit, the error names them by `what`."""
     try:
         return layer(*args, **kwargs)
@@ -169,7 +181,7 @@ def call(op: str, argument: str, what: str, layer: Any, /, *args: Any, **kwargs:
     )
 
 
-def layer_output(op: str, argument: str, y: Any, x: jax.Array) -> jax.Array:
+def layer_output(op: str, argument: str, y: object, x: jax.Array) -> jax.Array:
     """A layer's result `[..., C]` that belongs to the streams `x`."""
     y = array(op, argument, y)
     if y.dtype != x.dtype:
@@ -189,7 +201,7 @@ def layer_output(op: str, argument: str, y: Any, x: jax.Array) -> jax.Array:
 
 
 def _parameter(
-    op: str, argument: str, value: Any, shape: tuple[int, ...], dtype: np.dtype, remedy: str
+    op: str, argument: str, value: object, shape: tuple[int, ...], dtype: np.dtype, remedy: str
 ) -> jax.Array:
     value = array(op, argument, value)
     if value.dtype != dtype:
@@ -242,8 +254,8 @@ def params(
 
 def norm_scale(
     op: str,
-    scale: Any,
-    eps: Any,
+    scale: object,
+    eps: object,
     x: jax.Array,
     argument: str = "norm_scale",
     hidden_axes: tuple[str, ...] = (),
@@ -258,7 +270,7 @@ def norm_scale(
     return _parameter(op, argument, scale, shape, dtype, remedy), eps
 
 
-def norm_scale_eps(op: str, eps: Any, dtype: np.dtype) -> float:
+def norm_scale_eps(op: str, eps: object, dtype: np.dtype) -> float:
     """The eps of a norm that is computed in `dtype`."""
     return _errors.held(op, argument := "norm_scale_eps", _errors.number(op, argument, eps), dtype)
 
@@ -315,7 +327,7 @@ def context(op: str, ctx: Context) -> Context:
 
 
 def _coefficient(
-    op: str, argument: str, value: Any, shape: tuple[int, ...], dtype: np.dtype, remedy: str
+    op: str, argument: str, value: object, shape: tuple[int, ...], dtype: np.dtype, remedy: str
 ) -> jax.Array:
     value = array(op, argument, value)
     if value.dtype != dtype:
@@ -329,7 +341,7 @@ def _coefficient(
     return value
 
 
-def matrices(op: str, argument: str, value: Any) -> jax.Array:
+def matrices(op: str, argument: str, value: object) -> jax.Array:
     """Matrices `[..., n, n]`, such as h_res or its logits, in an accumulation dtype."""
     value = array(op, argument, value)
     if value.dtype.name not in ("float32", "float64"):

@@ -8,11 +8,13 @@ import math
 import reprlib
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from jax_mhc._limits import MAX_STREAMS
+
+Choice = TypeVar("Choice", bound=str | None)
 
 # The largest size of a dimension that XLA indexes with 32 bits.
 MAX_SIZE = 2**31 - 1
@@ -53,20 +55,21 @@ def require(op: str, package: str, extra: str) -> ModuleType:
     )
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value in a message: on one line and short, whatever it is."""
     try:
         return " ".join(_repr.repr(value).split())
-    except ValueError:  # an int of more digits than Python prints
+    except ValueError:
+        assert isinstance(value, int)  # of more digits than Python prints
         return f"an int of {value.bit_length()} bits"
 
 
-def typed(value: Any) -> str:
+def typed(value: object) -> str:
     """A value of a wrong type in a message."""
     return f"{shown(value)} ({type(value).__name__})"
 
 
-def integer(op: str, argument: str, value: Any, low: int, high: int | None, remedy: str) -> int:
+def integer(op: str, argument: str, value: object, low: int, high: int | None, remedy: str) -> int:
     """`value` as an int in [low, high]; bool is no number here."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise Refusal(TypeError, op, argument).expected("an int", typed(value), remedy)
@@ -76,7 +79,7 @@ def integer(op: str, argument: str, value: Any, low: int, high: int | None, reme
     return int(value)
 
 
-def number(op: str, argument: str, value: Any, *, positive: bool = False) -> float:
+def number(op: str, argument: str, value: object, *, positive: bool = False) -> float:
     """`value` as a finite float of at least 0, or above 0."""
     remedy = "Settings are compiled in: pass a Python number."
     # Of NumPy's numbers complex ones are left, of which float() drops a part.
@@ -105,7 +108,7 @@ def held(op: str, argument: str, value: float, dtype: np.dtype) -> float:
     return value
 
 
-def flag(op: str, argument: str, value: Any) -> bool:
+def flag(op: str, argument: str, value: object) -> bool:
     """`value` as a bool: of anything else the truth may be another than is meant."""
     if not isinstance(value, bool | np.bool_):
         raise Refusal(TypeError, op, argument).expected(
@@ -114,7 +117,7 @@ def flag(op: str, argument: str, value: Any) -> bool:
     return bool(value)
 
 
-def text(op: str, argument: str, value: Any) -> None:
+def text(op: str, argument: str, value: object) -> None:
     """`value` is a string."""
     if not isinstance(value, str):
         raise Refusal(TypeError, op, argument).expected(
@@ -122,13 +125,13 @@ def text(op: str, argument: str, value: Any) -> None:
         )
 
 
-def function(op: str, argument: str, value: Any, expected: str, remedy: str) -> None:
+def function(op: str, argument: str, value: object, expected: str, remedy: str) -> None:
     """`value` can be called."""
     if not callable(value):
         raise Refusal(TypeError, op, argument).expected(expected, type(value).__name__, remedy)
 
 
-def takes(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> bool:
+def takes(function: Callable[..., object], /, *args: object, **kwargs: object) -> bool:
     """Whether a function can be called with these arguments, or does not tell."""
     try:
         signature = inspect.signature(function)
@@ -141,18 +144,20 @@ def takes(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> bool:
     return True
 
 
-def num_streams(op: str, argument: str, value: Any) -> int:
+def num_streams(op: str, argument: str, value: object) -> int:
     """A number of streams that the ops accept."""
     remedy = f"The number of streams is small (4 in the paper), at most {MAX_STREAMS}."
     return integer(op, argument, value, 1, MAX_STREAMS, remedy)
 
 
-def width(op: str, value: Any) -> int:
+def width(op: str, value: object) -> int:
     """C, where it is given as a number."""
     return integer(op, "hidden", value, 1, MAX_SIZE, "It is the width of the layer, C.")
 
 
-def choice(op: str, argument: str, value: Any, choices: tuple[Any, ...], *others: str) -> Any:
+def choice(
+    op: str, argument: str, value: object, choices: tuple[Choice, ...], *others: str
+) -> Choice:
     """Returns the element of `choices` (None and strings) that equals `value`.
 
     The error names `others` beside them.

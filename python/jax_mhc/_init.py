@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jax_mhc import _check
 from jax_mhc._errors import Refusal, flag, num_streams, shown, width
@@ -22,7 +22,7 @@ _H_RES_DIAGONAL = 0.9
 
 
 def _checked(
-    op: str, key: Any, streams: int, hidden: int, config: MHCConfig, dtype: Any
+    op: str, key: object, streams: int, hidden: int, config: MHCConfig, dtype: DTypeLike
 ) -> tuple[int, int, np.dtype]:
     _check.key(op, "key", key)
     streams = num_streams(op, "streams", streams)
@@ -45,7 +45,7 @@ def _checked(
     return streams, hidden, dtype
 
 
-def _dtype(op: str, value: Any) -> np.dtype:
+def _dtype(op: str, value: DTypeLike | None) -> np.dtype:
     try:
         # None is NumPy's float64.
         dtype = jnp.dtype("" if value is None else value)
@@ -98,7 +98,7 @@ def init_params(
     hidden: int,
     config: MHCConfig = PAPER,
     static: bool = False,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> MHCParams:
     """Initial parameters of one hyper-connection.
 
@@ -174,7 +174,7 @@ def init_head(
     streams: int,
     hidden: int,
     config: MHCConfig = PAPER,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> HeadParams:
     """Initial parameters of the head: a weighted mean of the streams.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,10 +10,10 @@ import numpy as np
 from jax_mhc import _check, _errors
 from jax_mhc._call.dispatch import Implementation
 from jax_mhc._ops.sublayer import Options, Sublayer
-from jax_mhc._types import MHCConfig, MHCParams
+from jax_mhc._types import Layer, MHCConfig, MHCParams
 
 
-def streams(op: str, x: Any, num_streams: int, hidden: int) -> jax.Array:
+def streams(op: str, x: object, num_streams: int, hidden: int) -> jax.Array:
     """Streams `[..., n, C]` of the n and C that a module was made for."""
     _errors.num_streams(op, "streams", num_streams)
     _errors.width(op, hidden)
@@ -32,11 +31,11 @@ def streams(op: str, x: Any, num_streams: int, hidden: int) -> jax.Array:
 def settings(
     op: str,
     *,
-    layer: Any,
-    static: Any,
-    norm: Any,
-    norm_scale_eps: Any,
-    implementation: Any,
+    layer: object,
+    static: object,
+    norm: object,
+    norm_scale_eps: object,
+    implementation: object,
 ) -> None:
     """Checks what the initial values do not."""
     remedy = "Pass the layer that the residual connection goes around."
@@ -49,11 +48,11 @@ def settings(
 
 def residual(
     op: str,
-    layer: Callable[..., Any],
+    layer: Layer,
     x: jax.Array,
     params: MHCParams,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
     *,
     config: MHCConfig,
     norm_scale: jax.Array | None,
@@ -62,7 +61,7 @@ def residual(
 ) -> tuple[Any, jax.Array]:
     """`mhc_residual`, and h_res; of a layer that returns `(y, *rest)`, `(streams, *rest)`."""
 
-    def run(u: jax.Array) -> tuple[jax.Array, tuple[Any, ...] | None]:
+    def run(u: jax.Array) -> tuple[jax.Array, tuple[object, ...] | None]:
         out = _check.call(op, "layer", "u and the arguments of the call", layer, u, *args, **kwargs)
         # An empty tuple is no array, which the check says.
         returns_rest = isinstance(out, tuple) and len(out) > 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -12,7 +12,7 @@ from jax_mhc import _check, _errors
 from jax_mhc._call.dispatch import Implementation
 from jax_mhc._copies import copies
 from jax_mhc._ops.sublayer import Options, Sublayer
-from jax_mhc._types import MHCConfig, MHCParams
+from jax_mhc._types import Layer, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
 
@@ -59,7 +59,7 @@ def reduce(x: jax.Array, *, method: Literal["mean", "sum"] = "mean") -> jax.Arra
 
 
 def mhc_residual(
-    layer: Callable[[jax.Array], Any],
+    layer: Layer,
     x: jax.Array,
     params: MHCParams,
     *,

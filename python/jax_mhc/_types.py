@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.export
 
 from jax_mhc import _errors
 from jax_mhc._limits import MAX_PERMUTED_STREAMS, MAX_SINKHORN_ITERS
+
+#: A layer: of u `[..., C]` and what else it takes, y `[..., C]` and what else it returns.
+Layer: TypeAlias = Callable[..., Any]
+#: A pytree of arrays.
+Tree: TypeAlias = Any
 
 # The settings that are no integers.
 NUMBERS = ("sinkhorn_eps", "norm_eps", "pre_eps", "post_scale")
@@ -72,7 +78,7 @@ class MHCConfig:
             "order": ("column_row", "row_column"),
             "norm_eps_mode": ("inside", "outside"),
         }
-        plain: dict[str, Any] = {
+        plain: dict[str, object] = {
             field: _errors.choice(op, field, getattr(self, field), of)
             for field, of in choices.items()
         }
@@ -185,20 +191,27 @@ class Context:
     )
 
     @classmethod
-    def _of(cls, x: Any, deferred: Any, h_pre: Any, h_post: Any, h_res: Any) -> Context:
+    def _of(
+        cls,
+        x: jax.Array,
+        deferred: jax.Array | None,
+        h_pre: jax.Array,
+        h_post: jax.Array,
+        h_res: jax.Array,
+    ) -> Context:
         """Returns a context with its private field set."""
         ctx = cls(x, h_pre, h_post, h_res)
         object.__setattr__(ctx, "_deferred", deferred)
         return ctx
 
-    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], None]:
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[object, object], ...], None]:
         """For JAX."""
         names = ("x", "_deferred", "h_pre", "h_post", "h_res")
         key = jax.tree_util.GetAttrKey
         return tuple((key(name), getattr(self, name)) for name in names), None
 
     @classmethod
-    def tree_unflatten(cls, _: None, leaves: Any) -> Context:
+    def tree_unflatten(cls, _: None, leaves: Iterable[Any]) -> Context:
         """For JAX."""
         return cls._of(*leaves)
 

@@ -10,10 +10,11 @@ there and back. Settings are not part of parameters: each function names those t
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jax_mhc._check import accumulation_dtype, array
 from jax_mhc._errors import Refusal, num_streams
@@ -22,8 +23,11 @@ from jax_mhc._types import HeadParams, MHCParams
 
 __all__ = ["from_deepseek_v4", "from_megatron", "head_from_deepseek_v4", "to_deepseek_v4"]
 
+# An array and the name of its argument.
+Named: TypeAlias = tuple[str, ArrayLike]
 
-def from_deepseek_v4(fn: Any, base: Any, scale: Any) -> MHCParams:
+
+def from_deepseek_v4(fn: ArrayLike, base: ArrayLike, scale: ArrayLike) -> MHCParams:
     """Parameters of one DeepSeek-V4 hyper-connection; use them with `presets.DEEPSEEK_V4`.
 
     Its kernels sum over the first index of `comb`, so h_res[i, j] = comb[j, i]: the n x n block of
@@ -89,7 +93,7 @@ def to_deepseek_v4(
     return _transpose_res(fn, n), _transpose_res(base, n), scale
 
 
-def head_from_deepseek_v4(hc_fn: Any, hc_base: Any, hc_scale: Any) -> HeadParams:
+def head_from_deepseek_v4(hc_fn: ArrayLike, hc_base: ArrayLike, hc_scale: ArrayLike) -> HeadParams:
     """Parameters of DeepSeek-V4's head; use them with `presets.DEEPSEEK_V4`.
 
     Args:
@@ -116,7 +120,7 @@ def head_from_deepseek_v4(hc_fn: Any, hc_base: Any, hc_scale: Any) -> HeadParams
     )
 
 
-def from_megatron(weight: Any, alpha: Any, bias: Any) -> MHCParams:
+def from_megatron(weight: ArrayLike, alpha: ArrayLike, bias: ArrayLike) -> MHCParams:
     """Parameters of one Megatron Core hyper-connection; use them with `presets.MEGATRON`.
 
     This is the form of `HyperConnectionModule` in its branch main (as of August 2026), which
@@ -154,7 +158,7 @@ def from_megatron(weight: Any, alpha: Any, bias: Any) -> MHCParams:
     return MHCParams(phi=weight.T, alpha=alpha, bias=bias)
 
 
-def _check_columns(op: str, shape: tuple[int, ...], streams: Any) -> None:
+def _check_columns(op: str, shape: tuple[int, ...], streams: int | None) -> None:
     """Refuses parameters without the columns of h_res, and what may be such.
 
     For constraint "identity" K is 2n, which is n² + 2n of fewer streams, too, for n = 4 and 12. Of
@@ -183,7 +187,10 @@ def _check_columns(op: str, shape: tuple[int, ...], streams: Any) -> None:
 
 
 def _checked(
-    op: str, weight: tuple[str, Any], bias: tuple[str, Any], alpha: tuple[str, Any]
+    op: str,
+    weight: tuple[str, ArrayLike],
+    bias: tuple[str, ArrayLike],
+    alpha: tuple[str, ArrayLike],
 ) -> tuple[jax.Array, jax.Array, jax.Array, int]:
     """The three arrays, widened and checked against each other, and n."""
     fn = _floating(op, *weight)
@@ -199,7 +206,7 @@ def _checked(
     return fn, _shaped(op, *bias, (num,)), _shaped(op, *alpha, (3,)), n
 
 
-def _shaped(op: str, argument: str, value: Any, shape: tuple[int, ...]) -> jax.Array:
+def _shaped(op: str, argument: str, value: object, shape: tuple[int, ...]) -> jax.Array:
     value = _floating(op, argument, value)
     if value.shape != shape:
         raise Refusal(ValueError, op, argument).expected(
@@ -208,7 +215,7 @@ def _shaped(op: str, argument: str, value: Any, shape: tuple[int, ...]) -> jax.A
     return value
 
 
-def _floating(op: str, argument: str, value: Any) -> jax.Array:
+def _floating(op: str, argument: str, value: object) -> jax.Array:
     value = array(op, argument, value)
     # Of float8 and the like the scales are missing.
     if value.dtype.name not in STREAM_DTYPES:

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import jax_mhc
 from jax_mhc import _check, _errors, _module
 from jax_mhc._call.dispatch import Implementation
-from jax_mhc._types import HeadParams, MHCConfig, MHCParams
+from jax_mhc._types import HeadParams, Layer, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
 _errors.require("equinox", "equinox", "equinox")
@@ -65,7 +64,7 @@ class MHC(eqx.Module):
             settings that are none.
     """
 
-    layer: Callable[..., Any]
+    layer: Layer
     phi: jax.Array | None
     alpha: jax.Array | None
     bias: jax.Array
@@ -78,7 +77,7 @@ class MHC(eqx.Module):
 
     def __init__(
         self,
-        layer: Callable[..., Any],
+        layer: Layer,
         hidden: int,
         *,
         streams: int = 4,
@@ -112,7 +111,7 @@ class MHC(eqx.Module):
         """The parameters, as the functions of jax_mhc take them."""
         return MHCParams(self.phi, self.alpha, self.bias)
 
-    def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, x: jax.Array, *args: object, **kwargs: object) -> Any:
         """Runs the layer on the streams.
 
         Args:

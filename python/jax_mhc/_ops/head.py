@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
 from jax_mhc import _check, reference
 from jax_mhc._call import Implementation, Settings, Values
-from jax_mhc._ops.deferred import instantiate
+from jax_mhc._ops.deferred import Cotangent, instantiate
 from jax_mhc._ops.fused_op import fused_call, fused_op
 from jax_mhc._types import HeadParams, MHCConfig
 from jax_mhc.presets import PAPER
@@ -67,7 +66,7 @@ def _forward(operands: Values, results: Values) -> tuple[jax.Array, Values]:
     return u, operands | results
 
 
-def _backward(settings: Settings, saved: Values, d_u: Any) -> Values:
+def _backward(settings: Settings, saved: Values, d_u: Cotangent) -> Values:
     return fused_call("head_bwd", settings, saved | {"d_u": instantiate(d_u)})
 
 

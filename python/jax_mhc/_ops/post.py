@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 
 from jax_mhc import _check, reference
 from jax_mhc._call import Implementation, Settings, Values
-from jax_mhc._ops.deferred import gradient, instantiate, streams
+from jax_mhc._ops.deferred import Cotangent, gradient, instantiate, streams
 from jax_mhc._ops.fused_op import fused_call, fused_op
 from jax_mhc._types import Context
 
@@ -54,7 +52,7 @@ def _forward(operands: Values, results: Values) -> tuple[jax.Array, Values]:
     return results["x_new"], operands
 
 
-def _backward(settings: Settings, saved: Values, d_x_new: Any) -> Values:
+def _backward(settings: Settings, saved: Values, d_x_new: Cotangent) -> Values:
     d_x_new = instantiate(d_x_new)
     d_x = gradient(settings.defers, d_x_new, saved["h_res"])
     return {"d_x": d_x} | fused_call("post_bwd", settings, saved | {"d_x_new": d_x_new})

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
 from jax_mhc import _check, reference
 from jax_mhc._call import Implementation, Settings, Values
-from jax_mhc._ops.deferred import d_streams_in, gradient, streams
+from jax_mhc._ops.deferred import Cotangent, d_streams_in, gradient, streams
 from jax_mhc._ops.fused_op import fused_call, fused_op, normalizers, present
 from jax_mhc._ops.pre import context, cotangents_of
 from jax_mhc._types import Context, MHCConfig, MHCParams
@@ -100,7 +99,7 @@ def _forward(operands: Values, results: Values) -> tuple[tuple[jax.Array, Contex
     return (results["u"], ctx), operands | kept | {"h_res_new": results["h_res"]}
 
 
-def _backward(settings: Settings, saved: Values, cotangents: tuple[Any, Context]) -> Values:
+def _backward(settings: Settings, saved: Values, cotangents: tuple[Cotangent, Context]) -> Values:
     d_u, d_ctx = cotangents
     d_x_new_in, deferred = d_streams_in(d_ctx, saved["h_res_new"])
     gradients = fused_call(

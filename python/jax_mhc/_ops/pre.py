@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
 from jax_mhc import _check, reference
 from jax_mhc._call import Implementation, Settings, Values
-from jax_mhc._ops.deferred import d_streams_in, instantiate
+from jax_mhc._ops.deferred import Cotangent, d_streams_in, instantiate
 from jax_mhc._ops.fused_op import fused_call, fused_op, normalizers, present
 from jax_mhc._types import Context, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
@@ -115,7 +114,7 @@ def context(x: jax.Array, results: Values) -> Context:
     return Context._of(x, x, results["h_pre"], results["h_post"], results["h_res"])
 
 
-def _backward(settings: Settings, saved: Values, cotangents: tuple[Any, Context]) -> Values:
+def _backward(settings: Settings, saved: Values, cotangents: tuple[Cotangent, Context]) -> Values:
     d_u, d_ctx = cotangents
     d_x_in, deferred = d_streams_in(d_ctx, saved["h_res"])
     return fused_call(
@@ -126,7 +125,7 @@ def _backward(settings: Settings, saved: Values, cotangents: tuple[Any, Context]
     )
 
 
-def cotangents_of(d_u: Any, d_ctx: Context) -> Values:
+def cotangents_of(d_u: Cotangent, d_ctx: Context) -> Values:
     """The cotangents of u and of the coefficients, which a backward call takes."""
     return {
         "d_u": instantiate(d_u),

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, _errors, reference
 from jax_mhc._call import Implementation, Settings, Values
-from jax_mhc._ops.deferred import instantiate
+from jax_mhc._ops.deferred import Cotangent, instantiate
 from jax_mhc._ops.fused_op import fused_call, fused_op
 from jax_mhc._types import MHCConfig
 from jax_mhc.presets import PAPER
@@ -72,7 +70,7 @@ def _forward(operands: Values, results: Values) -> tuple[jax.Array, Values]:
     return results["h_res"], operands
 
 
-def _backward(settings: Settings, saved: Values, d_h_res: Any) -> Values:
+def _backward(settings: Settings, saved: Values, d_h_res: Cotangent) -> Values:
     return fused_call("sinkhorn_bwd", settings, saved | {"d_h_res": instantiate(d_h_res)})
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import jax
 
 from jax_mhc import _check, _errors
 from jax_mhc._mesh.types import sharded_like
 from jax_mhc._stack.remat import Recompute, best_length
-from jax_mhc._types import MHCParams
+from jax_mhc._types import Layer, MHCParams, Tree
 
 OP = "stack"
 
@@ -19,13 +19,13 @@ Element = TypeVar("Element")
 
 
 def sublayers(
-    layers: Sequence[Callable[..., Any]],
+    layers: Sequence[Layer],
     params: Sequence[MHCParams],
     norm_scale: Sequence[jax.Array | None] | None,
     x: jax.Array,
     *,
     has_slices: bool,
-) -> tuple[tuple[Callable[..., Any], ...], tuple[MHCParams, ...], tuple[jax.Array | None, ...]]:
+) -> tuple[tuple[Layer, ...], tuple[MHCParams, ...], tuple[jax.Array | None, ...]]:
     """The layers, which check themselves, and for each parameters and a norm's scale.
 
     x: the streams that the layers are for.
@@ -57,7 +57,7 @@ def sublayers(
 
 
 def _run(
-    i: int, layer: Callable[..., Any], of_what: str, x: jax.Array, u: jax.Array, *of_block: Any
+    i: int, layer: Layer, of_what: str, x: jax.Array, u: jax.Array, *of_block: Tree
 ) -> jax.Array:
     """The output of a layer that belongs to the streams x, sharded as u: loops require that."""
     y = _check.call(OP, f"layers[{i}]", of_what, layer, u, *of_block)
@@ -98,7 +98,7 @@ def unroll(value: int | bool, *, has_loop: bool) -> int | bool:
     return value
 
 
-def _layer_output(i: int, y: Any, x: jax.Array) -> jax.Array:
+def _layer_output(i: int, y: object, x: jax.Array) -> jax.Array:
     """Returns the output of a layer, one array that belongs to the streams `x`."""
     argument = f"the result of layers[{i}]"
     if isinstance(y, tuple | list):
@@ -110,7 +110,9 @@ def _layer_output(i: int, y: Any, x: jax.Array) -> jax.Array:
     return _check.layer_output(OP, argument, y, x)
 
 
-def num_blocks(params: tuple[MHCParams, ...], scales: tuple[Any, ...], xs: Any) -> int:
+def num_blocks(
+    params: tuple[MHCParams, ...], scales: tuple[jax.Array | None, ...], xs: Tree
+) -> int:
     """The common length of the leading axes."""
     num_blocks, first = None, ""
     for argument, tree in (("xs", xs), ("params", params), ("norm_scale", scales)):

@@ -16,8 +16,6 @@ import jax.numpy as jnp
 if TYPE_CHECKING:
     from jax.extend.core import JaxprEqn, Var
 
-# A pytree of arrays, the same at every place that names it in a signature.
-Tree: TypeAlias = Any
 # The leaves of a pytree of arrays. Some may be None: those that a list of others has.
 Leaves: TypeAlias = list[Any]
 
@@ -112,7 +110,7 @@ class Layer:
     ) -> Callable[[jax.Array], tuple[jax.Array, Leaves, Leaves]]:
         """The function from d_y to d_u, d_s and d_constants; `again` is u if that is not kept."""
         others = jax.core.eval_jaxpr(self.again, self.consts, *jax.tree.leaves(given))
-        values: dict[int, Any] = {id(self.u): again}
+        values = {} if again is None else {id(self.u): again}
         values |= zip([*self.kept, *self.others], [*kept, *others], strict=True)
         residuals = [
             value if source is residual else value.astype(_type(residual).dtype)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 from operator import itemgetter
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,9 @@ from jax_mhc._axes import varying_like
 from jax_mhc._ops.deferred import streams
 from jax_mhc._ops.sublayer import Options, Sublayer
 from jax_mhc._stack import checks
-from jax_mhc._stack.layer import Tree
 from jax_mhc._stack.pending import Pending, PendingPost, no_sublayer
-from jax_mhc._stack.remat import Recomputed, policy_of
-from jax_mhc._types import MHCParams
+from jax_mhc._stack.remat import Policy, Recomputed, policy_of
+from jax_mhc._types import MHCParams, Tree
 
 
 class Steps(NamedTuple):
@@ -54,7 +53,7 @@ class Runner:
     x: jax.Array
     options: Options
     hidden_axes: tuple[str, ...]
-    policy: Recomputed | Callable[..., Any]
+    policy: Recomputed | Policy
     num_samples: int
     of_slices: str
 
@@ -64,7 +63,7 @@ class Runner:
         layer: Callable[..., jax.Array],
         params: MHCParams,
         norm_scale: jax.Array | None,
-        *of_block: Any,
+        *of_block: Tree,
     ) -> Sublayer[None]:
         """Sublayer i of a block, and the slice of xs that the layer takes, if so."""
         options, x, axes = self.options, self.x, self.hidden_axes

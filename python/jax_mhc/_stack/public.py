@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,18 +18,18 @@ from jax_mhc._stack.own_scan import Stretches, own_scan
 from jax_mhc._stack.pending import PendingPost
 from jax_mhc._stack.plain_scan import Before, Runner, Steps, scan
 from jax_mhc._stack.remat import NOTHING, Recompute, best_length
-from jax_mhc._types import MHCConfig, MHCParams
+from jax_mhc._types import Layer, MHCConfig, MHCParams, Tree
 from jax_mhc.presets import PAPER
 
 _OP = checks.OP
 
 
 def stack(
-    layers: Sequence[Callable[..., Any]],
+    layers: Sequence[Layer],
     x: jax.Array,
     params: Sequence[MHCParams],
     *,
-    xs: Any = None,
+    xs: Tree = None,
     config: MHCConfig = PAPER,
     norm_scale: Sequence[jax.Array | None] | None = None,
     norm_scale_eps: float = 1e-6,
@@ -111,12 +110,12 @@ def stack(
 
 
 def stack_with_samples(
-    layers: Sequence[Callable[..., Any]],
+    layers: Sequence[Layer],
     x: jax.Array,
     params: Sequence[MHCParams],
     *,
     sample_tokens: int,
-    xs: Any = None,
+    xs: Tree = None,
     config: MHCConfig = PAPER,
     norm_scale: Sequence[jax.Array | None] | None = None,
     norm_scale_eps: float = 1e-6,
@@ -171,12 +170,12 @@ def stack_with_samples(
 
 
 def _run(
-    layers: Sequence[Callable[..., Any]],
+    layers: Sequence[Layer],
     x: jax.Array,
     params: Sequence[MHCParams],
     num_samples: int,
     *,
-    xs: Any,
+    xs: Tree,
     config: MHCConfig,
     norm_scale: Sequence[jax.Array | None] | None,
     norm_scale_eps: float,
@@ -234,7 +233,7 @@ def _run(
 
 def _in_a_row(
     runner: Runner,
-    layers: tuple[Callable[..., Any], ...],
+    layers: tuple[Layer, ...],
     params: tuple[MHCParams, ...],
     scales: tuple[jax.Array | None, ...],
     recompute: Recompute,
@@ -251,7 +250,7 @@ def _in_a_row(
 
 
 def _takes_own_scan(
-    layers: tuple[Callable[..., Any], ...],
+    layers: tuple[Layer, ...],
     x: jax.Array,
     params: tuple[MHCParams, ...],
     steps: Steps,
@@ -274,19 +273,19 @@ def _takes_own_scan(
 
 
 def _own_scan(
-    layers: tuple[Callable[..., Any], ...],
+    layers: tuple[Layer, ...],
     x: jax.Array,
     params: tuple[MHCParams, ...],
-    scales: tuple[Any, ...],
-    xs: Any,
+    scales: tuple[jax.Array | None, ...],
+    xs: Tree,
     settings: Settings,
     stretches: Stretches,
     num_samples: int,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, jax.Array | None]:
     config, eps, axes = settings.config, settings.norm_scale_eps, settings.hidden_axes
     assert config is not None
 
-    def of_block(i: int, p: MHCParams, scale: Any) -> Values:
+    def of_block(i: int, p: MHCParams, scale: jax.Array | None) -> Values:
         phi, alpha, bias = _check.params(_OP, p, x, config, f"a slice of params[{i}]", axes)
         of_slice = f"a slice of norm_scale[{i}]"
         scale, _ = _check.norm_scale(_OP, scale, eps, x, of_slice, axes)

@@ -5,14 +5,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Hashable
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Hashable, Iterable
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import jax
 
 from jax_mhc import _errors
 
+if TYPE_CHECKING:
+    from jax.extend.core import Primitive
+
+# A policy of `jax.checkpoint`: of a primitive, the types of its operands and its parameters,
+# whether its results are kept.
+Policy: TypeAlias = Callable[..., bool]
+
 # Values that are computed again: the streams alone, or all that mHC makes but y.
 Recomputed: TypeAlias = Literal["streams", "mhc"]
-_NAMES: dict[str, tuple[str, ...]] = {
+_NAMES: dict[Recomputed, tuple[str, ...]] = {
     "streams": ("mhc_streams",),
     "mhc": ("mhc_streams", "mhc_layer_input", "mhc_coefficients"),
 }
@@ -39,7 +48,7 @@ class Recompute:
     """
 
     every: int | Literal["auto"] = 1
-    policy: Recomputed | Callable[..., Any] = "streams"
+    policy: Recomputed | Policy = "streams"
 
     def __post_init__(self) -> None:
         """Checks both; stores plain Python values, so that equal ones hash alike."""
@@ -52,7 +61,8 @@ class Recompute:
         if callable(policy):
             check_policy(op, "policy", policy)
         else:
-            policy = _errors.choice(op, "policy", policy, ("streams", "mhc"), "a function")
+            names: tuple[Recomputed, ...] = ("streams", "mhc")
+            policy = _errors.choice(op, "policy", policy, names, "a function")
         object.__setattr__(self, "every", every)
         object.__setattr__(self, "policy", policy)
 
@@ -66,8 +76,8 @@ def remat_policy(
     *,
     streams: int,
     hidden: int,
-    layers: Callable[..., Any] | None = None,
-) -> Callable[..., Any]:
+    layers: Policy | None = None,
+) -> Policy:
     """A policy for `jax.checkpoint` under which mHC is computed again, and no layer is.
 
         @functools.partial(jax.checkpoint, policy=mhc.remat_policy(streams=4, hidden=C))
@@ -108,7 +118,7 @@ def remat_policy(
     return policy_of((n, hidden), recompute, layers)
 
 
-def check_policy(op: str, argument: str, policy: Any) -> None:
+def check_policy(op: str, argument: str, policy: object) -> None:
     """A policy of `jax.checkpoint`.
 
     JAX asks it about a primitive, with any number of operands and settings, and may know it by its
@@ -126,14 +136,14 @@ def check_policy(op: str, argument: str, policy: Any) -> None:
 
 @functools.cache
 def policy_of(
-    shape: tuple[int, ...], recompute: Recomputed, layers: Callable[..., Any] | None = None
-) -> Callable[..., Any]:
+    shape: tuple[int, ...], recompute: Recomputed, layers: Policy | None = None
+) -> Policy:
     """The policy for streams of `shape`, in front of which there may be other axes (vmap's)."""
 
-    def is_streams(other: Any) -> bool:
+    def is_streams(other: Iterable[int]) -> bool:
         return tuple(other)[-len(shape) :] == shape
 
-    def keep(primitive: Any, *avals: Any, **options: Any) -> Any:
+    def keep(primitive: Primitive, *avals: jax.core.ShapedArray, **options: Any) -> bool:
         if primitive.name == "name" and options["name"].startswith("mhc_"):
             return options["name"] not in _NAMES[recompute]
         # Of the reference, what a product that JAX differentiates by our rule gives, too.
@@ -156,7 +166,7 @@ def policy_of(
     return keep
 
 
-def keep_all(primitive: Any, *avals: Any, **options: Any) -> bool:
+def keep_all(primitive: Primitive, *avals: jax.core.ShapedArray, **options: Any) -> bool:
     """The policy for layers: all but float32 copies of values in half precision."""
     if primitive.name == "convert_element_type":
         return options["new_dtype"].itemsize <= avals[0].dtype.itemsize

@@ -19,7 +19,7 @@ import jax
 import jax_mhc
 from jax_mhc import _module
 from jax_mhc._call.dispatch import Implementation
-from jax_mhc._types import HeadParams, MHCConfig, MHCParams
+from jax_mhc._types import HeadParams, Layer, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
 __all__ = ["MHC", "Head"]
@@ -49,7 +49,7 @@ class MHC(nn.Module):
         implementation: None, "fused" or "reference"; see `jax_mhc.pre`.
     """
 
-    layer: Callable[..., Any]
+    layer: Layer
     hidden: int
     streams: int = 4
     config: MHCConfig = PAPER
@@ -59,7 +59,7 @@ class MHC(nn.Module):
     implementation: Implementation = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, x: jax.Array, *args: object, **kwargs: object) -> Any:
         """Runs the layer on the streams.
 
         Args:

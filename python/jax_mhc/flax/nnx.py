@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from flax import nnx
 import jax_mhc
 from jax_mhc import _check, _errors, _module
 from jax_mhc._call.dispatch import Implementation
-from jax_mhc._types import HeadParams, MHCConfig, MHCParams
+from jax_mhc._types import HeadParams, Layer, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
 __all__ = ["MHC", "Head", "stack", "stack_with_samples"]
@@ -63,7 +63,7 @@ class MHC(nnx.Module):
 
     def __init__(
         self,
-        layer: Callable[..., Any],
+        layer: Layer,
         hidden: int,
         *,
         streams: int = 4,
@@ -99,7 +99,7 @@ class MHC(nnx.Module):
         """The parameters, as the functions of jax_mhc take them."""
         return MHCParams(_value(self.phi), _value(self.alpha), self.bias[...])
 
-    def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, x: jax.Array, *args: object, **kwargs: object) -> Any:
         """Runs the layer on the streams.
 
         Args:
