@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,11 @@ from jax_mhc._ops.sublayer import Options, Sublayer
 from jax_mhc._types import Layer, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
-def expand(u: jax.Array, *, streams: int) -> jax.Array:
+
+def expand(u: Float[jax.Array, "*tokens C"], *, streams: int) -> Float[jax.Array, "*tokens n C"]:
     """Enters the streams: X[i] = u for every stream i.
 
     Args:
@@ -35,7 +38,9 @@ def expand(u: jax.Array, *, streams: int) -> jax.Array:
     return copies(u, n, axis=-2)
 
 
-def reduce(x: jax.Array, *, method: Literal["mean", "sum"] = "mean") -> jax.Array:
+def reduce(
+    x: Float[jax.Array, "*tokens n C"], *, method: Literal["mean", "sum"] = "mean"
+) -> Float[jax.Array, "*tokens C"]:
     """Leaves the streams: their mean (the default) or their sum.
 
     The mean gives back the value of equal streams, so that a model at initialisation is the plain
@@ -60,11 +65,11 @@ def reduce(x: jax.Array, *, method: Literal["mean", "sum"] = "mean") -> jax.Arra
 
 def mhc_residual(
     layer: Layer,
-    x: jax.Array,
+    x: Float[jax.Array, "*tokens n C"],
     params: MHCParams,
     *,
     config: MHCConfig = PAPER,
-    norm_scale: jax.Array | None = None,
+    norm_scale: Float[jax.Array, " C"] | None = None,
     norm_scale_eps: float = 1e-6,
     hidden_axis_name: str | Sequence[str] | None = None,
     implementation: Implementation = None,

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import jax
 import jax.export
 
 from jax_mhc import _errors
 from jax_mhc._limits import MAX_PERMUTED_STREAMS, MAX_SINKHORN_ITERS
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 #: A layer: of u `[..., C]` and what else it takes, y `[..., C]` and what else it returns.
 Layer: TypeAlias = Callable[..., Any]
@@ -132,9 +135,9 @@ class MHCParams:
         bias: static part `[K]`.
     """
 
-    phi: jax.Array | None
-    alpha: jax.Array | None
-    bias: jax.Array
+    phi: Float[jax.Array, "n*C K"] | None
+    alpha: Float[jax.Array, " 3"] | None
+    bias: Float[jax.Array, " K"]
 
 
 @jax.tree_util.register_dataclass
@@ -148,9 +151,9 @@ class HeadParams:
         bias: static part `[n]`.
     """
 
-    phi: jax.Array
-    alpha: jax.Array
-    bias: jax.Array
+    phi: Float[jax.Array, "n*C n"]
+    alpha: Float[jax.Array, " 1"]
+    bias: Float[jax.Array, " n"]
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -180,10 +183,10 @@ class Context:
         h_res: `h_res[..., i, j]` is the weight of stream j in new stream i `[..., n, n]`.
     """
 
-    x: jax.Array
-    h_pre: jax.Array
-    h_post: jax.Array
-    h_res: jax.Array
+    x: Float[jax.Array, "*tokens n C"]
+    h_pre: Float[jax.Array, "*tokens n"]
+    h_post: Float[jax.Array, "*tokens n"]
+    h_res: Float[jax.Array, "*tokens n n"]
     # x again, or None. Its cotangent is, by convention, that of the streams which post makes of it:
     # pre's backward applies the transposed h_res (_ops/deferred.py).
     _deferred: jax.Array | None = dataclasses.field(

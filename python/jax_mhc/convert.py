@@ -10,7 +10,7 @@ there and back. Settings are not part of parameters: each function names those t
 from __future__ import annotations
 
 import math
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,18 @@ from jax_mhc._errors import Refusal, num_streams
 from jax_mhc._limits import MAX_STREAMS, STREAM_DTYPES
 from jax_mhc._types import HeadParams, MHCParams
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 __all__ = ["from_deepseek_v4", "from_megatron", "head_from_deepseek_v4", "to_deepseek_v4"]
 
 # An array and the name of its argument.
 Named: TypeAlias = tuple[str, ArrayLike]
 
 
-def from_deepseek_v4(fn: ArrayLike, base: ArrayLike, scale: ArrayLike) -> MHCParams:
+def from_deepseek_v4(
+    fn: Float[ArrayLike, "K n*C"], base: Float[ArrayLike, " K"], scale: Float[ArrayLike, " 3"]
+) -> MHCParams:
     """Parameters of one DeepSeek-V4 hyper-connection; use them with `presets.DEEPSEEK_V4`.
 
     Its kernels sum over the first index of `comb`, so h_res[i, j] = comb[j, i]: the n x n block of
@@ -51,7 +56,7 @@ def from_deepseek_v4(fn: ArrayLike, base: ArrayLike, scale: ArrayLike) -> MHCPar
 
 def to_deepseek_v4(
     params: MHCParams, *, streams: int | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[Float[jax.Array, "K n*C"], Float[jax.Array, " K"], Float[jax.Array, " 3"]]:
     """The inverse of `from_deepseek_v4`: `(fn, base, scale)`, bit for bit.
 
     Parameters for constraint "identity" have no columns for h_res, and DeepSeek-V4 cannot do
@@ -93,7 +98,11 @@ def to_deepseek_v4(
     return _transpose_res(fn, n), _transpose_res(base, n), scale
 
 
-def head_from_deepseek_v4(hc_fn: ArrayLike, hc_base: ArrayLike, hc_scale: ArrayLike) -> HeadParams:
+def head_from_deepseek_v4(
+    hc_fn: Float[ArrayLike, "n n*C"],
+    hc_base: Float[ArrayLike, " n"],
+    hc_scale: Float[ArrayLike, " 1"],
+) -> HeadParams:
     """Parameters of DeepSeek-V4's head; use them with `presets.DEEPSEEK_V4`.
 
     Args:
@@ -120,7 +129,9 @@ def head_from_deepseek_v4(hc_fn: ArrayLike, hc_base: ArrayLike, hc_scale: ArrayL
     )
 
 
-def from_megatron(weight: ArrayLike, alpha: ArrayLike, bias: ArrayLike) -> MHCParams:
+def from_megatron(
+    weight: Float[ArrayLike, "K n*C"], alpha: Float[ArrayLike, " 3"], bias: Float[ArrayLike, " K"]
+) -> MHCParams:
     """Parameters of one Megatron Core hyper-connection; use them with `presets.MEGATRON`.
 
     This is the form of `HyperConnectionModule` in its branch main (as of August 2026), which

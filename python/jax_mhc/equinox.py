@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,9 @@ from jax_mhc import _check, _errors, _module
 from jax_mhc._call.dispatch import Implementation
 from jax_mhc._types import HeadParams, Layer, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 _errors.require("equinox", "equinox", "equinox")
 
@@ -111,7 +114,7 @@ class MHC(eqx.Module):
         """The parameters, as the functions of jax_mhc take them."""
         return MHCParams(self.phi, self.alpha, self.bias)
 
-    def __call__(self, x: jax.Array, *args: object, **kwargs: object) -> Any:
+    def __call__(self, x: Float[jax.Array, "*tokens n C"], *args: object, **kwargs: object) -> Any:
         """Runs the layer on the streams.
 
         Args:
@@ -194,7 +197,7 @@ class Head(eqx.Module):
         """The parameters, as `jax_mhc.head` takes them."""
         return HeadParams(self.phi, self.alpha, self.bias)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[jax.Array, "*tokens n C"]) -> Float[jax.Array, "*tokens C"]:
         """Collapses the streams x `[..., n, C]` to `[..., C]`; raises what `MHC` does for them."""
         x = _module.streams("equinox.Head", x, self.streams, self.hidden)
         return jax_mhc.head(x, self.params, config=self.config, implementation=self.implementation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 
@@ -13,15 +14,18 @@ from jax_mhc._ops.fused_op import fused_call, fused_op
 from jax_mhc._types import HeadParams, MHCConfig
 from jax_mhc.presets import PAPER
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 
 def head(
-    x: jax.Array,
+    x: Float[jax.Array, "*tokens n C"],
     params: HeadParams,
     *,
     config: MHCConfig = PAPER,
     hidden_axis_name: str | Sequence[str] | None = None,
     implementation: Implementation = None,
-) -> jax.Array:
+) -> Float[jax.Array, "*tokens C"]:
     """The learned exit: a weighted sum of the streams, as before the final norm of DeepSeek-V4.
 
         r = 1 / sqrt(mean(X²) + norm_eps)

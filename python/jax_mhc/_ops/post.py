@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 
 from jax_mhc import _check, reference
@@ -10,8 +12,13 @@ from jax_mhc._ops.deferred import Cotangent, gradient, instantiate, streams
 from jax_mhc._ops.fused_op import fused_call, fused_op
 from jax_mhc._types import Context
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
-def post(y: jax.Array, ctx: Context, *, implementation: Implementation = None) -> jax.Array:
+
+def post(
+    y: Float[jax.Array, "*tokens C"], ctx: Context, *, implementation: Implementation = None
+) -> Float[jax.Array, "*tokens n C"]:
     """The streams after a sublayer (equation 3).
 
         X'[i] = Σ_j h_res[i, j] X[j] + h_post[i] · y

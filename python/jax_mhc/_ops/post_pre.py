@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 
@@ -14,18 +15,21 @@ from jax_mhc._ops.pre import context, cotangents_of
 from jax_mhc._types import Context, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 
 def post_pre(
-    y: jax.Array,
+    y: Float[jax.Array, "*tokens C"],
     ctx: Context,
     params: MHCParams,
     *,
     config: MHCConfig = PAPER,
-    norm_scale: jax.Array | None = None,
+    norm_scale: Float[jax.Array, " C"] | None = None,
     norm_scale_eps: float = 1e-6,
     hidden_axis_name: str | Sequence[str] | None = None,
     implementation: Implementation = None,
-) -> tuple[jax.Array, Context]:
+) -> tuple[Float[jax.Array, "*tokens C"], Context]:
     """The seam between two sublayers: `post` of one, then `pre` of the next.
 
         X'[i] = Σ_j h_res[i, j] X[j] + h_post[i] · y

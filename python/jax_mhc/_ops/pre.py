@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 
@@ -13,17 +14,20 @@ from jax_mhc._ops.fused_op import fused_call, fused_op, normalizers, present
 from jax_mhc._types import Context, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 
 def pre(
-    x: jax.Array,
+    x: Float[jax.Array, "*tokens n C"],
     params: MHCParams,
     *,
     config: MHCConfig = PAPER,
-    norm_scale: jax.Array | None = None,
+    norm_scale: Float[jax.Array, " C"] | None = None,
     norm_scale_eps: float = 1e-6,
     hidden_axis_name: str | Sequence[str] | None = None,
     implementation: Implementation = None,
-) -> tuple[jax.Array, Context]:
+) -> tuple[Float[jax.Array, "*tokens C"], Context]:
     """The layer's input and the coefficients of one sublayer (equations 14 to 19).
 
         r      = 1 / sqrt(mean(X²) + norm_eps)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -12,13 +14,16 @@ from jax_mhc._ops.fused_op import fused_call, fused_op
 from jax_mhc._types import MHCConfig
 from jax_mhc.presets import PAPER
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 
 def sinkhorn(
-    logits: jax.Array,
+    logits: Float[jax.Array, "*tokens n n"],
     *,
     config: MHCConfig = PAPER,
     implementation: Implementation = None,
-) -> jax.Array:
+) -> Float[jax.Array, "*tokens n n"]:
     """Sinkhorn-Knopp on exp(logits): equation 9, what `pre` does to z_res.
 
         M = exp(logits);  config.sinkhorn_iters times:  M = T_r(T_c(M))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -21,23 +22,26 @@ from jax_mhc._stack.remat import NOTHING, Recompute, best_length
 from jax_mhc._types import Layer, MHCConfig, MHCParams, Tree
 from jax_mhc.presets import PAPER
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 _OP = checks.OP
 
 
 def stack(
     layers: Sequence[Layer],
-    x: jax.Array,
+    x: Float[jax.Array, "*tokens n C"],
     params: Sequence[MHCParams],
     *,
     xs: Tree = None,
     config: MHCConfig = PAPER,
-    norm_scale: Sequence[jax.Array | None] | None = None,
+    norm_scale: Sequence[Float[jax.Array, "*blocks C"] | None] | None = None,
     norm_scale_eps: float = 1e-6,
     hidden_axis_name: str | Sequence[str] | None = None,
     implementation: Implementation = None,
     recompute: Recompute = NOTHING,
     unroll: int | bool = 1,
-) -> jax.Array:
+) -> Float[jax.Array, "*tokens n C"]:
     """Sublayers one after the other, each with its hyper-connection (equation 3).
 
     Without xs this is, to rounding,
@@ -111,19 +115,19 @@ def stack(
 
 def stack_with_samples(
     layers: Sequence[Layer],
-    x: jax.Array,
+    x: Float[jax.Array, "*tokens n C"],
     params: Sequence[MHCParams],
     *,
     sample_tokens: int,
     xs: Tree = None,
     config: MHCConfig = PAPER,
-    norm_scale: Sequence[jax.Array | None] | None = None,
+    norm_scale: Sequence[Float[jax.Array, "*blocks C"] | None] | None = None,
     norm_scale_eps: float = 1e-6,
     hidden_axis_name: str | Sequence[str] | None = None,
     implementation: Implementation = None,
     recompute: Recompute = NOTHING,
     unroll: int | bool = 1,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[jax.Array, "*tokens n C"], Float[jax.Array, "L S n n"]]:
     """Runs `stack`, and returns h_res of some tokens of all sublayers, for `diagnostics`.
 
     Args:

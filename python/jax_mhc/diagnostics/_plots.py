@@ -15,6 +15,7 @@ from jax_mhc.diagnostics import _checks
 from jax_mhc.diagnostics._numbers import BAND, Gain, Mixing, mixing
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -91,7 +92,7 @@ def plot_gain(
 
 
 def plot_mixing(
-    h_res: jax.Array | Mixing,
+    h_res: Float[jax.Array, "L *tokens n n"] | Mixing,
     *,
     sublayers: Sequence[int] | None = None,
     axes: Sequence[Axes] | None = None,

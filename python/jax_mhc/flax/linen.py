@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -21,6 +21,9 @@ from jax_mhc import _module
 from jax_mhc._call.dispatch import Implementation
 from jax_mhc._types import HeadParams, Layer, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 __all__ = ["MHC", "Head"]
 
@@ -59,7 +62,7 @@ class MHC(nn.Module):
     implementation: Implementation = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, *args: object, **kwargs: object) -> Any:
+    def __call__(self, x: Float[jax.Array, "*tokens n C"], *args: object, **kwargs: object) -> Any:
         """Runs the layer on the streams.
 
         Args:
@@ -124,7 +127,7 @@ class Head(nn.Module):
     implementation: Implementation = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[jax.Array, "*tokens n C"]) -> Float[jax.Array, "*tokens C"]:
         """Collapses the streams x `[..., n, C]` to `[..., C]`; raises what `MHC` does for them."""
         x = _module.streams("flax.linen.Head", x, self.streams, self.hidden)
         param = partial(_param, self, jax_mhc.init_head)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,9 @@ from jax_mhc import _check, _errors, _module
 from jax_mhc._call.dispatch import Implementation
 from jax_mhc._types import HeadParams, Layer, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 __all__ = ["MHC", "Head", "stack", "stack_with_samples"]
 
@@ -99,7 +102,7 @@ class MHC(nnx.Module):
         """The parameters, as the functions of jax_mhc take them."""
         return MHCParams(_value(self.phi), _value(self.alpha), self.bias[...])
 
-    def __call__(self, x: jax.Array, *args: object, **kwargs: object) -> Any:
+    def __call__(self, x: Float[jax.Array, "*tokens n C"], *args: object, **kwargs: object) -> Any:
         """Runs the layer on the streams.
 
         Args:
@@ -176,7 +179,7 @@ class Head(nnx.Module):
         """The parameters, as `jax_mhc.head` takes them."""
         return HeadParams(self.phi[...], self.alpha[...], self.bias[...])
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[jax.Array, "*tokens n C"]) -> Float[jax.Array, "*tokens C"]:
         """Collapses the streams x `[..., n, C]` to `[..., C]`; raises what `MHC` does for them."""
         x = _module.streams("flax.nnx.Head", x, self.streams, self.hidden)
         return jax_mhc.head(x, self.params, config=self.config, implementation=self.implementation)
@@ -184,10 +187,10 @@ class Head(nnx.Module):
 
 def stack(
     blocks: nnx.Module,
-    x: jax.Array,
+    x: Float[jax.Array, "*tokens n C"],
     sublayers: Sequence[str] | Mapping[str, Mapping[str, Any]],
     **options: Any,
-) -> jax.Array:
+) -> Float[jax.Array, "*tokens n C"]:
     """Runs all sublayers of all blocks, one after the other, by `jax_mhc.stack`.
 
     To rounding this is
@@ -226,12 +229,12 @@ def stack(
 
 def stack_with_samples(
     blocks: nnx.Module,
-    x: jax.Array,
+    x: Float[jax.Array, "*tokens n C"],
     sublayers: Sequence[str] | Mapping[str, Mapping[str, Any]],
     *,
     sample_tokens: int,
     **options: Any,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[jax.Array, "*tokens n C"], Float[jax.Array, "L S n n"]]:
     """Runs `stack`, and returns h_res of some tokens, by `jax_mhc.stack_with_samples`.
 
     Args:
@@ -253,7 +256,7 @@ def stack_with_samples(
 
 def _arguments(
     blocks: nnx.Module,
-    x: jax.Array,
+    x: Float[jax.Array, "*tokens n C"],
     sublayers: Sequence[str] | Mapping[str, Mapping[str, Any]],
     options: dict[str, Any],
 ) -> dict[str, Any]:
