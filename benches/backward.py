@@ -73,7 +73,7 @@ def gradients(backward: Pass, named: dict[str, Any], cotangents: dict[str, Any])
 
 # ---- the fused kernels --------------------------------------------------------------------------
 
-# What the calls of docs/architecture.md take, in order, before the gradients.
+# Operands of the calls of docs/calls.md, in order, before the gradients.
 _POST, _PRE = Settings(fused=True), Settings(PAPER, norm_scale_eps=0.0, fused=True)
 _KEPT = {
     "post_bwd": "x y h_post h_res",

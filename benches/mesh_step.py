@@ -43,7 +43,7 @@ CONNECTIONS = ("residual", "seams")
 
 @dataclasses.dataclass
 class Options:
-    """What to run."""
+    """Options of the command line."""
 
     steps: int = 20
     """Timed steps of each, in four rounds."""

@@ -31,7 +31,7 @@ LABELS: dict[Connection, str] = {
     "seams": "mHC, fused with seams",
     "seams-norms": "mHC, fused with seams and the layers' norms",
     "seams-checkpoint": "mHC, fused with seams, recomputed",
-    # Those of recompute.py and of diagnostics_step.py.
+    # The connections of recompute.py and of diagnostics_step.py.
     "residual-layers": "plain residual, jax.checkpoint",
     "mhc-layers": "mHC, fused, jax.checkpoint",
     "seams-auto": "mHC, fused with seams, streams recomputed",
@@ -39,7 +39,7 @@ LABELS: dict[Connection, str] = {
     "seams-told": "mHC, fused with seams, composite gain out of the step",
     "seams-watched": "mHC, fused with seams, composite gain watched in the step",
 }
-# Those of mhc.stack, with its options.
+# The connections that run in mhc.stack, with its options.
 STACKS: dict[Connection, dict[str, Any]] = {
     "seams": {},
     "seams-norms": {},
@@ -49,11 +49,11 @@ STACKS: dict[Connection, dict[str, Any]] = {
     "seams-told": {},
     "seams-watched": {},
 }
-# Those of mhc.stack_with_samples, for the composite gain.
+# The connections that run in mhc.stack_with_samples, for the composite gain.
 SAMPLED = ("seams-told", "seams-watched")
 SAMPLE_TOKENS = 64
 FUSED = ("mhc", "mhc-layers", *STACKS)
-# Those with jax.checkpoint around the whole of each layer of the model.
+# The connections with jax.checkpoint around the whole of each layer of the model.
 RUN_AGAIN = ("residual-layers", "mhc-layers")
 
 

@@ -1,4 +1,4 @@
-"""What a training step costs in time and memory when the backward pass computes things again.
+"""Costs of a training step in time and memory when the backward pass computes things again.
 
 Writes benches/results/<gpu>/<date>-recompute.json and .md. The model is that of model.py, with 12
 layers and with 48; how time and memory are measured is told in train_step.py. Compared are
@@ -23,7 +23,7 @@ from train_step import github, kernels_ms
 
 @dataclasses.dataclass
 class Options(train_step.Options):
-    """What to run."""
+    """Options of the command line."""
 
     connections: tuple[Connection, ...] = (
         "residual", "residual-layers", "seams", "mhc-layers", "seams-auto", "seams-auto-mhc",

@@ -76,7 +76,7 @@ STREAMS = [*INT, 17, 10**30]
 WIDTH = [*INT, 2**62, 10**5000]
 NUMBER = [None, "0", [0.0], True, 1j, np.complex64(1), jnp.float32(1), Traced(1.0)]
 NUMBER += [-1, np.nan, np.inf, 10**400]
-# What float32 does not hold.
+# Numbers that float32 does not hold.
 EPS = [*NUMBER, 1e300, 1e-60, 1e-40]
 CHOICE = [0, True, 1.5, "other", "", b"mean", [None], ["mean"], np.array(["mean"]), jnp.ones(3)]
 CHOICE += [Traced(1)]
@@ -335,7 +335,7 @@ BAD += [
         convert.to_deepseek_v4,
     ),
     (
-        # What has the shape of parameters with h_res.
+        # Parameters of the shape of those with h_res.
         "convert.to_deepseek_v4", "streams",
         [
             params_of(2), params_of(4, 9),

@@ -1,4 +1,4 @@
-"""What is compiled, as tests read it: custom calls in a program, residuals of a backward pass."""
+"""Compiled programs as tests read them: custom calls, and residuals of a backward pass."""
 
 import collections
 import contextlib

@@ -289,7 +289,7 @@ ERRORS = [
     (pre(config=MHCConfig(post_scale=1e300)), ValueError, "pre", "config.post_scale", "1e+300"),
     (pre(config=MHCConfig(norm_eps=1e-60)), ValueError, "pre", "config.norm_eps", "1e-60"),
     (pre(norm_scale_eps=1e39), ValueError, "pre", "norm_scale_eps", "1e+39"),
-    # What is no array, or no longer.
+    # Values that are no array, or no longer.
     (pre(np.array([None])), TypeError, "pre", "x", "array([None], dtype=object) (ndarray)"),
     (pre(deleted(5, N, C)), ValueError, "pre", "x", "a deleted one, float32[5, 2, 3]"),
     # Implementations.
@@ -554,7 +554,7 @@ ERRORS += [
 # Raised under conditions that the tests below make.
 CONDITIONAL = {
     "refuse_fused": 2, "_forward_mode": 1, "_second_order": 1, "_checked": 1,
-    # Those on meshes: test_mesh.py.
+    # On meshes: test_mesh.py.
     "use_fused": 1, "check_streams": 1, "_fail_to_agree": 1,
 }  # fmt: skip
 
@@ -682,7 +682,7 @@ def without_kernels(monkeypatch):
 
 @pytest.fixture
 def records(caplog):
-    """What is logged, with its level, as by a new process."""
+    """Records of the log with their levels, as of a new process."""
     dispatch._log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="jax_mhc"):
         yield lambda: [(record.levelname, record.getMessage()) for record in caplog.records]

@@ -1,4 +1,4 @@
-"""What importing the package does, and what it does not do."""
+"""Effects of importing the package, and those that it must not have."""
 
 import os
 import subprocess

@@ -50,7 +50,7 @@ def without(name):
     return {key: value for key, value in ATTRIBUTES.items() if key != name}
 
 
-# What is wrong, the call, and what the error says besides the name of the op.
+# The fault, the call, and what the error says besides the name of the op.
 MALFORMED = {
     "no operands": ("sinkhorn_fwd", [], [Z], {}, "operands"),
     "an operand too many": ("sinkhorn_fwd", [Z, Z], [Z], {}, "operands"),

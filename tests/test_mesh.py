@@ -339,7 +339,7 @@ def test_streams_that_xla_splits_are_gathered(op, caplog):
 
 
 def test_split_streams_on_manual_axes_are_refused():
-    """They are a shape that does not fit the parameters."""
+    """Streams of one device have a shape that does not fit the parameters."""
     mesh, x, params = placed_pre("manual", P())
     spec = P(None, None, "b")
     function = jax.shard_map(pre_of, mesh=mesh, in_specs=(spec, P()), out_specs=spec)

@@ -37,7 +37,7 @@ def initial_w(key):
 
 
 def apply_layer(w, u, scale=1.0, *, rest=False):
-    """What every layer below computes; it takes other arguments, and may return a tuple."""
+    """Function of every layer below; it takes other arguments, and may return a tuple."""
     y = jnp.sin(jnp.matmul(scale * u, w, precision="highest"))
     return (y, jnp.sum(u), {"cache": u}) if rest else y
 
@@ -386,7 +386,7 @@ def test_an_nnx_stack_is_made_of_seams():
 
 
 def test_nnx_dropout():
-    """Its state changes in a scan, cannot in a stack, and need not in evaluation."""
+    """State of dropout changes in a scan, cannot in a stack, and need not in evaluation."""
     blocks, x = nnx_blocks(NNXDropout)(), streams(5)
     first, second = nnx.jit(in_scan)(blocks, x), nnx.jit(in_scan)(blocks, x)
     assert np.any(first != second)

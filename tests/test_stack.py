@@ -66,7 +66,7 @@ def layers(num_sublayers):
 
 
 def by_sublayers(o, **options):
-    """What the docstring of `stack` says it is."""
+    """The loop that the docstring of `stack` shows."""
 
     def block(x, slices):
         params, scales, weights = slices
@@ -126,7 +126,7 @@ def exact(*size, dtype=WIDEST, case=CASE, norm_scale_eps=1e-6):
     ],
 )
 def test_is_the_sublayers_one_after_the_other(size, forms, dtype, implementation):
-    """Its rounding errors are those of `mhc_residual`, in all values and gradients."""
+    """Rounding errors are those of `mhc_residual`, in all values and gradients."""
     dtype = jnp.dtype(dtype)
     o, wanted = operands(*size, dtype), exact(*size, dtype=dtype)
 
@@ -292,7 +292,7 @@ def test_has_the_gradients_of_a_scan(transform, options):
 
 
 def test_two_gradients_of_one_program():
-    """Its forward pass is traced for each."""
+    """The forward pass is traced for each."""
     o = operands(2, 2)
     scale, table = jnp.ones((), WIDEST), jnp.ones(CASE.hidden, WIDEST)
     function = jax.jit(lambda *args: with_all_kinds_of_values(*args).sum())
@@ -368,7 +368,7 @@ def test_a_block_begins_with_a_seam():
 
 
 def test_streams_are_computed_again_by_post_alone():
-    """Those between the first and the last of a stretch, whose layers do not run again."""
+    """Streams between the first and the last of a stretch, whose layers do not run again."""
     forward, backward = calls(scanned, (4, 3), recompute=Recompute(every=3))
     assert forward == {"post_pre_fwd": 3, "post_fwd": 1}
     assert backward == {"post_fwd": 2, "post_pre_bwd": 3, "post_bwd": 1}
@@ -472,7 +472,7 @@ def test_a_block_keeps(size, num_steps, options, streams, states):
 
 
 def test_a_norm_keeps_no_second_input():
-    """Its backward pass takes u from where the layer keeps it."""
+    """The backward pass takes u from where the layer keeps it."""
     assert num_kept(scanned, (5, 2), 5, dataclasses.replace(KEPT, norm=True)) == (2, 6)
 
 

@@ -56,7 +56,7 @@ class Residual(nnx.Module):
 
 
 def wrap(connection: Connection, settings: Settings, rngs: nnx.Rngs) -> Callable:
-    """What makes a sublayer of a layer."""
+    """Function that makes a sublayer of a layer."""
     options = CONNECTIONS[connection]
     if options is None:
         return Residual

@@ -132,7 +132,7 @@ def function(op: str, argument: str, value: object, expected: str, remedy: str) 
 
 
 def takes(function: Callable[..., object], /, *args: object, **kwargs: object) -> bool:
-    """Whether a function can be called with these arguments, or does not tell."""
+    """True if a function can be called with these arguments, or does not tell."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):

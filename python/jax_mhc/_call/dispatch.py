@@ -1,4 +1,4 @@
-"""Which implementation an op runs: the fused kernels or the reference in plain JAX.
+"""Choice of an op's implementation: the fused kernels or the reference in plain JAX.
 
 That is decided while a program is traced, by the platform that it is likely to run on. The platform
 that it is lowered for is known later; a call of a program that is lowered for another one becomes
@@ -28,7 +28,7 @@ _logger = logging.getLogger("jax_mhc")
 def use_fused(
     op: str, implementation: Implementation, dtype: np.dtype, hidden_axes: tuple[str, ...] = ()
 ) -> bool:
-    """Whether `op` runs the fused kernels on streams of `dtype`; loads and registers them if so.
+    """True if `op` runs the fused kernels on streams of `dtype`; loads and registers them then.
 
     Where they do not, and it costs speed that a user might expect, a log record says why, once.
 

@@ -32,7 +32,7 @@ _PATH = Path(__file__).parents[1] / (
 )
 
 _lock = threading.RLock()
-# What the library tells of itself, or the reason why there is none; None before it is registered.
+# The library's description, or the reason why there is none; None before it is registered.
 _outcome: dict[str, Any] | str | None = None
 # Why no kernels run on NVIDIA GPUs, "" where they do; None before a GPU is first asked for.
 _cuda_outcome: str | None = None
@@ -84,7 +84,7 @@ def ensure_registered(platform: str) -> None:
 
 
 def missing(platform: str) -> str | None:
-    """Why there are no fused kernels for `platform`; None where they can run."""
+    """Reason why there are no fused kernels for `platform`; None where they can run."""
     outcome = _load_once()
     if isinstance(outcome, str):
         return outcome
@@ -96,13 +96,13 @@ def missing(platform: str) -> str | None:
 
 
 def broken() -> str | None:
-    """Why the shared library cannot be used at all; None where it can."""
+    """Reason why the shared library cannot be used at all; None where it can."""
     outcome = _load_once()
     return outcome if isinstance(outcome, str) else None
 
 
 def status() -> dict[str, Any]:
-    """What the library tells of itself, or the error that keeps it from being used.
+    """Report of the library on itself, or the error that keeps it from being used.
 
     Loads it, and never raises.
     """
@@ -122,7 +122,7 @@ def status() -> dict[str, Any]:
 
 
 def cuda_status() -> dict[str, Any]:
-    """What the library tells of NVIDIA GPUs: asks the driver, and never raises.
+    """Report of the library on NVIDIA GPUs: asks the driver, and never raises.
 
     Returns:
         `architectures` that it holds kernels for and the `compiler` that made them; the `driver`'s
@@ -255,7 +255,7 @@ def _load() -> dict[str, Any]:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a file has all bytes that an ELF library says it has.
+    """True if a file has all bytes that an ELF library says it has.
 
     To touch those that a truncated one lacks would end the process (SIGBUS). Other formats are left
     to their loaders, which check it themselves.

@@ -45,12 +45,12 @@ class Value(NamedTuple):
 
     @property
     def is_gradient(self) -> bool:
-        """Whether a result is a gradient, and so a sum over all that depends on the value."""
+        """True if a result is a gradient, and so a sum over all that depends on the value."""
         return self.name.startswith("d_")
 
     @property
     def is_streams(self) -> bool:
-        """Whether the value has the form of the streams, `[..., n, C]`."""
+        """True if the value has the form of the streams, `[..., n, C]`."""
         return self.has_tokens and self.dims == ("n", "C")
 
 
@@ -157,7 +157,7 @@ class Call(NamedTuple):
 
     @property
     def is_forward(self) -> bool:
-        """Whether the call is the forward direction of its op."""
+        """True if the call is the forward direction of its op."""
         return self.name.endswith("_fwd")
 
     @property

@@ -49,7 +49,7 @@ def _on_all(spread: Spread, mesh: AbstractMesh) -> Callable[..., list[jax.Array]
 
     mesh: of the program; empty where the program does not say.
     """
-    # Its import takes 20 ms.
+    # An import of 20 ms.
     from jax.experimental.custom_partitioning import custom_partitioning
 
     @custom_partitioning

@@ -19,7 +19,7 @@ from jax_mhc._mesh.spread import MeshLayout, Spread, check_streams, run_here
 
 
 def is_explicit(streams: jax.Array) -> bool:
-    """Whether a call on these streams runs on explicit axes."""
+    """True if a call on these streams runs on explicit axes."""
     return bool(axes_of(streams, AxisType.Explicit))
 
 

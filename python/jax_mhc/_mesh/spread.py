@@ -25,7 +25,7 @@ class SpreadValue(NamedTuple):
     is_mapped: bool
 
     def factors(self, rank: int) -> list[str]:
-        """What each dimension of an array of this rank may be sharded along.
+        """Factor along which each dimension of an array of this rank may be sharded.
 
         "b": the batch. "t0", "t1" and so on: the tokens. "n": the streams of values `[..., n, C]`.
         "C": the channels. "-": nothing; the dimension is replicated.

@@ -21,7 +21,7 @@ Leaves: TypeAlias = list[Any]
 
 
 class Given(NamedTuple):
-    """What a layer is given beside u. Each pair makes up its s and its constants.
+    """Arguments of a layer beside u. Each pair makes up its s and its constants.
 
     Attributes:
         s: the leaves of the slice of xs that have gradients.
@@ -70,7 +70,7 @@ class Layer:
         closed = jax.make_jaxpr(passes)(u, given)
         self.consts, self.jaxpr = closed.consts, closed.jaxpr
         _, *self.residuals = self.jaxpr.outvars
-        # What follows from constants is computed again: it would be kept for every block.
+        # Values that follow from constants are computed again: they would be kept for every block.
         self.u, *at_hand = self.jaxpr.invars
         self.has_norm = has_norm
         varying = set(
@@ -121,7 +121,7 @@ class Layer:
 
 
 def _widens(eqn: JaxprEqn) -> bool:
-    """Whether it copies a variable to a wider dtype, from which it comes back to the bit."""
+    """True if an equation widens a variable to another dtype, from which it comes back to the bit."""
     if eqn.primitive.name != "convert_element_type" or hasattr(eqn.invars[0], "val"):
         return False  # or a literal
     source, copy = (jnp.dtype(_type(v).dtype) for v in (eqn.invars[0], eqn.outvars[0]))
@@ -142,7 +142,7 @@ def _follow(copies: dict[int, Var], variable: Var) -> Var:
 
 
 def is_inexact(value: jax.Array) -> bool:
-    """Whether an array can have a gradient."""
+    """True if an array can have a gradient."""
     return jnp.issubdtype(value.dtype, jnp.inexact)
 
 

@@ -33,7 +33,7 @@ from jax_mhc.diagnostics import sample_tokens
 if TYPE_CHECKING:
     from jax.extend.core import ClosedJaxpr
 
-# What a loop carries.
+# A pytree that a loop carries.
 Carry: TypeAlias = Tree
 
 
@@ -114,7 +114,7 @@ class Stretches(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """What is kept of a sublayer for the backward pass.
+    """Values of a sublayer that are kept for the backward pass.
 
     Attributes:
         pending: what the post in front of it needs, by name. Within a stretch whose coefficients
@@ -129,7 +129,7 @@ class _Kept(NamedTuple):
 
 
 class _Before(NamedTuple):
-    """What a sublayer had before it, and made for its backward pass.
+    """Values that a sublayer had before it, and made for its backward pass.
 
     Attributes:
         x: the streams before its post_pre.
@@ -307,7 +307,7 @@ class _Scan:
     def again(
         self, x: jax.Array, stretch_params: list[Values], stretch_kept: list[_Kept]
     ) -> list[_Before]:
-        """What each sublayer of a stretch had before it, computed again where it is not kept."""
+        """Values before each sublayer of a stretch, computed again where they are not kept."""
         made: list[_Before] = []
         results: Values = {}
         for s, (p, kept) in enumerate(zip(stretch_params, stretch_kept, strict=True)):

@@ -13,7 +13,7 @@ from jax_mhc._types import Context
 
 
 class Pending(NamedTuple):
-    """What the post of a sublayer needs beside the streams.
+    """Operands of the post of a sublayer beside the streams.
 
     Attributes:
         y: the layer's output `[..., C]`.
@@ -27,7 +27,7 @@ class Pending(NamedTuple):
 
 
 class PendingPost(NamedTuple):
-    """All that the post of a sublayer needs; a context has more than a loop should carry.
+    """Operands of the post of a sublayer; a context has more than a loop should carry.
 
     Attributes:
         x: the streams. Their cotangent is deferred where the ops are fused (_ops/deferred.py).
@@ -44,7 +44,7 @@ class PendingPost(NamedTuple):
 
 
 def no_sublayer(x: jax.Array, hidden_axes: tuple[str, ...]) -> Pending:
-    """What a post needs that gives back x, and the cotangent of x, exactly."""
+    """Operands of a post that gives back x, and the cotangent of x, exactly."""
     *tokens, n, _ = x.shape
     wide = accumulation_dtype(x.dtype)
     h_res = jnp.broadcast_to(jnp.eye(n, dtype=wide), (*tokens, n, n))

@@ -261,7 +261,7 @@ def _takes_own_scan(
     every: int,
     implementation: Implementation,
 ) -> bool:
-    """Whether `own_scan` takes these sublayers.
+    """True if `own_scan` takes these sublayers.
 
     Of a loop of one step nothing is left, and XLA could merge what is computed again with the
     forward pass.

@@ -29,7 +29,7 @@ _NAMES: dict[Recomputed, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recompute:
-    """What the backward pass of `stack` computes again rather than keeps; hashable.
+    """Values that the backward pass of `stack` computes again rather than keeps; hashable.
 
     Sublayers are run in stretches. The streams before a stretch are kept; the backward pass
     computes those within it again, a stretch at a time, and runs no layer (section 4.3.2 of arXiv

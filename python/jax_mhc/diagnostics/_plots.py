@@ -271,7 +271,7 @@ def _mixing_axes(figure: Any, num_matrices: int) -> list[Axes]:
 
 
 def _figure_of(axes: Any) -> Any:
-    # That of a subfigure is the figure around it.
+    # The figure of a subfigure is the one around it.
     return axes.figure.figure
 
 

@@ -289,7 +289,7 @@ def _arguments(
         layers = nnx.merge(graphdef, state)
         y = layers[name](u, **(sublayers[name] if isinstance(sublayers, Mapping) else {}))
         for path, variable in nnx.to_flat_state(nnx.state(layers)):
-            # What a call assigns is another array, even if it is equal.
+            # A value that a call assigns is another array, even if it is equal.
             if path not in before or before[path] is not variable.get_raw_value():
                 module, *rest = map(str, path)
                 raise _errors.Refusal(
@@ -314,7 +314,7 @@ def _arguments(
 
 _STACK = "flax.nnx.stack"
 
-# What `jax_mhc.stack` takes once, for all sublayers.
+# Settings that `jax_mhc.stack` takes once, for all sublayers.
 _SETTINGS = ("config", "norm_scale_eps", "implementation")
 
 
