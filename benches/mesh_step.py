@@ -58,7 +58,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where parameters and values lie."""
+    """Places of parameters and values on the mesh."""
 
     name: str
 

@@ -46,7 +46,7 @@ OPS = {
 
 @dataclasses.dataclass
 class Options:
-    """Where to read and write."""
+    """Options of the command line."""
 
     results: Path = Path("benches/results/h200")
     """Folder with the records of one GPU."""

@@ -560,7 +560,7 @@ def tolerance(case: Case, dtype: str, *, gradient: bool) -> float:
 
 
 def limit(case: Case, *, dtype: Any = WIDEST, gradient: bool = True, layers: int = 1) -> float:
-    """How far the kernels may be from float64; `layers` add up."""
+    """Distance that the kernels may have from float64; `layers` add up."""
     if dtype == np.float64:
         return FLOAT64
     return LARGEST * layers * tolerance(case, jnp.dtype(dtype).name, gradient=gradient)

@@ -17,7 +17,7 @@ def compiled_text(function, *arrays):
 
 
 def custom_calls(text):
-    """How often each of our calls is there, by its name in docs/calls.md."""
+    """Number of our calls of each kind, by the names in docs/calls.md."""
     return collections.Counter(re.findall(r'custom_call_target="jax_mhc_(\w+)_v\d+"', text))
 
 

@@ -173,7 +173,7 @@ SHARED_WIDTHS = (512, 1024, 1280, 2048, 2560, 3072, 4096, 7168)
 @pytest.mark.parametrize("hidden", SHARED_WIDTHS)
 @pytest.mark.parametrize("tokens", [0, 1, 8, 205])
 def test_widths_that_clusters_of_blocks_share(op, hidden, tokens):
-    """Where the streams are read once; whatever was in the memory of results and workspaces.
+    """Kernels that read the streams once; whatever was in the memory of results and workspaces.
 
     A gradient of alpha may nearly cancel, and then plain JAX errs as much as the kernels do (203
     tokens and a width of 2048, for one); with these tokens none does.

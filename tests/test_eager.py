@@ -71,7 +71,7 @@ def test_disable_jit_in_a_stack():
 
 @pytest.fixture
 def compilations():
-    """How many programs were compiled so far."""
+    """Number of programs that were compiled so far."""
     count = [0]
 
     def listen(name, *_, **__):

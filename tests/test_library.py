@@ -558,7 +558,7 @@ def test_what_the_library_tells_of_gpus():
         assert status["error"] is None and status["driver"] and status["architectures"]
         assert len(status["devices"]) >= jax.device_count()
     else:
-        # Why there are none.
+        # The reason why there are none.
         assert status["devices"] or status["error"]
 
 

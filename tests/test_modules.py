@@ -420,7 +420,7 @@ def test_a_variable_that_an_nnx_stack_would_lose():
 
 
 def test_a_linen_module_hands_out_h_res():
-    """Where it is asked to, from the same call."""
+    """The module sows h_res where it is asked to, from the same call."""
     module, x = mhc_linen.MHC(LinenLayer(), C, norm=True), streams(5)
     variables = module.init(jax.random.key(0), x)
     assert list(variables) == ["params"]

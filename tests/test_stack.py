@@ -429,7 +429,7 @@ T = math.prod(KEPT.tokens)
 
 
 def num_kept(form, size, num_steps, case=KEPT, **options):
-    """How many streams and hidden states each step of the model keeps beside its operands."""
+    """Number of streams and hidden states that each step of the model keeps beside its operands."""
     o = operands(*size, case=case)
     kept = collections.Counter(
         residuals(functools.partial(form, implementation="fused", **options), o)

@@ -34,7 +34,7 @@ _PATH = Path(__file__).parents[1] / (
 _lock = threading.RLock()
 # The library's description, or the reason why there is none; None before it is registered.
 _outcome: dict[str, Any] | str | None = None
-# Why no kernels run on NVIDIA GPUs, "" where they do; None before a GPU is first asked for.
+# The reason why no kernels run on NVIDIA GPUs, "" where they do; None before one is asked for.
 _cuda_outcome: str | None = None
 
 

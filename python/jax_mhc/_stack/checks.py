@@ -88,7 +88,7 @@ def recompute(value: Recompute) -> None:
 
 
 def unroll(value: int | bool, *, has_loop: bool) -> int | bool:
-    """How many steps of the loop are unrolled; True: all of them."""
+    """Number of steps of the loop that are unrolled; True: all of them."""
     if not isinstance(value, bool):
         value = _errors.integer(OP, "unroll", value, 1, None, "Give 1 to unroll nothing.")
     if not has_loop and value not in (False, 1):

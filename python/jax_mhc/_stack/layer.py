@@ -121,7 +121,7 @@ class Layer:
 
 
 def _widens(eqn: JaxprEqn) -> bool:
-    """True if an equation widens a variable to another dtype, from which it comes back to the bit."""
+    """True if an equation copies a variable to a wider dtype, from which it comes back exactly."""
     if eqn.primitive.name != "convert_element_type" or hasattr(eqn.invars[0], "val"):
         return False  # or a literal
     source, copy = (jnp.dtype(_type(v).dtype) for v in (eqn.invars[0], eqn.outvars[0]))
