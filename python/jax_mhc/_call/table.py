@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Collection, Sequence
-from typing import NamedTuple, NoReturn, TypeAlias, TypedDict
+from typing import NamedTuple, NoReturn, TypeAlias
 
 import jax
 import numpy as np
@@ -79,27 +79,6 @@ class Row(NamedTuple):
         return list(dict.fromkeys(value.group for value in values if value.group is not None))
 
 
-class _Described(TypedDict):
-    """A row as the library describes it."""
-
-    name: str
-    operands: list[_DescribedValue]
-    results: list[_DescribedValue]
-    adds_in_place: bool
-    has_config: bool
-    attributes: list[dict[str, str]]
-
-
-class _DescribedValue(TypedDict):
-    """A value as the library describes it."""
-
-    name: str
-    precision: str
-    has_tokens: bool
-    dims: list[str]
-    group: str | None
-
-
 @functools.cache
 def rows() -> dict[str, Row]:
     """The rows of the table by the names of the calls.
@@ -107,9 +86,9 @@ def rows() -> dict[str, Row]:
     Raises:
         RuntimeError: the library that has the table cannot be used.
     """
-    described: Sequence[_Described] = library.description()["calls"]
+    described = library.description()["calls"]
 
-    def values(of_row: list[_DescribedValue]) -> tuple[Value, ...]:
+    def values(of_row: list[library.DescribedValue]) -> tuple[Value, ...]:
         return tuple(
             Value(
                 value["name"],

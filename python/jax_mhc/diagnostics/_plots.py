@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from numpy.typing import ArrayLike
 
 from jax_mhc import _check, _errors
 from jax_mhc._errors import Refusal
@@ -31,7 +32,7 @@ MAX_NUMBERED_STREAMS = 4
 def plot_gain(
     gains: Gain | Mapping[str, Gain],
     *,
-    x: Any = None,
+    x: ArrayLike | None = None,
     xlabel: str | None = None,
     band: tuple[float, float] | None = BAND,
     axes: Axes | None = None,
@@ -153,8 +154,9 @@ def plot_mixing(
 # ---- what is drawn ------------------------------------------------------------------------------
 
 
-def _curve(axes: Any, x: Any, values: Any, **style: Any) -> int:
+def _curve(axes: Axes, x: np.ndarray, values: ArrayLike, **style: Any) -> int:
     """Draws the median of all tokens and, of several, the largest; returns their number."""
+    values = np.asarray(values)
     values = values.reshape(len(values), -1)
     middle, most = (
         np.where(np.isfinite(of_all), of_all, np.nan)
@@ -167,7 +169,7 @@ def _curve(axes: Any, x: Any, values: Any, **style: Any) -> int:
     return values.shape[1]
 
 
-def _draw_mixing(axes: Sequence[Any], values: Mixing, n: int | None) -> None:
+def _draw_mixing(axes: Sequence[Axes], values: Mixing, n: int | None) -> None:
     errors, distance, entropy = axes
     x = np.arange(len(values.entropy))
     least = np.finfo(values.row_error.dtype).eps
@@ -199,7 +201,7 @@ def _draw_mixing(axes: Sequence[Any], values: Mixing, n: int | None) -> None:
         _finish(each)
 
 
-def _draw_matrices(axes: Sequence[Any], matrices: Any, shown: Sequence[int]) -> None:
+def _draw_matrices(axes: Sequence[Axes], matrices: np.ndarray, shown: Sequence[int]) -> None:
     n = matrices.shape[-1]
     means = [matrices[at].reshape(-1, n, n).mean(0) for at in shown]
     has_numbers = n <= MAX_NUMBERED_STREAMS
@@ -232,25 +234,25 @@ def _draw_matrices(axes: Sequence[Any], matrices: Any, shown: Sequence[int]) -> 
         _figure_of(axes[0]).colorbar(image, ax=list(axes), label="weight")
 
 
-def _logarithmic(axes: Any) -> None:
+def _logarithmic(axes: Axes) -> None:
     """A logarithmic axis of y, which has numbers at 1, 2 and 5 where powers of 10 are too few."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     if high < 100 * low:
-        axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+        locator: Any = axes.yaxis.get_major_locator()  # a LogLocator
+        locator.set_params(subs=(1, 2, 5))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
 
 
-def _legend(axes: Any, num_tokens: int = 1) -> None:
+def _legend(axes: Axes, num_tokens: int = 1) -> None:
     """A legend below, where it hides no line."""
     if num_tokens > 1:
         axes.plot([], [], color=GREY, lw=THIN, label="largest token")
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}
-    axes.legend(fontsize=8, frameon=False, ncols=3, **below)
+    axes.legend(fontsize=8, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
 
 
-def _finish(axes: Any) -> None:
+def _finish(axes: Axes) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -262,15 +264,16 @@ def _new_figure(op: str, size: tuple[float, float]) -> Figure:
     return Figure(figsize=size, layout="constrained")
 
 
-def _mixing_axes(figure: Any, num_matrices: int) -> list[Axes]:
+def _mixing_axes(figure: Figure, num_matrices: int) -> list[Axes]:
     if not num_matrices:
         return list(figure.subplots(1, 3))
-    above, below = figure.subfigures(2, 1)
+    halves: Any = figure.subfigures(2, 1)
+    above, below = halves
     matrices = above.subplots(1, num_matrices, squeeze=False)[0]
     return [*below.subplots(1, 3), *matrices]
 
 
-def _figure_of(axes: Any) -> Any:
+def _figure_of(axes: Axes) -> Figure:
     # The figure of a subfigure is the one around it.
     return axes.figure.figure
 
@@ -278,7 +281,7 @@ def _figure_of(axes: Any) -> Any:
 # ---- checks -------------------------------------------------------------------------------------
 
 
-def _checked_gains(op: str, gains: Any) -> dict[str, Gain]:
+def _checked_gains(op: str, gains: object) -> dict[str, Gain]:
     if isinstance(gains, Gain):
         gains = {"": gains}
     if not (
@@ -298,7 +301,7 @@ def _checked_gains(op: str, gains: Any) -> dict[str, Gain]:
     }
 
 
-def _checked_x(op: str, x: Any, curves: dict[str, Gain]) -> Any:
+def _checked_x(op: str, x: ArrayLike, curves: dict[str, Gain]) -> np.ndarray:
     try:
         x = np.asarray(x)
     except (TypeError, ValueError):
@@ -318,7 +321,7 @@ def _checked_x(op: str, x: Any, curves: dict[str, Gain]) -> Any:
     return x
 
 
-def _check_axes(op: str, given: Any, axes: Any) -> None:
+def _check_axes(op: str, given: object, axes: object) -> None:
     """Checks that all of `axes`, the argument itself or a list made of it, are matplotlib's."""
     _errors.require(op, "matplotlib", "plots")
     from matplotlib.axes import Axes
@@ -331,7 +334,9 @@ def _check_axes(op: str, given: Any, axes: Any) -> None:
         )
 
 
-def _checked_sublayers(op: str, sublayers: Any, matrices: Any, num: int) -> list[int]:
+def _checked_sublayers(
+    op: str, sublayers: object, matrices: np.ndarray | None, num: int
+) -> list[int]:
     if matrices is None:
         if sublayers is not None and not (isinstance(sublayers, Sequence) and not sublayers):
             raise Refusal(ValueError, op, "sublayers").expected(
