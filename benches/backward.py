@@ -1,7 +1,7 @@
 """The backward passes of post, pre and the seam by themselves.
 
 Inside a chain of sublayers the gradient of X is handed back as G, the gradient of the X' that post
-makes of it, before the transposed h_res is applied (docs/mathematics.md). Each pass here takes and
+makes of it, before the transposed h_res is applied (docs/architecture.md). Each pass here takes and
 returns what it takes and returns there:
 
 - post_bwd: from d_x_new to d_y, d_h_post and d_h_res;
@@ -73,7 +73,7 @@ def gradients(backward: Pass, named: dict[str, Any], cotangents: dict[str, Any])
 
 # ---- the fused kernels --------------------------------------------------------------------------
 
-# What the calls of docs/calls.md take, in order, before the gradients.
+# Operands of the calls of docs/calls.md, in order, before the gradients.
 _POST, _PRE = Settings(fused=True), Settings(PAPER, norm_scale_eps=0.0, fused=True)
 _KEPT = {
     "post_bwd": "x y h_post h_res",

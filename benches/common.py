@@ -1,4 +1,4 @@
-"""What the benchmarks of the CPU and of the GPU kernels share."""
+"""Parts that the benchmarks of the CPU and of the GPU kernels share."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Event(NamedTuple):
 
 
 def profiled(run: Callable[[], Any]) -> list[Event]:
-    """What the profiler saw of a run, on the host and on the GPU."""
+    """Events that the profiler saw of a run, on the host and on the GPU."""
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -140,7 +140,7 @@ def kernel_times(run: Callable[[], Any], calls: int) -> dict[str, dict[str, floa
 
 
 def memory(program: Any) -> dict[str, int]:
-    """What the compiled program needs, in bytes."""
+    """Memory that the compiled program needs, in bytes."""
     analysis = program.memory_analysis()
     sizes = {
         name: getattr(analysis, f"{name}_size_in_bytes")

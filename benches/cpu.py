@@ -46,7 +46,7 @@ STREAMS_MOVED = {"forward": 5 + 9, "gradients": 37}
 
 @dataclasses.dataclass
 class Options:
-    """What to run."""
+    """Options of the command line."""
 
     repeats: int = 41
     """Timed runs of each program; the median is reported."""

@@ -1,4 +1,4 @@
-"""What diagnostics cost a training step.
+"""Costs of diagnostics in a training step.
 
 Writes benches/results/<gpu>/<date>-diagnostics.json and .md. The model is that of model.py in
 `mhc.stack`; compared with it are
@@ -21,7 +21,7 @@ from train_step import github, kernels_ms
 
 @dataclasses.dataclass
 class Options(train_step.Options):
-    """What to run."""
+    """Options of the command line."""
 
     connections: tuple[Connection, ...] = ("seams", "seams-told", "seams-watched")
     """Residual connections, the first the one that the others are compared with."""

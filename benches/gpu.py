@@ -79,7 +79,7 @@ OpName = Literal[
 
 @dataclasses.dataclass
 class Options:
-    """What to run."""
+    """Options of the command line."""
 
     shapes: tuple[tuple[int, int], ...] = (
         (8192, 4096), (4096, 2560), (4096, 7168), (16384, 2560), (8192, 2048),
@@ -204,7 +204,7 @@ def saved_bytes(ops: Any, tokens: int, hidden: int) -> int:
 
 
 def _script(name: str, *arguments: str, timeout: float, **environment: str) -> list[Any]:
-    """What one of the scripts beside this one prints, each line as JSON.
+    """Lines that one of the scripts beside this one prints, each as JSON.
 
     An error does not stop this run; it becomes the last line.
     """
@@ -318,7 +318,7 @@ def run_all(options: Options, progress: Progress) -> tuple[dict[str, Any], list[
             *((check_tokens, hidden) for hidden in hiddens if op in PEAKED_OPS),
         ]
     }
-    # What takes longest to compile first, so that no thread ends long after the others.
+    # The longest to compile first, so that no thread ends long after the others.
     cases = sorted(cases, key=lambda case: -OPS[case[0]].streams)
     with phase("compilation", len(cases)) as tick, ThreadPoolExecutor() as pool:
 

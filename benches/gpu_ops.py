@@ -52,7 +52,7 @@ LIMITS = {
 # (docs/kernels.md).
 SEAM_LIMITS = {"d_phi": 1e-2, "d_alpha": 1e-2, "d_bias": 1e-2, "d_y": 2**0.5 * _ROUNDING}
 _PARAMETERS = ("params", "head_params", "norm_scale")
-# These sum over all tokens and are checked for few of them, the others for some tokens of many.
+# Gradients that sum over all tokens are checked for few of them, others for some of many.
 PARAMETER_GRADIENTS = ("d_phi", "d_alpha", "d_bias", "d_norm_scale")
 
 

@@ -43,7 +43,7 @@ CONNECTIONS = ("residual", "seams")
 
 @dataclasses.dataclass
 class Options:
-    """What to run."""
+    """Options of the command line."""
 
     steps: int = 20
     """Timed steps of each, in four rounds."""
@@ -58,7 +58,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where parameters and values lie."""
+    """Places of parameters and values on the mesh."""
 
     name: str
 

@@ -31,7 +31,7 @@ LABELS: dict[Connection, str] = {
     "seams": "mHC, fused with seams",
     "seams-norms": "mHC, fused with seams and the layers' norms",
     "seams-checkpoint": "mHC, fused with seams, recomputed",
-    # Those of recompute.py and of diagnostics_step.py.
+    # The connections of recompute.py and of diagnostics_step.py.
     "residual-layers": "plain residual, jax.checkpoint",
     "mhc-layers": "mHC, fused, jax.checkpoint",
     "seams-auto": "mHC, fused with seams, streams recomputed",
@@ -39,18 +39,21 @@ LABELS: dict[Connection, str] = {
     "seams-told": "mHC, fused with seams, composite gain out of the step",
     "seams-watched": "mHC, fused with seams, composite gain watched in the step",
 }
-# Those of mhc.stack, with its options.
+# The connections that run in mhc.stack, with its options.
 STACKS: dict[Connection, dict[str, Any]] = {
     "seams": {},
     "seams-norms": {},
-    "seams-checkpoint": {"keep_streams_every": 2},
-    "seams-auto": {"keep_streams_every": "auto"},
-    "seams-auto-mhc": {"keep_streams_every": "auto", "policy": "mhc"},
-    "seams-told": {"sample_tokens": 64},
-    "seams-watched": {"sample_tokens": 64},
+    "seams-checkpoint": {"recompute": mhc.Recompute(every=2)},
+    "seams-auto": {"recompute": mhc.Recompute(every="auto")},
+    "seams-auto-mhc": {"recompute": mhc.Recompute(every="auto", policy="mhc")},
+    "seams-told": {},
+    "seams-watched": {},
 }
+# The connections that run in mhc.stack_with_samples, for the composite gain.
+SAMPLED = ("seams-told", "seams-watched")
+SAMPLE_TOKENS = 64
 FUSED = ("mhc", "mhc-layers", *STACKS)
-# Those with jax.checkpoint around the whole of each layer of the model.
+# The connections with jax.checkpoint around the whole of each layer of the model.
 RUN_AGAIN = ("residual-layers", "mhc-layers")
 
 
@@ -167,7 +170,10 @@ def run_layers(
         norm_scale = None
         if connection == "seams-norms":
             layers, norm_scale = behind_norms, [params["layers"][name]["norm"] for name in layers]
-        results = mhc.stack(
+        run = mhc.stack
+        if connection in SAMPLED:
+            run = functools.partial(mhc.stack_with_samples, sample_tokens=SAMPLE_TOKENS)
+        results = run(
             [lambda u, p, name=name: layers[name](u, params=p[name]) for name in layers],
             x,
             [params["connections"][name] for name in layers],
@@ -176,7 +182,7 @@ def run_layers(
             implementation="fused",
             **STACKS[connection],
         )
-        if "sample_tokens" not in STACKS[connection]:
+        if connection not in SAMPLED:
             return mhc.reduce(results), ()
         x, h_res = results
         gain = mhc.diagnostics.amax_gain(mhc.diagnostics.composite(h_res))

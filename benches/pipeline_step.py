@@ -26,7 +26,7 @@ import jax
 import tyro
 from tabulate import tabulate
 
-# What is timed is the example itself, which is a script in a folder of its own and in no package.
+# The example itself is timed, which is a script in a folder of its own and in no package.
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import pipeline  # noqa: E402 - after its folder is known
 
@@ -38,7 +38,7 @@ LARGE = pipeline.Settings(
 
 @dataclasses.dataclass
 class Options:
-    """What to run."""
+    """Options of the command line."""
 
     output: Path | None = None
     """Folder for the records; by default benches/results, and none if tiny."""

@@ -47,7 +47,7 @@ OPS = {
 
 @dataclasses.dataclass
 class Options:
-    """Where to read and write."""
+    """Options of the command line."""
 
     results: Path = Path("benches/results/h200")
     """Folder with the records of one GPU."""
@@ -114,7 +114,7 @@ def time_us(row: dict[str, Any], implementation: str) -> float:
 
 def draw_kernels(record: dict[str, Any], path: Path) -> None:
     shapes = kernel_rows(record)
-    # Those with a norm are in the table alone: two rows of panels are enough to look at.
+    # Ops with a norm are in the table alone: two rows of panels are enough to look at.
     ops = [
         op for op in OPS if not op.endswith("_norm") and any(op in rows for rows in shapes.values())
     ]
@@ -389,7 +389,7 @@ def draw_training(record: dict[str, Any], path: Path) -> None:
         curve(near, values(name, "gain_backward"), ls=(0, (1, 1)))
     least = loss.dataLim.ymin
     loss.set(title="validation loss, nats a byte", ylim=(least - 0.05, least + 1))
-    # What counts is the later half; at first the differences are large.
+    # The later half counts; at first the differences are large.
     later = np.array([line.get_ydata()[len(steps) // 2 :] for line in lead.lines])
     margin = 0.3 * np.ptp(later)
     lead.set(ylim=(later.min() - margin, later.max() + margin))

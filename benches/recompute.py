@@ -1,11 +1,11 @@
-"""What a training step costs in time and memory when the backward pass computes things again.
+"""Costs of a training step in time and memory when the backward pass computes things again.
 
 Writes benches/results/<gpu>/<date>-recompute.json and .md. The model is that of model.py, with 12
 layers and with 48; how time and memory are measured is told in train_step.py. Compared are
 
 - plain residuals and mHC (a scan of `mhc_residual`) with `jax.checkpoint` around each layer of the
   model, attention and MLP: the streams before a layer are kept, and all of it runs again,
-- mHC in `mhc.stack` with keep_streams_every="auto": the streams before each stretch of
+- mHC in `mhc.stack` with Recompute(every="auto"): the streams before each stretch of
   sqrt(n L / (n + 2)) sublayers, as near as the scan allows, are kept, and no layer runs again; with
   policy="mhc" the layers' inputs and the coefficients are computed again, too.
 """
@@ -23,7 +23,7 @@ from train_step import github, kernels_ms
 
 @dataclasses.dataclass
 class Options(train_step.Options):
-    """What to run."""
+    """Options of the command line."""
 
     connections: tuple[Connection, ...] = (
         "residual", "residual-layers", "seams", "mhc-layers", "seams-auto", "seams-auto-mhc",

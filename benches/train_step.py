@@ -47,7 +47,7 @@ LATER_LOSSES = 1e-2
 
 @dataclasses.dataclass
 class Options:
-    """What to run."""
+    """Options of the command line."""
 
     connections: tuple[Connection, ...] = (
         "residual", "plain", "plain-checkpoint", "mhc", "seams", "seams-norms", "seams-checkpoint",

@@ -35,7 +35,7 @@ from gpt.settings import PRESETS, Connection, Settings  # noqa: E402 - likewise
 
 @dataclasses.dataclass
 class Options:
-    """What to run."""
+    """Options of the command line."""
 
     connections: tuple[Connection, ...] = ("residual", "hc", "mhc")
     """Connections to train from every seed."""
@@ -61,7 +61,7 @@ class Options:
     """A tiny model on the CPU that tries every path; its figures mean nothing."""
 
     def arguments(self) -> list[str]:
-        """Those of train_gpt.py that are the same for all runs."""
+        """Arguments of train_gpt.py that are the same for all runs."""
         tiny = "--depth 2 --width 32 --heads 2 --batch 4 --seq 32 --steps 20 --checkpoint-every 10"
         preset = tiny.split() if self.tiny else ["--preset", "h200"]
         iters = "--sinkhorn-iters", str(self.sinkhorn_iters)
@@ -106,7 +106,7 @@ def train_all(options: Options, jobs: list[tuple[Connection, int]]) -> int:
 
 
 def record_of(jobs: list[tuple[Connection, int]], options: Options, commit: str) -> dict[str, Any]:
-    """What was measured in those of the jobs that came to their end here."""
+    """Measurements of the jobs that came to their end here."""
     settings = options.training()
     results, runs = [], []
     for connection, seed in jobs:

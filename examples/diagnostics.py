@@ -28,7 +28,7 @@ EVERY = 5
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to train."""
+    """Options of the command line."""
 
     depth: int = 32
     """Sublayers."""

@@ -27,7 +27,7 @@ from jax_mhc import diagnostics
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to simulate."""
+    """Options of the command line."""
 
     depth: int = 200
     """Sublayers."""

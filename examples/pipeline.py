@@ -87,7 +87,7 @@ class Settings:
 
     @property
     def boundary_bytes(self) -> int:
-        """What a stage sends on in a step and, backward, back, each."""
+        """Bytes that a stage sends on in a step and, backward, back, each."""
         tokens = self.micro_batches * self.micro_batch * self.length
         streams = self.streams if self.connection == "mhc" else 1
         return tokens * streams * self.hidden * jnp.dtype(self.dtype).itemsize

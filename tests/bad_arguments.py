@@ -76,7 +76,7 @@ STREAMS = [*INT, 17, 10**30]
 WIDTH = [*INT, 2**62, 10**5000]
 NUMBER = [None, "0", [0.0], True, 1j, np.complex64(1), jnp.float32(1), Traced(1.0)]
 NUMBER += [-1, np.nan, np.inf, 10**400]
-# What float32 does not hold.
+# Numbers that float32 does not hold.
 EPS = [*NUMBER, 1e300, 1e-60, 1e-40]
 CHOICE = [0, True, 1.5, "other", "", b"mean", [None], ["mean"], np.array(["mean"]), jnp.ones(3)]
 CHOICE += [Traced(1)]
@@ -138,6 +138,10 @@ def scaled(u, s):
 
 def stack(layers=(jnp.tanh,), x=X, params=(PARAMS,), **options):
     return mhc.stack(layers, x, params, **options)
+
+
+def sampled(**options):
+    return mhc.stack_with_samples((jnp.tanh,), X, (PARAMS,), **options)
 
 
 def scan(layers=(scaled,), x=X, params=STACKED, xs=H[:3, 0], **options):
@@ -280,9 +284,13 @@ BAD += [
         layers=LAYERS, params=[None, 3, PARAMS, [], [PARAMS] * 2, "a", [None], [HEAD], STACKED],
         x=X_BAD, config=[*CONFIG, *TOO_LARGE], norm_scale=[3, "a", [], [SCALE[3]], [zeros(N)]],
         norm_scale_eps=EPS, hidden_axis_name=AXIS, implementation=CHOICE,
-        keep_streams_every=[*INT, "some", np.array(["auto", "auto"])],
-        policy=[*POLICY, None, "a function"], unroll=[None, "2", 1.5, 0, 2, Traced(1)],
-        sample_tokens=INT[:-1],
+        recompute=[None, 2, "auto", "mhc", mhc.Recompute, Traced(1)],
+        unroll=[None, "2", 1.5, 0, 2, Traced(1)],
+    ),
+    *rows("stack_with_samples", sampled, sample_tokens=INT),
+    *rows(
+        "Recompute", mhc.Recompute,
+        every=[*INT, "some", np.array(["auto", "auto"])], policy=[*POLICY, None, "a function"],
     ),
     ("stack", "layers[0]", [lambda: 0, lambda u, s: u], lambda f: stack([f])),
     ("stack", "layers[0]", [jnp.tanh, lambda: 0], lambda f: scan([f])),
@@ -294,8 +302,9 @@ BAD += [
         "stack", scan,
         xs=["a", [1.0], np.array([None] * 3), [zeros(3), zeros(2)], 3, jnp.float32(1), object()],
         params=[[PARAMS], [with_(PARAMS, phi=object())], [stacked(PARAMS, 2)], [HEAD]],
-        norm_scale_eps=EPS, unroll=[None, "2", 1.5, 0, -1, Traced(1)], policy=POLICY,
-        keep_streams_every=[*INT, 2, 4, "some"], norm_scale=[[zeros(C)], [object()]],
+        norm_scale_eps=EPS, unroll=[None, "2", 1.5, 0, -1, Traced(1)],
+        recompute=[mhc.Recompute(every=every) for every in (2, 4)],
+        norm_scale=[[zeros(C)], [object()]],
     ),
     *rows(
         "remat_policy", functools.partial(mhc.remat_policy, streams=N, hidden=C),
@@ -326,7 +335,7 @@ BAD += [
         convert.to_deepseek_v4,
     ),
     (
-        # What has the shape of parameters with h_res.
+        # Parameters of the shape of those with h_res.
         "convert.to_deepseek_v4", "streams",
         [
             params_of(2), params_of(4, 9),

@@ -35,7 +35,7 @@ WIDEST = jnp.dtype("float64" if "float64" in DTYPES else "float32")
 
 
 def implemented(*dtypes: str) -> list[tuple[str, str]]:
-    """What there is here of these dtypes: pairs of dtype and implementation."""
+    """Pairs of dtype and implementation that there are here, of these dtypes."""
     return [
         (dtype, implementation)
         for dtype in dtypes
@@ -215,7 +215,7 @@ def head_params(case: Case, rng: np.random.Generator, dtype: Any) -> HeadParams:
 
 
 def context(case: Case, rng: np.random.Generator, dtype: Any) -> Context:
-    """What pre would return for streams and parameters of this case."""
+    """A context as pre would return it for streams and parameters of this case."""
     x = streams(case, rng, dtype)
     _, *coefficients = oracle.pre(x, params(case, rng, np.float64), case.config)
     return Context(x, *(h.astype(accumulation(dtype)) for h in coefficients))
@@ -365,7 +365,7 @@ OPS = {
         _oracle_post,
         ("post",),
         ("y", "ctx"),
-        # It has no settings.
+        # No settings enter here.
         lambda case: (
             CASES[case].config in (presets.PAPER, variant(constraint="none"))
             and not CASES[case].norm
@@ -478,7 +478,7 @@ def value_and_vjp(
 AS_WRITTEN = {"xla_allow_excess_precision": False}
 compiled = jax.jit(value_and_vjp, static_argnums=(0, 1, 2), compiler_options=AS_WRITTEN)
 
-# What is compared in float64 may run slowly: XLA's compiler for the CPU takes half the time.
+# Programs in float64 may run slowly: XLA's compiler for the CPU takes half the time.
 FAST_COMPILATION = {"xla_backend_optimization_level": 0}
 _quick_on_cpu = jax.jit(value_and_vjp, static_argnums=(0, 1, 2), compiler_options=FAST_COMPILATION)
 quick = _quick_on_cpu if PLATFORM == "cpu" else compiled
@@ -490,7 +490,7 @@ def widened(arrays: Any) -> Any:
 
 
 def in_float64(function: Callable, *arrays: Any) -> Any:
-    """What `function` of pytrees of arrays gives in float64 on the CPU; NumPy arrays."""
+    """Results of `function` of pytrees of arrays in float64 on the CPU; NumPy arrays."""
     with jax.default_device(CPU):
         return widened(function(*widened(arrays)))
 
@@ -511,7 +511,7 @@ def evaluate(op: str, case: str, implementation: str) -> tuple[Any, Any]:
 
 @functools.cache
 def expected(op: str, case: str) -> tuple[Any, Any]:
-    """What `evaluate` has to give for the kernels."""
+    """Results that `evaluate` has to give for the kernels."""
     if PLATFORM == "cpu" and WIDEST == np.float64:
         return evaluate(op, case, "reference")
     return exact(
@@ -549,7 +549,7 @@ LEAST_ERROR = {
 
 
 def tolerance(case: Case, dtype: str, *, gradient: bool) -> float:
-    """What plain JAX may err by.
+    """Error that plain JAX may make.
 
     Streams are rounded once on the way out. Coefficients are float32; they are sums over n C
     values (gradients of parameters: of all tokens), whose roundings add up like a random walk.
@@ -560,7 +560,7 @@ def tolerance(case: Case, dtype: str, *, gradient: bool) -> float:
 
 
 def limit(case: Case, *, dtype: Any = WIDEST, gradient: bool = True, layers: int = 1) -> float:
-    """How far the kernels may be from float64; `layers` add up."""
+    """Distance that the kernels may have from float64; `layers` add up."""
     if dtype == np.float64:
         return FLOAT64
     return LARGEST * layers * tolerance(case, jnp.dtype(dtype).name, gradient=gradient)

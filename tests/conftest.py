@@ -21,7 +21,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "ben
 pytest.register_assert_rewrite("cases")
 
 jax.config.update("jax_enable_x64", True)
-# What JAX can be told to refuse: users who do must not be refused by this package.
+# Strict flags: this package must not refuse users who set them.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 

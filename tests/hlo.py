@@ -1,4 +1,4 @@
-"""What is compiled, as tests read it: custom calls in a program, residuals of a backward pass."""
+"""Compiled programs as tests read them: custom calls, and residuals of a backward pass."""
 
 import collections
 import contextlib
@@ -17,7 +17,7 @@ def compiled_text(function, *arrays):
 
 
 def custom_calls(text):
-    """How often each of our calls is there, by its name in docs/calls.md."""
+    """Number of our calls of each kind, by the names in docs/calls.md."""
     return collections.Counter(re.findall(r'custom_call_target="jax_mhc_(\w+)_v\d+"', text))
 
 

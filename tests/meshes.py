@@ -174,7 +174,7 @@ SUMS = {
 
 
 def num_parameters(op: str, channels: int) -> tuple[int, int]:
-    """Those that have channels, and the others."""
+    """Numbers of parameters that have channels, and of the others."""
     n = CASE.streams
     if op in ("post", "sinkhorn"):
         return 0, 0
@@ -183,7 +183,7 @@ def num_parameters(op: str, channels: int) -> tuple[int, int]:
 
 
 def expected(op: str, mode: str, layout: MeshLayout, mesh: Any) -> tuple[dict, dict]:
-    """What `collectives` may give at most, forward and backward: the kinds and their sizes."""
+    """The most that `collectives` may give, forward and backward: the kinds and their sizes."""
     tokens, channels = layout.tokens(mesh), layout.channels(mesh)
     forward_sums, backward_sums = (tokens * size * bool(layout.hidden) for size in SUMS[op])
     by_hand = layout.hidden and MODES[mode][2] and layout.hidden[0] in MODES[mode][2]

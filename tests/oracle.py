@@ -14,7 +14,7 @@ import numpy as np
 
 
 class Pre(NamedTuple):
-    """What pre computes for tokens of shape [...]."""
+    """Results of pre for tokens of shape [...]."""
 
     u: np.ndarray  # [..., C]
     h_pre: np.ndarray  # [..., n]
@@ -168,7 +168,7 @@ def head(x, params, config):
 
 
 class DeepSeekV4(NamedTuple):
-    """What a hyper-connection of DeepSeek-V4 computes, in its own orientation."""
+    """Results of a hyper-connection of DeepSeek-V4, in its own orientation."""
 
     collapsed: np.ndarray  # [..., C]
     pre: np.ndarray  # [..., n]

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 
-# What XLA compiled, for all tests and what they run; `make test` begins with an empty folder.
+# Programs that XLA compiled, for all tests and what they run; `make test` empties the folder.
 CACHE = ROOT / ".build" / "tests"
 
 # Most of their time here is compilation, of programs that several runs have in common.

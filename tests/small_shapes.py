@@ -34,7 +34,7 @@ DTYPES = {
     "float16": np.dtype(np.float16),
 }
 
-# What an error may be, beside the largest value of the result: what rounding the result to its own
+# The largest error, beside the largest value of the result: what rounding the result to its own
 # dtype makes, and so many roundings of a sum's terms, which add up like the root of their number.
 ROUNDING = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 NUM_ROUNDINGS = 16

@@ -30,7 +30,7 @@ def run(op, call, *values):
 
 
 def fault(op, argument, call, value):
-    """What is wrong with the refusal of a value; None where nothing is."""
+    """Fault of the refusal of a value; None where there is none."""
     try:
         run(op, call, value)
     except (TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""What only an NVIDIA GPU can show. All other tests run there too: pytest --platform=gpu."""
+"""Tests that need an NVIDIA GPU. All others run there too: pytest --platform=gpu."""
 
 import functools
 import hashlib
@@ -165,7 +165,7 @@ def test_many_streams_with_the_columns_of_four(op, streams):
     check(op, Case((37,), streams, 40, config=config), DTYPES[streams % 3])
 
 
-# What 2, 4, 8 or 16 blocks share, each with 256, 320, 384 or 448 channels.
+# Widths that 2, 4, 8 or 16 blocks share, each with 256, 320, 384 or 448 channels.
 SHARED_WIDTHS = (512, 1024, 1280, 2048, 2560, 3072, 4096, 7168)
 
 
@@ -173,7 +173,7 @@ SHARED_WIDTHS = (512, 1024, 1280, 2048, 2560, 3072, 4096, 7168)
 @pytest.mark.parametrize("hidden", SHARED_WIDTHS)
 @pytest.mark.parametrize("tokens", [0, 1, 8, 205])
 def test_widths_that_clusters_of_blocks_share(op, hidden, tokens):
-    """Where the streams are read once; whatever was in the memory of results and workspaces.
+    """Kernels that read the streams once; whatever was in the memory of results and workspaces.
 
     A gradient of alpha may nearly cancel, and then plain JAX errs as much as the kernels do (203
     tokens and a width of 2048, for one); with these tokens none does.
@@ -327,7 +327,7 @@ def test_command_buffers_give_the_same_bits():
 
 
 def test_several_threads():
-    """They may be the first to use a kernel at the same time."""
+    """Threads may be the first to use a kernel at the same time."""
     expected, found = {}, {}
     problems = [(op, Case((257,), 3, 48 + index)) for index, op in enumerate(KERNELS)]
 

@@ -17,7 +17,7 @@ from jax_mhc import presets
 # Several chunks and groups of tokens, the last of them not full.
 CASE = Case((300,), 4, 33, 3.0)
 
-# Those of one call, and those that hand on cotangents.
+# The ops of one call, and a model whose ops hand on cotangents.
 TESTED = (*KERNELS, "two_sublayers")
 
 

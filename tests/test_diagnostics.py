@@ -322,8 +322,11 @@ def test_a_step_with_diagnostics_costs_little_more(watched):
     def step(count, params, w, u):
         def loss(params, w, u):
             x = mhc.expand(u, streams=4)
-            x = mhc.stack([lambda v, w: jnp.tanh(v @ w)], x, [params], xs=w, sample_tokens=count)
-            x, h_res = x if count else (x, None)
+            layers, h_res = [lambda v, w: jnp.tanh(v @ w)], None
+            if count:
+                x, h_res = mhc.stack_with_samples(layers, x, [params], xs=w, sample_tokens=count)
+            else:
+                x = mhc.stack(layers, x, [params], xs=w)
             return jnp.sum(mhc.reduce(x)), h_res
 
         (value, h_res), grads = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(params, w, u)

@@ -71,7 +71,7 @@ def test_disable_jit_in_a_stack():
 
 @pytest.fixture
 def compilations():
-    """How many programs were compiled so far."""
+    """Number of programs that were compiled so far."""
     count = [0]
 
     def listen(name, *_, **__):
@@ -152,7 +152,7 @@ def test_other_layers_are_other_programs():
 
 @pytest.mark.parametrize("tokens, is_small", [(4, True), (16384, False)])
 def test_small_elements_of_a_batch_run_in_plain_jax(tokens, is_small):
-    """Their calls would cost more than what they do; "fused" runs the kernels all the same."""
+    """A call of each would cost more than its work; "fused" runs the kernels all the same."""
     params = jax.tree.map(lambda leaf: jnp.repeat(leaf, 4, 0), MANY)
     x = jax.ShapeDtypeStruct((32, tokens, 4, 16), jnp.float32)
 

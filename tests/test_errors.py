@@ -289,7 +289,7 @@ ERRORS = [
     (pre(config=MHCConfig(post_scale=1e300)), ValueError, "pre", "config.post_scale", "1e+300"),
     (pre(config=MHCConfig(norm_eps=1e-60)), ValueError, "pre", "config.norm_eps", "1e-60"),
     (pre(norm_scale_eps=1e39), ValueError, "pre", "norm_scale_eps", "1e+39"),
-    # What is no array, or no longer.
+    # Values that are no array, or no longer.
     (pre(np.array([None])), TypeError, "pre", "x", "array([None], dtype=object) (ndarray)"),
     (pre(deleted(5, N, C)), ValueError, "pre", "x", "a deleted one, float32[5, 2, 3]"),
     # Implementations.
@@ -423,7 +423,8 @@ ERRORS = [
     ),
     (stack([lambda u: u[:4]]), ValueError, "stack", "the result of layers[0]", "[4, 3]"),
     (stack([lambda u: (u, 0)]), TypeError, "stack", "the result of layers[0]", "a tuple of 2"),
-    (stack(keep_streams_every=0), ValueError, "stack", "keep_streams_every", "0"),
+    (stack(recompute="auto"), TypeError, "stack", "recompute", "'auto' (str)"),
+    (lambda: mhc.Recompute(every=0), ValueError, "Recompute", "every", "0"),
     (stack(unroll=2), ValueError, "stack", "unroll", "2"),
     (stack_in_scan(unroll=0), ValueError, "stack", "unroll", "0"),
     (stack(xs=[object]), TypeError, "stack", "xs[0]", "<class 'object'> (type)"),
@@ -436,13 +437,19 @@ ERRORS = [
         ValueError, "stack", "a slice of params[0].alpha", "[2]",
     ),
     (
-        stack_in_scan(layers=2 * [lambda u, s: u], keep_streams_every=3),
-        ValueError, "stack", "keep_streams_every", "3",
+        stack_in_scan(layers=2 * [lambda u, s: u], recompute=mhc.Recompute(every=3)),
+        ValueError, "stack", "recompute.every", "3",
     ),
-    (stack_in_scan(keep_streams_every=3), ValueError, "stack", "keep_streams_every", "3"),
-    (stack(keep_streams_every="some"), TypeError, "stack", "keep_streams_every", "'some' (str)"),
-    (stack(policy="outputs"), ValueError, "stack", "policy", "'outputs'"),
-    (stack(sample_tokens=-1), ValueError, "stack", "sample_tokens", "-1"),
+    (
+        stack_in_scan(recompute=mhc.Recompute(every=3)),
+        ValueError, "stack", "recompute.every", "3",
+    ),
+    (lambda: mhc.Recompute(every="some"), TypeError, "Recompute", "every", "'some' (str)"),
+    (lambda: mhc.Recompute(policy="outputs"), ValueError, "Recompute", "policy", "'outputs'"),
+    (
+        lambda: mhc.stack_with_samples([jnp.tanh], X, [PARAMS], sample_tokens=0),
+        ValueError, "stack_with_samples", "sample_tokens", "0",
+    ),
     (remat_policy("outputs"), ValueError, "remat_policy", "recompute", "'outputs'"),
     (remat_policy(streams=17), ValueError, "remat_policy", "streams", "17"),
     (remat_policy(hidden=0), ValueError, "remat_policy", "hidden", "0"),
@@ -547,7 +554,7 @@ ERRORS += [
 # Raised under conditions that the tests below make.
 CONDITIONAL = {
     "refuse_fused": 2, "_forward_mode": 1, "_second_order": 1, "_checked": 1,
-    # Those on meshes: test_mesh.py.
+    # On meshes: test_mesh.py.
     "use_fused": 1, "check_streams": 1, "_fail_to_agree": 1,
 }  # fmt: skip
 
@@ -569,13 +576,13 @@ def test_message(call, error, op, argument, got):
 
 
 def test_every_message_is_tested():
-    """Each call of `fail` in the package is reached by a row above, or is conditional."""
+    """Each `Refusal` in the package is raised by a row above, or is conditional."""
     reached = set()
     for call, *_ in ERRORS:
         try:
             call()
         except (TypeError, ValueError, ImportError) as error:
-            frame = traceback.extract_tb(error.__traceback__)[-2]
+            frame = traceback.extract_tb(error.__traceback__)[-1]
             reached.add((Path(frame.filename).name, frame.lineno))
     package = Path(mhc.__file__).parent
     missed = {}
@@ -587,7 +594,7 @@ def test_every_message_is_tested():
                 name = getattr(getattr(node, "func", None), "id", None) or getattr(
                     getattr(node, "func", None), "attr", None
                 )
-                if not isinstance(node, ast.Call) or name != "fail":
+                if not isinstance(node, ast.Call) or name != "Refusal":
                     continue
                 lines = range(node.lineno, node.end_lineno + 1)
                 if not any((path.name, line) in reached for line in lines):
@@ -675,7 +682,7 @@ def without_kernels(monkeypatch):
 
 @pytest.fixture
 def records(caplog):
-    """What is logged, with its level, as by a new process."""
+    """Records of the log with their levels, as of a new process."""
     dispatch._log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="jax_mhc"):
         yield lambda: [(record.levelname, record.getMessage()) for record in caplog.records]

@@ -217,7 +217,7 @@ def parts_of_a_context(o, options):
 
 
 def other_implementation_of_post(o, options):
-    """Which of the two made a context does not matter."""
+    """A context may come from either implementation."""
     u, ctx = jax_mhc.pre(o["x"], o["params"], **OPTIONS, **options)
     u, ctx = jax_mhc.post_pre(jnp.tanh(u), ctx, o["params"], implementation="reference", **OPTIONS)
     x_new = jax_mhc.post(jnp.tanh(u), ctx, **options)

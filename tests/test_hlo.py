@@ -1,4 +1,4 @@
-"""What is compiled: which custom calls there are, and what the backward pass keeps."""
+"""Compiled programs: which custom calls there are, and what the backward pass keeps."""
 
 import collections
 import dataclasses
@@ -177,7 +177,7 @@ def test_backward_of_sublayers_passes_over_the_streams_in_kernels_alone():
 
 
 def kinds_of_cotangents(function, *arrays):
-    """Which backward calls get the cotangent of their streams deferred, as handed to XLA."""
+    """Backward calls that get the cotangent of their streams deferred, as handed to XLA."""
     program = jax.jit(function).lower(*arrays).as_text()
     found = re.findall(r"custom_call @jax_mhc_(\w+)_v\d+\(.*?deferred = (\d)", program)
     return {(call, bool(int(deferred))) for call, deferred in found}

@@ -1,4 +1,4 @@
-"""What importing the package does, and what it does not do."""
+"""Effects of importing the package, and those that it must not have."""
 
 import os
 import subprocess
@@ -12,7 +12,8 @@ import jax_mhc
 PUBLIC = {
     "Context", "MHCParams", "MHCConfig", "HeadParams", "init_params", "init_head", "expand",
     "reduce", "head", "pre", "post", "post_pre", "sinkhorn", "mhc_residual", "stack", "presets",
-    "convert", "reference", "remat_policy", "diagnostics", "info",
+    "convert", "reference", "remat_policy", "diagnostics", "info", "Recompute",
+    "stack_with_samples",
 }  # fmt: skip
 
 

@@ -50,7 +50,7 @@ def without(name):
     return {key: value for key, value in ATTRIBUTES.items() if key != name}
 
 
-# What is wrong, the call, and what the error says besides the name of the op.
+# The fault, the call, and what the error says besides the name of the op.
 MALFORMED = {
     "no operands": ("sinkhorn_fwd", [], [Z], {}, "operands"),
     "an operand too many": ("sinkhorn_fwd", [Z, Z], [Z], {}, "operands"),
@@ -558,7 +558,7 @@ def test_what_the_library_tells_of_gpus():
         assert status["error"] is None and status["driver"] and status["architectures"]
         assert len(status["devices"]) >= jax.device_count()
     else:
-        # Why there are none.
+        # The reason why there are none.
         assert status["devices"] or status["error"]
 
 

@@ -163,7 +163,7 @@ def stack(x, params, weights, **options):
 
 def static_stack(x, params, weights, **options):
     params = dataclasses.replace(params, phi=None, alpha=None)
-    options |= {"keep_streams_every": 2, "policy": "mhc"}
+    options |= {"recompute": jax_mhc.Recompute(every=2, policy="mhc")}
     return stack(x, params, weights, **options)
 
 
@@ -206,7 +206,7 @@ def mapped_weights(x, params, weights, **options):
 PROGRAMS = {
     "sublayer": residual,
     "stack": stack,
-    "recomputed stack": functools.partial(stack, keep_streams_every=2),
+    "recomputed stack": functools.partial(stack, recompute=jax_mhc.Recompute(every=2)),
     "static stack, recomputed": static_stack,
     "checkpoint": saved,
     "scan": scan_of_sublayers,
@@ -339,7 +339,7 @@ def test_streams_that_xla_splits_are_gathered(op, caplog):
 
 
 def test_split_streams_on_manual_axes_are_refused():
-    """They are a shape that does not fit the parameters."""
+    """Streams of one device have a shape that does not fit the parameters."""
     mesh, x, params = placed_pre("manual", P())
     spec = P(None, None, "b")
     function = jax.shard_map(pre_of, mesh=mesh, in_specs=(spec, P()), out_specs=spec)

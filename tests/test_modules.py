@@ -37,7 +37,7 @@ def initial_w(key):
 
 
 def apply_layer(w, u, scale=1.0, *, rest=False):
-    """What every layer below computes; it takes other arguments, and may return a tuple."""
+    """Function of every layer below; it takes other arguments, and may return a tuple."""
     y = jnp.sin(jnp.matmul(scale * u, w, precision="highest"))
     return (y, jnp.sum(u), {"cache": u}) if rest else y
 
@@ -366,7 +366,7 @@ def nnx_value_and_grads(run, **options):
         (in_scan, {}),
         (in_scan_with_remat, {}),
         (in_stack, {}),
-        (in_stack, {"keep_streams_every": 2}),
+        (in_stack, {"recompute": mhc.Recompute(every=2)}),
     ],
 )
 def test_nnx_blocks_in_a_loop(run, options):
@@ -386,12 +386,12 @@ def test_an_nnx_stack_is_made_of_seams():
 
 
 def test_nnx_dropout():
-    """Its state changes in a scan, cannot in a stack, and need not in evaluation."""
+    """State of dropout changes in a scan, cannot in a stack, and need not in evaluation."""
     blocks, x = nnx_blocks(NNXDropout)(), streams(5)
     first, second = nnx.jit(in_scan)(blocks, x), nnx.jit(in_scan)(blocks, x)
     assert np.any(first != second)
     np.testing.assert_array_equal(blocks.mlp.layer.dropout.rngs.count[...], 3 * [2])
-    for options in ({}, {"keep_streams_every": 2}):
+    for options in ({}, {"recompute": mhc.Recompute(every=2)}):
         with pytest.raises(ValueError) as error:
             nnx.jit(functools.partial(in_stack, **options))(blocks, x)
         assert str(error.value) == (
@@ -420,7 +420,7 @@ def test_a_variable_that_an_nnx_stack_would_lose():
 
 
 def test_a_linen_module_hands_out_h_res():
-    """Where it is asked to, from the same call."""
+    """The module sows h_res where it is asked to, from the same call."""
     module, x = mhc_linen.MHC(LinenLayer(), C, norm=True), streams(5)
     variables = module.init(jax.random.key(0), x)
     assert list(variables) == ["params"]

@@ -77,7 +77,7 @@ def test_it_computes_what_one_device_does(overlap, stages, data, connection):
 
 
 def test_transfers_do_not_wait_for_the_computation_beside_them():
-    """What a tick sends is from before, and what it receives for later."""
+    """A tick sends what is from before, and receives what is for later."""
     params, tokens, _ = plain("mhc")
     mesh = pipeline.make_mesh(SETTINGS)
     function = pipeline.value_and_gradients(SETTINGS, mesh, params)

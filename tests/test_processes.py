@@ -25,7 +25,7 @@ def start(seed=0, **job):
 
 
 def finish(process):
-    """What a worker says."""
+    """Output of a worker."""
     output, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors[-3000:]
     return json.loads(output.splitlines()[-1])

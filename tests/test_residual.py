@@ -95,7 +95,7 @@ def spread(params, implementation):
 def test_streams_come_apart(implementation):
     params = [init_params(k, streams=4, hidden=HIDDEN) for k in jax.random.split(KEY, DEPTH)]
     assert spread(params, implementation) > 1e-2
-    # What the random weights are for: with equal ones the streams stay copies of one.
+    # Random weights are there because with equal ones the streams stay copies of one.
     alike = [
         MHCParams(p.phi, p.alpha, p.bias.at[:4].set(jnp.log(1 / 3).astype(p.bias.dtype)))
         for p in params

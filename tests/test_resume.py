@@ -39,7 +39,7 @@ SAVING = [*OPTIONS, "--checkpoint-every", "1"]
 
 
 def records(out):
-    """What each step measured, as it is written, without its time."""
+    """Rows that each step wrote, without its time."""
     with open(out / "records.csv", newline="") as file:
         return [{k: v for k, v in row.items() if k != "step_ms"} for row in csv.DictReader(file)]
 

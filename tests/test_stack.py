@@ -27,7 +27,15 @@ from cases import (
 from hlo import compiled_text, custom_calls, residuals
 from jax import checkpoint_policies
 
-from jax_mhc import mhc_residual, post, pre, presets, stack
+from jax_mhc import (
+    Recompute,
+    mhc_residual,
+    post,
+    pre,
+    presets,
+    stack,
+    stack_with_samples,
+)
 
 CASE = Case((3, 5), 4, 16)
 
@@ -58,7 +66,7 @@ def layers(num_sublayers):
 
 
 def by_sublayers(o, **options):
-    """What the docstring of `stack` says it is."""
+    """The loop that the docstring of `stack` shows."""
 
     def block(x, slices):
         params, scales, weights = slices
@@ -70,18 +78,18 @@ def by_sublayers(o, **options):
     return jax.lax.scan(block, o["x"], (o["params"], o["norm_scale"], o["weights"]))[0]
 
 
-def scanned(o, **options):
+def scanned(o, run=stack, **options):
     options |= {"xs": o["weights"], "norm_scale": o["norm_scale"]}
-    return stack(layers(len(o["params"])), o["x"], o["params"], **options)
+    return run(layers(len(o["params"])), o["x"], o["params"], **options)
 
 
-def in_a_row(o, **options):
+def in_a_row(o, run=stack, **options):
     functions, params, scales = [], [], []
     for b, weights in enumerate(o["weights"]):
         functions += [functools.partial(f, weights=weights) for f in layers(len(o["params"]))]
         params += [jax.tree.map(operator.itemgetter(b), p) for p in o["params"]]
         scales += [scale if scale is None else scale[b] for scale in o["norm_scale"]]
-    return stack(functions, o["x"], params, norm_scale=scales, **options)
+    return run(functions, o["x"], params, norm_scale=scales, **options)
 
 
 def value_and_gradients(form, o, **options):
@@ -118,7 +126,7 @@ def exact(*size, dtype=WIDEST, case=CASE, norm_scale_eps=1e-6):
     ],
 )
 def test_is_the_sublayers_one_after_the_other(size, forms, dtype, implementation):
-    """Its rounding errors are those of `mhc_residual`, in all values and gradients."""
+    """Rounding errors are those of `mhc_residual`, in all values and gradients."""
     dtype = jnp.dtype(dtype)
     o, wanted = operands(*size, dtype), exact(*size, dtype=dtype)
 
@@ -146,19 +154,19 @@ def check(form, size, implementation, case=CASE, **options):
 @pytest.mark.parametrize(
     "form, size, options",
     [
-        (in_a_row, (2, 2), {"keep_streams_every": 3}),  # the last stretch is shorter
-        (scanned, (4, 2), {"keep_streams_every": 2}),
-        (scanned, (2, 4), {"keep_streams_every": 2}),
-        (scanned, (4, 2), {"keep_streams_every": 4}),
-        (scanned, (4, 2), {"keep_streams_every": 8}),
+        (in_a_row, (2, 2), {"recompute": Recompute(every=3)}),  # the last stretch is shorter
+        (scanned, (4, 2), {"recompute": Recompute(every=2)}),
+        (scanned, (2, 4), {"recompute": Recompute(every=2)}),
+        (scanned, (4, 2), {"recompute": Recompute(every=4)}),
+        (scanned, (4, 2), {"recompute": Recompute(every=8)}),
         (scanned, (4, 2), {"unroll": 2}),
-        (scanned, (4, 2), {"unroll": True, "keep_streams_every": 2}),
-        (scanned, (4, 2), {"policy": checkpoint_policies.nothing_saveable}),
-        (in_a_row, (2, 2), {"policy": checkpoint_policies.nothing_saveable}),
-        (scanned, (2, 2), {"policy": "mhc"}),
-        (scanned, (2, 4), {"policy": "mhc", "keep_streams_every": 2}),
-        (scanned, (4, 2), {"policy": "mhc", "keep_streams_every": "auto"}),
-        (in_a_row, (2, 2), {"policy": "mhc", "keep_streams_every": "auto"}),
+        (scanned, (4, 2), {"unroll": True, "recompute": Recompute(every=2)}),
+        (scanned, (4, 2), {"recompute": Recompute(policy=checkpoint_policies.nothing_saveable)}),
+        (in_a_row, (2, 2), {"recompute": Recompute(policy=checkpoint_policies.nothing_saveable)}),
+        (scanned, (2, 2), {"recompute": Recompute(policy="mhc")}),
+        (scanned, (2, 4), {"recompute": Recompute(every=2, policy="mhc")}),
+        (scanned, (4, 2), {"recompute": Recompute(every="auto", policy="mhc")}),
+        (in_a_row, (2, 2), {"recompute": Recompute(every="auto", policy="mhc")}),
     ],
 )
 def test_what_is_kept_does_not_change_the_result(form, size, options):
@@ -167,7 +175,7 @@ def test_what_is_kept_does_not_change_the_result(form, size, options):
 
 @pytest.mark.parametrize("form, size", [(in_a_row, (2, 2)), (scanned, (4, 2))])
 def test_the_reference_computes_again_what_it_has_not_kept(form, size):
-    check(form, size, "reference", keep_streams_every=2)
+    check(form, size, "reference", recompute=Recompute(every=2))
 
 
 @pytest.mark.parametrize(
@@ -195,7 +203,7 @@ def test_norms(form, implementation):
 @pytest.mark.parametrize("policy", ["streams", "mhc"])
 def test_norms_where_streams_are_computed_again(policy):
     case = Case((5,), 4, 16, norm=True)
-    check(scanned, (2, 2), "fused", case, keep_streams_every=2, policy=policy)
+    check(scanned, (2, 2), "fused", case, recompute=Recompute(every=2, policy=policy))
 
 
 def test_settings_of_a_row():
@@ -225,8 +233,8 @@ def checkpointed(o, **options):
 
 @pytest.mark.parametrize("form", [vmapped, looped_over, checkpointed])
 def test_transformations(form):
-    for options in ({}, {"keep_streams_every": 2}, {"keep_streams_every": 4, "policy": "mhc"}):
-        check(form, (4, 2), "fused", **options)
+    for recompute in (Recompute(), Recompute(every=2), Recompute(every=4, policy="mhc")):
+        check(form, (4, 2), "fused", recompute=recompute)
 
 
 # ---- the scan with a backward pass of its own ---------------------------------------------------
@@ -260,8 +268,8 @@ def with_all_kinds_of_values(o, scale, table, **options):
         (jax.jit, {}),
         (jax.checkpoint, {}),
         (lambda f: f, {}),
-        (jax.jit, {"keep_streams_every": 2}),
-        (jax.jit, {"keep_streams_every": 4, "policy": "mhc"}),
+        (jax.jit, {"recompute": Recompute(every=2)}),
+        (jax.jit, {"recompute": Recompute(every=4, policy="mhc")}),
     ],
 )
 def test_has_the_gradients_of_a_scan(transform, options):
@@ -277,14 +285,14 @@ def test_has_the_gradients_of_a_scan(transform, options):
     x_new, (d_o, *d_others) = run(**options)
     # A policy is for jax.checkpoint, in JAX's own scan.
     expected, (d_o_expected, *d_others_expected) = run(
-        policy=checkpoint_policies.everything_saveable
+        recompute=Recompute(policy=checkpoint_policies.everything_saveable)
     )
     jax.tree.map(np.testing.assert_array_equal, (x_new, d_o), (expected, d_o_expected))
     assert_trees_close(d_others, d_others_expected, 1e-5, jnp.float32)
 
 
 def test_two_gradients_of_one_program():
-    """Its forward pass is traced for each."""
+    """The forward pass is traced for each."""
     o = operands(2, 2)
     scale, table = jnp.ones((), WIDEST), jnp.ones(CASE.hidden, WIDEST)
     function = jax.jit(lambda *args: with_all_kinds_of_values(*args).sum())
@@ -360,17 +368,17 @@ def test_a_block_begins_with_a_seam():
 
 
 def test_streams_are_computed_again_by_post_alone():
-    """Those between the first and the last of a stretch, whose layers do not run again."""
-    forward, backward = calls(scanned, (4, 3), keep_streams_every=3)
+    """Streams between the first and the last of a stretch, whose layers do not run again."""
+    forward, backward = calls(scanned, (4, 3), recompute=Recompute(every=3))
     assert forward == {"post_pre_fwd": 3, "post_fwd": 1}
     assert backward == {"post_fwd": 2, "post_pre_bwd": 3, "post_bwd": 1}
-    _, backward = calls(scanned, (4, 1), keep_streams_every=2)
+    _, backward = calls(scanned, (4, 1), recompute=Recompute(every=2))
     # The forward pass that keeps something has both blocks of a stretch in its loop.
     assert backward == {"post_pre_fwd": 1, "post_fwd": 1, "post_pre_bwd": 2, "post_bwd": 1}
 
 
 def test_the_layers_inputs_are_computed_again_by_seams():
-    _, backward = calls(scanned, (4, 3), keep_streams_every=3, policy="mhc")
+    _, backward = calls(scanned, (4, 3), recompute=Recompute(every=3, policy="mhc"))
     assert backward == {"post_pre_fwd": 3, "post_pre_bwd": 3, "post_bwd": 1}
 
 
@@ -382,7 +390,7 @@ def test_no_layer_runs_again(form, policy):
         return compiled_text(run, operands(4, 2)).count(" dot(")
 
     # Of a layer its own, and those for the gradients of u and of its weights.
-    assert num_products(keep_streams_every=2, policy=policy) == num_products()
+    assert num_products(recompute=Recompute(every=2, policy=policy)) == num_products()
 
 
 def test_unroll():
@@ -399,7 +407,9 @@ def test_reference_has_no_custom_call():
 def test_the_loop_carries_the_streams_once(every, implementation):
     """Beside them y, h_post and h_res; the rest is what it loops over."""
     o = operands(3, 2)
-    form = functools.partial(scanned, implementation=implementation, keep_streams_every=every)
+    form = functools.partial(
+        scanned, implementation=implementation, recompute=Recompute(every=every)
+    )
     program = jax.jit(form).lower(o).as_text()
     loop = re.search(r"stablehlo.while\(.*?\) : (.*)", program).group(1)
     carried = re.findall(rf"tensor<([\dx]+)xf{8 * WIDEST.itemsize}>", loop)
@@ -419,7 +429,7 @@ T = math.prod(KEPT.tokens)
 
 
 def num_kept(form, size, num_steps, case=KEPT, **options):
-    """How many streams and hidden states each step of the model keeps beside its operands."""
+    """Number of streams and hidden states that each step of the model keeps beside its operands."""
     o = operands(*size, case=case)
     kept = collections.Counter(
         residuals(functools.partial(form, implementation="fused", **options), o)
@@ -435,22 +445,23 @@ def num_kept(form, size, num_steps, case=KEPT, **options):
     "size, num_steps, options, streams, states",
     [
         ((5, 2), 5, {}, 2, 6),
-        ((5, 2), 5, {"keep_streams_every": 2}, 1, 6),
-        ((5, 4), 5, {"keep_streams_every": 2}, 2, 12),
-        ((4, 2), 2, {"keep_streams_every": 4}, 1, 12),
-        ((5, 2), 5, {"keep_streams_every": 2, "policy": "mhc"}, 1, 4),
-        ((4, 2), 2, {"keep_streams_every": 4, "policy": "mhc"}, 1, 8),
+        ((5, 2), 5, {"recompute": Recompute(every=2)}, 1, 6),
+        ((5, 4), 5, {"recompute": Recompute(every=2)}, 2, 12),
+        ((4, 2), 2, {"recompute": Recompute(every=4)}, 1, 12),
+        ((5, 2), 5, {"recompute": Recompute(every=2, policy="mhc")}, 1, 4),
+        ((4, 2), 2, {"recompute": Recompute(every=4, policy="mhc")}, 1, 8),
         # The streams and the y before each sublayer or block: all that enters it.
-        ((5, 2), 5, {"policy": checkpoint_policies.nothing_saveable}, 2, 2),
+        ((5, 2), 5, {"recompute": Recompute(policy=checkpoint_policies.nothing_saveable)}, 2, 2),
         (
             (5, 2), 5,
-            {"policy": checkpoint_policies.nothing_saveable, "keep_streams_every": 2}, 1, 1,
+            {"recompute": Recompute(every=2, policy=checkpoint_policies.nothing_saveable)}, 1, 1,
         ),
         (
             (5, 2), 5,
             {
-                "policy": checkpoint_policies.save_only_these_names("mhc_layer_output"),
-                "keep_streams_every": 2,
+                "recompute": Recompute(
+                    every=2, policy=checkpoint_policies.save_only_these_names("mhc_layer_output")
+                ),
             },
             1, 2,
         ),
@@ -461,23 +472,24 @@ def test_a_block_keeps(size, num_steps, options, streams, states):
 
 
 def test_a_norm_keeps_no_second_input():
-    """Its backward pass takes u from where the layer keeps it."""
+    """The backward pass takes u from where the layer keeps it."""
     assert num_kept(scanned, (5, 2), 5, dataclasses.replace(KEPT, norm=True)) == (2, 6)
 
 
 @pytest.mark.parametrize("every, streams", [(1, 5), (2, 3), (3, 2), (6, 1)])
 def test_a_row_keeps(every, streams):
     """The streams before each stretch, the first of which are an operand, and before the end."""
-    kept, states = num_kept(in_a_row, (2, 3), 1, keep_streams_every=every)
+    kept, states = num_kept(in_a_row, (2, 3), 1, recompute=Recompute(every=every))
     assert (kept, states) == (streams, 18)
 
 
 def test_all_of_mhc_is_computed_again():
     """Of the coefficients those that each stretch begins with are kept, h_post and h_res."""
     o, n = operands(8, 2, case=KEPT), KEPT.streams
-    run = functools.partial(scanned, implementation="fused", policy="mhc")
     for every in (2, 4):
-        kept = collections.Counter(residuals(functools.partial(run, keep_streams_every=every), o))
+        again = Recompute(every=every, policy="mhc")
+        run = functools.partial(scanned, implementation="fused", recompute=again)
+        kept = collections.Counter(residuals(run, o))
         of_h_res = sum(
             size // (T * n * n) * num
             for size, num in kept.items()
@@ -490,7 +502,9 @@ def test_the_reference_computes_streams_again():
     o = operands(5, 2, case=KEPT)
 
     def num_streams(every):
-        form = functools.partial(scanned, implementation="reference", keep_streams_every=every)
+        form = functools.partial(
+            scanned, implementation="reference", recompute=Recompute(every=every)
+        )
         return collections.Counter(residuals(form, o))[5 * T * KEPT.streams * KEPT.hidden]
 
     assert num_streams(2) == 1 < num_streams(1)
@@ -509,7 +523,7 @@ def test_wider_copies_are_not_kept_beside_what_they_copy():
     o = operands(5, 2, jnp.bfloat16, KEPT)
 
     def num_states(every):
-        run = functools.partial(form, implementation="fused", keep_streams_every=every)
+        run = functools.partial(form, implementation="fused", recompute=Recompute(every=every))
         return collections.Counter(residuals(run, o))[5 * T * KEPT.hidden]
 
     # y, u and its square, but not the wide u.
@@ -519,12 +533,18 @@ def test_wider_copies_are_not_kept_beside_what_they_copy():
 # ---- samples of h_res ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form, options", [
-    (scanned, {}), (in_a_row, {}), (scanned, {"keep_streams_every": 4}),
-    (scanned, {"unroll": True, "keep_streams_every": 2}),
-])  # fmt: skip
-def test_samples_are_the_h_res_of_all_sublayers(form, options, implementation):
-    o = operands(2, 2)
+@pytest.mark.parametrize(
+    "form, size, options",
+    [
+        (scanned, (2, 2), {}),
+        (in_a_row, (2, 2), {}),
+        (scanned, (2, 2), {"recompute": Recompute(every=4)}),
+        (scanned, (4, 2), {"recompute": Recompute(every=4)}),
+        (scanned, (2, 2), {"recompute": Recompute(every=2), "unroll": True}),
+    ],
+)
+def test_samples_are_the_h_res_of_all_sublayers(form, size, options, implementation):
+    o = operands(*size)
     x, expected = o["x"], []
     for b, weights in enumerate(o["weights"]):
         for layer, params in zip(layers(2), o["params"], strict=True):
@@ -534,8 +554,10 @@ def test_samples_are_the_h_res_of_all_sublayers(form, options, implementation):
     options |= {"implementation": implementation}
 
     def run(o, num):
-        out = form(o, sample_tokens=num, **options)
-        x_new, h_res = out if num else (out, None)
+        if num:
+            x_new, h_res = form(o, stack_with_samples, sample_tokens=num, **options)
+        else:
+            x_new, h_res = form(o, **options), None
         return jnp.sum(jnp.sin(x_new)), h_res
 
     run = jax.jit(jax.value_and_grad(run, has_aux=True), static_argnums=1)
@@ -548,5 +570,5 @@ def test_samples_are_the_h_res_of_all_sublayers(form, options, implementation):
 
 
 def test_samples_without_sublayers():
-    _, h_res = stack([], operands(1, 1)["x"], [], sample_tokens=3)
+    _, h_res = stack_with_samples([], operands(1, 1)["x"], [], sample_tokens=3)
     assert h_res.shape == (0, 3, 4, 4)

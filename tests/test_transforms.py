@@ -52,7 +52,7 @@ def stack(elements):
     return jax.tree.map(lambda *leaves: np.stack(leaves), *elements)
 
 
-# Which operands are mapped; an op without parameters has one way only.
+# Operands that are mapped; an op without parameters has one way only.
 MAPPED = [
     (op, names)
     for op in OPS
@@ -105,7 +105,7 @@ def test_gradient_of_vmap(op, mapped):
 
 
 def test_gradient_of_shared_streams_rounds_once():
-    """It is a sum over the batch; in bfloat16 each of these ones would be lost."""
+    """The gradient is a sum over the batch; in bfloat16 each of these ones would be lost."""
     params = jax.vmap(lambda key: jax_mhc.init_params(key, streams=2, hidden=3))(
         jax.random.split(jax.random.key(0), 5)
     )
@@ -129,7 +129,7 @@ def test_vmap_of_gradient(op, mapped):
 
 @pytest.mark.parametrize("op", OPS)
 def test_vmap_over_cotangents_alone(op):
-    """What jax.jacrev does."""
+    """The same as in jax.jacrev."""
     operands = make_operands(op, CASE)
     cotangents = [make_cotangents(op, CASE, draw=draw) for draw in range(BATCH)]
     expected = stack([exact(op, CASE.config, operands, ct)[1] for ct in cotangents])

@@ -33,7 +33,7 @@ def read(case, piece):
 
 
 def largest_error(case):
-    """What the kernels may err by, in two sublayers."""
+    """Error that the kernels may make in two sublayers."""
     *tokens, n, hidden = read(case, "inputs")["x"].shape
     sigma = float(case.removeprefix("peaked_")) if case.startswith("peaked_") else 1.0
     return limit(Case(tuple(tokens), n, hidden, sigma), layers=2)

@@ -29,6 +29,7 @@ from bad_arguments import (
     nnx_module,
     nnx_stack,
     params_of,
+    sampled,
     scan,
     stack,
     sublayer,
@@ -128,14 +129,16 @@ GOOD = {
         lambda: stack((f for f in [wrapped]), X, (p for p in [PARAMS])),
         lambda: stack({"a": jnp.tanh}.values(), X, {"a": PARAMS}.values(), norm_scale=zeros(1, C)),
         lambda: stack([], X, []), lambda: stack(unroll=False),
-        lambda: stack(keep_streams_every="auto"),
-        lambda: stack(keep_streams_every=np.int32(100), sample_tokens=np.int64(3)),
+        lambda: stack(recompute=mhc.Recompute(every="auto")),
+        lambda: stack(recompute=mhc.Recompute(every=np.int32(100))),
+        lambda: sampled(sample_tokens=np.int64(3)),
         lambda: scan([lambda u, s: u], xs=jax.random.split(KEY, 3)),
         lambda: scan(xs=np.float32([1, 2, 3])),
         lambda: scan([lambda u, s: u], xs={"a": zeros(3, dtype=int), "b": None}, unroll=True),
-        lambda: scan(unroll=7), lambda: scan(keep_streams_every=3, norm_scale=[zeros(3, C)]),
+        lambda: scan(unroll=7),
+        lambda: scan(recompute=mhc.Recompute(every=3), norm_scale=[zeros(3, C)]),
         lambda: nnx_stack(iter(["mlp"])), lambda: nnx_stack({"mlp": {}}.keys()),
-        lambda: nnx_stack({"mlp": {}}, keep_streams_every="auto"),
+        lambda: nnx_stack({"mlp": {}}, recompute=mhc.Recompute(every="auto")),
         lambda: nnx_module(lambda u, scale: u * scale)(X, scale=2.0),
     ],
     "policies": [
@@ -143,8 +146,11 @@ GOOD = {
             lambda policy=policy: mhc.remat_policy("mhc", streams=N, hidden=C, layers=policy)
             for policy in POLICIES
         ),
-        *(lambda policy=policy: stack(policy=policy) for policy in POLICIES),
-        lambda: stack(policy=mhc.remat_policy(streams=np.int64(N), hidden=C)),
+        *(
+            lambda policy=policy: stack(recompute=mhc.Recompute(policy=policy))
+            for policy in POLICIES
+        ),
+        lambda: mhc.Recompute(policy=mhc.remat_policy(streams=np.int64(N), hidden=C)),
     ],
     "convert": [
         *(

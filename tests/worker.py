@@ -26,7 +26,7 @@ from jax_mhc import presets
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What to do. devices: in all."""
+    """Task of a worker. devices: in all."""
 
     mode: str = "auto"
     devices: int = 2

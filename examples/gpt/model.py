@@ -56,7 +56,7 @@ class Residual(nnx.Module):
 
 
 def wrap(connection: Connection, settings: Settings, rngs: nnx.Rngs) -> Callable:
-    """What makes a sublayer of a layer."""
+    """Function that makes a sublayer of a layer."""
     options = CONNECTIONS[connection]
     if options is None:
         return Residual
@@ -127,5 +127,7 @@ class GPT(nnx.Module):
             one = jnp.ones(())
             return run(self.blocks, x), mhc.diagnostics.Gain(one, one)
         x = mhc.expand(x, streams=self.streams)
-        x, h_res = mhc_nnx.stack(self.blocks, x, ("attention", "mlp"), sample_tokens=sample_tokens)
+        x, h_res = mhc_nnx.stack_with_samples(
+            self.blocks, x, ("attention", "mlp"), sample_tokens=sample_tokens
+        )
         return mhc.reduce(x), mhc.diagnostics.amax_gain(mhc.diagnostics.composite(h_res)[-1])

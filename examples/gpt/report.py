@@ -126,7 +126,7 @@ def draw_figure(runs: list[dict[str, Any]], settings: Settings) -> Figure:
 
 
 def points(run: dict[str, Any]) -> list[dict[str, float]]:
-    """What was measured on held-out text, and what the steps since then told.
+    """Measurements on held-out text, and what the steps since the last one told.
 
     Mean loss, and the largest gradient norm and gain.
     """

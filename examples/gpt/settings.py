@@ -1,4 +1,4 @@
-"""What can be chosen, and what is refused."""
+"""Settings: what can be chosen, and what is refused."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ import jax_mhc as mhc
 
 Connection = Literal["residual", "hc", "mhc", "static", "identity", "lite"]
 
-# What jax_mhc.flax.nnx.MHC is told for each; None is x + layer(x).
+# Options of jax_mhc.flax.nnx.MHC for each; None is x + layer(x).
 CONNECTIONS: dict[Connection, dict[str, Any] | None] = {
     "residual": None,
     "hc": {"config": mhc.MHCConfig(constraint="none")},
@@ -83,7 +83,7 @@ class Settings:
 
     @property
     def of_a_run(self) -> dict[str, Any]:
-        """What a run depends on beside its connection and its seed."""
+        """Settings that a run depends on beside its connection and its seed."""
         others = ("preset", "connections", "seeds", "checkpoint_every", "resume", "minutes", "out")
         every = {k: v for k, v in dataclasses.asdict(self).items() if k not in others}
         return every | {"text": [str(path) for path in self.text]}

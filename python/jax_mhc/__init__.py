@@ -24,8 +24,8 @@ from jax_mhc._ops.post_pre import post_pre
 from jax_mhc._ops.pre import pre
 from jax_mhc._ops.sinkhorn import sinkhorn
 from jax_mhc._residual import expand, mhc_residual, reduce
-from jax_mhc._stack.public import stack
-from jax_mhc._stack.remat import remat_policy
+from jax_mhc._stack.public import stack, stack_with_samples
+from jax_mhc._stack.remat import Recompute, remat_policy
 from jax_mhc._types import Context, HeadParams, MHCConfig, MHCParams
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "HeadParams",
     "MHCConfig",
     "MHCParams",
+    "Recompute",
     "convert",
     "diagnostics",
     "expand",
@@ -50,6 +51,7 @@ __all__ = [
     "remat_policy",
     "sinkhorn",
     "stack",
+    "stack_with_samples",
 ]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.typing import DTypeLike
 
 Axes = tuple[str, ...]
 
@@ -16,7 +17,7 @@ def entries(spec: PartitionSpec, rank: int) -> list[Axes]:
     return [() if e is None else e if isinstance(e, tuple) else (e,) for e in padded]
 
 
-def axes_of(array: Any, kind: AxisType) -> Axes:
+def axes_of(array: jax.Array, kind: AxisType) -> Axes:
     """The axes of this kind of the mesh that an array lies on."""
     mesh = jax.typeof(array).sharding.mesh
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
@@ -28,7 +29,7 @@ def spec_axes(spec: PartitionSpec) -> frozenset[str]:
     return frozenset(axis for axes in entries(spec, len(spec)) for axis in axes)
 
 
-def varying_axes(array: Any) -> frozenset[str]:
+def varying_axes(array: jax.Array | jax.core.ShapedArray) -> frozenset[str]:
     """The manual axes of a `jax.shard_map` over which an array, or one of this type, varies."""
     aval = array if isinstance(array, jax.core.ShapedArray) else jax.typeof(array)
     # JAX 0.9 calls it vma.
@@ -36,7 +37,7 @@ def varying_axes(array: Any) -> frozenset[str]:
 
 
 def typed(
-    shape: tuple[int, ...], dtype: Any, varying: frozenset[str], like: jax.core.ShapedArray
+    shape: tuple[int, ...], dtype: DTypeLike, varying: frozenset[str], like: jax.core.ShapedArray
 ) -> jax.core.ShapedArray:
     """The type of an array on the mesh of `like` that is split over no explicit axis."""
     mesh = like.sharding.mesh
@@ -51,7 +52,7 @@ def typed(
     return jax.core.ShapedArray(shape, dtype, sharding=sharding, **types)
 
 
-def vary(array: Any, axes: frozenset[str], mesh: AbstractMesh) -> Any:
+def vary(array: jax.Array, axes: frozenset[str], mesh: AbstractMesh) -> jax.Array:
     """An array that varies over these axes of the mesh too, if it does not."""
     missing = axes - varying_axes(array)
     # In the mesh's order, which is the same in every process.
@@ -59,7 +60,7 @@ def vary(array: Any, axes: frozenset[str], mesh: AbstractMesh) -> Any:
     return jax.lax.pcast(array, names, to="varying")
 
 
-def varying_like(array: Any, *others: Any) -> Any:
+def varying_like(array: jax.Array, *others: jax.Array) -> jax.Array:
     """An array that varies over all manual axes over which any of the others does."""
     axes = frozenset[str]().union(*map(varying_axes, others))
     return vary(array, axes, jax.typeof(others[0]).sharding.mesh)

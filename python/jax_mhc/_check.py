@@ -3,62 +3,65 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jax_mhc import _errors
 from jax_mhc._axes import varying_axes
-from jax_mhc._errors import fail
+from jax_mhc._errors import Refusal
 from jax_mhc._limits import MAX_STREAMS, STREAM_DTYPES
 from jax_mhc._types import NUMBERS, Context, HeadParams, MHCConfig, MHCParams
 
+Result = TypeVar("Result")
 
-def accumulation_dtype(dtype: Any) -> np.dtype:
+
+def accumulation_dtype(dtype: DTypeLike) -> np.dtype:
     """The dtype of coefficients, parameters and sums for streams of `dtype`."""
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
-def array(op: str, argument: str, value: Any) -> jax.Array:
+def array(op: str, argument: str, value: object) -> jax.Array:
     """`value` as a JAX array that is not weakly typed."""
     if not isinstance(value, jax.Array | np.ndarray | np.generic) and not hasattr(
         value, "__jax_array__"
     ):
-        fail(
-            TypeError, op, argument, "an array", type(value).__name__,
-            "Convert it with jax.numpy.asarray.",
-        )  # fmt: skip
+        raise Refusal(TypeError, op, argument).expected(
+            "an array", type(value).__name__, "Convert it with jax.numpy.asarray."
+        )
     try:
         value = jnp.asarray(value)
-    except (TypeError, ValueError):
-        fail(
-            TypeError, op, argument, "an array of numbers", _errors.typed(value),
+    except (TypeError, ValueError) as error:
+        raise Refusal(TypeError, op, argument).expected(
+            "an array of numbers",
+            _errors.typed(value),
             "Arrays of Python objects or of strings, and masked ones, have to be converted.",
-        )  # fmt: skip
+        ) from error
     if not isinstance(value, jax.core.Tracer) and value.is_deleted():
-        fail(
-            ValueError, op, argument, "an array with values",
+        raise Refusal(ValueError, op, argument).expected(
+            "an array with values",
             f"a deleted one, {value.dtype.name}{list(value.shape)}",
             "Its memory was given away, such as by donate_argnums; use what came back instead.",
-        )  # fmt: skip
+        )
     # A weak type would not survive the op, and so would change a scan's carry.
     return jnp.asarray(value, dtype=value.dtype)
 
 
-def shape(op: str, argument: str, value: Any) -> tuple[int, ...]:
+def shape(op: str, argument: str, value: object) -> tuple[int, ...]:
     """The shape of what JAX takes for an array, Python's numbers too, which stays what it is."""
     try:
         return jax.typeof(jnp.asarray(value) if hasattr(value, "__jax_array__") else value).shape
-    except TypeError:
-        fail(
-            TypeError, op, argument, "an array", _errors.typed(value),
-            "Convert it with jax.numpy.asarray.",
-        )  # fmt: skip
+    except TypeError as error:
+        raise Refusal(TypeError, op, argument).expected(
+            "an array", _errors.typed(value), "Convert it with jax.numpy.asarray."
+        ) from error
 
 
-def key(op: str, argument: str, value: Any) -> None:
+def key(op: str, argument: str, value: object) -> None:
     """Checks one random key, of either of JAX's kinds."""
     key, got = None, _errors.typed(value)
     if isinstance(value, jax.Array | np.ndarray) or hasattr(value, "__jax_array__"):
@@ -70,55 +73,60 @@ def key(op: str, argument: str, value: Any) -> None:
             except (TypeError, ValueError):
                 key = None
     if key is None or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape:
-        fail(
-            TypeError, op, argument, "a random key", got,
-            "Make one with jax.random.key(seed); for several, use jax.vmap.",
-        )  # fmt: skip
+        raise Refusal(TypeError, op, argument).expected(
+            "a random key", got, "Make one with jax.random.key(seed); for several, use jax.vmap."
+        )
 
 
-def hidden_state(op: str, argument: str, u: Any) -> jax.Array:
+def hidden_state(op: str, argument: str, u: object) -> jax.Array:
     """A hidden state `[..., C]` of a dtype that the ops accept."""
     u = array(op, argument, u)
     if u.dtype.name not in STREAM_DTYPES:
-        fail(
-            TypeError, op, argument, f"dtype {', '.join(STREAM_DTYPES)}", u.dtype.name,
+        raise Refusal(TypeError, op, argument).expected(
+            f"dtype {', '.join(STREAM_DTYPES)}",
+            u.dtype.name,
             "Convert it, for example with u.astype(jnp.float32).",
-        )  # fmt: skip
+        )
     if u.ndim < 1 or u.shape[-1] < 1:
-        fail(
-            ValueError, op, argument, "shape [..., C] with C at least 1", list(u.shape),
+        raise Refusal(ValueError, op, argument).expected(
+            "shape [..., C] with C at least 1",
+            list(u.shape),
             "The last axis is the hidden width; only leading axes may be empty.",
-        )  # fmt: skip
+        )
     return u
 
 
-def streams(op: str, argument: str, x: Any) -> jax.Array:
+def streams(op: str, argument: str, x: object) -> jax.Array:
     """Residual streams `[..., n, C]` of a dtype that the ops accept."""
     x = array(op, argument, x)
     if x.dtype.name not in STREAM_DTYPES:
-        fail(
-            TypeError, op, argument, f"streams of dtype {', '.join(STREAM_DTYPES)}", x.dtype.name,
+        raise Refusal(TypeError, op, argument).expected(
+            f"streams of dtype {', '.join(STREAM_DTYPES)}",
+            x.dtype.name,
             "Convert them, for example with x.astype(jnp.float32).",
-        )  # fmt: skip
+        )
     if x.ndim < 2:
-        fail(
-            ValueError, op, argument, "streams of shape [..., n, C]", list(x.shape),
+        raise Refusal(ValueError, op, argument).expected(
+            "streams of shape [..., n, C]",
+            list(x.shape),
             "Make streams from a hidden state [..., C] with jax_mhc.expand.",
-        )  # fmt: skip
+        )
     if not 1 <= x.shape[-2] <= MAX_STREAMS:
-        fail(
-            ValueError, op, argument, f"shape [..., n, C] with n from 1 to {MAX_STREAMS}",
-            list(x.shape), "The streams are the axis before the last; swap the last two axes?",
-        )  # fmt: skip
+        raise Refusal(ValueError, op, argument).expected(
+            f"shape [..., n, C] with n from 1 to {MAX_STREAMS}",
+            list(x.shape),
+            "The streams are the axis before the last; swap the last two axes?",
+        )
     if x.shape[-1] < 1:
-        fail(
-            ValueError, op, argument, "shape [..., n, C] with C at least 1", list(x.shape),
+        raise Refusal(ValueError, op, argument).expected(
+            "shape [..., n, C] with C at least 1",
+            list(x.shape),
             "The last axis is the hidden width; only leading axes may be empty.",
-        )  # fmt: skip
+        )
     return x
 
 
-def hidden_axes(op: str, value: Any, x: jax.Array) -> tuple[str, ...]:
+def hidden_axes(op: str, value: object, x: jax.Array) -> tuple[str, ...]:
     """The axes of the enclosing `jax.shard_map` over which the channels of x are split."""
     argument = "hidden_axis_name"
     remedy = (
@@ -127,21 +135,20 @@ def hidden_axes(op: str, value: Any, x: jax.Array) -> tuple[str, ...]:
     )
     names = () if value is None else (value,) if isinstance(value, str) else value
     if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
-        fail(
-            TypeError, op, argument, "the name of a mesh axis, or several, or None",
-            _errors.typed(value), remedy,
-        )  # fmt: skip
+        raise Refusal(TypeError, op, argument).expected(
+            "the name of a mesh axis, or several, or None", _errors.typed(value), remedy
+        )
     varying = varying_axes(x)
     if not varying.issuperset(names) or len(set(names)) < len(names):
-        fail(
-            ValueError, op, argument,
+        raise Refusal(ValueError, op, argument).expected(
             f"different mesh axes over which x varies, here {sorted(varying)}",
-            _errors.shown(value), remedy,
-        )  # fmt: skip
+            _errors.shown(value),
+            remedy,
+        )
     return tuple(names)
 
 
-def implementation(op: str, value: Any) -> None:
+def implementation(op: str, value: object) -> None:
     """Checks an implementation: None, "fused" or "reference"."""
     _errors.choice(op, "implementation", value, (None, "fused", "reference"))
 
@@ -151,7 +158,15 @@ def num_channels(x: jax.Array, hidden_axes: tuple[str, ...]) -> int:
     return x.shape[-1] * math.prod(jax.lax.axis_size(axis) for axis in hidden_axes)
 
 
-def call(op: str, argument: str, what: str, layer: Any, /, *args: Any, **kwargs: Any) -> Any:
+def call(
+    op: str,
+    argument: str,
+    what: str,
+    layer: Callable[..., Result],
+    /,
+    *args: object,
+    **kwargs: object,
+) -> Result:
     """Calls a layer; if these arguments do not fit, the error names them by `what`."""
     try:
         return layer(*args, **kwargs)
@@ -159,41 +174,46 @@ def call(op: str, argument: str, what: str, layer: Any, /, *args: Any, **kwargs:
         if _errors.takes(layer, *args, **kwargs):
             raise
         reason = str(error).partition("\n")[0].rstrip(".")
-    fail(
-        TypeError, op, argument, f"a function of {what}", f"one that is not: {reason}",
+    raise Refusal(TypeError, op, argument).expected(
+        f"a function of {what}",
+        f"one that is not: {reason}",
         "Bind its other arguments, for example with functools.partial.",
-    )  # fmt: skip
+    )
 
 
-def layer_output(op: str, argument: str, y: Any, x: jax.Array) -> jax.Array:
+def layer_output(op: str, argument: str, y: object, x: jax.Array) -> jax.Array:
     """A layer's result `[..., C]` that belongs to the streams `x`."""
     y = array(op, argument, y)
     if y.dtype != x.dtype:
-        fail(
-            TypeError, op, argument, f"the dtype of the streams, {x.dtype.name}", y.dtype.name,
+        raise Refusal(TypeError, op, argument).expected(
+            f"the dtype of the streams, {x.dtype.name}",
+            y.dtype.name,
             f"Convert it with y.astype(jnp.{x.dtype.name}).",
-        )  # fmt: skip
+        )
     expected = (*x.shape[:-2], x.shape[-1])
     if y.shape != expected:
-        fail(
-            ValueError, op, argument, f"shape {list(expected)} for streams {list(x.shape)}",
-            list(y.shape), "The layer must return one array of the shape of its input.",
-        )  # fmt: skip
+        raise Refusal(ValueError, op, argument).expected(
+            f"shape {list(expected)} for streams {list(x.shape)}",
+            list(y.shape),
+            "The layer must return one array of the shape of its input.",
+        )
     return y
 
 
 def _parameter(
-    op: str, argument: str, value: Any, shape: tuple[int, ...], dtype: np.dtype, remedy: str
+    op: str, argument: str, value: object, shape: tuple[int, ...], dtype: np.dtype, remedy: str
 ) -> jax.Array:
     value = array(op, argument, value)
     if value.dtype != dtype:
-        fail(
-            TypeError, op, argument,
+        raise Refusal(TypeError, op, argument).expected(
             f"dtype {dtype.name} (parameters are float32, or float64 where the streams are)",
-            value.dtype.name, f"Convert the parameters with .astype(jnp.{dtype.name}).",
-        )  # fmt: skip
+            value.dtype.name,
+            f"Convert the parameters with .astype(jnp.{dtype.name}).",
+        )
     if value.shape != shape:
-        fail(ValueError, op, argument, f"shape {list(shape)}", list(value.shape), remedy)
+        raise Refusal(ValueError, op, argument).expected(
+            f"shape {list(shape)}", list(value.shape), remedy
+        )
     return value
 
 
@@ -207,10 +227,9 @@ def params(
 ) -> tuple[jax.Array | None, jax.Array | None, jax.Array]:
     """phi, alpha and bias of one sublayer, checked against the streams and the config."""
     if not isinstance(params, MHCParams):
-        fail(
-            TypeError, op, argument, "jax_mhc.MHCParams", type(params).__name__,
-            "Make them with jax_mhc.init_params.",
-        )  # fmt: skip
+        raise Refusal(TypeError, op, argument).expected(
+            "jax_mhc.MHCParams", type(params).__name__, "Make them with jax_mhc.init_params."
+        )
     n, hidden = x.shape[-2], num_channels(x, hidden_axes)
     dtype = accumulation_dtype(x.dtype)
     num = config.num_coefficients(n, op=op)
@@ -221,10 +240,11 @@ def params(
     bias = _parameter(op, f"{argument}.bias", params.bias, (num,), dtype, remedy)
     if (params.phi is None) != (params.alpha is None):
         got = "phi=None" if params.phi is None else "alpha=None"
-        fail(
-            ValueError, op, argument, "phi and alpha both given, or both None (static)", got,
+        raise Refusal(ValueError, op, argument).expected(
+            "phi and alpha both given, or both None (static)",
+            got,
             "Static coefficients come from the bias alone: set both to None.",
-        )  # fmt: skip
+        )
     if params.phi is None:
         return None, None, bias
     phi = _parameter(op, f"{argument}.phi", params.phi, (n * hidden, num), dtype, remedy)
@@ -234,8 +254,8 @@ def params(
 
 def norm_scale(
     op: str,
-    scale: Any,
-    eps: Any,
+    scale: object,
+    eps: object,
     x: jax.Array,
     argument: str = "norm_scale",
     hidden_axes: tuple[str, ...] = (),
@@ -250,7 +270,7 @@ def norm_scale(
     return _parameter(op, argument, scale, shape, dtype, remedy), eps
 
 
-def norm_scale_eps(op: str, eps: Any, dtype: np.dtype) -> float:
+def norm_scale_eps(op: str, eps: object, dtype: np.dtype) -> float:
     """The eps of a norm that is computed in `dtype`."""
     return _errors.held(op, argument := "norm_scale_eps", _errors.number(op, argument, eps), dtype)
 
@@ -260,10 +280,9 @@ def head_params(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """phi, alpha and bias of the head, checked against the streams."""
     if not isinstance(params, HeadParams):
-        fail(
-            TypeError, op, "params", "jax_mhc.HeadParams", type(params).__name__,
-            "Make them with jax_mhc.init_head.",
-        )  # fmt: skip
+        raise Refusal(TypeError, op, "params").expected(
+            "jax_mhc.HeadParams", type(params).__name__, "Make them with jax_mhc.init_head."
+        )
     n, hidden = x.shape[-2], num_channels(x, hidden_axes)
     dtype = accumulation_dtype(x.dtype)
     remedy = (
@@ -280,10 +299,11 @@ def head_params(
 def context(op: str, ctx: Context) -> Context:
     """A context whose arrays fit together."""
     if not isinstance(ctx, Context):
-        fail(
-            TypeError, op, "ctx", "the context that jax_mhc.pre or jax_mhc.post_pre returned",
-            type(ctx).__name__, "Pass the second value that pre returned.",
-        )  # fmt: skip
+        raise Refusal(TypeError, op, "ctx").expected(
+            "the context that jax_mhc.pre or jax_mhc.post_pre returned",
+            type(ctx).__name__,
+            "Pass the second value that pre returned.",
+        )
     x = streams(op, "ctx.x", ctx.x)
     *tokens, n, _ = x.shape
     dtype = accumulation_dtype(x.dtype)
@@ -292,10 +312,11 @@ def context(op: str, ctx: Context) -> Context:
     if deferred is not None:
         deferred = array(op, "ctx", deferred)
         if (deferred.shape, deferred.dtype) != (x.shape, x.dtype):
-            fail(
-                ValueError, op, "ctx", f"leaves for streams {x.dtype.name}{list(x.shape)}",
-                f"one for {deferred.dtype.name}{list(deferred.shape)}", remedy,
-            )  # fmt: skip
+            raise Refusal(ValueError, op, "ctx").expected(
+                f"leaves for streams {x.dtype.name}{list(x.shape)}",
+                f"one for {deferred.dtype.name}{list(deferred.shape)}",
+                remedy,
+            )
     return Context._of(
         x=x,
         deferred=deferred,
@@ -306,40 +327,47 @@ def context(op: str, ctx: Context) -> Context:
 
 
 def _coefficient(
-    op: str, argument: str, value: Any, shape: tuple[int, ...], dtype: np.dtype, remedy: str
+    op: str, argument: str, value: object, shape: tuple[int, ...], dtype: np.dtype, remedy: str
 ) -> jax.Array:
     value = array(op, argument, value)
     if value.dtype != dtype:
-        fail(TypeError, op, argument, f"dtype {dtype.name}", value.dtype.name, remedy)
+        raise Refusal(TypeError, op, argument).expected(
+            f"dtype {dtype.name}", value.dtype.name, remedy
+        )
     if value.shape != shape:
-        fail(ValueError, op, argument, f"shape {list(shape)}", list(value.shape), remedy)
+        raise Refusal(ValueError, op, argument).expected(
+            f"shape {list(shape)}", list(value.shape), remedy
+        )
     return value
 
 
-def matrices(op: str, argument: str, value: Any) -> jax.Array:
+def matrices(op: str, argument: str, value: object) -> jax.Array:
     """Matrices `[..., n, n]`, such as h_res or its logits, in an accumulation dtype."""
     value = array(op, argument, value)
     if value.dtype.name not in ("float32", "float64"):
-        fail(
-            TypeError, op, argument, "matrices of dtype float32 or float64", value.dtype.name,
+        raise Refusal(TypeError, op, argument).expected(
+            "matrices of dtype float32 or float64",
+            value.dtype.name,
             f"Convert them with {argument}.astype(jnp.float32); half precision loses sums of 1.",
-        )  # fmt: skip
+        )
     shape = value.shape
     if value.ndim < 2 or shape[-1] != shape[-2] or not 1 <= shape[-1] <= MAX_STREAMS:
-        fail(
-            ValueError, op, argument, f"shape [..., n, n] with n from 1 to {MAX_STREAMS}",
-            list(shape), "Each token has one square matrix.",
-        )  # fmt: skip
+        raise Refusal(ValueError, op, argument).expected(
+            f"shape [..., n, n] with n from 1 to {MAX_STREAMS}",
+            list(shape),
+            "Each token has one square matrix.",
+        )
     return value
 
 
 def config(op: str, config: MHCConfig, dtype: np.dtype) -> MHCConfig:
     """A config for streams of `dtype`, whose coefficients can hold its numbers."""
     if not isinstance(config, MHCConfig):
-        fail(
-            TypeError, op, "config", "jax_mhc.MHCConfig", type(config).__name__,
+        raise Refusal(TypeError, op, "config").expected(
+            "jax_mhc.MHCConfig",
+            type(config).__name__,
             "Make one with jax_mhc.MHCConfig(...) or take one of jax_mhc.presets.",
-        )  # fmt: skip
+        )
     for field in NUMBERS:
         _errors.held(op, f"config.{field}", getattr(config, field), accumulation_dtype(dtype))
     return config

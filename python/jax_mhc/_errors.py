@@ -8,11 +8,13 @@ import math
 import reprlib
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from jax_mhc._limits import MAX_STREAMS
+
+Choice = TypeVar("Choice", bound=str | None)
 
 # The largest size of a dimension that XLA indexes with 32 bits.
 MAX_SIZE = 2**31 - 1
@@ -21,11 +23,23 @@ _repr = reprlib.Repr()
 _repr.maxother = _repr.maxstring = 60
 
 
-def fail(
-    error: type[Exception], op: str, argument: str, expected: str, got: object, remedy: str
-) -> NoReturn:
-    """Raises `error` in the one form that all messages have."""
-    raise error(f"jax_mhc.{op}: {argument}: expected {expected}, got {got}. {remedy}")
+class Refusal(NamedTuple):
+    """The error for an argument that is refused: `raise Refusal(TypeError, op, x).expected(...)`.
+
+    Attributes:
+        error: the type of the error.
+        op: the public function.
+        argument: the argument, or a part of it, such as `params.bias`.
+    """
+
+    error: type[Exception]
+    op: str
+    argument: str
+
+    def expected(self, expected: str, got: object, remedy: str) -> Exception:
+        """The error, in the one form that all messages have."""
+        where = f"jax_mhc.{self.op}: {self.argument}"
+        return self.error(f"{where}: expected {expected}, got {got}. {remedy}")
 
 
 def require(op: str, package: str, extra: str) -> ModuleType:
@@ -36,48 +50,48 @@ def require(op: str, package: str, extra: str) -> ModuleType:
         # A package that is there and lacks one of its own tells more by itself.
         if error.name != package:
             raise
-    fail(
-        ImportError, op, package, "an installed package", "none",
-        f"Install it: pip install 'jax-mhc[{extra}]'.",
-    )  # fmt: skip
+    raise Refusal(ImportError, op, package).expected(
+        "an installed package", "none", f"Install it: pip install 'jax-mhc[{extra}]'."
+    )
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value in a message: on one line and short, whatever it is."""
     try:
         return " ".join(_repr.repr(value).split())
-    except ValueError:  # an int of more digits than Python prints
+    except ValueError:
+        assert isinstance(value, int)  # of more digits than Python prints
         return f"an int of {value.bit_length()} bits"
 
 
-def typed(value: Any) -> str:
+def typed(value: object) -> str:
     """A value of a wrong type in a message."""
     return f"{shown(value)} ({type(value).__name__})"
 
 
-def integer(op: str, argument: str, value: Any, low: int, high: int | None, remedy: str) -> int:
+def integer(op: str, argument: str, value: object, low: int, high: int | None, remedy: str) -> int:
     """`value` as an int in [low, high]; bool is no number here."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        fail(TypeError, op, argument, "an int", typed(value), remedy)
+        raise Refusal(TypeError, op, argument).expected("an int", typed(value), remedy)
     if value < low or (high is not None and value > high):
         bounds = f"an int of at least {low}" if high is None else f"an int from {low} to {high}"
-        fail(ValueError, op, argument, bounds, shown(int(value)), remedy)
+        raise Refusal(ValueError, op, argument).expected(bounds, shown(int(value)), remedy)
     return int(value)
 
 
-def number(op: str, argument: str, value: Any, *, positive: bool = False) -> float:
+def number(op: str, argument: str, value: object, *, positive: bool = False) -> float:
     """`value` as a finite float of at least 0, or above 0."""
     remedy = "Settings are compiled in: pass a Python number."
     # Of NumPy's numbers complex ones are left, of which float() drops a part.
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        fail(TypeError, op, argument, "a float", typed(value), remedy)
+        raise Refusal(TypeError, op, argument).expected("a float", typed(value), remedy)
     try:
         result = float(value)
     except OverflowError:  # an int
         result = math.inf
     if not math.isfinite(result) or result < 0 or (positive and result == 0):
         expected = "a finite number above 0" if positive else "a finite number of at least 0"
-        fail(ValueError, op, argument, expected, result, remedy)
+        raise Refusal(ValueError, op, argument).expected(expected, result, remedy)
     return result
 
 
@@ -86,37 +100,39 @@ def held(op: str, argument: str, value: float, dtype: np.dtype) -> float:
     limits = np.finfo(dtype)
     least, most = float(limits.tiny), float(limits.max)
     if value and not least <= value <= most:
-        fail(
-            ValueError, op, argument, f"0 or a number from {least:.2g} to {most:.2g}", value,
+        raise Refusal(ValueError, op, argument).expected(
+            f"0 or a number from {least:.2g} to {most:.2g}",
+            value,
             f"Coefficients are computed in {dtype.name}, where it would be infinity or nothing.",
-        )  # fmt: skip
+        )
     return value
 
 
-def flag(op: str, argument: str, value: Any) -> bool:
+def flag(op: str, argument: str, value: object) -> bool:
     """`value` as a bool: of anything else the truth may be another than is meant."""
     if not isinstance(value, bool | np.bool_):
-        fail(
-            TypeError, op, argument, "True or False", typed(value),
-            "It is a Python bool, known when the program is made.",
-        )  # fmt: skip
+        raise Refusal(TypeError, op, argument).expected(
+            "True or False", typed(value), "It is a Python bool, known when the program is made."
+        )
     return bool(value)
 
 
-def text(op: str, argument: str, value: Any) -> None:
+def text(op: str, argument: str, value: object) -> None:
     """`value` is a string."""
     if not isinstance(value, str):
-        fail(TypeError, op, argument, "a string", typed(value), "Give a name to be shown.")
+        raise Refusal(TypeError, op, argument).expected(
+            "a string", typed(value), "Give a name to be shown."
+        )
 
 
-def function(op: str, argument: str, value: Any, expected: str, remedy: str) -> None:
+def function(op: str, argument: str, value: object, expected: str, remedy: str) -> None:
     """`value` can be called."""
     if not callable(value):
-        fail(TypeError, op, argument, expected, type(value).__name__, remedy)
+        raise Refusal(TypeError, op, argument).expected(expected, type(value).__name__, remedy)
 
 
-def takes(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> bool:
-    """Whether a function can be called with these arguments, or does not tell."""
+def takes(function: Callable[..., object], /, *args: object, **kwargs: object) -> bool:
+    """True if a function can be called with these arguments, or does not tell."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
@@ -128,20 +144,20 @@ def takes(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> bool:
     return True
 
 
-def num_streams(op: str, argument: str, value: Any) -> int:
+def num_streams(op: str, argument: str, value: object) -> int:
     """A number of streams that the ops accept."""
-    return integer(
-        op, argument, value, 1, MAX_STREAMS,
-        f"The number of streams is small (4 in the paper), at most {MAX_STREAMS}.",
-    )  # fmt: skip
+    remedy = f"The number of streams is small (4 in the paper), at most {MAX_STREAMS}."
+    return integer(op, argument, value, 1, MAX_STREAMS, remedy)
 
 
-def width(op: str, value: Any) -> int:
+def width(op: str, value: object) -> int:
     """C, where it is given as a number."""
     return integer(op, "hidden", value, 1, MAX_SIZE, "It is the width of the layer, C.")
 
 
-def choice(op: str, argument: str, value: Any, choices: tuple[Any, ...], *others: str) -> Any:
+def choice(
+    op: str, argument: str, value: object, choices: tuple[Choice, ...], *others: str
+) -> Choice:
     """Returns the element of `choices` (None and strings) that equals `value`.
 
     The error names `others` beside them.
@@ -151,7 +167,6 @@ def choice(op: str, argument: str, value: Any, choices: tuple[Any, ...], *others
         for each in choices:
             if each == value:
                 return each
-    fail(
-        ValueError, op, argument, f"one of {', '.join([*map(repr, choices), *others])}",
-        shown(value), "Choose one of these.",
-    )  # fmt: skip
+    raise Refusal(ValueError, op, argument).expected(
+        f"one of {', '.join([*map(repr, choices), *others])}", shown(value), "Choose one of these."
+    )

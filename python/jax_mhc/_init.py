@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jax_mhc import _check
-from jax_mhc._errors import fail, flag, num_streams, shown, width
+from jax_mhc._errors import Refusal, flag, num_streams, shown, width
 from jax_mhc._types import HeadParams, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
@@ -22,7 +22,7 @@ _H_RES_DIAGONAL = 0.9
 
 
 def _checked(
-    op: str, key: Any, streams: int, hidden: int, config: MHCConfig, dtype: Any
+    op: str, key: object, streams: int, hidden: int, config: MHCConfig, dtype: DTypeLike
 ) -> tuple[int, int, np.dtype]:
     _check.key(op, "key", key)
     streams = num_streams(op, "streams", streams)
@@ -31,19 +31,21 @@ def _checked(
     _check.config(op, config, dtype)
     # JAX adds its settings to `config` at run time, unseen by type checkers.
     if dtype.name == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
-        fail(
-            TypeError, op, "dtype", "float32 while 64-bit types are off", dtype.name,
+        raise Refusal(TypeError, op, "dtype").expected(
+            "float32 while 64-bit types are off",
+            dtype.name,
             "Turn them on with jax.config.update('jax_enable_x64', True).",
-        )  # fmt: skip
+        )
     if config.pre_eps * streams >= 1:
-        fail(
-            ValueError, op, "config.pre_eps", f"less than 1 / streams = {1 / streams:g}",
-            config.pre_eps, "The weights in h_pre must be able to sum to 1; choose a smaller one.",
-        )  # fmt: skip
+        raise Refusal(ValueError, op, "config.pre_eps").expected(
+            f"less than 1 / streams = {1 / streams:g}",
+            config.pre_eps,
+            "The weights in h_pre must be able to sum to 1; choose a smaller one.",
+        )
     return streams, hidden, dtype
 
 
-def _dtype(op: str, value: Any) -> np.dtype:
+def _dtype(op: str, value: DTypeLike | None) -> np.dtype:
     try:
         # None is NumPy's float64.
         dtype = jnp.dtype("" if value is None else value)
@@ -51,10 +53,11 @@ def _dtype(op: str, value: Any) -> np.dtype:
     except Exception:  # even a SyntaxError
         name = shown(value)
     if name not in ("float32", "float64"):
-        fail(
-            TypeError, op, "dtype", "float32, or float64 for float64 streams", name,
+        raise Refusal(TypeError, op, "dtype").expected(
+            "float32, or float64 for float64 streams",
+            name,
             "Parameters are small and stay float32 beside streams of half precision.",
-        )  # fmt: skip
+        )
     return dtype
 
 
@@ -95,7 +98,7 @@ def init_params(
     hidden: int,
     config: MHCConfig = PAPER,
     static: bool = False,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> MHCParams:
     """Initial parameters of one hyper-connection.
 
@@ -145,10 +148,11 @@ def init_params(
     static = flag(op, "static", static)
     num = config.num_coefficients(n, op=op)
     if config.post_scale < 1:
-        fail(
-            ValueError, op, "config.post_scale", "at least 1, so that h_post can be 1",
-            config.post_scale, "Set the bias by hand, or use the paper's value, 2.",
-        )  # fmt: skip
+        raise Refusal(ValueError, op, "config.post_scale").expected(
+            "at least 1, so that h_post can be 1",
+            config.post_scale,
+            "Set the bias by hand, or use the paper's value, 2.",
+        )
     closed = config.post_scale - 1
     b_post = min(-math.log(closed), _saturated(dtype)) if closed else _saturated(dtype)
     parts = [_weighted_mean(key, n, config, dtype), jnp.full((n,), b_post, dtype)]
@@ -170,7 +174,7 @@ def init_head(
     streams: int,
     hidden: int,
     config: MHCConfig = PAPER,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> HeadParams:
     """Initial parameters of the head: a weighted mean of the streams.
 

@@ -12,12 +12,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.interpreters import ad, batching, mlir
+
+if TYPE_CHECKING:
+    from jax.extend.core import Primitive
+
+    # A tangent may be a symbolic zero.
+    Tangent: TypeAlias = jax.Array | ad.Zero
 
 
 def matrix_of(matrix: jax.Array, log: jax.Array) -> jax.Array:
@@ -48,14 +54,14 @@ def _with_derivatives(value: jax.Array, other: jax.Array) -> jax.Array:
 
 
 class _Primitives(NamedTuple):
-    matrix_of: Any
-    with_derivatives: Any
+    matrix_of: Primitive
+    with_derivatives: Primitive
 
 
 @functools.cache
 def _primitives() -> _Primitives:
     # jax.extend.core.Primitive, whose import takes 30 ms.
-    new: Callable[[str], Any] = type(lax.add_p)
+    new: Callable[[str], Primitive] = type(lax.add_p)
     primitives = _Primitives(*(new(f"mhc_{name}") for name in _Primitives._fields))
     for primitive in primitives:
         primitive.def_impl(lambda value, _: value)
@@ -63,11 +69,15 @@ def _primitives() -> _Primitives:
         mlir.register_lowering(primitive, lambda _, value, __: [value])
         batching.defbroadcasting(primitive)
 
-    def jvp_of_matrix(primals: Any, tangents: Any) -> Any:
+    def jvp_of_matrix(
+        primals: tuple[jax.Array, jax.Array], tangents: tuple[Tangent, Tangent]
+    ) -> tuple[jax.Array, Tangent]:
         matrix, d_log = primitives.matrix_of.bind(*primals), tangents[1]
-        return matrix, d_log if type(d_log) is ad.Zero else matrix * d_log
+        return matrix, d_log if isinstance(d_log, ad.Zero) else matrix * d_log
 
-    def jvp_of_other(primals: Any, tangents: Any) -> Any:
+    def jvp_of_other(
+        primals: tuple[jax.Array, jax.Array], tangents: tuple[Tangent, Tangent]
+    ) -> tuple[jax.Array, Tangent]:
         return primitives.with_derivatives.bind(*primals), tangents[1]
 
     ad.primitive_jvps[primitives.matrix_of] = jvp_of_matrix

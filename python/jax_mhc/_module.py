@@ -2,48 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, _errors
 from jax_mhc._call.dispatch import Implementation
-from jax_mhc._ops.post import post
-from jax_mhc._ops.pre import pre
-from jax_mhc._types import MHCParams
+from jax_mhc._ops.sublayer import Options, Sublayer
+from jax_mhc._types import Layer, MHCConfig, MHCParams
 
 
-def streams(op: str, x: Any, num_streams: int, hidden: int) -> jax.Array:
+def streams(op: str, x: object, num_streams: int, hidden: int) -> jax.Array:
     """Streams `[..., n, C]` of the n and C that a module was made for."""
     _errors.num_streams(op, "streams", num_streams)
     _errors.width(op, hidden)
     x = _check.array(op, "x", x)
     if x.shape[-2:] != (num_streams, hidden):
-        _errors.fail(
-            ValueError, op, "x", f"streams [..., {num_streams}, {hidden}]", list(x.shape),
+        raise _errors.Refusal(ValueError, op, "x").expected(
+            f"streams [..., {num_streams}, {hidden}]",
+            list(x.shape),
             f"Make streams from a hidden state [..., {hidden}] with "
             f"jax_mhc.expand(u, streams={num_streams}), once, in front of the first layer.",
-        )  # fmt: skip
+        )
     return _check.streams(op, "x", x)
 
 
 def settings(
     op: str,
     *,
-    layer: Any,
-    static: Any,
-    norm: Any,
-    norm_scale_eps: Any,
-    implementation: Any,
+    layer: object,
+    static: object,
+    norm: object,
+    norm_scale_eps: object,
+    implementation: object,
 ) -> None:
     """Checks what the initial values do not."""
-    _errors.function(
-        op, "layer", layer, "a module or function, layer(u, ...)",
-        "Pass the layer that the residual connection goes around.",
-    )  # fmt: skip
+    remedy = "Pass the layer that the residual connection goes around."
+    _errors.function(op, "layer", layer, "a module or function, layer(u, ...)", remedy)
     _errors.flag(op, "static", static)
     _errors.flag(op, "norm", norm)
     _check.norm_scale_eps(op, norm_scale_eps, np.dtype(np.float32))
@@ -52,21 +48,31 @@ def settings(
 
 def residual(
     op: str,
-    layer: Callable[..., Any],
+    layer: Layer,
     x: jax.Array,
     params: MHCParams,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
     *,
+    config: MHCConfig,
+    norm_scale: jax.Array | None,
+    norm_scale_eps: float,
     implementation: Implementation,
-    **options: Any,
 ) -> tuple[Any, jax.Array]:
     """`mhc_residual`, and h_res; of a layer that returns `(y, *rest)`, `(streams, *rest)`."""
-    u, ctx = pre(x, params, implementation=implementation, **options)
-    out = _check.call(op, "layer", "u and the arguments of the call", layer, u, *args, **kwargs)
-    # An empty tuple is no array, which the check says.
-    returns_rest = isinstance(out, tuple) and len(out) > 0
-    y, rest = (out[0], out[1:]) if returns_rest else (out, ())
-    y = _check.layer_output(op, "the layer's result", y, x)
-    x_new = post(checkpoint_name(y, "mhc_layer_output"), ctx, implementation=implementation)
-    return ((x_new, *rest) if returns_rest else x_new), ctx.h_res
+
+    def run(u: jax.Array) -> tuple[jax.Array, tuple[object, ...] | None]:
+        out = _check.call(op, "layer", "u and the arguments of the call", layer, u, *args, **kwargs)
+        # An empty tuple is no array, which the check says.
+        returns_rest = isinstance(out, tuple) and len(out) > 0
+        y, rest = (out[0], out[1:]) if returns_rest else (out, None)
+        return _check.layer_output(op, "the layer's result", y, x), rest
+
+    options: Options = {
+        "config": config,
+        "norm_scale_eps": norm_scale_eps,
+        "hidden_axis_name": None,
+        "implementation": implementation,
+    }
+    x_new, ctx, rest = Sublayer(run, params, norm_scale, options).run(x)
+    return (x_new if rest is None else (x_new, *rest)), ctx.h_res

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, _errors
 from jax_mhc._call.dispatch import Implementation
 from jax_mhc._copies import copies
-from jax_mhc._ops.post import post
-from jax_mhc._ops.pre import pre
-from jax_mhc._types import MHCConfig, MHCParams
+from jax_mhc._ops.sublayer import Options, Sublayer
+from jax_mhc._types import Layer, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
-def expand(u: jax.Array, *, streams: int) -> jax.Array:
+
+def expand(u: Float[jax.Array, "*tokens C"], *, streams: int) -> Float[jax.Array, "*tokens n C"]:
     """Enters the streams: X[i] = u for every stream i.
 
     Args:
@@ -37,7 +38,9 @@ def expand(u: jax.Array, *, streams: int) -> jax.Array:
     return copies(u, n, axis=-2)
 
 
-def reduce(x: jax.Array, *, method: Literal["mean", "sum"] = "mean") -> jax.Array:
+def reduce(
+    x: Float[jax.Array, "*tokens n C"], *, method: Literal["mean", "sum"] = "mean"
+) -> Float[jax.Array, "*tokens C"]:
     """Leaves the streams: their mean (the default) or their sum.
 
     The mean gives back the value of equal streams, so that a model at initialisation is the plain
@@ -61,12 +64,12 @@ def reduce(x: jax.Array, *, method: Literal["mean", "sum"] = "mean") -> jax.Arra
 
 
 def mhc_residual(
-    layer: Callable[[jax.Array], Any],
-    x: jax.Array,
+    layer: Layer,
+    x: Float[jax.Array, "*tokens n C"],
     params: MHCParams,
     *,
     config: MHCConfig = PAPER,
-    norm_scale: jax.Array | None = None,
+    norm_scale: Float[jax.Array, " C"] | None = None,
     norm_scale_eps: float = 1e-6,
     hidden_axis_name: str | Sequence[str] | None = None,
     implementation: Implementation = None,
@@ -102,30 +105,34 @@ def mhc_residual(
             another shape or dtype.
     """
     op = "mhc_residual"
-    _errors.function(
-        op, "layer", layer, "a function from [..., C] to [..., C]",
-        "Pass the sublayer itself: mhc_residual(layer, x, params).",
-    )  # fmt: skip
+    remedy = "Pass the sublayer itself: mhc_residual(layer, x, params)."
+    _errors.function(op, "layer", layer, "a function from [..., C] to [..., C]", remedy)
     has_aux = _errors.flag(op, "has_aux", has_aux)
-    norm: dict[str, Any] = {"norm_scale": norm_scale, "norm_scale_eps": norm_scale_eps}
-    u, ctx = pre(
-        x, params, config=config, hidden_axis_name=hidden_axis_name, implementation=implementation,
-        **norm,
-    )  # fmt: skip
-    y, aux = _check.call(op, "layer", "u", layer, u), None
-    if has_aux:
-        if not isinstance(y, tuple) or len(y) != 2:
-            _errors.fail(
-                TypeError, op, "layer's result", "a pair (y, aux), since has_aux=True",
-                f"a tuple of {len(y)}" if isinstance(y, tuple) else type(y).__name__,
-                "Return (y, aux), or leave has_aux out.",
-            )  # fmt: skip
-        y, aux = y
-    elif isinstance(y, tuple):
-        _errors.fail(
-            TypeError, op, "layer's result", "one array", f"a tuple of {len(y)}",
-            "Set has_aux=True for a layer that returns (y, aux).",
-        )  # fmt: skip
-    y = checkpoint_name(_check.layer_output(op, "layer's result", y, ctx.x), "mhc_layer_output")
-    x_new = post(y, ctx, implementation=implementation)
+    x = _check.streams("pre", "x", x)
+
+    def run(u: jax.Array) -> tuple[jax.Array, Any]:
+        y, aux = _check.call(op, "layer", "u", layer, u), None
+        if has_aux:
+            if not isinstance(y, tuple) or len(y) != 2:
+                raise _errors.Refusal(TypeError, op, "layer's result").expected(
+                    "a pair (y, aux), since has_aux=True",
+                    f"a tuple of {len(y)}" if isinstance(y, tuple) else type(y).__name__,
+                    "Return (y, aux), or leave has_aux out.",
+                )
+            y, aux = y
+        elif isinstance(y, tuple):
+            raise _errors.Refusal(TypeError, op, "layer's result").expected(
+                "one array",
+                f"a tuple of {len(y)}",
+                "Set has_aux=True for a layer that returns (y, aux).",
+            )
+        return _check.layer_output(op, "layer's result", y, x), aux
+
+    options: Options = {
+        "config": config,
+        "norm_scale_eps": norm_scale_eps,
+        "hidden_axis_name": hidden_axis_name,
+        "implementation": implementation,
+    }
+    x_new, _, aux = Sublayer(run, params, norm_scale, options).run(x)
     return (x_new, aux) if has_aux else x_new

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import jax
 import jax.export
 
 from jax_mhc import _errors
 from jax_mhc._limits import MAX_PERMUTED_STREAMS, MAX_SINKHORN_ITERS
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+#: A layer: of u `[..., C]` and what else it takes, y `[..., C]` and what else it returns.
+Layer: TypeAlias = Callable[..., Any]
+#: A pytree of arrays.
+Tree: TypeAlias = Any
 
 # The settings that are no integers.
 NUMBERS = ("sinkhorn_eps", "norm_eps", "pre_eps", "post_scale")
@@ -72,7 +81,7 @@ class MHCConfig:
             "order": ("column_row", "row_column"),
             "norm_eps_mode": ("inside", "outside"),
         }
-        plain: dict[str, Any] = {
+        plain: dict[str, object] = {
             field: _errors.choice(op, field, getattr(self, field), of)
             for field, of in choices.items()
         }
@@ -100,12 +109,12 @@ class MHCConfig:
         streams = _errors.num_streams(op, "streams", streams)
         if self.constraint == "permutations":
             if streams > MAX_PERMUTED_STREAMS:
-                _errors.fail(
-                    ValueError, op, "config.constraint",
+                raise _errors.Refusal(ValueError, op, "config.constraint").expected(
                     f"one for {streams} streams (this one has a coefficient for each of n! "
                     f"permutations, and is for up to {MAX_PERMUTED_STREAMS})",
-                    repr(self.constraint), "Take fewer streams, or 'birkhoff'.",
-                )  # fmt: skip
+                    repr(self.constraint),
+                    "Take fewer streams, or 'birkhoff'.",
+                )
             return 2 * streams + math.factorial(streams)
         return 2 * streams + (0 if self.constraint == "identity" else streams**2)
 
@@ -126,9 +135,9 @@ class MHCParams:
         bias: static part `[K]`.
     """
 
-    phi: jax.Array | None
-    alpha: jax.Array | None
-    bias: jax.Array
+    phi: Float[jax.Array, "n*C K"] | None
+    alpha: Float[jax.Array, " 3"] | None
+    bias: Float[jax.Array, " K"]
 
 
 @jax.tree_util.register_dataclass
@@ -142,9 +151,9 @@ class HeadParams:
         bias: static part `[n]`.
     """
 
-    phi: jax.Array
-    alpha: jax.Array
-    bias: jax.Array
+    phi: Float[jax.Array, "n*C n"]
+    alpha: Float[jax.Array, " 1"]
+    bias: Float[jax.Array, " n"]
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -174,10 +183,10 @@ class Context:
         h_res: `h_res[..., i, j]` is the weight of stream j in new stream i `[..., n, n]`.
     """
 
-    x: jax.Array
-    h_pre: jax.Array
-    h_post: jax.Array
-    h_res: jax.Array
+    x: Float[jax.Array, "*tokens n C"]
+    h_pre: Float[jax.Array, "*tokens n"]
+    h_post: Float[jax.Array, "*tokens n"]
+    h_res: Float[jax.Array, "*tokens n n"]
     # x again, or None. Its cotangent is, by convention, that of the streams which post makes of it:
     # pre's backward applies the transposed h_res (_ops/deferred.py).
     _deferred: jax.Array | None = dataclasses.field(
@@ -185,20 +194,27 @@ class Context:
     )
 
     @classmethod
-    def _of(cls, x: Any, deferred: Any, h_pre: Any, h_post: Any, h_res: Any) -> Context:
+    def _of(
+        cls,
+        x: jax.Array,
+        deferred: jax.Array | None,
+        h_pre: jax.Array,
+        h_post: jax.Array,
+        h_res: jax.Array,
+    ) -> Context:
         """Returns a context with its private field set."""
         ctx = cls(x, h_pre, h_post, h_res)
         object.__setattr__(ctx, "_deferred", deferred)
         return ctx
 
-    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], None]:
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[object, object], ...], None]:
         """For JAX."""
         names = ("x", "_deferred", "h_pre", "h_post", "h_res")
         key = jax.tree_util.GetAttrKey
         return tuple((key(name), getattr(self, name)) for name in names), None
 
     @classmethod
-    def tree_unflatten(cls, _: None, leaves: Any) -> Context:
+    def tree_unflatten(cls, _: None, leaves: Iterable[Any]) -> Context:
         """For JAX."""
         return cls._of(*leaves)
 

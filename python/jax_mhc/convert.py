@@ -10,20 +10,29 @@ there and back. Settings are not part of parameters: each function names those t
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jax_mhc._check import accumulation_dtype, array
-from jax_mhc._errors import fail, num_streams
+from jax_mhc._errors import Refusal, num_streams
 from jax_mhc._limits import MAX_STREAMS, STREAM_DTYPES
 from jax_mhc._types import HeadParams, MHCParams
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 __all__ = ["from_deepseek_v4", "from_megatron", "head_from_deepseek_v4", "to_deepseek_v4"]
 
+# An array and the name of its argument.
+Named: TypeAlias = tuple[str, ArrayLike]
 
-def from_deepseek_v4(fn: Any, base: Any, scale: Any) -> MHCParams:
+
+def from_deepseek_v4(
+    fn: Float[ArrayLike, "K n*C"], base: Float[ArrayLike, " K"], scale: Float[ArrayLike, " 3"]
+) -> MHCParams:
     """Parameters of one DeepSeek-V4 hyper-connection; use them with `presets.DEEPSEEK_V4`.
 
     Its kernels sum over the first index of `comb`, so h_res[i, j] = comb[j, i]: the n x n block of
@@ -47,7 +56,7 @@ def from_deepseek_v4(fn: Any, base: Any, scale: Any) -> MHCParams:
 
 def to_deepseek_v4(
     params: MHCParams, *, streams: int | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[Float[jax.Array, "K n*C"], Float[jax.Array, " K"], Float[jax.Array, " 3"]]:
     """The inverse of `from_deepseek_v4`: `(fn, base, scale)`, bit for bit.
 
     Parameters for constraint "identity" have no columns for h_res, and DeepSeek-V4 cannot do
@@ -72,15 +81,15 @@ def to_deepseek_v4(
     """
     op = "convert.to_deepseek_v4"
     if not isinstance(params, MHCParams):
-        fail(
-            TypeError, op, "params", "jax_mhc.MHCParams", type(params).__name__,
-            "Make them with jax_mhc.init_params.",
-        )  # fmt: skip
+        raise Refusal(TypeError, op, "params").expected(
+            "jax_mhc.MHCParams", type(params).__name__, "Make them with jax_mhc.init_params."
+        )
     if params.phi is None or params.alpha is None:
-        fail(
-            ValueError, op, "params.phi", "a projection [nC, K]", None,
+        raise Refusal(ValueError, op, "params.phi").expected(
+            "a projection [nC, K]",
+            None,
             "DeepSeek-V4 has no static coefficients; a phi of zeros computes the same.",
-        )  # fmt: skip
+        )
     phi = array(op, "params.phi", params.phi)
     _check_columns(op, phi.shape, streams)
     fn, base, scale, n = _checked(
@@ -89,7 +98,11 @@ def to_deepseek_v4(
     return _transpose_res(fn, n), _transpose_res(base, n), scale
 
 
-def head_from_deepseek_v4(hc_fn: Any, hc_base: Any, hc_scale: Any) -> HeadParams:
+def head_from_deepseek_v4(
+    hc_fn: Float[ArrayLike, "n n*C"],
+    hc_base: Float[ArrayLike, " n"],
+    hc_scale: Float[ArrayLike, " 1"],
+) -> HeadParams:
     """Parameters of DeepSeek-V4's head; use them with `presets.DEEPSEEK_V4`.
 
     Args:
@@ -104,10 +117,11 @@ def head_from_deepseek_v4(hc_fn: Any, hc_base: Any, hc_scale: Any) -> HeadParams
     fn = _floating(op, "hc_fn", hc_fn)
     n = fn.shape[0] if fn.ndim == 2 else 0
     if not 1 <= n <= MAX_STREAMS or not fn.shape[1] or fn.shape[1] % n:
-        fail(
-            ValueError, op, "hc_fn", f"shape [n, n·C] with n from 1 to {MAX_STREAMS}",
-            list(fn.shape), "It is the weight of the projection, one row for each stream.",
-        )  # fmt: skip
+        raise Refusal(ValueError, op, "hc_fn").expected(
+            f"shape [n, n·C] with n from 1 to {MAX_STREAMS}",
+            list(fn.shape),
+            "It is the weight of the projection, one row for each stream.",
+        )
     return HeadParams(
         phi=fn.T,
         alpha=_shaped(op, "hc_scale", hc_scale, (1,)),
@@ -115,7 +129,9 @@ def head_from_deepseek_v4(hc_fn: Any, hc_base: Any, hc_scale: Any) -> HeadParams
     )
 
 
-def from_megatron(weight: Any, alpha: Any, bias: Any) -> MHCParams:
+def from_megatron(
+    weight: Float[ArrayLike, "K n*C"], alpha: Float[ArrayLike, " 3"], bias: Float[ArrayLike, " K"]
+) -> MHCParams:
     """Parameters of one Megatron Core hyper-connection; use them with `presets.MEGATRON`.
 
     This is the form of `HyperConnectionModule` in its branch main (as of August 2026), which
@@ -153,7 +169,7 @@ def from_megatron(weight: Any, alpha: Any, bias: Any) -> MHCParams:
     return MHCParams(phi=weight.T, alpha=alpha, bias=bias)
 
 
-def _check_columns(op: str, shape: tuple[int, ...], streams: Any) -> None:
+def _check_columns(op: str, shape: tuple[int, ...], streams: int | None) -> None:
     """Refuses parameters without the columns of h_res, and what may be such.
 
     For constraint "identity" K is 2n, which is n² + 2n of fewer streams, too, for n = 4 and 12. Of
@@ -163,25 +179,29 @@ def _check_columns(op: str, shape: tuple[int, ...], streams: Any) -> None:
     if streams is not None:
         n = num_streams(op, "streams", streams)
         if (rows % n, num) != (0, n * n + 2 * n):
-            fail(
-                ValueError, op, "params.phi", f"shape [{n}·C, {n * n + 2 * n}] for {n} streams",
-                list(shape), "Parameters for constraint 'identity' or 'permutations' have other "
+            raise Refusal(ValueError, op, "params.phi").expected(
+                f"shape [{n}·C, {n * n + 2 * n}] for {n} streams",
+                list(shape),
+                "Parameters for constraint 'identity' or 'permutations' have other "
                 "columns, and DeepSeek-V4 has neither constraint.",
-            )  # fmt: skip
+            )
         return
     n, others = math.isqrt(num + 1) - 1, num // 2
     if num in (8, 24) and rows % others == 0:
-        fail(
-            ValueError, op, "streams",
+        raise Refusal(ValueError, op, "streams").expected(
             f"the number of streams, since phi {list(shape)} may be of {n}, or of {others} for "
-            "constraint 'identity'", None,
+            "constraint 'identity'",
+            None,
             f"Pass streams={n}, if {n * n} of the {num} columns are those of h_res; DeepSeek-V4 "
             "has no counterpart of the other.",
-        )  # fmt: skip
+        )
 
 
 def _checked(
-    op: str, weight: tuple[str, Any], bias: tuple[str, Any], alpha: tuple[str, Any]
+    op: str,
+    weight: tuple[str, ArrayLike],
+    bias: tuple[str, ArrayLike],
+    alpha: tuple[str, ArrayLike],
 ) -> tuple[jax.Array, jax.Array, jax.Array, int]:
     """The three arrays, widened and checked against each other, and n."""
     fn = _floating(op, *weight)
@@ -189,32 +209,32 @@ def _checked(
     n = math.isqrt(num + 1) - 1
     fits = 1 <= n <= MAX_STREAMS and n * n + 2 * n == num
     if not fits or not fn.shape[1] or fn.shape[1] % n:
-        fail(
-            ValueError, op, weight[0],
+        raise Refusal(ValueError, op, weight[0]).expected(
             f"shape [n² + 2n, n·C] with n from 1 to {MAX_STREAMS}, such as [24, 4·C]",
-            list(fn.shape), "It is the weight of the projection, one row for each coefficient.",
-        )  # fmt: skip
+            list(fn.shape),
+            "It is the weight of the projection, one row for each coefficient.",
+        )
     return fn, _shaped(op, *bias, (num,)), _shaped(op, *alpha, (3,)), n
 
 
-def _shaped(op: str, argument: str, value: Any, shape: tuple[int, ...]) -> jax.Array:
+def _shaped(op: str, argument: str, value: object, shape: tuple[int, ...]) -> jax.Array:
     value = _floating(op, argument, value)
     if value.shape != shape:
-        fail(
-            ValueError, op, argument, f"shape {list(shape)}", list(value.shape),
-            "Pass the arrays of one hyper-connection.",
-        )  # fmt: skip
+        raise Refusal(ValueError, op, argument).expected(
+            f"shape {list(shape)}", list(value.shape), "Pass the arrays of one hyper-connection."
+        )
     return value
 
 
-def _floating(op: str, argument: str, value: Any) -> jax.Array:
+def _floating(op: str, argument: str, value: object) -> jax.Array:
     value = array(op, argument, value)
     # Of float8 and the like the scales are missing.
     if value.dtype.name not in STREAM_DTYPES:
-        fail(
-            TypeError, op, argument, f"dtype {', '.join(STREAM_DTYPES)}", value.dtype.name,
+        raise Refusal(TypeError, op, argument).expected(
+            f"dtype {', '.join(STREAM_DTYPES)}",
+            value.dtype.name,
             "Pass the stored parameters; quantised ones have to be multiplied by their scales.",
-        )  # fmt: skip
+        )
     return value.astype(accumulation_dtype(value.dtype))
 
 

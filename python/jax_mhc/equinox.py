@@ -10,8 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +18,11 @@ import jax.numpy as jnp
 import jax_mhc
 from jax_mhc import _check, _errors, _module
 from jax_mhc._call.dispatch import Implementation
-from jax_mhc._types import HeadParams, MHCConfig, MHCParams
+from jax_mhc._types import HeadParams, Layer, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 _errors.require("equinox", "equinox", "equinox")
 
@@ -65,7 +67,7 @@ class MHC(eqx.Module):
             settings that are none.
     """
 
-    layer: Callable[..., Any]
+    layer: Layer
     phi: jax.Array | None
     alpha: jax.Array | None
     bias: jax.Array
@@ -78,7 +80,7 @@ class MHC(eqx.Module):
 
     def __init__(
         self,
-        layer: Callable[..., Any],
+        layer: Layer,
         hidden: int,
         *,
         streams: int = 4,
@@ -91,9 +93,13 @@ class MHC(eqx.Module):
     ):
         """See the class."""
         _module.settings(
-            "equinox.MHC", layer=layer, static=static, norm=norm, norm_scale_eps=norm_scale_eps,
+            "equinox.MHC",
+            layer=layer,
+            static=static,
+            norm=norm,
+            norm_scale_eps=norm_scale_eps,
             implementation=implementation,
-        )  # fmt: skip
+        )
         params = jax_mhc.init_params(
             key, streams=streams, hidden=hidden, config=config, static=static
         )
@@ -108,7 +114,7 @@ class MHC(eqx.Module):
         """The parameters, as the functions of jax_mhc take them."""
         return MHCParams(self.phi, self.alpha, self.bias)
 
-    def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, x: Float[jax.Array, "*tokens n C"], *args: object, **kwargs: object) -> Any:
         """Runs the layer on the streams.
 
         Args:
@@ -126,11 +132,17 @@ class MHC(eqx.Module):
         """
         op = "equinox.MHC"
         out, _ = _module.residual(
-            op, self.layer, _module.streams(op, x, self.streams, self.hidden), self.params,
-            args, kwargs,
-            config=self.config, norm_scale=self.norm_scale,
-            norm_scale_eps=self.norm_scale_eps, implementation=self.implementation,
-        )  # fmt: skip
+            op,
+            self.layer,
+            _module.streams(op, x, self.streams, self.hidden),
+            self.params,
+            args,
+            kwargs,
+            config=self.config,
+            norm_scale=self.norm_scale,
+            norm_scale_eps=self.norm_scale_eps,
+            implementation=self.implementation,
+        )
         return out
 
 
@@ -185,7 +197,7 @@ class Head(eqx.Module):
         """The parameters, as `jax_mhc.head` takes them."""
         return HeadParams(self.phi, self.alpha, self.bias)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[jax.Array, "*tokens n C"]) -> Float[jax.Array, "*tokens C"]:
         """Collapses the streams x `[..., n, C]` to `[..., C]`; raises what `MHC` does for them."""
         x = _module.streams("equinox.Head", x, self.streams, self.hidden)
         return jax_mhc.head(x, self.params, config=self.config, implementation=self.implementation)

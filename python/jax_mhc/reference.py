@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,9 @@ from jax_mhc._check import accumulation_dtype
 from jax_mhc._log_derivatives import log_normalized, log_shifted, matrix_of
 from jax_mhc._types import Context, HeadParams, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 __all__ = ["head", "post", "post_pre", "pre", "sinkhorn"]
 
@@ -64,7 +67,9 @@ def mix(weights: jax.Array, x: jax.Array) -> jax.Array:
 
 
 @mix.defjvp
-def _(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]) -> Any:
+def _(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     (weights, x), (d_weights, d_x) = primals, tangents
     through_weights = jnp.matmul(d_weights, x, precision=lax.Precision.HIGHEST)
     return mix(weights, x), through_weights + mix(weights, d_x)
@@ -88,7 +93,9 @@ def _rounded_off(minuend: jax.Array, subtrahend: jax.Array, difference: jax.Arra
 
 # Jitted, so that its loop, and that of its gradient, are compiled once outside of jax.jit, too.
 @functools.partial(jax.jit, static_argnames="config")
-def sinkhorn(logits: jax.Array, *, config: MHCConfig = PAPER) -> jax.Array:
+def sinkhorn(
+    logits: Float[jax.Array, "*tokens n n"], *, config: MHCConfig = PAPER
+) -> Float[jax.Array, "*tokens n n"]:
     """Projects `[..., n, n]` onto the doubly stochastic matrices [9]; see `jax_mhc.sinkhorn`."""
     if config.sinkhorn_iters == 0:
         return jnp.exp(logits)
@@ -174,13 +181,13 @@ def coefficients(
 
 
 def pre(
-    x: jax.Array,
+    x: Float[jax.Array, "*tokens n C"],
     params: MHCParams,
     *,
     config: MHCConfig = PAPER,
-    norm_scale: jax.Array | None = None,
+    norm_scale: Float[jax.Array, " C"] | None = None,
     norm_scale_eps: float = 1e-6,
-) -> tuple[jax.Array, Context]:
+) -> tuple[Float[jax.Array, "*tokens C"], Context]:
     """The layer's input and the context for `post`; see `jax_mhc.pre`."""
     n = x.shape[-2]
     wide = x.astype(accumulation_dtype(x.dtype))
@@ -202,7 +209,7 @@ def pre(
     return u, Context(x=x, h_pre=h_pre, h_post=h_post, h_res=h_res)
 
 
-def post(y: jax.Array, ctx: Context) -> jax.Array:
+def post(y: Float[jax.Array, "*tokens C"], ctx: Context) -> Float[jax.Array, "*tokens n C"]:
     """The new streams; see `jax_mhc.post`."""
     wide = ctx.x.astype(ctx.h_res.dtype)
     mixed = mix(ctx.h_res, wide)
@@ -211,20 +218,27 @@ def post(y: jax.Array, ctx: Context) -> jax.Array:
 
 
 def post_pre(
-    y: jax.Array,
+    y: Float[jax.Array, "*tokens C"],
     ctx: Context,
     params: MHCParams,
     *,
     config: MHCConfig = PAPER,
-    norm_scale: jax.Array | None = None,
+    norm_scale: Float[jax.Array, " C"] | None = None,
     norm_scale_eps: float = 1e-6,
-) -> tuple[jax.Array, Context]:
+) -> tuple[Float[jax.Array, "*tokens C"], Context]:
     """`post` of one sublayer, then `pre` of the next; see `jax_mhc.post_pre`."""
-    options: dict[str, Any] = {"norm_scale": norm_scale, "norm_scale_eps": norm_scale_eps}
-    return pre(post(y, ctx), params, config=config, **options)
+    return pre(
+        post(y, ctx),
+        params,
+        config=config,
+        norm_scale=norm_scale,
+        norm_scale_eps=norm_scale_eps,
+    )
 
 
-def head(x: jax.Array, params: HeadParams, *, config: MHCConfig = PAPER) -> jax.Array:
+def head(
+    x: Float[jax.Array, "*tokens n C"], params: HeadParams, *, config: MHCConfig = PAPER
+) -> Float[jax.Array, "*tokens C"]:
     """The learned exit from the streams; see `jax_mhc.head`."""
     wide = x.astype(accumulation_dtype(x.dtype))
     m = checkpoint_name(projection(wide, params.phi, config)[0], "mhc_coefficients")

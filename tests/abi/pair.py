@@ -1,4 +1,4 @@
-"""What has to work with one pair of Python and jaxlib; `pairs.py` runs it for each.
+"""Programs that have to work with one pair of Python and jaxlib; `pairs.py` runs them for each.
 
     pair.py write FOLDER           runs every check, and leaves an exported program in the folder
     pair.py load FOLDER FOLDER ..  runs the programs in the folders, as a serving process does
@@ -58,7 +58,7 @@ def loss_of_scan(x, params, implementation="fused"):
     return jnp.sum(
         mhc.stack(
             (lambda u, scale: jnp.tanh(u) * scale,), x, [params], xs=jnp.arange(1.0, 4.0),
-            implementation=implementation, keep_streams_every=3,
+            implementation=implementation, recompute=mhc.Recompute(every=3),
         ) ** 2
     )  # fmt: skip
 
@@ -113,7 +113,7 @@ SEAMS = {(): 2, ("jax_remat3",): 1, ("jax_remat3", "jax_custom_vjp3"): 2}
 
 
 def check_remat3():
-    """What docs/deployment.md says of JAX's new rematerialisation, where there is one."""
+    """Claims of docs/deployment.md on JAX's new rematerialisation, where there is one."""
     if jax.__version_info__ < (0, 12):
         return
     x, params, _ = inputs()

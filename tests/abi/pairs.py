@@ -31,7 +31,7 @@ PAIR = Path(__file__).with_name("pair.py")
 
 @dataclasses.dataclass
 class Options:
-    """What to run."""
+    """Options of the command line."""
 
     wheel: Path
     """The wheel."""

@@ -14,7 +14,7 @@ import jax
 from jax.interpreters import ad, batching, mlir
 
 from jax_mhc._copies import copies
-from jax_mhc._errors import fail
+from jax_mhc._errors import Refusal
 
 if TYPE_CHECKING:
     from jax.extend.core import Primitive
@@ -43,19 +43,19 @@ def first_order(op: str, operand: jax.Array) -> jax.Array:
 
 
 def _forward_mode(*_: object, op: str, **__: object) -> NoReturn:
-    fail(
-        TypeError, op, "derivative", "reverse mode (jax.grad, jax.vjp, jax.jacrev)",
+    raise Refusal(TypeError, op, "derivative").expected(
+        "reverse mode (jax.grad, jax.vjp, jax.jacrev)",
         "forward mode (jax.jvp, jax.jacfwd, jax.linearize)",
         "Use implementation='reference', which has every mode.",
-    )  # fmt: skip
+    )
 
 
 def _second_order(*_: object, op: str) -> NoReturn:
-    fail(
-        TypeError, op, "derivative", "one reverse-mode derivative",
+    raise Refusal(TypeError, op, "derivative").expected(
+        "one reverse-mode derivative",
         "a derivative of the derivative",
         "Use implementation='reference', which has derivatives of every order.",
-    )  # fmt: skip
+    )
 
 
 class _Primitives(NamedTuple):

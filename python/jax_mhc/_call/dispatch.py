@@ -1,4 +1,4 @@
-"""Which implementation an op runs: the fused kernels or the reference in plain JAX.
+"""Choice of an op's implementation: the fused kernels or the reference in plain JAX.
 
 That is decided while a program is traced, by the platform that it is likely to run on. The platform
 that it is lowered for is known later; a call of a program that is lowered for another one becomes
@@ -17,7 +17,7 @@ import numpy as np
 from jax_mhc import _check
 from jax_mhc._call import library
 from jax_mhc._call.table import refuse_fused
-from jax_mhc._errors import fail
+from jax_mhc._errors import Refusal
 from jax_mhc._limits import KERNEL_DTYPES
 
 Implementation: TypeAlias = Literal["fused", "reference"] | None
@@ -28,7 +28,7 @@ _logger = logging.getLogger("jax_mhc")
 def use_fused(
     op: str, implementation: Implementation, dtype: np.dtype, hidden_axes: tuple[str, ...] = ()
 ) -> bool:
-    """Whether `op` runs the fused kernels on streams of `dtype`; loads and registers them if so.
+    """True if `op` runs the fused kernels on streams of `dtype`; loads and registers them then.
 
     Where they do not, and it costs speed that a user might expect, a log record says why, once.
 
@@ -43,11 +43,12 @@ def use_fused(
     if _runs_fused(op, implementation, dtype):
         return True
     if hidden_axes:
-        fail(
-            ValueError, op, "hidden_axis_name", "None where the op runs in plain JAX",
-            hidden_axes, "Plain JAX does not split C by hand: leave C whole, or split it by an "
+        raise Refusal(ValueError, op, "hidden_axis_name").expected(
+            "None where the op runs in plain JAX",
+            hidden_axes,
+            "Plain JAX does not split C by hand: leave C whole, or split it by an "
             "auto or explicit mesh axis.",
-        )  # fmt: skip
+        )
     return False
 
 

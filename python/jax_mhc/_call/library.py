@@ -20,7 +20,7 @@ import sys
 import threading
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jaxlib.version
@@ -31,14 +31,74 @@ _PATH = Path(__file__).parents[1] / (
     "libjax_mhc_xla" + (".dylib" if sys.platform == "darwin" else ".so")
 )
 
+
+class DescribedCall(TypedDict):
+    """A row as the library describes it."""
+
+    name: str
+    operands: list[DescribedValue]
+    results: list[DescribedValue]
+    adds_in_place: bool
+    has_config: bool
+    attributes: list[dict[str, str]]
+
+
+class DescribedValue(TypedDict):
+    """A value as the library describes it."""
+
+    name: str
+    precision: str
+    has_tokens: bool
+    dims: list[str]
+    group: str | None
+
+
+class Handler(TypedDict, total=False):
+    """A handler as the library describes it: one function, or one for each stage of a call."""
+
+    name: str
+    platform: str
+    address: int
+    initialize: int
+    execute: int
+
+
+class Description(TypedDict):
+    """The library's description of itself, as far as it is read here; docs/calls.md has more."""
+
+    version: str
+    target_version: int
+    calls: list[DescribedCall]
+    handlers: list[Handler]
+    retired: list[Handler]
+
+
+class Device(TypedDict):
+    """An NVIDIA GPU, and what keeps it from being used."""
+
+    name: str
+    capability: str
+    error: str | None
+
+
+class CudaStatus(TypedDict):
+    """Report of the library on NVIDIA GPUs; see `cuda_status`."""
+
+    architectures: list[str]
+    compiler: str | None
+    driver: str | None
+    devices: list[Device]
+    error: str | None
+
+
 _lock = threading.RLock()
-# What the library tells of itself, or the reason why there is none; None before it is registered.
-_outcome: dict[str, Any] | str | None = None
-# Why no kernels run on NVIDIA GPUs, "" where they do; None before a GPU is first asked for.
+# The library's description, or the reason why there is none; None before it is registered.
+_outcome: Description | str | None = None
+# The reason why no kernels run on NVIDIA GPUs, "" where they do; None before one is asked for.
 _cuda_outcome: str | None = None
 
 
-def description() -> dict[str, Any]:
+def description() -> Description:
     """The library's description of itself: its calls, their limits, the handlers.
 
     Raises:
@@ -84,7 +144,7 @@ def ensure_registered(platform: str) -> None:
 
 
 def missing(platform: str) -> str | None:
-    """Why there are no fused kernels for `platform`; None where they can run."""
+    """Reason why there are no fused kernels for `platform`; None where they can run."""
     outcome = _load_once()
     if isinstance(outcome, str):
         return outcome
@@ -96,33 +156,34 @@ def missing(platform: str) -> str | None:
 
 
 def broken() -> str | None:
-    """Why the shared library cannot be used at all; None where it can."""
+    """Reason why the shared library cannot be used at all; None where it can."""
     outcome = _load_once()
     return outcome if isinstance(outcome, str) else None
 
 
 def status() -> dict[str, Any]:
-    """What the library tells of itself, or the error that keeps it from being used.
+    """Report of the library on itself, or the error that keeps it from being used.
 
     Loads it, and never raises.
     """
     outcome = _load_once()
-    library, error = ({}, outcome) if isinstance(outcome, str) else (outcome, None)
     fields = ("version", "commit", "ffi_api_version", "architecture", "instruction_set", "log")
-    platforms = sorted({_platform(handler) for handler in library.get("handlers", ())})
-    return {
-        "path": str(_PATH),
-        **{field: library.get(field) for field in fields},
-        "handlers": {
-            platform: [handler["name"] for handler in _handlers(library, platform)]
-            for platform in platforms
-        },
-        "error": error,
+    found: dict[str, Any] = {"path": str(_PATH)}
+    if isinstance(outcome, str):
+        return found | dict.fromkeys(fields) | {"handlers": {}, "error": outcome}
+    handlers = {
+        platform: [handler["name"] for handler in _handlers(outcome, platform)]
+        for platform in sorted(set(map(_platform, outcome["handlers"])))
     }
+    return (
+        found
+        | {field: outcome.get(field) for field in fields}
+        | {"handlers": handlers, "error": None}
+    )
 
 
-def cuda_status() -> dict[str, Any]:
-    """What the library tells of NVIDIA GPUs: asks the driver, and never raises.
+def cuda_status() -> CudaStatus:
+    """Report of the library on NVIDIA GPUs: asks the driver, and never raises.
 
     Returns:
         `architectures` that it holds kernels for and the `compiler` that made them; the `driver`'s
@@ -136,8 +197,7 @@ def cuda_status() -> dict[str, Any]:
         if status := get_status():
             return json.loads(status)
         reason = "the shared library cannot tell what there is of CUDA"
-    nothing: dict[str, Any] = {"architectures": [], "compiler": None, "driver": None}
-    return nothing | {"devices": [], "error": reason}
+    return {"architectures": [], "compiler": None, "driver": None, "devices": [], "error": reason}
 
 
 @functools.cache
@@ -175,16 +235,16 @@ def workspace(
     return out[0], out[1]
 
 
-def _platform(handler: dict[str, Any]) -> str:
+def _platform(handler: Handler) -> str:
     """XLA writes `CUDA`; everybody else, `cuda`."""
     return handler["platform"].lower()
 
 
-def _handlers(library: dict[str, Any], platform: str) -> list[dict[str, Any]]:
+def _handlers(library: Description, platform: str) -> list[Handler]:
     return [handler for handler in library["handlers"] if _platform(handler) == platform]
 
 
-def _load_once() -> dict[str, Any] | str:
+def _load_once() -> Description | str:
     global _outcome, _cuda_outcome
     with _lock:
         if _outcome is None:
@@ -219,7 +279,7 @@ class _Unusable(Exception):
     """The reason why the library is not to be used."""
 
 
-def _load() -> dict[str, Any]:
+def _load() -> Description:
     """The library's description of itself."""
     oldest = ".".join(map(str, OLDEST_JAXLIB))
     found = re.match(r"(\d+)\.(\d+)", jaxlib.version.__version__)
@@ -255,7 +315,7 @@ def _load() -> dict[str, Any]:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a file has all bytes that an ELF library says it has.
+    """True if a file has all bytes that an ELF library says it has.
 
     To touch those that a truncated one lacks would end the process (SIGBUS). Other formats are left
     to their loaders, which check it themselves.
@@ -277,7 +337,7 @@ def _is_whole(path: Path) -> bool:
     return all(offset + bytes_there <= length for offset, bytes_there in segments)
 
 
-def _check_devices(status: dict[str, Any]) -> None:
+def _check_devices(status: CudaStatus) -> None:
     """Every GPU must do: which of them a program runs on is not known when it is traced."""
     if status["error"]:
         raise _Unusable(status["error"])
@@ -289,7 +349,7 @@ def _check_devices(status: dict[str, Any]) -> None:
             )
 
 
-def _register(library: dict[str, Any], platform: str) -> None:
+def _register(library: Description, platform: str) -> None:
     retired = [h for h in library.get("retired", ()) if _platform(h) == platform]
     for handler in [*_handlers(library, platform), *retired]:
         # A handler is one function, or one for each stage of a call.

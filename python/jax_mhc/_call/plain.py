@@ -149,9 +149,11 @@ def _head_bwd(call: Call, given: Values) -> Values:
     from_m, d_phi = _project_back(x, given, config, alpha * d_z)
     d_x = (gate + config.pre_eps)[..., None] * d_u[..., None, :] + from_m
     return {
-        "d_x": d_x.astype(given["x"].dtype), "d_phi": d_phi,
-        "d_alpha": jnp.sum(d_z * m).reshape(1), "d_bias": _sum_tokens(d_z),
-    }  # fmt: skip
+        "d_x": d_x.astype(given["x"].dtype),
+        "d_phi": d_phi,
+        "d_alpha": jnp.sum(d_z * m).reshape(1),
+        "d_bias": _sum_tokens(d_z),
+    }
 
 
 def _collapse_bwd(call: Call, given: Values) -> Values:

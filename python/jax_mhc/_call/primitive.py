@@ -74,7 +74,7 @@ def primitive() -> Primitive:
 
 
 def _are_mapped(call: Call, mapped: Mapped) -> list[bool]:
-    """Whether the first axis of each operand is that of a batch."""
+    """For each operand, True if its first axis is that of a batch."""
     return [name in (mapped or ()) for name in call.operands]
 
 
@@ -93,12 +93,16 @@ def _result_types(
     dtypes = {"streams": streams.dtype, "accumulation": accumulation_dtype(streams.dtype)}
     return [
         typed(
-            (*lead[: len(lead) if value.has_tokens else len(lead) - len(tokens)],
-             *(by_letter[dim] for dim in value.dims)),
-            dtypes[value.precision], varying, streams,
+            (
+                *lead[: len(lead) if value.has_tokens else len(lead) - len(tokens)],
+                *(by_letter[dim] for dim in value.dims),
+            ),
+            dtypes[value.precision],
+            varying,
+            streams,
         )
         for value in call.result_values
-    ]  # fmt: skip
+    ]
 
 
 # ---- lowering -----------------------------------------------------------------------------------
@@ -168,7 +172,7 @@ def _lower_batch(
 
 
 def _is_small(call: Call, context: mlir.LoweringRuleContext, mapped: tuple[str, ...]) -> bool:
-    """Whether the elements of a batch are so small that all together are faster in plain JAX.
+    """True if the elements of a batch are so small that all together are faster in plain JAX.
 
     Measured, not derived: benches/batches.py, benches/results/*/2026-11-29-batches.md.
     """

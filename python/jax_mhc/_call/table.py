@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Collection, Sequence
-from typing import NamedTuple, NoReturn, TypeAlias, TypedDict
+from typing import NamedTuple, NoReturn, TypeAlias
 
 import jax
 import numpy as np
 
 from jax_mhc._call import library
-from jax_mhc._errors import fail
+from jax_mhc._errors import Refusal
 from jax_mhc._limits import KERNEL_DTYPES
 from jax_mhc._types import MHCConfig
 
@@ -45,12 +45,12 @@ class Value(NamedTuple):
 
     @property
     def is_gradient(self) -> bool:
-        """Whether a result is a gradient, and so a sum over all that depends on the value."""
+        """True if a result is a gradient, and so a sum over all that depends on the value."""
         return self.name.startswith("d_")
 
     @property
     def is_streams(self) -> bool:
-        """Whether the value has the form of the streams, `[..., n, C]`."""
+        """True if the value has the form of the streams, `[..., n, C]`."""
         return self.has_tokens and self.dims == ("n", "C")
 
 
@@ -79,27 +79,6 @@ class Row(NamedTuple):
         return list(dict.fromkeys(value.group for value in values if value.group is not None))
 
 
-class _Described(TypedDict):
-    """A row as the library describes it."""
-
-    name: str
-    operands: list[_DescribedValue]
-    results: list[_DescribedValue]
-    adds_in_place: bool
-    has_config: bool
-    attributes: list[dict[str, str]]
-
-
-class _DescribedValue(TypedDict):
-    """A value as the library describes it."""
-
-    name: str
-    precision: str
-    has_tokens: bool
-    dims: list[str]
-    group: str | None
-
-
 @functools.cache
 def rows() -> dict[str, Row]:
     """The rows of the table by the names of the calls.
@@ -107,24 +86,30 @@ def rows() -> dict[str, Row]:
     Raises:
         RuntimeError: the library that has the table cannot be used.
     """
-    described: Sequence[_Described] = library.description()["calls"]
+    described = library.description()["calls"]
 
-    def values(of_row: list[_DescribedValue]) -> tuple[Value, ...]:
+    def values(of_row: list[library.DescribedValue]) -> tuple[Value, ...]:
         return tuple(
             Value(
-                value["name"], value["precision"], value["has_tokens"], tuple(value["dims"]),
+                value["name"],
+                value["precision"],
+                value["has_tokens"],
+                tuple(value["dims"]),
                 value["group"],
             )
             for value in of_row
-        )  # fmt: skip
+        )
 
     return {
         row["name"]: Row(
-            values(row["operands"]), values(row["results"]), row["adds_in_place"],
-            row["has_config"], tuple(attribute["name"] for attribute in row["attributes"]),
+            values(row["operands"]),
+            values(row["results"]),
+            row["adds_in_place"],
+            row["has_config"],
+            tuple(attribute["name"] for attribute in row["attributes"]),
         )
         for row in described
-    }  # fmt: skip
+    }
 
 
 class Call(NamedTuple):
@@ -151,7 +136,7 @@ class Call(NamedTuple):
 
     @property
     def is_forward(self) -> bool:
-        """Whether the call is the forward direction of its op."""
+        """True if the call is the forward direction of its op."""
         return self.name.endswith("_fwd")
 
     @property
@@ -238,16 +223,16 @@ def sizes(
 def refuse_fused(op: str, platform: str, dtype: str) -> NoReturn:
     """Raises that there are no kernels for a platform, or for this dtype on it."""
     if platform not in KERNEL_DTYPES:
-        fail(
-            ValueError, op, "implementation='fused'",
-            f"a platform with kernels ({', '.join(KERNEL_DTYPES)})", platform,
+        raise Refusal(ValueError, op, "implementation='fused'").expected(
+            f"a platform with kernels ({', '.join(KERNEL_DTYPES)})",
+            platform,
             "Use implementation=None or implementation='reference' here.",
-        )  # fmt: skip
-    fail(
-        TypeError, op, "implementation='fused'",
-        f"dtype {', '.join(KERNEL_DTYPES[platform])} on platform {platform!r}", dtype,
+        )
+    raise Refusal(TypeError, op, "implementation='fused'").expected(
+        f"dtype {', '.join(KERNEL_DTYPES[platform])} on platform {platform!r}",
+        dtype,
         "Use implementation=None or implementation='reference', or convert the arrays.",
-    )  # fmt: skip
+    )
 
 
 def attributes(call: Call) -> dict[str, np.generic | str]:

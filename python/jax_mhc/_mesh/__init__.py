@@ -1,4 +1,4 @@
-"""How a call runs on many devices: each on its part of the tokens, or of the channels.
+"""Calls on many devices: each device has its part of the tokens, or of the channels.
 
 A mesh has three kinds of axes, and may have several of them:
 

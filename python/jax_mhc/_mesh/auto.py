@@ -49,7 +49,7 @@ def _on_all(spread: Spread, mesh: AbstractMesh) -> Callable[..., list[jax.Array]
 
     mesh: of the program; empty where the program does not say.
     """
-    # Its import takes 20 ms.
+    # An import of 20 ms.
     from jax.experimental.custom_partitioning import custom_partitioning
 
     @custom_partitioning
@@ -232,8 +232,9 @@ def _warn_of_streams(axes: Axes) -> None:
     logging.getLogger("jax_mhc").warning(
         "XLA splits the streams of a token (n) over the mesh axes %s, and gathers them for every "
         "op, in which each stream mixes with all others; sharding constraints on [..., n, C] "
-        "should name an axis for each dimension, and None for n", axes
-    )  # fmt: skip
+        "should name an axis for each dimension, and None for n",
+        axes,
+    )
 
 
 def _sharded_axes(array: jax.ShapeDtypeStruct, mesh: AbstractMesh) -> tuple[Axes, ...]:

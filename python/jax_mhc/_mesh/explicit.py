@@ -13,13 +13,13 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, r
 
 from jax_mhc._axes import Axes, axes_of, entries, varying_axes
 from jax_mhc._call import Call, Values
-from jax_mhc._errors import fail
+from jax_mhc._errors import Refusal
 from jax_mhc._mesh.manual import missing_axes, on_device, sum_up
 from jax_mhc._mesh.spread import MeshLayout, Spread, check_streams, run_here
 
 
 def is_explicit(streams: jax.Array) -> bool:
-    """Whether a call on these streams runs on explicit axes."""
+    """True if a call on these streams runs on explicit axes."""
     return bool(axes_of(streams, AxisType.Explicit))
 
 
@@ -56,8 +56,9 @@ def run_explicit(spread: Spread, operands: Values) -> Values:
 def _warn_of_auto(mesh: AbstractMesh) -> None:
     logging.getLogger("jax_mhc").warning(
         "the mesh %s has auto axes beside explicit ones: XLA gathers what is split over auto axes "
-        "for the kernels; make them explicit, or run the op in jax.shard_map over them", mesh
-    )  # fmt: skip
+        "for the kernels; make them explicit, or run the op in jax.shard_map over them",
+        mesh,
+    )
 
 
 @functools.cache
@@ -123,7 +124,8 @@ def _layout(spread: Spread, operands: Values) -> MeshLayout:
 
 
 def _fail_to_agree(call: Call, name: str, known: object, other: object) -> NoReturn:
-    fail(
-        ValueError, call.op, name, f"the same dimensions split over the same mesh axes as those of "
-        f"the streams, {known}", other, "Bring it there with jax.sharding.reshard.",
-    )  # fmt: skip
+    raise Refusal(ValueError, call.op, name).expected(
+        f"the same dimensions split over the same mesh axes as those of the streams, {known}",
+        other,
+        "Bring it there with jax.sharding.reshard.",
+    )

@@ -82,7 +82,7 @@ def _channels_axis(value: SpreadValue) -> int | None:
 
 
 def _own_channels(axes: Axes, value: SpreadValue, array: jax.Array) -> jax.Array:
-    """This device's channels of a parameter; all of other values."""
+    """Channels of a parameter that this device has; all of other values."""
     at = _channels_axis(value)
     if not axes or at is None:
         return array

@@ -115,7 +115,7 @@ def _head_forward(inner: Inner, call: Call, axes: Axes, given: Values) -> Values
 
 
 def _head_backward(inner: Inner, call: Call, axes: Axes, given: Values) -> Values:
-    """That of pre without h_post and h_res, since the head has no d_h_pre to add to."""
+    """Backward pass of pre without h_post and h_res: the head has no d_h_pre to add to."""
     x, m = given["x"], given["m"]
     n, zeros = x.shape[-2], jnp.zeros_like(m)
     matrices = jnp.broadcast_to(zeros[..., None], (*zeros.shape, n))
@@ -134,8 +134,10 @@ def _head_backward(inner: Inner, call: Call, axes: Axes, given: Values) -> Value
     pre = Settings(config, fused=call.fused).call("pre_bwd", given | as_pre, deferred=False)
     got = _backward(inner, pre, axes, given | as_pre)
     return got | {
-        "d_phi": got["d_phi"][..., :n], "d_alpha": got["d_alpha"][:1], "d_bias": got["d_bias"][:n]
-    }  # fmt: skip
+        "d_phi": got["d_phi"][..., :n],
+        "d_alpha": got["d_alpha"][:1],
+        "d_bias": got["d_bias"][:n],
+    }
 
 
 _PROGRAMS: dict[str, Callable[[Inner, Call, Axes, Values], Values]] = {

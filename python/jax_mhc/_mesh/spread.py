@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from jax_mhc._axes import Axes
 from jax_mhc._call import Call, Value, Values, bind
-from jax_mhc._errors import fail
+from jax_mhc._errors import Refusal
 
 
 class SpreadValue(NamedTuple):
@@ -25,7 +25,7 @@ class SpreadValue(NamedTuple):
     is_mapped: bool
 
     def factors(self, rank: int) -> list[str]:
-        """What each dimension of an array of this rank may be sharded along.
+        """Factor along which each dimension of an array of this rank may be sharded.
 
         "b": the batch. "t0", "t1" and so on: the tokens. "n": the streams of values `[..., n, C]`.
         "C": the channels. "-": nothing; the dimension is replicated.
@@ -96,11 +96,11 @@ class MeshLayout(NamedTuple):
 def check_streams(call: Call, name: str, axes: Axes) -> None:
     """Raises an error unless the streams of a token are on one device."""
     if axes:
-        fail(
-            ValueError, call.op, name, "streams [..., n, C] whose n is not split over devices",
+        raise Refusal(ValueError, call.op, name).expected(
+            "streams [..., n, C] whose n is not split over devices",
             f"n split over mesh axes {axes}",
             "Every stream mixes with every other: split leading dimensions, or C.",
-        )  # fmt: skip
+        )
 
 
 def run_here(spread: Spread, operands: Mapping[str, jax.Array]) -> Values:

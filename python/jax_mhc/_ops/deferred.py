@@ -11,7 +11,7 @@ says. pre's backward takes either, and JAX reports which of the two is zero whil
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from jax.custom_derivatives import SymbolicZero
 from jax_mhc._check import accumulation_dtype
 from jax_mhc._types import Context
 from jax_mhc.reference import mix
+
+Cotangent: TypeAlias = jax.Array | SymbolicZero
 
 
 def streams(ctx: Context) -> tuple[bool, jax.Array]:
@@ -48,8 +50,9 @@ def d_streams_in(d_ctx: Context, h_res: jax.Array) -> tuple[jax.Array, bool]:
     d_ctx: the cotangent of a context, whose leaves may be symbolic zeros.
     """
     # Types say that a context has arrays; those of cotangents have symbolic zeros beside them.
-    d_x: Any = d_ctx.x
-    d_deferred: Any = d_ctx._deferred
+    d_x: Cotangent = d_ctx.x
+    d_deferred: Cotangent | None = d_ctx._deferred
+    assert d_deferred is not None
     if isinstance(d_deferred, SymbolicZero):
         return instantiate(d_x), False
     if isinstance(d_x, SymbolicZero):
@@ -58,7 +61,7 @@ def d_streams_in(d_ctx: Context, h_res: jax.Array) -> tuple[jax.Array, bool]:
     return (d_x + _mix_back(h_res, d_deferred)).astype(d_x.dtype), False
 
 
-def instantiate(cotangent: jax.Array | SymbolicZero) -> jax.Array:
+def instantiate(cotangent: Cotangent) -> jax.Array:
     """An array in place of a symbolic zero."""
     if isinstance(cotangent, SymbolicZero):
         return jnp.zeros(cotangent.shape, cotangent.dtype)

@@ -1,4 +1,4 @@
-"""What the ops have in common: their calls by name, and an op as a function with a derivative.
+"""Parts that the ops share: their calls by name, and an op as a function with a derivative.
 
 An op is, from the outside in,
 

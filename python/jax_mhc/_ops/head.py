@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 
 from jax_mhc import _check, reference
 from jax_mhc._call import Implementation, Settings, Values
-from jax_mhc._ops.deferred import instantiate
+from jax_mhc._ops.deferred import Cotangent, instantiate
 from jax_mhc._ops.fused_op import fused_call, fused_op
 from jax_mhc._types import HeadParams, MHCConfig
 from jax_mhc.presets import PAPER
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 
 def head(
-    x: jax.Array,
+    x: Float[jax.Array, "*tokens n C"],
     params: HeadParams,
     *,
     config: MHCConfig = PAPER,
     hidden_axis_name: str | Sequence[str] | None = None,
     implementation: Implementation = None,
-) -> jax.Array:
+) -> Float[jax.Array, "*tokens C"]:
     """The learned exit: a weighted sum of the streams, as before the final norm of DeepSeek-V4.
 
         r = 1 / sqrt(mean(X²) + norm_eps)
@@ -67,7 +70,7 @@ def _forward(operands: Values, results: Values) -> tuple[jax.Array, Values]:
     return u, operands | results
 
 
-def _backward(settings: Settings, saved: Values, d_u: Any) -> Values:
+def _backward(settings: Settings, saved: Values, d_u: Cotangent) -> Values:
     return fused_call("head_bwd", settings, saved | {"d_u": instantiate(d_u)})
 
 

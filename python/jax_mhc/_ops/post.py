@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 
 from jax_mhc import _check, reference
 from jax_mhc._call import Implementation, Settings, Values
-from jax_mhc._ops.deferred import gradient, instantiate, streams
+from jax_mhc._ops.deferred import Cotangent, gradient, instantiate, streams
 from jax_mhc._ops.fused_op import fused_call, fused_op
 from jax_mhc._types import Context
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
-def post(y: jax.Array, ctx: Context, *, implementation: Implementation = None) -> jax.Array:
+
+def post(
+    y: Float[jax.Array, "*tokens C"], ctx: Context, *, implementation: Implementation = None
+) -> Float[jax.Array, "*tokens n C"]:
     """The streams after a sublayer (equation 3).
 
         X'[i] = Σ_j h_res[i, j] X[j] + h_post[i] · y
@@ -54,7 +59,7 @@ def _forward(operands: Values, results: Values) -> tuple[jax.Array, Values]:
     return results["x_new"], operands
 
 
-def _backward(settings: Settings, saved: Values, d_x_new: Any) -> Values:
+def _backward(settings: Settings, saved: Values, d_x_new: Cotangent) -> Values:
     d_x_new = instantiate(d_x_new)
     d_x = gradient(settings.defers, d_x_new, saved["h_res"])
     return {"d_x": d_x} | fused_call("post_bwd", settings, saved | {"d_x_new": d_x_new})

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 
 from jax_mhc import _check, reference
 from jax_mhc._call import Implementation, Settings, Values
-from jax_mhc._ops.deferred import d_streams_in, gradient, streams
+from jax_mhc._ops.deferred import Cotangent, d_streams_in, gradient, streams
 from jax_mhc._ops.fused_op import fused_call, fused_op, normalizers, present
 from jax_mhc._ops.pre import context, cotangents_of
 from jax_mhc._types import Context, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 
 def post_pre(
-    y: jax.Array,
+    y: Float[jax.Array, "*tokens C"],
     ctx: Context,
     params: MHCParams,
     *,
     config: MHCConfig = PAPER,
-    norm_scale: jax.Array | None = None,
+    norm_scale: Float[jax.Array, " C"] | None = None,
     norm_scale_eps: float = 1e-6,
     hidden_axis_name: str | Sequence[str] | None = None,
     implementation: Implementation = None,
-) -> tuple[jax.Array, Context]:
+) -> tuple[Float[jax.Array, "*tokens C"], Context]:
     """The seam between two sublayers: `post` of one, then `pre` of the next.
 
         X'[i] = Σ_j h_res[i, j] X[j] + h_post[i] · y
@@ -69,16 +72,26 @@ def post_pre(
     deferred, x = streams(ctx)
     return _post_pre(
         present(
-            x=x, y=y, h_post=ctx.h_post, h_res=ctx.h_res,
-            phi=phi, alpha=alpha, bias=bias, norm_scale=norm_scale,
+            x=x,
+            y=y,
+            h_post=ctx.h_post,
+            h_res=ctx.h_res,
+            phi=phi,
+            alpha=alpha,
+            bias=bias,
+            norm_scale=norm_scale,
         ),
         Settings(config, eps, axes, defers=deferred),
         implementation,
         lambda: reference.post_pre(
-            y, ctx, MHCParams(phi, alpha, bias), config=config,
-            norm_scale=norm_scale, norm_scale_eps=eps,
+            y,
+            ctx,
+            MHCParams(phi, alpha, bias),
+            config=config,
+            norm_scale=norm_scale,
+            norm_scale_eps=eps,
         ),
-    )  # fmt: skip
+    )
 
 
 def _forward(operands: Values, results: Values) -> tuple[tuple[jax.Array, Context], Values]:
@@ -90,7 +103,7 @@ def _forward(operands: Values, results: Values) -> tuple[tuple[jax.Array, Contex
     return (results["u"], ctx), operands | kept | {"h_res_new": results["h_res"]}
 
 
-def _backward(settings: Settings, saved: Values, cotangents: tuple[Any, Context]) -> Values:
+def _backward(settings: Settings, saved: Values, cotangents: tuple[Cotangent, Context]) -> Values:
     d_u, d_ctx = cotangents
     d_x_new_in, deferred = d_streams_in(d_ctx, saved["h_res_new"])
     gradients = fused_call(

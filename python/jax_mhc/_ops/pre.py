@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 
 from jax_mhc import _check, reference
 from jax_mhc._call import Implementation, Settings, Values
-from jax_mhc._ops.deferred import d_streams_in, instantiate
+from jax_mhc._ops.deferred import Cotangent, d_streams_in, instantiate
 from jax_mhc._ops.fused_op import fused_call, fused_op, normalizers, present
 from jax_mhc._types import Context, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 
 def pre(
-    x: jax.Array,
+    x: Float[jax.Array, "*tokens n C"],
     params: MHCParams,
     *,
     config: MHCConfig = PAPER,
-    norm_scale: jax.Array | None = None,
+    norm_scale: Float[jax.Array, " C"] | None = None,
     norm_scale_eps: float = 1e-6,
     hidden_axis_name: str | Sequence[str] | None = None,
     implementation: Implementation = None,
-) -> tuple[jax.Array, Context]:
+) -> tuple[Float[jax.Array, "*tokens C"], Context]:
     """The layer's input and the coefficients of one sublayer (equations 14 to 19).
 
         r      = 1 / sqrt(mean(X²) + norm_eps)
@@ -96,10 +99,13 @@ def pre(
         Settings(config, eps, axes),
         implementation,
         lambda: reference.pre(
-            x, MHCParams(phi, alpha, bias), config=config,
-            norm_scale=norm_scale, norm_scale_eps=eps,
+            x,
+            MHCParams(phi, alpha, bias),
+            config=config,
+            norm_scale=norm_scale,
+            norm_scale_eps=eps,
         ),
-    )  # fmt: skip
+    )
 
 
 def _forward(operands: Values, results: Values) -> tuple[tuple[jax.Array, Context], Values]:
@@ -112,16 +118,18 @@ def context(x: jax.Array, results: Values) -> Context:
     return Context._of(x, x, results["h_pre"], results["h_post"], results["h_res"])
 
 
-def _backward(settings: Settings, saved: Values, cotangents: tuple[Any, Context]) -> Values:
+def _backward(settings: Settings, saved: Values, cotangents: tuple[Cotangent, Context]) -> Values:
     d_u, d_ctx = cotangents
     d_x_in, deferred = d_streams_in(d_ctx, saved["h_res"])
     return fused_call(
-        "pre_bwd", settings, saved | cotangents_of(d_u, d_ctx) | {"d_x_in": d_x_in},
+        "pre_bwd",
+        settings,
+        saved | cotangents_of(d_u, d_ctx) | {"d_x_in": d_x_in},
         deferred=deferred,
-    )  # fmt: skip
+    )
 
 
-def cotangents_of(d_u: Any, d_ctx: Context) -> Values:
+def cotangents_of(d_u: Cotangent, d_ctx: Context) -> Values:
     """The cotangents of u and of the coefficients, which a backward call takes."""
     return {
         "d_u": instantiate(d_u),

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, _errors, reference
 from jax_mhc._call import Implementation, Settings, Values
-from jax_mhc._ops.deferred import instantiate
+from jax_mhc._ops.deferred import Cotangent, instantiate
 from jax_mhc._ops.fused_op import fused_call, fused_op
 from jax_mhc._types import MHCConfig
 from jax_mhc.presets import PAPER
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 
 def sinkhorn(
-    logits: jax.Array,
+    logits: Float[jax.Array, "*tokens n n"],
     *,
     config: MHCConfig = PAPER,
     implementation: Implementation = None,
-) -> jax.Array:
+) -> Float[jax.Array, "*tokens n n"]:
     """Sinkhorn-Knopp on exp(logits): equation 9, what `pre` does to z_res.
 
         M = exp(logits);  config.sinkhorn_iters times:  M = T_r(T_c(M))
@@ -55,10 +58,11 @@ def sinkhorn(
     logits = _check.matrices(op, "logits", logits)
     config = _check.config(op, config, logits.dtype)
     if config.constraint != "birkhoff":
-        _errors.fail(
-            ValueError, op, "config.constraint", "'birkhoff'", repr(config.constraint),
+        raise _errors.Refusal(ValueError, op, "config.constraint").expected(
+            "'birkhoff'",
+            repr(config.constraint),
             "Sinkhorn is the projection of this constraint alone.",
-        )  # fmt: skip
+        )
     return _sinkhorn(
         {"z": logits},
         Settings(config),
@@ -71,7 +75,7 @@ def _forward(operands: Values, results: Values) -> tuple[jax.Array, Values]:
     return results["h_res"], operands
 
 
-def _backward(settings: Settings, saved: Values, d_h_res: Any) -> Values:
+def _backward(settings: Settings, saved: Values, d_h_res: Cotangent) -> Values:
     return fused_call("sinkhorn_bwd", settings, saved | {"d_h_res": instantiate(d_h_res)})
 
 

@@ -2,60 +2,117 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Literal, TypeVar
 
 import jax
 
 from jax_mhc import _check, _errors
-from jax_mhc._stack.remat import best_length
-from jax_mhc._types import MHCParams
+from jax_mhc._mesh.types import sharded_like
+from jax_mhc._stack.remat import Recompute, best_length
+from jax_mhc._types import Layer, MHCParams, Tree
 
 OP = "stack"
 
+Element = TypeVar("Element")
 
-def elements(argument: str, value: Any, expected: str) -> tuple[Any, ...]:
-    """Returns the elements of a sequence."""
+
+def sublayers(
+    layers: Sequence[Layer],
+    params: Sequence[MHCParams],
+    norm_scale: Sequence[jax.Array | None] | None,
+    x: jax.Array,
+    *,
+    has_slices: bool,
+) -> tuple[tuple[Layer, ...], tuple[MHCParams, ...], tuple[jax.Array | None, ...]]:
+    """The layers, which check themselves, and for each parameters and a norm's scale.
+
+    x: the streams that the layers are for.
+    has_slices: whether layers take a slice of xs, too.
+    """
+    layers = _elements("layers", layers, "functions, one for each sublayer")
+    params = _elements("params", params, "jax_mhc.MHCParams, one for each of layers")
+    scales: tuple[jax.Array | None, ...] = (None,) * len(layers)
+    if norm_scale is not None:
+        scales = _elements("norm_scale", norm_scale, "arrays, one for each of layers")
+    for i, layer in enumerate(layers):
+        remedy = "Pass the sublayers themselves: stack([attention, mlp], x, params)."
+        _errors.function(OP, f"layers[{i}]", layer, "a function", remedy)
+    if len(params) != len(layers):
+        raise _errors.Refusal(ValueError, OP, "params").expected(
+            f"{len(layers)} MHCParams, one for each of layers",
+            len(params),
+            "Every sublayer has its own; attention and MLP are two.",
+        )
+    if len(scales) != len(layers):
+        raise _errors.Refusal(ValueError, OP, "norm_scale").expected(
+            f"{len(layers)} arrays or None, one for each of layers",
+            len(scales),
+            "Give None for a layer whose input is not to be normalised.",
+        )
+    of_what = "u and a slice of xs" if has_slices else "u"
+    checked = tuple(partial(_run, i, layer, of_what, x) for i, layer in enumerate(layers))
+    return checked, params, scales
+
+
+def _run(
+    i: int, layer: Layer, of_what: str, x: jax.Array, u: jax.Array, *of_block: Tree
+) -> jax.Array:
+    """The output of a layer that belongs to the streams x, sharded as u: loops require that."""
+    y = _check.call(OP, f"layers[{i}]", of_what, layer, u, *of_block)
+    return sharded_like(_layer_output(i, y, x), u)
+
+
+def _elements(argument: str, value: Iterable[Element], expected: str) -> tuple[Element, ...]:
+    """The elements of a sequence."""
     try:
         return tuple(value)
-    except TypeError:
-        _errors.fail(
-            TypeError, OP, argument, f"a sequence of {expected}", type(value).__name__,
+    except TypeError as error:
+        raise _errors.Refusal(TypeError, OP, argument).expected(
+            f"a sequence of {expected}",
+            type(value).__name__,
             f"Put it into a list; {argument} stacked over blocks are given as one for each sublayer"
             " of a block, with xs.",
-        )  # fmt: skip
+        ) from error
 
 
-def sequences(layers: tuple[Any, ...], params: tuple[Any, ...], scales: tuple[Any, ...]) -> None:
-    """Checks that layers are functions, and that each has parameters and a norm's scale."""
-    for i, layer in enumerate(layers):
-        _errors.function(
-            OP, f"layers[{i}]", layer, "a function",
-            "Pass the sublayers themselves: stack([attention, mlp], x, params).",
-        )  # fmt: skip
-    if len(params) != len(layers):
-        _errors.fail(
-            ValueError, OP, "params", f"{len(layers)} MHCParams, one for each of layers",
-            len(params), "Every sublayer has its own; attention and MLP are two.",
-        )  # fmt: skip
-    if len(scales) != len(layers):
-        _errors.fail(
-            ValueError, OP, "norm_scale", f"{len(layers)} arrays or None, one for each of layers",
-            len(scales), "Give None for a layer whose input is not to be normalised.",
-        )  # fmt: skip
+def recompute(value: Recompute) -> None:
+    """Checks what is computed again."""
+    if not isinstance(value, Recompute):
+        raise _errors.Refusal(TypeError, OP, "recompute").expected(
+            "jax_mhc.Recompute",
+            _errors.typed(value),
+            "Make one, such as jax_mhc.Recompute(every='auto').",
+        )
 
 
-def layer_output(i: int, y: Any, x: jax.Array) -> jax.Array:
+def unroll(value: int | bool, *, has_loop: bool) -> int | bool:
+    """Number of steps of the loop that are unrolled; True: all of them."""
+    if not isinstance(value, bool):
+        value = _errors.integer(OP, "unroll", value, 1, None, "Give 1 to unroll nothing.")
+    if not has_loop and value not in (False, 1):
+        raise _errors.Refusal(ValueError, OP, "unroll").expected(
+            "1 where there is no xs", value, "Without xs there is no loop; leave unroll out."
+        )
+    return value
+
+
+def _layer_output(i: int, y: object, x: jax.Array) -> jax.Array:
     """Returns the output of a layer, one array that belongs to the streams `x`."""
     argument = f"the result of layers[{i}]"
     if isinstance(y, tuple | list):
-        _errors.fail(
-            TypeError, OP, argument, "one array", f"a {type(y).__name__} of {len(y)}",
+        raise _errors.Refusal(TypeError, OP, argument).expected(
+            "one array",
+            f"a {type(y).__name__} of {len(y)}",
             "For layers that return more, call jax_mhc.pre, post_pre and post in a loop.",
-        )  # fmt: skip
+        )
     return _check.layer_output(OP, argument, y, x)
 
 
-def num_blocks(params: tuple[MHCParams, ...], scales: tuple[Any, ...], xs: Any) -> int:
+def num_blocks(
+    params: tuple[MHCParams, ...], scales: tuple[jax.Array | None, ...], xs: Tree
+) -> int:
     """The common length of the leading axes."""
     num_blocks, first = None, ""
     for argument, tree in (("xs", xs), ("params", params), ("norm_scale", scales)):
@@ -68,20 +125,24 @@ def num_blocks(params: tuple[MHCParams, ...], scales: tuple[Any, ...], xs: Any) 
                 expected = "a leading axis of blocks"
                 if first:
                     expected += f" of length {num_blocks}, as {first} has"
-                _errors.fail(
-                    ValueError, OP, name, expected, f"shape {list(shape)}",
+                raise _errors.Refusal(ValueError, OP, name).expected(
+                    expected,
+                    f"shape {list(shape)}",
                     "With xs, all leaves of params and xs are stacked over the blocks, for "
                     "example by jax.vmap(init)(keys).",
-                )  # fmt: skip
+                )
     if num_blocks is None:
-        _errors.fail(
-            ValueError, OP, "xs", "an array with a leading axis of blocks", "none, nor any params",
+        raise _errors.Refusal(ValueError, OP, "xs").expected(
+            "an array with a leading axis of blocks",
+            "none, nor any params",
             "Leave xs out where there is nothing to loop over.",
-        )  # fmt: skip
+        )
     return num_blocks
 
 
-def stretch(every: Any, streams: int, num_layers: int, num_blocks: int) -> tuple[int, int]:
+def stretch(
+    every: int | Literal["auto"], streams: int, num_layers: int, num_blocks: int
+) -> tuple[int, int]:
     """The sublayers of a stretch, and the blocks in a step of the scan, which is all of it."""
     if not num_layers:
         return 1, 1
@@ -93,9 +154,9 @@ def stretch(every: Any, streams: int, num_layers: int, num_blocks: int) -> tuple
         return every, 1
     if every in across:
         return every, every // num_layers
-    _errors.fail(
-        ValueError, OP, "keep_streams_every",
+    raise _errors.Refusal(ValueError, OP, "recompute.every").expected(
         f"a divisor of {num_layers}, the sublayers of a block, or {num_layers} times a divisor of "
-        f"{num_blocks}, the blocks", every,
+        f"{num_blocks}, the blocks",
+        every,
         "All stretches of a scan are of the same length; 'auto' chooses one.",
-    )  # fmt: skip
+    )

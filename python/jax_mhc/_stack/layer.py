@@ -21,7 +21,7 @@ Leaves: TypeAlias = list[Any]
 
 
 class Given(NamedTuple):
-    """What a layer is given beside u. Each pair makes up its s and its constants.
+    """Arguments of a layer beside u. Each pair makes up its s and its constants.
 
     Attributes:
         s: the leaves of the slice of xs that have gradients.
@@ -70,7 +70,7 @@ class Layer:
         closed = jax.make_jaxpr(passes)(u, given)
         self.consts, self.jaxpr = closed.consts, closed.jaxpr
         _, *self.residuals = self.jaxpr.outvars
-        # What follows from constants is computed again: it would be kept for every block.
+        # Values that follow from constants are computed again: they would be kept for every block.
         self.u, *at_hand = self.jaxpr.invars
         self.has_norm = has_norm
         varying = set(
@@ -110,7 +110,7 @@ class Layer:
     ) -> Callable[[jax.Array], tuple[jax.Array, Leaves, Leaves]]:
         """The function from d_y to d_u, d_s and d_constants; `again` is u if that is not kept."""
         others = jax.core.eval_jaxpr(self.again, self.consts, *jax.tree.leaves(given))
-        values: dict[int, Any] = {id(self.u): again}
+        values = {} if again is None else {id(self.u): again}
         values |= zip([*self.kept, *self.others], [*kept, *others], strict=True)
         residuals = [
             value if source is residual else value.astype(_type(residual).dtype)
@@ -121,7 +121,7 @@ class Layer:
 
 
 def _widens(eqn: JaxprEqn) -> bool:
-    """Whether it copies a variable to a wider dtype, from which it comes back to the bit."""
+    """True if an equation copies a variable to a wider dtype, from which it comes back exactly."""
     if eqn.primitive.name != "convert_element_type" or hasattr(eqn.invars[0], "val"):
         return False  # or a literal
     source, copy = (jnp.dtype(_type(v).dtype) for v in (eqn.invars[0], eqn.outvars[0]))
@@ -142,7 +142,7 @@ def _follow(copies: dict[int, Var], variable: Var) -> Var:
 
 
 def is_inexact(value: jax.Array) -> bool:
-    """Whether an array can have a gradient."""
+    """True if an array can have a gradient."""
     return jnp.issubdtype(value.dtype, jnp.inexact)
 
 

@@ -15,26 +15,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Hashable, Sequence
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from jax_mhc._axes import varying_like
 from jax_mhc._call import Settings, Values, reverse_mode_only
-from jax_mhc._check import accumulation_dtype
-from jax_mhc._mesh.types import empty_stack, empty_stack_of, of_tokens
+from jax_mhc._mesh.types import empty_stack, empty_stack_of
 from jax_mhc._ops.fused_op import KEPT, fused_call, normalizers
 from jax_mhc._stack.layer import Given, Layer, Leaves, is_inexact, merge, partition
+from jax_mhc._stack.pending import Pending, no_sublayer
 from jax_mhc._stack.structure import structure
+from jax_mhc._types import Tree
 from jax_mhc.diagnostics import sample_tokens
 
 if TYPE_CHECKING:
     from jax.extend.core import ClosedJaxpr
 
-# A pytree of arrays, the same at every place that names it in a signature.
-Tree: TypeAlias = Any
-Carry: TypeAlias = Any
+# A pytree that a loop carries.
+Carry: TypeAlias = Tree
 
 
 def own_scan(
@@ -80,8 +80,7 @@ def own_scan(
     layers_structure = tuple(structure(layer.jaxpr) for layer in traced)
     key = layers_structure, layout, settings, stretches, num_samples
     run = _compiled(_Keyed(key, scan))
-    x_new, h_res = run(*operands, other_xs, other_constants)
-    return x_new, jax.tree.map(lambda h: h.reshape(-1, *h.shape[2:]), h_res)
+    return run(*operands, other_xs, other_constants)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,22 +113,8 @@ class Stretches(NamedTuple):
     keeps_inputs: bool = True
 
 
-class Pending(NamedTuple):
-    """What the post of a sublayer needs beside the streams.
-
-    Attributes:
-        y: the layer's output `[..., C]`.
-        h_post: the weight of y in each stream `[..., n]`.
-        h_res: the weights of the streams `[..., n, n]`.
-    """
-
-    y: jax.Array
-    h_post: jax.Array
-    h_res: jax.Array
-
-
 class _Kept(NamedTuple):
-    """What is kept of a sublayer for the backward pass.
+    """Values of a sublayer that are kept for the backward pass.
 
     Attributes:
         pending: what the post in front of it needs, by name. Within a stretch whose coefficients
@@ -144,7 +129,7 @@ class _Kept(NamedTuple):
 
 
 class _Before(NamedTuple):
-    """What a sublayer had before it, and made for its backward pass.
+    """Values that a sublayer had before it, and made for its backward pass.
 
     Attributes:
         x: the streams before its post_pre.
@@ -186,6 +171,19 @@ class _Scan:
         operands = {"x": x} | pending._asdict() | params
         return fused_call("post_pre_fwd", self.settings, operands, kept_alone=kept_alone)
 
+    def sublayer(
+        self,
+        x: jax.Array,
+        pending: Pending,
+        params: Values,
+        layer: Callable[[jax.Array], tuple[jax.Array, Leaves]],
+        kept_alone: Collection[str] = KEPT,
+    ) -> tuple[Values, Pending, Leaves]:
+        """A whole sublayer: the results of its post_pre, its pending post, what its layer keeps."""
+        results = self.post_pre(x, pending, params, kept_alone)
+        y, kept = layer(results["u"])
+        return results, Pending(y, results["h_post"], results["h_res"]), kept
+
     def post(self, x: jax.Array, pending: Pending) -> jax.Array:
         """The streams after a sublayer."""
         return fused_call("post_fwd", self.settings, {"x": x} | pending._asdict())["x_new"]
@@ -226,16 +224,20 @@ class _Scan:
         def step(carry: Carry, slices: Tree) -> tuple[Carry, jax.Array | None]:
             (x, pending), (block_params, s, other_s) = carry, slices
             samples = []
+            s = merge(s, other_s)
+
+            def layer(j: int, u: jax.Array) -> tuple[jax.Array, Leaves]:
+                return self.layer(j, u, s, constants), []
+
             for j, p in enumerate(block_params):
-                results = self.post_pre(x, pending, p)
-                samples.append(results["h_res"])
-                y = self.layer(j, results["u"], merge(s, other_s), constants)
-                x, pending = results["x_new"], Pending(y, results["h_post"], results["h_res"])
+                results, pending, _ = self.sublayer(x, pending, p, partial(layer, j))
+                x = results["x_new"]
+                samples.append(pending.h_res)
             return (x, pending), self.stacked(samples)
 
         carry = x, no_sublayer(x, self.settings.hidden_axes)
         (x, pending), samples = jax.lax.scan(step, carry, (params, xs, other_xs))
-        return self.post(x, pending), samples
+        return self.post(x, pending), _of_sublayers(samples)
 
     def forward_and_keep(
         self,
@@ -257,11 +259,14 @@ class _Scan:
         given = Given(s, other_s, constants, other_constants)
         self.layers = [
             Layer(
-                partial(self.layer, j), layer.in_avals[0], given,
-                has_norm="norm_scale" in p, keeps_input=self.keeps_inputs,
+                partial(self.layer, j),
+                layer.in_avals[0],
+                given,
+                has_norm="norm_scale" in p,
+                keeps_input=self.keeps_inputs,
             )
             for j, (layer, p) in enumerate(zip(self.traced, params, strict=True))
-        ]  # fmt: skip
+        ]
 
         def step(
             i: jax.Array, carry: Carry, blocks: list[Tree], _: Tree
@@ -273,20 +278,21 @@ class _Scan:
                 x = _at(streams[k - 1], i)
                 for b, j in stretch:
                     block_params, s, other_s = blocks[b]
-                    results = self.post_pre(
-                        x, pending, block_params[j], kept_alone=("x_new", *KEPT)
+                    given = Given(s, other_s, constants, other_constants)
+                    of_post, y_before = pending._asdict(), pending.y
+                    results, pending, new = self.sublayer(
+                        x,
+                        pending,
+                        block_params[j],
+                        partial(self.layers[j].forward, given=given),
+                        kept_alone=("x_new", *KEPT),
                     )
-                    x = results["x_new"]
-                    samples.append(results["h_res"])
-                    y, new = self.layers[j].forward(
-                        results["u"], Given(s, other_s, constants, other_constants)
-                    )
-                    of_post, of_pre = pending._asdict(), normalizers(results)
+                    x, of_pre = results["x_new"], normalizers(results)
+                    samples.append(pending.h_res)
                     if not self.keeps_inputs:
                         # Of the coefficients those alone that the stretch begins with.
-                        of_post, of_pre = of_post if not kept[k] else {"y": pending.y}, {}
+                        of_post, of_pre = of_post if not kept[k] else {"y": y_before}, {}
                     kept[k].append(_Kept(of_post, of_pre, new))
-                    pending = Pending(y, results["h_post"], results["h_res"])
                 streams[k] = _put(streams[k], x, i + 1 if k == last else i)
             return (tuple(streams), pending), len(blocks) * [()], (kept, self.stacked(samples))
 
@@ -296,12 +302,12 @@ class _Scan:
         )
         x_new = self.post(streams[last][-1], pending)
         saved = params, xs, constants, other_xs, other_constants
-        return (x_new, samples), (streams, pending, kept, saved)
+        return (x_new, _of_sublayers(samples)), (streams, pending, kept, saved)
 
     def again(
         self, x: jax.Array, stretch_params: list[Values], stretch_kept: list[_Kept]
     ) -> list[_Before]:
-        """What each sublayer of a stretch had before it, computed again where it is not kept."""
+        """Values before each sublayer of a stretch, computed again where they are not kept."""
         made: list[_Before] = []
         results: Values = {}
         for s, (p, kept) in enumerate(zip(stretch_params, stretch_kept, strict=True)):
@@ -371,13 +377,9 @@ class _Scan:
         return d_x, d_params, d_xs, d_constants, None, None
 
 
-def no_sublayer(x: jax.Array, hidden_axes: tuple[str, ...]) -> Pending:
-    """What a post needs that gives back x, and the cotangent of x, exactly."""
-    *tokens, n, _ = x.shape
-    wide = accumulation_dtype(x.dtype)
-    h_res = jnp.broadcast_to(jnp.eye(n, dtype=wide), (*tokens, n, n))
-    h_post, h_res = (of_tokens(h, x, hidden_axes) for h in (jnp.zeros((*tokens, n), wide), h_res))
-    return Pending(jnp.zeros_like(x[..., 0, :]), h_post, h_res)
+def _of_sublayers(samples: jax.Array | None) -> jax.Array | None:
+    """Samples `[L, S, n, n]` of those of each step of a loop, `[steps, sublayers, S, n, n]`."""
+    return None if samples is None else samples.reshape(-1, *samples.shape[2:])
 
 
 def _first(stacked: Tree) -> Tree:

@@ -6,49 +6,19 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc import _check, diagnostics
 from jax_mhc._axes import varying_like
-from jax_mhc._call import Implementation
-from jax_mhc._mesh.types import sharded_like
 from jax_mhc._ops.deferred import streams
-from jax_mhc._ops.post_pre import post_pre
-from jax_mhc._ops.pre import pre
+from jax_mhc._ops.sublayer import Options, Sublayer
 from jax_mhc._stack import checks
-from jax_mhc._stack.own_scan import no_sublayer
-from jax_mhc._stack.remat import Recompute, policy_of
-from jax_mhc._types import Context, MHCConfig, MHCParams
-
-
-class Pending(NamedTuple):
-    """Operands of the pending post of a sublayer; a context has more than a loop should carry.
-
-    The cotangent of x is deferred where the ops are fused (_ops/deferred.py).
-    """
-
-    x: jax.Array
-    y: jax.Array
-    h_post: jax.Array
-    h_res: jax.Array
-
-    def operands(self) -> tuple[jax.Array, Context]:
-        """The first operands of post and of post_pre, which do not read h_pre."""
-        h_pre = self.h_post
-        return self.y, Context._of(self.x, self.x, h_pre, self.h_post, self.h_res)
-
-
-class Sublayer(NamedTuple):
-    """A sublayer and its place in `layers`."""
-
-    place: int
-    layer: Callable[[jax.Array], Any]
-    params: MHCParams
-    norm_scale: jax.Array | None
+from jax_mhc._stack.pending import Pending, PendingPost, no_sublayer
+from jax_mhc._stack.remat import Policy, Recomputed, policy_of
+from jax_mhc._types import MHCParams, Tree
 
 
 class Steps(NamedTuple):
@@ -63,51 +33,71 @@ class Steps(NamedTuple):
         return self.num_blocks // self.num_together
 
 
+# The streams that a stack begins with, or those before the pending post of a sublayer.
+Before: TypeAlias = jax.Array | PendingPost
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Runner:
-    """Settings with which sublayers are run; `of_slices` is how errors name their parameters."""
+    """Settings with which the sublayers of a stack are run.
+
+    Attributes:
+        x: the streams, of which shape and dtype are read.
+        options: those of the ops.
+        hidden_axes: the manual axes over which C is sharded.
+        policy: that of `Recompute`.
+        num_samples: the number of tokens whose h_res is returned, or 0.
+        of_slices: how errors begin the names of parameters.
+    """
 
     x: jax.Array
-    config: MHCConfig
-    norm_scale_eps: float
+    options: Options
     hidden_axes: tuple[str, ...]
-    implementation: Implementation
-    policy: Recompute | Callable[..., Any]
+    policy: Recomputed | Policy
     num_samples: int
     of_slices: str
 
-    def _advance(self, before: Any, sublayers: list[Sublayer]) -> Any:
+    def sublayer(
+        self,
+        i: int,
+        layer: Callable[..., jax.Array],
+        params: MHCParams,
+        norm_scale: jax.Array | None,
+        *of_block: Tree,
+    ) -> Sublayer[None]:
+        """Sublayer i of a block, and the slice of xs that the layer takes, if so."""
+        options, x, axes = self.options, self.x, self.hidden_axes
+        _check.params(checks.OP, params, x, options["config"], f"{self.of_slices}params[{i}]", axes)
+        eps, argument = options["norm_scale_eps"], f"{self.of_slices}norm_scale[{i}]"
+        _check.norm_scale(checks.OP, norm_scale, eps, x, argument, axes)
+        return Sublayer(lambda u: (layer(u, *of_block), None), params, norm_scale, options)
+
+    def _advance(
+        self, before: Before, sublayers: list[Sublayer[None]]
+    ) -> tuple[Before, list[jax.Array]]:
         """Runs sublayers; returns the pending post of the last one, and samples of h_res."""
-        x, eps, axes = self.x, self.norm_scale_eps, self.hidden_axes
-        options: dict[str, Any] = {
-            "config": self.config, "implementation": self.implementation, "norm_scale_eps": eps,
-            "hidden_axis_name": axes,
-        }  # fmt: skip
         samples = []
-        for i, layer, p, scale in sublayers:
-            _check.params(checks.OP, p, x, self.config, f"{self.of_slices}params[{i}]", axes)
-            _check.norm_scale(checks.OP, scale, eps, x, f"{self.of_slices}norm_scale[{i}]", axes)
-            if isinstance(before, Pending):
-                u, ctx = post_pre(*before.operands(), p, norm_scale=scale, **options)
-            else:
-                u, ctx = pre(before, p, norm_scale=scale, **options)
-            # Loops want the type of y to be that of u.
-            y = sharded_like(checks.layer_output(i, layer(u), x), u)
-            y = checkpoint_name(y, "mhc_layer_output")
-            before = Pending(streams(ctx)[1], y, ctx.h_post, ctx.h_res)
+        for sublayer in sublayers:
+            operands = before.operands() if isinstance(before, PendingPost) else before
+            y, ctx, _ = sublayer.until_post(operands)
+            before = PendingPost(streams(ctx)[1], Pending(y, ctx.h_post, ctx.h_res))
             if self.num_samples:
                 samples.append(diagnostics.sample_tokens(ctx.h_res, self.num_samples))
         return before, samples
 
     def run(
-        self, before: Any, sublayers: list[Sublayer], every: int, prevent_cse: bool = True
-    ) -> Any:
+        self,
+        before: Before,
+        sublayers: list[Sublayer[None]],
+        every: int,
+        prevent_cse: bool = True,
+    ) -> tuple[Before, list[jax.Array]]:
         """Runs sublayers in stretches of `every`, each one `jax.checkpoint` where there is one."""
         if every == 1 and self.policy == "streams":
             return self._advance(before, sublayers)
         policy = self.policy
         what = policy if callable(policy) else policy_of(self.x.shape, policy)
-        samples: list[Any] = []
+        samples: list[jax.Array] = []
         for start in range(0, len(sublayers), every):
             stretch = partial(self._advance, sublayers=sublayers[start : start + every])
             run_stretch = jax.checkpoint(stretch, policy=what, prevent_cse=prevent_cse)
@@ -117,38 +107,34 @@ class Runner:
 
 
 def scan(
-    run: Callable[..., Any],
-    layers: tuple[Callable[..., Any], ...],
-    x: jax.Array,
-    stacked: tuple[tuple[MHCParams, ...], tuple[Any, ...], Any],
+    runner: Runner,
+    layers: tuple[Callable[..., jax.Array], ...],
+    stacked: tuple[tuple[MHCParams, ...], tuple[jax.Array | None, ...], Tree],
     steps: Steps,
-    hidden_axes: tuple[str, ...],
-) -> tuple[Pending, Any]:
+    every: int,
+) -> tuple[Before, jax.Array | None]:
     """Runs all blocks; returns the pending post of the last sublayer, and samples of h_res."""
     num_together, unroll = steps.num_together, steps.unroll
 
-    def step(before: Pending, slices: Any) -> tuple[Pending, Any]:
+    def step(before: Before, slices: Tree) -> tuple[Before, jax.Array | None]:
         blocks = [slices]
         if num_together > 1:
             blocks = [jax.tree.map(itemgetter(b), slices) for b in range(num_together)]
         sublayers = [
-            Sublayer(i, partial(_with_slice, layer, s), p, scale)
+            runner.sublayer(i, layer, p, scale, s)
             for block_params, scales, s in blocks
             for i, (layer, p, scale) in enumerate(zip(layers, block_params, scales, strict=True))
         ]
         # XLA could merge the two passes again only where no loop is left of them.
-        before, samples = run(before, sublayers, prevent_cse=unroll is True or unroll >= steps.num)
+        prevent_cse = unroll is True or unroll >= steps.num
+        before, samples = runner.run(before, sublayers, every, prevent_cse)
         return before, jnp.stack(samples) if samples else None
 
     if num_together > 1:
         stacked = jax.tree.map(
             lambda leaf: leaf.reshape(steps.num, num_together, *leaf.shape[1:]), stacked
         )
-    x = varying_like(x, x, *jax.tree.leaves(stacked[:2]))
-    first = Pending(x, *no_sublayer(x, hidden_axes))
+    x = varying_like(runner.x, runner.x, *jax.tree.leaves(stacked[:2]))
+    first: Before = PendingPost(x, no_sublayer(x, runner.hidden_axes))
     before, h_res = jax.lax.scan(step, first, stacked, unroll=unroll)
     return before, jax.tree.map(lambda h: h.reshape(-1, *h.shape[2:]), h_res)
-
-
-def _with_slice(layer: Callable[..., Any], s: Any, u: jax.Array) -> Any:
-    return layer(u, s)

@@ -2,44 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from jax_mhc import _check, _errors
 from jax_mhc._call import Implementation, Settings, Values, use_fused
-from jax_mhc._mesh.types import sharded_like
 from jax_mhc._ops.fused_op import present
 from jax_mhc._ops.post import post
+from jax_mhc._ops.sublayer import Options
 from jax_mhc._stack import checks
 from jax_mhc._stack.own_scan import Stretches, own_scan
-from jax_mhc._stack.plain_scan import Pending, Runner, Steps, Sublayer, scan
-from jax_mhc._stack.remat import Recompute, best_length, check_policy
-from jax_mhc._types import MHCConfig, MHCParams
+from jax_mhc._stack.pending import PendingPost
+from jax_mhc._stack.plain_scan import Before, Runner, Steps, scan
+from jax_mhc._stack.remat import NOTHING, Recompute, best_length
+from jax_mhc._types import Layer, MHCConfig, MHCParams, Tree
 from jax_mhc.presets import PAPER
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 _OP = checks.OP
 
 
 def stack(
-    layers: Sequence[Callable[..., Any]],
-    x: jax.Array,
+    layers: Sequence[Layer],
+    x: Float[jax.Array, "*tokens n C"],
     params: Sequence[MHCParams],
     *,
-    xs: Any = None,
+    xs: Tree = None,
     config: MHCConfig = PAPER,
-    norm_scale: Sequence[jax.Array | None] | None = None,
+    norm_scale: Sequence[Float[jax.Array, "*blocks C"] | None] | None = None,
     norm_scale_eps: float = 1e-6,
     hidden_axis_name: str | Sequence[str] | None = None,
     implementation: Implementation = None,
-    keep_streams_every: int | Literal["auto"] = 1,
-    policy: Recompute | Callable[..., Any] = "streams",
+    recompute: Recompute = NOTHING,
     unroll: int | bool = 1,
-    sample_tokens: int = 0,
-) -> Any:
+) -> Float[jax.Array, "*tokens n C"]:
     """Sublayers one after the other, each with its hyper-connection (equation 3).
 
     Without xs this is, to rounding,
@@ -64,13 +66,12 @@ def stack(
 
     See `pre` for dtypes, derivatives and batching. Beside what the layers keep, the backward pass
     keeps of each sublayer the streams before it, y, with norm_scale u too, and about 2 (n² + 2n)
-    numbers a token. With `keep_streams_every` above 1 the sublayers are run in stretches of that
-    many: only the streams before a stretch are kept, and the backward pass computes the others
-    again, a stretch at a time, without running a layer (section 4.3.2). With xs the loop has a
-    derivative of its own: the policy of a `jax.checkpoint` around it sees no names inside. With a
-    function as `policy`, and without xs, each stretch is one `jax.checkpoint`. JAX applies
-    its policy to the insides of layers that are wrapped in `jax.checkpoint` themselves, too. Names
-    for policies: those of `post_pre`, and "mhc_layer_output" (y).
+    numbers a token; with `recompute` it keeps less, and computes it again without running a layer.
+    With xs the loop has a derivative of its own: the policy of a `jax.checkpoint` around it sees no
+    names inside. With a function as `recompute.policy`, and without xs, each stretch is one
+    `jax.checkpoint`. JAX applies its policy to the insides of layers that are wrapped in
+    `jax.checkpoint` themselves, too. Names for policies: those of `post_pre`, and
+    "mhc_layer_output" (y).
 
     Args:
         layers: the sublayers, functions `[..., C] -> [..., C]` that keep the dtype; with xs those
@@ -84,107 +85,183 @@ def stack(
         norm_scale_eps: the eps of all of them.
         hidden_axis_name: the mesh axes over which C is split inside `jax.shard_map`; see `pre`.
         implementation: None, "fused" or "reference"; see `pre`.
-        keep_streams_every: the sublayers of a stretch. With xs a divisor of those of a block, or
-            those of several blocks that divide num_blocks. "auto": the possible number nearest to
-            sqrt(n L / (n + 2)) of all L sublayers, which needs the least memory.
-        policy: what a stretch computes again beside the streams within it: "streams": nothing;
-            "mhc": the layers' inputs and the coefficients, as in the paper (see `remat_policy`); or
-            what of it is kept, a policy of `jax.checkpoint`.
+        recompute: what the backward pass computes again; see `Recompute`.
         unroll: as for `jax.lax.scan`, whose steps are blocks, or stretches of several blocks.
-        sample_tokens: the number of tokens S whose h_res to return, for `diagnostics`.
 
     Returns:
-        The new streams `[..., n, C]`; with sample_tokens a pair of these and h_res
-        `[L, S, n, n]` of all L sublayers and of S tokens, or all if there are fewer, as
-        `diagnostics.sample_tokens` chooses them. It has no gradient.
+        The new streams `[..., n, C]`.
 
     Raises:
         ValueError, TypeError: what `pre` raises; numbers of layers, parameters or blocks that
             differ; a stretch that does not fit; a layer that is no function of u (and of a slice of
-            xs), or returns another shape or dtype; a policy that is none.
+            xs), or returns another shape or dtype.
     """
+    x_new, _ = _run(
+        layers,
+        x,
+        params,
+        0,
+        xs=xs,
+        config=config,
+        norm_scale=norm_scale,
+        norm_scale_eps=norm_scale_eps,
+        hidden_axis_name=hidden_axis_name,
+        implementation=implementation,
+        recompute=recompute,
+        unroll=unroll,
+    )
+    return x_new
+
+
+def stack_with_samples(
+    layers: Sequence[Layer],
+    x: Float[jax.Array, "*tokens n C"],
+    params: Sequence[MHCParams],
+    *,
+    sample_tokens: int,
+    xs: Tree = None,
+    config: MHCConfig = PAPER,
+    norm_scale: Sequence[Float[jax.Array, "*blocks C"] | None] | None = None,
+    norm_scale_eps: float = 1e-6,
+    hidden_axis_name: str | Sequence[str] | None = None,
+    implementation: Implementation = None,
+    recompute: Recompute = NOTHING,
+    unroll: int | bool = 1,
+) -> tuple[Float[jax.Array, "*tokens n C"], Float[jax.Array, "L S n n"]]:
+    """Runs `stack`, and returns h_res of some tokens of all sublayers, for `diagnostics`.
+
+    Args:
+        layers: see `stack`, as for all arguments but sample_tokens.
+        x: the streams `[..., n, C]`.
+        params: one for each of `layers`.
+        sample_tokens: the number of tokens S, at least 1.
+        xs: the layers' parameters, stacked over the blocks.
+        config: settings of all sublayers.
+        norm_scale: of the norms that the layers begin with, or None.
+        norm_scale_eps: the eps of all of them.
+        hidden_axis_name: the mesh axes over which C is split inside `jax.shard_map`.
+        implementation: None, "fused" or "reference".
+        recompute: what the backward pass computes again.
+        unroll: as for `jax.lax.scan`.
+
+    Returns:
+        The new streams `[..., n, C]`, and h_res `[L, S, n, n]` of all L sublayers in their order,
+        of S tokens, or all if there are fewer, as `diagnostics.sample_tokens` chooses them.
+        `h_res[..., i, j]` is the weight of stream j in new stream i. It has no gradient.
+
+    Raises:
+        ValueError, TypeError: sample_tokens that is no positive int; what `stack` raises, by its
+            name.
+    """
+    op, remedy = "stack_with_samples", "Some 64 tokens tell enough of a batch."
+    num_samples = _errors.integer(op, "sample_tokens", sample_tokens, 1, None, remedy)
+    x_new, h_res = _run(
+        layers,
+        x,
+        params,
+        num_samples,
+        xs=xs,
+        config=config,
+        norm_scale=norm_scale,
+        norm_scale_eps=norm_scale_eps,
+        hidden_axis_name=hidden_axis_name,
+        implementation=implementation,
+        recompute=recompute,
+        unroll=unroll,
+    )
+    assert h_res is not None
+    return x_new, h_res
+
+
+def _run(
+    layers: Sequence[Layer],
+    x: jax.Array,
+    params: Sequence[MHCParams],
+    num_samples: int,
+    *,
+    xs: Tree,
+    config: MHCConfig,
+    norm_scale: Sequence[jax.Array | None] | None,
+    norm_scale_eps: float,
+    hidden_axis_name: str | Sequence[str] | None,
+    implementation: Implementation,
+    recompute: Recompute,
+    unroll: int | bool,
+) -> tuple[jax.Array, jax.Array | None]:
+    """The new streams, and h_res of `num_samples` tokens; None for 0 of them."""
     x = _check.streams(_OP, "x", x)
     config = _check.config(_OP, config, x.dtype)
-    layers = checks.elements("layers", layers, "functions, one for each sublayer")
-    params = checks.elements("params", params, "jax_mhc.MHCParams, one for each of layers")
-    scales: tuple[Any, ...] = (None,) * len(layers)
-    if norm_scale is not None:
-        scales = checks.elements("norm_scale", norm_scale, "arrays, one for each of layers")
-    checks.sequences(layers, params, scales)
-    of_what = "u" if xs is None else "u and a slice of xs"
-    layers = tuple(
-        partial(_check.call, _OP, f"layers[{i}]", of_what, layer) for i, layer in enumerate(layers)
+    layers, params, scales = checks.sublayers(
+        layers, params, norm_scale, x, has_slices=xs is not None
     )
-    if not (isinstance(keep_streams_every, str) and keep_streams_every == "auto"):
-        keep_streams_every = _errors.integer(
-            _OP, "keep_streams_every", keep_streams_every, 1, None,
-            "Give 1 to keep the streams before every sublayer, or 'auto'.",
-        )  # fmt: skip
-    if callable(policy):
-        check_policy(_OP, "policy", policy)
-    else:
-        policy = _errors.choice(_OP, "policy", policy, ("streams", "mhc"), "a function")
-    num_samples = _errors.integer(
-        _OP, "sample_tokens", sample_tokens, 0, None, "Give 0 for no samples of h_res."
-    )
-    if not isinstance(unroll, bool):
-        unroll = _errors.integer(_OP, "unroll", unroll, 1, None, "Give 1 to unroll nothing.")
-    if xs is None and unroll not in (False, 1):
-        _errors.fail(
-            ValueError, _OP, "unroll", "1 where there is no xs", unroll,
-            "Without xs there is no loop; leave unroll out.",
-        )  # fmt: skip
+    checks.recompute(recompute)
+    unroll = checks.unroll(unroll, has_loop=xs is not None)
     axes = _check.hidden_axes(_OP, hidden_axis_name, x)
     eps = _check.norm_scale_eps(_OP, norm_scale_eps, _check.accumulation_dtype(x.dtype))
     # The ops check it, too, but there may be none.
     _check.implementation(_OP, implementation)
+    options: Options = {
+        "config": config,
+        "norm_scale_eps": eps,
+        "hidden_axis_name": axes,
+        "implementation": implementation,
+    }
     of_slices = "" if xs is None else "a slice of "
-    runner = Runner(x, config, eps, axes, implementation, policy, num_samples, of_slices)
+    runner = Runner(x, options, axes, recompute.policy, num_samples, of_slices)
 
-    n = x.shape[-2]
     if xs is None:
-        every = keep_streams_every
-        if every == "auto":
-            every = best_length(n, len(layers), list(range(1, len(layers) + 1)) or [1])
-        each = zip(layers, params, scales, strict=True)
-        sublayers = [Sublayer(i, *of_one) for i, of_one in enumerate(each)]
-        before, samples = runner.run(x, sublayers, every)
-        h_res = jnp.stack(samples) if samples else None
+        before, h_res = _in_a_row(runner, layers, params, scales, recompute)
     else:
+        n = x.shape[-2]
         num_blocks = checks.num_blocks(params, scales, xs)
-        every, num_together = checks.stretch(keep_streams_every, n, len(layers), num_blocks)
+        every, num_together = checks.stretch(recompute.every, n, len(layers), num_blocks)
         steps = Steps(num_blocks, num_together, unroll)
+        policy = recompute.policy
         takes_own_scan = _takes_own_scan(layers, x, params, steps, every, implementation)
         if not callable(policy) and takes_own_scan:
+            settings = Settings(config, eps, axes, implementation == "fused")
             stretches = Stretches(every, num_together, policy == "streams")
-            x_new, h_res = _own_scan(
-                layers, x, params, scales, xs,
-                Settings(config, eps, axes, implementation == "fused"),
-                stretches, num_samples,
-            )  # fmt: skip
-            return (x_new, h_res) if num_samples else x_new
+            return _own_scan(layers, x, params, scales, xs, settings, stretches, num_samples)
         stacked = params, scales, xs
-        before, h_res = scan(partial(runner.run, every=every), layers, x, stacked, steps, axes)
+        before, h_res = scan(runner, layers, stacked, steps, every)
     # Without a sublayer there is no post.
-    x_new = before
-    if isinstance(before, Pending):
+    if isinstance(before, PendingPost):
         x_new = post(*before.operands(), implementation=implementation)
-    if not num_samples:
-        return x_new
-    if h_res is None:
+    else:
+        x_new = before
+    if num_samples and h_res is None:
+        n = x.shape[-2]
         h_res = jnp.zeros((0, num_samples, n, n), _check.accumulation_dtype(x.dtype))
     return x_new, h_res
 
 
+def _in_a_row(
+    runner: Runner,
+    layers: tuple[Layer, ...],
+    params: tuple[MHCParams, ...],
+    scales: tuple[jax.Array | None, ...],
+    recompute: Recompute,
+) -> tuple[Before, jax.Array | None]:
+    """The pending post of the last sublayer, or the streams if there is none; samples of h_res."""
+    every = recompute.every
+    if every == "auto":
+        lengths = list(range(1, len(layers) + 1)) or [1]
+        every = best_length(runner.x.shape[-2], len(layers), lengths)
+    each = zip(layers, params, scales, strict=True)
+    sublayers = [runner.sublayer(i, *of_one) for i, of_one in enumerate(each)]
+    before, samples = runner.run(runner.x, sublayers, every)
+    return before, jnp.stack(samples) if samples else None
+
+
 def _takes_own_scan(
-    layers: tuple[Callable[..., Any], ...],
+    layers: tuple[Layer, ...],
     x: jax.Array,
     params: tuple[MHCParams, ...],
     steps: Steps,
     every: int,
     implementation: Implementation,
 ) -> bool:
-    """Whether `own_scan` takes these sublayers.
+    """True if `own_scan` takes these sublayers.
 
     Of a loop of one step nothing is left, and XLA could merge what is computed again with the
     forward pass.
@@ -200,30 +277,27 @@ def _takes_own_scan(
 
 
 def _own_scan(
-    layers: tuple[Callable[..., Any], ...],
+    layers: tuple[Layer, ...],
     x: jax.Array,
     params: tuple[MHCParams, ...],
-    scales: tuple[Any, ...],
-    xs: Any,
+    scales: tuple[jax.Array | None, ...],
+    xs: Tree,
     settings: Settings,
     stretches: Stretches,
     num_samples: int,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, jax.Array | None]:
     config, eps, axes = settings.config, settings.norm_scale_eps, settings.hidden_axes
     assert config is not None
 
-    def of_block(i: int, p: MHCParams, scale: Any) -> Values:
+    def of_block(i: int, p: MHCParams, scale: jax.Array | None) -> Values:
         phi, alpha, bias = _check.params(_OP, p, x, config, f"a slice of params[{i}]", axes)
         of_slice = f"a slice of norm_scale[{i}]"
         scale, _ = _check.norm_scale(_OP, scale, eps, x, of_slice, axes)
         return present(phi=phi, alpha=alpha, bias=bias, norm_scale=scale)
 
-    def checked(i: int, u: jax.Array, s: Any) -> jax.Array:
-        return sharded_like(checks.layer_output(i, layers[i](u, s), x), u)
-
     with jax.named_scope("mhc_stack"):
         return own_scan(
-            [partial(checked, i) for i in range(len(layers))],
+            layers,
             x,
             [
                 jax.vmap(partial(of_block, i))(*of_all)

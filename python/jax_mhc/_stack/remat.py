@@ -2,28 +2,82 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Hashable
-from typing import Any, Literal
+from collections.abc import Callable, Hashable, Iterable
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import jax
 
 from jax_mhc import _errors
 
-# What is computed again: the streams alone, or all that mHC makes but y.
-Recompute = Literal["streams", "mhc"]
-_NAMES: dict[str, tuple[str, ...]] = {
+if TYPE_CHECKING:
+    from jax.extend.core import Primitive
+
+# A policy of `jax.checkpoint`: of a primitive, the types of its operands and its parameters,
+# whether its results are kept.
+Policy: TypeAlias = Callable[..., bool]
+
+# Values that are computed again: the streams alone, or all that mHC makes but y.
+Recomputed: TypeAlias = Literal["streams", "mhc"]
+_NAMES: dict[Recomputed, tuple[str, ...]] = {
     "streams": ("mhc_streams",),
     "mhc": ("mhc_streams", "mhc_layer_input", "mhc_coefficients"),
 }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recompute:
+    """Values that the backward pass of `stack` computes again rather than keeps; hashable.
+
+    Sublayers are run in stretches. The streams before a stretch are kept; the backward pass
+    computes those within it again, a stretch at a time, and runs no layer (section 4.3.2 of arXiv
+    2512.24880). The defaults keep the streams before every sublayer.
+
+    Attributes:
+        every: the sublayers of a stretch. In a stack with xs a divisor of those of a block, or
+            those of several blocks that divide num_blocks. "auto": the possible number nearest to
+            sqrt(n L / (n + 2)) of all L sublayers, which needs the least memory.
+        policy: what a stretch computes again beside the streams within it: "streams": nothing;
+            "mhc": the layers' inputs and the coefficients, as in the paper (see `remat_policy`); or
+            what of it is kept, a policy of `jax.checkpoint`.
+
+    Raises:
+        ValueError, TypeError: a number of sublayers below 1; a policy that is none.
+    """
+
+    every: int | Literal["auto"] = 1
+    policy: Recomputed | Policy = "streams"
+
+    def __post_init__(self) -> None:
+        """Checks both; stores plain Python values, so that equal ones hash alike."""
+        op, every, policy = "Recompute", self.every, self.policy
+        if isinstance(every, str) and every == "auto":
+            every = "auto"
+        else:
+            remedy = "Give 1 to keep the streams before every sublayer, or 'auto'."
+            every = _errors.integer(op, "every", every, 1, None, remedy)
+        if callable(policy):
+            check_policy(op, "policy", policy)
+        else:
+            names: tuple[Recomputed, ...] = ("streams", "mhc")
+            policy = _errors.choice(op, "policy", policy, names, "a function")
+        object.__setattr__(self, "every", every)
+        object.__setattr__(self, "policy", policy)
+
+
+#: Nothing is computed again.
+NOTHING = Recompute()
+
+
 def remat_policy(
-    recompute: Recompute = "streams",
+    recompute: Recomputed = "streams",
     *,
     streams: int,
     hidden: int,
-    layers: Callable[..., Any] | None = None,
-) -> Callable[..., Any]:
+    layers: Policy | None = None,
+) -> Policy:
     """A policy for `jax.checkpoint` under which mHC is computed again, and no layer is.
 
         @functools.partial(jax.checkpoint, policy=mhc.remat_policy(streams=4, hidden=C))
@@ -34,7 +88,7 @@ def remat_policy(
 
     keeps the streams before the block, of each sublayer y, and what the layer itself keeps; the
     backward pass runs the kernels again for the streams within the block. `stack` does the same
-    faster, with `keep_streams_every` and these names as its `policy`. For L sublayers with n
+    faster, with a `Recompute`, whose `policy` takes these names. For L sublayers with n
     streams, blocks of about sqrt(n L / (n + 2)) sublayers need the least memory (arXiv 2512.24880,
     section 4.3.2).
 
@@ -64,7 +118,7 @@ def remat_policy(
     return policy_of((n, hidden), recompute, layers)
 
 
-def check_policy(op: str, argument: str, policy: Any) -> None:
+def check_policy(op: str, argument: str, policy: object) -> None:
     """A policy of `jax.checkpoint`.
 
     JAX asks it about a primitive, with any number of operands and settings, and may know it by its
@@ -72,23 +126,24 @@ def check_policy(op: str, argument: str, policy: Any) -> None:
     """
     is_policy = callable(policy) and _errors.takes(policy, None, None, None, setting=None)
     if not is_policy or not isinstance(policy, Hashable):
-        _errors.fail(
-            TypeError, op, argument, "a policy of jax.checkpoint", _errors.shown(policy),
+        raise _errors.Refusal(TypeError, op, argument).expected(
+            "a policy of jax.checkpoint",
+            _errors.shown(policy),
             "Take one of jax.checkpoint_policies, or a hashable function (primitive, *avals, "
             "**settings) -> bool.",
-        )  # fmt: skip
+        )
 
 
 @functools.cache
 def policy_of(
-    shape: tuple[int, ...], recompute: Recompute, layers: Callable[..., Any] | None = None
-) -> Callable[..., Any]:
+    shape: tuple[int, ...], recompute: Recomputed, layers: Policy | None = None
+) -> Policy:
     """The policy for streams of `shape`, in front of which there may be other axes (vmap's)."""
 
-    def is_streams(other: Any) -> bool:
+    def is_streams(other: Iterable[int]) -> bool:
         return tuple(other)[-len(shape) :] == shape
 
-    def keep(primitive: Any, *avals: Any, **options: Any) -> Any:
+    def keep(primitive: Primitive, *avals: jax.core.ShapedArray, **options: Any) -> bool:
         if primitive.name == "name" and options["name"].startswith("mhc_"):
             return options["name"] not in _NAMES[recompute]
         # Of the reference, what a product that JAX differentiates by our rule gives, too.
@@ -111,7 +166,7 @@ def policy_of(
     return keep
 
 
-def keep_all(primitive: Any, *avals: Any, **options: Any) -> bool:
+def keep_all(primitive: Primitive, *avals: jax.core.ShapedArray, **options: Any) -> bool:
     """The policy for layers: all but float32 copies of values in half precision."""
     if primitive.name == "convert_element_type":
         return options["new_dtype"].itemsize <= avals[0].dtype.itemsize

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_mhc import _check, _errors
-from jax_mhc._errors import fail
+from jax_mhc._errors import Refusal
 from jax_mhc.diagnostics._numbers import BAND, Gain, Mixing
 
 
@@ -21,20 +21,22 @@ def band(op: str, value: Any) -> tuple[float, float]:
     except (TypeError, ValueError, OverflowError):
         low = high = math.nan
     if not 0 < low < high:
-        fail(
-            ValueError, op, "band", "two numbers above 0, the smaller first", _errors.shown(value),
+        raise Refusal(ValueError, op, "band").expected(
+            "two numbers above 0, the smaller first",
+            _errors.shown(value),
             f"A plain residual connection has 1; {BAND} suits mHC.",
-        )  # fmt: skip
+        )
     return low, high
 
 
 def gain(op: str, argument: str, value: Any) -> Gain:
     """A gain of arrays: of Python's and NumPy's numbers NumPy's, which ask no device."""
     if not isinstance(value, Gain):
-        fail(
-            TypeError, op, argument, "jax_mhc.diagnostics.Gain", type(value).__name__,
+        raise Refusal(TypeError, op, argument).expected(
+            "jax_mhc.diagnostics.Gain",
+            type(value).__name__,
             "Make it with jax_mhc.diagnostics.amax_gain.",
-        )  # fmt: skip
+        )
     return _fields(op, argument, value)
 
 
@@ -42,17 +44,19 @@ def curves(op: str, argument: str, values: Gain | Mixing) -> Any:
     """The values of gains or of mixing `[L, ...]`, on the host."""
     values = _fields(op, argument, values)
     if any(isinstance(value, jax.core.Tracer) for value in values):
-        fail(
-            TypeError, op, argument, "values that are known", "values of a traced function",
+        raise Refusal(TypeError, op, argument).expected(
+            "values that are known",
+            "values of a traced function",
             "Return them from the jitted function and plot them outside of it.",
-        )  # fmt: skip
+        )
     values = jax.device_get(values)
     for value in values:
         if np.ndim(value) < 1 or np.size(value) == 0 or np.shape(value) != np.shape(values[0]):
-            fail(
-                ValueError, op, argument, "shape [L] or [L, ...], that of all its fields",
-                list(np.shape(value)), "Give those of several sublayers or steps.",
-            )  # fmt: skip
+            raise Refusal(ValueError, op, argument).expected(
+                "shape [L] or [L, ...], that of all its fields",
+                list(np.shape(value)),
+                "Give those of several sublayers or steps.",
+            )
     return values
 
 
@@ -70,8 +74,9 @@ def _real_numbers(op: str, argument: str, value: Any) -> Any:
     if jnp.issubdtype(value.dtype, jnp.integer):
         value = value.astype(float)
     if not jnp.issubdtype(value.dtype, jnp.floating):
-        fail(
-            TypeError, op, argument, "real numbers", f"dtype {value.dtype}",
+        raise Refusal(TypeError, op, argument).expected(
+            "real numbers",
+            f"dtype {value.dtype}",
             "Take what the functions of jax_mhc.diagnostics return.",
-        )  # fmt: skip
+        )
     return value

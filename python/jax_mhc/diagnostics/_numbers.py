@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax_mhc import _check, _errors
 from jax_mhc._axes import axes_of
 from jax_mhc._check import accumulation_dtype
-from jax_mhc._errors import fail
+from jax_mhc._errors import Refusal
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 # Of composite gains that are in order. In 48 sublayers of mHC they came to 2.4 in a training, where
 # without a constraint they passed 75 in its first twentieth (docs/results.md).
@@ -43,7 +46,7 @@ class Mixing(NamedTuple):
     entropy: jax.Array
 
 
-def sample_tokens(h_res: jax.Array, count: int) -> jax.Array:
+def sample_tokens(h_res: Float[jax.Array, "*tokens n n"], count: int) -> Float[jax.Array, "S n n"]:
     """The matrices of some tokens, evenly spaced over all: of few, what the other figures cost.
 
     Which tokens is known when the program is compiled, and only theirs are read. On auto and
@@ -79,7 +82,7 @@ def sample_tokens(h_res: jax.Array, count: int) -> jax.Array:
     return h_res.at[index].get(mode="promise_in_bounds", out_sharding=sharding)
 
 
-def amax_gain(h_res: jax.Array) -> Gain:
+def amax_gain(h_res: Float[jax.Array, "*tokens n n"]) -> Gain:
     """Amax Gain Magnitude of mappings.
 
         forward = max_i |Σ_j h_res[i, j]|,   backward = max_j |Σ_i h_res[i, j]|
@@ -100,7 +103,7 @@ def amax_gain(h_res: jax.Array) -> Gain:
     return Gain(*(jnp.max(jnp.abs(jnp.sum(h_res, axis)), -1) for axis in (-1, -2)))
 
 
-def composite(h_res: jax.Array) -> jax.Array:
+def composite(h_res: Float[jax.Array, "L *tokens n n"]) -> Float[jax.Array, "L *tokens n n"]:
     """The composite mappings of the first 1, 2, ..., L sublayers.
 
         P_l = H_l H_(l-1) ... H_1
@@ -119,12 +122,13 @@ def composite(h_res: jax.Array) -> jax.Array:
     """
     h_res = _check.matrices("diagnostics.composite", "h_res", h_res)
     if h_res.ndim < 3:
-        fail(
-            ValueError, "diagnostics.composite", "h_res", "shape [L, ..., n, n]",
-            list(h_res.shape), "Stack the matrices of all sublayers: jnp.stack([...]).",
-        )  # fmt: skip
+        raise Refusal(ValueError, "diagnostics.composite", "h_res").expected(
+            "shape [L, ..., n, n]",
+            list(h_res.shape),
+            "Stack the matrices of all sublayers: jnp.stack([...]).",
+        )
 
-    def step(product: Any, of_one: Any) -> tuple[Any, Any]:
+    def step(product: jax.Array, of_one: jax.Array) -> tuple[jax.Array, jax.Array]:
         product = jnp.matmul(of_one, product, precision="highest")
         return product, product
 
@@ -134,7 +138,7 @@ def composite(h_res: jax.Array) -> jax.Array:
     return jnp.concatenate([h_res[:1], rest])
 
 
-def mixing(h_res: jax.Array) -> Mixing:
+def mixing(h_res: Float[jax.Array, "*tokens n n"]) -> Mixing:
     """Returns the distances of matrices from doubly stochastic, no mixing and the mean of all.
 
     Args:
@@ -161,7 +165,7 @@ def mixing(h_res: jax.Array) -> Mixing:
     )
 
 
-def stream_similarity(x: jax.Array) -> jax.Array:
+def stream_similarity(x: Float[jax.Array, "*tokens n C"]) -> Float[jax.Array, "*tokens"]:
     """Mean cosine similarity of different streams: 1 where all are alike, as `expand` makes them.
 
     Args:
@@ -177,10 +181,11 @@ def stream_similarity(x: jax.Array) -> jax.Array:
     x = _check.streams(op, "x", x)
     n = x.shape[-2]
     if n < 2:
-        fail(
-            ValueError, op, "x", "shape [..., n, C] with n at least 2", list(x.shape),
+        raise Refusal(ValueError, op, "x").expected(
+            "shape [..., n, C] with n at least 2",
+            list(x.shape),
             "One stream has no other to be similar to.",
-        )  # fmt: skip
+        )
     x = x.astype(accumulation_dtype(x.dtype))
     size = jnp.sqrt(jnp.sum(x * x, -1, keepdims=True))
     # With lengths of 1, the squared length of the sum is n and the similarities of all pairs.

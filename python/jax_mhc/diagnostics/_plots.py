@@ -10,13 +10,15 @@ import jax
 import numpy as np
 
 from jax_mhc import _check, _errors
-from jax_mhc._errors import fail
+from jax_mhc._errors import Refusal
 from jax_mhc.diagnostics import _checks
 from jax_mhc.diagnostics._numbers import BAND, Gain, Mixing, mixing
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy.typing import ArrayLike
 
 # Okabe-Ito without the yellow, which is too light for lines: told apart by colour-blind readers.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
@@ -30,7 +32,7 @@ MAX_NUMBERED_STREAMS = 4
 def plot_gain(
     gains: Gain | Mapping[str, Gain],
     *,
-    x: Any = None,
+    x: ArrayLike | None = None,
     xlabel: str | None = None,
     band: tuple[float, float] | None = BAND,
     axes: Axes | None = None,
@@ -91,7 +93,7 @@ def plot_gain(
 
 
 def plot_mixing(
-    h_res: jax.Array | Mixing,
+    h_res: Float[jax.Array, "L *tokens n n"] | Mixing,
     *,
     sublayers: Sequence[int] | None = None,
     axes: Sequence[Axes] | None = None,
@@ -124,10 +126,11 @@ def plot_mixing(
     if not isinstance(h_res, Mixing):
         matrices = _check.matrices(op, "h_res", h_res)
         if matrices.ndim < 3 or matrices.size == 0:
-            fail(
-                ValueError, op, "h_res", "shape [L, ..., n, n], or mixing of it",
-                list(matrices.shape), "Stack the matrices of all sublayers: jnp.stack([...]).",
-            )  # fmt: skip
+            raise Refusal(ValueError, op, "h_res").expected(
+                "shape [L, ..., n, n], or mixing of it",
+                list(matrices.shape),
+                "Stack the matrices of all sublayers: jnp.stack([...]).",
+            )
         h_res = mixing(matrices)
     values = _checks.curves(op, "h_res", h_res)
     matrices = jax.device_get(matrices)
@@ -137,10 +140,11 @@ def plot_mixing(
     else:
         _check_axes(op, axes, axes)
         if len(axes) != 3 + len(shown):
-            fail(
-                ValueError, op, "axes", f"3 for the curves and {len(shown)} for sublayers",
-                len(axes), "Give one for each, in this order.",
-            )  # fmt: skip
+            raise Refusal(ValueError, op, "axes").expected(
+                f"3 for the curves and {len(shown)} for sublayers",
+                len(axes),
+                "Give one for each, in this order.",
+            )
     _draw_mixing(axes[:3], values, None if matrices is None else matrices.shape[-1])
     if matrices is not None:
         _draw_matrices(axes[3:], matrices, shown)
@@ -150,8 +154,9 @@ def plot_mixing(
 # ---- what is drawn ------------------------------------------------------------------------------
 
 
-def _curve(axes: Any, x: Any, values: Any, **style: Any) -> int:
+def _curve(axes: Axes, x: np.ndarray, values: ArrayLike, **style: Any) -> int:
     """Draws the median of all tokens and, of several, the largest; returns their number."""
+    values = np.asarray(values)
     values = values.reshape(len(values), -1)
     middle, most = (
         np.where(np.isfinite(of_all), of_all, np.nan)
@@ -164,15 +169,19 @@ def _curve(axes: Any, x: Any, values: Any, **style: Any) -> int:
     return values.shape[1]
 
 
-def _draw_mixing(axes: Sequence[Any], values: Mixing, n: int | None) -> None:
+def _draw_mixing(axes: Sequence[Axes], values: Mixing, n: int | None) -> None:
     errors, distance, entropy = axes
     x = np.arange(len(values.entropy))
     least = np.finfo(values.row_error.dtype).eps
     _curve(errors, x, np.maximum(values.row_error, least), color=COLORS[0], label="rows")
     num_tokens = _curve(
-        errors, x, np.maximum(values.column_error, least),
-        color=COLORS[1], ls=DASHED, label="columns",
-    )  # fmt: skip
+        errors,
+        x,
+        np.maximum(values.column_error, least),
+        color=COLORS[1],
+        ls=DASHED,
+        label="columns",
+    )
     _logarithmic(errors)
     errors.set_title("Distance of sums from 1", fontsize=10)
     _legend(errors, num_tokens)
@@ -192,7 +201,7 @@ def _draw_mixing(axes: Sequence[Any], values: Mixing, n: int | None) -> None:
         _finish(each)
 
 
-def _draw_matrices(axes: Sequence[Any], matrices: Any, shown: Sequence[int]) -> None:
+def _draw_matrices(axes: Sequence[Axes], matrices: np.ndarray, shown: Sequence[int]) -> None:
     n = matrices.shape[-1]
     means = [matrices[at].reshape(-1, n, n).mean(0) for at in shown]
     has_numbers = n <= MAX_NUMBERED_STREAMS
@@ -213,33 +222,37 @@ def _draw_matrices(axes: Sequence[Any], matrices: Any, shown: Sequence[int]) -> 
             panel.set_ylabel("to new stream i")
         for i, j in np.ndindex(n, n) if has_numbers else ():
             panel.text(
-                j, i, f"{np.round(mean[i, j], 2) + 0.0:.2f}",  # never -0.00
-                ha="center", va="center", fontsize=9,
+                j,
+                i,
+                f"{np.round(mean[i, j], 2) + 0.0:.2f}",  # never -0.00
+                ha="center",
+                va="center",
+                fontsize=9,
                 color="white" if sizes[place, i, j] > 0.6 * most else "black",
-            )  # fmt: skip
+            )
     if len(axes) and not has_numbers:
         _figure_of(axes[0]).colorbar(image, ax=list(axes), label="weight")
 
 
-def _logarithmic(axes: Any) -> None:
+def _logarithmic(axes: Axes) -> None:
     """A logarithmic axis of y, which has numbers at 1, 2 and 5 where powers of 10 are too few."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     if high < 100 * low:
-        axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+        locator: Any = axes.yaxis.get_major_locator()  # a LogLocator
+        locator.set_params(subs=(1, 2, 5))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
 
 
-def _legend(axes: Any, num_tokens: int = 1) -> None:
+def _legend(axes: Axes, num_tokens: int = 1) -> None:
     """A legend below, where it hides no line."""
     if num_tokens > 1:
         axes.plot([], [], color=GREY, lw=THIN, label="largest token")
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}
-    axes.legend(fontsize=8, frameon=False, ncols=3, **below)
+    axes.legend(fontsize=8, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
 
 
-def _finish(axes: Any) -> None:
+def _finish(axes: Axes) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -251,23 +264,24 @@ def _new_figure(op: str, size: tuple[float, float]) -> Figure:
     return Figure(figsize=size, layout="constrained")
 
 
-def _mixing_axes(figure: Any, num_matrices: int) -> list[Axes]:
+def _mixing_axes(figure: Figure, num_matrices: int) -> list[Axes]:
     if not num_matrices:
         return list(figure.subplots(1, 3))
-    above, below = figure.subfigures(2, 1)
+    halves: Any = figure.subfigures(2, 1)
+    above, below = halves
     matrices = above.subplots(1, num_matrices, squeeze=False)[0]
     return [*below.subplots(1, 3), *matrices]
 
 
-def _figure_of(axes: Any) -> Any:
-    # That of a subfigure is the figure around it.
+def _figure_of(axes: Axes) -> Figure:
+    # The figure of a subfigure is the one around it.
     return axes.figure.figure
 
 
 # ---- checks -------------------------------------------------------------------------------------
 
 
-def _checked_gains(op: str, gains: Any) -> dict[str, Gain]:
+def _checked_gains(op: str, gains: object) -> dict[str, Gain]:
     if isinstance(gains, Gain):
         gains = {"": gains}
     if not (
@@ -276,59 +290,66 @@ def _checked_gains(op: str, gains: Any) -> dict[str, Gain]:
         got = type(gains).__name__
         if isinstance(gains, Mapping):
             got += f" of {', '.join(sorted({type(g).__name__ for g in gains.values()})) or 'none'}"
-        fail(
-            TypeError, op, "gains", "a Gain, or a dict of labels and Gains", got,
+        raise Refusal(TypeError, op, "gains").expected(
+            "a Gain, or a dict of labels and Gains",
+            got,
             "Make them with jax_mhc.diagnostics.amax_gain.",
-        )  # fmt: skip
+        )
     return {
         label: _checks.curves(op, f"gains[{label!r}]" if label else "gains", gain)
         for label, gain in gains.items()
     }
 
 
-def _checked_x(op: str, x: Any, curves: dict[str, Gain]) -> Any:
+def _checked_x(op: str, x: ArrayLike, curves: dict[str, Gain]) -> np.ndarray:
     try:
         x = np.asarray(x)
     except (TypeError, ValueError):
         x = np.empty((), object)
     if x.ndim and x.dtype.kind not in "biufmM":
-        fail(TypeError, op, "x", "numbers", f"dtype {x.dtype}", "Give the numbers of the steps.")
+        raise Refusal(TypeError, op, "x").expected(
+            "numbers", f"dtype {x.dtype}", "Give the numbers of the steps."
+        )
     lengths = {len(gain.forward) for gain in curves.values()}
     if x.ndim != 1 or lengths - {len(x)}:
-        fail(
-            ValueError, op, "x", f"shape [L] of gains with L = {sorted(lengths)}", list(x.shape),
+        raise Refusal(ValueError, op, "x").expected(
+            f"shape [L] of gains with L = {sorted(lengths)}",
+            list(x.shape),
             "Give one value for each of the gains; curves of other lengths go into the same axes "
             "with another call.",
-        )  # fmt: skip
+        )
     return x
 
 
-def _check_axes(op: str, given: Any, axes: Any) -> None:
+def _check_axes(op: str, given: object, axes: object) -> None:
     """Checks that all of `axes`, the argument itself or a list made of it, are matplotlib's."""
     _errors.require(op, "matplotlib", "plots")
     from matplotlib.axes import Axes
 
     if not isinstance(axes, Sequence | np.ndarray) or not all(isinstance(a, Axes) for a in axes):
-        fail(
-            TypeError, op, "axes", "axes of matplotlib", _errors.shown(given),
+        raise Refusal(TypeError, op, "axes").expected(
+            "axes of matplotlib",
+            _errors.shown(given),
             "Make them with matplotlib's subplots, or leave them out for a new figure.",
-        )  # fmt: skip
+        )
 
 
-def _checked_sublayers(op: str, sublayers: Any, matrices: Any, num: int) -> list[int]:
+def _checked_sublayers(
+    op: str, sublayers: object, matrices: np.ndarray | None, num: int
+) -> list[int]:
     if matrices is None:
         if sublayers is not None and not (isinstance(sublayers, Sequence) and not sublayers):
-            fail(
-                ValueError, op, "sublayers", "None where there are no matrices",
-                _errors.shown(sublayers), "Pass h_res in place of its mixing.",
-            )  # fmt: skip
+            raise Refusal(ValueError, op, "sublayers").expected(
+                "None where there are no matrices",
+                _errors.shown(sublayers),
+                "Pass h_res in place of its mixing.",
+            )
         return []
     if sublayers is None:
         return sorted({0, num // 2, num - 1})
     if not isinstance(sublayers, Iterable):
-        fail(
-            TypeError, op, "sublayers", "a sequence of ints", _errors.typed(sublayers),
-            "Put it into a list.",
-        )  # fmt: skip
+        raise Refusal(TypeError, op, "sublayers").expected(
+            "a sequence of ints", _errors.typed(sublayers), "Put it into a list."
+        )
     remedy = "Sublayers are counted from 0."
     return [_errors.integer(op, "sublayers", at, 0, num - 1, remedy) for at in sublayers]

@@ -12,7 +12,7 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 
 from jax_mhc import _errors
-from jax_mhc._errors import fail
+from jax_mhc._errors import Refusal
 from jax_mhc.diagnostics import _checks
 from jax_mhc.diagnostics._numbers import BAND, Gain
 
@@ -97,10 +97,8 @@ def watch_gain(
     step = _checked_step(step)
     _errors.text(_OP, "name", name)
     if callback is not None:
-        _errors.function(
-            _OP, "callback", callback, "a function of a GainWarning, or None",
-            "Leave it out to be warned by warnings.warn.",
-        )  # fmt: skip
+        remedy = "Leave it out to be warned by warnings.warn."
+        _errors.function(_OP, "callback", callback, "a function of a GainWarning, or None", remedy)
 
     def report(bounds: Any, step: Any) -> None:
         # NumPy's: JAX may not compute anything inside of a callback.
@@ -151,7 +149,6 @@ def _checked_step(step: Any) -> Any:
     is_number = isinstance(step, int | np.integer) and not isinstance(step, bool)
     if step is None or is_number or (is_array and jnp.issubdtype(step.dtype, jnp.integer)):
         return step
-    fail(
-        TypeError, _OP, "step", "an int, or an array of one", _errors.shown(step),
-        "Pass the number of the training step.",
-    )  # fmt: skip
+    raise Refusal(TypeError, _OP, "step").expected(
+        "an int, or an array of one", _errors.shown(step), "Pass the number of the training step."
+    )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -19,8 +19,11 @@ import jax
 import jax_mhc
 from jax_mhc import _module
 from jax_mhc._call.dispatch import Implementation
-from jax_mhc._types import HeadParams, MHCConfig, MHCParams
+from jax_mhc._types import HeadParams, Layer, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 __all__ = ["MHC", "Head"]
 
@@ -49,7 +52,7 @@ class MHC(nn.Module):
         implementation: None, "fused" or "reference"; see `jax_mhc.pre`.
     """
 
-    layer: Callable[..., Any]
+    layer: Layer
     hidden: int
     streams: int = 4
     config: MHCConfig = PAPER
@@ -59,7 +62,7 @@ class MHC(nn.Module):
     implementation: Implementation = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, x: Float[jax.Array, "*tokens n C"], *args: object, **kwargs: object) -> Any:
         """Runs the layer on the streams.
 
         Args:
@@ -76,9 +79,13 @@ class MHC(nn.Module):
         """
         op = "flax.linen.MHC"
         _module.settings(
-            op, layer=self.layer, static=self.static, norm=self.norm,
-            norm_scale_eps=self.norm_scale_eps, implementation=self.implementation,
-        )  # fmt: skip
+            op,
+            layer=self.layer,
+            static=self.static,
+            norm=self.norm,
+            norm_scale_eps=self.norm_scale_eps,
+            implementation=self.implementation,
+        )
         x = _module.streams(op, x, self.streams, self.hidden)
         param = partial(_param, self, jax_mhc.init_params)
         phi, alpha = (None, None) if self.static else (param("phi"), param("alpha"))
@@ -86,10 +93,17 @@ class MHC(nn.Module):
         if self.norm:
             scale = self.param("norm_scale", nn.initializers.ones, (self.hidden,), "float32")
         out, h_res = _module.residual(
-            op, self.layer, x, MHCParams(phi, alpha, param("bias")), args, kwargs,
-            config=self.config, norm_scale=scale, norm_scale_eps=self.norm_scale_eps,
+            op,
+            self.layer,
+            x,
+            MHCParams(phi, alpha, param("bias")),
+            args,
+            kwargs,
+            config=self.config,
+            norm_scale=scale,
+            norm_scale_eps=self.norm_scale_eps,
             implementation=self.implementation,
-        )  # fmt: skip
+        )
         self.sow("intermediates", "h_res", h_res)
         return out
 
@@ -113,7 +127,7 @@ class Head(nn.Module):
     implementation: Implementation = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[jax.Array, "*tokens n C"]) -> Float[jax.Array, "*tokens C"]:
         """Collapses the streams x `[..., n, C]` to `[..., C]`; raises what `MHC` does for them."""
         x = _module.streams("flax.linen.Head", x, self.streams, self.hidden)
         param = partial(_param, self, jax_mhc.init_head)

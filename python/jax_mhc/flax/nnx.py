@@ -5,14 +5,14 @@
     self.attention = MHC(Attention(..., rngs=rngs), C, streams=4, rngs=rngs)
     x = self.attention(x)                       # in place of x + attention(x)
 
-`Head` leaves the streams, and `stack` runs blocks that `nnx.vmap` made.
+`Head` leaves the streams; `stack` and `stack_with_samples` run blocks that `nnx.vmap` made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,13 @@ from flax import nnx
 import jax_mhc
 from jax_mhc import _check, _errors, _module
 from jax_mhc._call.dispatch import Implementation
-from jax_mhc._types import HeadParams, MHCConfig, MHCParams
+from jax_mhc._types import HeadParams, Layer, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
-__all__ = ["MHC", "Head", "stack"]
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+__all__ = ["MHC", "Head", "stack", "stack_with_samples"]
 
 
 class MHC(nnx.Module):
@@ -63,7 +66,7 @@ class MHC(nnx.Module):
 
     def __init__(
         self,
-        layer: Callable[..., Any],
+        layer: Layer,
         hidden: int,
         *,
         streams: int = 4,
@@ -76,9 +79,13 @@ class MHC(nnx.Module):
     ):
         """See the class."""
         _module.settings(
-            "flax.nnx.MHC", layer=layer, static=static, norm=norm, norm_scale_eps=norm_scale_eps,
+            "flax.nnx.MHC",
+            layer=layer,
+            static=static,
+            norm=norm,
+            norm_scale_eps=norm_scale_eps,
             implementation=implementation,
-        )  # fmt: skip
+        )
         params = jax_mhc.init_params(
             _key("flax.nnx.MHC", rngs), streams=streams, hidden=hidden, config=config, static=static
         )
@@ -95,7 +102,7 @@ class MHC(nnx.Module):
         """The parameters, as the functions of jax_mhc take them."""
         return MHCParams(_value(self.phi), _value(self.alpha), self.bias[...])
 
-    def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, x: Float[jax.Array, "*tokens n C"], *args: object, **kwargs: object) -> Any:
         """Runs the layer on the streams.
 
         Args:
@@ -112,11 +119,17 @@ class MHC(nnx.Module):
         """
         op = "flax.nnx.MHC"
         out, _ = _module.residual(
-            op, self.layer, _module.streams(op, x, self.streams, self.hidden), self.params,
-            args, kwargs,
-            config=self.config, norm_scale=_value(self.norm_scale),
-            norm_scale_eps=self.norm_scale_eps, implementation=self.implementation,
-        )  # fmt: skip
+            op,
+            self.layer,
+            _module.streams(op, x, self.streams, self.hidden),
+            self.params,
+            args,
+            kwargs,
+            config=self.config,
+            norm_scale=_value(self.norm_scale),
+            norm_scale_eps=self.norm_scale_eps,
+            implementation=self.implementation,
+        )
         return out
 
 
@@ -166,7 +179,7 @@ class Head(nnx.Module):
         """The parameters, as `jax_mhc.head` takes them."""
         return HeadParams(self.phi[...], self.alpha[...], self.bias[...])
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[jax.Array, "*tokens n C"]) -> Float[jax.Array, "*tokens C"]:
         """Collapses the streams x `[..., n, C]` to `[..., C]`; raises what `MHC` does for them."""
         x = _module.streams("flax.nnx.Head", x, self.streams, self.hidden)
         return jax_mhc.head(x, self.params, config=self.config, implementation=self.implementation)
@@ -174,10 +187,10 @@ class Head(nnx.Module):
 
 def stack(
     blocks: nnx.Module,
-    x: jax.Array,
+    x: Float[jax.Array, "*tokens n C"],
     sublayers: Sequence[str] | Mapping[str, Mapping[str, Any]],
     **options: Any,
-) -> Any:
+) -> Float[jax.Array, "*tokens n C"]:
     """Runs all sublayers of all blocks, one after the other, by `jax_mhc.stack`.
 
     To rounding this is
@@ -201,34 +214,72 @@ def stack(
         sublayers: the names of attributes of blocks, in the order in which they run. Each is an
             `MHC` whose layer returns y alone. A mapping gives keyword arguments for each layer,
             the same for all blocks: `{"attention": {"mask": mask}, "mlp": {}}`.
-        **options: of `jax_mhc.stack`, such as keep_streams_every, policy and sample_tokens.
+        **options: of `jax_mhc.stack`: hidden_axis_name, recompute and unroll.
 
     Returns:
-        What `jax_mhc.stack` returns: the new streams `[..., n, C]`, and with sample_tokens h_res.
+        The new streams `[..., n, C]`.
 
     Raises:
         ValueError, TypeError: x that is not streams of the modules' n and C; a sublayer that is no
             `MHC`, or has other settings than the first; a variable that changes; what
             `jax_mhc.stack` raises.
     """
+    return jax_mhc.stack(**_arguments(blocks, x, sublayers, options))
+
+
+def stack_with_samples(
+    blocks: nnx.Module,
+    x: Float[jax.Array, "*tokens n C"],
+    sublayers: Sequence[str] | Mapping[str, Mapping[str, Any]],
+    *,
+    sample_tokens: int,
+    **options: Any,
+) -> tuple[Float[jax.Array, "*tokens n C"], Float[jax.Array, "L S n n"]]:
+    """Runs `stack`, and returns h_res of some tokens, by `jax_mhc.stack_with_samples`.
+
+    Args:
+        blocks: a module whose variables are stacked over the blocks; see `stack`.
+        x: the streams `[..., n, C]`.
+        sublayers: the names of attributes of blocks, or a mapping of them to arguments.
+        sample_tokens: the number of tokens S, at least 1.
+        **options: of `jax_mhc.stack`: hidden_axis_name, recompute and unroll.
+
+    Returns:
+        The new streams `[..., n, C]`, and h_res `[L, S, n, n]` of all L sublayers in their order.
+
+    Raises:
+        ValueError, TypeError: what `stack` and `jax_mhc.stack_with_samples` raise.
+    """
+    arguments = _arguments(blocks, x, sublayers, options)
+    return jax_mhc.stack_with_samples(sample_tokens=sample_tokens, **arguments)
+
+
+def _arguments(
+    blocks: nnx.Module,
+    x: Float[jax.Array, "*tokens n C"],
+    sublayers: Sequence[str] | Mapping[str, Mapping[str, Any]],
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """The arguments for `jax_mhc.stack` that run all sublayers of all blocks."""
     sublayers = _checked_names(sublayers)
     for name in (*_SETTINGS, "params", "xs", "norm_scale"):
         if name in options:
-            _errors.fail(
-                TypeError, _STACK, name, "no such option, since the sublayers have it",
-                _errors.typed(options[name]), "Give it to each MHC instead.",
-            )  # fmt: skip
+            raise _errors.Refusal(TypeError, _STACK, name).expected(
+                "no such option, since the sublayers have it",
+                _errors.typed(options[name]),
+                "Give it to each MHC instead.",
+            )
     modules = {name: _sublayer(blocks, name) for name in sublayers}
     first = next(iter(modules.values()))
     settings = {name: getattr(first, name) for name in _SETTINGS}
     for name, module in modules.items():
         for setting, value in settings.items():
             if (got := getattr(module, setting)) != value:
-                _errors.fail(
-                    ValueError, _STACK, f"blocks.{name}.{setting}",
-                    f"that of the other sublayers, {value!r}", repr(got),
+                raise _errors.Refusal(ValueError, _STACK, f"blocks.{name}.{setting}").expected(
+                    f"that of the other sublayers, {value!r}",
+                    repr(got),
                     "Make all sublayers of a stack alike, or use nnx.scan over the blocks.",
-                )  # fmt: skip
+                )
     graphdef, state = nnx.split({name: module.layer for name, module in modules.items()})
 
     def run(name: str, u: jax.Array, state: Any) -> Any:
@@ -238,31 +289,32 @@ def stack(
         layers = nnx.merge(graphdef, state)
         y = layers[name](u, **(sublayers[name] if isinstance(sublayers, Mapping) else {}))
         for path, variable in nnx.to_flat_state(nnx.state(layers)):
-            # What a call assigns is another array, even if it is equal.
+            # A value that a call assigns is another array, even if it is equal.
             if path not in before or before[path] is not variable.get_raw_value():
                 module, *rest = map(str, path)
-                _errors.fail(
-                    ValueError, _STACK, ".".join(["blocks", module, "layer", *rest]),
+                raise _errors.Refusal(
+                    ValueError, _STACK, ".".join(["blocks", module, "layer", *rest])
+                ).expected(
                     "a variable that does not change in the call",
                     f"a {type(variable).__name__} that does",
                     "Use nnx.scan over the blocks and their own call, or evaluation mode.",
-                )  # fmt: skip
+                )
         return y
 
-    return jax_mhc.stack(
-        [partial(run, name) for name in sublayers],
-        _module.streams(_STACK, x, first.streams, first.hidden),
-        [modules[name].params for name in sublayers],
-        xs=state,
-        norm_scale=[_value(modules[name].norm_scale) for name in sublayers],
+    return {
+        "layers": [partial(run, name) for name in sublayers],
+        "x": _module.streams(_STACK, x, first.streams, first.hidden),
+        "params": [modules[name].params for name in sublayers],
+        "xs": state,
+        "norm_scale": [_value(modules[name].norm_scale) for name in sublayers],
         **settings,
         **options,
-    )
+    }
 
 
 _STACK = "flax.nnx.stack"
 
-# What `jax_mhc.stack` takes once, for all sublayers.
+# Settings that `jax_mhc.stack` takes once, for all sublayers.
 _SETTINGS = ("config", "norm_scale_eps", "implementation")
 
 
@@ -277,21 +329,22 @@ def _checked_names(sublayers: Any) -> Any:
         or not all(isinstance(name, str) for name in names)
         or not all(isinstance(arguments, Mapping) for arguments in of_layers)
     ):
-        _errors.fail(
-            ValueError, _STACK, "sublayers",
+        raise _errors.Refusal(ValueError, _STACK, "sublayers").expected(
             "a sequence of names of attributes of blocks, or a mapping of them to arguments",
-            _errors.shown(sublayers), "Name the sublayers in their order: ['attention', 'mlp'].",
-        )  # fmt: skip
+            _errors.shown(sublayers),
+            "Name the sublayers in their order: ['attention', 'mlp'].",
+        )
     return sublayers if isinstance(sublayers, Mapping) else names
 
 
 def _sublayer(blocks: nnx.Module, name: str) -> MHC:
     module = getattr(blocks, name, None)
     if not isinstance(module, MHC):
-        _errors.fail(
-            TypeError, _STACK, f"blocks.{name}", "a jax_mhc.flax.nnx.MHC", type(module).__name__,
+        raise _errors.Refusal(TypeError, _STACK, f"blocks.{name}").expected(
+            "a jax_mhc.flax.nnx.MHC",
+            type(module).__name__,
             "Wrap each sublayer of a block: MHC(layer, C, rngs=rngs).",
-        )  # fmt: skip
+        )
     return module
 
 
@@ -300,10 +353,11 @@ def _key(op: str, rngs: nnx.Rngs) -> jax.Array:
     if isinstance(rngs, nnx.Rngs):
         stream = getattr(rngs, "mhc" if "mhc" in rngs else "params", None)
     if stream is None:
-        _errors.fail(
-            TypeError, op, "rngs", "nnx.Rngs with a stream mhc or params", _errors.typed(rngs),
+        raise _errors.Refusal(TypeError, op, "rngs").expected(
+            "nnx.Rngs with a stream mhc or params",
+            _errors.typed(rngs),
             "Make them with nnx.Rngs(seed).",
-        )  # fmt: skip
+        )
     return stream()
 
 
