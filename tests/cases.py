@@ -474,12 +474,23 @@ def value_and_vjp(
     return outputs, vjp(cotangents)[0]
 
 
-# XLA may keep in float32 what plain JAX says is of half precision; the kernels do not.
-AS_WRITTEN = {"xla_allow_excess_precision": False}
+# XLA's own choices, whatever conftest.py chose for all tests: what is compiled for users.
+FOR_USERS = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+    "xla_cpu_use_fusion_emitters": True,
+}
+# XLA may keep in float32 what plain JAX says is of half precision; the kernels do not. Plain JAX's
+# own errors, which the kernels' are compared with, are those of a user's program.
+AS_WRITTEN = {"xla_allow_excess_precision": False, **FOR_USERS}
 compiled = jax.jit(value_and_vjp, static_argnums=(0, 1, 2), compiler_options=AS_WRITTEN)
 
-# What is compared in float64 may run slowly: XLA's compiler for the CPU takes half the time.
-FAST_COMPILATION = {"xla_backend_optimization_level": 0}
+# What is compared in float64 may run slowly: XLA's compiler for the CPU takes a sixth of the time.
+FAST_COMPILATION = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
 _quick_on_cpu = jax.jit(value_and_vjp, static_argnums=(0, 1, 2), compiler_options=FAST_COMPILATION)
 quick = _quick_on_cpu if PLATFORM == "cpu" else compiled
 
