@@ -458,9 +458,15 @@ def make_operands(op: str, case: Case, dtype: Any = WIDEST, draw: int = 0) -> di
 def make_cotangents(op: str, case: Case, dtype: Any = WIDEST, draw: int = 0) -> Any:
     """Random cotangents of an op's outputs."""
     rng = np.random.default_rng(1000 + draw)
-    run = functools.partial(OPS[op].run, config=case.config, implementation="reference")
-    outputs = jax.eval_shape(run, make_operands(op, case, dtype))
+    outputs = _outputs(op, case, jnp.dtype(dtype))
     return jax.tree.map(lambda out: jnp.asarray(_normal(rng, out.dtype, *out.shape)), outputs)
+
+
+@functools.cache
+def _outputs(op: str, case: Case, dtype: np.dtype) -> Any:
+    """Shapes and dtypes of an op's outputs; to trace it takes longer than to draw its operands."""
+    run = functools.partial(OPS[op].run, config=case.config, implementation="reference")
+    return jax.eval_shape(run, make_operands(op, case, dtype))
 
 
 def value_and_vjp(
@@ -474,16 +480,17 @@ def value_and_vjp(
     return outputs, vjp(cotangents)[0]
 
 
-# XLA's own choices, whatever conftest.py chose for all tests: what is compiled for users.
+# XLA may keep in float32 what plain JAX says is of half precision; the kernels do not.
+AS_WRITTEN = {"xla_allow_excess_precision": False}
+
+# XLA's own choices, whatever conftest.py chose for all tests: plain JAX's errors, which those of the
+# kernels are compared with, are those of a user's program.
 FOR_USERS = {
     "xla_backend_optimization_level": 3,
     "xla_llvm_disable_expensive_passes": False,
     "xla_cpu_use_fusion_emitters": True,
 }
-# XLA may keep in float32 what plain JAX says is of half precision; the kernels do not. Plain JAX's
-# own errors, which the kernels' are compared with, are those of a user's program.
-AS_WRITTEN = {"xla_allow_excess_precision": False, **FOR_USERS}
-compiled = jax.jit(value_and_vjp, static_argnums=(0, 1, 2), compiler_options=AS_WRITTEN)
+compiled = jax.jit(value_and_vjp, static_argnums=(0, 1, 2), compiler_options=AS_WRITTEN | FOR_USERS)
 
 # What is compared in float64 may run slowly: XLA's compiler for the CPU takes a sixth of the time.
 FAST_COMPILATION = {

@@ -66,7 +66,7 @@ def _compile_quickly():
     """XLA's compiler takes most of the tests' time; programs may run slowly.
 
     Our kernels, which are compiled beforehand, are the same. Tests that compare XLA's own roundings
-    ask for what users get (`cases.AS_WRITTEN`). Workers compile many programs alike: what XLA
+    ask for what users get (`cases.FOR_USERS`). Workers compile many programs alike: what XLA
     compiled stays in a folder; `make test` begins with an empty one.
     """
     jax.config.update("jax_disable_most_optimizations", True)
