@@ -483,8 +483,8 @@ def value_and_vjp(
 # XLA may keep in float32 what plain JAX says is of half precision; the kernels do not.
 AS_WRITTEN = {"xla_allow_excess_precision": False}
 
-# XLA's own choices, whatever conftest.py chose for all tests: plain JAX's errors, which the kernels'
-# are compared with, are those of a user's program.
+# What users get, whatever conftest.py chose for all tests. Plain JAX's errors, with which those of
+# the kernels are compared, are those of optimized code.
 FOR_USERS = {
     "xla_backend_optimization_level": 3,
     "xla_llvm_disable_expensive_passes": False,

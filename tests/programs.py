@@ -11,7 +11,7 @@ README = ROOT / "README.md"
 # What XLA compiled, for all tests and what they run; `make test` begins with an empty folder.
 CACHE = ROOT / ".build" / "tests"
 
-# With these and jax_disable_most_optimizations XLA's compiler for the CPU takes a sixth of the time.
+# XLA's compiler for the CPU takes a sixth of the time, with jax_disable_most_optimizations besides.
 QUICK_COMPILATION = (
     "--xla_cpu_use_fusion_emitters=false",
     "--xla_cpu_parallel_codegen_split_count=1",
