@@ -7,6 +7,7 @@ All tests run on JAX's default backend. What they expect is computed in float64 
 kernels are compared with it in the widest dtype that they have there.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -509,7 +510,9 @@ def widened(arrays: Any) -> Any:
 
 def in_float64(function: Callable, *arrays: Any) -> Any:
     """What `function` of pytrees of arrays gives in float64 on the CPU; NumPy arrays."""
-    with jax.default_device(CPU):
+    # Where the CPU is the default, JAX would trace and compile again for a device of that name.
+    on_cpu = contextlib.nullcontext() if PLATFORM == "cpu" else jax.default_device(CPU)
+    with on_cpu:
         return widened(function(*widened(arrays)))
 
 

@@ -119,6 +119,23 @@ def pytest_collection_modifyitems(config, items):
         items=[item for item, reason in zip(items, reasons, strict=True) if reason]
     )
     items[:] = [item for item, reason in zip(items, reasons, strict=True) if not reason]
+    _bring_together(items)
+
+
+def _bring_together(items):
+    """Tests of one op and case, of several files, one after the other.
+
+    They share programs and what is exact (`cases.evaluate`), and neighbours run in one worker.
+    """
+    first = {}
+
+    def place(numbered):
+        number, item = numbered
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        names = params.get("op"), params.get("case")
+        return number if None in names else first.setdefault(names, number)
+
+    items[:] = [item for _, item in sorted(enumerate(items), key=place)]
 
 
 def pytest_sessionfinish(session):
