@@ -5,19 +5,23 @@ import os
 import sys
 from pathlib import Path
 
+# The test files share `cases` and others; pytest's importlib mode does not add their folder. Of the
+# benchmarks' they want `collectives`.
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "benches")]
+
+from programs import CACHE, QUICK_COMPILATION  # noqa: E402 - in the folder that the line above adds
+
 # Of this process and those that tests start: several share a GPU, and choosing the fastest matrix
 # product takes longer than the few that there are. JAX reads both when it is imported, so its
 # import, and those of what imports it, come below (E402).
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
+_FLAGS = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_autotune_level=0", *QUICK_COMPILATION
+os.environ["XLA_FLAGS"] = " ".join(_FLAGS)
 
 import jax  # noqa: E402 - see above
 import pytest  # noqa: E402 - see above
 from hypothesis import settings  # noqa: E402 - see above
 
-# The test files share `cases` and others; pytest's importlib mode does not add their folder. Of the
-# benchmarks' they want `collectives`.
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "benches")]
 pytest.register_assert_rewrite("cases")
 
 jax.config.update("jax_enable_x64", True)
@@ -54,20 +58,22 @@ def pytest_configure(config):
     if platform := config.getoption("--platform"):
         jax.config.update("jax_platforms", PLATFORMS[platform])
         os.environ["JAX_PLATFORMS"] = PLATFORMS[platform]
-    _share_compilations()
-
-
-def _share_compilations():
-    """Four fifths of the tests' time is XLA's, and workers compile many programs alike.
-
-    What XLA compiled stays in a folder; `make test` begins with an empty one.
-    """
-    from programs import CACHE
-
     if jax.default_backend() == "cpu":
-        jax.config.update("jax_compilation_cache_dir", str(CACHE))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        _compile_quickly()
+
+
+def _compile_quickly():
+    """XLA's compiler takes most of the tests' time; programs may run slowly.
+
+    Our kernels, which are compiled beforehand, are the same. Tests that compare XLA's own roundings
+    ask for what users get (`cases.FOR_USERS`). Workers compile many programs alike: what XLA
+    compiled stays in a folder; `make test` begins with an empty one.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of the processes that tests start
+    jax.config.update("jax_compilation_cache_dir", str(CACHE))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(params=["fused", "reference"])
@@ -81,17 +87,6 @@ def default_dtypes():
     """JAX as a user finds it; the other tests turn 64-bit types on."""
     with jax.enable_x64(False):
         yield
-
-
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """XLA's compiler for the CPU takes less time; programs may run slowly."""
-    from cases import PLATFORM
-
-    jax.config.update("jax_disable_most_optimizations", PLATFORM == "cpu")
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()
 
 
 # ---- tests of one platform ----------------------------------------------------------------------
@@ -124,6 +119,23 @@ def pytest_collection_modifyitems(config, items):
         items=[item for item, reason in zip(items, reasons, strict=True) if reason]
     )
     items[:] = [item for item, reason in zip(items, reasons, strict=True) if not reason]
+    _bring_together(items)
+
+
+def _bring_together(items):
+    """Tests of one op and case, of several files, one after the other.
+
+    They share programs and what is exact (`cases.evaluate`), and neighbours run in one worker.
+    """
+    first = {}
+
+    def place(numbered):
+        number, item = numbered
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        names = params.get("op"), params.get("case")
+        return number if None in names else first.setdefault(names, number)
+
+    items[:] = [item for _, item in sorted(enumerate(items), key=place)]
 
 
 def pytest_sessionfinish(session):

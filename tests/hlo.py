@@ -12,8 +12,9 @@ from jax.ad_checkpoint import print_saved_residuals
 
 
 def compiled_text(function, *arrays):
-    """The HLO that XLA compiles a function to."""
-    return jax.jit(function).lower(*arrays).compile().as_text()
+    """The HLO that XLA compiles a function to, as users get it: with all fusions."""
+    options = {"xla_cpu_use_fusion_emitters": True}
+    return jax.jit(function).lower(*arrays).compile(options).as_text()
 
 
 def custom_calls(text):

@@ -15,8 +15,6 @@ from jax_mhc.equinox import MHC as EqxMHC
 from jax_mhc.flax.linen import MHC as LinenMHC
 from jax_mhc.flax.nnx import MHC as NNXMHC
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 KEY = jax.random.key(0)
 
 

@@ -236,20 +236,23 @@ USES = [
 ]  # fmt: skip
 
 
+@functools.cache
+def program_of(use, implementation):
+    """One for all dtypes: what is exact is compiled once."""
+
+    def loss(operands):
+        return jnp.sum(use(operands, {"implementation": implementation}))
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
 @pytest.mark.parametrize("dtype", sorted({"float32", WIDEST.name}))
 @pytest.mark.parametrize("use", USES)
 def test_uses_of_a_context(use, dtype):
     operands = make_operands("pre", CASES["peaked_3"], jnp.dtype(dtype))
-
-    def gradients(implementation):
-        def loss(operands):
-            return jnp.sum(use(operands, {"implementation": implementation}))
-
-        return jax.jit(jax.value_and_grad(loss))
-
-    exact = in_float64(gradients("reference"), operands)
+    exact = in_float64(program_of(use, "reference"), operands)
     largest = limit(CASES["peaked_3"], dtype=jnp.dtype(dtype), layers=4)
-    assert_trees_close(gradients("fused")(operands), exact, largest, jnp.dtype(dtype))
+    assert_trees_close(program_of(use, "fused")(operands), exact, largest, jnp.dtype(dtype))
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -11,7 +11,7 @@ from hlo import custom_calls
 from test_examples import EXAMPLES
 
 MODULES = EXAMPLES / "modules"
-pytestmark = pytest.mark.usefixtures("default_dtypes", "quick_compilation")
+pytestmark = pytest.mark.usefixtures("default_dtypes")
 
 
 @pytest.mark.parametrize("name", ["flax_nnx", "flax_linen", "equinox_module", "maxtext_decoder"])

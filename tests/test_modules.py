@@ -22,8 +22,6 @@ import jax_mhc.equinox as mhc_eqx
 from jax_mhc.flax import linen as mhc_linen
 from jax_mhc.flax import nnx as mhc_nnx
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 C, N = 8, 4
 NAMES = ("phi", "alpha", "bias", "norm_scale", "w")
 

@@ -105,11 +105,14 @@ def compiled(form, compiler_options, **options):
 @functools.cache
 def exact(*size, dtype=WIDEST, case=CASE, norm_scale_eps=1e-6):
     """Sublayer by sublayer, in float64 on the CPU."""
-    options = {"config": case.config, "implementation": "reference"}
-    options["norm_scale_eps"] = norm_scale_eps
-    return in_float64(
-        compiled(by_sublayers, FAST_COMPILATION, **options), operands(*size, dtype, case)
-    )
+    program = exact_program(config=case.config, norm_scale_eps=norm_scale_eps)
+    return in_float64(program, operands(*size, dtype, case))
+
+
+@functools.cache
+def exact_program(**options):
+    """One for operands of all dtypes, which are widened."""
+    return compiled(by_sublayers, FAST_COMPILATION, implementation="reference", **options)
 
 
 # ---- values and gradients -----------------------------------------------------------------------
