@@ -55,8 +55,8 @@ constexpr int kOtherRegisters = 72;
 // Slots for dots of d_u, of which an owner has every one or every second: at least as many as stages, and even.
 constexpr int kDotsSlots = 4;
 
-// Barriers, of 8 bytes each: what is there once a phase is over, and who arrives for that, a warp once. Copies and other
-// blocks arrive with bytes, which one warp here announces.
+// Barriers, of 8 bytes each: what is there once a phase is over, and who arrives for that, a warp once. Copies and
+// other blocks arrive with bytes, which one warp here announces.
 enum Barrier : u32 {
   kInputFull = 0,                         // x, y and d_u of a stage; the loader, with bytes
   kGradientFull = kInputFull + kStages,   // d_X'_in of a stage; the loader, with bytes

@@ -59,8 +59,8 @@ constexpr int kSumsInShared = SIZE == 448 ? 1 : 0, kSums = kFragments - kSumsInS
 // Whether main warps have registers for their sums for the gradient of w.
 constexpr bool kHoldsDW = SIZE <= 320;
 
-// Registers go from warps to warps by groups of four warps. Two dot warps take longer than four, but leave more registers to
-// the main warps.
+// Registers go from warps to warps by groups of four warps. Two dot warps take longer than four, but leave more
+// registers to the main warps.
 template <bool NORM>
 struct Warps {
   static constexpr int kDot = SIZE == 256 && !NORM ? 4 : 2;
@@ -375,7 +375,8 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
         }
       }
     }
-    // The buffers for partials and replies are free: whoever fills this stage again has seen the reply to what was in it.
+    // The buffers for partials and replies are free: whoever fills this stage again has seen the reply to what was in
+    // it.
     const u32 to = owner + group * kTileTokens;
     const u32 there = in_block(partials.at(block) + part, to);
     const u32 full = in_block(block.barrier(kPartialsFull, partials.slot), to);

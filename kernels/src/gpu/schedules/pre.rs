@@ -172,7 +172,15 @@ pub fn backward(
     let problem = call.problem();
     let shape = Shape::of(&problem);
     let parts = Parts::of(&problem).all().map(|part| memory.take(part));
-    let [dm_rows, dm_columns, h_pre, r_factor, gate_sums, history, d_phi] = parts;
+    let [
+        dm_rows,
+        dm_columns,
+        h_pre,
+        r_factor,
+        gate_sums,
+        history,
+        d_phi,
+    ] = parts;
     let shared_bytes = shared_history(problem.sinkhorn_iters);
     let history = if shared_bytes.is_some() { 0 } else { history };
     let blocks = 2 * call.tokens.div_ceil(2 * TOKENS) as u32;
