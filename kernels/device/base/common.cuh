@@ -45,8 +45,9 @@ struct Settings {
   float pre_eps;
   float post_scale;
 };
+static_assert(sizeof(Settings) == 9 * 4, "gpu/launch.rs has the same fields");
 
-// Which coefficients a token has (coefficients.rs).
+// Which coefficients a token has (contract/layout.rs; gpu/launch.rs the same struct).
 struct Layout {
   int n, num_post, num_res;
 

@@ -280,6 +280,9 @@ __device__ inline int sum_entry(int i, int j) {
 __device__ inline int sum_entry(int i) { return (4 + i % 2) * 4 + i / 2; }
 
 // The tokens of a block: from the dots of d_u to r dm, and the sums of the dots of d_X'.
+//
+//   d_h_pre[i] += sum over j of H_res[i, j] <d_u, X[j]> + h_post[i] <d_u, y>
+//   d_z         = d_h_pre sigmoid'(z),  dm = alpha d_z,  f = <dm, m> times the slope of r
 struct Owner {
   const Block& block;
   const Args& args;
@@ -374,6 +377,7 @@ struct Owner {
     asm volatile("" ::"f"(d_sigmoid), "f"(slope), "f"(others), "f"(reply.w));
     if (t == 0) wait_for_cluster(block.barrier(kDotsFull, slot), tile / kDotsSlots % 2);
     const float dot = sum_dots(slot, t);
+    // d_h_pre[i] += <d_u, X'[i]>
     float d_h = token.d_h_pre + token.h_post * __shfl_sync(kAllLanes, dot, N);
     d_h = fmaf(token.h_res.x, __shfl_sync(kAllLanes, dot, 0), d_h);
     d_h = fmaf(token.h_res.y, __shfl_sync(kAllLanes, dot, 1), d_h);

@@ -269,7 +269,7 @@ __device__ inline void load_tiles(const Block& block, const Args& args) {
 // ---- dot warps --------------------------------------------------------------------------------------
 
 // <d_u, X[i]> is the diagonal of the product of both tiles. A dot warp has some units of every box, and h_res of some
-// tokens: its transpose, or the unit matrix where d_x_in is not to be mixed.
+// tokens: its transpose, or the unit matrix where d_x_in is not deferred.
 template <bool NORM>
 __device__ inline void multiply_tiles(const Block& block, const Args& args, bool deferred, int warp, int lane) {
   constexpr int kWarps = Warps<NORM>::kDot;
@@ -435,6 +435,10 @@ struct OwnToken {
   }
 };
 
+// From the partials of a token to its reply, and the sums of the gates:
+//
+//   d_h_pre[i] += <d_u, X[i]>
+//   d_z         = d_h_pre sigmoid'(z),  dm = alpha d_z,  f = <dm, m> times the slope of r
 template <bool NORM>
 __device__ inline void reply(const Block& block, const Args& args, int lane) {
   const int gate = (lane >= N) + (lane >= 2 * N);
