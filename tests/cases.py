@@ -509,15 +509,10 @@ def widened(arrays: Any) -> Any:
 
 
 def in_float64(function: Callable, *arrays: Any) -> Any:
-<<<<<<< HEAD
     """Results of `function` of pytrees of arrays in float64 on the CPU; NumPy arrays."""
-    with jax.default_device(CPU):
-=======
-    """What `function` of pytrees of arrays gives in float64 on the CPU; NumPy arrays."""
     # Where the CPU is the default, JAX would trace and compile again for a device of that name.
     on_cpu = contextlib.nullcontext() if PLATFORM == "cpu" else jax.default_device(CPU)
     with on_cpu:
->>>>>>> citime
         return widened(function(*widened(arrays)))
 
 

@@ -153,7 +153,7 @@ struct MainWarp {
     }
   }
 
-  // X' of a unit as A fragments: channels g and g + 8.
+  // X' = H_res X + h_post y of a unit as A fragments: channels g and g + 8.
   __device__ void mix_x(u32 (&x_new)[N][2], const u32 (&y)[2], u32 at, const uint4 (&h_res)[2],
                         const float (&h_post)[2][N]) const {
     u32 x[2][4];
@@ -196,7 +196,7 @@ struct MainWarp {
     }
   }
 
-  // Adds a tile to d_phi.
+  // Adds a tile to d_phi = sum over tokens of vec(X')^T (r dm).
   __device__ void sum_phi(const u32 (&x_new)[kUnits][N][2], u32 replies) {
     // r dm, high and low parts of an octet of columns side by side: rows 8 to 15 of the tokens are the same
     // again, for the low parts.
@@ -244,7 +244,8 @@ struct MainWarp {
       if (!has_unit(unit)) break;
       if (unit >= kAhead) begin(unit, unit + 1, x_new, d_u, tables, slot, q);
       if constexpr (!kSumsPhi) read_streams(gradient[unit], of_unit(gradients, unit));
-      // d_X' but for phi (r dm): channel g of the tokens q and q + 4, channel g + 8 of these
+      // d_X'[j] = sum over i of H_res_new[i, j] d_X'_in[i] + h_pre[j] d_u - f X'[j], to which (r dm) phi^T comes below:
+      // channel g of the tokens q and q + 4, channel g + 8 of these
       float values[N][4], units[2];
 #pragma unroll
       for (u32 e = 0; e < 2; ++e) {
@@ -269,6 +270,7 @@ struct MainWarp {
         }
       }
 
+      // d_X' += (r dm) phi^T,  d_y = sum over i of h_post[i] d_X'[i]
       // r dm: high 0 and 1, low 0 and 1, high and low 2
       u32 dm[4], dm_end[2];
       read_matrices(dm, replies + dm_rows);

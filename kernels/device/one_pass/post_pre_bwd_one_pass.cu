@@ -55,8 +55,8 @@ constexpr int kOtherRegisters = 72;
 // Slots for dots of d_u, of which an owner has every one or every second: at least as many as stages, and even.
 constexpr int kDotsSlots = 4;
 
-// Barriers, of 8 bytes each: what is there once a phase is over, and who arrives for that, a warp once. Copies and other
-// blocks arrive with bytes, which one warp here announces.
+// Barriers, of 8 bytes each: what is there once a phase is over, and who arrives for that, a warp once. Copies and
+// other blocks arrive with bytes, which one warp here announces.
 enum Barrier : u32 {
   kInputFull = 0,                         // x, y and d_u of a stage; the loader, with bytes
   kGradientFull = kInputFull + kStages,   // d_X'_in of a stage; the loader, with bytes
@@ -275,6 +275,9 @@ __device__ inline int sum_entry(int i, int j) {
 __device__ inline int sum_entry(int i) { return (4 + i % 2) * 4 + i / 2; }
 
 // The tokens of a block: from the dots of d_u to r dm, and the sums of the dots of d_X'.
+//
+//   d_h_pre[i] += sum over j of H_res[i, j] <d_u, X[j]> + h_post[i] <d_u, y>
+//   d_z         = d_h_pre sigmoid'(z),  dm = alpha d_z,  f = <dm, m> times the slope of r
 struct Owner {
   const Block& block;
   const Args& args;
@@ -369,6 +372,7 @@ struct Owner {
     asm volatile("" ::"f"(d_sigmoid), "f"(slope), "f"(others), "f"(reply.w));
     if (t == 0) wait_for_cluster(block.barrier(kDotsFull, slot), tile / kDotsSlots % 2);
     const float dot = sum_dots(slot, t);
+    // d_h_pre[i] += <d_u, X'[i]>
     float d_h = token.d_h_pre + token.h_post * __shfl_sync(kAllLanes, dot, N);
     d_h = fmaf(token.h_res.x, __shfl_sync(kAllLanes, dot, 0), d_h);
     d_h = fmaf(token.h_res.y, __shfl_sync(kAllLanes, dot, 1), d_h);

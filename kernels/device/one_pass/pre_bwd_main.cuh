@@ -79,6 +79,7 @@ struct Differentiation {
     u32 d_u[2] = {};
     float du[2][2];
     if constexpr (NORM) {
+      // u = sum over i of h_pre[i] X[i],  du = rho w g - f u,  dw = sum over tokens of g rho u
       u32 x[2][4];
       read_transposed(x[0], stage + at);
       read_transposed(x[1], stage + 2 * kPlaneBytes + at);
@@ -132,6 +133,7 @@ struct Differentiation {
     read_transposed(d_x_in[1], d_x_in_at + 2 * kPlaneBytes + at);
     // The other warp of a shared unit writes what this one reads.
     if constexpr (STREAMS < N) wait_for_partner();
+    // d_x[j] = (r dm) phi^T + h_pre[j] d_u - f X[j] + sum over i of h_res[i, j] d_x_in[i]
     const u32 first_at = at + first * kPlaneBytes;
     const u32 first_replies = own_replies + first * sizeof(float), first_h = own_replies + kHRes + first * 16;
 #pragma unroll
@@ -170,7 +172,8 @@ struct Differentiation {
       }
       write_transposed(d_x_in_at + first_at + s * kPlaneBytes, d_x);
     }
-    // The same as B of X^T dm: k is a token. X is read again, which takes fewer registers.
+    // d_phi = sum over tokens of vec(X)^T (r dm), with r dm as B: k is a token. X is read again, which takes fewer
+    // registers.
     read_transposed(dm, row_replies);
     read_transposed(more_dm, row_replies + 64);
 #pragma unroll

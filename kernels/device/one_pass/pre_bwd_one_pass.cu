@@ -61,8 +61,8 @@ constexpr int kSumsInShared = Tuned::sums, kSums = kFragments - kSumsInShared;
 // Whether main warps have registers for their sums for the gradient of w.
 constexpr bool kHoldsDW = NormTuned::holds_d_w;
 
-// Registers go from warps to warps by groups of four warps. Two dot warps take longer than four, but leave more registers to
-// the main warps.
+// Registers go from warps to warps by groups of four warps. Two dot warps take longer than four, but leave more
+// registers to the main warps.
 template <bool NORM>
 struct Warps {
   static constexpr int kDot = NORM ? NormTuned::dot_warps : Tuned::dot_warps;
@@ -265,7 +265,7 @@ __device__ inline void load_tiles(const Block& block, const Args& args) {
 // ---- dot warps --------------------------------------------------------------------------------------
 
 // <d_u, X[i]> is the diagonal of the product of both tiles. A dot warp has some units of every box, and h_res of some
-// tokens: its transpose, or the unit matrix where d_x_in is not to be mixed.
+// tokens: its transpose, or the unit matrix where d_x_in is not deferred.
 template <bool NORM>
 __device__ inline void multiply_tiles(const Block& block, const Args& args, bool deferred, int warp, int lane) {
   constexpr int kWarps = Warps<NORM>::kDot;
@@ -371,7 +371,8 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
         }
       }
     }
-    // The buffers for partials and replies are free: whoever fills this stage again has seen the reply to what was in it.
+    // The buffers for partials and replies are free: whoever fills this stage again has seen the reply to what was in
+    // it.
     const u32 to = owner + group * kTileTokens;
     const u32 there = in_block(partials.at(block) + part, to);
     const u32 full = in_block(block.barrier(kPartialsFull, partials.slot), to);
@@ -430,6 +431,10 @@ struct OwnToken {
   }
 };
 
+// From the partials of a token to its reply, and the sums of the gates:
+//
+//   d_h_pre[i] += <d_u, X[i]>
+//   d_z         = d_h_pre sigmoid'(z),  dm = alpha d_z,  f = <dm, m> times the slope of r
 template <bool NORM>
 __device__ inline void reply(const Block& block, const Args& args, int lane) {
   const int gate = (lane >= N) + (lane >= 2 * N);
