@@ -8,6 +8,7 @@ by complex steps: every function is analytic where it is smooth. `config` is any
 fields of `MHCConfig`.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -103,6 +104,15 @@ def mixed_permutations(z, n):
         for i, j in enumerate(images):
             h_res[..., i, j] += weights[..., p]
     return h_res
+
+
+# Logits of h_res of n streams, by the word of a constraint.
+NUM_RES = {
+    "birkhoff": lambda n: n * n,
+    "none": lambda n: n * n,
+    "identity": lambda n: 0,
+    "permutations": math.factorial,
+}
 
 
 def inverse_rms(x, config):

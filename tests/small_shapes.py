@@ -85,9 +85,7 @@ class Shape:
 
     @property
     def num_coefficients(self) -> int:
-        n = self.n
-        rest = {"identity": 0, "permutations": math.factorial(min(n, 4))}
-        return 2 * n + rest.get(self.settings.constraint, n * n)
+        return 2 * self.n + oracle.NUM_RES[self.settings.constraint](self.n)
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -120,7 +118,8 @@ def _with_settings(n: int, hidden: int, num_tokens: int, rng: random.Random) -> 
     def pick(*values):
         return rng.choice(values)
 
-    constraint = pick("birkhoff", "birkhoff", "birkhoff", "none", "identity", "permutations")
+    # Half of all: the others have no settings of their own.
+    constraint = pick("birkhoff", "birkhoff", *oracle.NUM_RES)
     if constraint == "permutations" and n > 4:
         constraint = "birkhoff"
     settings = Settings(

@@ -6,6 +6,7 @@ use crate::call::dtype;
 use crate::frame::{Attr, Attribute, Buffer, Frame, Place, Schedule, Style, When};
 use crate::library::{Op, Precision, Setting, Value};
 use crate::memory::SLOT_BYTES;
+use crate::rules;
 
 /// A random item of the list.
 pub fn pick<T: Copy>(rng: &mut Rng, items: &[T]) -> T {
@@ -160,18 +161,15 @@ fn streams_and_constraint<'a>(op: &'a Op, rng: &mut Rng) -> (i64, Option<&'a str
         true => choices[0].as_str(),
         false => choices[rng.usize(..choices.len())].as_str(),
     });
-    if constraint == Some("permutations") && !op.is_head() {
-        n = (n - 1) % 4 + 1;
+    if !op.is_head() {
+        let (max_streams, _) = rules::constraint(constraint.unwrap_or_default().as_bytes(), n);
+        n = (n - 1) % max_streams + 1;
     }
     (n, constraint)
 }
 
 fn sizes(op: &Op, n: i64, constraint: Option<&str>, iters: i64, rng: &mut Rng) -> Sizes {
-    let num_res = match constraint {
-        Some("identity") => 0,
-        Some("permutations") => (1..=n).product(),
-        _ => n * n,
-    };
+    let (_, num_res) = rules::constraint(constraint.unwrap_or_default().as_bytes(), n);
     let k = if op.is_head() { n } else { 2 * n + num_res };
     let mut c = match rng.u32(..100) {
         0..10 => rng.i64(1..=100),

@@ -19,9 +19,22 @@ pub enum Verdict {
     Either(&'static str),
 }
 
-/// The most streams, the most of them whose permutations are mixed.
+/// The most streams.
 const MAX_STREAMS: i64 = 16;
-const MAX_PERMUTED: i64 = 4;
+
+/// The most streams, and the columns of phi for H_res of n streams, by the word of a constraint.
+pub fn constraint(word: &[u8], n: i64) -> (i64, i64) {
+    match word {
+        // A call without settings has no word.
+        b"birkhoff" | b"none" | b"" => (MAX_STREAMS, n * n),
+        b"identity" => (MAX_STREAMS, 0),
+        b"permutations" => (4, (1..=n).product()),
+        other => panic!(
+            "the table of calls has a constraint {:?}, which has no rule here",
+            String::from_utf8_lossy(other)
+        ),
+    }
+}
 
 /// Judges a frame whose buffers lie at these addresses.
 pub fn judge(op: &Op, frame: &Frame, args: &[usize], rets: &[usize]) -> Verdict {
@@ -156,15 +169,10 @@ fn buffers(op: &Op, frame: &Frame) -> Result<(), &'static str> {
     if !(1..=MAX_STREAMS).contains(&n) || c < 1 {
         return Err("dimensions");
     }
-    let constraint = word(frame, "constraint");
-    if constraint == b"permutations" && n > MAX_PERMUTED && !op.is_head() {
-        return Err("streams of permutations");
+    let (max_streams, num_res) = constraint(word(frame, "constraint"), n);
+    if n > max_streams && !op.is_head() {
+        return Err("streams of the constraint");
     }
-    let num_res = match constraint {
-        b"identity" => 0,
-        b"permutations" => (1..=n).product(),
-        _ => n * n,
-    };
     let k = if op.is_head() { n } else { 2 * n + num_res };
     let sizes = Sizes {
         streams_dtype,

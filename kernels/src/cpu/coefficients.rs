@@ -376,15 +376,18 @@ fn backward_with<V: Vector, const N: usize>(
         }
         if layout.num_res > 0 {
             let Scratch { h, history, .. } = scratch;
-            if config.constraint == Constraint::Permutations {
-                gather(&cotangents.h_res, first, count, h);
-                permutations::backward::<V, N>(n, z_res, h, g_res);
-            } else {
-                gather(&cotangents.h_res, first, count, g_res);
-            }
-            if uses_sinkhorn(config, layout) {
-                sinkhorn::forward::<V, N>(config, n, z_res, h, history);
-                sinkhorn::backward::<V, N>(config, n, h, history, g_res);
+            match config.constraint {
+                Constraint::Birkhoff => {
+                    gather(&cotangents.h_res, first, count, g_res);
+                    sinkhorn::forward::<V, N>(config, n, z_res, h, history);
+                    sinkhorn::backward::<V, N>(config, n, h, history, g_res);
+                }
+                Constraint::Permutations => {
+                    gather(&cotangents.h_res, first, count, h);
+                    permutations::backward::<V, N>(n, z_res, h, g_res);
+                }
+                Constraint::None => gather(&cotangents.h_res, first, count, g_res),
+                Constraint::Identity => {} // It has no columns.
             }
         }
 

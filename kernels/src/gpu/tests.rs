@@ -8,7 +8,6 @@ use super::images::{build, has_symbol};
 use super::launch::{Arg, Launch, Tensor};
 use super::{Problem, check_device_call, plan, status};
 use crate::contract::check::{CheckedCall, Example};
-use crate::contract::limits::MAX_PERMUTED;
 use crate::contract::table::Call;
 use crate::contract::view::DType;
 use crate::{Config, Constraint};
@@ -82,14 +81,11 @@ fn examples() -> Vec<(String, Example)> {
                 (5, [16, 8]),
             ] {
                 // The divisors of many iterations lie in the workspace and not in shared memory.
-                for (constraint, sinkhorn_iters, deferred) in [
-                    (Constraint::Birkhoff, 20, true),
-                    (Constraint::Birkhoff, 200, false),
-                    (Constraint::None, 20, false),
-                    (Constraint::Identity, 20, true),
-                    (Constraint::Permutations, 20, true),
-                ] {
-                    if constraint == Constraint::Permutations && sizes[0] > MAX_PERMUTED {
+                let many_iterations = (Constraint::Birkhoff, 200, false);
+                let all = Constraint::ALL.iter();
+                let all = all.map(|constraint| (*constraint, 20, *constraint != Constraint::None));
+                for (constraint, sinkhorn_iters, deferred) in all.chain([many_iterations]) {
+                    if sizes[0] > constraint.max_streams() {
                         continue;
                     }
                     let config = Config {

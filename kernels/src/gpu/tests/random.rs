@@ -77,15 +77,12 @@ impl Random {
             0 => self.of(&[0, 1, 15, 17, MAX_COUNT, MAX_COUNT + 1, 1 << 58]),
             _ => self.up_to(30),
         };
-        let constraints = [
-            Constraint::Birkhoff,
-            Constraint::Birkhoff,
-            Constraint::None,
-            Constraint::Identity,
-            Constraint::Permutations,
-        ];
+        let mut constraints = Constraint::ALL.to_vec();
+        constraints.retain(|constraint| n <= constraint.max_streams());
+        // Twice as often as others, since the one-pass kernels are for it.
+        constraints.insert(0, Constraint::Birkhoff);
         let config = Config {
-            constraint: self.of(&constraints[..if n > 4 { 4 } else { 5 }]),
+            constraint: self.of(&constraints),
             sinkhorn_iters: self.of(&[0, 1, 20, 128, 129, 200, MAX_SINKHORN_ITERS]),
             deferred: self.below(2) == 0,
             ..Config::default()

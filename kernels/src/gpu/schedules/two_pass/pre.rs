@@ -2,6 +2,7 @@
 
 use super::projection::{self, Factors, Projection};
 use crate::contract::check::CheckedCall;
+use crate::contract::config::Constraint;
 use crate::contract::layout::CoefficientLayout;
 use crate::gpu::device::Device;
 use crate::gpu::kernel::Kernel;
@@ -12,6 +13,12 @@ use crate::gpu::workspace::{Part, Workspace};
 
 /// The most shared memory for what Sinkhorn's backward pass records; the workspace has it otherwise.
 const HISTORY_BYTES: usize = 32 << 10;
+
+// pre.cu compares the number of a constraint with those that it knows, and takes any other for `none`.
+const _: () = assert!(
+    Constraint::ALL.len() == 4,
+    "pre_fwd and pre_bwd of two_pass/pre.cu have to take a new constraint"
+);
 
 fn kernel(call: &CheckedCall, function: &'static str) -> Kernel {
     let size = sizes::streams(call.n, is_aligned(call.c));
