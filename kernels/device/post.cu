@@ -52,14 +52,14 @@ __device__ inline void post_fwd(const Stream* x, const Stream* y, const float* h
 }
 
 KERNEL(post_fwd, kThreads, 2)
-(const Stream* x, const Stream* y, const float* h_post,
- const float* h_res, Stream* x_new, int tokens, int slab, int n, int hidden) {
+(const Stream* x, const Stream* y, const float* h_post, const float* h_res, Stream* x_new,
+ int tokens, int slab, int n, int hidden) {
   post_fwd<true>(x, y, h_post, h_res, x_new, tokens, slab, n, hidden);
 }
 #if !EXACT
 KERNEL(post_fwd_unaligned, kThreads)
-(const Stream* x, const Stream* y, const float* h_post,
- const float* h_res, Stream* x_new, int tokens, int slab, int n, int hidden) {
+(const Stream* x, const Stream* y, const float* h_post, const float* h_res, Stream* x_new,
+ int tokens, int slab, int n, int hidden) {
   post_fwd<false>(x, y, h_post, h_res, x_new, tokens, slab, n, hidden);
 }
 #endif
@@ -162,7 +162,8 @@ __device__ inline void post_bwd_one_pass(const Backward& b, int hidden) {
   for (int at = threadIdx.x * V; at < hidden; at += kBackwardThreads * V) {
     Pack<Stream, V> xs[n], gs[n], ys;
 #pragma unroll
-    for (int i = 0; i < n; ++i) load<ALIGNED>(gs[i], b.d_x_new + (token * n + i) * hidden, at, hidden);
+    for (int i = 0; i < n; ++i)
+      load<ALIGNED>(gs[i], b.d_x_new + (token * n + i) * hidden, at, hidden);
 #pragma unroll
     for (int j = 0; j < n; ++j) load<ALIGNED>(xs[j], b.x + (token * n + j) * hidden, at, hidden);
     load<ALIGNED>(ys, b.y + token * hidden, at, hidden);

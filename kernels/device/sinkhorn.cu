@@ -20,8 +20,8 @@ struct Place {
   }
 };
 
-__device__ inline void gather(Sinkhorn<N>::Matrix& values, const float* matrices, const Place& place,
-                              const Sinkhorn<N>& sinkhorn) {
+__device__ inline void gather(Sinkhorn<N>::Matrix& values, const float* matrices,
+                              const Place& place, const Sinkhorn<N>& sinkhorn) {
   const int n = sinkhorn.n;
   sinkhorn.for_each([&](int k, int i) {
     const bool exists = place.exists && sinkhorn.active(k, i);
@@ -29,8 +29,8 @@ __device__ inline void gather(Sinkhorn<N>::Matrix& values, const float* matrices
   });
 }
 
-__device__ inline void scatter(const Sinkhorn<N>::Matrix& values, float* matrices, const Place& place,
-                               const Sinkhorn<N>& sinkhorn) {
+__device__ inline void scatter(const Sinkhorn<N>::Matrix& values, float* matrices,
+                               const Place& place, const Sinkhorn<N>& sinkhorn) {
   const int n = sinkhorn.n;
   sinkhorn.for_each([&](int k, int i) {
     if (place.exists && sinkhorn.active(k, i)) {

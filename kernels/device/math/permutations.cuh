@@ -54,7 +54,8 @@ struct Permutations {
   __device__ __forceinline__ static void for_own(int lane, Use use) {
     if constexpr (K < kOwn) {
       constexpr int kFirst = K * kPermutedLanes;
-      constexpr int kImages[] = {images(kFirst), images(kFirst + 1), images(kFirst + 2), images(kFirst + 3)};
+      constexpr int kImages[] = {images(kFirst), images(kFirst + 1), images(kFirst + 2),
+                                 images(kFirst + 3)};
       const int low = lane % 2 ? kImages[1] : kImages[0], high = lane % 2 ? kImages[3] : kImages[2];
       if (kFirst + lane < kNumber) use(K, kFirst + lane, lane < 2 ? low : high);
       for_own<K + 1>(lane, use);
@@ -65,7 +66,8 @@ struct Permutations {
   template <class Combine>
   __device__ static float over_lanes(float v, Combine combine) {
 #pragma unroll
-    for (int step = 1; step < kPermutedLanes; step *= 2) v = combine(v, __shfl_xor_sync(kAllLanes, v, step));
+    for (int step = 1; step < kPermutedLanes; step *= 2)
+      v = combine(v, __shfl_xor_sync(kAllLanes, v, step));
     return v;
   }
   __device__ static float sum_over_lanes(float v) {
@@ -136,7 +138,8 @@ __device__ inline void mix_permutations(int n, float* z, float* h_res, int lane,
 }
 
 template <class Logit>
-__device__ inline void mix_permutations_bwd(int n, Logit logit, const float* d_h_res, float* d_z, int lane) {
+__device__ inline void mix_permutations_bwd(int n, Logit logit, const float* d_h_res, float* d_z,
+                                            int lane) {
   switch (n) {
     case 1: return Permutations<1>::backward(logit, d_h_res, d_z, lane);
     case 2: return Permutations<2>::backward(logit, d_h_res, d_z, lane);

@@ -162,7 +162,7 @@ struct Sinkhorn {
       for_each([&](int k, int i) { m[k][i] = active(k, i) ? expf(z[k][i]) : 0.f; });
       return;
     }
-    const auto record = [&](int step, const float(&d)[kOwn]) {
+    const auto record = [&](int step, const float (&d)[kOwn]) {
       if (!history) return;
 #pragma unroll
       for (int k = 0; k < kOwn; ++k) history[(step * kOwn + k) * stride] = d[k];
@@ -183,7 +183,8 @@ struct Sinkhorn {
         m[k][i] = active(k, i) ? expf(log) * scale[k] : 0.f;
       });
     } else if (!settings.clamp) {
-      for_each([&](int k, int i) { m[k][i] = active(k, i) ? m[k][i] + settings.sinkhorn_eps : 0.f; });
+      for_each(
+          [&](int k, int i) { m[k][i] = active(k, i) ? m[k][i] + settings.sinkhorn_eps : 0.f; });
     }
     float d[kOwn];
     normalise_second(m, d);
@@ -213,7 +214,8 @@ struct Sinkhorn {
         sums_over_lanes(g, sums);
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-          const float d = LANES == 1 ? own[i % kOwn] : __shfl_sync(kAllLanes, own[i % kOwn], i / kOwn, LANES);
+          const float d =
+              LANES == 1 ? own[i % kOwn] : __shfl_sync(kAllLanes, own[i % kOwn], i / kOwn, LANES);
           const float taken = d >= 0.f || !settings.clamp ? sums[i] : 0.f;
 #pragma unroll
           for (int k = 0; k < kOwn; ++k) {

@@ -23,8 +23,9 @@ struct Tile {
 
 template <int TOKENS>
 struct Place {
-  u32 shared;       // address of the block's shared memory
-  u32 rank, ranks;  // of the block in its cluster; the number of the cluster's blocks, a power of two
+  u32 shared;  // address of the block's shared memory
+  u32 rank,
+      ranks;  // of the block in its cluster; the number of the cluster's blocks, a power of two
   int first_tile, tile_step;
 
   __device__ explicit Place(const void* memory)
@@ -41,5 +42,7 @@ struct Place {
   // The first token of this cluster's tile i.
   __device__ int first_token(int i) const { return (first_tile + i * tile_step) * TOKENS; }
   // This cluster's number of all tiles.
-  __device__ int share_of(int tiles) const { return (tiles - first_tile + tile_step - 1) / tile_step; }
+  __device__ int share_of(int tiles) const {
+    return (tiles - first_tile + tile_step - 1) / tile_step;
+  }
 };

@@ -74,7 +74,8 @@ __device__ inline void read_floats(float (&values)[4], u32 at) {
   values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
 }
 __device__ inline void write_float4(u32 at, float4 v) {
-  write4(at, {__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w)});
+  write4(at,
+         {__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w)});
 }
 __device__ inline void write_float(u32 at, float v) { write1(at, __float_as_uint(v)); }
 
@@ -93,7 +94,10 @@ __device__ inline void read_matrices(u32 (&m)[2], u32 at) {
                : "memory");
 }
 __device__ inline void read_matrix(u32& m, u32 at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(m) : "r"(at) : "memory");
+  asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
+               : "=r"(m)
+               : "r"(at)
+               : "memory");
 }
 __device__ inline void read_transposed(u32 (&m)[4], u32 at) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -108,8 +112,8 @@ __device__ inline void read_transposed(u32 (&m)[2], u32 at) {
                : "memory");
 }
 __device__ inline void write_matrices(u32 at, const u32 (&m)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(m[0]),
-               "r"(m[1]), "r"(m[2]), "r"(m[3])
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
+               "r"(m[0]), "r"(m[1]), "r"(m[2]), "r"(m[3])
                : "memory");
 }
 __device__ inline void write_transposed(u32 at, const u32 (&m)[4]) {
@@ -118,8 +122,8 @@ __device__ inline void write_transposed(u32 at, const u32 (&m)[4]) {
                : "memory");
 }
 __device__ inline void write_transposed(u32 at, const u32 (&m)[2]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(at), "r"(m[0]),
-               "r"(m[1])
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(at),
+               "r"(m[0]), "r"(m[1])
                : "memory");
 }
 
@@ -223,8 +227,8 @@ __device__ inline u32 in_block(u32 at, u32 rank) {
 // 16 bytes to another block; they count for the barrier there. Both are addresses from `in_block`.
 __device__ inline void send(u32 at, float4 v, u32 barrier) {
   asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::
-          "r"(at),
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(at),
       "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
       : "memory");
 }
@@ -259,7 +263,8 @@ __device__ inline void copy_in(u32 to, const TensorMap& map, int token, int box,
 // `bytes` in a row, in multiples of 16.
 __device__ inline void copy_in(u32 to, const void* from, u32 bytes, u32 barrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(to),
       "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
 }
@@ -277,8 +282,8 @@ __device__ inline void prefetch(const TensorMap& map, int token, int box, int st
 // The other way; what lies outside is not written. Wants `fence_for_copies` by all who wrote the box.
 __device__ inline void copy_out(const TensorMap& map, int token, int box, int stream, u32 from) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
-          &map),
+      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::
+          "l"(&map),
       "r"(from), "r"(0), "r"(token), "r"(box), "r"(stream)
       : "memory");
 }
@@ -317,8 +322,8 @@ __device__ inline u32 cluster_id() {
 // ---- global memory and registers -------------------------------------------------------------------------
 
 __device__ inline void write_through(void* at, uint4 v) {
-  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.x), "r"(v.y), "r"(v.z),
-               "r"(v.w)
+  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
                : "memory");
 }
 

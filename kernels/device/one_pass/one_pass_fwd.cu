@@ -41,7 +41,8 @@ constexpr int kSlices = 2 * kBoxes;
 
 template <bool POST_PRE, bool NORM>
 using Tuning = typename Choose<
-    POST_PRE, typename Choose<NORM, tuning_post_pre_norm_fwd_one_pass, tuning_post_pre_fwd_one_pass>::Type,
+    POST_PRE,
+    typename Choose<NORM, tuning_post_pre_norm_fwd_one_pass, tuning_post_pre_fwd_one_pass>::Type,
     typename Choose<NORM, tuning_pre_norm_fwd_one_pass, tuning_pre_fwd_one_pass>::Type>::Type;
 
 // Entries of G on and above its diagonal: the diagonal, then the others row by row.
@@ -94,7 +95,8 @@ struct Plan {
   static_assert(kPhi >= kStage, "phi lies in stages alone");
   static_assert(kBytes == Tuned::shared_bytes && kThreads == Tuned::threads, "kernels/tuning.rs");
   static_assert(kBytes <= 232448, "shared memory of a block");
-  static_assert(2 * Tuned::project_registers + Tuned::apply_registers + Tuned::other_registers <= 512,
+  static_assert(2 * Tuned::project_registers + Tuned::apply_registers + Tuned::other_registers <=
+                    512,
                 "registers of a block");
 };
 
@@ -122,10 +124,10 @@ struct Args {
 // arrives for that (`Block::init_barriers` has the numbers). Copies and other blocks arrive with bytes, which one warp
 // here announces.
 enum Barrier : u32 {
-  kFull = 0,           // X of a stage, and in post_pre y, h_res and h_post; the loader, with bytes
-  kEmpty = 16,         // nobody needs the stage any more; the warps of apply
-  kSumsFull = 32,      // all blocks' sums for the owned tokens of a stage; the owner, with bytes
-  kHFull = 48,         // h_pre of a stage's tokens, or rho h_pre; the first warp of apply, with bytes
+  kFull = 0,       // X of a stage, and in post_pre y, h_res and h_post; the loader, with bytes
+  kEmpty = 16,     // nobody needs the stage any more; the warps of apply
+  kSumsFull = 32,  // all blocks' sums for the owned tokens of a stage; the owner, with bytes
+  kHFull = 48,     // h_pre of a stage's tokens, or rho h_pre; the first warp of apply, with bytes
   kPartialFull = 64,   // a tile's sums of each warp; the warps of project
   kPartialEmpty = 66,  // these have been sent; send
   kFinishFull = 68,    // m, r and rho of a batch of tokens; the owner
@@ -152,7 +154,9 @@ struct Block : Place<Plan<POST_PRE, NORM>::kTokens> {
     owned = 1 << owned_log2;
   }
 
-  __device__ u32 barrier(Barrier which, u32 index = 0) const { return shared + 8 * (which + index); }
+  __device__ u32 barrier(Barrier which, u32 index = 0) const {
+    return shared + 8 * (which + index);
+  }
   __device__ u32 stage(u32 slot) const { return shared + P::kStage + slot * P::kStageBytes; }
   __device__ u32 mixing(u32 slot) const { return shared + P::kMixing + slot * P::kMixingBytes; }
   __device__ bool has_tile(int i) const { return first_token(i) < args.tokens; }
@@ -321,7 +325,8 @@ __device__ inline void Block<POST_PRE, NORM>::reply(int lane) const {
       if constexpr (NORM) {
         const float h_row = __shfl_sync(kAllLanes, h, row_of_g);
         const float h_column = __shfl_sync(kAllLanes, h, column_of_g);
-        const float mean = warp_sum(lane % 16 < kProducts ? g * (weight_of_g * h_row * h_column) : 0.f);
+        const float mean =
+            warp_sum(lane % 16 < kProducts ? g * (weight_of_g * h_row * h_column) : 0.f);
         // What is left of a sum of zero may be less than that; NaN stays.
         rho = inverse_root((mean < 0.f ? 0.f : mean) + args.norm_scale_eps);
         h_pre = {rho * h_pre.x, rho * h_pre.y, rho * h_pre.z, rho * h_pre.w};
@@ -457,7 +462,8 @@ __device__ inline void Block<POST_PRE, NORM>::finish(int lane) const {
     });
     if (settings.constraint == Constraint::kBirkhoff) matrix.forward(z, h_res, nullptr, 0);
     if (exists) {
-      matrix.for_each([&](int k, int j) { args.h_res[at * N * N + matrix.at(k, j)] = h_res[k][j]; });
+      matrix.for_each(
+          [&](int k, int j) { args.h_res[at * N * N + matrix.at(k, j)] = h_res[k][j]; });
       store_others(row, at, matrix.lane);
     }
     __syncwarp();
@@ -516,7 +522,7 @@ KERNEL(post_pre_fwd_one_pass, kThreads, 1)
  const float* bias, Stream* x_new, Stream* u, float* h_pre, float* h_post, float* h_res, float* m,
  float* r, int tokens, const __grid_constant__ Settings settings) {
   run<true, false>({&x_map, phi, alpha, bias, u, h_pre, h_post, h_res, m, r, tokens, &settings,
-                   &y_map, h_post_in, h_res_in, x_new});
+                    &y_map, h_post_in, h_res_in, x_new});
 }
 
 KERNEL(post_pre_norm_fwd_one_pass, kThreads, 1)
@@ -526,5 +532,5 @@ KERNEL(post_pre_norm_fwd_one_pass, kThreads, 1)
  float* h_res, float* m, float* r, float* rho, float norm_scale_eps, int tokens,
  const __grid_constant__ Settings settings) {
   run<true, true>({&x_map, phi, alpha, bias, u, h_pre, h_post, h_res, m, r, tokens, &settings,
-                  &y_map, h_post_in, h_res_in, x_new, norm_scale, rho, norm_scale_eps});
+                   &y_map, h_post_in, h_res_in, x_new, norm_scale, rho, norm_scale_eps});
 }

@@ -13,9 +13,11 @@ constexpr int kPhiWords = 2 * kOctets;
 constexpr u32 kPhiFragmentBytes = 32 * kPhiWords * 4;
 
 // This lane's elements, two neighbouring columns each, in units of which all fit into float16 (`half_unit`).
-__device__ inline void round_phi(u32 (&words)[kPhiWords], const float2 (&values)[kPhiWords], float scale) {
+__device__ inline void round_phi(u32 (&words)[kPhiWords], const float2 (&values)[kPhiWords],
+                                 float scale) {
 #pragma unroll
-  for (int w = 0; w < kPhiWords; ++w) words[w] = half_pair(values[w].x * scale, values[w].y * scale);
+  for (int w = 0; w < kPhiWords; ++w)
+    words[w] = half_pair(values[w].x * scale, values[w].y * scale);
 }
 
 // d_phi = sum over tokens of vec(X)^T (r dm): the sums of a fragment that a lane has, to its places,
@@ -23,7 +25,7 @@ __device__ inline void round_phi(u32 (&words)[kPhiWords], const float2 (&values)
 __device__ inline void store_d_phi(float* out, const float (&sums)[kOctets][4], int q = 0) {
 #pragma unroll
   for (int octet = 0; octet < kOctets; ++octet) {
-    const float(&d)[4] = sums[octet];
+    const float (&d)[4] = sums[octet];
     reinterpret_cast<float2*>(out + octet * 8)[q] = {d[0], d[1]};
     reinterpret_cast<float2*>(out + 8 * kColumns + octet * 8)[q] = {d[2], d[3]};
   }

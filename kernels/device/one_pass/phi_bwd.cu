@@ -33,7 +33,8 @@ constexpr u32 kStageBytes = kDm + kTokens * kDmStride;
 constexpr u32 kFirstStage = 1024;  // behind the barriers
 constexpr u32 kSharedBytes = kFirstStage + kStages * kStageBytes;
 static_assert(kStageBytes % 1024 == 0, "");
-static_assert(kSharedBytes == tuning_phi_bwd::shared_bytes && kThreads == tuning_phi_bwd::threads, "");
+static_assert(kSharedBytes == tuning_phi_bwd::shared_bytes && kThreads == tuning_phi_bwd::threads,
+              "");
 
 struct Stages {
   u32 base;
@@ -164,12 +165,13 @@ __device__ inline void sum_tiles(const Stages& stages, const Operands& to, int w
         read_transposed(x01, at);
         read_transposed(x23, at + 2 * kPlane);
         read_transposed(y, (stage + y_rows + eight * kRowBytes) ^ unit * 32);
-        const u32 x[N][2] = {{x01[0], x01[1]}, {x01[2], x01[3]}, {x23[0], x23[1]}, {x23[2], x23[3]}};
+        const u32 x[N][2] = {
+            {x01[0], x01[1]}, {x01[2], x01[3]}, {x23[0], x23[1]}, {x23[2], x23[3]}};
 #pragma unroll
         for (int i = 0; i < N; ++i) {
           u32 x_new[2];
           mix(x_new, i, x, y, h_res, h_post);
-          float(&sums)[kOctets][4] = d_phi[unit][i];
+          float (&sums)[kOctets][4] = d_phi[unit][i];
           mma_k8(sums[0], x_new[0], x_new[1], dm[0]);
           mma_k8(sums[1], x_new[0], x_new[1], dm[1]);
           mma_k8(sums[2], x_new[0], x_new[1], dm[2]);

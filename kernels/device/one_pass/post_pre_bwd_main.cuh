@@ -27,17 +27,17 @@ __device__ inline u32 token_of_column(u32 column) { return column / 2 + 4 * (col
 struct MainWarp {
   const Block& block;
   const bool has_last_unit;
-  u32 phi;            // this lane's fragment of the first unit
-  u32 streams;        // ldmatrix address, within a stage, of the tokens 0 to 3
-  u32 stream_stage;   // bytes from stage to stage there
-  u32 vectors;        // of y and d_u; the first two of the four matrices are y's
-  u32 outputs;        // stmatrix addresses of d_X'
+  u32 phi;           // this lane's fragment of the first unit
+  u32 streams;       // ldmatrix address, within a stage, of the tokens 0 to 3
+  u32 stream_stage;  // bytes from stage to stage there
+  u32 vectors;       // of y and d_u; the first two of the four matrices are y's
+  u32 outputs;       // stmatrix addresses of d_X'
   u32 output_stage;
   float phi_units[kUnits];
-  u32 dm_rows, dm_columns;  // ldmatrix addresses within the replies
-  u32 dm_unit;              // of the token of this lane's column
-  u32 table;                // where the words of this lane lie in a table
-  u32 take_high, take_low;  // what makes fragments of them
+  u32 dm_rows, dm_columns;       // ldmatrix addresses within the replies
+  u32 dm_unit;                   // of the token of this lane's column
+  u32 table;                     // where the words of this lane lie in a table
+  u32 take_high, take_low;       // what makes fragments of them
   float d_phi[N][kUnits][3][4];  // where kSumsPhi
   u32 phi_words[N][kUnits][6];   // elsewhere, beyond a tile
 
@@ -87,7 +87,8 @@ struct MainWarp {
         const int j = e / 6, p = e % 6, unit = first + j % 2;
         if (!has_unit(unit)) continue;
         const int row = j / 2 * block.hidden() + unit * kUnitStep + p % 2 * 8 + g;
-        const float2 v = __ldg(reinterpret_cast<const float2*>(phi_of_warp + row * kColumns + p / 2 * 8) + q);
+        const float2 v =
+            __ldg(reinterpret_cast<const float2*>(phi_of_warp + row * kColumns + p / 2 * 8) + q);
         largest = max(largest, max(magnitude(v.x), magnitude(v.y)));
         values[j][p] = v;
       }
@@ -119,7 +120,9 @@ struct MainWarp {
       }
     }
   }
-  __device__ u32 fragment(int i, int unit) const { return phi + (unit * (kUnitStep / 16) * N + i) * kPhiBytes; }
+  __device__ u32 fragment(int i, int unit) const {
+    return phi + (unit * (kUnitStep / 16) * N + i) * kPhiBytes;
+  }
   __device__ void read_phi(u32 (&words)[6], int i, int unit, int lane) const {
     const uint4 a = read4(fragment(i, unit) + lane * 16);
     const uint2 b = read2(fragment(i, unit) + 512 + lane * 8);
@@ -237,7 +240,8 @@ struct MainWarp {
     const u32 gradients = streams + slot * stream_stage + kGradient;
     if constexpr (kSumsPhi) {
 #pragma unroll
-      for (u32 unit = 0; unit < kUnits; ++unit) read_streams(gradient[unit], of_unit(gradients, unit));
+      for (u32 unit = 0; unit < kUnits; ++unit)
+        read_streams(gradient[unit], of_unit(gradients, unit));
     }
 #pragma unroll
     for (u32 unit = 0; unit < kUnits; ++unit) {

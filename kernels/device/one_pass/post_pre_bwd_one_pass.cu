@@ -58,15 +58,16 @@ constexpr int kDotsSlots = 4;
 // Barriers, of 8 bytes each: what is there once a phase is over, and who arrives for that, a warp once. Copies and
 // other blocks arrive with bytes, which one warp here announces.
 enum Barrier : u32 {
-  kInputFull = 0,                         // x, y and d_u of a stage; the loader, with bytes
-  kGradientFull = kInputFull + kStages,   // d_X'_in of a stage; the loader, with bytes
-  kEmpty = kGradientFull + kStages,       // nobody needs the stage any more; stream dots and the finisher
-  kDotsFull = kEmpty + kStages,           // all blocks' dots of d_u, at the owner; the owner, with bytes
+  kInputFull = 0,                        // x, y and d_u of a stage; the loader, with bytes
+  kGradientFull = kInputFull + kStages,  // d_X'_in of a stage; the loader, with bytes
+  kEmpty = kGradientFull +
+      kStages,                   // nobody needs the stage any more; stream dots and the finisher
+  kDotsFull = kEmpty + kStages,  // all blocks' dots of d_u, at the owner; the owner, with bytes
   kRepliesFull = kDotsFull + kDotsSlots,  // the owners' replies; the first main warp, with bytes
-  kDone = kRepliesFull + kStages,         // d_X' and d_y, in the place of d_X'_in and d_u; the main warps
-  kSumsFull = kDone + kStages,            // all blocks' dots of d_X', at the owner; the owner, with bytes
-  kTablesFull = kSumsFull + 8,            // tables of the mixing; the finisher
-  kPhiThere = kTablesFull + 2,            // phi is in registers, or in its own place; the main warps
+  kDone = kRepliesFull + kStages,  // d_X' and d_y, in the place of d_X'_in and d_u; the main warps
+  kSumsFull = kDone + kStages,     // all blocks' dots of d_X', at the owner; the owner, with bytes
+  kTablesFull = kSumsFull + 8,     // tables of the mixing; the finisher
+  kPhiThere = kTablesFull + 2,     // phi is in registers, or in its own place; the main warps
   kNumBarriers,
 };
 
@@ -240,8 +241,8 @@ __device__ inline void input_dots(const Block& block, int half, int lane) {
 #pragma unroll
     for (u32 step = 0; step < SIZE / 2 / 16; ++step) {
       const u32 at = step / kSteps * kBox, unit = step % kSteps * 2;
-      const u32 from = x_first + slot * x_stage + at +
-                       ((unit + matrix / 2) ^ swizzle ^ odd * kOddSwizzle) * 16;
+      const u32 from =
+          x_first + slot * x_stage + at + ((unit + matrix / 2) ^ swizzle ^ odd * kOddSwizzle) * 16;
       u32 a[4], b[4], v[4];  // v: y, d_u
       read_matrices(a, from);
       read_matrices(b, from + kPlane);
@@ -409,7 +410,8 @@ struct Owner {
     if constexpr (!kSumsPhi) {
       const int row = block.first_token(tile) + in_tile(t);
       const bool stores = row < args.tokens && lane < int(kReplyGates / 16);
-      if (stores) static_cast<float4*>(args.for_phi)[size_t(row) * (kReplyGates / 16) + lane] = reply;
+      if (stores)
+        static_cast<float4*>(args.for_phi)[size_t(row) * (kReplyGates / 16) + lane] = reply;
     }
     sums.add(lane < N ? d_z_pre : token.d_z, token.m);
   }
@@ -497,8 +499,8 @@ __device__ inline void stream_dots(const Block& block, int half, int lane) {
           u32 a[4], x[4];
           read_matrices(a, from + kGradient + matrix % 2 * kPlane + at +
                                ((unit + 2 * h + matrix / 2) ^ swizzle) * 16);
-          read_matrices(x, from + matrix / 2 * kPlane + at +
-                               ((unit + 2 * h + matrix % 2) ^ swizzle) * 16);
+          read_matrices(
+              x, from + matrix / 2 * kPlane + at + ((unit + 2 * h + matrix % 2) ^ swizzle) * 16);
           mma(x01, a[0], a[1], a[2], a[3], {x[0], x[1]});
           mma(x23, a[0], a[1], a[2], a[3], {x[2], x[3]});
           mma(y, a[0], a[1], a[2], a[3], {y_part[2 * h], y_part[2 * h + 1]});
@@ -514,7 +516,8 @@ __device__ inline void stream_dots(const Block& block, int half, int lane) {
       const u32 to = in_block(block.sums(sums_slot, own, block.rank), owner);
       const u32 barrier = in_block(block.barrier(kSumsFull, sums_slot), owner);
       send(to + (g / 4 * 2 + q / 2) * 16,
-           {b ? x01[1] : x01[0], b ? x23[1] : x23[0], b ? x01[3] : x01[2], b ? x23[3] : x23[2]}, barrier);
+           {b ? x01[1] : x01[0], b ? x23[1] : x23[0], b ? x01[3] : x01[2], b ? x23[3] : x23[2]},
+           barrier);
       if (q < 2) {
         send(to + (4 + g / 4) * 16, {b ? y[1] : y[0], b ? y[3] : y[2], 0.f, 0.f}, barrier);
       }
@@ -539,7 +542,8 @@ struct Tables {
     const int t = lane / N, i = lane % N;
     const long long token = block.first_token(tile) + t, whole = block.first_token(tile) + lane;
     const bool exists = tile < block.num_tiles && token < args.tokens;
-    const float4 v = exists ? __ldg(reinterpret_cast<const float4*>(args.h_res) + token * N + i) : float4{};
+    const float4 v =
+        exists ? __ldg(reinterpret_cast<const float4*>(args.h_res) + token * N + i) : float4{};
     row[0] = v.x, row[1] = v.y, row[2] = v.z, row[3] = v.w;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
@@ -575,7 +579,8 @@ struct Tables {
 };
 
 // The tables of two tiles are there at once: a finished tile makes room for the one after the next.
-__device__ inline void finish_tiles(const Block& block, const Args& args, const Maps& maps, int lane) {
+__device__ inline void finish_tiles(const Block& block, const Args& args, const Maps& maps,
+                                    int lane) {
   const int box = block.first_box();
   Tables tables{block, args, lane};
   for (int tile = 0; tile < 2; ++tile) {
@@ -610,17 +615,18 @@ __device__ inline void finish_tiles(const Block& block, const Args& args, const 
 KERNEL(post_pre_bwd_one_pass, kThreads, 1)
 (const __grid_constant__ TensorMap x_even, const __grid_constant__ TensorMap x_odd,
  const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap d_u,
- const __grid_constant__ TensorMap d_x_new_in_even, const __grid_constant__ TensorMap d_x_new_in_odd,
- const __grid_constant__ TensorMap d_x_new_even, const __grid_constant__ TensorMap d_x_new_odd,
- const __grid_constant__ TensorMap d_y, const float* h_post, const float* h_res, const float* phi,
- const float* alpha, const float* bias, const float* m, const float* r, const float* h_res_new,
- const float* d_h_pre, const float* d_z, float* d_h_post, float* d_h_res, void* for_phi,
- float* gate_sums, int tokens, int deferred, Settings settings) {
+ const __grid_constant__ TensorMap d_x_new_in_even,
+ const __grid_constant__ TensorMap d_x_new_in_odd, const __grid_constant__ TensorMap d_x_new_even,
+ const __grid_constant__ TensorMap d_x_new_odd, const __grid_constant__ TensorMap d_y,
+ const float* h_post, const float* h_res, const float* phi, const float* alpha, const float* bias,
+ const float* m, const float* r, const float* h_res_new, const float* d_h_pre, const float* d_z,
+ float* d_h_post, float* d_h_res, void* for_phi, float* gate_sums, int tokens, int deferred,
+ Settings settings) {
   extern __shared__ __align__(1024) unsigned char memory[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Block block(memory, tokens);
-  const Args args{h_post, h_res, phi,      alpha,   bias,    m,         r,      h_res_new,
-                  d_h_pre, d_z,  d_h_post, d_h_res, for_phi, gate_sums, tokens, deferred};
+  const Args args{h_post,  h_res, phi,      alpha,   bias,    m,         r,      h_res_new,
+                  d_h_pre, d_z,   d_h_post, d_h_res, for_phi, gate_sums, tokens, deferred};
   const Maps maps{x_even,         x_odd,        y,           d_u, d_x_new_in_even,
                   d_x_new_in_odd, d_x_new_even, d_x_new_odd, d_y};
   if (threadIdx.x == 0) {

@@ -6,8 +6,8 @@
 // rho u is ut / w. Where w is 0, which is rare, it is summed up again from X and y. A block has one token at a
 // time; a thread the same kV channels of each.
 
-#include "math/coefficients.cuh"
 #include "base/common.cuh"
+#include "math/coefficients.cuh"
 
 constexpr int N = SIZE;
 constexpr int kColumns = N * (N + 2);

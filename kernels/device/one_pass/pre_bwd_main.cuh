@@ -21,9 +21,7 @@ struct PhiFragment {
       values[w] = *reinterpret_cast<const float2*>(first + w % 2 * 8 * kColumns + w / 2 * 8);
     }
   }
-  __device__ void set(const float2 (&values)[6], float scale) {
-    round_phi(words, values, scale);
-  }
+  __device__ void set(const float2 (&values)[6], float scale) { round_phi(words, values, scale); }
   __device__ void write(u32 at) const {
 #pragma unroll
     for (int w = 0; w < 6; w += 2) write2(at + w * 128, {words[w], words[w + 1]});
@@ -93,8 +91,10 @@ struct Differentiation {
           const auto of = [&](u32 v) { return t == 0 ? low_half(v) : high_half(v); };
           const float4 h = read_float4(own_replies + t * kReplyRow + kHPre);
           const uint2 factors = read2(own_replies + t * kReplyRow + kRho);
-          const float rho = __uint_as_float(factors.x), minus_f = __uint_as_float(factors.y), g = of(d_u[c]);
-          const float u = h.x * of(x[0][c]) + h.y * of(x[0][2 + c]) + h.z * of(x[1][c]) + h.w * of(x[1][2 + c]);
+          const float rho = __uint_as_float(factors.x), minus_f = __uint_as_float(factors.y),
+                      g = of(d_u[c]);
+          const float u =
+              h.x * of(x[0][c]) + h.y * of(x[0][2 + c]) + h.z * of(x[1][c]) + h.w * of(x[1][2 + c]);
           d_scale[c] += g * (rho * u);
           du[c][t] = rho * (scale * g) + minus_f * u;
         }
@@ -135,7 +135,8 @@ struct Differentiation {
     if constexpr (STREAMS < N) wait_for_partner();
     // d_x[j] = (r dm) phi^T + h_pre[j] d_u - f X[j] + sum over i of h_res[i, j] d_x_in[i]
     const u32 first_at = at + first * kPlaneBytes;
-    const u32 first_replies = own_replies + first * sizeof(float), first_h = own_replies + kHRes + first * 16;
+    const u32 first_replies = own_replies + first * sizeof(float),
+              first_h = own_replies + kHRes + first * 16;
 #pragma unroll
     for (int s = 0; s < STREAMS; s += 2) {
       u32 x[4], d_x[4];
@@ -156,7 +157,8 @@ struct Differentiation {
           const auto of = [&](u32 v) { return t == 0 ? low_half(v) : high_half(v); };
           const float h_pre = read_float(first_replies + t * kReplyRow + kHPre + 4 * j);
           const uint2 factors = read2(own_replies + t * kReplyRow + kMinusF);
-          const float minus_f = __uint_as_float(factors.x), unit = unit_of_phi * __uint_as_float(factors.y);
+          const float minus_f = __uint_as_float(factors.x),
+                      unit = unit_of_phi * __uint_as_float(factors.y);
           const float4 h = read_float4(first_h + t * kReplyRow + j * 16);
           sums[t] = unit * sums[t] + h_pre * cotangent(0, t) + minus_f * of(x0);
           sums[2 + t] = unit * sums[2 + t] + h_pre * cotangent(1, t) + minus_f * of(x1);
@@ -183,7 +185,7 @@ struct Differentiation {
 #pragma unroll
       for (int j = s; j < s + 2; ++j) {
         const u32 x0 = x[j % 2 * 2], x1 = x[j % 2 * 2 + 1];
-        const auto add = [&](float(&sums)[3][4]) {
+        const auto add = [&](float (&sums)[3][4]) {
           mma(sums[0], x0, x1, x0, x1, {dm[0], dm[3]});
           mma(sums[1], x0, x1, x0, x1, {dm[1], more_dm[0]});
           mma(sums[2], x0, x1, x0, x1, {dm[2], more_dm[1]});
@@ -202,7 +204,8 @@ struct Differentiation {
 
   // What of `d_norm_scale_partials` lane 4 g + q, q < 2, adds up in a turn.
   __device__ float* d_w_at(int turn) const {
-    return d_norm_scale_partials + (cluster_id() * u32(hidden) + u32(channel_at(turn)) + lane_id() % 2 * 8);
+    return d_norm_scale_partials +
+           (cluster_id() * u32(hidden) + u32(channel_at(turn)) + lane_id() % 2 * 8);
   }
 
   __device__ void write_d_w(int lane) const {
@@ -243,7 +246,7 @@ struct Differentiation {
     const u32 at = sums_at();
 #pragma unroll
     for (int octet = 0; octet < 3; ++octet) {
-      const float(&s)[4] = sums[octet];
+      const float (&s)[4] = sums[octet];
       write_float4(at + octet * 512, {s[0], s[1], s[2], s[3]});
     }
   }
@@ -263,7 +266,8 @@ struct Differentiation {
 };
 
 template <bool NORM>
-__device__ inline void differentiate_tiles(const Block& block, const Args& args, int warp, int lane) {
+__device__ inline void differentiate_tiles(const Block& block, const Args& args, int warp,
+                                           int lane) {
   const int hidden = args.hidden;
   Differentiation<NORM> main;
   main.phi_at = block.shared + kPhi + warp * kFragmentBytes + lane * 8;
@@ -271,13 +275,15 @@ __device__ inline void differentiate_tiles(const Block& block, const Args& args,
   float2 values[kFragments][6];
   u32 largest = 0;
 #pragma unroll
-  for (int f = 0; f < kFragments; ++f) PhiFragment::load(values[f], args.phi + fragment_at(f, hidden));
+  for (int f = 0; f < kFragments; ++f)
+    PhiFragment::load(values[f], args.phi + fragment_at(f, hidden));
 #pragma unroll
   for (int w = 0; w < kFragments * 6; ++w) {
     const float2 v = values[w / 6][w % 6];
     largest = max(largest, max(magnitude(v.x), magnitude(v.y)));
   }
-  const float unit = half_unit(__reduce_max_sync(kAllLanes, largest)), scale = inverse_of_unit(unit);
+  const float unit = half_unit(__reduce_max_sync(kAllLanes, largest)),
+              scale = inverse_of_unit(unit);
   write_float(main.phi_unit(), unit);
 #pragma unroll
   for (int f = 0; f < kFragments; ++f) {
@@ -319,7 +325,8 @@ __device__ inline void differentiate_tiles(const Block& block, const Args& args,
     const u32 replies = block.replies(slot);
     // Asked for again, like all that can be.
     const u32 lane = lane_id(), q = lane % 4, matrix = lane / 8, row = lane % 8;
-    main.row_replies = replies + row * kReplyRow + matrix * 16, main.own_replies = replies + 2 * q * kReplyRow;
+    main.row_replies = replies + row * kReplyRow + matrix * 16,
+    main.own_replies = replies + 2 * q * kReplyRow;
     // Of a pair of streams: the matrices of the first, then those of the second.
     const auto pair_at = [&](int unit) {
       return matrix / 2 * kPlaneBytes + swizzled(row, unit % kBoxUnits * 2 + matrix % 2) +
@@ -327,7 +334,8 @@ __device__ inline void differentiate_tiles(const Block& block, const Args& args,
     };
     main.template take_turns<0>(pair_at(warp));
     if constexpr (kShared) {
-      main.template differentiate<kTurns * N, 2>(pair_at(kTurns * kMainWarps + warp / 2), warp % 2 * 2);
+      main.template differentiate<kTurns * N, 2>(pair_at(kTurns * kMainWarps + warp / 2),
+                                                 warp % 2 * 2);
     }
     fence_for_copies();
     __syncwarp();

@@ -51,8 +51,8 @@ using NormTuned = Tuned;
 // memory.
 constexpr int kStages = Tuned::stages, kDXInSlots = Tuned::d_x_in_slots, kHeld = Tuned::held;
 static_assert(Tuned::tokens == kTileTokens && NormTuned::tokens == kTileTokens);
-static_assert(NormTuned::stages == kStages && NormTuned::d_x_in_slots == kDXInSlots && NormTuned::held == kHeld &&
-              NormTuned::sums == Tuned::sums);
+static_assert(NormTuned::stages == kStages && NormTuned::d_x_in_slots == kDXInSlots &&
+              NormTuned::held == kHeld && NormTuned::sums == Tuned::sums);
 // Two buffers are too few to hide how long memory takes. Then a tile goes to the L2 cache before there is room for it.
 constexpr bool kPrefetch = kStages < 3;
 // Fragments of d_phi whose sums a main warp has in shared memory, as 14 do not fit into its registers.
@@ -76,7 +76,8 @@ struct Warps {
 };
 // Room for them.
 constexpr u32 kPartialBytes = 64;
-static_assert(Warps<false>::kPartialBytes <= kPartialBytes && 2 * Warps<true>::kPartialBytes <= kPartialBytes);
+static_assert(Warps<false>::kPartialBytes <= kPartialBytes &&
+              2 * Warps<true>::kPartialBytes <= kPartialBytes);
 
 // ---- shared memory ----------------------------------------------------------------------------------
 
@@ -107,18 +108,21 @@ constexpr u32 kPartials = kReplies + kStages * kRepliesBytes;
 constexpr u32 kBarriers = kPartials + kPartialsBytes;
 // Barriers, of 8 bytes each, of every buffer but the last: what is there once a phase is over, and who arrives for that
 // (`Block::init_barriers` has the numbers). Copies and other blocks arrive with bytes, which one warp here announces.
-constexpr u32 kFull = kBarriers;                  // X and d_u; the loader, with bytes
-constexpr u32 kDone = kFull + 8 * kStages;        // d_x in the place of d_x_in; the main warps
-constexpr u32 kPartialsFull = kDone + 8 * kStages;   // all blocks' partials of the dot products; the owner, with bytes
-constexpr u32 kReplyFull = kPartialsFull + 8 * kStages;   // the owners' replies; the first main warp, with bytes
-constexpr u32 kTableFull = kReplyFull + 8 * kStages;   // h_res beside the replies; the dot warps
-constexpr u32 kDXInFull = kTableFull + 8 * kStages;    // d_x_in; the loader, with bytes
-constexpr u32 kPhiRead = kDXInFull + 8 * kDXInSlots;   // phi is where it stays; the main warps
+constexpr u32 kFull = kBarriers;            // X and d_u; the loader, with bytes
+constexpr u32 kDone = kFull + 8 * kStages;  // d_x in the place of d_x_in; the main warps
+constexpr u32 kPartialsFull =
+    kDone + 8 * kStages;  // all blocks' partials of the dot products; the owner, with bytes
+constexpr u32 kReplyFull =
+    kPartialsFull + 8 * kStages;  // the owners' replies; the first main warp, with bytes
+constexpr u32 kTableFull = kReplyFull + 8 * kStages;  // h_res beside the replies; the dot warps
+constexpr u32 kDXInFull = kTableFull + 8 * kStages;   // d_x_in; the loader, with bytes
+constexpr u32 kPhiRead = kDXInFull + 8 * kDXInSlots;  // phi is where it stays; the main warps
 // Of phi in a main warp's fragments (`half_unit`).
 constexpr u32 kPhiUnits = kPhiRead + 8;
 constexpr u32 kSharedBytes = kPhiUnits + kMainWarps * sizeof(float);
 static_assert(kSharedBytes == Tuned::shared_bytes && kSharedBytes == NormTuned::shared_bytes);
-static_assert(Warps<false>::kThreads == Tuned::threads && Warps<true>::kThreads == NormTuned::threads);
+static_assert(Warps<false>::kThreads == Tuned::threads &&
+              Warps<true>::kThreads == NormTuned::threads);
 
 extern __shared__ __align__(1024) unsigned char shared[];
 
@@ -171,7 +175,9 @@ struct PartialsRing {
       : slots(block.owner_groups() > 1 ? (kStages + 1) / 2 : kStages),
         kind_bytes(block.owned() * block.ranks * Warps<NORM>::kPartialBytes),
         slot_bytes(NORM ? 2 * kind_bytes : kind_bytes) {}
-  __device__ u32 at(const Block& block) const { return block.shared + kPartials + slot * slot_bytes; }
+  __device__ u32 at(const Block& block) const {
+    return block.shared + kPartials + slot * slot_bytes;
+  }
   __device__ void next() {
     if (++slot == slots) {
       slot = 0;
@@ -184,9 +190,9 @@ struct PartialsRing {
 struct Args {
   const TensorMap &x, &d_u, &d_x_in, &d_x;  // d_x may be d_x_in
   const float *phi, *alpha, *bias, *m, *r, *h_res, *d_h_pre;
-  const float* d_z;        // [tokens, kColumns], of which those of h_pre are not read
-  float* d_phi_partials;   // [clusters, n C, kColumns], for sum_gradients
-  float* gate_sums;        // [blocks, kColumns + 3], for sum_gradients
+  const float* d_z;       // [tokens, kColumns], of which those of h_pre are not read
+  float* d_phi_partials;  // [clusters, n C, kColumns], for sum_gradients
+  float* gate_sums;       // [blocks, kColumns + 3], for sum_gradients
   int tokens, hidden, deferred;
   const Settings& settings;
   // With a layer norm alone.
@@ -267,7 +273,8 @@ __device__ inline void load_tiles(const Block& block, const Args& args) {
 // <d_u, X[i]> is the diagonal of the product of both tiles. A dot warp has some units of every box, and h_res of some
 // tokens: its transpose, or the unit matrix where d_x_in is not deferred.
 template <bool NORM>
-__device__ inline void multiply_tiles(const Block& block, const Args& args, bool deferred, int warp, int lane) {
+__device__ inline void multiply_tiles(const Block& block, const Args& args, bool deferred, int warp,
+                                      int lane) {
   constexpr int kWarps = Warps<NORM>::kDot;
   cluster_wait();
   const u32 matrix = lane / 8, row = lane % 8;
@@ -278,11 +285,13 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
   const u32 token = lane / 4;
   const bool on_diagonal = token / 2 == lane % 4;
   const u32 owner = token % block.ranks;
-  const u32 part = (token / block.ranks * block.ranks + block.rank) * Warps<NORM>::kPartialBytes + warp * 16;
+  const u32 part =
+      (token / block.ranks * block.ranks + block.rank) * Warps<NORM>::kPartialBytes + warp * 16;
 
   // Neighbours in row j of the transpose.
   constexpr int kOwn = N * N * int(kTileTokens) / (32 * kWarps);
-  const int first = (warp * 32 + lane) * kOwn, h_token = first / (N * N), j = first / N % N, i = first % N;
+  const int first = (warp * 32 + lane) * kOwn, h_token = first / (N * N), j = first / N % N,
+            i = first % N;
   float h[kOwn];
   const auto load_h = [&](int tile) {
     const long long of = block.first_token(tile) + h_token;
@@ -383,14 +392,16 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
         u_sums[i] = sum_of_four(u_sums[i]);
       }
       if (lane % 4 == 0) send(there, {v_sums[0], v_sums[1], v_sums[2], v_sums[3]}, full);
-      if (lane % 4 == 1) send(there + partials.kind_bytes, {u_sums[0], u_sums[1], u_sums[2], u_sums[3]}, full);
+      if (lane % 4 == 1)
+        send(there + partials.kind_bytes, {u_sums[0], u_sums[1], u_sums[2], u_sums[3]}, full);
     } else if (on_diagonal) {
       const bool odd = token % 2;
       const float4 v = {odd ? dots[0][1] : dots[0][0], odd ? dots[0][3] : dots[0][2],
                         odd ? dots[1][1] : dots[1][0], odd ? dots[1][3] : dots[1][2]};
       send(there, v, full);
     }
-    const u32 at = block.replies(ring.slot) + h_token * kReplyRow + kHRes + (j * N + i) * sizeof(float);
+    const u32 at =
+        block.replies(ring.slot) + h_token * kReplyRow + kHRes + (j * N + i) * sizeof(float);
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) write_float(at + k * sizeof(float), h[k]);
     load_h(tile + 1);
@@ -475,7 +486,8 @@ __device__ inline void reply(const Block& block, const Args& args, int lane) {
         const int num_partials = block.ranks * Warps<NORM>::kDot;
 #pragma unroll 1
         for (int p = lane; p < num_partials; p += 32) {
-          const float4 v = read_float4(partials.at(block) + kind * partials.kind_bytes + (k * num_partials + p) * 16);
+          const float4 v = read_float4(partials.at(block) + kind * partials.kind_bytes +
+                                       (k * num_partials + p) * 16);
           dots = {dots.x + v.x, dots.y + v.y, dots.z + v.z, dots.w + v.w};
         }
         return __shfl_sync(kAllLanes, sum_components(dots, lane), lane % N * 8);
@@ -510,7 +522,8 @@ __device__ inline void reply(const Block& block, const Args& args, int lane) {
       }
       // The replies' ring is that of the tiles.
       const u32 slot = tile % kStages;
-      const u32 at = block.replies(slot) + (own_first + k * block.ranks) * kReplyRow + lane % 8 * 16;
+      const u32 at =
+          block.replies(slot) + (own_first + k * block.ranks) * kReplyRow + lane % 8 * 16;
 #pragma unroll 1
       for (u32 to = lane / 8; to < block.ranks; to += 4) {
         send(in_block(at, to), {words[0], words[1], words[2], words[3]},
@@ -519,7 +532,8 @@ __device__ inline void reply(const Block& block, const Args& args, int lane) {
     }
   }
 
-  sums.store(args.gate_sums + (long long)blockIdx.x * (kColumns + 3), lane, [&](int) { return gate; });
+  sums.store(args.gate_sums + (long long)blockIdx.x * (kColumns + 3), lane,
+             [&](int) { return gate; });
 }
 
 // ---- main warps -------------------------------------------------------------------------------------
@@ -572,8 +586,9 @@ KERNEL(pre_bwd_one_pass, Warps<false>::kThreads, 1)
  const float* alpha, const float* bias, const float* m, const float* r, const float* h_res,
  const float* d_h_pre, const float* d_z, float* d_phi_partials, float* gate_sums, int tokens,
  int hidden, int deferred, Settings settings) {
-  run<false>({x, d_u, d_x_in, d_x, phi, alpha, bias, m, r, h_res, d_h_pre, d_z, d_phi_partials, gate_sums, tokens,
-              hidden, deferred, settings, nullptr, nullptr, nullptr});
+  run<false>({x,      d_u,    d_x_in,   d_x,      phi,     alpha,          bias,
+              m,      r,      h_res,    d_h_pre,  d_z,     d_phi_partials, gate_sums,
+              tokens, hidden, deferred, settings, nullptr, nullptr,        nullptr});
 }
 
 // The same where the layer's input is normalised. With 384 channels it would spill registers.
@@ -585,7 +600,26 @@ KERNEL(pre_norm_bwd_one_pass, Warps<true>::kThreads, 1)
  const float* d_h_pre, const float* d_z, float* d_phi_partials, float* gate_sums, int tokens,
  int hidden, int deferred, Settings settings, const float* norm_scale, const float* rho,
  float* d_norm_scale_partials) {
-  run<true>({x, d_u, d_x_in, d_x, phi, alpha, bias, m, r, h_res, d_h_pre, d_z, d_phi_partials, gate_sums, tokens,
-             hidden, deferred, settings, norm_scale, rho, d_norm_scale_partials});
+  run<true>({x,
+             d_u,
+             d_x_in,
+             d_x,
+             phi,
+             alpha,
+             bias,
+             m,
+             r,
+             h_res,
+             d_h_pre,
+             d_z,
+             d_phi_partials,
+             gate_sums,
+             tokens,
+             hidden,
+             deferred,
+             settings,
+             norm_scale,
+             rho,
+             d_norm_scale_partials});
 }
 #endif

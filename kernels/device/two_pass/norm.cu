@@ -39,8 +39,9 @@ __device__ inline float at_or_zero(const float* values, int at, int hidden) {
 }
 
 template <bool ALIGNED>
-__device__ inline void forward(const Stream* row, const float (&h)[N], const float* norm_scale, Stream* u,
-                               float* rho, float eps, int n, int hidden, float (&sums)[kWarps]) {
+__device__ inline void forward(const Stream* row, const float (&h)[N], const float* norm_scale,
+                               Stream* u, float* rho, float eps, int n, int hidden,
+                               float (&sums)[kWarps]) {
   float squares = 0.f;
   for (int at = threadIdx.x * V; at < hidden; at += kThreads * V) {
     float values[V];
@@ -73,9 +74,11 @@ KERNEL(norm_fwd, kThreads)
     for (int i = 0; i < N; ++i) h[i] = i < n ? h_pre[token * n + i] : 0.f;
     const Stream* row = x + token * n * hidden;
     if (EXACT || aligned(hidden)) {
-      forward<true>(row, h, norm_scale, u + token * hidden, rho + token, eps_in, n, hidden, sums[turn % 2]);
+      forward<true>(row, h, norm_scale, u + token * hidden, rho + token, eps_in, n, hidden,
+                    sums[turn % 2]);
     } else {
-      forward<false>(row, h, norm_scale, u + token * hidden, rho + token, eps_in, n, hidden, sums[turn % 2]);
+      forward<false>(row, h, norm_scale, u + token * hidden, rho + token, eps_in, n, hidden,
+                     sums[turn % 2]);
     }
   }
 }
@@ -83,9 +86,9 @@ KERNEL(norm_fwd, kThreads)
 // d_w: this block's sums, which a thread alone reads and writes; `first`: they hold nothing yet. errors: <e, X[i]>, for
 // the threads of this warp.
 template <bool ALIGNED>
-__device__ inline void backward(const Stream* row, const float (&h)[N], const float* norm_scale, float rho,
-                                const Stream* d_u, Stream* d_sum, float* d_w, bool first, int n,
-                                int hidden, float (&sums)[kWarps], float (&errors)[N]) {
+__device__ inline void backward(const Stream* row, const float (&h)[N], const float* norm_scale,
+                                float rho, const Stream* d_u, Stream* d_sum, float* d_w, bool first,
+                                int n, int hidden, float (&sums)[kWarps], float (&errors)[N]) {
   float dot = 0.f;
   for (int at = threadIdx.x * V; at < hidden; at += kThreads * V) {
     float u[V];
@@ -130,15 +133,17 @@ __device__ inline void backward(const Stream* row, const float (&h)[N], const fl
 // d_w: [blocks, hidden]. Every block has a token.
 KERNEL(norm_bwd, kThreads, !EXACT ? 1 : N <= 4 ? 4 : 2)
 (const Stream* x, const float* alpha, const float* bias, const float* m, const float* norm_scale,
- const float* rho, const Stream* d_u, const float* d_h_pre_in, Stream* d_sum, float* d_w, float* d_h_pre,
- int tokens, int hidden, int columns, Layout layout, Settings settings) {
+ const float* rho, const Stream* d_u, const float* d_h_pre_in, Stream* d_sum, float* d_w,
+ float* d_h_pre, int tokens, int hidden, int columns, Layout layout, Settings settings) {
   __shared__ float sums[2][kWarps], errors[2][kWarps][N];
   const int n = EXACT ? N : layout.n;
   for (long long token = blockIdx.x, turn = 0; token < tokens; token += gridDim.x, ++turn) {
     float h[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const float z = i >= n ? 0.f : columns > 0 ? alpha[0] * m[token * columns + i] + bias[i] : bias[i];
+      const float z = i >= n        ? 0.f
+                      : columns > 0 ? alpha[0] * m[token * columns + i] + bias[i]
+                                    : bias[i];
       h[i] = i < n ? sigmoid(z) + settings.pre_eps : 0.f;
     }
     const Stream* row = x + token * n * hidden;
@@ -146,11 +151,11 @@ KERNEL(norm_bwd, kThreads, !EXACT ? 1 : N <= 4 ? 4 : 2)
     float* own = d_w + (long long)blockIdx.x * hidden;
     float own_errors[N];
     if (EXACT || aligned(hidden)) {
-      backward<true>(row, h, norm_scale, rho[token], d_u + at, d_sum + at, own, turn == 0, n, hidden,
-                     sums[turn % 2], own_errors);
+      backward<true>(row, h, norm_scale, rho[token], d_u + at, d_sum + at, own, turn == 0, n,
+                     hidden, sums[turn % 2], own_errors);
     } else {
-      backward<false>(row, h, norm_scale, rho[token], d_u + at, d_sum + at, own, turn == 0, n, hidden,
-                      sums[turn % 2], own_errors);
+      backward<false>(row, h, norm_scale, rho[token], d_u + at, d_sum + at, own, turn == 0, n,
+                      hidden, sums[turn % 2], own_errors);
     }
     if (threadIdx.x % 32 == 0) {
 #pragma unroll
@@ -176,7 +181,8 @@ KERNEL(sum_norm_scale, kThreads)
   float sum = 0.f;
   if (at < hidden) {
 #pragma unroll 8
-    for (int block = warp; block < blocks; block += kWarps) sum += d_w[(long long)block * hidden + at];
+    for (int block = warp; block < blocks; block += kWarps)
+      sum += d_w[(long long)block * hidden + at];
   }
   sums[warp][lane] = sum;
   __syncthreads();

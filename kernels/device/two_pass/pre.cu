@@ -9,9 +9,9 @@
 // A block has kTokens tokens, a warp each; one more warp has the H_res of all of them (Sinkhorn's iterations,
 // or the mean of permutations), beside the streaming of X by the others.
 
+#include "base/matrix.cuh"
 #include "math/coefficients.cuh"
 #include "math/collapse.cuh"
-#include "base/matrix.cuh"
 #include "math/permutations.cuh"
 #include "math/sinkhorn.cuh"
 
@@ -44,7 +44,8 @@ __device__ inline void for_matrices(const Settings& settings, int n, Run run) {
 
 // u = sum over i of h[i] X[i]
 template <bool ALIGNED>
-__device__ inline void collapse(const Stream* row, const float (&h)[N], Stream* u, int n, int hidden) {
+__device__ inline void collapse(const Stream* row, const float (&h)[N], Stream* u, int n,
+                                int hidden) {
   const int lane = threadIdx.x % 32;
 #pragma unroll 2
   for (int at = lane * V; at < hidden; at += 32 * V) {
@@ -126,7 +127,8 @@ KERNEL(pre_fwd, kThreads, kForwardBlocks)
       typename Sinkhorn<N>::Matrix z, h;
       sinkhorn.for_each([&](int k, int i) {
         z[k][i] = layout.num_res && sinkhorn.active(k, i) ? z_res[t][sinkhorn.at(k, i)] : 0.f;
-        h[k][i] = layout.num_res ? z[k][i] : float(i == sinkhorn.column(k));  // none: z; identity: I
+        h[k][i] =
+            layout.num_res ? z[k][i] : float(i == sinkhorn.column(k));  // none: z; identity: I
       });
       if (settings.constraint == Constraint::kBirkhoff) sinkhorn.forward(z, h, nullptr, 0);
       sinkhorn.for_each([&](int k, int i) {
@@ -165,7 +167,9 @@ __device__ inline void collapse_bwd(const Stream* row, const Stream* d_u, float 
 
 // Blocks at once on a multiprocessor: the compiler would take more registers than so many have. sm_120 needs
 // more for four streams.
-constexpr int kFewBlocks = sizeof(Stream) == 4 || (N == 4 && __CUDA_ARCH__ >= 1200) ? 3 : N == 2 ? 5 : 4;
+constexpr int kFewBlocks = sizeof(Stream) == 4 || (N == 4 && __CUDA_ARCH__ >= 1200) ? 3
+                           : N == 2                                                 ? 5
+                                                                                    : 4;
 constexpr int kBackwardBlocks = EXACT && N <= 4 ? kFewBlocks : 1;
 
 // Cotangents of coefficients that a head does not have are null. gate_sums: [blocks, num + 3]. history:

@@ -16,7 +16,8 @@ constexpr int kStream = kStreamParts<Stream>;
 constexpr int kWeight = kWeightParts<Stream>;
 constexpr int kThreads = tuning_project::threads;
 constexpr int kWarps = kThreads / 32;
-static_assert(kThreads == tuning_project_back::threads && kThreads == tuning_project_back_mixing::threads &&
+static_assert(kThreads == tuning_project_back::threads &&
+              kThreads == tuning_project_back_mixing::threads &&
               kThreads == tuning_d_phi::threads && kThreads == tuning_sum_d_phi::threads);
 static_assert(kTile == tuning_project::tokens && kTile == tuning_project_back::tokens &&
               kTile == tuning_project_back_mixing::tokens && kTile == tuning_d_phi::tokens);
@@ -137,7 +138,7 @@ __device__ inline void project(const Stream* x, const float* phi, float* partial
   const int block_stride = gridDim.y * kBlockTokens;
 
   // Of the tokens of a block; rows behind the last token compute something that nobody reads.
-  const auto rows_of = [&](int block, const Stream* (&rows)[2]) {
+  const auto rows_of = [&](int block, const Stream*(&rows)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       rows[h] = x + (long long)min(block + warp * kTile + g + 8 * h, tokens - 1) * width;
@@ -211,7 +212,8 @@ KERNEL(project_unaligned, kThreads)
 // warp reads and writes lines of 128 bytes. In the products j = 0 to 3 row g is channel 8 g + 2 j, and
 // row g + 8 the next one.
 constexpr int kChannels = tuning_d_phi::channels;
-static_assert(kChannels == tuning_project_back::channels && kChannels == tuning_project_back_mixing::channels);
+static_assert(kChannels == tuning_project_back::channels &&
+              kChannels == tuning_project_back_mixing::channels);
 
 __device__ inline int token_of(int r, int q) { return 2 * q + r % 2 + r / 2 * 8; }
 
@@ -439,13 +441,13 @@ __device__ inline void project_back(const Stream* x, const float* phi, Fragments
 constexpr int kBackBlocks =
     sizeof(Stream) == 2 && EXACT && SIZE < 10 && __CUDA_ARCH__ < 1000 ? 2 : 1;
 
-#define BACK(name, aligned, mixes)                                                              \
-  KERNEL(name, kThreads, kBackBlocks)                                                           \
-  (const Stream* x, const float* phi, u32* rows, u32* columns, int num_columns,                 \
-   const float* h_pre, const float* r_factor, const Stream* d_u, const Stream* d_x_in,              \
-   const float* h_res, Stream* d_x, int tokens, int n, int hidden, int staged) {                \
-    project_back<aligned, mixes>(x, phi, {rows, columns, num_columns}, h_pre, r_factor, d_u, d_x_in, \
-                                 h_res, d_x, tokens, n, hidden, staged);                        \
+#define BACK(name, aligned, mixes)                                                           \
+  KERNEL(name, kThreads, kBackBlocks)                                                        \
+  (const Stream* x, const float* phi, u32* rows, u32* columns, int num_columns,              \
+   const float* h_pre, const float* r_factor, const Stream* d_u, const Stream* d_x_in,       \
+   const float* h_res, Stream* d_x, int tokens, int n, int hidden, int staged) {             \
+    project_back<aligned, mixes>(x, phi, {rows, columns, num_columns}, h_pre, r_factor, d_u, \
+                                 d_x_in, h_res, d_x, tokens, n, hidden, staged);             \
   }
 BACK(project_back, true, false)
 BACK(project_back_mixing, true, true)
