@@ -6,7 +6,7 @@
 // a lane; sums over the second go over the lanes. The iterations are one chain of waits: LANES = N has more
 // matrices in flight a warp, LANES = 1 no exchanges between lanes.
 //
-// docs/architecture.md has the definition that covers all published variants.
+// docs/mathematics.md has the definition that covers all published variants.
 
 #pragma once
 
