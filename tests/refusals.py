@@ -1,0 +1,543 @@
+"""Calls that are refused while tracing: the type, op, argument and `got` of each error."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import jax_mhc as mhc
+from jax_mhc import MHCConfig, _errors
+from jax_mhc._types import Context
+from jax_mhc.flax import nnx as mhc_nnx
+
+KEY = jax.random.key(0)
+N, C = 2, 3
+PARAMS = mhc.init_params(KEY, streams=N, hidden=C)
+HEAD = mhc.init_head(KEY, streams=N, hidden=C)
+PERMUTED = MHCConfig(constraint="permutations")
+X = jnp.ones((5, N, C), jnp.float32)
+Y = jnp.ones((5, C), jnp.float32)
+Z = jnp.ones((5, N, N), jnp.float32)
+H = jnp.ones((5, N), jnp.float32)
+CTX = Context(x=X, h_pre=H, h_post=H, h_res=Z)
+
+
+def with_(record, **fields):
+    """A copy with other fields."""
+    return type(record)(**{**vars(record), **fields})
+
+
+def zeros(*shape, dtype=jnp.float32):
+    return jnp.zeros(shape, dtype)
+
+
+def deleted(*shape):
+    array = zeros(*shape)
+    array.delete()
+    return array
+
+
+def deepseek(fn=(8, 6), base=(8,), scale=(3,), dtype=jnp.float32):
+    return mhc.convert.from_deepseek_v4(*(zeros(*s, dtype=dtype) for s in (fn, base, scale)))
+
+
+def sublayer(layer, **options):
+    return mhc.mhc_residual(layer, X, PARAMS, **options)
+
+
+def stack(layers=(jnp.tanh,), params=(PARAMS,), **options):
+    return lambda: mhc.stack(layers, X, params, **options)
+
+
+def stack_in_scan(num_params=4, num_xs=4, params=PARAMS, layers=(lambda u, s: s * u,), **options):
+    stacked = jax.tree.map(lambda leaf: jnp.stack(num_params * [leaf]), params)
+    return stack(layers, len(layers) * [stacked], xs={"w": zeros(num_xs)}, **options)
+
+
+def remat_policy(*names, **options):
+    return lambda: mhc.remat_policy(*names, **{"streams": N, "hidden": C, **options})
+
+
+def module(layer=jnp.tanh, **options):
+    return mhc_nnx.MHC(layer, C, streams=N, **options, rngs=nnx.Rngs(0))
+
+
+def nnx_stack(*sublayers, **modules):
+    """Of one block."""
+    stacked = nnx.Dict(jax.tree.map(lambda leaf: leaf[None], modules))
+    return lambda: mhc_nnx.stack(stacked, X, sublayers)
+
+
+class Counter(nnx.Module):
+    """A layer whose variable changes."""
+
+    def __init__(self):
+        self.count = nnx.Variable(jnp.int32(0))
+
+    def __call__(self, u):
+        self.count[...] += 1
+        return u
+
+
+def config(**settings):
+    return lambda: MHCConfig(**settings)
+
+
+def pre(x=X, params=PARAMS, **options):
+    return lambda: mhc.pre(x, params, **options)
+
+
+def post(y=Y, ctx=CTX, **options):
+    return lambda: mhc.post(y, ctx, **options)
+
+
+GAIN = mhc.diagnostics.Gain(H, H)
+
+
+def watch(gain=GAIN, **options):
+    return lambda: mhc.diagnostics.watch_gain(gain, **options)
+
+
+def plot(gains, **options):
+    return lambda: mhc.diagnostics.plot_gain(gains, **options)
+
+
+def plot_mixing(h_res, **options):
+    return lambda: mhc.diagnostics.plot_mixing(h_res, **options)
+
+
+# Call, type of the error, and what the message says of: op, argument, what was got.
+ERRORS = [
+    # Settings.
+    (config(constraint="simplex"), ValueError, "MHCConfig", "constraint", "'simplex'"),
+    (config(constraint=None), ValueError, "MHCConfig", "constraint", "None"),
+    (config(order="rows"), ValueError, "MHCConfig", "order", "'rows'"),
+    (config(sinkhorn_eps_mode="max"), ValueError, "MHCConfig", "sinkhorn_eps_mode", "'max'"),
+    (config(norm_eps_mode="in"), ValueError, "MHCConfig", "norm_eps_mode", "'in'"),
+    (config(sinkhorn_iters=-1), ValueError, "MHCConfig", "sinkhorn_iters", "-1"),
+    (config(sinkhorn_iters=10_001), ValueError, "MHCConfig", "sinkhorn_iters", "10001"),
+    (config(sinkhorn_iters=True), TypeError, "MHCConfig", "sinkhorn_iters", "True (bool)"),
+    (config(sinkhorn_iters=2.0), TypeError, "MHCConfig", "sinkhorn_iters", "2.0 (float)"),
+    (config(sinkhorn_eps=-1e-6), ValueError, "MHCConfig", "sinkhorn_eps", "-1e-06"),
+    (config(sinkhorn_eps=np.nan), ValueError, "MHCConfig", "sinkhorn_eps", "nan"),
+    (config(norm_eps=-1), ValueError, "MHCConfig", "norm_eps", "-1.0"),
+    (config(norm_eps=np.inf), ValueError, "MHCConfig", "norm_eps", "inf"),
+    (config(norm_eps=False), TypeError, "MHCConfig", "norm_eps", "False (bool)"),
+    (config(pre_eps="0"), TypeError, "MHCConfig", "pre_eps", "'0' (str)"),
+    (config(pre_eps=-0.5), ValueError, "MHCConfig", "pre_eps", "-0.5"),
+    (config(post_scale=0), ValueError, "MHCConfig", "post_scale", "0.0"),
+    (config(post_scale=1j), TypeError, "MHCConfig", "post_scale", "1j (complex)"),
+    # Streams.
+    (pre([[1.0]]), TypeError, "pre", "x", "list"),
+    (pre(zeros(5, N, C, dtype=jnp.int32)), TypeError, "pre", "x", "int32"),
+    (pre(zeros(5, N, C, dtype=jnp.complex64)), TypeError, "pre", "x", "complex64"),
+    (pre(zeros(5, N, C, dtype=bool)), TypeError, "pre", "x", "bool"),
+    (pre(jax.random.split(KEY, (N, C))), TypeError, "pre", "x", "key<fry>"),
+    (pre(zeros(C)), ValueError, "pre", "x", "[3]"),
+    (pre(zeros(5, 17, C)), ValueError, "pre", "x", "[5, 17, 3]"),
+    (pre(zeros(5, 0, C)), ValueError, "pre", "x", "[5, 0, 3]"),
+    (pre(zeros(5, N, 0)), ValueError, "pre", "x", "[5, 2, 0]"),
+    (lambda: mhc.head(zeros(C), HEAD), ValueError, "head", "x", "[3]"),
+    (pre(zeros(5, N, C), hidden_axis_name="a"), ValueError, "pre", "hidden_axis_name", "'a'"),
+    (pre(zeros(5, N, C), hidden_axis_name=3), TypeError, "pre", "hidden_axis_name", "3 (int)"),
+    (lambda: mhc.reduce(zeros(C)), ValueError, "reduce", "x", "[3]"),
+    (lambda: mhc.reduce(X, method="max"), ValueError, "reduce", "method", "'max'"),
+    (lambda: mhc.expand(zeros(C), streams=0), ValueError, "expand", "streams", "0"),
+    (lambda: mhc.expand(zeros(C), streams=17), ValueError, "expand", "streams", "17"),
+    (lambda: mhc.expand(zeros(C), streams=2.0), TypeError, "expand", "streams", "2.0 (float)"),
+    (lambda: mhc.expand(zeros(), streams=N), ValueError, "expand", "u", "[]"),
+    (
+        lambda: mhc.expand(zeros(C, dtype=jnp.int8), streams=N),
+        TypeError, "expand", "u", "int8",
+    ),
+    # Parameters.
+    (pre(params=HEAD), TypeError, "pre", "params", "HeadParams"),
+    (pre(config="paper"), TypeError, "pre", "config", "str"),
+    (pre(params=with_(PARAMS, phi=None)), ValueError, "pre", "params", "phi=None"),
+    (pre(params=with_(PARAMS, alpha=None)), ValueError, "pre", "params", "alpha=None"),
+    (pre(params=with_(PARAMS, phi=zeros(8, 6))), ValueError, "pre", "params.phi", "[8, 6]"),
+    (pre(params=with_(PARAMS, alpha=zeros(1))), ValueError, "pre", "params.alpha", "[1]"),
+    (pre(params=with_(PARAMS, bias=zeros(4))), ValueError, "pre", "params.bias", "[4]"),
+    (pre(zeros(5, N, 4)), ValueError, "pre", "params.phi", "[6, 8]"),
+    (pre(zeros(5, 3, 2)), ValueError, "pre", "params.bias", "[8]"),
+    (
+        pre(config=MHCConfig(constraint="identity")),
+        ValueError, "pre", "params.bias", "[8]",
+    ),
+    (
+        pre(zeros(5, 5, C), config=PERMUTED),
+        ValueError, "pre", "config.constraint", "'permutations'",
+    ),
+    (
+        pre(params=with_(PARAMS, phi=zeros(6, 8, dtype=jnp.bfloat16))),
+        TypeError, "pre", "params.phi", "bfloat16",
+    ),
+    (
+        pre(params=with_(PARAMS, bias=zeros(8, dtype=jnp.float64))),
+        TypeError, "pre", "params.bias", "float64",
+    ),
+    (pre(X.astype(jnp.float64)), TypeError, "pre", "params.bias", "float32"),
+    (lambda: mhc.head(X, PARAMS), TypeError, "head", "params", "MHCParams"),
+    (
+        lambda: mhc.head(X, with_(HEAD, phi=zeros(2, 6))),
+        ValueError, "head", "params.phi", "[2, 6]",
+    ),
+    (
+        lambda: mhc.head(X, with_(HEAD, alpha=zeros())),
+        ValueError, "head", "params.alpha", "[]",
+    ),
+    (
+        lambda: mhc.head(X, with_(HEAD, bias=zeros(2, dtype=jnp.float16))),
+        TypeError, "head", "params.bias", "float16",
+    ),
+    # The norm of the layer's input.
+    (pre(norm_scale=zeros(4)), ValueError, "pre", "norm_scale", "[4]"),
+    (pre(norm_scale=[1.0] * C), TypeError, "pre", "norm_scale", "list"),
+    (pre(norm_scale=zeros(C, dtype=jnp.bfloat16)), TypeError, "pre", "norm_scale", "bfloat16"),
+    (pre(norm_scale_eps=-1.0), ValueError, "pre", "norm_scale_eps", "-1.0"),
+    (pre(norm_scale_eps="0"), TypeError, "pre", "norm_scale_eps", "'0' (str)"),
+    (
+        lambda: mhc.post_pre(Y, CTX, PARAMS, norm_scale=X),
+        ValueError, "post_pre", "norm_scale", "[5, 2, 3]",
+    ),
+    (
+        lambda: mhc.stack([jnp.sin], X, [PARAMS], norm_scale=[]),
+        ValueError, "stack", "norm_scale", "0",
+    ),
+    (
+        lambda: mhc.stack([jnp.sin], X, [PARAMS], norm_scale=[zeros(4)]),
+        ValueError, "stack", "norm_scale[0]", "[4]",
+    ),
+    # Layer outputs and contexts.
+    (post(Y.astype(jnp.bfloat16)), TypeError, "post", "y", "bfloat16"),
+    (post(zeros(4, C)), ValueError, "post", "y", "[4, 3]"),
+    (post(X), ValueError, "post", "y", "[5, 2, 3]"),
+    (
+        post(ctx=Context._of(X, X[:4], H, H, Z)),
+        ValueError, "post", "ctx", "one for float32[4, 2, 3]",
+    ),
+    (post(ctx=X), TypeError, "post", "ctx", type(X).__name__),
+    (post(ctx=with_(CTX, x=zeros(5, 3, C))), ValueError, "post", "ctx.h_pre", "[5, 2]"),
+    (post(ctx=with_(CTX, h_post=zeros(4, N))), ValueError, "post", "ctx.h_post", "[4, 2]"),
+    (post(ctx=with_(CTX, h_res=zeros(5, N, 3))), ValueError, "post", "ctx.h_res", "[5, 2, 3]"),
+    (
+        post(ctx=with_(CTX, h_res=Z.astype(jnp.bfloat16))),
+        TypeError, "post", "ctx.h_res", "bfloat16",
+    ),
+    (
+        post(ctx=with_(CTX, x=X.astype(jnp.int32))),
+        TypeError, "post", "ctx.x", "int32",
+    ),
+    (
+        lambda: mhc.post_pre(zeros(4, C), CTX, PARAMS),
+        ValueError, "post_pre", "y", "[4, 3]",
+    ),
+    (
+        lambda: mhc.post_pre(Y, CTX, with_(PARAMS, phi=zeros(4, 8))),
+        ValueError, "post_pre", "params.phi", "[4, 8]",
+    ),
+    # A whole sublayer.
+    (lambda: sublayer(PARAMS), TypeError, "mhc_residual", "layer", "MHCParams"),
+    (lambda: sublayer(lambda u: u[0]), ValueError, "mhc_residual", "layer's result", "[3]"),
+    (
+        lambda: sublayer(lambda u: u.astype(jnp.float16)),
+        TypeError, "mhc_residual", "layer's result", "float16",
+    ),
+    (
+        lambda: sublayer(lambda u: None),
+        TypeError, "mhc_residual", "layer's result", "NoneType",
+    ),
+    (
+        lambda: sublayer(lambda u: (u, 1)),
+        TypeError, "mhc_residual", "layer's result", "a tuple of 2",
+    ),
+    (
+        lambda: sublayer(lambda u, s: u),
+        TypeError, "mhc_residual", "layer",
+        "one that is not: <lambda>.<locals>.<lambda>() missing 1 required positional argument: 's'",
+    ),
+    (
+        lambda: sublayer(lambda u: u, has_aux=True),
+        TypeError, "mhc_residual", "layer's result", type(X).__name__,
+    ),
+    (
+        lambda: sublayer(lambda u: (u, 1, 2), has_aux=True),
+        TypeError, "mhc_residual", "layer's result", "a tuple of 3",
+    ),
+    # Sinkhorn.
+    (
+        lambda: mhc.sinkhorn(Z.astype(jnp.bfloat16)),
+        TypeError, "sinkhorn", "logits", "bfloat16",
+    ),
+    (lambda: mhc.sinkhorn(zeros(4)), ValueError, "sinkhorn", "logits", "[4]"),
+    (lambda: mhc.sinkhorn(zeros(2, 3)), ValueError, "sinkhorn", "logits", "[2, 3]"),
+    (lambda: mhc.sinkhorn(zeros(17, 17)), ValueError, "sinkhorn", "logits", "[17, 17]"),
+    (
+        lambda: mhc.sinkhorn(Z, config=MHCConfig(constraint="none")),
+        ValueError, "sinkhorn", "config.constraint", "'none'",
+    ),
+    # Settings that only float64 holds.
+    (pre(config=MHCConfig(post_scale=1e300)), ValueError, "pre", "config.post_scale", "1e+300"),
+    (pre(config=MHCConfig(norm_eps=1e-60)), ValueError, "pre", "config.norm_eps", "1e-60"),
+    (pre(norm_scale_eps=1e39), ValueError, "pre", "norm_scale_eps", "1e+39"),
+    # Values that are no array, or no longer.
+    (pre(np.array([None])), TypeError, "pre", "x", "array([None], dtype=object) (ndarray)"),
+    (pre(deleted(5, N, C)), ValueError, "pre", "x", "a deleted one, float32[5, 2, 3]"),
+    # Implementations.
+    (pre(implementation="cuda"), ValueError, "pre", "implementation", "'cuda'"),
+    # Initial values.
+    (
+        lambda: mhc.init_params(3, streams=N, hidden=C),
+        TypeError, "init_params", "key", "3 (int)",
+    ),
+    (
+        lambda: mhc.init_params(jax.random.split(KEY, 3), streams=N, hidden=C),
+        TypeError, "init_params", "key", "key<fry>[3]",
+    ),
+    (
+        lambda: mhc.init_params(KEY, streams=N, hidden=C, static="yes"),
+        TypeError, "init_params", "static", "'yes' (str)",
+    ),
+    (
+        lambda: mhc.init_params(KEY, streams=N, hidden=2**31),
+        ValueError, "init_params", "hidden", "2147483648",
+    ),
+    (
+        lambda: mhc.init_params(KEY, streams=17, hidden=C),
+        ValueError, "init_params", "streams", "17",
+    ),
+    (
+        lambda: mhc.init_params(KEY, streams=N, hidden=0),
+        ValueError, "init_params", "hidden", "0",
+    ),
+    (
+        lambda: mhc.init_params(KEY, streams=N, hidden=C, dtype=jnp.bfloat16),
+        TypeError, "init_params", "dtype", "bfloat16",
+    ),
+    (
+        lambda: mhc.init_params(KEY, streams=N, hidden=C, config=None),
+        TypeError, "init_params", "config", "NoneType",
+    ),
+    (
+        lambda: mhc.init_params(KEY, streams=N, hidden=C, config=MHCConfig(post_scale=0.5)),
+        ValueError, "init_params", "config.post_scale", "0.5",
+    ),
+    (
+        lambda: mhc.init_head(KEY, streams=N, hidden=C, config=MHCConfig(pre_eps=0.5)),
+        ValueError, "init_head", "config.pre_eps", "0.5",
+    ),
+    (
+        lambda: mhc.init_params(KEY, streams=5, hidden=C, config=PERMUTED),
+        ValueError, "init_params", "config.constraint", "'permutations'",
+    ),
+    (
+        lambda: PERMUTED.num_coefficients(5),
+        ValueError, "MHCConfig.num_coefficients", "config.constraint", "'permutations'",
+    ),
+    # Conversion.
+    (
+        lambda: deepseek(fn=(8,)),
+        ValueError, "convert.from_deepseek_v4", "fn", "[8]",
+    ),
+    (
+        lambda: deepseek(fn=(9, 6)),
+        ValueError, "convert.from_deepseek_v4", "fn", "[9, 6]",
+    ),
+    (
+        lambda: deepseek(fn=(8, 7)),
+        ValueError, "convert.from_deepseek_v4", "fn", "[8, 7]",
+    ),
+    (
+        lambda: deepseek(base=(6,)),
+        ValueError, "convert.from_deepseek_v4", "base", "[6]",
+    ),
+    (
+        lambda: deepseek(scale=(1,)),
+        ValueError, "convert.from_deepseek_v4", "scale", "[1]",
+    ),
+    (
+        lambda: deepseek(dtype=jnp.int8),
+        TypeError, "convert.from_deepseek_v4", "fn", "int8",
+    ),
+    (
+        lambda: mhc.convert.from_deepseek_v4(None, None, None),
+        TypeError, "convert.from_deepseek_v4", "fn", "NoneType",
+    ),
+    (
+        lambda: mhc.convert.from_megatron(zeros(8, 6), zeros(3), zeros(4)),
+        ValueError, "convert.from_megatron", "bias", "[4]",
+    ),
+    (
+        lambda: mhc.convert.head_from_deepseek_v4(zeros(2, 7), zeros(2), zeros(1)),
+        ValueError, "convert.head_from_deepseek_v4", "hc_fn", "[2, 7]",
+    ),
+    (
+        lambda: mhc.convert.head_from_deepseek_v4(zeros(2, 6), zeros(2), zeros()),
+        ValueError, "convert.head_from_deepseek_v4", "hc_scale", "[]",
+    ),
+    (
+        lambda: mhc.convert.to_deepseek_v4(HEAD),
+        TypeError, "convert.to_deepseek_v4", "params", "HeadParams",
+    ),
+    (
+        lambda: mhc.convert.to_deepseek_v4(with_(PARAMS, phi=None, alpha=None)),
+        ValueError, "convert.to_deepseek_v4", "params.phi", "None",
+    ),
+    (
+        lambda: mhc.convert.to_deepseek_v4(
+            mhc.init_params(KEY, streams=3, hidden=C, config=MHCConfig(constraint="identity"))
+        ),
+        ValueError, "convert.to_deepseek_v4", "params.phi.T", "[6, 9]",
+    ),
+    (
+        # As many columns as those of 2 streams.
+        lambda: mhc.convert.to_deepseek_v4(
+            mhc.init_params(KEY, streams=4, hidden=C, config=MHCConfig(constraint="identity"))
+        ),
+        ValueError, "convert.to_deepseek_v4", "streams", "None",
+    ),
+    (
+        lambda: mhc.convert.to_deepseek_v4(PARAMS, streams=3),
+        ValueError, "convert.to_deepseek_v4", "params.phi", "[6, 8]",
+    ),
+    # Stacks.
+    (lambda: mhc.stack([], Y[0], []), ValueError, "stack", "x", "[3]"),
+    (stack(config={}), TypeError, "stack", "config", "dict"),
+    (stack(lambda u: u), TypeError, "stack", "layers", "function"),
+    (stack(params=PARAMS), TypeError, "stack", "params", "MHCParams"),
+    (stack([jnp.tanh, 3], 2 * [PARAMS]), TypeError, "stack", "layers[1]", "int"),
+    (stack(2 * [jnp.tanh]), ValueError, "stack", "params", "1"),
+    (stack(2 * [jnp.tanh], [PARAMS, HEAD]), TypeError, "stack", "params[1]", "HeadParams"),
+    (
+        stack(params=[with_(PARAMS, phi=zeros(6, 7))]),
+        ValueError, "stack", "params[0].phi", "[6, 7]",
+    ),
+    (stack([lambda u: u[:4]]), ValueError, "stack", "the result of layers[0]", "[4, 3]"),
+    (stack([lambda u: (u, 0)]), TypeError, "stack", "the result of layers[0]", "a tuple of 2"),
+    (stack(recompute="auto"), TypeError, "stack", "recompute", "'auto' (str)"),
+    (lambda: mhc.Recompute(every=0), ValueError, "Recompute", "every", "0"),
+    (stack(unroll=2), ValueError, "stack", "unroll", "2"),
+    (stack_in_scan(unroll=0), ValueError, "stack", "unroll", "0"),
+    (stack(xs=[object]), TypeError, "stack", "xs[0]", "<class 'object'> (type)"),
+    (stack_in_scan(num_xs=3), ValueError, "stack", "params[0].phi", "shape [4, 6, 8]"),
+    (stack(xs=[zeros(2), zeros(3)]), ValueError, "stack", "xs[1]", "shape [3]"),
+    (stack([], [], xs=0.0), ValueError, "stack", "xs", "shape []"),
+    (stack([], [], xs=()), ValueError, "stack", "xs", "none, nor any params"),
+    (
+        stack_in_scan(params=with_(PARAMS, alpha=zeros(2))),
+        ValueError, "stack", "a slice of params[0].alpha", "[2]",
+    ),
+    (
+        stack_in_scan(layers=2 * [lambda u, s: u], recompute=mhc.Recompute(every=3)),
+        ValueError, "stack", "recompute.every", "3",
+    ),
+    (
+        stack_in_scan(recompute=mhc.Recompute(every=3)),
+        ValueError, "stack", "recompute.every", "3",
+    ),
+    (lambda: mhc.Recompute(every="some"), TypeError, "Recompute", "every", "'some' (str)"),
+    (lambda: mhc.Recompute(policy="outputs"), ValueError, "Recompute", "policy", "'outputs'"),
+    (
+        lambda: mhc.stack_with_samples([jnp.tanh], X, [PARAMS], sample_tokens=0),
+        ValueError, "stack_with_samples", "sample_tokens", "0",
+    ),
+    (remat_policy("outputs"), ValueError, "remat_policy", "recompute", "'outputs'"),
+    (remat_policy(streams=17), ValueError, "remat_policy", "streams", "17"),
+    (remat_policy(hidden=0), ValueError, "remat_policy", "hidden", "0"),
+    (remat_policy(layers="dots"), TypeError, "remat_policy", "layers", "'dots'"),
+]  # fmt: skip
+
+ERRORS += [
+    (
+        lambda: mhc.diagnostics.sample_tokens(Z, 0),
+        ValueError, "diagnostics.sample_tokens", "count", "0",
+    ),
+    (watch(Z), TypeError, "diagnostics.watch_gain", "gain", type(Z).__name__),
+    (watch(band=(2, 0.5)), ValueError, "diagnostics.watch_gain", "band", "(2, 0.5)"),
+    (watch(band=(1, 1)), ValueError, "diagnostics.watch_gain", "band", "(1, 1)"),
+    (watch(band=(0, 2)), ValueError, "diagnostics.watch_gain", "band", "(0, 2)"),
+    (watch(band=(0.5, np.nan)), ValueError, "diagnostics.watch_gain", "band", "(0.5, nan)"),
+    (watch(band=0.5), ValueError, "diagnostics.watch_gain", "band", "0.5"),
+    (watch(band=(1, 2, 3)), ValueError, "diagnostics.watch_gain", "band", "(1, 2, 3)"),
+    (watch(step=0.5), TypeError, "diagnostics.watch_gain", "step", "0.5"),
+    (watch(step="0"), TypeError, "diagnostics.watch_gain", "step", "'0'"),
+    (watch(name=3), TypeError, "diagnostics.watch_gain", "name", "3 (int)"),
+    (watch(callback=3), TypeError, "diagnostics.watch_gain", "callback", "int"),
+    (
+        watch(mhc.diagnostics.Gain(H, H > 0)),
+        TypeError, "diagnostics.watch_gain", "gain.backward", "dtype bool",
+    ),
+    (plot(Z), TypeError, "diagnostics.plot_gain", "gains", type(Z).__name__),
+    (plot({"a": H}), TypeError, "diagnostics.plot_gain", "gains", f"dict of {type(H).__name__}"),
+    (
+        plot(mhc.diagnostics.Gain(H[0, 0], H[0, 0])),
+        ValueError, "diagnostics.plot_gain", "gains", "[]",
+    ),
+    (
+        plot({"a": mhc.diagnostics.Gain(H[:0], H[:0])}),
+        ValueError, "diagnostics.plot_gain", "gains['a']", "[0, 2]",
+    ),
+    (plot(GAIN, x=[1, 2]), ValueError, "diagnostics.plot_gain", "x", "[2]"),
+    (plot(GAIN, x=1), ValueError, "diagnostics.plot_gain", "x", "[]"),
+    (plot(GAIN, x=5 * ["a"]), TypeError, "diagnostics.plot_gain", "x", "dtype <U1"),
+    (plot(GAIN, axes=3), TypeError, "diagnostics.plot_gain", "axes", "3"),
+    (
+        lambda: jax.eval_shape(lambda gain: plot(gain)(), GAIN),
+        TypeError, "diagnostics.plot_gain", "gains", "values of a traced function",
+    ),
+    (plot_mixing(Z, sublayers=3), TypeError, "diagnostics.plot_mixing", "sublayers", "3 (int)"),
+    (plot_mixing(zeros(4, 3)), ValueError, "diagnostics.plot_mixing", "h_res", "[4, 3]"),
+    (plot_mixing(zeros(4, 4)), ValueError, "diagnostics.plot_mixing", "h_res", "[4, 4]"),
+    (plot_mixing(Z, sublayers=[5]), ValueError, "diagnostics.plot_mixing", "sublayers", "5"),
+    (plot_mixing(Z, axes=[]), ValueError, "diagnostics.plot_mixing", "axes", "0"),
+    (
+        plot_mixing(mhc.diagnostics.mixing(Z), sublayers=[0]),
+        ValueError, "diagnostics.plot_mixing", "sublayers", "[0]",
+    ),
+]  # fmt: skip
+
+ERRORS += [
+    (
+        lambda: mhc.diagnostics.amax_gain(zeros(4, 4, dtype=jnp.bfloat16)),
+        TypeError, "diagnostics.amax_gain", "h_res", "bfloat16",
+    ),
+    (
+        lambda: mhc.diagnostics.mixing(zeros(4, 3)),
+        ValueError, "diagnostics.mixing", "h_res", "[4, 3]",
+    ),
+    (
+        lambda: mhc.diagnostics.composite(zeros(4, 4)),
+        ValueError, "diagnostics.composite", "h_res", "[4, 4]",
+    ),
+    (
+        lambda: mhc.diagnostics.stream_similarity(zeros(1, 8)),
+        ValueError, "diagnostics.stream_similarity", "x", "[1, 8]",
+    ),
+    # Modules; more of them in test_modules.py.
+    (lambda: module()(Y), ValueError, "flax.nnx.MHC", "x", "[5, 3]"),
+    (
+        lambda: module(lambda u: u[:4])(X),
+        ValueError, "flax.nnx.MHC", "the layer's result", "[4, 3]",
+    ),
+    (
+        lambda: mhc_nnx.MHC(jnp.tanh, C, rngs=0),
+        TypeError, "flax.nnx.MHC", "rngs", "0 (int)",
+    ),
+    (
+        lambda: mhc_nnx.stack(module(), X, ["mlp"], config=MHCConfig()),
+        TypeError, "flax.nnx.stack", "config", f"{_errors.shown(MHCConfig())} (MHCConfig)",
+    ),
+    (nnx_stack(), ValueError, "flax.nnx.stack", "sublayers", "()"),
+    (lambda: mhc_nnx.stack(module(), X, "mlp"), ValueError, "flax.nnx.stack", "sublayers", "'mlp'"),
+    (nnx_stack("a", "b", a=module()), TypeError, "flax.nnx.stack", "blocks.b", "NoneType"),
+    (
+        nnx_stack("a", "b", a=module(), b=module(norm_scale_eps=0.1)),
+        ValueError, "flax.nnx.stack", "blocks.b.norm_scale_eps", "0.1",
+    ),
+    (
+        nnx_stack("a", a=module(Counter())),
+        ValueError, "flax.nnx.stack", "blocks.a.layer.count", "a Variable that does",
+    ),
+    # Optional dependencies.
+    (lambda: _errors.require("op", "no_such", "some"), ImportError, "op", "no_such", "none"),
+]  # fmt: skip
