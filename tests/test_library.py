@@ -16,7 +16,7 @@ import pytest
 from cases import PLATFORM, WIDEST
 
 import jax_mhc
-from jax_mhc import _limits, presets
+from jax_mhc import _limits, _types, presets
 from jax_mhc._call import Settings, dispatch, library, table
 
 ATTRIBUTES = table.attributes(table.Call("sinkhorn_fwd", jax_mhc.MHCConfig()))
@@ -195,6 +195,12 @@ def test_limits_are_those_of_the_library():
         "sinkhorn_iters": _limits.MAX_SINKHORN_ITERS,
     }
     assert {k: tuple(v) for k, v in described["dtypes"].items()} == _limits.KERNEL_DTYPES
+
+
+def test_words_of_settings_are_those_of_the_library():
+    (call,) = (call for call in library.description()["calls"] if call["name"] == "pre_fwd")
+    attributes = [attribute for attribute in call["attributes"] if "choices" in attribute]
+    assert {each["name"]: tuple(each["choices"]) for each in attributes} == _types.WORDS
 
 
 def test_a_call_works_after_a_refused_one():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_type_hints
 
 import jax
 import jax.export
@@ -75,15 +75,9 @@ class MHCConfig:
     def __post_init__(self) -> None:
         """Checks every setting; stores plain Python values, so that equal configs hash alike."""
         op = "MHCConfig"
-        choices = {
-            "constraint": ("birkhoff", "none", "identity", "permutations"),
-            "sinkhorn_eps_mode": ("add", "clamp"),
-            "order": ("column_row", "row_column"),
-            "norm_eps_mode": ("inside", "outside"),
-        }
         plain: dict[str, object] = {
             field: _errors.choice(op, field, getattr(self, field), of)
-            for field, of in choices.items()
+            for field, of in WORDS.items()
         }
         plain["sinkhorn_iters"] = _errors.integer(
             op, "sinkhorn_iters", self.sinkhorn_iters, 0, MAX_SINKHORN_ITERS, "The paper uses 20."
@@ -117,6 +111,12 @@ class MHCConfig:
                 )
             return 2 * streams + math.factorial(streams)
         return 2 * streams + (0 if self.constraint == "identity" else streams**2)
+
+
+#: The words of each setting that has some.
+WORDS: dict[str, tuple[str, ...]] = {
+    field: get_args(of) for field, of in get_type_hints(MHCConfig).items() if get_args(of)
+}
 
 
 @jax.tree_util.register_dataclass

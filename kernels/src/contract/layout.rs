@@ -9,7 +9,7 @@ pub struct CoefficientLayout {
     pub n: usize,
     /// Columns of h_post: n, or 0 in a head.
     pub num_post: usize,
-    /// Columns of H_res: n², or n! for permutations, or 0 in a head or where H_res is the identity.
+    /// Columns of H_res, by its constraint (constraints.rs); 0 in a head.
     pub num_res: usize,
 }
 
