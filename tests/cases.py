@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+import programs
 
 import jax_mhc
 from jax_mhc import HeadParams, MHCConfig, MHCParams, presets
@@ -489,16 +490,12 @@ AS_WRITTEN = {"xla_allow_excess_precision": False}
 FOR_USERS = {
     "xla_backend_optimization_level": 3,
     "xla_llvm_disable_expensive_passes": False,
-    "xla_cpu_use_fusion_emitters": True,
+    **programs.emitters(fusion=True),
 }
 compiled = jax.jit(value_and_vjp, static_argnums=(0, 1, 2), compiler_options=AS_WRITTEN | FOR_USERS)
 
 # What is compared in float64 may run slowly: XLA's compiler for the CPU takes a sixth of the time.
-FAST_COMPILATION = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-    "xla_cpu_parallel_codegen_split_count": 1,
-}
+FAST_COMPILATION = {"xla_backend_optimization_level": 0, **programs.QUICK_COMPILATION}
 _quick_on_cpu = jax.jit(value_and_vjp, static_argnums=(0, 1, 2), compiler_options=FAST_COMPILATION)
 quick = _quick_on_cpu if PLATFORM == "cpu" else compiled
 

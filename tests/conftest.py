@@ -15,7 +15,8 @@ from programs import CACHE, QUICK_COMPILATION  # noqa: E402 - in the folder that
 # product takes longer than the few that there are. JAX reads both when it is imported, so its
 # import, and those of what imports it, come below (E402).
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-_FLAGS = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_autotune_level=0", *QUICK_COMPILATION
+_QUICK = (f"--{name}={str(value).lower()}" for name, value in QUICK_COMPILATION.items())
+_FLAGS = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_autotune_level=0", *_QUICK
 os.environ["XLA_FLAGS"] = " ".join(_FLAGS)
 
 import jax  # noqa: E402 - see above

@@ -9,12 +9,12 @@ import re
 import jax
 from cases import OPS
 from jax.ad_checkpoint import print_saved_residuals
+from programs import emitters
 
 
 def compiled_text(function, *arrays):
     """The HLO that XLA compiles a function to, as users get it: with all fusions."""
-    options = {"xla_cpu_use_fusion_emitters": True}
-    return jax.jit(function).lower(*arrays).compile(options).as_text()
+    return jax.jit(function).lower(*arrays).compile(emitters(fusion=True)).as_text()
 
 
 def custom_calls(text):
