@@ -155,8 +155,10 @@ def pre(x, params, config, norm_scale=None, norm_scale_eps=None):
         h_res = z_res.reshape(*tokens, n, n)
     elif config.constraint == "permutations":
         h_res = mixed_permutations(z_res, n)
-    else:
+    elif config.constraint == "birkhoff":
         h_res = sinkhorn(z_res.reshape(*tokens, n, n), config)
+    else:
+        raise NotImplementedError(config.constraint)
     u = np.einsum("...i,...ic->...c", h_pre, x)
     if norm_scale is not None:
         u = rms_norm(u, wide(norm_scale), norm_scale_eps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, assert_never, get_args, get_type_hints
 
 import jax
 import jax.export
@@ -101,6 +101,8 @@ class MHCConfig:
             ValueError, TypeError: streams that are no such number; more than the constraint is for.
         """
         streams = _errors.num_streams(op, "streams", streams)
+        if self.constraint == "identity":
+            return 2 * streams
         if self.constraint == "permutations":
             if streams > MAX_PERMUTED_STREAMS:
                 raise _errors.Refusal(ValueError, op, "config.constraint").expected(
@@ -110,7 +112,9 @@ class MHCConfig:
                     "Take fewer streams, or 'birkhoff'.",
                 )
             return 2 * streams + math.factorial(streams)
-        return 2 * streams + (0 if self.constraint == "identity" else streams**2)
+        if self.constraint == "birkhoff" or self.constraint == "none":
+            return 2 * streams + streams**2
+        assert_never(self.constraint)
 
 
 #: The words of each setting that has some.

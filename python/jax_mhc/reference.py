@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -171,12 +171,18 @@ def coefficients(
     n = streams
     h_pre = jax.nn.sigmoid(z[..., :n]) + config.pre_eps
     h_post = config.post_scale * jax.nn.sigmoid(z[..., n : 2 * n])
-    if config.constraint == "identity":
-        return h_pre, h_post, jnp.broadcast_to(jnp.eye(n, dtype=z.dtype), (*z.shape[:-1], n, n))
-    if config.constraint == "permutations":
-        return h_pre, h_post, _mixed_permutations(z[..., 2 * n :], n)
-    z_res = z[..., 2 * n :].reshape(*z.shape[:-1], n, n)
-    h_res = z_res if config.constraint == "none" else project(z_res)
+    z_res, matrices = z[..., 2 * n :], (*z.shape[:-1], n, n)
+    match config.constraint:
+        case "identity":
+            h_res = jnp.broadcast_to(jnp.eye(n, dtype=z.dtype), matrices)
+        case "permutations":
+            h_res = _mixed_permutations(z_res, n)
+        case "none":
+            h_res = z_res.reshape(matrices)
+        case "birkhoff":
+            h_res = project(z_res.reshape(matrices))
+        case _ as unknown:
+            assert_never(unknown)
     return h_pre, h_post, h_res
 
 
