@@ -79,7 +79,7 @@ pub fn check(level: &str) -> usize {
     expect(found, "info debug trace");
     let loaded = "INFO jax_mhc: image loaded image=one_pass_fwd (w320, bf16, sm_90a) bytes=";
     expect(loaded, "info debug trace");
-    let plan = "DEBUG jax_mhc: plan op=\"pre_fwd\" stage=Execute device=0 dtype=\"bfloat16\" \
+    let plan = "DEBUG jax_mhc: plan op=\"pre_fwd\" stage=Execute schedule=\"one pass\" device=0 dtype=\"bfloat16\" \
                 shapes=[[64, 4, 2560], [4, 2560, 24], [3], [24]] kernels=[\"mhc_pre_fwd_one_pass_w320_bf16\"] \
                 workspace=";
     expect(plan, "debug trace");

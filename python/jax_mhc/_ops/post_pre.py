@@ -39,7 +39,7 @@ def post_pre(
     what `post` and `pre` compute one after the other, without reading them from memory again.
     On GPUs the backward pass may take an X' that is not rounded for the gradients of the
     parameters, and an infinity or NaN in one token may reach the gradients of x and y of the
-    three tokens beside it (docs/architecture.md).
+    three tokens beside it (docs/kernels.md).
 
     Differentiable as the two are. The backward pass keeps x, y, the coefficients of both sublayers
     and, with norm_scale, u, and computes X' again inside its kernel. Names for `jax.checkpoint`
