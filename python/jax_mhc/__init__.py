@@ -23,6 +23,7 @@ from jax_mhc._ops.post import post
 from jax_mhc._ops.post_pre import post_pre
 from jax_mhc._ops.pre import pre
 from jax_mhc._ops.sinkhorn import sinkhorn
+from jax_mhc._ops.streams import Streams, as_streams
 from jax_mhc._residual import expand, mhc_residual, reduce
 from jax_mhc._stack.public import stack, stack_with_samples
 from jax_mhc._stack.remat import Recompute, remat_policy
@@ -34,6 +35,8 @@ __all__ = [
     "MHCConfig",
     "MHCParams",
     "Recompute",
+    "Streams",
+    "as_streams",
     "convert",
     "diagnostics",
     "expand",

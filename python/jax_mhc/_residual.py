@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax_mhc import _check, _errors
 from jax_mhc._call.dispatch import Implementation
 from jax_mhc._copies import copies
+from jax_mhc._ops.streams import Streams
 from jax_mhc._ops.sublayer import Options, Sublayer
 from jax_mhc._types import Layer, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
@@ -57,7 +58,7 @@ def reduce(
     Raises:
         ValueError, TypeError: x that is no streams, or another method.
     """
-    x = _check.streams("reduce", "x", x)
+    x = x.array() if isinstance(x, Streams) else _check.streams("reduce", "x", x)
     _errors.choice("reduce", "method", method, ("mean", "sum"))
     total = jnp.sum(x, axis=-2, dtype=_check.accumulation_dtype(x.dtype))
     return (total / x.shape[-2] if method == "mean" else total).astype(x.dtype)
@@ -108,7 +109,8 @@ def mhc_residual(
     remedy = "Pass the sublayer itself: mhc_residual(layer, x, params)."
     _errors.function(op, "layer", layer, "a function from [..., C] to [..., C]", remedy)
     has_aux = _errors.flag(op, "has_aux", has_aux)
-    x = _check.streams("pre", "x", x)
+    if not isinstance(x, Streams):
+        x = _check.streams("pre", "x", x)
 
     def run(u: jax.Array) -> tuple[jax.Array, Any]:
         y, aux = _check.call(op, "layer", "u", layer, u), None

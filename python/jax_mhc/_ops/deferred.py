@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from jax_mhc import reference
 from jax_mhc._check import accumulation_dtype
 from jax_mhc._types import Context
 from jax_mhc.reference import mix
@@ -59,6 +60,48 @@ def d_streams_in(d_ctx: Context, h_res: jax.Array) -> tuple[jax.Array, bool]:
         return d_deferred, True
     # Somebody beside post reads the streams: rare enough for a pass of its own.
     return (d_x + _mix_back(h_res, d_deferred)).astype(d_x.dtype), False
+
+
+@jax.custom_vjp
+def defer(x: jax.Array, h_res: jax.Array) -> jax.Array:
+    """Streams X whose cotangent is deferred, of streams that plain JAX made."""
+    return x
+
+
+def _defer_forward(x: jax.Array, h_res: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return x, h_res
+
+
+def _defer_backward(h_res: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _mix_back(h_res, g).astype(g.dtype), jnp.zeros_like(h_res)
+
+
+defer.defvjp(_defer_forward, _defer_backward)
+
+
+@jax.custom_vjp
+def post_deferred(x: jax.Array, y: jax.Array, h_post: jax.Array, h_res: jax.Array) -> jax.Array:
+    """Post in plain JAX, of streams X whose cotangent is deferred."""
+    return reference.post(y, Context(x, h_post, h_post, h_res))
+
+
+_Operands: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+def _post_forward(*operands: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return post_deferred(*operands), operands
+
+
+def _post_backward(operands: _Operands, g: jax.Array) -> _Operands:
+    x, *others = operands
+
+    def of_others(y: jax.Array, h_post: jax.Array, h_res: jax.Array) -> jax.Array:
+        return reference.post(y, Context(x, h_post, h_post, h_res))
+
+    return g, *jax.vjp(of_others, *others)[1](g)
+
+
+post_deferred.defvjp(_post_forward, _post_backward)
 
 
 def instantiate(cotangent: Cotangent) -> jax.Array:

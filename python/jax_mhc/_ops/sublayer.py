@@ -9,13 +9,15 @@ from typing import Generic, TypedDict, TypeVar
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_mhc._call import Implementation
+from jax_mhc._call import Implementation, use_fused
 from jax_mhc._ops.post import post
 from jax_mhc._ops.post_pre import post_pre
 from jax_mhc._ops.pre import pre
+from jax_mhc._ops.streams import Streams
 from jax_mhc._types import Context, MHCConfig, MHCParams
 
 Rest = TypeVar("Rest")
+Array = TypeVar("Array", jax.Array, Streams)
 
 
 class Options(TypedDict):
@@ -48,12 +50,17 @@ class Sublayer(Generic[Rest]):
     options: Options
 
     def until_post(
-        self, before: jax.Array | tuple[jax.Array, Context]
+        self, before: jax.Array | Streams | tuple[jax.Array, Context]
     ) -> tuple[jax.Array, Context, Rest]:
         """The operands of the sublayer's post, and the rest of what the layer returned.
 
         before: the streams, or the operands of the post of the sublayer before.
         """
+        implementation = self.options["implementation"]
+        if isinstance(before, Streams):
+            # Plain JAX knows no deferred cotangents.
+            plain = before.is_deferred and not use_fused("post_pre", implementation, before.dtype)
+            before = before.array(implementation=implementation) if plain else before.pending()
         if isinstance(before, tuple):
             u, ctx = post_pre(*before, self.params, norm_scale=self.norm_scale, **self.options)
         else:
@@ -61,7 +68,9 @@ class Sublayer(Generic[Rest]):
         y, rest = self.layer(u)
         return checkpoint_name(y, "mhc_layer_output"), ctx, rest
 
-    def run(self, x: jax.Array) -> tuple[jax.Array, Context, Rest]:
+    def run(self, x: Array) -> tuple[Array, Context, Rest]:
         """The new streams, the context, and the rest of what the layer returned."""
         y, ctx, rest = self.until_post(x)
+        if isinstance(x, Streams):
+            return Streams.after(y, ctx, x.is_deferred), ctx, rest
         return post(y, ctx, implementation=self.options["implementation"]), ctx, rest

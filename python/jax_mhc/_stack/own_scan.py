@@ -24,8 +24,8 @@ from jax_mhc._axes import varying_like
 from jax_mhc._call import Settings, Values, reverse_mode_only
 from jax_mhc._mesh.types import empty_stack, empty_stack_of
 from jax_mhc._ops.fused_op import KEPT, fused_call, normalizers
+from jax_mhc._ops.pending import Pending, no_sublayer
 from jax_mhc._stack.layer import Given, Layer, Leaves, is_inexact, merge, partition
-from jax_mhc._stack.pending import Pending, no_sublayer
 from jax_mhc._stack.structure import structure
 from jax_mhc._types import Tree
 from jax_mhc.diagnostics import sample_tokens

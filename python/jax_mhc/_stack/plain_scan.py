@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax_mhc import _check, diagnostics
 from jax_mhc._axes import varying_like
 from jax_mhc._ops.deferred import streams
+from jax_mhc._ops.pending import Pending, PendingPost, no_sublayer
 from jax_mhc._ops.sublayer import Options, Sublayer
 from jax_mhc._stack import checks
-from jax_mhc._stack.pending import Pending, PendingPost, no_sublayer
 from jax_mhc._stack.remat import Policy, Recomputed, policy_of
 from jax_mhc._types import MHCParams, Tree
 

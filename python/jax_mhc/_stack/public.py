@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax_mhc import _check, _errors
 from jax_mhc._call import Implementation, Settings, Values, use_fused
 from jax_mhc._ops.fused_op import present
+from jax_mhc._ops.pending import PendingPost
 from jax_mhc._ops.post import post
 from jax_mhc._ops.sublayer import Options
 from jax_mhc._stack import checks
 from jax_mhc._stack.own_scan import Stretches, own_scan
-from jax_mhc._stack.pending import PendingPost
 from jax_mhc._stack.plain_scan import Before, Runner, Steps, scan
 from jax_mhc._stack.remat import NOTHING, Recompute, best_length
 from jax_mhc._types import Layer, MHCConfig, MHCParams, Tree
