@@ -118,3 +118,128 @@ def test_an_array_comes_back_exactly():
     np.testing.assert_array_equal(mhc.reduce(streams), mhc.reduce(x))
     gradient = jax.grad(lambda x: jnp.sum(mhc.as_streams(x).array() ** 2))(x)
     np.testing.assert_array_equal(gradient, 2 * x)
+
+
+# ---- transformations ----------------------------------------------------------------------------
+
+
+def block(x, ws, params):
+    """A scan of sublayers over streams, from an array to an array."""
+    return scan(mhc.as_streams, x, ws, params, mhc.presets.PAPER, [None])
+
+
+def expected_block(x, ws, params):
+    return loop(lambda x: x, x, ws, params, mhc.presets.PAPER, ["reference"])
+
+
+def assert_close(got, expected):
+    tolerance = 1e-9 if DTYPE == jnp.float64 else 2e-4
+    for out, exact in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        atol = tolerance * np.abs(exact).max()
+        np.testing.assert_allclose(out, exact, rtol=tolerance, atol=atol)
+
+
+def test_a_batch_of_streams():
+    x, ws, params = operands()
+    batch = jnp.stack([x, 2 * x, -x])
+    mapped = jax.vmap(lambda x: mhc.as_streams(x))(batch)
+    assert mapped.shape == batch.shape
+    w, p = jax.tree.map(lambda leaf: leaf[0], (ws, params))
+    step = lambda x: mhc.mhc_residual(functools.partial(layer, w), x, p)  # noqa: E731
+    assert_close(jax.vmap(step)(mapped).array(), step(batch))
+    gradients = jax.vmap(jax.grad(lambda x: jnp.sum(block(x, ws, params) ** 2)))(batch)
+    expected = [jax.grad(lambda x: jnp.sum(expected_block(x, ws, params) ** 2))(x) for x in batch]
+    assert_close(gradients, jnp.stack(expected))
+
+
+@pytest.mark.parametrize("policy", [None, jax.checkpoint_policies.dots_saveable])
+def test_recomputed_sublayers(policy):
+    x, ws, params = operands()
+
+    @functools.partial(jax.checkpoint, policy=policy)
+    def sublayer(x, w, p):
+        return mhc.mhc_residual(functools.partial(layer, w), x, p)
+
+    def run(x, ws, params):
+        x, _ = jax.lax.scan(lambda x, s: (sublayer(x, *s), None), mhc.as_streams(x), (ws, params))
+        return jnp.sum(x.array() ** 2)
+
+    got = jax.jit(jax.grad(run, argnums=(0, 1, 2)))(x, ws, params)
+    expected = jax.grad(lambda *o: jnp.sum(expected_block(*o) ** 2), argnums=(0, 1, 2))
+    assert_close(got, expected(x, ws, params))
+
+
+def test_loops_and_branches_keep_the_structure():
+    x, ws, params = operands()
+    w, p = jax.tree.map(lambda leaf: leaf[0], (ws, params))
+    step = functools.partial(mhc.mhc_residual, functools.partial(layer, w), params=p)
+    streams = mhc.as_streams(x)
+    repeated = jax.lax.fori_loop(0, 2, lambda _, x: step(x), streams)
+    assert_close(repeated.array(), step(step(x)))
+    chosen = jax.lax.cond(jnp.bool_(True), step, lambda x: x, streams)
+    assert_close(chosen.array(), step(x))
+    copied = jax.tree.map(lambda leaf: leaf, streams)
+    assert jax.tree.structure(step(streams)) == jax.tree.structure(copied)
+
+
+def test_tokens_move():
+    x, ws, params = operands()
+    w, p = jax.tree.map(lambda leaf: leaf[0], (ws, params))
+    streams = mhc.mhc_residual(functools.partial(layer, w), mhc.as_streams(x), p)
+    whole = streams.array()
+    assert_close(streams[0].array(), whole[0])
+    assert_close(streams[:, 1:3].array(), whole[:, 1:3])
+    assert_close(streams[None].array(), whole[None])
+    assert_close(streams.reshape(10).array(), whole.reshape(10, N, C))
+    assert_close(streams.reshape(5, -1).array(), whole.reshape(5, 2, N, C))
+    rolled = streams.map_tokens(lambda part: jnp.roll(part, 1, axis=0))
+    assert_close(rolled.array(), jnp.roll(whole, 1, axis=0))
+
+
+def test_forward_mode_of_plain_jax():
+    x, ws, params = operands()
+
+    def run(x):
+        return scan(as_plain, x, ws, params, mhc.presets.PAPER, ["reference"])
+
+    expected = jax.jvp(lambda x: expected_block(x, ws, params), (x,), (jnp.ones_like(x),))
+    assert_close(jax.jvp(run, (x,), (jnp.ones_like(x),)), expected)
+
+
+def test_streams_of_an_exported_program():
+    x, ws, params = operands(dtype=jnp.float32)
+    w, p = jax.tree.map(lambda leaf: leaf[0], (ws, params))
+
+    def step(x):
+        return mhc.mhc_residual(functools.partial(layer, w), x, p, implementation="reference")
+
+    streams = as_plain(x)
+    exported = jax.export.export(jax.jit(step))(streams)
+    again = jax.export.deserialize(exported.serialize())
+    assert_close(again.call(streams).array(), jax.jit(step)(streams).array())
+
+
+# ---- what streams are not -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "use, argument, expected, got",
+    [
+        (lambda x: x + 1, "x + y", "an array", "Streams"),
+        (lambda x: 1 + x, "x + y", "an array", "Streams"),
+        (lambda x: x * x, "x + y", "an array", "Streams"),
+        (jnp.sum, "operand", "an array", "Streams"),
+        (np.asarray, "operand", "an array", "Streams"),
+        (lambda x: x[..., 0], "index", "one of the 2 leading dimensions", ""),
+        (lambda x: x[0, 0, 0], "index", "one of the 2 leading dimensions", ""),
+        (lambda x: x.map_tokens(lambda part: part[..., :1]), "function", "moves tokens", ""),
+        (lambda x: mhc.Streams(x), "Streams(...)", "as_streams", "a call of the class"),
+    ],
+)
+def test_streams_are_no_array(use, argument, expected, got):
+    streams = mhc.as_streams(operands(dtype=jnp.float32)[0])
+    with pytest.raises((TypeError, ValueError)) as caught:
+        use(streams)
+    message = str(caught.value)
+    assert message.startswith("jax_mhc.Streams") and f": {argument}: expected " in message, message
+    assert expected in message and got in message, message

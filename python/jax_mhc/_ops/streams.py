@@ -92,11 +92,14 @@ class Streams:
         """X' `[..., n, C]`, by `post`.
 
         Args:
-            implementation: None, "fused" or "reference"; see `pre`.
+            implementation: None, "fused" or "reference"; see `pre`. None is plain JAX where the
+                streams were made for it.
 
         Raises:
             ValueError, TypeError, RuntimeError: what `post` raises.
         """
+        if implementation is None and not self._deferred:
+            implementation = "reference"
         y, ctx = self.pending()
         if self._deferred and not use_fused("post", implementation, self.dtype):
             return post_deferred(self._x, y, ctx.h_post, ctx.h_res)
