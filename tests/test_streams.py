@@ -243,3 +243,78 @@ def test_streams_are_no_array(use, argument, expected, got):
     message = str(caught.value)
     assert message.startswith("jax_mhc.Streams") and f": {argument}: expected " in message, message
     assert expected in message and got in message, message
+
+
+# ---- exits and modules --------------------------------------------------------------------------
+
+
+def test_the_exits_take_streams():
+    x, ws, params = operands(dtype=jnp.float32)
+    w, p = jax.tree.map(lambda leaf: leaf[0], (ws, params))
+    streams = mhc.mhc_residual(functools.partial(layer, w), mhc.as_streams(x), p)
+    head = mhc.init_head(KEY, streams=N, hidden=C)
+    np.testing.assert_array_equal(mhc.head(streams, head), mhc.head(streams.array(), head))
+    np.testing.assert_array_equal(mhc.reduce(streams), mhc.reduce(streams.array()))
+
+
+def test_rest_of_a_layer_beside_streams():
+    x, ws, params = operands(dtype=jnp.float32)
+    w, p = jax.tree.map(lambda leaf: leaf[0], (ws, params))
+    new, aux = mhc.mhc_residual(
+        lambda u: (layer(w, u), jnp.sum(u)), mhc.as_streams(x), p, has_aux=True
+    )
+    assert isinstance(new, mhc.Streams) and aux.shape == ()
+
+
+def nnx_modules():
+    from flax import nnx
+
+    from jax_mhc.flax import nnx as mhc_nnx
+
+    rngs = nnx.Rngs(0)
+    modules = [mhc_nnx.MHC(nnx.Linear(C, C, rngs=rngs), C, streams=N, rngs=rngs) for _ in range(3)]
+    return modules, mhc_nnx.Head(C, streams=N, rngs=rngs)
+
+
+def equinox_modules():
+    import equinox
+
+    from jax_mhc import equinox as mhc_equinox
+
+    def linear(key):
+        return jax.vmap(jax.vmap(equinox.nn.Linear(C, C, key=key)))
+
+    keys = jax.random.split(KEY, 4)
+    modules = [mhc_equinox.MHC(linear(key), C, streams=N, key=key) for key in keys[1:]]
+    return modules, mhc_equinox.Head(C, streams=N, key=keys[0])
+
+
+def linen_modules():
+    from flax import linen
+
+    from jax_mhc.flax import linen as mhc_linen
+
+    def bound(module, x):
+        return lambda *args: module.apply(module.init(KEY, x), *args)
+
+    x = jnp.zeros((*TOKENS, N, C), jnp.float32)
+    modules = [mhc_linen.MHC(linen.Dense(C), C, streams=N) for _ in range(3)]
+    return [bound(module, x) for module in modules], bound(mhc_linen.Head(C, streams=N), x)
+
+
+@pytest.mark.parametrize("make", [nnx_modules, linen_modules, equinox_modules])
+def test_a_loop_over_modules_is_post_pre(make):
+    modules, head = make()
+    x = operands(dtype=jnp.float32)[0]
+
+    def run(x):
+        for module in modules:
+            x = module(x)
+        return head(x)
+
+    def of_streams(x):
+        return run(mhc.as_streams(x))
+
+    np.testing.assert_allclose(jax.jit(of_streams)(x), jax.jit(run)(x), rtol=1e-5, atol=1e-5)
+    calls = custom_calls(compiled_text(of_streams, x))
+    assert calls == {"post_pre_fwd": 3, "post_fwd": 1, "head_fwd": 1}

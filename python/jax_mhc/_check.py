@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,18 @@ from jax_mhc._limits import MAX_STREAMS, STREAM_DTYPES
 from jax_mhc._types import NUMBERS, Context, HeadParams, MHCConfig, MHCParams
 
 Result = TypeVar("Result")
+
+
+class Shaped(Protocol):
+    """Streams, as an array or as `jax_mhc.Streams`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The dimensions."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype."""
 
 
 def accumulation_dtype(dtype: DTypeLike) -> np.dtype:
@@ -36,6 +48,8 @@ def array(op: str, argument: str, value: object) -> jax.Array:
     try:
         value = jnp.asarray(value)
     except (TypeError, ValueError) as error:
+        if str(error).startswith("jax_mhc."):
+            raise  # of Streams, which say what to do
         raise Refusal(TypeError, op, argument).expected(
             "an array of numbers",
             _errors.typed(value),
@@ -181,7 +195,7 @@ def call(
     )
 
 
-def layer_output(op: str, argument: str, y: object, x: jax.Array) -> jax.Array:
+def layer_output(op: str, argument: str, y: object, x: Shaped) -> jax.Array:
     """A layer's result `[..., C]` that belongs to the streams `x`."""
     y = array(op, argument, y)
     if y.dtype != x.dtype:

@@ -9,15 +9,17 @@ import numpy as np
 
 from jax_mhc import _check, _errors
 from jax_mhc._call.dispatch import Implementation
+from jax_mhc._ops.streams import Streams
 from jax_mhc._ops.sublayer import Options, Sublayer
 from jax_mhc._types import Layer, MHCConfig, MHCParams
 
 
-def streams(op: str, x: object, num_streams: int, hidden: int) -> jax.Array:
+def streams(op: str, x: object, num_streams: int, hidden: int) -> jax.Array | Streams:
     """Streams `[..., n, C]` of the n and C that a module was made for."""
     _errors.num_streams(op, "streams", num_streams)
     _errors.width(op, hidden)
-    x = _check.array(op, "x", x)
+    if not isinstance(x, Streams):
+        x = _check.array(op, "x", x)
     if x.shape[-2:] != (num_streams, hidden):
         raise _errors.Refusal(ValueError, op, "x").expected(
             f"streams [..., {num_streams}, {hidden}]",
@@ -25,7 +27,7 @@ def streams(op: str, x: object, num_streams: int, hidden: int) -> jax.Array:
             f"Make streams from a hidden state [..., {hidden}] with "
             f"jax_mhc.expand(u, streams={num_streams}), once, in front of the first layer.",
         )
-    return _check.streams(op, "x", x)
+    return x if isinstance(x, Streams) else _check.streams(op, "x", x)
 
 
 def settings(
@@ -49,7 +51,7 @@ def settings(
 def residual(
     op: str,
     layer: Layer,
-    x: jax.Array,
+    x: jax.Array | Streams,
     params: MHCParams,
     args: tuple[object, ...],
     kwargs: dict[str, object],

@@ -40,7 +40,7 @@ def expand(u: Float[jax.Array, "*tokens C"], *, streams: int) -> Float[jax.Array
 
 
 def reduce(
-    x: Float[jax.Array, "*tokens n C"], *, method: Literal["mean", "sum"] = "mean"
+    x: Float[jax.Array, "*tokens n C"] | Streams, *, method: Literal["mean", "sum"] = "mean"
 ) -> Float[jax.Array, "*tokens C"]:
     """Leaves the streams: their mean (the default) or their sum.
 
@@ -48,7 +48,7 @@ def reduce(
     residual model; the sum, as in the paper of hyper-connections, is n times that.
 
     Args:
-        x: the streams `[..., n, C]`.
+        x: the streams `[..., n, C]`, or `Streams`.
         method: "mean" or "sum".
 
     Returns:
@@ -66,7 +66,7 @@ def reduce(
 
 def mhc_residual(
     layer: Layer,
-    x: Float[jax.Array, "*tokens n C"],
+    x: Float[jax.Array, "*tokens n C"] | Streams,
     params: MHCParams,
     *,
     config: MHCConfig = PAPER,
@@ -83,13 +83,14 @@ def mhc_residual(
 
     the counterpart of `x + layer(x)`. `h_res[i, j]` is the weight of stream j in new stream i.
     Source: arXiv 2512.24880. It is `pre`, `layer` and `post`, which see for dtypes, gradients and
-    batching; where one sublayer follows another, `stack` saves a pass over the streams. For
+    batching. Where one sublayer follows another, `Streams` save a pass over the streams: the next
+    sublayer runs the post of this one. For
     `jax.checkpoint` policies the layer's output is named "mhc_layer_output".
 
     Args:
         layer: a function `[..., C] -> [..., C]` that keeps the dtype: attention or MLP with its own
             norm in front, or without it where norm_scale is given.
-        x: the streams `[..., n, C]`.
+        x: the streams `[..., n, C]`, or `Streams`.
         params: from `init_params`.
         config: settings.
         norm_scale: of an RMSNorm of u `[C]`, which pre then computes; see `pre`.
@@ -99,7 +100,7 @@ def mhc_residual(
         has_aux: layer returns `(y, aux)`.
 
     Returns:
-        The new streams `[..., n, C]`, or `(streams, aux)` with has_aux.
+        The new streams `[..., n, C]`, or `Streams` where x is; `(streams, aux)` with has_aux.
 
     Raises:
         ValueError, TypeError: what `pre` raises; a layer that is no function of u, or returns

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import jax_mhc
 from jax_mhc import _check, _errors, _module
 from jax_mhc._call.dispatch import Implementation
+from jax_mhc._ops.streams import Streams
 from jax_mhc._types import HeadParams, Layer, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
@@ -114,7 +115,9 @@ class MHC(eqx.Module):
         """The parameters, as the functions of jax_mhc take them."""
         return MHCParams(self.phi, self.alpha, self.bias)
 
-    def __call__(self, x: Float[jax.Array, "*tokens n C"], *args: object, **kwargs: object) -> Any:
+    def __call__(
+        self, x: Float[jax.Array, "*tokens n C"] | Streams, *args: object, **kwargs: object
+    ) -> Any:
         """Runs the layer on the streams.
 
         Args:
@@ -123,7 +126,8 @@ class MHC(eqx.Module):
             **kwargs: handed on to the layer.
 
         Returns:
-            The new streams `[..., n, C]`; of a layer that returns `(y, *rest)`, such as a state,
+            The new streams `[..., n, C]`, or `Streams` where x is; of a layer that returns
+            `(y, *rest)`, such as a state,
             `(streams, *rest)`.
 
         Raises:
@@ -197,7 +201,9 @@ class Head(eqx.Module):
         """The parameters, as `jax_mhc.head` takes them."""
         return HeadParams(self.phi, self.alpha, self.bias)
 
-    def __call__(self, x: Float[jax.Array, "*tokens n C"]) -> Float[jax.Array, "*tokens C"]:
+    def __call__(
+        self, x: Float[jax.Array, "*tokens n C"] | Streams
+    ) -> Float[jax.Array, "*tokens C"]:
         """Collapses the streams x `[..., n, C]` to `[..., C]`; raises what `MHC` does for them."""
         x = _module.streams("equinox.Head", x, self.streams, self.hidden)
         return jax_mhc.head(x, self.params, config=self.config, implementation=self.implementation)

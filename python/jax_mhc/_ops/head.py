@@ -11,6 +11,7 @@ from jax_mhc import _check, reference
 from jax_mhc._call import Implementation, Settings, Values
 from jax_mhc._ops.deferred import Cotangent, instantiate
 from jax_mhc._ops.fused_op import fused_call, fused_op
+from jax_mhc._ops.streams import Streams
 from jax_mhc._types import HeadParams, MHCConfig
 from jax_mhc.presets import PAPER
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def head(
-    x: Float[jax.Array, "*tokens n C"],
+    x: Float[jax.Array, "*tokens n C"] | Streams,
     params: HeadParams,
     *,
     config: MHCConfig = PAPER,
@@ -39,8 +40,8 @@ def head(
     `pre`.
 
     Args:
-        x: the streams `[..., n, C]`, n from 1 to 16: float32, bfloat16, float16, float64 (in plain
-            JAX on GPUs).
+        x: the streams `[..., n, C]` or `Streams`, n from 1 to 16: float32, bfloat16, float16,
+            float64 (in plain JAX on GPUs).
         params: from `init_head`; float32, or float64 for float64 streams.
         config: `norm_eps`, `norm_eps_mode` and `pre_eps` are used.
         hidden_axis_name: the mesh axes over which C is split inside `jax.shard_map`; see `pre`.
@@ -53,7 +54,7 @@ def head(
         ValueError, TypeError, RuntimeError: what `pre` raises.
     """
     op = "head"
-    x = _check.streams(op, "x", x)
+    x = x.array() if isinstance(x, Streams) else _check.streams(op, "x", x)
     config = _check.config(op, config, x.dtype)
     axes = _check.hidden_axes(op, hidden_axis_name, x)
     phi, alpha, bias = _check.head_params(op, params, x, axes)

@@ -17,7 +17,6 @@ from jax_mhc._ops.streams import Streams
 from jax_mhc._types import Context, MHCConfig, MHCParams
 
 Rest = TypeVar("Rest")
-Array = TypeVar("Array", jax.Array, Streams)
 
 
 class Options(TypedDict):
@@ -68,7 +67,7 @@ class Sublayer(Generic[Rest]):
         y, rest = self.layer(u)
         return checkpoint_name(y, "mhc_layer_output"), ctx, rest
 
-    def run(self, x: Array) -> tuple[Array, Context, Rest]:
+    def run(self, x: jax.Array | Streams) -> tuple[jax.Array | Streams, Context, Rest]:
         """The new streams, the context, and the rest of what the layer returned."""
         y, ctx, rest = self.until_post(x)
         if isinstance(x, Streams):

@@ -19,6 +19,7 @@ import jax
 import jax_mhc
 from jax_mhc import _module
 from jax_mhc._call.dispatch import Implementation
+from jax_mhc._ops.streams import Streams
 from jax_mhc._types import HeadParams, Layer, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
@@ -62,7 +63,9 @@ class MHC(nn.Module):
     implementation: Implementation = None
 
     @nn.compact
-    def __call__(self, x: Float[jax.Array, "*tokens n C"], *args: object, **kwargs: object) -> Any:
+    def __call__(
+        self, x: Float[jax.Array, "*tokens n C"] | Streams, *args: object, **kwargs: object
+    ) -> Any:
         """Runs the layer on the streams.
 
         Args:
@@ -71,7 +74,8 @@ class MHC(nn.Module):
             **kwargs: handed on to the layer.
 
         Returns:
-            The new streams `[..., n, C]`; of a layer that returns `(y, *rest)`, `(streams, *rest)`.
+            The new streams `[..., n, C]`, or `Streams` where x is; of a layer that returns
+            `(y, *rest)`, `(streams, *rest)`.
 
         Raises:
             ValueError, TypeError: x that is not streams of the module's n and C; a layer that
@@ -127,7 +131,9 @@ class Head(nn.Module):
     implementation: Implementation = None
 
     @nn.compact
-    def __call__(self, x: Float[jax.Array, "*tokens n C"]) -> Float[jax.Array, "*tokens C"]:
+    def __call__(
+        self, x: Float[jax.Array, "*tokens n C"] | Streams
+    ) -> Float[jax.Array, "*tokens C"]:
         """Collapses the streams x `[..., n, C]` to `[..., C]`; raises what `MHC` does for them."""
         x = _module.streams("flax.linen.Head", x, self.streams, self.hidden)
         param = partial(_param, self, jax_mhc.init_head)

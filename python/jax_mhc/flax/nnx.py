@@ -21,6 +21,7 @@ from flax import nnx
 import jax_mhc
 from jax_mhc import _check, _errors, _module
 from jax_mhc._call.dispatch import Implementation
+from jax_mhc._ops.streams import Streams
 from jax_mhc._types import HeadParams, Layer, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
@@ -102,7 +103,9 @@ class MHC(nnx.Module):
         """The parameters, as the functions of jax_mhc take them."""
         return MHCParams(_value(self.phi), _value(self.alpha), self.bias[...])
 
-    def __call__(self, x: Float[jax.Array, "*tokens n C"], *args: object, **kwargs: object) -> Any:
+    def __call__(
+        self, x: Float[jax.Array, "*tokens n C"] | Streams, *args: object, **kwargs: object
+    ) -> Any:
         """Runs the layer on the streams.
 
         Args:
@@ -111,7 +114,8 @@ class MHC(nnx.Module):
             **kwargs: handed on to the layer.
 
         Returns:
-            The new streams `[..., n, C]`; of a layer that returns `(y, *rest)`, `(streams, *rest)`.
+            The new streams `[..., n, C]`, or `Streams` where x is; of a layer that returns
+            `(y, *rest)`, `(streams, *rest)`.
 
         Raises:
             ValueError, TypeError: x that is not streams of the module's n and C; a layer that
@@ -179,7 +183,9 @@ class Head(nnx.Module):
         """The parameters, as `jax_mhc.head` takes them."""
         return HeadParams(self.phi[...], self.alpha[...], self.bias[...])
 
-    def __call__(self, x: Float[jax.Array, "*tokens n C"]) -> Float[jax.Array, "*tokens C"]:
+    def __call__(
+        self, x: Float[jax.Array, "*tokens n C"] | Streams
+    ) -> Float[jax.Array, "*tokens C"]:
         """Collapses the streams x `[..., n, C]` to `[..., C]`; raises what `MHC` does for them."""
         x = _module.streams("flax.nnx.Head", x, self.streams, self.hidden)
         return jax_mhc.head(x, self.params, config=self.config, implementation=self.implementation)
