@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from typing import Any, Literal
 
 import jax
@@ -20,6 +21,7 @@ import jax_mhc as mhc
 
 Connection = Literal[
     "residual", "plain", "plain-checkpoint", "mhc", "seams", "seams-norms", "seams-checkpoint",
+    "mhc-streams", "residual-loop", "mhc-streams-loop",
     "residual-layers", "mhc-layers", "seams-auto", "seams-auto-mhc", "seams-told", "seams-watched",
 ]  # fmt: skip
 
@@ -31,6 +33,9 @@ LABELS: dict[Connection, str] = {
     "seams": "mHC, fused with seams",
     "seams-norms": "mHC, fused with seams and the layers' norms",
     "seams-checkpoint": "mHC, fused with seams, recomputed",
+    "mhc-streams": "mHC, fused, streams carry their post",
+    "residual-loop": "plain residual, Python loop",
+    "mhc-streams-loop": "mHC, fused, streams carry their post, Python loop",
     # The connections of recompute.py and of diagnostics_step.py.
     "residual-layers": "plain residual, jax.checkpoint",
     "mhc-layers": "mHC, fused, jax.checkpoint",
@@ -52,7 +57,11 @@ STACKS: dict[Connection, dict[str, Any]] = {
 # The connections that run in mhc.stack_with_samples, for the composite gain.
 SAMPLED = ("seams-told", "seams-watched")
 SAMPLE_TOKENS = 64
-FUSED = ("mhc", "mhc-layers", *STACKS)
+# The connections whose streams carry the post of their last sublayer (mhc.Streams).
+CARRIED = ("mhc-streams", "mhc-streams-loop")
+FUSED = ("mhc", "mhc-layers", *CARRIED, *STACKS)
+# The connections of layers in a Python loop, in place of a scan.
+LOOPS = ("residual-loop", "mhc-streams-loop")
 # The connections with jax.checkpoint around the whole of each layer of the model.
 RUN_AGAIN = ("residual-layers", "mhc-layers")
 
@@ -142,6 +151,15 @@ def anywhere(array: jax.Array, name: str) -> jax.Array:
     return array
 
 
+def run_each(connection: Connection, body: Any, x: Any, slices: Any) -> Any:
+    """A body `(x, slice) -> (x, None)` for each layer, in a scan or in a Python loop."""
+    if connection not in LOOPS:
+        return jax.lax.scan(body, x, slices)[0]
+    for i in range(len(jax.tree.leaves(slices)[0])):
+        x, _ = body(x, jax.tree.map(operator.itemgetter(i), slices))
+    return x
+
+
 def run_layers(
     connection: Connection, model: Model, x: jax.Array, params: Any, place: Any = anywhere
 ) -> tuple[jax.Array, Any]:
@@ -163,7 +181,7 @@ def run_layers(
                 x = x + layer(x, params[name])
             return x, None
 
-        return jax.lax.scan(residual, x, params["layers"])[0], ()
+        return run_each(connection, residual, x, params["layers"]), ()
 
     x = place(mhc.expand(x, streams=STREAMS), "streams")
     if connection in STACKS:
@@ -208,7 +226,9 @@ def run_layers(
                 x = post(call(u), ctx)
         return x, None
 
-    x, _ = jax.lax.scan(streams, x, (params["layers"], params["connections"]))
+    if connection in CARRIED:
+        x = mhc.as_streams(x, implementation="fused")
+    x = run_each(connection, streams, x, (params["layers"], params["connections"]))
     return mhc.reduce(x), ()
 
 

@@ -282,7 +282,9 @@ def equinox_modules():
     from jax_mhc import equinox as mhc_equinox
 
     def linear(key):
-        return jax.vmap(jax.vmap(equinox.nn.Linear(C, C, key=key)))
+        return equinox.filter_vmap(
+            equinox.filter_vmap(equinox.nn.Linear(C, C, key=key, dtype=jnp.float32))
+        )
 
     keys = jax.random.split(KEY, 4)
     modules = [mhc_equinox.MHC(linear(key), C, streams=N, key=key) for key in keys[1:]]
