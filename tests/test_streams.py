@@ -320,3 +320,64 @@ def test_a_loop_over_modules_is_post_pre(make):
     np.testing.assert_allclose(jax.jit(of_streams)(x), jax.jit(run)(x), rtol=1e-5, atol=1e-5)
     calls = custom_calls(compiled_text(of_streams, x))
     assert calls == {"post_pre_fwd": 3, "post_fwd": 1, "head_fwd": 1}
+
+
+# ---- stacks -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", [None, "reference"])
+@pytest.mark.parametrize("has_xs", [False, True])
+def test_stacks_take_and_return_streams(has_xs, implementation):
+    x, ws, params = operands(depth=4)
+
+    def stack(x, ws, params):
+        if has_xs:
+            # Blocks of two sublayers.
+            ws, params = jax.tree.map(lambda a: a.reshape(2, 2, *a.shape[1:]), (ws, params))
+            slices = [jax.tree.map(lambda a, j=j: a[:, j], params) for j in range(2)]
+            layers = [lambda u, s, j=j: layer(s[j], u) for j in range(2)]
+            return mhc.stack(layers, x, slices, xs=ws, implementation=implementation)
+        each = [jax.tree.map(operator.itemgetter(i), (ws, params)) for i in range(4)]
+        layers = [functools.partial(layer, w) for w, _ in each]
+        return mhc.stack(layers, x, [p for _, p in each], implementation=implementation)
+
+    def twice(start, x, ws, params):
+        """Two stacks, between which somebody reads the coefficients of the last sublayer."""
+        x = stack(start(x), ws, params)
+        of_gates = 0.0
+        if isinstance(x, mhc.Streams):
+            of_gates = jnp.sum(jnp.sin(jax.tree.leaves(x)[2]))
+        x = stack(x, ws, params)
+        x = x.array() if isinstance(x, mhc.Streams) else x
+        return jnp.sum(x * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)) + of_gates
+
+    def in_plain_jax(x, ws, params):
+        """The same by a loop over arrays."""
+        for round_ in range(2):
+            for i in range(4):
+                w, p = jax.tree.map(operator.itemgetter(i), (ws, params))
+                u, ctx = mhc.reference.pre(x, p)
+                x = mhc.reference.post(layer(w, u), ctx)
+            if round_ == 0:
+                of_gates = jnp.sum(jnp.sin(ctx.h_pre))
+        return jnp.sum(x * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)) + of_gates
+
+    differentiated = functools.partial(jax.value_and_grad, argnums=(0, 1, 2))
+    expected = differentiated(in_plain_jax)(x, ws, params)
+    for start in (mhc.as_streams, as_plain):
+        run = functools.partial(twice, start)
+        assert_close(jax.jit(differentiated(run))(x, ws, params), expected)
+
+
+def test_stacks_one_after_the_other_are_joined():
+    x, ws, params = operands(depth=2, dtype=jnp.float32)
+
+    def run(x, ws, params):
+        each = [jax.tree.map(operator.itemgetter(i), (ws, params)) for i in range(2)]
+        x = mhc.as_streams(x)
+        for _ in range(2):
+            x = mhc.stack([functools.partial(layer, w) for w, _ in each], x, [p for _, p in each])
+        return x.array()
+
+    calls = custom_calls(compiled_text(run, x, ws, params))
+    assert calls == {"post_pre_fwd": 4, "post_fwd": 1}

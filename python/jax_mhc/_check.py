@@ -167,7 +167,7 @@ def implementation(op: str, value: object) -> None:
     _errors.choice(op, "implementation", value, (None, "fused", "reference"))
 
 
-def num_channels(x: jax.Array, hidden_axes: tuple[str, ...]) -> int:
+def num_channels(x: Shaped, hidden_axes: tuple[str, ...]) -> int:
     """C, of which x may have a part."""
     return x.shape[-1] * math.prod(jax.lax.axis_size(axis) for axis in hidden_axes)
 
@@ -234,7 +234,7 @@ def _parameter(
 def params(
     op: str,
     params: MHCParams,
-    x: jax.Array,
+    x: Shaped,
     config: MHCConfig,
     argument: str = "params",
     hidden_axes: tuple[str, ...] = (),
@@ -270,7 +270,7 @@ def norm_scale(
     op: str,
     scale: object,
     eps: object,
-    x: jax.Array,
+    x: Shaped,
     argument: str = "norm_scale",
     hidden_axes: tuple[str, ...] = (),
 ) -> tuple[jax.Array | None, float]:

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_mhc import _check
+from jax_mhc._axes import varying_like
 from jax_mhc._call import Implementation, use_fused
 from jax_mhc._errors import Refusal, typed
 from jax_mhc._mesh.types import of_tokens
 from jax_mhc._ops.deferred import defer, post_deferred
 from jax_mhc._ops.pending import no_sublayer
 from jax_mhc._ops.post import post
-from jax_mhc._types import Context
+from jax_mhc._types import Context, Tree
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -82,6 +83,14 @@ class Streams:
         else:
             x = defer(ctx.x, ctx.h_res)
         return cls._of((x, y, ctx.h_pre, ctx.h_post, ctx.h_res), deferred)
+
+    def varying_like(self, others: Tree, hidden_axes: tuple[str, ...]) -> Streams:
+        """Streams that vary over the mesh axes that they or others vary over."""
+        leaves = jax.tree.leaves(others)
+        x, y = (varying_like(part, self._x, *leaves) for part in (self._x, self._y))
+        gates = (self._h_pre, self._h_post, self._h_res)
+        of_gates = (of_tokens(gate, x, hidden_axes) for gate in gates)
+        return self._of((x, y, *of_gates), self._deferred)
 
     def pending(self) -> tuple[jax.Array, Context]:
         """The first operands of `post` and of `post_pre`."""

@@ -22,7 +22,7 @@ def sublayers(
     layers: Sequence[Layer],
     params: Sequence[MHCParams],
     norm_scale: Sequence[jax.Array | None] | None,
-    x: jax.Array,
+    x: _check.Shaped,
     *,
     has_slices: bool,
 ) -> tuple[tuple[Layer, ...], tuple[MHCParams, ...], tuple[jax.Array | None, ...]]:
@@ -57,7 +57,7 @@ def sublayers(
 
 
 def _run(
-    i: int, layer: Layer, of_what: str, x: jax.Array, u: jax.Array, *of_block: Tree
+    i: int, layer: Layer, of_what: str, x: _check.Shaped, u: jax.Array, *of_block: Tree
 ) -> jax.Array:
     """The output of a layer that belongs to the streams x, sharded as u: loops require that."""
     y = _check.call(OP, f"layers[{i}]", of_what, layer, u, *of_block)
@@ -98,7 +98,7 @@ def unroll(value: int | bool, *, has_loop: bool) -> int | bool:
     return value
 
 
-def _layer_output(i: int, y: object, x: jax.Array) -> jax.Array:
+def _layer_output(i: int, y: object, x: _check.Shaped) -> jax.Array:
     """Returns the output of a layer, one array that belongs to the streams `x`."""
     argument = f"the result of layers[{i}]"
     if isinstance(y, tuple | list):

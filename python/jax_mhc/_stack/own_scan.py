@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from jax_mhc._axes import varying_like
 from jax_mhc._call import Settings, Values, reverse_mode_only
 from jax_mhc._mesh.types import empty_stack, empty_stack_of
 from jax_mhc._ops.fused_op import KEPT, fused_call, normalizers
-from jax_mhc._ops.pending import Pending, no_sublayer
+from jax_mhc._ops.pending import Pending
+from jax_mhc._ops.streams import Streams
 from jax_mhc._stack.layer import Given, Layer, Leaves, is_inexact, merge, partition
 from jax_mhc._stack.structure import structure
 from jax_mhc._types import Tree
@@ -35,24 +35,26 @@ if TYPE_CHECKING:
 
 # A pytree that a loop carries.
 Carry: TypeAlias = Tree
+# The parts of Streams: x, y, h_pre, h_post and h_res.
+_Parts: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def own_scan(
     layers: Sequence[Callable[[jax.Array, Tree], jax.Array]],
-    x: jax.Array,
+    before: Streams,
     params: Sequence[Values],
     xs: Tree,
     *,
     settings: Settings,
     stretches: Stretches,
     num_samples: int = 0,
-) -> tuple[jax.Array, jax.Array | None]:
-    """The streams `[..., n, C]` after all blocks; and h_res of some tokens `[L, S, n, n]`, or None.
+) -> tuple[Streams, jax.Array | None]:
+    """The streams after all blocks; and h_res of some tokens `[L, S, n, n]`, or None.
 
     Args:
         layers: the sublayers of a block, `(u, s) -> y`. They are traced once and may close over
             arrays.
-        x: the streams.
+        before: the streams, whose cotangent is deferred.
         params: for each of layers bias, and phi, alpha and norm_scale where it has these, stacked
             over the blocks, of which there is at least one.
         xs: a pytree of arrays, stacked too.
@@ -63,7 +65,7 @@ def own_scan(
     """
     params, xs = jax.tree.map(jnp.asarray, (tuple(params), xs))
     # For all layers have the type that streams have after the first of them.
-    x = varying_like(x, *jax.tree.leaves(params), x)
+    (x, *parts), _ = before.varying_like(params, settings.hidden_axes).tree_flatten()
     u, s = x[..., 0, :], _first(xs)
     traced = [jax.make_jaxpr(layer)(u, s) for layer in layers]
     xs, other_xs = partition(jax.tree.leaves(xs), is_inexact)
@@ -72,15 +74,18 @@ def own_scan(
         [value for layer in traced for value in layer.consts],
         lambda value: isinstance(value, jax.core.Tracer) and is_inexact(value),
     )
-    x, (params, xs, constants) = reverse_mode_only("stack", x, (params, xs, constants))
-    operands = x, params, xs, constants
+    x, (parts, params, xs, constants) = reverse_mode_only(
+        "stack", x, (parts, params, xs, constants)
+    )
+    operands = (x, *parts), params, xs, constants
 
     scan = _Scan(traced, settings, stretches, num_samples)
     layout = jax.tree.structure((operands, other_xs, other_constants))
     layers_structure = tuple(structure(layer.jaxpr) for layer in traced)
     key = layers_structure, layout, settings, stretches, num_samples
     run = _compiled(_Keyed(key, scan))
-    return run(*operands, other_xs, other_constants)
+    after, samples = run(*operands, other_xs, other_constants)
+    return Streams.tree_unflatten(before.is_deferred, after), samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +97,7 @@ class _Keyed:
 
 
 @lru_cache(maxsize=64)
-def _compiled(keyed: _Keyed) -> Callable[..., tuple[jax.Array, jax.Array | None]]:
+def _compiled(keyed: _Keyed) -> Callable[..., tuple[_Parts, jax.Array | None]]:
     """The scan as a function that is compiled once; where it is traced it leaves no trace."""
     run = jax.custom_vjp(keyed.scan.forward)
     backward = jax.jit(keyed.scan.backward, inline=True)
@@ -211,18 +216,19 @@ class _Scan:
 
     def forward(
         self,
-        x: jax.Array,
+        before: _Parts,
         params: tuple[Values, ...],
         xs: Leaves,
         constants: Leaves,
         other_xs: Leaves,
         other_constants: Leaves,
-    ) -> tuple[jax.Array, jax.Array | None]:
+    ) -> tuple[_Parts, jax.Array | None]:
         """The forward pass where nothing is differentiated."""
+        x, y, h_pre, *gates = before
         constants = merge(constants, other_constants)
 
         def step(carry: Carry, slices: Tree) -> tuple[Carry, jax.Array | None]:
-            (x, pending), (block_params, s, other_s) = carry, slices
+            (x, pending, h_pre), (block_params, s, other_s) = carry, slices
             samples = []
             s = merge(s, other_s)
 
@@ -231,24 +237,25 @@ class _Scan:
 
             for j, p in enumerate(block_params):
                 results, pending, _ = self.sublayer(x, pending, p, partial(layer, j))
-                x = results["x_new"]
+                x, h_pre = results["x_new"], results["h_pre"]
                 samples.append(pending.h_res)
-            return (x, pending), self.stacked(samples)
+            return (x, pending, h_pre), self.stacked(samples)
 
-        carry = x, no_sublayer(x, self.settings.hidden_axes)
-        (x, pending), samples = jax.lax.scan(step, carry, (params, xs, other_xs))
-        return self.post(x, pending), _of_sublayers(samples)
+        carry = x, Pending(y, *gates), h_pre
+        (x, pending, h_pre), samples = jax.lax.scan(step, carry, (params, xs, other_xs))
+        return _parts(x, pending, h_pre), _of_sublayers(samples)
 
     def forward_and_keep(
         self,
-        x: jax.Array,
+        before: _Parts,
         params: tuple[Values, ...],
         xs: Leaves,
         constants: Leaves,
         other_xs: Leaves,
         other_constants: Leaves,
-    ) -> tuple[tuple[jax.Array, jax.Array | None], Tree]:
+    ) -> tuple[tuple[_Parts, jax.Array | None], Tree]:
         """The forward pass, and what the backward pass takes."""
+        x, y, h_pre, *gates = before
         stretches = self.stretches()
         num_steps, last = params[0]["bias"].shape[0] // self.num_together, len(stretches) - 1
         # streams[k][i]: those after stretch k of iteration i, but for the post of its last layer.
@@ -271,7 +278,7 @@ class _Scan:
         def step(
             i: jax.Array, carry: Carry, blocks: list[Tree], _: Tree
         ) -> tuple[Carry, list[Tree], Tree]:
-            streams, pending = carry
+            streams, pending, h_pre = carry
             streams, samples = list(streams), []
             kept: list[list[_Kept]] = [[] for _ in stretches]
             for k, stretch in enumerate(stretches):
@@ -287,22 +294,23 @@ class _Scan:
                         partial(self.layers[j].forward, given=given),
                         kept_alone=("x_new", *KEPT),
                     )
-                    x, of_pre = results["x_new"], normalizers(results)
+                    x, h_pre, of_pre = results["x_new"], results["h_pre"], normalizers(results)
                     samples.append(pending.h_res)
                     if not self.keeps_inputs:
                         # Of the coefficients those alone that the stretch begins with.
                         of_post, of_pre = of_post if not kept[k] else {"y": y_before}, {}
                     kept[k].append(_Kept(of_post, of_pre, new))
                 streams[k] = _put(streams[k], x, i + 1 if k == last else i)
-            return (tuple(streams), pending), len(blocks) * [()], (kept, self.stacked(samples))
+            of_step = kept, self.stacked(samples)
+            return (tuple(streams), pending, h_pre), len(blocks) * [()], of_step
 
-        carry = tuple(streams), no_sublayer(x, self.settings.hidden_axes)
-        (streams, pending), _, (kept, samples) = _loop(
+        carry = tuple(streams), Pending(y, *gates), h_pre
+        (streams, pending, h_pre), _, (kept, samples) = _loop(
             step, num_steps, carry, (params, xs, other_xs), (), self.num_together
         )
-        x_new = self.post(streams[last][-1], pending)
+        after = _parts(streams[last][-1], pending, h_pre)
         saved = params, xs, constants, other_xs, other_constants
-        return (x_new, _of_sublayers(samples)), (streams, pending, kept, saved)
+        return (after, _of_sublayers(samples)), (streams, pending.h_res, kept, saved)
 
     def again(
         self, x: jax.Array, stretch_params: list[Values], stretch_kept: list[_Kept]
@@ -325,18 +333,16 @@ class _Scan:
 
     def backward(self, saved: Tree, cotangents: Tree) -> Tree:
         """The backward pass."""
-        d_x_new, _ = cotangents
-        streams, pending, kept, (params, xs, constants, other_xs, other_constants) = saved
+        (d_x, d_y, d_h_pre, d_h_post, d_h_res), _ = cotangents
+        streams, h_res, kept, (params, xs, constants, other_xs, other_constants) = saved
         stretches = self.stretches()
-        of_post = {"x": streams[-1][-1], **pending._asdict(), "d_x_new": d_x_new}
-        d_pending = fused_call("post_bwd", self.settings, of_post)
-        d_h_pre = jnp.zeros_like(pending.h_post)
+        d_pending = {"d_y": d_y, "d_h_post": d_h_post, "d_h_res": d_h_res}
 
         def step(
             i: jax.Array, carry: Carry, blocks: list[Tree], step_kept: list[list[_Kept]]
         ) -> tuple[Carry, list[Tree], Tree]:
             # The streams' cotangent is deferred all along, and so is that of the post before.
-            d_x, d_pending, h_res_new, d_constants = carry
+            d_x, d_pending, d_h_pre, h_res_new, d_constants = carry
             d_params: list[list[Values]] = [[{}] * len(self.traced) for _ in blocks]
             d_s = [jax.tree.map(jnp.zeros_like, s) for _, s, _ in blocks]
             for k, stretch in reversed(list(enumerate(stretches))):
@@ -363,18 +369,25 @@ class _Scan:
                     )
                     d_x = gradients["d_x_new"]
                     d_pending = {name: gradients[name] for name in d_pending}
+                    # Only of the last sublayer has somebody else h_pre.
+                    d_h_pre = jnp.zeros_like(d_h_pre)
                     d_params[b][j] = {name: gradients[f"d_{name}"] for name in p}
                     h_res_new = before.pending.h_res
             of_blocks = [(tuple(d_p), d) for d_p, d in zip(d_params, d_s, strict=True)]
-            return (d_x, d_pending, h_res_new, d_constants), of_blocks, ()
+            return (d_x, d_pending, d_h_pre, h_res_new, d_constants), of_blocks, ()
 
         num_steps = params[0]["bias"].shape[0] // self.num_together
-        carry = d_x_new, d_pending, pending.h_res, jax.tree.map(jnp.zeros_like, constants)
-        (d_x, *_, d_constants), (d_params, d_xs), _ = _loop(
+        carry = d_x, d_pending, d_h_pre, h_res, jax.tree.map(jnp.zeros_like, constants)
+        (d_x, d_pending, d_h_pre, _, d_constants), (d_params, d_xs), _ = _loop(
             step, num_steps, carry, (params, xs, other_xs), kept, self.num_together, reverse=True
         )
-        # The first h_res is I, so that what is deferred is the gradient itself.
-        return d_x, d_params, d_xs, d_constants, None, None
+        d_before = d_x, d_pending["d_y"], d_h_pre, d_pending["d_h_post"], d_pending["d_h_res"]
+        return d_before, d_params, d_xs, d_constants, None, None
+
+
+def _parts(x: jax.Array, pending: Pending, h_pre: jax.Array) -> _Parts:
+    """The parts of streams in their order."""
+    return x, pending.y, h_pre, pending.h_post, pending.h_res
 
 
 def _of_sublayers(samples: jax.Array | None) -> jax.Array | None:

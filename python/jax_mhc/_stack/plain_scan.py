@@ -12,9 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_mhc import _check, diagnostics
-from jax_mhc._axes import varying_like
-from jax_mhc._ops.deferred import streams
-from jax_mhc._ops.pending import Pending, PendingPost, no_sublayer
+from jax_mhc._ops.streams import Streams
 from jax_mhc._ops.sublayer import Options, Sublayer
 from jax_mhc._stack import checks
 from jax_mhc._stack.remat import Policy, Recomputed, policy_of
@@ -33,8 +31,8 @@ class Steps(NamedTuple):
         return self.num_blocks // self.num_together
 
 
-# The streams that a stack begins with, or those before the pending post of a sublayer.
-Before: TypeAlias = jax.Array | PendingPost
+# The streams before a sublayer: those that a stack begins with may be an array.
+Before: TypeAlias = jax.Array | Streams
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,14 +44,16 @@ class Runner:
         options: those of the ops.
         hidden_axes: the manual axes over which C is sharded.
         policy: that of `Recompute`.
+        defers: whether the cotangents of streams are deferred that the stack makes.
         num_samples: the number of tokens whose h_res is returned, or 0.
         of_slices: how errors begin the names of parameters.
     """
 
-    x: jax.Array
+    x: _check.Shaped
     options: Options
     hidden_axes: tuple[str, ...]
     policy: Recomputed | Policy
+    defers: bool
     num_samples: int
     of_slices: str
 
@@ -75,12 +75,12 @@ class Runner:
     def _advance(
         self, before: Before, sublayers: list[Sublayer[None]]
     ) -> tuple[Before, list[jax.Array]]:
-        """Runs sublayers; returns the pending post of the last one, and samples of h_res."""
+        """Runs sublayers; returns the streams after the last one, and samples of h_res."""
         samples = []
         for sublayer in sublayers:
-            operands = before.operands() if isinstance(before, PendingPost) else before
-            y, ctx, _ = sublayer.until_post(operands)
-            before = PendingPost(streams(ctx)[1], Pending(y, ctx.h_post, ctx.h_res))
+            deferred = before.is_deferred if isinstance(before, Streams) else self.defers
+            y, ctx, _ = sublayer.until_post(before)
+            before = Streams.after(y, ctx, deferred)
             if self.num_samples:
                 samples.append(diagnostics.sample_tokens(ctx.h_res, self.num_samples))
         return before, samples
@@ -108,15 +108,16 @@ class Runner:
 
 def scan(
     runner: Runner,
+    before: Streams,
     layers: tuple[Callable[..., jax.Array], ...],
     stacked: tuple[tuple[MHCParams, ...], tuple[jax.Array | None, ...], Tree],
     steps: Steps,
     every: int,
-) -> tuple[Before, jax.Array | None]:
-    """Runs all blocks; returns the pending post of the last sublayer, and samples of h_res."""
+) -> tuple[Streams, jax.Array | None]:
+    """Runs all blocks; returns the streams after them, and samples of h_res."""
     num_together, unroll = steps.num_together, steps.unroll
 
-    def step(before: Before, slices: Tree) -> tuple[Before, jax.Array | None]:
+    def step(before: Streams, slices: Tree) -> tuple[Streams, jax.Array | None]:
         blocks = [slices]
         if num_together > 1:
             blocks = [jax.tree.map(itemgetter(b), slices) for b in range(num_together)]
@@ -127,14 +128,14 @@ def scan(
         ]
         # XLA could merge the two passes again only where no loop is left of them.
         prevent_cse = unroll is True or unroll >= steps.num
-        before, samples = runner.run(before, sublayers, every, prevent_cse)
-        return before, jnp.stack(samples) if samples else None
+        after, samples = runner.run(before, sublayers, every, prevent_cse)
+        assert isinstance(after, Streams)
+        return after, jnp.stack(samples) if samples else None
 
     if num_together > 1:
         stacked = jax.tree.map(
             lambda leaf: leaf.reshape(steps.num, num_together, *leaf.shape[1:]), stacked
         )
-    x = varying_like(runner.x, runner.x, *jax.tree.leaves(stacked[:2]))
-    first: Before = PendingPost(x, no_sublayer(x, runner.hidden_axes))
-    before, h_res = jax.lax.scan(step, first, stacked, unroll=unroll)
+    before = before.varying_like(stacked[:2], runner.hidden_axes)
+    before, h_res = jax.lax.scan(step, before, stacked, unroll=unroll)
     return before, jax.tree.map(lambda h: h.reshape(-1, *h.shape[2:]), h_res)

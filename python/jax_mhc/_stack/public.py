@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from jax_mhc import _check, _errors
 from jax_mhc._call import Implementation, Settings, Values, use_fused
 from jax_mhc._ops.fused_op import present
-from jax_mhc._ops.pending import PendingPost
-from jax_mhc._ops.post import post
+from jax_mhc._ops.streams import Streams, as_streams
 from jax_mhc._ops.sublayer import Options
 from jax_mhc._stack import checks
 from jax_mhc._stack.own_scan import Stretches, own_scan
@@ -30,7 +29,7 @@ _OP = checks.OP
 
 def stack(
     layers: Sequence[Layer],
-    x: Float[jax.Array, "*tokens n C"],
+    x: Float[jax.Array, "*tokens n C"] | Streams,
     params: Sequence[MHCParams],
     *,
     xs: Tree = None,
@@ -41,7 +40,7 @@ def stack(
     implementation: Implementation = None,
     recompute: Recompute = NOTHING,
     unroll: int | bool = 1,
-) -> Float[jax.Array, "*tokens n C"]:
+) -> Any:
     """Sublayers one after the other, each with its hyper-connection (equation 3).
 
     Without xs this is, to rounding,
@@ -76,7 +75,7 @@ def stack(
     Args:
         layers: the sublayers, functions `[..., C] -> [..., C]` that keep the dtype; with xs those
             of one block, `(u, s) -> y`, where s is the block's slice of xs.
-        x: the streams `[..., n, C]`.
+        x: the streams `[..., n, C]`, or `Streams`.
         params: one for each of `layers`, from `init_params`; with xs stacked over the blocks.
         xs: the layers' parameters, a pytree of arrays `[num_blocks, ...]`.
         config: settings of all sublayers.
@@ -89,7 +88,7 @@ def stack(
         unroll: as for `jax.lax.scan`, whose steps are blocks, or stretches of several blocks.
 
     Returns:
-        The new streams `[..., n, C]`.
+        The new streams `[..., n, C]`, or `Streams` where x is.
 
     Raises:
         ValueError, TypeError: what `pre` raises; numbers of layers, parameters or blocks that
@@ -115,7 +114,7 @@ def stack(
 
 def stack_with_samples(
     layers: Sequence[Layer],
-    x: Float[jax.Array, "*tokens n C"],
+    x: Float[jax.Array, "*tokens n C"] | Streams,
     params: Sequence[MHCParams],
     *,
     sample_tokens: int,
@@ -127,12 +126,12 @@ def stack_with_samples(
     implementation: Implementation = None,
     recompute: Recompute = NOTHING,
     unroll: int | bool = 1,
-) -> tuple[Float[jax.Array, "*tokens n C"], Float[jax.Array, "L S n n"]]:
+) -> tuple[Any, Float[jax.Array, "L S n n"]]:
     """Runs `stack`, and returns h_res of some tokens of all sublayers, for `diagnostics`.
 
     Args:
         layers: see `stack`, as for all arguments but sample_tokens.
-        x: the streams `[..., n, C]`.
+        x: the streams `[..., n, C]`, or `Streams`.
         params: one for each of `layers`.
         sample_tokens: the number of tokens S, at least 1.
         xs: the layers' parameters, stacked over the blocks.
@@ -145,7 +144,7 @@ def stack_with_samples(
         unroll: as for `jax.lax.scan`.
 
     Returns:
-        The new streams `[..., n, C]`, and h_res `[L, S, n, n]` of all L sublayers in their order,
+        The new streams, as `stack` returns them, and h_res `[L, S, n, n]` of all L sublayers in their order,
         of S tokens, or all if there are fewer, as `diagnostics.sample_tokens` chooses them.
         `h_res[..., i, j]` is the weight of stream j in new stream i. It has no gradient.
 
@@ -175,7 +174,7 @@ def stack_with_samples(
 
 def _run(
     layers: Sequence[Layer],
-    x: jax.Array,
+    x: Before,
     params: Sequence[MHCParams],
     num_samples: int,
     *,
@@ -187,16 +186,17 @@ def _run(
     implementation: Implementation,
     recompute: Recompute,
     unroll: int | bool,
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[Before, jax.Array | None]:
     """The new streams, and h_res of `num_samples` tokens; None for 0 of them."""
-    x = _check.streams(_OP, "x", x)
+    if not isinstance(x, Streams):
+        x = _check.streams(_OP, "x", x)
     config = _check.config(_OP, config, x.dtype)
     layers, params, scales = checks.sublayers(
         layers, params, norm_scale, x, has_slices=xs is not None
     )
     checks.recompute(recompute)
     unroll = checks.unroll(unroll, has_loop=xs is not None)
-    axes = _check.hidden_axes(_OP, hidden_axis_name, x)
+    axes = _check.hidden_axes(_OP, hidden_axis_name, jax.tree.leaves(x)[0])
     eps = _check.norm_scale_eps(_OP, norm_scale_eps, _check.accumulation_dtype(x.dtype))
     # The ops check it, too, but there may be none.
     _check.implementation(_OP, implementation)
@@ -207,55 +207,59 @@ def _run(
         "implementation": implementation,
     }
     of_slices = "" if xs is None else "a slice of "
-    runner = Runner(x, options, axes, recompute.policy, num_samples, of_slices)
+    defers = use_fused(_OP, implementation, x.dtype, axes)
+    runner = Runner(x, options, axes, recompute.policy, defers, num_samples, of_slices)
 
     if xs is None:
-        before, h_res = _in_a_row(runner, layers, params, scales, recompute)
+        after, h_res = _in_a_row(runner, x, layers, params, scales, recompute)
     else:
         n = x.shape[-2]
         num_blocks = checks.num_blocks(params, scales, xs)
         every, num_together = checks.stretch(recompute.every, n, len(layers), num_blocks)
         steps = Steps(num_blocks, num_together, unroll)
         policy = recompute.policy
-        takes_own_scan = _takes_own_scan(layers, x, params, steps, every, implementation)
+        before = as_streams(x, hidden_axis_name=axes, implementation=implementation)
+        takes_own_scan = _takes_own_scan(layers, before, params, steps, every, implementation)
         if not callable(policy) and takes_own_scan:
             settings = Settings(config, eps, axes, implementation == "fused")
             stretches = Stretches(every, num_together, policy == "streams")
-            return _own_scan(layers, x, params, scales, xs, settings, stretches, num_samples)
-        stacked = params, scales, xs
-        before, h_res = scan(runner, layers, stacked, steps, every)
+            after, h_res = _own_scan(
+                layers, before, params, scales, xs, settings, stretches, num_samples
+            )
+        else:
+            stacked = params, scales, xs
+            after, h_res = scan(runner, before, layers, stacked, steps, every)
     # Without a sublayer there is no post.
-    if isinstance(before, PendingPost):
-        x_new = post(*before.operands(), implementation=implementation)
-    else:
-        x_new = before
+    if isinstance(after, Streams) and not isinstance(x, Streams):
+        after = after.array(implementation=implementation)
     if num_samples and h_res is None:
         n = x.shape[-2]
         h_res = jnp.zeros((0, num_samples, n, n), _check.accumulation_dtype(x.dtype))
-    return x_new, h_res
+    return after, h_res
 
 
 def _in_a_row(
     runner: Runner,
+    x: Before,
     layers: tuple[Layer, ...],
     params: tuple[MHCParams, ...],
     scales: tuple[jax.Array | None, ...],
     recompute: Recompute,
 ) -> tuple[Before, jax.Array | None]:
-    """The pending post of the last sublayer, or the streams if there is none; samples of h_res."""
+    """The streams after the last sublayer, and samples of h_res."""
     every = recompute.every
     if every == "auto":
         lengths = list(range(1, len(layers) + 1)) or [1]
         every = best_length(runner.x.shape[-2], len(layers), lengths)
     each = zip(layers, params, scales, strict=True)
     sublayers = [runner.sublayer(i, *of_one) for i, of_one in enumerate(each)]
-    before, samples = runner.run(runner.x, sublayers, every)
-    return before, jnp.stack(samples) if samples else None
+    after, samples = runner.run(x, sublayers, every)
+    return after, jnp.stack(samples) if samples else None
 
 
 def _takes_own_scan(
     layers: tuple[Layer, ...],
-    x: jax.Array,
+    before: Streams,
     params: tuple[MHCParams, ...],
     steps: Steps,
     every: int,
@@ -272,20 +276,21 @@ def _takes_own_scan(
         and steps.unroll in (False, 1)
         and steps.unroll is not True
         and all(isinstance(p, MHCParams) for p in params)
-        and use_fused(_OP, implementation, x.dtype)
+        and before.is_deferred
+        and use_fused(_OP, implementation, before.dtype)
     )
 
 
 def _own_scan(
     layers: tuple[Layer, ...],
-    x: jax.Array,
+    x: Streams,
     params: tuple[MHCParams, ...],
     scales: tuple[jax.Array | None, ...],
     xs: Tree,
     settings: Settings,
     stretches: Stretches,
     num_samples: int,
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[Streams, jax.Array | None]:
     config, eps, axes = settings.config, settings.norm_scale_eps, settings.hidden_axes
     assert config is not None
 
