@@ -183,7 +183,7 @@ def run_layers(
 
         return run_each(connection, residual, x, params["layers"]), ()
 
-    x = place(mhc.expand(x, streams=STREAMS), "streams")
+    x = place(jnp.repeat(x[..., None, :], STREAMS, axis=-2), "streams")
     if connection in STACKS:
         norm_scale = None
         if connection == "seams-norms":

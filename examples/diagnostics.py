@@ -60,7 +60,7 @@ def model(params: dict, u: jax.Array, config: mhc.MHCConfig) -> tuple[jax.Array,
         x = mhc.post(jnp.tanh(v @ own["w"]), ctx)
         return x, diagnostics.sample_tokens(ctx.h_res, 64)
 
-    x, h_res = jax.lax.scan(sublayer, mhc.expand(u, streams=4), params)
+    x, h_res = jax.lax.scan(sublayer, mhc.expand(u, streams=4).array(), params)
     return mhc.reduce(x), h_res
 
 

@@ -141,7 +141,7 @@ def embed(tokens: jax.Array, embedding: jax.Array, s: Settings) -> jax.Array:
 
 def enter(u: jax.Array, s: Settings) -> jax.Array:
     """Embedded tokens to what goes from block to block."""
-    return mhc.expand(u, streams=s.streams) if s.connection == "mhc" else u
+    return mhc.expand(u, streams=s.streams).array() if s.connection == "mhc" else u
 
 
 def run_blocks(x: jax.Array, blocks: Any, s: Settings) -> jax.Array:

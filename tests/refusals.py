@@ -538,6 +538,15 @@ ERRORS += [
         nnx_stack("a", a=module(Counter())),
         ValueError, "flax.nnx.stack", "blocks.a.layer.count", "a Variable that does",
     ),
+    # Streams that carry a post.
+    (lambda: mhc.Streams(X), TypeError, "Streams", "Streams(...)", "a call of the class"),
+    (lambda: mhc.as_streams(X) + 1, TypeError, "Streams", "x + y", "Streams(float32[5, 2, 3])"),
+    (lambda: mhc.as_streams(X)[0, 0], ValueError, "Streams", "index", "(0, 0) (tuple)"),
+    (
+        lambda: mhc.as_streams(X).map_tokens(lambda part: part[..., :1]),
+        ValueError, "Streams.map_tokens", "function",
+        "parts [[5, 2, 1], [5, 1], [5, 1], [5, 1], [5, 2, 1]]",
+    ),
     # Optional dependencies.
     (lambda: _errors.require("op", "no_such", "some"), ImportError, "op", "no_such", "none"),
 ]  # fmt: skip

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax_mhc import _check, _errors
 from jax_mhc._call.dispatch import Implementation
 from jax_mhc._copies import copies
-from jax_mhc._ops.streams import Streams
+from jax_mhc._ops.streams import Streams, first_streams
 from jax_mhc._ops.sublayer import Options, Sublayer
 from jax_mhc._types import Layer, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
@@ -20,23 +20,31 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
-def expand(u: Float[jax.Array, "*tokens C"], *, streams: int) -> Float[jax.Array, "*tokens n C"]:
+def expand(
+    u: Float[jax.Array, "*tokens C"],
+    *,
+    streams: int,
+    hidden_axis_name: str | Sequence[str] | None = None,
+    implementation: Implementation = None,
+) -> Streams:
     """Enters the streams: X[i] = u for every stream i.
 
     Args:
         u: hidden state `[..., C]`: float32, bfloat16, float16 or float64.
         streams: n, from 1 to 16.
+        hidden_axis_name: the mesh axes over which C is split inside `jax.shard_map`; see `pre`.
+        implementation: that of the sublayers to come; see `as_streams`.
 
     Returns:
-        The streams `[..., n, C]`, of u's dtype. Differentiable in every mode; the gradient, a sum
-        over the streams, is float32 (float64 for float64 streams) and rounded once.
+        The streams, of u's dtype, and no sublayer before them: `.array()` is `[..., n, C]`. The
+        gradient, a sum over the streams, is float32 (float64 for float64 streams) and rounded once.
 
     Raises:
         ValueError, TypeError: u without a hidden axis or of another dtype; streams out of range.
     """
     n = _errors.num_streams("expand", "streams", streams)
     u = _check.hidden_state("expand", "u", u)
-    return copies(u, n, axis=-2)
+    return first_streams("expand", copies(u, n, axis=-2), hidden_axis_name, implementation)
 
 
 def reduce(

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from jax_mhc import reference
+from jax_mhc._call import Values
 from jax_mhc._check import accumulation_dtype
 from jax_mhc._types import Context
 from jax_mhc.reference import mix
@@ -109,3 +110,18 @@ def instantiate(cotangent: Cotangent) -> jax.Array:
     if isinstance(cotangent, SymbolicZero):
         return jnp.zeros(cotangent.shape, cotangent.dtype)
     return cotangent
+
+
+def context(x: jax.Array, results: Values) -> Context:
+    """The context of streams x with the coefficients that a call gave."""
+    return Context._of(x, x, results["h_pre"], results["h_post"], results["h_res"])
+
+
+def cotangents_of(d_u: Cotangent, d_ctx: Context) -> Values:
+    """The cotangents of u and of the coefficients, which a backward call takes."""
+    return {
+        "d_u": instantiate(d_u),
+        "d_h_pre": instantiate(d_ctx.h_pre),
+        "d_h_post": instantiate(d_ctx.h_post),
+        "d_h_res": instantiate(d_ctx.h_res),
+    }

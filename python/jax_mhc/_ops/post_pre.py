@@ -9,9 +9,15 @@ import jax
 
 from jax_mhc import _check, reference
 from jax_mhc._call import Implementation, Settings, Values
-from jax_mhc._ops.deferred import Cotangent, d_streams_in, gradient, streams
+from jax_mhc._ops.deferred import (
+    Cotangent,
+    context,
+    cotangents_of,
+    d_streams_in,
+    gradient,
+    streams,
+)
 from jax_mhc._ops.fused_op import fused_call, fused_op, normalizers, present
-from jax_mhc._ops.pre import context, cotangents_of
 from jax_mhc._types import Context, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 

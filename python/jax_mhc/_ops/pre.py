@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import jax
 
 from jax_mhc import _check, reference
-from jax_mhc._call import Implementation, Settings, Values
-from jax_mhc._ops.deferred import Cotangent, d_streams_in, instantiate
+from jax_mhc._call import Implementation, Settings, Values, use_fused
+from jax_mhc._ops.deferred import Cotangent, context, cotangents_of, d_streams_in
 from jax_mhc._ops.fused_op import fused_call, fused_op, normalizers, present
+from jax_mhc._ops.post_pre import post_pre
+from jax_mhc._ops.streams import Streams
 from jax_mhc._types import Context, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def pre(
-    x: Float[jax.Array, "*tokens n C"],
+    x: Float[jax.Array, "*tokens n C"] | Streams,
     params: MHCParams,
     *,
     config: MHCConfig = PAPER,
@@ -60,7 +62,7 @@ def pre(
 
     Args:
         x: the streams `[..., n, C]`, n from 1 to 16: float32, bfloat16, float16, float64 (in plain
-            JAX on GPUs).
+            JAX on GPUs); or `Streams`, whose pending post runs together with this (`post_pre`).
         params: from `init_params`; float32, or float64 for float64 streams. phi = None: static
             coefficients, the same for all tokens.
         config: settings.
@@ -89,6 +91,20 @@ def pre(
             cannot be used.
     """
     op = "pre"
+    if isinstance(x, Streams):
+        if x.is_deferred and not use_fused(op, implementation, x.dtype):
+            # Plain JAX knows no deferred cotangents.
+            x = x.array(implementation=implementation)
+        else:
+            return post_pre(
+                *x.pending(),
+                params,
+                config=config,
+                norm_scale=norm_scale,
+                norm_scale_eps=norm_scale_eps,
+                hidden_axis_name=hidden_axis_name,
+                implementation=implementation,
+            )
     x = _check.streams(op, "x", x)
     config = _check.config(op, config, x.dtype)
     axes = _check.hidden_axes(op, hidden_axis_name, x)
@@ -113,11 +129,6 @@ def _forward(operands: Values, results: Values) -> tuple[tuple[jax.Array, Contex
     return (results["u"], ctx), operands | normalizers(results) | {"h_res": results["h_res"]}
 
 
-def context(x: jax.Array, results: Values) -> Context:
-    """The context of streams x with the coefficients that a call gave."""
-    return Context._of(x, x, results["h_pre"], results["h_post"], results["h_res"])
-
-
 def _backward(settings: Settings, saved: Values, cotangents: tuple[Cotangent, Context]) -> Values:
     d_u, d_ctx = cotangents
     d_x_in, deferred = d_streams_in(d_ctx, saved["h_res"])
@@ -127,16 +138,6 @@ def _backward(settings: Settings, saved: Values, cotangents: tuple[Cotangent, Co
         saved | cotangents_of(d_u, d_ctx) | {"d_x_in": d_x_in},
         deferred=deferred,
     )
-
-
-def cotangents_of(d_u: Cotangent, d_ctx: Context) -> Values:
-    """The cotangents of u and of the coefficients, which a backward call takes."""
-    return {
-        "d_u": instantiate(d_u),
-        "d_h_pre": instantiate(d_ctx.h_pre),
-        "d_h_post": instantiate(d_ctx.h_post),
-        "d_h_res": instantiate(d_ctx.h_res),
-    }
 
 
 _pre = fused_op("pre", _forward, _backward)

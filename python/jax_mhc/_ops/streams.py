@@ -242,7 +242,7 @@ jax.export.register_pytree_node_serialization(
 def as_streams(
     x: Float[jax.Array, "*tokens n C"] | Streams,
     *,
-    hidden_axis_name: str | tuple[str, ...] | None = None,
+    hidden_axis_name: str | Sequence[str] | None = None,
     implementation: Implementation = None,
 ) -> Streams:
     """Streams of an array, before the first sublayer.
@@ -262,10 +262,16 @@ def as_streams(
     Raises:
         ValueError, TypeError, RuntimeError: x that is no streams; what `pre` raises.
     """
-    op = "as_streams"
     if isinstance(x, Streams):
         return x
-    x = _check.streams(op, "x", x)
+    op = "as_streams"
+    return first_streams(op, _check.streams(op, "x", x), hidden_axis_name, implementation)
+
+
+def first_streams(
+    op: str, x: jax.Array, hidden_axis_name: object, implementation: Implementation
+) -> Streams:
+    """Streams x before the first sublayer."""
     axes = _check.hidden_axes(op, hidden_axis_name, x)
     deferred = use_fused(op, implementation, x.dtype, axes)
     y, h_post, h_res = no_sublayer(x, axes)

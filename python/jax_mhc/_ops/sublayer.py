@@ -9,9 +9,8 @@ from typing import Generic, TypedDict, TypeVar
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_mhc._call import Implementation, use_fused
+from jax_mhc._call import Implementation
 from jax_mhc._ops.post import post
-from jax_mhc._ops.post_pre import post_pre
 from jax_mhc._ops.pre import pre
 from jax_mhc._ops.streams import Streams
 from jax_mhc._types import Context, MHCConfig, MHCParams
@@ -32,7 +31,7 @@ class Options(TypedDict):
 class Sublayer(Generic[Rest]):
     """A layer and its hyper-connection (equation 3).
 
-        u, ctx  = pre(x, params)            or behind another sublayer post_pre(y, ctx, params)
+        u, ctx  = pre(x, params)
         y, rest = layer(u)
         x_new   = post(y, ctx)              or left to the next sublayer
 
@@ -48,22 +47,12 @@ class Sublayer(Generic[Rest]):
     norm_scale: jax.Array | None
     options: Options
 
-    def until_post(
-        self, before: jax.Array | Streams | tuple[jax.Array, Context]
-    ) -> tuple[jax.Array, Context, Rest]:
+    def until_post(self, before: jax.Array | Streams) -> tuple[jax.Array, Context, Rest]:
         """The operands of the sublayer's post, and the rest of what the layer returned.
 
-        before: the streams, or the operands of the post of the sublayer before.
+        before: the streams.
         """
-        implementation = self.options["implementation"]
-        if isinstance(before, Streams):
-            # Plain JAX knows no deferred cotangents.
-            plain = before.is_deferred and not use_fused("post_pre", implementation, before.dtype)
-            before = before.array(implementation=implementation) if plain else before.pending()
-        if isinstance(before, tuple):
-            u, ctx = post_pre(*before, self.params, norm_scale=self.norm_scale, **self.options)
-        else:
-            u, ctx = pre(before, self.params, norm_scale=self.norm_scale, **self.options)
+        u, ctx = pre(before, self.params, norm_scale=self.norm_scale, **self.options)
         y, rest = self.layer(u)
         return checkpoint_name(y, "mhc_layer_output"), ctx, rest
 

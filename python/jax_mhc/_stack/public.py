@@ -144,8 +144,9 @@ def stack_with_samples(
         unroll: as for `jax.lax.scan`.
 
     Returns:
-        The new streams, as `stack` returns them, and h_res `[L, S, n, n]` of all L sublayers in their order,
-        of S tokens, or all if there are fewer, as `diagnostics.sample_tokens` chooses them.
+        The new streams, as `stack` returns them, and h_res `[L, S, n, n]` of all L sublayers in
+        their order, of S tokens, or all if there are fewer, as `diagnostics.sample_tokens`
+        chooses them.
         `h_res[..., i, j]` is the weight of stream j in new stream i. It has no gradient.
 
     Raises:

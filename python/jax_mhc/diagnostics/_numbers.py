@@ -14,6 +14,7 @@ from jax_mhc import _check, _errors
 from jax_mhc._axes import axes_of
 from jax_mhc._check import accumulation_dtype
 from jax_mhc._errors import Refusal
+from jax_mhc._ops.streams import Streams
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -165,11 +166,13 @@ def mixing(h_res: Float[jax.Array, "*tokens n n"]) -> Mixing:
     )
 
 
-def stream_similarity(x: Float[jax.Array, "*tokens n C"]) -> Float[jax.Array, "*tokens"]:
+def stream_similarity(
+    x: Float[jax.Array, "*tokens n C"] | Streams,
+) -> Float[jax.Array, "*tokens"]:
     """Mean cosine similarity of different streams: 1 where all are alike, as `expand` makes them.
 
     Args:
-        x: streams `[..., n, C]` with n of at least 2.
+        x: streams `[..., n, C]` with n of at least 2, or `Streams`.
 
     Returns:
         `[...]`, float32 (float64 for float64 streams). A stream of zeros is similar to none.
@@ -178,7 +181,7 @@ def stream_similarity(x: Float[jax.Array, "*tokens n C"]) -> Float[jax.Array, "*
         ValueError, TypeError: x of another shape or dtype.
     """
     op = "diagnostics.stream_similarity"
-    x = _check.streams(op, "x", x)
+    x = x.array() if isinstance(x, Streams) else _check.streams(op, "x", x)
     n = x.shape[-2]
     if n < 2:
         raise Refusal(ValueError, op, "x").expected(
