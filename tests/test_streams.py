@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from cases import PLATFORM
 from hlo import compiled_text, custom_calls
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jax_mhc as mhc
 
@@ -381,3 +383,50 @@ def test_stacks_one_after_the_other_are_joined():
 
     calls = custom_calls(compiled_text(run, x, ws, params))
     assert calls == {"post_pre_fwd": 4, "post_fwd": 1}
+
+
+# ---- meshes -------------------------------------------------------------------------------------
+
+
+def sharded_loop(x, params, config, **options):
+    """Sublayers whose layers know nothing of the mesh, from a hidden state to one."""
+    u = jnp.mean(x, axis=-2)
+    streams = mhc.expand(u, streams=N, **{k: v for k, v in options.items() if "hidden" in k})
+    for i in range(DEPTH):
+        p = jax.tree.map(operator.itemgetter(i), params)
+        streams = mhc.mhc_residual(jnp.tanh, streams, p, config=config, **options)
+    return mhc.reduce(streams)
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize("mode", ["auto", "explicit", "manual"])
+@pytest.mark.parametrize("spec", [P("data"), P("data", None, None, "model")])
+def test_streams_on_a_mesh(spec, mode):
+    config = mhc.presets.PAPER
+    kind = AxisType.Explicit if mode == "explicit" else AxisType.Auto
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind, kind))
+    x, _, params = operands()
+
+    def loss(run, x, params):
+        out = run(x, params)
+        return jnp.sum(out * jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))
+
+    def run(x, params):
+        if mode != "manual":
+            return sharded_loop(x, params, config)
+        hidden = {"hidden_axis_name": "model"} if len(spec) > 1 else {}
+        of_u = P(*spec[:1], None, *spec[3:])
+        return jax.shard_map(
+            functools.partial(sharded_loop, config=config, **hidden),
+            mesh=mesh, in_specs=(spec, P()), out_specs=of_u,
+        )(x, params)  # fmt: skip
+
+    expected = jax.value_and_grad(
+        lambda *o: loss(lambda x, p: sharded_loop(x, p, config), *o), argnums=(0, 1)
+    )(x, params)
+    with jax.set_mesh(mesh):
+        on_mesh = jax.device_put(x, NamedSharding(mesh, spec))
+        replicated = jax.device_put(params, NamedSharding(mesh, P()))
+        of_cosines = functools.partial(loss, run)
+        got = jax.jit(jax.value_and_grad(of_cosines, argnums=(0, 1)))(on_mesh, replicated)
+    assert_close(got, expected)

@@ -3,7 +3,7 @@
     import jax_mhc as mhc
 
     params = mhc.init_params(key, streams=4, hidden=C)   # of one sublayer; a pytree
-    x = mhc.expand(u, streams=4)                         # [..., C] -> [..., n, C]
+    x = mhc.expand(u, streams=4)                         # [..., C] -> streams [..., n, C]
     x = mhc.mhc_residual(layer, x, params)               # in place of x + layer(x)
     u = mhc.reduce(x)                                    # or mhc.head(x, head_params)
 

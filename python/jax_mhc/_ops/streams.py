@@ -36,8 +36,8 @@ class Streams:
 
     X' is not computed: the streams hold X, and y and the coefficients of the last sublayer. The
     next `mhc_residual` runs that post together with its own pre (`post_pre`), in one pass over the
-    streams and not two. In a loop, a scan or a chain of modules the structure stays what
-    `as_streams` made it.
+    streams and not two. In a loop, a scan or a chain of modules the structure stays what `expand`
+    or `as_streams` made it.
 
     `x.array()` gives X' as an array; `x.shape`, `x.dtype` and `x.streams` (n) tell of it without
     computing. `x[index]` and `x.reshape(*tokens)` act on the leading dimensions, those of tokens,
@@ -60,7 +60,7 @@ class Streams:
     def __init__(self, *args: object, **kwargs: object) -> None:
         """Refuses: Streams come of `as_streams`."""
         raise Refusal(TypeError, "Streams", "Streams(...)").expected(
-            "a call of jax_mhc.as_streams",
+            "a call of jax_mhc.expand or jax_mhc.as_streams",
             "a call of the class",
             "Make streams of an array [..., n, C] with jax_mhc.as_streams(x).",
         )
