@@ -94,6 +94,7 @@ class GPT(nnx.Module):
         rngs = nnx.Rngs(seed, mhc=seed)
         width, dtype = settings.width, jnp.dtype(settings.dtype)
         self.streams = None if CONNECTIONS[connection] is None else settings.streams
+        self.implementation = settings.implementation
         init = nnx.initializers.normal(width**-0.5)
         # A product, since the gradient of a lookup is a scatter-add: on GPUs slow where many bytes
         # are alike, and in no fixed order.
@@ -126,7 +127,7 @@ class GPT(nnx.Module):
             run = nnx.scan(lambda block, x: block(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
             one = jnp.ones(())
             return run(self.blocks, x), mhc.diagnostics.Gain(one, one)
-        x = mhc.expand(x, streams=self.streams)
+        x = mhc.expand(x, streams=self.streams, implementation=self.implementation)
         x, h_res = mhc_nnx.stack_with_samples(
             self.blocks, x, ("attention", "mlp"), sample_tokens=sample_tokens
         )

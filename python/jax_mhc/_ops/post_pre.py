@@ -68,7 +68,32 @@ def post_pre(
     Raises:
         ValueError, TypeError, RuntimeError: what `post` and `pre` raise.
     """
-    op = "post_pre"
+    return run(
+        "post_pre",
+        y,
+        ctx,
+        params,
+        config=config,
+        norm_scale=norm_scale,
+        norm_scale_eps=norm_scale_eps,
+        hidden_axis_name=hidden_axis_name,
+        implementation=implementation,
+    )
+
+
+def run(
+    op: str,
+    y: jax.Array,
+    ctx: Context,
+    params: MHCParams,
+    *,
+    config: MHCConfig,
+    norm_scale: jax.Array | None,
+    norm_scale_eps: float,
+    hidden_axis_name: str | Sequence[str] | None,
+    implementation: Implementation,
+) -> tuple[jax.Array, Context]:
+    """post_pre, whose errors name `op`."""
     ctx = _check.context(op, ctx)
     y = _check.layer_output(op, "y", y, ctx.x)
     config = _check.config(op, config, ctx.x.dtype)

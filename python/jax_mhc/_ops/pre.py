@@ -9,9 +9,9 @@ import jax
 
 from jax_mhc import _check, reference
 from jax_mhc._call import Implementation, Settings, Values, use_fused
+from jax_mhc._ops import post_pre
 from jax_mhc._ops.deferred import Cotangent, context, cotangents_of, d_streams_in
 from jax_mhc._ops.fused_op import fused_call, fused_op, normalizers, present
-from jax_mhc._ops.post_pre import post_pre
 from jax_mhc._ops.streams import Streams
 from jax_mhc._types import Context, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
@@ -96,7 +96,8 @@ def pre(
             # Plain JAX knows no deferred cotangents.
             x = x.array(implementation=implementation)
         else:
-            return post_pre(
+            return post_pre.run(
+                op,
                 *x.pending(),
                 params,
                 config=config,
