@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from jax_mhc._check import accumulation_dtype
 from jax_mhc._mesh.types import of_tokens
-from jax_mhc._types import Context
 
 
 class Pending(NamedTuple):
@@ -24,23 +23,6 @@ class Pending(NamedTuple):
     y: jax.Array
     h_post: jax.Array
     h_res: jax.Array
-
-
-class PendingPost(NamedTuple):
-    """Operands of the post of a sublayer; a context has more than a loop should carry.
-
-    Attributes:
-        x: the streams. Their cotangent is deferred where the ops are fused (_ops/deferred.py).
-        beside: what it needs beside them.
-    """
-
-    x: jax.Array
-    beside: Pending
-
-    def operands(self) -> tuple[jax.Array, Context]:
-        """The first operands of post and of post_pre, which do not read h_pre."""
-        y, h_post, h_res = self.beside
-        return y, Context._of(self.x, self.x, h_post, h_post, h_res)
 
 
 def no_sublayer(x: jax.Array, hidden_axes: tuple[str, ...]) -> Pending:
