@@ -40,7 +40,7 @@ template <bool POST_PRE, bool NORM>
 __device__ inline void Block<POST_PRE, NORM>::project(int warp, int lane) const {
   take_registers<P::Tuned::project_registers>();
 
-  // What lies in registers.
+  // Fragments that lie in registers.
   constexpr int kInRegisters = 3 * kSlices - P::kSharedFragments;
   Slice slices[kSlices];
   const auto shared_fragment = [&](int fragment) {

@@ -1,4 +1,4 @@
-// What the owner of a token does in the one-pass kernels: sums over the blocks of the cluster, and over its tokens the
+// Tasks of the owner of a token in the one-pass kernels: sums over the blocks of the cluster, and over its tokens the
 // gradients of the gates.
 
 #pragma once

@@ -20,7 +20,7 @@ __device__ inline u32 of_unit(u32 at, u32 unit) {
   return kSumsPhi ? at ^ unit * 32 : at + unit * (kUnitStep / kBoxChannels) * kBox;
 }
 
-// Its fragments of 16 channels and 8 tokens have the channels g and g + 8, and in neighbouring columns the
+// Fragments of 16 channels and 8 tokens have the channels g and g + 8, and in neighbouring columns the
 // tokens q and q + 4: so those of two products with four tokens each make one for eight.
 __device__ inline u32 token_of_column(u32 column) { return column / 2 + 4 * (column % 2); }
 

@@ -32,8 +32,8 @@
 
 using Tuned = tuning_post_pre_bwd_one_pass;
 static_assert(Tuned::tokens == kTileTokens);
-// Where the sums for d_phi have no room, phi_bwd.cu computes d_phi, from r dm and another pass over X and y, and the main
-// warps have phi in such registers, at most 96 of them, which leaves shared memory to the stages.
+// Where the sums for d_phi have no room, phi_bwd.cu computes d_phi, from r dm and another pass over X and y, and the
+// main warps have phi in such registers, at most 96 of them, which leaves shared memory to the stages.
 constexpr bool kSumsPhi = Tuned::sums_phi;
 constexpr int kStages = Tuned::stages;
 
@@ -132,8 +132,8 @@ struct Maps {
   const TensorMap &d_x_new_even, &d_x_new_odd, &d_y;  // d_x_new may lie where d_x_new_in does
 };
 
-// The other arguments of the kernel, but for its settings: with these or the maps in one struct the compiler orders the
-// whole kernel anew.
+// Arguments of the kernel beside the maps and its settings: with either in one struct the compiler orders the whole
+// kernel anew.
 struct Args {
   const float *h_post, *h_res, *phi, *alpha, *bias, *m, *r, *h_res_new, *d_h_pre;
   const float* d_z;  // [tokens, kColumns], of which those of h_pre are not read
@@ -528,7 +528,7 @@ __device__ inline void stream_dots(const Block& block, int half, int lane) {
 
 // ---- finisher ---------------------------------------------------------------------------------------
 
-// What the main warps mix by. A lane has a token's row i of H_res (for X'[i]) and column i of H_res_new (for
+// Tables that the main warps mix by. A lane has a token's row i of H_res (for X'[i]) and column i of H_res_new (for
 // d_X'[i]), as bfloat16 high and low parts in one word. The words of the streams j and j + 2 lie side by side,
 // and so do those of i and i + 2: see `MainWarp::table`.
 struct Tables {

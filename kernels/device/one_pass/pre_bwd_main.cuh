@@ -107,7 +107,7 @@ struct Differentiation {
       if constexpr (kHoldsDW) {
         if (q / 2 == kTurn % 2) d_w[kTurn / 2] += sum;
       } else if (q < 2 && first == 0) {
-        // Of two warps that share a unit the first.
+        // The first of two warps that share a unit.
         *d_w_at(kTurn) += sum;
       }
     }
@@ -131,7 +131,7 @@ struct Differentiation {
     if constexpr (!NORM) read_transposed(d_u, stage + kDU + at);
     read_transposed(d_x_in[0], d_x_in_at + at);
     read_transposed(d_x_in[1], d_x_in_at + 2 * kPlaneBytes + at);
-    // The other warp of a shared unit writes what this one reads.
+    // A shared unit: its other warp writes what this one reads.
     if constexpr (STREAMS < N) wait_for_partner();
     // d_x[j] = (r dm) phi^T + h_pre[j] d_u - f X[j] + sum over i of h_res[i, j] d_x_in[i]
     const u32 first_at = at + first * kPlaneBytes;
@@ -202,7 +202,7 @@ struct Differentiation {
     }
   }
 
-  // What of `d_norm_scale_partials` lane 4 g + q, q < 2, adds up in a turn.
+  // Channels of `d_norm_scale_partials` that lane 4 g + q, q < 2, adds up in a turn.
   __device__ float* d_w_at(int turn) const {
     return d_norm_scale_partials +
            (cluster_id() * u32(hidden) + u32(channel_at(turn)) + lane_id() % 2 * 8);
