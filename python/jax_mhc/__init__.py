@@ -25,6 +25,7 @@ from jax_mhc._ops.pre import pre
 from jax_mhc._ops.sinkhorn import sinkhorn
 from jax_mhc._ops.streams import Streams, as_streams
 from jax_mhc._residual import expand, mhc_residual, reduce
+from jax_mhc._scan.public import scan
 from jax_mhc._stack.public import stack, stack_with_samples
 from jax_mhc._stack.remat import Recompute, remat_policy
 from jax_mhc._types import Context, HeadParams, MHCConfig, MHCParams
@@ -50,6 +51,7 @@ __all__ = [
     "pre",
     "presets",
     "reduce",
+    "scan",
     "reference",
     "remat_policy",
     "sinkhorn",

@@ -26,7 +26,7 @@ from jax_mhc._ops.fused_op import KEPT, fused_call, normalizers
 from jax_mhc._ops.pending import Pending
 from jax_mhc._ops.streams import Streams
 from jax_mhc._stack.layer import Given, Layer, Leaves, is_inexact, merge, partition
-from jax_mhc._stack.structure import structure
+from jax_mhc._scan.structure import structure
 from jax_mhc._types import Tree
 from jax_mhc.diagnostics import sample_tokens
 

@@ -1,0 +1,1 @@
+"""The scan that keeps the streams of its iterations in place."""

@@ -1,0 +1,144 @@
+"""Programs that JAX traced (jaxprs): without inner calls, and evaluated a part at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
+
+# Values by the identity of their variables.
+Environment: TypeAlias = dict[int, Any]
+
+# Calls that say how their program is compiled, and not what it computes.
+_CALLS = ("jit", "pjit", "closed_call", "checkpoint", "remat2")
+
+
+def is_literal(atom: Any) -> bool:
+    """Whether an operand is a literal, and no variable."""
+    return hasattr(atom, "val")
+
+
+def inlined(program: ClosedJaxpr) -> ClosedJaxpr:
+    """The program with the programs of inner calls in their place."""
+
+    def run(*operands: Any) -> list[Any]:
+        return _run(program.jaxpr, program.consts, operands)
+
+    if not any(_inner(eqn) for eqn in program.jaxpr.eqns):
+        return program
+    return jax.make_jaxpr(run)(*program.in_avals)
+
+
+def _inner(eqn: JaxprEqn) -> ClosedJaxpr | None:
+    """The program that an equation calls, if nothing depends on the call itself."""
+    params = eqn.params
+    if eqn.primitive.name not in _CALLS or params.get("differentiated"):
+        return None
+    shardings = (*params.get("in_shardings", ()), *params.get("out_shardings", ()))
+    if any(type(sharding).__name__ != "UnspecifiedValue" for sharding in shardings):
+        return None
+    inner = params.get("jaxpr") or params.get("call_jaxpr")
+    return inner
+
+
+def _run(jaxpr: Jaxpr, consts: Sequence[Any], operands: Sequence[Any]) -> list[Any]:
+    """The results of a program whose inner calls are inlined."""
+    values: Environment = dict(
+        zip(map(id, (*jaxpr.constvars, *jaxpr.invars)), (*consts, *operands), strict=True)
+    )
+    for eqn in jaxpr.eqns:
+        inner = _inner(eqn)
+        if inner is None:
+            evaluate(eqn, values)
+            continue
+        # That of checkpoint has no constants, and no place for them.
+        open_jaxpr = getattr(inner, "jaxpr", inner)
+        results = _run(open_jaxpr, getattr(inner, "consts", ()), read(eqn.invars, values))
+        values |= zip(map(id, eqn.outvars), results, strict=True)
+    return read(jaxpr.outvars, values)
+
+
+def read(atoms: Iterable[Any], values: Environment) -> list[Any]:
+    """The values of variables and literals."""
+    return [atom.val if is_literal(atom) else values[id(atom)] for atom in atoms]
+
+
+def evaluate(eqn: JaxprEqn, values: Environment) -> None:
+    """Adds the results of an equation to the values."""
+    operands = {id(atom): atom for atom in eqn.invars if not is_literal(atom)}
+    results = [v for v in eqn.outvars if type(v).__name__ != "DropVar"]
+    one = jax.make_jaxpr(lambda: ())().jaxpr.replace(
+        invars=list(operands.values()), outvars=results, eqns=[eqn], effects=eqn.effects
+    )
+    values |= zip(
+        map(id, results),
+        jax.core.eval_jaxpr(one, (), *[values[key] for key in operands]),
+        strict=True,
+    )
+
+
+def evaluate_for(outputs: Iterable[Any], eqns: Sequence[JaxprEqn], values: Environment) -> list[Any]:
+    """The values of outputs, by those of the equations that lead there from the values."""
+    outputs = list(outputs)
+    wanted = {id(atom) for atom in outputs if not is_literal(atom)}.difference(values)
+    chosen = []
+    for eqn in reversed(eqns):
+        if not wanted.isdisjoint(map(id, eqn.outvars)):
+            chosen.append(eqn)
+            operands = {id(atom) for atom in eqn.invars if not is_literal(atom)}
+            wanted |= operands.difference(values)
+    values = dict(values)
+    for eqn in reversed(chosen):
+        evaluate(eqn, values)
+    return read(outputs, values)
+
+
+def is_free(eqn: JaxprEqn) -> bool:
+    """Whether an equation gives its one operand in another form, which costs nothing to repeat."""
+    name, params = eqn.primitive.name, eqn.params
+    if any(map(is_literal, eqn.invars)) or len(eqn.invars) != 1:
+        return False
+    source, result = (v.aval.dtype for v in (eqn.invars[0], eqn.outvars[0]))
+    if name == "reduce_precision":
+        own = jnp.finfo(source)
+        return (params["exponent_bits"], params["mantissa_bits"]) == (own.nexp, own.nmant)
+    if name == "convert_element_type":
+        # A wider copy, from which the value comes back exactly.
+        return jnp.issubdtype(source, jnp.floating) and source.itemsize < result.itemsize
+    return name == "reshape"
+
+
+def without_names(jaxpr: Jaxpr, place: str) -> tuple[Jaxpr, frozenset[int]]:
+    """The program without `checkpoint_name`, and the identities of values of the name `place`.
+
+    An optimization barrier between such a value and what computes it is left out.
+    """
+    makers = {id(v): eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+    named = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "name"]
+    placed = []
+    for eqn in named:
+        barrier = makers.get(id(eqn.invars[0]))
+        if eqn.params["name"] == place and barrier is not None:
+            if barrier.primitive.name == "optimization_barrier" and len(barrier.invars) == 1:
+                placed.append(barrier)
+    dropped = {id(eqn): eqn for eqn in (*named, *placed)}
+    other_names: dict[int, Any] = {}
+
+    def renamed(atom: Any) -> Any:
+        return atom if is_literal(atom) else other_names.get(id(atom), atom)
+
+    eqns = []
+    for eqn in jaxpr.eqns:
+        operands = list(map(renamed, eqn.invars))
+        if id(eqn) in dropped:
+            other_names[id(eqn.outvars[0])] = operands[0]
+        else:
+            eqns.append(eqn.replace(invars=operands))
+    values = (renamed(eqn.outvars[0]) for eqn in named if eqn.params["name"] == place)
+    outvars = list(map(renamed, jaxpr.outvars))
+    return jaxpr.replace(eqns=eqns, outvars=outvars), frozenset(map(id, values))
