@@ -21,7 +21,7 @@ import jax_mhc as mhc
 
 Connection = Literal[
     "residual", "plain", "plain-checkpoint", "mhc", "seams", "seams-norms", "seams-checkpoint",
-    "mhc-streams", "residual-loop", "mhc-streams-loop",
+    "mhc-streams", "mhc-scan", "residual-loop", "mhc-streams-loop",
     "residual-layers", "mhc-layers", "seams-auto", "seams-auto-mhc", "seams-told", "seams-watched",
 ]  # fmt: skip
 
@@ -34,6 +34,7 @@ LABELS: dict[Connection, str] = {
     "seams-norms": "mHC, fused with seams and the layers' norms",
     "seams-checkpoint": "mHC, fused with seams, recomputed",
     "mhc-streams": "mHC, fused, streams carry their post",
+    "mhc-scan": "mHC, fused, streams carry their post, mhc.scan",
     "residual-loop": "plain residual, Python loop",
     "mhc-streams-loop": "mHC, fused, streams carry their post, Python loop",
     # The connections of recompute.py and of diagnostics_step.py.
@@ -58,7 +59,7 @@ STACKS: dict[Connection, dict[str, Any]] = {
 SAMPLED = ("seams-told", "seams-watched")
 SAMPLE_TOKENS = 64
 # The connections whose streams carry the post of their last sublayer (mhc.Streams).
-CARRIED = ("mhc-streams", "mhc-streams-loop")
+CARRIED = ("mhc-streams", "mhc-scan", "mhc-streams-loop")
 FUSED = ("mhc", "mhc-layers", *CARRIED, *STACKS)
 # The connections of layers in a Python loop, in place of a scan.
 LOOPS = ("residual-loop", "mhc-streams-loop")
@@ -154,7 +155,8 @@ def anywhere(array: jax.Array, name: str) -> jax.Array:
 def run_each(connection: Connection, body: Any, x: Any, slices: Any) -> Any:
     """A body `(x, slice) -> (x, None)` for each layer, in a scan or in a Python loop."""
     if connection not in LOOPS:
-        return jax.lax.scan(body, x, slices)[0]
+        scan = mhc.scan if connection == "mhc-scan" else jax.lax.scan
+        return scan(body, x, slices)[0]
     for i in range(len(jax.tree.leaves(slices)[0])):
         x, _ = body(x, jax.tree.map(operator.itemgetter(i), slices))
     return x

@@ -127,7 +127,9 @@ class Iteration:
 
         def source(atom: Any) -> Any:
             eqn = makers.get(id(atom))
-            return source(eqn.invars[0]) if eqn and eqn.primitive.name == "mhc_first_order" else atom
+            return (
+                source(eqn.invars[0]) if eqn and eqn.primitive.name == "mhc_first_order" else atom
+            )
 
         return any(source(operand) is old for operand in makers[id(new)].invars)
 

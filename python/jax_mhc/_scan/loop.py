@@ -30,7 +30,6 @@ from jax_mhc._scan.iteration import (
     raw,
     raw_type,
 )
-from jax_mhc._scan.structure import structure
 from jax_mhc._types import Tree
 
 if TYPE_CHECKING:
@@ -38,7 +37,13 @@ if TYPE_CHECKING:
 
 
 def own_scan(
-    op: str, body: ClosedJaxpr, carry: Leaves, xs: Leaves, length: int, streams: int
+    op: str,
+    body: ClosedJaxpr,
+    carry: Leaves,
+    xs: Leaves,
+    length: int,
+    streams: int,
+    key: Hashable | None,
 ) -> tuple[Leaves, Leaves]:
     """The carry after all iterations, and the results of each, stacked.
 
@@ -49,6 +54,8 @@ def own_scan(
         xs: what the slices are of.
         length: the number of iterations, at least 1.
         streams: the place of the first streams in the carry.
+        key: what bodies have in common that compute the same: the function for them is compiled
+            once. None: it is compiled wherever it is called outside of `jax.jit`.
     """
     # Only what is being traced can have a gradient.
     constants, others = partition(
@@ -59,9 +66,13 @@ def own_scan(
     first, (differentiable, constants) = reverse_mode_only(op, first, (differentiable, constants))
     carry, xs = map(merge, differentiable, *other)
     carry[streams] = first
-    key = structure(body.jaxpr), length, jax.tree.structure((carry, xs, constants, others))
-    run = _compiled(_Keyed(key, _Scan(body.jaxpr, len(carry), length)))
-    return run(carry, xs, constants, others)
+    scan = _Scan(body.jaxpr, len(carry), length)
+    operands = carry, xs, constants, others
+    if key is None:
+        return _compiled(scan)(*operands)
+    leaves, treedef = jax.tree.flatten(operands)
+    keyed = _Keyed((key, length, treedef, *map(jax.typeof, leaves)), scan)
+    return _compiled_once(keyed)(*operands)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +84,15 @@ class _Keyed:
 
 
 @lru_cache(maxsize=64)
-def _compiled(keyed: _Keyed) -> Callable[..., tuple[Leaves, Leaves]]:
-    """The scan as a function that is compiled once; where it is traced it leaves no trace."""
-    run = jax.custom_vjp(keyed.scan.forward)
-    backward = jax.jit(keyed.scan.backward, inline=True)
-    run.defvjp(keyed.scan.forward_and_keep, backward)
+def _compiled_once(keyed: _Keyed) -> Callable[..., tuple[Leaves, Leaves]]:
+    """The function of all scans that have a key in common."""
+    return _compiled(keyed.scan)
+
+
+def _compiled(scan: _Scan) -> Callable[..., tuple[Leaves, Leaves]]:
+    """The scan as a function that is compiled; where it is traced it leaves no trace."""
+    run = jax.custom_vjp(scan.forward)
+    run.defvjp(scan.forward_and_keep, jax.jit(scan.backward, inline=True))
     return jax.jit(run, inline=True)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 if TYPE_CHECKING:
-    from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
+    from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 # Values by the identity of their variables.
 Environment: TypeAlias = dict[int, Any]
@@ -82,7 +82,9 @@ def evaluate(eqn: JaxprEqn, values: Environment) -> None:
     )
 
 
-def evaluate_for(outputs: Iterable[Any], eqns: Sequence[JaxprEqn], values: Environment) -> list[Any]:
+def evaluate_for(
+    outputs: Iterable[Any], eqns: Sequence[JaxprEqn], values: Environment
+) -> list[Any]:
     """The values of outputs, by those of the equations that lead there from the values."""
     outputs = list(outputs)
     wanted = {id(atom) for atom in outputs if not is_literal(atom)}.difference(values)

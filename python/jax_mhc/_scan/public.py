@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from jax_mhc._axes import vary, varying_axes
 from jax_mhc._ops.streams import Streams
 from jax_mhc._scan.loop import own_scan
 from jax_mhc._types import Tree
+
 
 def scan(
     body: Callable[[Any, Any], tuple[Any, Any]],
@@ -71,14 +72,17 @@ def run(
     *,
     length: int | None = None,
     unroll: int | bool = 1,
+    key: Hashable | None = None,
 ) -> tuple[Any, Any]:
-    """The scan, whose errors name `op`."""
+    """The scan, whose errors name `op`; see `own_scan` for the key."""
     carry, structure = jax.tree.flatten(init)
     carry = [_strong(leaf) for leaf in carry]
     xs = jax.tree.map(jnp.asarray, xs)
     length = _length(op, xs, length)
     # A loop of no iterations has types all the same.
-    slices = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), xs) if not length else jax.tree.map(lambda leaf: leaf[0], xs)
+    slices = jax.tree.map(
+        lambda leaf: leaf[0] if length else jnp.zeros(leaf.shape[1:], leaf.dtype), xs
+    )
 
     def checked(carry: list[Any], slices: Tree) -> tuple[list[Any], Any]:
         results = body(jax.tree.unflatten(structure, carry), slices)
@@ -97,7 +101,7 @@ def run(
     _same_types(op, init, carry, traced.out_avals)
     streams = _first_deferred(init)
     if streams is not None and length and unroll in (False, 1) and unroll is not True:
-        new, stacked = own_scan(op, traced, carry, jax.tree.leaves(xs), length, streams)
+        new, stacked = own_scan(op, traced, carry, jax.tree.leaves(xs), length, streams, key)
     else:
 
         def step(carry: list[Any], slices: Tree) -> tuple[list[Any], list[Any]]:

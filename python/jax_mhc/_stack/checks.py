@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from jax_mhc import _check, _errors
 from jax_mhc._mesh.types import sharded_like
@@ -16,6 +17,8 @@ from jax_mhc._types import Layer, MHCParams, Tree
 OP = "stack"
 
 Element = TypeVar("Element")
+# From u, and a slice of xs, to y and aux.
+CheckedLayer: TypeAlias = Callable[..., tuple[jax.Array, Any]]
 
 
 def sublayers(
@@ -25,11 +28,13 @@ def sublayers(
     x: _check.Shaped,
     *,
     has_slices: bool,
-) -> tuple[tuple[Layer, ...], tuple[MHCParams, ...], tuple[jax.Array | None, ...]]:
-    """The layers, which check themselves, and for each parameters and a norm's scale.
+    has_aux: bool,
+) -> tuple[tuple[CheckedLayer, ...], tuple[MHCParams, ...], tuple[jax.Array | None, ...]]:
+    """The layers, which check themselves, and for each its parameters and a norm's scale.
 
     x: the streams that the layers are for.
     has_slices: whether layers take a slice of xs, too.
+    has_aux: whether layers return aux; else it is None.
     """
     layers = _elements("layers", layers, "functions, one for each sublayer")
     params = _elements("params", params, "jax_mhc.MHCParams, one for each of layers")
@@ -52,16 +57,72 @@ def sublayers(
             "Give None for a layer whose input is not to be normalised.",
         )
     of_what = "u and a slice of xs" if has_slices else "u"
-    checked = tuple(partial(_run, i, layer, of_what, x) for i, layer in enumerate(layers))
+    checked = tuple(partial(_run, i, layer, of_what, x, has_aux) for i, layer in enumerate(layers))
     return checked, params, scales
 
 
 def _run(
-    i: int, layer: Layer, of_what: str, x: _check.Shaped, u: jax.Array, *of_block: Tree
-) -> jax.Array:
-    """The output of a layer that belongs to the streams x, sharded as u: loops require that."""
-    y = _check.call(OP, f"layers[{i}]", of_what, layer, u, *of_block)
-    return sharded_like(_layer_output(i, y, x), u)
+    i: int,
+    layer: Layer,
+    of_what: str,
+    x: _check.Shaped,
+    has_aux: bool,
+    u: jax.Array,
+    *of_block: Tree,
+) -> tuple[jax.Array, Tree]:
+    """The output y of a layer that belongs to the streams x, sharded as u is; and aux.
+
+    Loops require that sharding.
+    """
+    y: Any = _check.call(OP, f"layers[{i}]", of_what, layer, u, *of_block)
+    argument, aux = f"the result of layers[{i}]", None
+    if has_aux:
+        if not isinstance(y, tuple) or len(y) != 2:
+            raise _errors.Refusal(TypeError, OP, argument).expected(
+                "a pair (y, aux), since has_aux is set",
+                f"a tuple of {len(y)}" if isinstance(y, tuple) else type(y).__name__,
+                "Return (y, None) from layers that have no aux.",
+            )
+        y, aux = y
+    elif isinstance(y, tuple | list):
+        raise _errors.Refusal(TypeError, OP, argument).expected(
+            "one array",
+            f"a {type(y).__name__} of {len(y)}",
+            "Set has_aux=True for layers that return (y, aux).",
+        )
+    return sharded_like(_check.layer_output(OP, argument, y, x), u), aux
+
+
+def has_aux(value: bool | Literal["sum"]) -> bool | Literal["sum"]:
+    """Whether layers return aux, and what is done with it."""
+    if isinstance(value, str) and value == "sum":
+        return "sum"
+    if not isinstance(value, bool):
+        raise _errors.Refusal(TypeError, OP, "has_aux").expected(
+            "False, True or 'sum'",
+            _errors.typed(value),
+            "Give True to get aux stacked over the blocks, 'sum' for its sum over all sublayers.",
+        )
+    return value
+
+
+def total(aux: list[Tree], *, of_blocks: bool) -> Tree:
+    """The sum of what the layers told, but for None; over the blocks first, where there are some.
+
+    aux: one pytree for each layer.
+    """
+    told = [each for each in aux if each is not None]
+    if of_blocks:
+        told = [jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), each) for each in told]
+    for each in told[1:]:
+        first, other = jax.tree.structure(told[0]), jax.tree.structure(each)
+        if first != other:
+            raise _errors.Refusal(ValueError, OP, "the aux of layers").expected(
+                f"one structure, for the sum: {first}",
+                str(other),
+                "Return None where there is nothing to add, or set has_aux=True.",
+            )
+    return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *told) if told else None
 
 
 def _elements(argument: str, value: Iterable[Element], expected: str) -> tuple[Element, ...]:
@@ -96,18 +157,6 @@ def unroll(value: int | bool, *, has_loop: bool) -> int | bool:
             "1 where there is no xs", value, "Without xs there is no loop; leave unroll out."
         )
     return value
-
-
-def _layer_output(i: int, y: object, x: _check.Shaped) -> jax.Array:
-    """Returns the output of a layer, one array that belongs to the streams `x`."""
-    argument = f"the result of layers[{i}]"
-    if isinstance(y, tuple | list):
-        raise _errors.Refusal(TypeError, OP, argument).expected(
-            "one array",
-            f"a {type(y).__name__} of {len(y)}",
-            "For layers that return more, call jax_mhc.pre, post_pre and post in a loop.",
-        )
-    return _check.layer_output(OP, argument, y, x)
 
 
 def num_blocks(

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from jax_mhc import _check, _errors
-from jax_mhc._call import Implementation, Settings, Values, use_fused
-from jax_mhc._ops.fused_op import present
+from jax_mhc._call import Implementation, use_fused
 from jax_mhc._ops.streams import Streams, as_streams
 from jax_mhc._ops.sublayer import Options
 from jax_mhc._stack import checks
-from jax_mhc._stack.own_scan import Stretches, own_scan
-from jax_mhc._stack.plain_scan import Before, Runner, Steps, scan
 from jax_mhc._stack.remat import NOTHING, Recompute, best_length
+from jax_mhc._stack.runner import Before, Runner, Steps, Told, run_blocks, stacked_up
 from jax_mhc._types import Layer, MHCConfig, MHCParams, Tree
 from jax_mhc.presets import PAPER
 
@@ -40,6 +37,7 @@ def stack(
     implementation: Implementation = None,
     recompute: Recompute = NOTHING,
     unroll: int | bool = 1,
+    has_aux: bool | Literal["sum"] = False,
 ) -> Any:
     """Sublayers one after the other, each with its hyper-connection (equation 3).
 
@@ -86,16 +84,20 @@ def stack(
         implementation: None, "fused" or "reference"; see `pre`.
         recompute: what the backward pass computes again; see `Recompute`.
         unroll: as for `jax.lax.scan`, whose steps are blocks, or stretches of several blocks.
+        has_aux: layers return `(y, aux)`, such as the loss of experts; aux is any pytree of arrays.
+            True: stacked over the blocks. "sum": the sum over all sublayers but those whose aux is
+            None.
 
     Returns:
-        The new streams `[..., n, C]`, or `Streams` where x is.
+        The new streams `[..., n, C]`, or `Streams` where x is. With has_aux `(streams, aux)`: one
+        aux for each of `layers`, with xs each `[num_blocks, ...]`; or the one sum.
 
     Raises:
         ValueError, TypeError: what `pre` raises; numbers of layers, parameters or blocks that
             differ; a stretch that does not fit; a layer that is no function of u (and of a slice of
             xs), or returns another shape or dtype.
     """
-    x_new, _ = _run(
+    x_new, aux, _ = _run(
         layers,
         x,
         params,
@@ -108,8 +110,9 @@ def stack(
         implementation=implementation,
         recompute=recompute,
         unroll=unroll,
+        has_aux=has_aux,
     )
-    return x_new
+    return (x_new, aux) if has_aux else x_new
 
 
 def stack_with_samples(
@@ -126,7 +129,8 @@ def stack_with_samples(
     implementation: Implementation = None,
     recompute: Recompute = NOTHING,
     unroll: int | bool = 1,
-) -> tuple[Any, Float[jax.Array, "L S n n"]]:
+    has_aux: bool | Literal["sum"] = False,
+) -> tuple[Any, ...]:
     """Runs `stack`, and returns h_res of some tokens of all sublayers, for `diagnostics`.
 
     Args:
@@ -142,11 +146,12 @@ def stack_with_samples(
         implementation: None, "fused" or "reference".
         recompute: what the backward pass computes again.
         unroll: as for `jax.lax.scan`.
+        has_aux: layers return `(y, aux)`.
 
     Returns:
-        The new streams, as `stack` returns them, and h_res `[L, S, n, n]` of all L sublayers in
-        their order, of S tokens, or all if there are fewer, as `diagnostics.sample_tokens`
-        chooses them.
+        What `stack` returns, `(streams, h_res)` or `(streams, aux, h_res)`, with h_res
+        `[L, S, n, n]` of all L sublayers in their order, of S tokens, or all if there are fewer,
+        as `diagnostics.sample_tokens` chooses them.
         `h_res[..., i, j]` is the weight of stream j in new stream i. It has no gradient.
 
     Raises:
@@ -155,7 +160,7 @@ def stack_with_samples(
     """
     op, remedy = "stack_with_samples", "Some 64 tokens tell enough of a batch."
     num_samples = _errors.integer(op, "sample_tokens", sample_tokens, 1, None, remedy)
-    x_new, h_res = _run(
+    x_new, aux, h_res = _run(
         layers,
         x,
         params,
@@ -168,9 +173,9 @@ def stack_with_samples(
         implementation=implementation,
         recompute=recompute,
         unroll=unroll,
+        has_aux=has_aux,
     )
-    assert h_res is not None
-    return x_new, h_res
+    return (x_new, aux, h_res) if has_aux else (x_new, h_res)
 
 
 def _run(
@@ -187,13 +192,19 @@ def _run(
     implementation: Implementation,
     recompute: Recompute,
     unroll: int | bool,
-) -> tuple[Before, jax.Array | None]:
-    """The new streams, and h_res of `num_samples` tokens; None for 0 of them."""
+    has_aux: bool | Literal["sum"],
+) -> tuple[Before, Any, Any]:
+    """The new streams, aux, and h_res of `num_samples` tokens, or None."""
     if not isinstance(x, Streams):
         x = _check.streams(_OP, "x", x)
     config = _check.config(_OP, config, x.dtype)
     layers, params, scales = checks.sublayers(
-        layers, params, norm_scale, x, has_slices=xs is not None
+        layers,
+        params,
+        norm_scale,
+        x,
+        has_slices=xs is not None,
+        has_aux=checks.has_aux(has_aux) is not False,
     )
     checks.recompute(recompute)
     unroll = checks.unroll(unroll, has_loop=xs is not None)
@@ -212,105 +223,40 @@ def _run(
     runner = Runner(x, options, axes, recompute.policy, defers, num_samples, of_slices)
 
     if xs is None:
-        after, h_res = _in_a_row(runner, x, layers, params, scales, recompute)
+        after, told = _in_a_row(runner, x, layers, params, scales, recompute)
     else:
-        n = x.shape[-2]
         num_blocks = checks.num_blocks(params, scales, xs)
-        every, num_together = checks.stretch(recompute.every, n, len(layers), num_blocks)
-        steps = Steps(num_blocks, num_together, unroll)
-        policy = recompute.policy
+        every, num_together = checks.stretch(recompute.every, x.shape[-2], len(layers), num_blocks)
         before = as_streams(x, hidden_axis_name=axes, implementation=implementation)
-        takes_own_scan = _takes_own_scan(layers, before, params, steps, every, implementation)
-        if not callable(policy) and takes_own_scan:
-            settings = Settings(config, eps, axes, implementation == "fused")
-            stretches = Stretches(every, num_together, policy == "streams")
-            after, h_res = _own_scan(
-                layers, before, params, scales, xs, settings, stretches, num_samples
-            )
-        else:
-            stacked = params, scales, xs
-            after, h_res = scan(runner, before, layers, stacked, steps, every)
+        steps = Steps(num_blocks, num_together, unroll)
+        with jax.named_scope("mhc_stack"):
+            after, told = run_blocks(runner, before, layers, (params, scales, xs), steps, every)
     # Without a sublayer there is no post.
     if isinstance(after, Streams) and not isinstance(x, Streams):
         after = after.array(implementation=implementation)
-    if num_samples and h_res is None:
+    aux, samples = told
+    if num_samples and samples is None:
         n = x.shape[-2]
-        h_res = jnp.zeros((0, num_samples, n, n), _check.accumulation_dtype(x.dtype))
-    return after, h_res
+        samples = jnp.zeros((0, num_samples, n, n), _check.accumulation_dtype(x.dtype))
+    if has_aux == "sum":
+        aux = checks.total(aux, of_blocks=xs is not None)
+    return after, aux if has_aux == "sum" else tuple(aux), samples
 
 
 def _in_a_row(
     runner: Runner,
     x: Before,
-    layers: tuple[Layer, ...],
+    layers: tuple[checks.CheckedLayer, ...],
     params: tuple[MHCParams, ...],
     scales: tuple[jax.Array | None, ...],
     recompute: Recompute,
-) -> tuple[Before, jax.Array | None]:
-    """The streams after the last sublayer, and samples of h_res."""
+) -> tuple[Before, Told]:
+    """The streams after the last sublayer, and what the sublayers told."""
     every = recompute.every
     if every == "auto":
         lengths = list(range(1, len(layers) + 1)) or [1]
         every = best_length(runner.x.shape[-2], len(layers), lengths)
     each = zip(layers, params, scales, strict=True)
     sublayers = [runner.sublayer(i, *of_one) for i, of_one in enumerate(each)]
-    after, samples = runner.run(x, sublayers, every)
-    return after, jnp.stack(samples) if samples else None
-
-
-def _takes_own_scan(
-    layers: tuple[Layer, ...],
-    before: Streams,
-    params: tuple[MHCParams, ...],
-    steps: Steps,
-    every: int,
-    implementation: Implementation,
-) -> bool:
-    """True if `own_scan` takes these sublayers.
-
-    Of a loop of one step nothing is left, and XLA could merge what is computed again with the
-    forward pass.
-    """
-    return (
-        len(layers) * steps.num_together > 1
-        and steps.num > (0 if every == 1 else 1)
-        and steps.unroll in (False, 1)
-        and steps.unroll is not True
-        and all(isinstance(p, MHCParams) for p in params)
-        and before.is_deferred
-        and use_fused(_OP, implementation, before.dtype)
-    )
-
-
-def _own_scan(
-    layers: tuple[Layer, ...],
-    x: Streams,
-    params: tuple[MHCParams, ...],
-    scales: tuple[jax.Array | None, ...],
-    xs: Tree,
-    settings: Settings,
-    stretches: Stretches,
-    num_samples: int,
-) -> tuple[Streams, jax.Array | None]:
-    config, eps, axes = settings.config, settings.norm_scale_eps, settings.hidden_axes
-    assert config is not None
-
-    def of_block(i: int, p: MHCParams, scale: jax.Array | None) -> Values:
-        phi, alpha, bias = _check.params(_OP, p, x, config, f"a slice of params[{i}]", axes)
-        of_slice = f"a slice of norm_scale[{i}]"
-        scale, _ = _check.norm_scale(_OP, scale, eps, x, of_slice, axes)
-        return present(phi=phi, alpha=alpha, bias=bias, norm_scale=scale)
-
-    with jax.named_scope("mhc_stack"):
-        return own_scan(
-            layers,
-            x,
-            [
-                jax.vmap(partial(of_block, i))(*of_all)
-                for i, of_all in enumerate(zip(params, scales, strict=True))
-            ],
-            xs,
-            settings=settings,
-            stretches=stretches,
-            num_samples=num_samples,
-        )
+    after, (aux, samples) = runner.run(x, sublayers, every)
+    return after, Told(aux, stacked_up(samples))
