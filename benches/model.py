@@ -85,13 +85,24 @@ class Model:
         return self.batch * self.length
 
 
+# The model at other widths, with fewer layers where they are larger.
+WIDTHS = {
+    1024: Model(hidden=1024, heads=16, mlp=2816, batch=16, length=1024),
+    2048: Model(),
+    4096: Model(layers=4, hidden=4096, heads=32, mlp=11008),
+    8192: Model(layers=2, hidden=8192, heads=64, mlp=22016, batch=2),
+}
+
 TINY = Model(
     layers=4, hidden=64, heads=2, mlp=176, batch=2, length=32, vocabulary=128, attention="xla"
 )
 
 
-def init(key: jax.Array, model: Model, streams: bool) -> dict[str, Any]:
-    """Parameters, those of the layers stacked; the same ones with and without streams."""
+def init(key: jax.Array, model: Model, connection: Connection) -> dict[str, Any]:
+    """Parameters, those of the layers stacked or, for a Python loop, in a list.
+
+    They are the same with all connections.
+    """
     keys = iter(jax.random.split(key, 10))
 
     def normal(*shape: int) -> jax.Array:
@@ -116,12 +127,21 @@ def init(key: jax.Array, model: Model, streams: bool) -> dict[str, Any]:
             },
         },
     }
-    if streams:
+    if has_streams(connection):
         make = functools.partial(mhc.init_params, streams=STREAMS, hidden=hidden)
         params["connections"] = {
             layer: jax.vmap(make)(jax.random.split(next(keys), num)) for layer in params["layers"]
         }
+    if connection in LOOPS:
+        for name in params.keys() & {"layers", "connections"}:
+            stacked = params[name]
+            params[name] = [jax.tree.map(operator.itemgetter(i), stacked) for i in range(num)]
     return params
+
+
+def kind(connection: Connection) -> tuple[bool, bool]:
+    """What tells the parameters of connections apart."""
+    return has_streams(connection), connection in LOOPS
 
 
 def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
@@ -152,13 +172,13 @@ def anywhere(array: jax.Array, name: str) -> jax.Array:
     return array
 
 
-def run_each(connection: Connection, body: Any, x: Any, slices: Any) -> Any:
-    """A body `(x, slice) -> (x, None)` for each layer, in a scan or in a Python loop."""
+def run_each(connection: Connection, body: Any, x: Any, *of_layers: Any) -> Any:
+    """A body `(x, of layer) -> (x, None)` for each layer, in a scan or in a Python loop."""
     if connection not in LOOPS:
         scan = mhc.scan if connection == "mhc-scan" else jax.lax.scan
-        return scan(body, x, slices)[0]
-    for i in range(len(jax.tree.leaves(slices)[0])):
-        x, _ = body(x, jax.tree.map(operator.itemgetter(i), slices))
+        return scan(body, x, of_layers)[0]
+    for of_layer in zip(*of_layers, strict=True):
+        x, _ = body(x, of_layer)
     return x
 
 
@@ -178,7 +198,8 @@ def run_layers(
         x = place(x, "hidden")
 
         @again
-        def residual(x: jax.Array, params: Any) -> Any:
+        def residual(x: jax.Array, of_layer: Any) -> Any:
+            (params,) = of_layer
             for name, layer in layers.items():
                 x = x + layer(x, params[name])
             return x, None
@@ -230,7 +251,7 @@ def run_layers(
 
     if connection in CARRIED:
         x = mhc.as_streams(x, implementation="fused")
-    x = run_each(connection, streams, x, (params["layers"], params["connections"]))
+    x = run_each(connection, streams, x, params["layers"], params["connections"])
     return mhc.reduce(x), ()
 
 

@@ -26,14 +26,26 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import common
 import jax
 import optax
 import tyro
 from common import STREAMS
-from model import FUSED, LABELS, TINY, Connection, Model, anywhere, has_streams, init, loss
+from model import (
+    FUSED,
+    LABELS,
+    TINY,
+    WIDTHS,
+    Connection,
+    Model,
+    anywhere,
+    has_streams,
+    init,
+    kind,
+    loss,
+)
 from tabulate import tabulate
 
 WARM_UP = 3
@@ -59,6 +71,10 @@ class Options:
     """Folder for the records, each in <gpu>/; by default benches/results, and none if tiny."""
     commit: str | None = None
     """Commit to name in the record where there is no repository."""
+    hidden: Literal[1024, 2048, 4096, 8192] = 2048
+    """Width of the model, C; wider ones have fewer layers."""
+    layers: int | None = None
+    """Layers of the model, if not those of the width."""
     tiny: bool = False
     """A tiny model on the CPU that tries every path; its times mean nothing."""
 
@@ -77,7 +93,10 @@ class Options:
             raise SystemExit("expected a git repository, got none; give --commit")
 
     def models(self) -> list[Model]:
-        return [TINY if self.tiny else Model()]
+        if self.tiny:
+            return [TINY]
+        model = WIDTHS[self.hidden]
+        return [dataclasses.replace(model, layers=self.layers or model.layers)]
 
 
 # ---- the step -----------------------------------------------------------------------------------
@@ -92,8 +111,8 @@ class Steps:
         default_factory=lambda: optax.adamw(3e-4)
     )
 
-    def state(self, streams: bool) -> Any:
-        params = init(jax.random.key(0), self.model, streams)
+    def state(self, connection: Connection) -> Any:
+        params = init(jax.random.key(0), self.model, connection)
         return params, self.optimizer.init(params)
 
     def tokens(self) -> jax.Array:
@@ -119,7 +138,7 @@ class Steps:
             SystemExit: the program holds custom calls where it should not, or none where it should.
         """
         step = self.step(connection)
-        state = jax.eval_shape(functools.partial(self.state, has_streams(connection)))
+        state = jax.eval_shape(functools.partial(self.state, connection))
         start = time.perf_counter()
         tokens = jax.eval_shape(self.tokens)
         program = jax.jit(step, donate_argnums=0).lower(state, tokens).compile()
@@ -145,7 +164,7 @@ def run(steps: Steps, options: Options) -> list[dict[str, Any]]:
     new_state = jax.jit(steps.state, static_argnums=0)
     rows: dict[Connection, dict[str, Any]] = {}
     for name, (program, seconds) in compiled.items():
-        state, losses = new_state(has_streams(name)), []
+        state, losses = new_state(name), []
         for _ in range(WARM_UP):
             state, value = program(state, tokens)
             losses.append(float(value[0]))
@@ -162,14 +181,13 @@ def run(steps: Steps, options: Options) -> list[dict[str, Any]]:
 
     # The connections with streams share a state: it makes no difference whose step comes next. Of
     # large models there is memory for one state alone.
-    states: dict[bool, Any] = {}
+    states: dict[tuple[bool, bool], Any] = {}
 
     def take_state(name: Connection) -> Any:
-        streams = has_streams(name)
-        if streams not in states:
+        if kind(name) not in states:
             states.clear()
-            states[streams] = new_state(streams)
-        return jax.block_until_ready(states.pop(streams))
+            states[kind(name)] = new_state(name)
+        return jax.block_until_ready(states.pop(kind(name)))
 
     rounds = min(5, options.steps)
     for _ in range(rounds):
@@ -181,7 +199,7 @@ def run(steps: Steps, options: Options) -> list[dict[str, Any]]:
             jax.block_until_ready((state, value))
             milliseconds = (time.perf_counter() - start) * 1e3 / (options.steps // rounds)
             rows[name]["round_ms"].append(milliseconds)
-            states[has_streams(name)] = state
+            states[kind(name)] = state
             del state
         latest = (f"{name} {row['round_ms'][-1]:.1f}" for name, row in rows.items())
         print("ms a step: " + ", ".join(latest), flush=True)
@@ -189,7 +207,7 @@ def run(steps: Steps, options: Options) -> list[dict[str, Any]]:
     for name, (program, _) in compiled.items():
 
         def step(name: Connection = name, program: Any = program) -> Any:
-            states[has_streams(name)], value = program(take_state(name), tokens)
+            states[kind(name)], value = program(take_state(name), tokens)
             return value
 
         rows[name]["kernels"] = common.kernel_times(step, calls=1)
@@ -280,7 +298,8 @@ def record(
         of_model = run(Steps(model), options)
         complaints += wrong_losses(of_model)
         shapes = jax.eval_shape(
-            functools.partial(init, model=model, streams=False), jax.random.key(0)
+            functools.partial(init, model=model, connection=options.connections[0]),
+            jax.random.key(0),
         )
         parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
         rows += [{"layers": model.layers, "parameters": parameters, **row} for row in of_model]
