@@ -46,8 +46,8 @@ def param_labels(params: Tree) -> Tree:
 
     - phi, alpha and bias in one dict, with the shapes of a connection (stacked over blocks on any
       axis), and norm_scale beside them;
-    - where coefficients are static, a bias of a possible K in a dict that has no other arrays than
-      norm_scale. Another module's bias can look like that; it gets the label "bias" too.
+    - where coefficients are static, a bias of a possible K in a dict that has nothing else but
+      norm_scale and layer. Another module's bias can look like that; it gets the label "bias" too.
 
     A dict of which a filter left a part may be judged otherwise: label first, then filter. Names
     that are joined, such as "block.phi", are not taken apart.
