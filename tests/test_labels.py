@@ -179,6 +179,12 @@ def test_other_dicts_are_told_apart(shapes):
     assert mhc.param_labels(params) == dict.fromkeys(shapes, "other")
 
 
+def test_modules_with_the_names_of_parameters_are_told_apart():
+    modules = {name: {"kernel": jnp.ones((3, 24))} for name in ("phi", "alpha", "bias")}
+    for params in (modules, {"bias": modules["bias"]}, {"bias": {"bias": jnp.ones(C)}}):
+        assert set(jax.tree.leaves(mhc.param_labels(params))) == {"other"}
+
+
 def test_a_lone_bias_of_a_possible_size_counts_as_static():
     assert mhc.param_labels({"bias": jnp.ones(24)}) == {"bias": "bias"}
 

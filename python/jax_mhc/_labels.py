@@ -104,9 +104,9 @@ def _is_connection(node: object) -> bool:
 
 
 def _is_dynamic(phi: _Shape, alpha: _Shape, bias: _Shape) -> bool:
-    """True of `[nC, K]`, `[3]` or `[1]`, and `[K]`, with one more axis where they are stacked.
+    """True of `[nC, K]`, `[3]` or `[1]`, and `[K]`, with further axes where they are stacked.
 
-    It says nothing against what has no shape, such as an array that Optax has masked.
+    What has no shape, such as an array that Optax has masked, speaks for neither.
     """
     if phi is None or alpha is None or bias is None:
         return True
@@ -122,9 +122,11 @@ def _is_static(bias: _Shape) -> bool:
 
 
 def _shape(child: object) -> _Shape:
-    """The shape of an array, boxed or not."""
+    """The shape of an array, boxed or not; none where it is masked, and () of a module."""
     leaves = jax.tree.leaves(child)
-    return tuple(leaves[0].shape) if len(leaves) == 1 and hasattr(leaves[0], "shape") else None
+    if isinstance(child, Mapping) or len(leaves) > 1:
+        return ()
+    return tuple(leaves[0].shape) if leaves and hasattr(leaves[0], "shape") else None
 
 
 def _is_array(leaf: object) -> bool:
