@@ -310,6 +310,7 @@ BAD += [
         "remat_policy", functools.partial(mhc.remat_policy, streams=N, hidden=C),
         recompute=[*CHOICE, None], streams=STREAMS, hidden=WIDTH, layers=POLICY,
     ),
+    *rows("param_labels", mhc.param_labels, params=[None, "a", MHCConfig, jnp.tanh, {"a": "b"}]),
     # Conversion.
     *rows("convert.from_deepseek_v4", deepseek, fn=WEIGHT, base=STATIC_PART, scale=GATES),
     *rows("convert.from_megatron", megatron, weight=WEIGHT, bias=STATIC_PART, alpha=GATES),

@@ -538,6 +538,7 @@ ERRORS += [
         nnx_stack("a", a=module(Counter())),
         ValueError, "flax.nnx.stack", "blocks.a.layer.count", "a Variable that does",
     ),
+    (lambda: mhc.param_labels("model"), TypeError, "param_labels", "params", "'model' (str)"),
     # Streams that carry a post.
     (lambda: mhc.Streams(X), TypeError, "Streams", "Streams(...)", "a call of the class"),
     (lambda: mhc.as_streams(X) + 1, TypeError, "Streams", "x + y", "Streams(float32[5, 2, 3])"),

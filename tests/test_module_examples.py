@@ -1,5 +1,6 @@
 """The examples of examples/modules, and what it takes to convert a model."""
 
+import collections
 import difflib
 import re
 import runpy
@@ -10,18 +11,26 @@ from flax import nnx
 from hlo import custom_calls
 from test_examples import EXAMPLES
 
+import jax_mhc as mhc
+
 MODULES = EXAMPLES / "modules"
 pytestmark = pytest.mark.usefixtures("default_dtypes")
 
 
 @pytest.mark.parametrize("name", ["flax_nnx", "flax_linen", "equinox_module", "maxtext_decoder"])
 def test_one_step_lowers_the_loss(name, capsys):
-    runpy.run_path(str(MODULES / f"{name}.py"), run_name="__main__")
+    names = runpy.run_path(str(MODULES / f"{name}.py"), run_name="__main__")
     first, second, *balance = map(float, re.findall(r"\d\.\d+", capsys.readouterr().out))
     if name == "maxtext_decoder":
         # Every other number is what the experts add to the loss.
         first_balance, second, second_balance = second, *balance
         assert 0.01 <= first_balance < first and 0.01 <= second_balance < second
+    else:
+        params = names.get("params", names["model"])
+        labels = collections.Counter(jax.tree.leaves(mhc.param_labels(params)))
+        # Two sublayers with norms, and a head; the layers have biases too.
+        assert labels.pop("other") >= 12
+        assert labels == {"projection": 3, "gate": 3, "bias": 3, "norm": 2}
     assert second < first - 0.1
 
 

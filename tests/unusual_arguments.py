@@ -152,6 +152,10 @@ GOOD = {
         ),
         lambda: mhc.Recompute(policy=mhc.remat_policy(streams=np.int64(N), hidden=C)),
     ],
+    "labels": [
+        lambda params=params: mhc.param_labels(params)
+        for params in ({}, (), [None, 1.0], PARAMS, np.float32(1), {("a", "b"): X}, {1: STATIC})
+    ],
     "convert": [
         *(
             lambda dtype=dtype: convert.to_deepseek_v4(deepseek(zeros(K, N * C, dtype=dtype)))

@@ -25,7 +25,7 @@ from .settings import CONNECTIONS, Connection, Settings, fail
 
 
 def make_optimizer(model: GPT, settings: Settings) -> nnx.Optimizer:
-    """AdamW with clipping; of the parameters only the blocks' matrices decay."""
+    """AdamW with clipping; of the parameters the blocks' matrices and projections decay."""
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=settings.learning_rate,
@@ -35,7 +35,10 @@ def make_optimizer(model: GPT, settings: Settings) -> nnx.Optimizer:
     )
 
     def decays(params):
-        return jax.tree.map(lambda p: p.ndim == 3, params)  # stacked matrices
+        def decays(label, p):
+            return label == "projection" or (label == "other" and p.ndim == 3)  # stacked matrices
+
+        return jax.tree.map(decays, mhc.param_labels(params), params)
 
     adamw = optax.adamw(schedule, b2=0.95, weight_decay=0.1, mask=decays)
     return nnx.Optimizer(model, optax.chain(optax.clip_by_global_norm(1.0), adamw), wrt=nnx.Param)

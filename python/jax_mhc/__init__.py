@@ -18,6 +18,7 @@ these names, have modules that own the parameters.
 from jax_mhc import convert, diagnostics, presets, reference
 from jax_mhc._call import library as _library
 from jax_mhc._init import init_head, init_params
+from jax_mhc._labels import param_labels
 from jax_mhc._ops.head import head
 from jax_mhc._ops.post import post
 from jax_mhc._ops.post_pre import post_pre
@@ -46,6 +47,7 @@ __all__ = [
     "init_head",
     "init_params",
     "mhc_residual",
+    "param_labels",
     "post",
     "post_pre",
     "pre",

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 import jax_mhc
-from jax_mhc import _check, _errors, _module
+from jax_mhc import _check, _errors, _labels, _module
 from jax_mhc._call.dispatch import Implementation
 from jax_mhc._ops.streams import Streams
 from jax_mhc._types import HeadParams, Layer, MHCConfig, MHCParams
@@ -32,6 +32,7 @@ import equinox as eqx  # noqa: E402 - where it is missing, the line above says s
 __all__ = ["MHC", "Head"]
 
 
+@_labels.connection
 class MHC(eqx.Module):
     """A layer and its manifold-constrained hyper-connection (equation 3).
 
@@ -150,6 +151,7 @@ class MHC(eqx.Module):
         return out
 
 
+@_labels.connection
 class Head(eqx.Module):
     """Leaves the streams by a learned weighted mean, `[..., n, C]` -> `[..., C]`.
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import jax_mhc
-from jax_mhc import _check, _errors, _module
+from jax_mhc import _check, _errors, _labels, _module
 from jax_mhc._call.dispatch import Implementation
 from jax_mhc._ops.streams import Streams
 from jax_mhc._types import HeadParams, Layer, MHCConfig, MHCParams
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["MHC", "Head", "stack", "stack_with_samples"]
 
 
+@_labels.connection
 class MHC(nnx.Module):
     """A layer and its manifold-constrained hyper-connection (equation 3).
 
@@ -137,6 +138,7 @@ class MHC(nnx.Module):
         return out
 
 
+@_labels.connection
 class Head(nnx.Module):
     """Leaves the streams by a learned weighted mean, `[..., n, C]` -> `[..., C]`.
 
