@@ -47,6 +47,14 @@ def sublayer(layer, **options):
     return mhc.mhc_residual(layer, X, PARAMS, **options)
 
 
+def residual_of_reference(x):
+    """Plain JAX over streams that are made for the fused ops."""
+    options = {"implementation": "reference"}
+    return jnp.sum(
+        mhc.mhc_residual(jnp.tanh, mhc.as_streams(x), PARAMS, **options).array(**options)
+    )
+
+
 def stack(layers=(jnp.tanh,), params=(PARAMS,), **options):
     return lambda: mhc.stack(layers, X, params, **options)
 
@@ -581,6 +589,16 @@ ERRORS += [
     (
         lambda: jax.jvp(lambda x: pre(mhc.as_streams(x), implementation="reference")(), (X,), (X,)),
         TypeError, "as_streams", "derivative", "forward mode (jax.jvp, jax.jacfwd, jax.linearize)",
+    ),
+    *(
+        (
+            lambda of_gradient=of_gradient: of_gradient(jax.grad(residual_of_reference))(X),
+            TypeError, "as_streams", "derivative", "a derivative of the derivative",
+        )
+        for of_gradient in (
+            lambda gradient: jax.grad(lambda x: jnp.sum(gradient(x) ** 2)),
+            lambda gradient: lambda x: jax.jvp(gradient, (x,), (x,)),
+        )
     ),
     # Optional dependencies.
     (lambda: _errors.require("op", "no_such", "some"), ImportError, "op", "no_such", "none"),

@@ -20,7 +20,7 @@ from jax_mhc._types import Context
 
 # Raised under conditions that the tests below make.
 CONDITIONAL = {
-    "refuse_fused": 2, "_second_order": 1, "_checked": 1,
+    "refuse_fused": 2, "_checked": 1,
     # On meshes: test_mesh.py.
     "use_fused": 1, "check_streams": 1, "_fail_to_agree": 1,
 }  # fmt: skip
