@@ -83,7 +83,7 @@ def shape(op: str, argument: str, value: object) -> tuple[int, ...]:
 def key(op: str, argument: str, value: object) -> None:
     """Checks one random key, of either of JAX's kinds."""
     key, got = None, _errors.typed(value)
-    if isinstance(value, jax.Array | np.ndarray) or hasattr(value, "__jax_array__"):
+    if isinstance(value, jax.Array | np.ndarray) or hasattr(type(value), "__jax_array__"):
         key = array(op, argument, value)
         got = f"{key.dtype.name}{list(key.shape)}"
         if key.dtype == np.uint32:  # the older kind
