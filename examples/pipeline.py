@@ -6,7 +6,8 @@ Every device of the mesh axis `stage` has some of the blocks and works on one mi
 what it has computed goes on to the next stage. That are the streams, n·C numbers a token in
 bfloat16, and backward their cotangent: n times what a plain residual model sends. There is nothing
 smaller to send: the streams after a stage follow from those before its last sublayer and what that
-returns, which is more; so each boundary is crossed once, by the streams alone, not by a context.
+returns, which is more. That is what `mhc.Streams` hold, with which a stage works, so it takes an
+array, and each boundary is crossed once, by `x.array()` alone.
 
 With --overlap, which is the default, a stage does not wait for what the stage before it has just
 computed. That is on its way for a tick, in which both compute other micro-batches:
@@ -148,7 +149,9 @@ def run_blocks(x: jax.Array, blocks: Any, s: Settings) -> jax.Array:
     """All blocks that are there, in a scan."""
     layers = [functools.partial(attention, s=s), mlp]
     if s.connection == "mhc":
-        return mhc.stack(layers, x, blocks["connections"], xs=blocks)
+        # Streams hold more than their array, which alone goes to the next stage.
+        streams = mhc.stack(layers, mhc.as_streams(x), blocks["connections"], xs=blocks)
+        return streams.array()
 
     def block(x: jax.Array, weights: Any) -> tuple[jax.Array, None]:
         for layer in layers:

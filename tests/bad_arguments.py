@@ -54,6 +54,7 @@ X, Y, Z, H = zeros(5, N, C), zeros(5, C), zeros(5, N, N), zeros(5, N)
 PARAMS, STATIC = params_of(), params_of(static=True)
 HEAD = HeadParams(zeros(N * C, N), zeros(1), zeros(N))
 CTX = Context(X, H, H, Z)
+STREAMED = mhc.as_streams(jnp.asarray(X))
 GAIN = diagnostics.Gain(1 + H, 1 + H)
 
 
@@ -90,6 +91,7 @@ TOO_LARGE = [
 ]
 RANDOM_KEY = [None, 0, "key", [0, 0], jnp.ones(2), jax.random.split(KEY, 3), np.uint32(0)]
 RANDOM_KEY += [jax.random.PRNGKey(0)[None], np.zeros(3, np.uint32), np.array([None]), Traced(0)]
+RANDOM_KEY += [STREAMED]
 PARAMETER_DTYPE = [None, "foo", "", "f4,(", 5, object(), int, complex, jnp.bfloat16, "float16", {}]
 AXIS = [3, "a", "", ["a", "a"], ("a", 3), {"a"}, X, True]
 POLICY = [3, jnp.tanh, lambda primitive: True, X, "dots", []]
@@ -98,15 +100,18 @@ GAINS = [None, 3.0, H, (H, H), {}, {"a": H}]
 BAND = [3, "ab", (2, 1), (0, 1), (1,), (1, 2, 3), (1, np.nan), (1, 10**400), ("a", "b")]
 
 HIDDEN = [*ARRAY, *(zeros(5, C, dtype=d) for d in DTYPES), zeros(), zeros(5, 0), deleted(5, C)]
+HIDDEN += [STREAMED]
 X_BAD = [*ARRAY, *(zeros(5, N, C, dtype=d) for d in DTYPES), deleted(5, N, C)]
 X_BAD += [zeros(C), zeros(5, 17, C), zeros(5, 0, C), zeros(5, N, 0), jax.random.split(KEY, (N, C))]
 LAYER_OUTPUT = [*ARRAY, Y.astype(jnp.bfloat16), Y.astype(jnp.int32), Y[0], Y[:4], X, deleted(5, C)]
+LAYER_OUTPUT += [STREAMED]
 SCALE = [3.0, True, [1.0] * C, zeros(N), zeros(1, C), zeros(C, dtype=jnp.bfloat16), np.array(["a"])]
+SCALE += [STREAMED]
 MATRICES = [*ARRAY, *(zeros(5, N, N, dtype=d) for d in DTYPES), Z.astype(jnp.bfloat16)]
-MATRICES += [zeros(N), zeros(N, 3), zeros(17, 17), zeros(0, 0), deleted(N, N)]
+MATRICES += [zeros(N), zeros(N, 3), zeros(17, 17), zeros(0, 0), deleted(N, N), STREAMED]
 
 MHC_PARAMS = [
-    None, {}, (PARAMS.phi, PARAMS.alpha, PARAMS.bias), PARAMS.phi, HEAD, stacked(PARAMS),
+    None, {}, (PARAMS.phi, PARAMS.alpha, PARAMS.bias), PARAMS.phi, HEAD, stacked(PARAMS), STREAMED,
     params_of(c=16), params_of(n=2, c=16), with_(STATIC, alpha=PARAMS.alpha),
     *(params_of(config=CONFIGS[name]) for name in ("identity", "permutations")),
     *(with_(PARAMS, phi=phi) for phi in (None, 3.0, PARAMS.phi.T, PARAMS.phi[None], zeros(32, 25))),
@@ -120,7 +125,7 @@ HEAD_PARAMS = [
     with_(HEAD, bias=zeros(N, dtype=jnp.float16)), with_(HEAD, bias=[0.0] * N),
 ]  # fmt: skip
 CONTEXT = [
-    None, {}, X, tuple(vars(CTX).values()), PARAMS,
+    None, {}, X, STREAMED, tuple(vars(CTX).values()), PARAMS,
     *(with_(CTX, x=x) for x in (None, X[:4], X.astype(jnp.int32), X.astype(jnp.float64))),
     *(with_(CTX, h_pre=h) for h in (None, H[0])),
     *(with_(CTX, h_post=h) for h in (None, H[..., None], H.astype(jnp.bfloat16), deleted(5, N))),
@@ -424,6 +429,20 @@ for op, head in (("flax.nnx.Head", nnx_head), ("head", linen_head), ("equinox.He
 for module, head in ((nnx_module, nnx_head), (eqx_module, eqx_head)):
     named = {"hidden": WIDTH, "streams": STREAMS, "config": [*CONFIG, *TOO_LARGE]}
     BAD += [*rows("init_params", module, **named), *rows("init_head", head, **named)]
+# Streams of another n, width and dtype than the parameters.
+OTHER_SHAPES = [mhc.as_streams(jnp.asarray(x)) for x in (X[:, :3], X[..., :4])]
+OTHERS = [*OTHER_SHAPES, mhc.as_streams(jnp.asarray(X, jnp.float64))]
+BAD += [
+    ("pre", "params", OTHERS, functools.partial(mhc.pre, params=PARAMS)),
+    ("pre", "params", OTHERS, lambda x: sublayer(x=x)),
+    ("head", "params", OTHERS, functools.partial(mhc.head, params=HEAD)),
+    ("stack", "params[0]", OTHERS, lambda x: stack(x=x)),
+    ("stack", "a slice of params[0]", OTHER_SHAPES, lambda x: scan(x=x)),
+    ("flax.nnx.MHC", "x", OTHER_SHAPES, lambda x: nnx_module()(x)),
+    ("flax.linen.MHC", "x", OTHER_SHAPES, lambda x: linen_module(x=x)),
+    ("equinox.MHC", "x", OTHER_SHAPES, lambda x: eqx_module()(x)),
+    ("flax.nnx.Head", "x", OTHER_SHAPES, lambda x: nnx_head()(x)),
+]
 RNGS = [None, 0, KEY, "a", nnx.Rngs(dropout=0), nnx.RngStream]
 BAD += [
     *rows("flax.nnx.MHC", nnx_module, rngs=RNGS),

@@ -7,6 +7,7 @@ from flax import nnx
 
 import jax_mhc as mhc
 from jax_mhc import MHCConfig, _errors
+from jax_mhc._errors import shown
 from jax_mhc._types import Context
 from jax_mhc.flax import nnx as mhc_nnx
 
@@ -19,6 +20,7 @@ X = jnp.ones((5, N, C), jnp.float32)
 Y = jnp.ones((5, C), jnp.float32)
 Z = jnp.ones((5, N, N), jnp.float32)
 H = jnp.ones((5, N), jnp.float32)
+STREAMS = mhc.as_streams(X)
 CTX = Context(x=X, h_pre=H, h_post=H, h_res=Z)
 
 
@@ -43,6 +45,14 @@ def deepseek(fn=(8, 6), base=(8,), scale=(3,), dtype=jnp.float32):
 
 def sublayer(layer, **options):
     return mhc.mhc_residual(layer, X, PARAMS, **options)
+
+
+def residual_of_reference(x):
+    """Plain JAX over streams that are made for the fused ops."""
+    options = {"implementation": "reference"}
+    return jnp.sum(
+        mhc.mhc_residual(jnp.tanh, mhc.as_streams(x), PARAMS, **options).array(**options)
+    )
 
 
 def stack(layers=(jnp.tanh,), params=(PARAMS,), **options):
@@ -541,12 +551,55 @@ ERRORS += [
     (lambda: mhc.param_labels("model"), TypeError, "param_labels", "params", "'model' (str)"),
     # Streams that carry a post.
     (lambda: mhc.Streams(X), TypeError, "Streams", "Streams(...)", "a call of the class"),
-    (lambda: mhc.as_streams(X) + 1, TypeError, "Streams", "x + y", "Streams(float32[5, 2, 3])"),
-    (lambda: mhc.as_streams(X)[0, 0], ValueError, "Streams", "index", "(0, 0) (tuple)"),
+    (lambda: STREAMS + 1, TypeError, "Streams", "x + y", shown(STREAMS)),
+    (lambda: X @ STREAMS, TypeError, "Streams", "operand", shown(STREAMS)),
+    (lambda: -STREAMS, TypeError, "Streams", "-x", shown(STREAMS)),
+    (lambda: STREAMS == STREAMS, TypeError, "Streams", "x == y", shown(STREAMS)),  # noqa: PLR0124
+    # Without an error of its own, this would be an endless loop.
+    (lambda: list(STREAMS), TypeError, "Streams", "iter(x)", shown(STREAMS)),
+    (lambda: bool(STREAMS), TypeError, "Streams", "bool(x)", shown(STREAMS)),
+    (lambda: STREAMS.mean(-2), AttributeError, "Streams", "x.mean", shown(STREAMS)),
+    (lambda: STREAMS[0, 0], ValueError, "Streams", "index", "(0, 0) (tuple)"),
+    (lambda: STREAMS.reshape(7), ValueError, "Streams.reshape", "tokens", "(7,) (tuple)"),
     (
-        lambda: mhc.as_streams(X).map_tokens(lambda part: part[..., :1]),
+        lambda: STREAMS.map_tokens(lambda part: part[..., :1]),
         ValueError, "Streams.map_tokens", "function",
-        "parts [[5, 2, 1], [5, 1], [5, 1], [5, 1], [5, 2, 1]]",
+        "parts float32[5, 2, 1], float32[5, 1], float32[5, 1], float32[5, 1], float32[5, 2, 1]",
+    ),
+    (
+        lambda: STREAMS.map_tokens(lambda part: None),
+        TypeError, "Streams.map_tokens", "function",
+        f"parts {', '.join(5 * ['None (NoneType)'])}",
+    ),
+    (
+        lambda: jax.tree.map(lambda part: part[..., :1], STREAMS).array(),
+        ValueError, "Streams", "parts",
+        "parts float32[5, 2, 1], float32[5, 1], float32[5, 1], float32[5, 1], float32[5, 2, 1]",
+    ),
+    # Streams of another n or width, and streams where there are none.
+    (pre(STREAMS, with_(PARAMS, phi=zeros(4, 8))), ValueError, "pre", "params.phi", "[4, 8]"),
+    (
+        lambda: sublayer(lambda u: mhc.expand(u, streams=N)),
+        TypeError, "mhc_residual", "layer's result", shown(STREAMS),
+    ),
+    (lambda: mhc.expand(STREAMS, streams=N), TypeError, "expand", "u", shown(STREAMS)),
+    (
+        lambda: mhc_nnx.MHC(jnp.tanh, C, streams=4, rngs=nnx.Rngs(0))(STREAMS),
+        ValueError, "flax.nnx.MHC", "x", "[5, 2, 3]",
+    ),
+    (
+        lambda: jax.jvp(lambda x: pre(mhc.as_streams(x), implementation="reference")(), (X,), (X,)),
+        TypeError, "as_streams", "derivative", "forward mode (jax.jvp, jax.jacfwd, jax.linearize)",
+    ),
+    *(
+        (
+            lambda of_gradient=of_gradient: of_gradient(jax.grad(residual_of_reference))(X),
+            TypeError, "as_streams", "derivative", "a derivative of the derivative",
+        )
+        for of_gradient in (
+            lambda gradient: jax.grad(lambda x: jnp.sum(gradient(x) ** 2)),
+            lambda gradient: lambda x: jax.jvp(gradient, (x,), (x,)),
+        )
     ),
     # Optional dependencies.
     (lambda: _errors.require("op", "no_such", "some"), ImportError, "op", "no_such", "none"),

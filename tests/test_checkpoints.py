@@ -35,7 +35,11 @@ def eqx_arrays():
     return eqx.filter(module, eqx.is_array)
 
 
-TREES = [params, nnx_state, linen_variables, eqx_arrays]
+def carried_streams():
+    return mhc.as_streams(streams(1))
+
+
+TREES = [params, nnx_state, linen_variables, eqx_arrays, carried_streams]
 
 
 def assert_same(got, tree, other):

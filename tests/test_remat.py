@@ -27,7 +27,7 @@ def operands(dtype=jnp.float32):
     return jax.random.normal(keys[2], (T, N, C), dtype), weights, params
 
 
-def model(policy, x, weights, params, implementation="fused"):
+def model(policy, x, weights, params, implementation="fused", start=lambda x: x):
     """Blocks of mhc_residual in a scan; a block is one jax.checkpoint where there is a policy."""
 
     def block(x, slices):
@@ -38,7 +38,8 @@ def model(policy, x, weights, params, implementation="fused"):
 
     if policy is not None:
         block = jax.checkpoint(block, policy=policy, prevent_cse=False)
-    return jnp.sum(jnp.sin(jax.lax.scan(block, x, (weights, params))[0]))
+    x, _ = jax.lax.scan(block, start(x), (weights, params))
+    return jnp.sum(jnp.sin(x.array() if isinstance(x, mhc.Streams) else x))
 
 
 def gradient(policy, implementation="fused"):
@@ -64,11 +65,13 @@ def test_gradients_are_the_same_and_no_layer_runs_again(recompute, implementatio
         assert after - before == wanted
 
 
+@pytest.mark.parametrize("start", [lambda x: x, mhc.as_streams], ids=["array", "Streams"])
 @pytest.mark.parametrize("recompute, streams, states", [("streams", 1, 6), ("mhc", 1, 4)])
-def test_what_a_block_keeps(recompute, streams, states):
+def test_what_a_block_keeps(recompute, streams, states, start):
     """Of each sublayer u, y and a cosine; the streams before each sublayer or block."""
     policy = mhc.remat_policy(recompute, streams=N, hidden=C)
-    kept = collections.Counter(residuals(functools.partial(model, policy), *operands()))
+    run = functools.partial(model, policy, start=start)
+    kept = collections.Counter(residuals(run, *operands()))
     assert (kept[BLOCKS * T * N * C], kept[BLOCKS * T * C]) == (streams, states)
 
 

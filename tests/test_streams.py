@@ -3,6 +3,7 @@
 import functools
 import itertools
 import operator
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -154,7 +155,15 @@ def test_a_batch_of_streams():
     assert_close(gradients, jnp.stack(expected))
 
 
-@pytest.mark.parametrize("policy", [None, jax.checkpoint_policies.dots_saveable])
+POLICIES = {
+    "nothing": None,
+    "products": jax.checkpoint_policies.dots_saveable,
+    "names": jax.checkpoint_policies.save_only_these_names("mhc_layer_output"),
+    "all but mHC": mhc.remat_policy("mhc", streams=N, hidden=C),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 def test_recomputed_sublayers(policy):
     x, ws, params = operands()
 
@@ -178,10 +187,61 @@ def test_loops_and_branches_keep_the_structure():
     streams = mhc.as_streams(x)
     repeated = jax.lax.fori_loop(0, 2, lambda _, x: step(x), streams)
     assert_close(repeated.array(), step(step(x)))
+    until = jax.lax.while_loop(lambda s: s[0] < 2, lambda s: (s[0] + 1, step(s[1])), (0, streams))
+    assert_close(until[1].array(), step(step(x)))
     chosen = jax.lax.cond(jnp.bool_(True), step, lambda x: x, streams)
     assert_close(chosen.array(), step(x))
     copied = jax.tree.map(lambda leaf: leaf, streams)
     assert jax.tree.structure(step(streams)) == jax.tree.structure(copied)
+
+
+def test_a_carry_stays_what_it_is():
+    """The words of JAX's own errors, which name the types and the two kinds of Streams."""
+    x = operands(dtype=jnp.float32)[0]
+    plain = as_plain(x)
+    kinds = "made for implementation='reference' but .* made for the fused ops"
+    for start, step, said in [
+        (x, mhc.as_streams, "carry x is a .*Array'> but .* is a .*Streams'>"),
+        (plain, lambda x: x.array(), "carry x is a .*Streams'> but .* is a .*Array'>"),
+        (plain, lambda x: mhc.as_streams(x.array()), kinds),
+    ]:
+        with pytest.raises(TypeError, match=said):
+            jax.lax.scan(lambda x, _, step=step: (step(x), None), start, None, length=2)
+
+
+def test_donated_streams():
+    x, ws, params = operands(dtype=jnp.float32)
+    w, p = jax.tree.map(lambda leaf: leaf[0], (ws, params))
+    run = functools.partial(mhc.mhc_residual, functools.partial(layer, w), params=p)
+    step = jax.jit(run, donate_argnums=0)
+    streams = mhc.as_streams(x + 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as that some buffers are not usable
+        new = step(step(streams))
+    assert_close(new.array(), run(run(x)))
+    kept = [path for path, part in jax.tree.leaves_with_path(streams) if not part.is_deleted()]
+    assert jax.tree_util.keystr(*kept) == ".h_pre"  # which no sublayer reads
+    with pytest.raises(ValueError, match="a deleted one"):
+        streams.array()
+
+
+@pytest.mark.parametrize("start", [mhc.as_streams, as_plain])
+@pytest.mark.parametrize("constraint, static", [("none", False), ("birkhoff", True)])
+def test_norms_and_static_coefficients(start, constraint, static):
+    config = mhc.MHCConfig(constraint=constraint)
+    init = functools.partial(mhc.init_params, KEY, streams=N, hidden=C, dtype=DTYPE)
+    params = jax.tree.map(shifted, init(config=config, static=static))
+    x, scale = operands()[0], shifted(jnp.ones(C, DTYPE))
+
+    def loss(start, x, params, scale):
+        x = start(x)
+        for _ in range(2):
+            x = mhc.mhc_residual(jnp.sin, x, params, config=config, norm_scale=scale)
+        x = x.array() if isinstance(x, mhc.Streams) else x
+        return jnp.sum(x * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape))
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=(1, 2, 3)), static_argnums=0)
+    assert_close(run(start, x, params, scale), run(lambda x: x, x, params, scale))
 
 
 def test_tokens_move():
@@ -194,6 +254,7 @@ def test_tokens_move():
     assert_close(streams[None].array(), whole[None])
     assert_close(streams.reshape(10).array(), whole.reshape(10, N, C))
     assert_close(streams.reshape(5, -1).array(), whole.reshape(5, 2, N, C))
+    assert streams.reshape((1, 10)).shape == (1, 10, N, C)
     rolled = streams.map_tokens(lambda part: jnp.roll(part, 1, axis=0))
     assert_close(rolled.array(), jnp.roll(whole, 1, axis=0))
 
@@ -216,9 +277,17 @@ def test_streams_of_an_exported_program():
         return mhc.mhc_residual(functools.partial(layer, w), x, p, implementation="reference")
 
     streams = as_plain(x)
-    exported = jax.export.export(jax.jit(step))(streams)
+    (batch,) = jax.export.symbolic_shape("batch")
+    shapes = jax.tree.map(
+        lambda part: jax.ShapeDtypeStruct((batch, *part.shape[1:]), part.dtype), streams
+    )
+    exported = jax.export.export(jax.jit(step))(shapes)
     again = jax.export.deserialize(exported.serialize())
     assert_close(again.call(streams).array(), jax.jit(step)(streams).array())
+    for kept in (streams, mhc.as_streams(x)):
+        exported = jax.export.export(jax.jit(lambda x: x))(kept)
+        same = jax.export.deserialize(exported.serialize()).call(kept)
+        assert jax.tree.structure(same) == jax.tree.structure(kept)
 
 
 # ---- what streams are not -----------------------------------------------------------------------
@@ -228,12 +297,18 @@ def test_streams_of_an_exported_program():
     "use, argument, expected, got",
     [
         (lambda x: x + 1, "x + y", "an array", "Streams"),
-        (lambda x: 1 + x, "x + y", "an array", "Streams"),
-        (lambda x: x * x, "x + y", "an array", "Streams"),
+        (lambda x: 1 + x, "y + x", "an array", "Streams"),
+        (lambda x: x * x, "x * y", "an array", "Streams"),
+        (operator.abs, "abs(x)", "an array", "Streams"),
+        (lambda x: 1 in x, "y in x", "an array", "Streams"),
         (jnp.sum, "operand", "an array", "Streams"),
+        (jax.nn.gelu, "operand", "an array", "Streams"),
+        (jax.jit(jnp.sum), "operand", "an array", "Streams"),
         (np.asarray, "operand", "an array", "Streams"),
         (lambda x: x[..., 0], "index", "one of the 2 leading dimensions", ""),
         (lambda x: x[0, 0, 0], "index", "one of the 2 leading dimensions", ""),
+        (lambda x: x[np.ones(TOKENS, bool), 0], "index", "one of the 2 leading dimensions", ""),
+        (lambda x: x.reshape(7), "tokens", "the tokens [2, 5]", "(7,)"),
         (lambda x: x.map_tokens(lambda part: part[..., :1]), "function", "moves tokens", ""),
         (lambda x: mhc.Streams(x), "Streams(...)", "as_streams", "a call of the class"),
     ],
@@ -430,3 +505,32 @@ def test_streams_on_a_mesh(spec, mode):
         of_cosines = functools.partial(loss, run)
         got = jax.jit(jax.value_and_grad(of_cosines, argnums=(0, 1)))(on_mesh, replicated)
     assert_close(got, expected)
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_tokens_keep_their_sharding(kind):
+    num = jax.device_count()
+    mesh = jax.make_mesh((num,), ("data",), axis_types=(kind,))
+    x, _, params = operands()
+    x = jnp.tile(x[:1], (num, 1, 1, 1))
+    p = jax.tree.map(lambda leaf: leaf[0], params)
+
+    def run(x):
+        streams = mhc.mhc_residual(jnp.tanh, mhc.as_streams(x), p)
+        if kind == AxisType.Auto:
+            streams = streams.map_tokens(
+                lambda part: jax.lax.with_sharding_constraint(part, P("data"))
+            )
+        return streams, streams[:, 1:3], streams.reshape(num, 5, 1)
+
+    with jax.set_mesh(mesh):
+        # Auto axes hear of the sharding from the constraint alone.
+        spec = P() if kind == AxisType.Auto else P("data")
+        results = jax.jit(run)(jax.device_put(x, NamedSharding(mesh, spec)))
+        for streams in results:
+            for part in jax.tree.leaves(streams):
+                assert part.sharding.shard_shape(part.shape) == (1, *part.shape[1:])
+        whole = results[0].array()
+        assert_close(results[1].array(), whole[:, 1:3])
+        assert_close(results[2].array(), whole.reshape(num, 5, 1, N, C))

@@ -39,6 +39,13 @@ def accumulation_dtype(dtype: DTypeLike) -> np.dtype:
 
 def array(op: str, argument: str, value: object) -> jax.Array:
     """`value` as a JAX array that is not weakly typed."""
+    if hasattr(type(value), "is_deferred"):  # Streams, which build on this file
+        raise Refusal(TypeError, op, argument).expected(
+            "an array",
+            repr(value),
+            "Streams are for the argument x alone: x.array() gives them as an array [..., n, C], "
+            "jax_mhc.reduce(x) a hidden state [..., C].",
+        )
     if not isinstance(value, jax.Array | np.ndarray | np.generic) and not hasattr(
         value, "__jax_array__"
     ):
@@ -48,8 +55,6 @@ def array(op: str, argument: str, value: object) -> jax.Array:
     try:
         value = jnp.asarray(value)
     except (TypeError, ValueError) as error:
-        if str(error).startswith("jax_mhc."):
-            raise  # of Streams, which say what to do
         raise Refusal(TypeError, op, argument).expected(
             "an array of numbers",
             _errors.typed(value),
@@ -78,7 +83,7 @@ def shape(op: str, argument: str, value: object) -> tuple[int, ...]:
 def key(op: str, argument: str, value: object) -> None:
     """Checks one random key, of either of JAX's kinds."""
     key, got = None, _errors.typed(value)
-    if isinstance(value, jax.Array | np.ndarray) or hasattr(value, "__jax_array__"):
+    if isinstance(value, jax.Array | np.ndarray) or hasattr(type(value), "__jax_array__"):
         key = array(op, argument, value)
         got = f"{key.dtype.name}{list(key.shape)}"
         if key.dtype == np.uint32:  # the older kind

@@ -11,6 +11,7 @@ says. pre's backward takes either, and JAX reports which of the two is zero whil
 
 from __future__ import annotations
 
+import functools
 from typing import TypeAlias
 
 import jax
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from jax_mhc import reference
-from jax_mhc._call import Values
+from jax_mhc._call import Values, first_order
 from jax_mhc._check import accumulation_dtype
 from jax_mhc._types import Context
 from jax_mhc.reference import mix
@@ -74,6 +75,7 @@ def _defer_forward(x: jax.Array, h_res: jax.Array) -> tuple[jax.Array, jax.Array
 
 
 def _defer_backward(h_res: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    h_res, g = _not_differentiated(h_res, g)
     return _mix_back(h_res, g).astype(g.dtype), jnp.zeros_like(h_res)
 
 
@@ -83,6 +85,10 @@ defer.defvjp(_defer_forward, _defer_backward)
 @jax.custom_vjp
 def post_deferred(x: jax.Array, y: jax.Array, h_post: jax.Array, h_res: jax.Array) -> jax.Array:
     """Post in plain JAX, of streams X whose cotangent is deferred."""
+    return _plain_post(x, y, h_post, h_res)
+
+
+def _plain_post(x: jax.Array, y: jax.Array, h_post: jax.Array, h_res: jax.Array) -> jax.Array:
     return reference.post(y, Context(x, h_post, h_post, h_res))
 
 
@@ -90,19 +96,20 @@ _Operands: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def _post_forward(*operands: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return post_deferred(*operands), operands
+    return _plain_post(*operands), operands
 
 
 def _post_backward(operands: _Operands, g: jax.Array) -> _Operands:
-    x, *others = operands
-
-    def of_others(y: jax.Array, h_post: jax.Array, h_res: jax.Array) -> jax.Array:
-        return reference.post(y, Context(x, h_post, h_post, h_res))
-
-    return g, *jax.vjp(of_others, *others)[1](g)
+    g, x, *others = _not_differentiated(g, *operands)
+    return g, *jax.vjp(functools.partial(_plain_post, x), *others)[1](g)
 
 
 post_deferred.defvjp(_post_forward, _post_backward)
+
+
+def _not_differentiated(*operands: jax.Array) -> tuple[jax.Array, ...]:
+    """Operands of a backward pass. The cotangents that it reads X for would not be deferred."""
+    return tuple(first_order("as_streams", operand) for operand in operands)
 
 
 def instantiate(cotangent: Cotangent) -> jax.Array:

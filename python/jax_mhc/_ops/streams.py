@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
@@ -10,9 +11,9 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from jax_mhc import _check
+from jax_mhc import _check, _errors
 from jax_mhc._axes import varying_like
-from jax_mhc._call import Implementation, use_fused
+from jax_mhc._call import Implementation, reverse_mode_only, use_fused
 from jax_mhc._errors import Refusal, typed
 from jax_mhc._mesh.types import of_tokens
 from jax_mhc._ops.deferred import defer, post_deferred
@@ -26,6 +27,29 @@ if TYPE_CHECKING:
 _NAMES = ("x", "y", "h_pre", "h_post", "h_res")
 # Dimensions of these parts behind those of tokens.
 _RANKS = 2, 1, 1, 1, 2
+# Structures of Streams by whether the cotangent of X is deferred, in the words of JAX's error where
+# two of them meet in a loop or a branch.
+_MADE_FOR = {True: "made for the fused ops", False: "made for implementation='reference'"}
+
+# What Python's operators call, and how they are written.
+_OPERATORS = {
+    f"__{name}__": text
+    for name, text in {
+        **{"lt": "x < y", "le": "x <= y", "gt": "x > y", "ge": "x >= y"},
+        **{"eq": "x == y", "ne": "x != y", "neg": "-x", "pos": "+x", "invert": "~x"},
+        **{"abs": "abs(x)", "round": "round(x)", "bool": "bool(x)", "float": "float(x)"},
+        **{"int": "int(x)", "complex": "complex(x)", "len": "len(x)", "iter": "iter(x)"},
+        **{"divmod": "divmod(x, y)", "rdivmod": "divmod(y, x)", "contains": "y in x"},
+    }.items()
+} | {
+    f"__{side}{name}__": f"{x} {sign} {y}"
+    for side, x, y in (("", "x", "y"), ("r", "y", "x"))
+    for name, sign in {
+        **{"add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%"},
+        **{"matmul": "@", "pow": "**", "and": "&", "or": "|", "xor": "^"},
+        **{"lshift": "<<", "rshift": ">>"},
+    }.items()
+}
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -37,7 +61,7 @@ class Streams:
     X' is not computed: the streams hold X, and y and the coefficients of the last sublayer. The
     next `mhc_residual` runs that post together with its own pre (`post_pre`), in one pass over the
     streams and not two. In a loop, a scan or a chain of modules the structure stays what `expand`
-    or `as_streams` made it.
+    or `as_streams` made it; what begins as an array stays one.
 
     `x.array()` gives X' as an array; `x.shape`, `x.dtype` and `x.streams` (n) tell of it without
     computing. `x[index]` and `x.reshape(*tokens)` act on the leading dimensions, those of tokens,
@@ -81,7 +105,7 @@ class Streams:
         elif ctx._deferred is not None:
             x = ctx._deferred
         else:
-            x = defer(ctx.x, ctx.h_res)
+            x = defer(*reverse_mode_only("as_streams", ctx.x, ctx.h_res))
         return cls._of((x, y, ctx.h_pre, ctx.h_post, ctx.h_res), deferred)
 
     def varying_like(self, others: Tree, hidden_axes: tuple[str, ...]) -> Streams:
@@ -93,7 +117,12 @@ class Streams:
         return self._of((x, y, *of_gates), self._deferred)
 
     def pending(self) -> tuple[jax.Array, Context]:
-        """The first operands of `post` and of `post_pre`."""
+        """The first operands of `post` and of `post_pre`.
+
+        Raises:
+            ValueError: parts that do not belong together.
+        """
+        self.check_parts()
         x = self._x if self._deferred else None
         return self._y, Context._of(self._x, x, self._h_pre, self._h_post, self._h_res)
 
@@ -111,8 +140,35 @@ class Streams:
             implementation = "reference"
         y, ctx = self.pending()
         if self._deferred and not use_fused("post", implementation, self.dtype):
-            return post_deferred(self._x, y, ctx.h_post, ctx.h_res)
+            others = y, ctx.h_post, ctx.h_res
+            x, others = reverse_mode_only("as_streams", self._x, others)
+            return post_deferred(x, *others)
         return post(y, ctx, implementation=implementation)
+
+    def check_parts(self) -> None:
+        """Checks that the parts belong together, whatever `jax.tree.map` made of them.
+
+        Raises:
+            ValueError: they do not.
+        """
+        parts = self.tree_flatten()[0]
+        if all(hasattr(part, "shape") for part in parts) and self._x.ndim >= 2:
+            *_, n, hidden = self._x.shape
+            tokens, others = self._shapes(parts)
+            wide = _check.accumulation_dtype(self._x.dtype)
+            dtypes = [part.dtype for part in parts]
+            if (
+                len(tokens) == 1
+                and others == (n, hidden, hidden, n, n, n, n)
+                and dtypes == [self._x.dtype] * 2 + [wide] * 3
+            ):
+                return
+        raise Refusal(ValueError, "Streams", "parts").expected(
+            "arrays that belong together, as jax_mhc made them",
+            self._shown(parts),
+            "Move tokens by x[index], x.reshape and x.map_tokens; for anything else take x.array() "
+            "and, of its result, jax_mhc.as_streams.",
+        )
 
     @property
     def is_deferred(self) -> bool:
@@ -148,15 +204,22 @@ class Streams:
                 along a leading dimension.
 
         Raises:
-            ValueError: parts whose tokens differ afterwards, or whose other dimensions changed.
+            ValueError: parts whose tokens differ afterwards, or whose other dimensions or dtypes
+                changed.
+            TypeError: no function of an array, or no array of it.
         """
-        parts = [function(part) for part in self.tree_flatten()[0]]
-        (_, *was), (tokens, *now) = self._shapes(self.tree_flatten()[0]), self._shapes(parts)
-        if now != was or len(tokens) > 1:
-            raise Refusal(ValueError, "Streams.map_tokens", "function").expected(
-                "a function that moves tokens alone, alike in all parts",
-                f"parts {[list(part.shape) for part in parts]}",
-                "Let it act on leading dimensions: lambda part: part[0].",
+        op, remedy = "Streams.map_tokens", "Let it act on leading dimensions: lambda part: part[0]."
+        _errors.function(op, "function", function, "a function of an array", remedy)
+        before = self.tree_flatten()[0]
+        parts = [_check.call(op, "function", "one array", function, part) for part in before]
+        if not all(hasattr(part, "shape") for part in parts):
+            got = self._shown(parts)
+            raise Refusal(TypeError, op, "function").expected("one that gives arrays", got, remedy)
+        (_, *was), (tokens, *now) = self._shapes(before), self._shapes(parts)
+        same_dtypes = all(a.dtype == b.dtype for a, b in zip(before, parts, strict=True))
+        if now != was or len(tokens) > 1 or not same_dtypes:
+            raise Refusal(ValueError, op, "function").expected(
+                "a function that moves tokens alone, alike in all parts", self._shown(parts), remedy
             )
         return self._of(parts, self._deferred)
 
@@ -166,16 +229,31 @@ class Streams:
         tokens: set[tuple[int, ...]] = set()
         others: list[int] = []
         for part, rank in zip(parts, _RANKS, strict=True):
-            tokens.add(part.shape[: part.ndim - rank])
-            others += part.shape[part.ndim - rank :]
+            num = max(part.ndim - rank, 0)
+            tokens.add(part.shape[:num])
+            others += part.shape[num:]
         return tokens, tuple(others)
+
+    @staticmethod
+    def _shown(parts: Sequence[Any]) -> str:
+        """Parts in a message."""
+        texts = (
+            f"{part.dtype.name}{list(part.shape)}" if hasattr(part, "shape") else typed(part)
+            for part in parts
+        )
+        return f"parts {', '.join(texts)}"
 
     def __getitem__(self, index: object) -> Streams:
         """Streams of some tokens: an index of leading dimensions."""
         num = self.ndim - 2
         indices = index if isinstance(index, tuple) else (index,)
-        used = sum(1 for each in indices if each is not None and each is not Ellipsis)
-        if used > num or Ellipsis in [each for each in indices if not hasattr(each, "shape")]:
+        # A mask stands for as many dimensions as it has.
+        used = sum(
+            each.ndim if hasattr(each, "dtype") and each.dtype == np.bool_ else 1
+            for each in indices
+            if each is not None
+        )
+        if used > num or any(isinstance(each, EllipsisType | Streams) for each in indices):
             raise Refusal(ValueError, "Streams", "index").expected(
                 f"one of the {num} leading dimensions",
                 typed(index),
@@ -183,59 +261,99 @@ class Streams:
             )
         return self.map_tokens(lambda part: part[index])
 
-    def reshape(self, *tokens: int) -> Streams:
-        """Streams with other leading dimensions of as many tokens: `x.reshape(batch * length)`."""
-        return self._of(
-            (
-                part.reshape(*tokens, *part.shape[part.ndim - rank :])
-                for part, rank in zip(self.tree_flatten()[0], _RANKS, strict=True)
-            ),
-            self._deferred,
-        )
+    def reshape(self, *tokens: int | Sequence[int]) -> Streams:
+        """Streams with other leading dimensions of as many tokens: `x.reshape(batch * length)`.
+
+        Args:
+            tokens: their sizes, of which one may be -1; or one sequence of these.
+
+        Raises:
+            ValueError: sizes of another number of tokens.
+        """
+        sizes = tokens[0] if len(tokens) == 1 and isinstance(tokens[0], Sequence) else tokens
+        try:
+            return self._of(
+                [
+                    part.reshape(*sizes, *part.shape[part.ndim - rank :])
+                    for part, rank in zip(self.tree_flatten()[0], _RANKS, strict=True)
+                ],
+                self._deferred,
+            )
+        except (TypeError, ValueError) as error:
+            raise Refusal(ValueError, "Streams.reshape", "tokens").expected(
+                f"sizes of leading dimensions that hold the tokens {list(self.shape[:-2])}",
+                typed(tokens),
+                f"The last dimensions, {list(self.shape[-2:])}, stay: leave them out.",
+            ) from error
 
     def __repr__(self) -> str:
-        """Dtype and shape."""
-        return f"Streams({self._x.dtype.name}{list(self.shape)})"
+        """Dtype and shape; or the parts where these are no arrays, as in a tree of specs."""
+        parts = self.tree_flatten()[0]
+        if all(hasattr(part, "shape") for part in parts):
+            return f"Streams({self._x.dtype.name}{list(self.shape)})"
+        return f"Streams{parts}"
 
     def _refuse(self, what: str) -> NoReturn:
         raise Refusal(TypeError, "Streams", what).expected(
             "an array",
             repr(self),
-            "Take x.array() for arithmetic; mhc_residual(layer, x, params) adds a layer's output.",
+            "Take x.array() for what arrays do; mhc_residual(layer, x, params) adds layer(u).",
         )
 
-    def __add__(self, _: object) -> NoReturn:
-        self._refuse("x + y")
-
-    __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __matmul__ = __add__
-
+    @property
     def __jax_array__(self) -> NoReturn:
+        # No method: where JAX only asks whether there is one, it would then give an error of its
+        # own, without the remedy.
         self._refuse("operand")
 
     def __array__(self, *args: object, **kwargs: object) -> NoReturn:
         self._refuse("operand")
 
-    def tree_flatten(self) -> tuple[tuple[jax.Array, ...], bool]:
-        """For JAX."""
-        return (self._x, self._y, self._h_pre, self._h_post, self._h_res), self._deferred
+    if not TYPE_CHECKING:  # where it would stand for attributes of any name
 
-    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[object, object], ...], bool]:
+        def __getattr__(self, name: str) -> NoReturn:
+            """Refuses what arrays have and Streams do not."""
+            if name.startswith("_") or name in dir(Streams) or not hasattr(jax.Array, name):
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            raise Refusal(AttributeError, "Streams", f"x.{name}").expected(
+                "an array", repr(self), f"Take x.array().{name}."
+            )
+
+    def tree_flatten(self) -> tuple[tuple[jax.Array, ...], str]:
         """For JAX."""
-        leaves, deferred = self.tree_flatten()
+        parts = self._x, self._y, self._h_pre, self._h_post, self._h_res
+        return parts, _MADE_FOR[self._deferred]
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[object, object], ...], str]:
+        """For JAX."""
+        leaves, made_for = self.tree_flatten()
         key = jax.tree_util.GetAttrKey
-        return tuple((key(n), leaf) for n, leaf in zip(_NAMES, leaves, strict=True)), deferred
+        return tuple((key(n), leaf) for n, leaf in zip(_NAMES, leaves, strict=True)), made_for
 
     @classmethod
-    def tree_unflatten(cls, deferred: bool, leaves: Iterable[Any]) -> Streams:
+    def tree_unflatten(cls, made_for: str, leaves: Iterable[Any]) -> Streams:
         """For JAX."""
-        return cls._of(leaves, deferred)
+        return cls._of(leaves, made_for == _MADE_FOR[True])
+
+
+def _refusing(text: str) -> Callable[..., NoReturn]:
+    """An operator that is refused as `text`."""
+
+    def refuse(self: Streams, *args: object) -> NoReturn:
+        self._refuse(text)
+
+    return refuse
+
+
+for _name, _text in _OPERATORS.items():
+    setattr(Streams, _name, _refusing(_text))
 
 
 jax.export.register_pytree_node_serialization(
     Streams,
     serialized_name="jax_mhc.Streams",
-    serialize_auxdata=lambda deferred: b"1" if deferred else b"0",
-    deserialize_auxdata=lambda text: text == b"1",
+    serialize_auxdata=lambda made_for: b"1" if made_for == _MADE_FOR[True] else b"0",
+    deserialize_auxdata=lambda text: _MADE_FOR[text == b"1"],
 )
 
 
@@ -262,9 +380,11 @@ def as_streams(
     Raises:
         ValueError, TypeError, RuntimeError: x that is no streams; what `pre` raises.
     """
-    if isinstance(x, Streams):
-        return x
     op = "as_streams"
+    _check.implementation(op, implementation)
+    if isinstance(x, Streams):
+        _check.hidden_axes(op, hidden_axis_name, jax.tree.leaves(x)[0])
+        return x
     return first_streams(op, _check.streams(op, "x", x), hidden_axis_name, implementation)
 
 

@@ -195,7 +195,9 @@ def _run(
     has_aux: bool | Literal["sum"],
 ) -> tuple[Before, Any, Any]:
     """The new streams, aux, and h_res of `num_samples` tokens, or None."""
-    if not isinstance(x, Streams):
+    if isinstance(x, Streams):
+        x.check_parts()
+    else:
         x = _check.streams(_OP, "x", x)
     config = _check.config(_OP, config, x.dtype)
     layers, params, scales = checks.sublayers(
