@@ -12,8 +12,6 @@ from typing import Any
 
 import jax
 
-from jax_mhc._errors import Refusal
-
 # Packages whose frames lie between the warning and the line that made the module.
 _NOT_THE_USER = {"jax_mhc", "flax", "equinox", "jax"}
 
@@ -34,14 +32,13 @@ def warn_if_hidden(
         return
     for held in _held(layer, hides, set()):
         if hides(held):
-            refusal = Refusal(UserWarning, op, "layer").expected(
-                "a module, or a function without parameters",
-                f"a function over a {type(held).__name__}, whose parameters the model does not "
-                "have, so that no optimizer finds them",
-                "Pass the module itself, or one of your own that has it as an attribute and does "
-                f"what the function does. {remedy}".rstrip(),
+            warnings.warn(
+                f"jax_mhc.{op}: layer: expected a module, or a function without parameters, got a "
+                f"function over a {type(held).__name__}, whose parameters the model does not have, "
+                "so that no optimizer finds them. Pass the module itself, or one of your own that "
+                f"has it as an attribute and does what the function does. {remedy}".rstrip(),
+                stacklevel=_level(),
             )
-            warnings.warn(str(refusal), stacklevel=_level())
             return
 
 
@@ -98,4 +95,4 @@ def _level() -> int:
         if frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_THE_USER:
             break
         frame, level = frame.f_back, level + 1
-    return level - 1
+    return level

@@ -95,7 +95,7 @@ def axis_names(op: str, value: object, parameters: Sequence[str] = tuple(_RANKS)
             f"a mapping of {', '.join(parameters)}, or some of them, to a name or None for each "
             "dimension",
             _errors.shown(value),
-            "phi has two dimensions, all others have one: {'phi': ('embed', None)}.",
+            "Give phi two and the others one, such as {'phi': ('embed', None), 'bias': (None,)}.",
         )
     return {name: tuple(axes) for name, axes in names.items()}
 
