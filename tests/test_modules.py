@@ -468,7 +468,8 @@ def test_h_res_of_nnx_blocks_in_a_scan():
     def block(block, x):
         x, first = block.attention.with_h_res(x)
         x, second = block.mlp.with_h_res(x)
-        return x, jnp.stack([first, second])
+        samples = [mhc.diagnostics.sample_tokens(h_res, 5) for h_res in (first, second)]
+        return x, jnp.stack(samples)
 
     run = nnx.jit(nnx.scan(block, in_axes=(0, nnx.Carry), out_axes=(nnx.Carry, 0)))
     blocks, x = nnx_blocks(NNXLayer)(), streams(5)
