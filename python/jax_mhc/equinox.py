@@ -18,8 +18,9 @@ import numpy as np
 from jax.typing import DTypeLike
 
 import jax_mhc
-from jax_mhc import _check, _closures, _errors, _module
+from jax_mhc import _check, _errors, _module
 from jax_mhc._call.dispatch import Implementation
+from jax_mhc._closures import warn_if_hidden
 from jax_mhc._ops.streams import Streams
 from jax_mhc._types import HeadParams, Layer, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
@@ -113,7 +114,7 @@ class MHC(eqx.Module):
         sizes = {"streams": streams, "hidden": hidden, "config": config, "static": static}
         params = _module.initial(jax_mhc.init_params, key, dtype, **sizes)
         remedy = "For single tokens that is eqx.filter_vmap(layer)."
-        _closures.warn_if_hidden(op, layer, eqx.Module, _has_parameters, remedy=remedy)
+        warn_if_hidden(op, layer, eqx.Module, _has_parameters, remedy=remedy)
         self.layer = layer
         self.phi, self.alpha, self.bias = params.phi, params.alpha, params.bias
         self.norm_scale = jnp.ones(hidden, dtype) if norm else None

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 import jax_mhc
-from jax_mhc import _closures, _module
+from jax_mhc import _module
 from jax_mhc._call.dispatch import Implementation
+from jax_mhc._closures import warn_if_hidden
 from jax_mhc._ops.streams import Streams
 from jax_mhc._types import HeadParams, Layer, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
@@ -125,7 +126,7 @@ class MHC(nn.Module):
             norm_scale_eps=self.norm_scale_eps,
             implementation=self.implementation,
         )
-        _closures.warn_if_hidden(op, self.layer, nn.Module, partial(_is_bound_elsewhere, self))
+        warn_if_hidden(op, self.layer, nn.Module, partial(_is_bound_elsewhere, self))
         x = _module.streams(op, x, self.streams, self.hidden)
         names = _module.axis_names(op, self.axis_names)
         param = _parameters(self, op, jax_mhc.init_params, names)

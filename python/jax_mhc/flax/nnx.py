@@ -20,8 +20,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 import jax_mhc
-from jax_mhc import _check, _closures, _errors, _module
+from jax_mhc import _check, _errors, _module
 from jax_mhc._call.dispatch import Implementation
+from jax_mhc._closures import warn_if_hidden
 from jax_mhc._ops.streams import Streams
 from jax_mhc._types import HeadParams, Layer, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
@@ -103,7 +104,7 @@ class MHC(nnx.Module):
         dtype, names = _module.param_dtype(op, param_dtype), _module.axis_names(op, axis_names)
         sizes = {"streams": streams, "hidden": hidden, "config": config, "static": static}
         params = _module.initial(jax_mhc.init_params, _key(op, rngs), dtype, **sizes)
-        _closures.warn_if_hidden(op, layer, nnx.Module, _has_parameters)
+        warn_if_hidden(op, layer, nnx.Module, _has_parameters)
         self.layer = layer
         make = partial(_param, names)
         self.phi = None if params.phi is None else make("phi", params.phi)
