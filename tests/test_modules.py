@@ -464,6 +464,14 @@ def test_an_nnx_stack_is_made_of_seams():
     assert "jax_mhc" not in nnx.jit(in_stack).lower(blocks, streams(5)).as_text()
 
 
+def test_an_nnx_stack_of_half_precision():
+    module = mhc_nnx.MHC(jnp.sin, C, norm=True, param_dtype="bfloat16", rngs=nnx.Rngs(0))
+    nnx.update(module, away_from_initial(nnx.state(module)))
+    blocks = nnx.Dict(only=jax.tree.map(lambda leaf: leaf[None], module))
+    got = mhc_nnx.stack(blocks, streams(5), ["only"])
+    np.testing.assert_allclose(got, module(streams(5)), rtol=1e-5, atol=1e-5)
+
+
 def test_h_res_of_nnx_blocks_in_a_scan():
     def block(block, x):
         x, first = block.attention.with_h_res(x)
