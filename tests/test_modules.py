@@ -220,6 +220,80 @@ def test_arguments_of_the_layer_and_what_else_it_returns(library):
     np.testing.assert_allclose(jnp.sum(cache["cache"]), aux, rtol=1e-5)
 
 
+def test_different_keys_for_different_modules():
+    rngs, keys = nnx.Rngs(0), jax.random.split(jax.random.key(1))
+    layers = [mhc_nnx.MHC(jnp.sin, C, rngs=rngs) for _ in keys]
+    layers += [mhc_eqx.MHC(jnp.sin, C, key=key) for key in keys]
+    assert len({tuple(layer.bias[...].tolist()) for layer in layers}) == 4
+    # With a stream of its own, nothing else is drawn from the others.
+    rngs = nnx.Rngs(0, mhc=1)
+    mhc_nnx.MHC(jnp.sin, C, rngs=rngs), mhc_nnx.Head(C, rngs=rngs)
+    assert rngs.params() == nnx.Rngs(0).params()
+
+
+# ---- errors -------------------------------------------------------------------------------------
+
+OPS = {"nnx": "flax.nnx", "linen": "flax.linen", "eqx": "equinox"}
+
+
+@pytest.mark.parametrize("shape", [(5, N, C + 1), (5, N + 1, C), (20, 5, C), (C,)])
+@pytest.mark.parametrize("kind", ["MHC", "Head"])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_what_is_not_its_streams(library, kind, shape):
+    built = build(library, kind)
+    with pytest.raises(ValueError) as error:
+        built.call(built.variables, jnp.ones(shape, jnp.float32))
+    assert str(error.value) == (
+        f"jax_mhc.{OPS[library]}.{kind}: x: expected streams [..., {N}, {C}], got {list(shape)}. "
+        f"Make streams from a hidden state [..., {C}] with jax_mhc.expand(u, streams={N}), "
+        "once, in front of the first layer."
+    )
+
+
+@pytest.mark.parametrize(
+    "layer, error, got",
+    [
+        (lambda u: u[..., :2], ValueError, r"expected shape \[5, 8\] .*, got \[5, 2\]"),
+        (lambda u: u.astype(jnp.bfloat16), TypeError, "expected .*float32, got bfloat16"),
+        (lambda u: ([u], 0), TypeError, "expected an array, got list"),
+        (lambda u: (), TypeError, "expected an array, got tuple"),
+    ],
+)
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_layers_that_do_not_fit(library, layer, error, got):
+    if library == "linen":
+        module = mhc_linen.MHC(layer, C)
+        call = functools.partial(module.init, jax.random.key(0))
+    else:
+        built = build(library, "MHC", layer, C)
+        call = functools.partial(built.call, built.variables)
+    with pytest.raises(error, match=rf"^jax_mhc.{OPS[library]}.MHC: the layer's result: {got}\. "):
+        call(streams(5))
+
+
+@pytest.mark.parametrize(
+    "name, package, message",
+    [
+        ("jax_mhc.flax.nnx", "flax", "jax_mhc.flax: flax"),
+        ("jax_mhc.flax.linen", "flax", "jax_mhc.flax: flax"),
+        ("jax_mhc.equinox", "equinox", "jax_mhc.equinox: equinox"),
+    ],
+)
+def test_missing_packages(monkeypatch, name, package, message):
+    for loaded in [module for module in sys.modules if module.startswith(f"jax_mhc.{package}")]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError) as error:
+        importlib.import_module(name)
+    assert str(error.value) == (
+        f"{message}: expected an installed package, got none. "
+        f"Install it: pip install 'jax-mhc[{package}]'."
+    )
+
+
+# ---- h_res ---------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_h_res_of_the_call_that_computes_it(library):
     """It is that of `pre`, and no call more than without it."""
@@ -293,77 +367,6 @@ def test_a_model_that_is_cast_whole(library, kind):
     assert out.dtype == jnp.float64
     expected = built.call(built.variables, x.astype(jnp.float32))
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_different_keys_for_different_modules():
-    rngs, keys = nnx.Rngs(0), jax.random.split(jax.random.key(1))
-    layers = [mhc_nnx.MHC(jnp.sin, C, rngs=rngs) for _ in keys]
-    layers += [mhc_eqx.MHC(jnp.sin, C, key=key) for key in keys]
-    assert len({tuple(layer.bias[...].tolist()) for layer in layers}) == 4
-    # With a stream of its own, nothing else is drawn from the others.
-    rngs = nnx.Rngs(0, mhc=1)
-    mhc_nnx.MHC(jnp.sin, C, rngs=rngs), mhc_nnx.Head(C, rngs=rngs)
-    assert rngs.params() == nnx.Rngs(0).params()
-
-
-# ---- errors -------------------------------------------------------------------------------------
-
-OPS = {"nnx": "flax.nnx", "linen": "flax.linen", "eqx": "equinox"}
-
-
-@pytest.mark.parametrize("shape", [(5, N, C + 1), (5, N + 1, C), (20, 5, C), (C,)])
-@pytest.mark.parametrize("kind", ["MHC", "Head"])
-@pytest.mark.parametrize("library", LIBRARIES)
-def test_what_is_not_its_streams(library, kind, shape):
-    built = build(library, kind)
-    with pytest.raises(ValueError) as error:
-        built.call(built.variables, jnp.ones(shape, jnp.float32))
-    assert str(error.value) == (
-        f"jax_mhc.{OPS[library]}.{kind}: x: expected streams [..., {N}, {C}], got {list(shape)}. "
-        f"Make streams from a hidden state [..., {C}] with jax_mhc.expand(u, streams={N}), "
-        "once, in front of the first layer."
-    )
-
-
-@pytest.mark.parametrize(
-    "layer, error, got",
-    [
-        (lambda u: u[..., :2], ValueError, r"expected shape \[5, 8\] .*, got \[5, 2\]"),
-        (lambda u: u.astype(jnp.bfloat16), TypeError, "expected .*float32, got bfloat16"),
-        (lambda u: ([u], 0), TypeError, "expected an array, got list"),
-        (lambda u: (), TypeError, "expected an array, got tuple"),
-    ],
-)
-@pytest.mark.parametrize("library", LIBRARIES)
-def test_layers_that_do_not_fit(library, layer, error, got):
-    if library == "linen":
-        module = mhc_linen.MHC(layer, C)
-        call = functools.partial(module.init, jax.random.key(0))
-    else:
-        built = build(library, "MHC", layer, C)
-        call = functools.partial(built.call, built.variables)
-    with pytest.raises(error, match=rf"^jax_mhc.{OPS[library]}.MHC: the layer's result: {got}\. "):
-        call(streams(5))
-
-
-@pytest.mark.parametrize(
-    "name, package, message",
-    [
-        ("jax_mhc.flax.nnx", "flax", "jax_mhc.flax: flax"),
-        ("jax_mhc.flax.linen", "flax", "jax_mhc.flax: flax"),
-        ("jax_mhc.equinox", "equinox", "jax_mhc.equinox: equinox"),
-    ],
-)
-def test_missing_packages(monkeypatch, name, package, message):
-    for loaded in [module for module in sys.modules if module.startswith(f"jax_mhc.{package}")]:
-        monkeypatch.delitem(sys.modules, loaded)
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError) as error:
-        importlib.import_module(name)
-    assert str(error.value) == (
-        f"{message}: expected an installed package, got none. "
-        f"Install it: pip install 'jax-mhc[{package}]'."
-    )
 
 
 # ---- Flax NNX -----------------------------------------------------------------------------------
