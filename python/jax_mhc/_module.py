@@ -129,7 +129,7 @@ def widened(op: str, name: str, value: Any, dtype: DTypeLike) -> Any:
             "Where a model is cast whole, cast only what jax_mhc.param_labels calls 'other', as "
             f"docs/dtypes.md shows.{cast}",
         )
-    return value if stored.name == "float64" else value.astype(np.float32)
+    return value if stored.name in ("float32", "float64") else value.astype(np.float32)
 
 
 def all_widened(op: str, params: Params, dtype: DTypeLike) -> Params:
