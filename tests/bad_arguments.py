@@ -93,6 +93,9 @@ RANDOM_KEY = [None, 0, "key", [0, 0], jnp.ones(2), jax.random.split(KEY, 3), np.
 RANDOM_KEY += [jax.random.PRNGKey(0)[None], np.zeros(3, np.uint32), np.array([None]), Traced(0)]
 RANDOM_KEY += [STREAMED]
 PARAMETER_DTYPE = [None, "foo", "", "f4,(", 5, object(), int, complex, jnp.bfloat16, "float16", {}]
+STORED = [None, "foo", "", "f4,(", 5, object(), int, complex, jnp.float8_e4m3fn, X, {}]
+NAMES = [3, "phi", ["phi"], {"w": ("a",)}, {1: ("a",)}, {"phi": "ab"}, {"phi": ("a",)}]
+NAMES += [{"bias": ("a", "b")}, {"alpha": (3,)}, {"alpha": None}, {"phi": {"a", "b"}}]
 AXIS = [3, "a", "", ["a", "a"], ("a", 3), {"a"}, X, True]
 POLICY = [3, jnp.tanh, lambda primitive: True, X, "dots", []]
 LAYERS = [None, 3, jnp.tanh, [None], [jnp.tanh, "tanh"], "ab", {"a": jnp.tanh}, X[0, 0, 0]]
@@ -414,7 +417,7 @@ for op, module, x_of in (
     BAD += [
         *rows(
             f"{op}.MHC", module, layer=FUNCTION, static=FLAG, norm=FLAG, norm_scale_eps=EPS,
-            implementation=CHOICE,
+            implementation=CHOICE, param_dtype=STORED,
         ),
         (f"{op}.MHC", "x", [*X_BAD[:5], Y, X[..., :4], X[:, :3], X.astype(jnp.int32)], x_of),
     ]  # fmt: skip
@@ -426,6 +429,14 @@ for op, x_of in (
     BAD += [(f"{op}.Head", "x", [*X_BAD[:5], Y, X[..., :4], X.astype(jnp.int32)], x_of)]
 for op, head in (("flax.nnx.Head", nnx_head), ("head", linen_head), ("equinox.Head", eqx_head)):
     BAD += rows(op, head, implementation=CHOICE)
+for op, head in (
+    ("flax.nnx.Head", nnx_head), ("flax.linen.Head", linen_head), ("equinox.Head", eqx_head),
+):  # fmt: skip
+    BAD += rows(op, head, param_dtype=STORED)
+for op, kind in (("flax.nnx.MHC", nnx_module), ("flax.linen.MHC", linen_module)):
+    BAD += rows(op, kind, axis_names=NAMES)
+for op, kind in (("flax.nnx.Head", nnx_head), ("flax.linen.Head", linen_head)):
+    BAD += rows(op, kind, axis_names=[*NAMES, {"norm_scale": ("a",)}])
 for module, head in ((nnx_module, nnx_head), (eqx_module, eqx_head)):
     named = {"hidden": WIDTH, "streams": STREAMS, "config": [*CONFIG, *TOO_LARGE]}
     BAD += [*rows("init_params", module, **named), *rows("init_head", head, **named)]

@@ -534,6 +534,17 @@ ERRORS += [
         TypeError, "flax.nnx.MHC", "rngs", "0 (int)",
     ),
     (
+        lambda: nnx.merge(*jax.tree.map(
+            lambda leaf: leaf.astype(jnp.bfloat16), nnx.split(module())
+        ))(X.astype(jnp.bfloat16)),
+        TypeError, "flax.nnx.MHC", "phi", "bfloat16",
+    ),
+    (lambda: module(param_dtype="int8"), TypeError, "flax.nnx.MHC", "param_dtype", "int8"),
+    (
+        lambda: module(axis_names={"phi": ("embed",)}),
+        ValueError, "flax.nnx.MHC", "axis_names", "{'phi': ('embed',)}",
+    ),
+    (
         lambda: mhc_nnx.stack(module(), X, ["mlp"], config=MHCConfig()),
         TypeError, "flax.nnx.stack", "config", f"{_errors.shown(MHCConfig())} (MHCConfig)",
     ),

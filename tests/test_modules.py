@@ -66,7 +66,7 @@ class EqxLayer(eqx.Module):
 
 @dataclasses.dataclass
 class Built:
-    """A module as a function of its variables, a pytree."""
+    """A module as a function of its variables, a pytree; `method` names another than its call."""
 
     variables: Any
     call: Callable
@@ -74,9 +74,11 @@ class Built:
 
 def build_nnx(module):
     graphdef, state = nnx.split(module)
-    return Built(
-        state, lambda state, *args, **options: nnx.merge(graphdef, state)(*args, **options)
-    )
+
+    def call(state, *args, method="__call__", **options):
+        return getattr(nnx.merge(graphdef, state), method)(*args, **options)
+
+    return Built(state, call)
 
 
 def build_linen(module):
@@ -85,7 +87,11 @@ def build_linen(module):
 
 def build_eqx(module):
     arrays, static = eqx.partition(module, eqx.is_array)
-    return Built(arrays, lambda arrays, *args, **kw: eqx.combine(arrays, static)(*args, **kw))
+
+    def call(arrays, *args, method="__call__", **options):
+        return getattr(eqx.combine(arrays, static), method)(*args, **options)
+
+    return Built(arrays, call)
 
 
 def build(library, kind, *args, **options):
@@ -285,6 +291,84 @@ def test_missing_packages(monkeypatch, name, package, message):
     )
 
 
+# ---- h_res ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_h_res_of_the_call_that_computes_it(library):
+    """It is that of `pre`, and no call more than without it."""
+    built, x = build(library, "MHC", norm=True), streams(5)
+    variables = away_from_initial(built.variables)
+    run = jax.jit(functools.partial(built.call, method="with_h_res")).lower(variables, x).compile()
+    out, h_res = run(variables, x)
+    p = named(variables)
+    params = mhc.MHCParams(p["phi"], p["alpha"], p["bias"])
+    _, ctx = jax.jit(mhc.pre)(x, params, norm_scale=p["norm_scale"])
+    np.testing.assert_array_equal(h_res, ctx.h_res)
+    np.testing.assert_array_equal(out, jax.jit(built.call)(variables, x))
+    assert sorted(custom_calls(run.as_text())) == ["post_fwd", "pre_fwd"]
+
+    def loop(variables, x):
+        x, found = mhc.as_streams(x), []
+        for _ in range(3):
+            x, h_res = built.call(variables, x, method="with_h_res")
+            found.append(h_res)
+        return x.array(), jnp.stack(found)
+
+    calls = custom_calls(jax.jit(loop).lower(variables, x).compile().as_text())
+    assert calls == {"post_pre_fwd": 3, "post_fwd": 1}
+
+
+# ---- dtypes -------------------------------------------------------------------------------------
+
+
+def cast(tree, dtype):
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_parameters_of_half_precision(library):
+    """Their values enter exactly; gradients are rounded once."""
+    built = build(library, "MHC", norm=True, param_dtype=jnp.bfloat16)
+    kept = {name: leaf.dtype.name for name, leaf in named(built.variables).items()}
+    assert kept.pop("w") == "float32" and set(kept.values()) == {"bfloat16"} and len(kept) == 4
+    variables, x = away_from_initial(built.variables), streams(5)
+    run = value_and_grads(built.call)
+    value, (d, d_x) = run(variables, x)
+    expected, (d_wide, d_x_expected) = run(cast(variables, jnp.float32), x)
+    assert_equal((value, d_x), (expected, d_x_expected))
+    d, d_wide = named(d), named(d_wide)
+    assert_equal(d, {name: leaf.astype(d[name].dtype) for name, leaf in d_wide.items()})
+
+    head = build(library, "Head", param_dtype="bfloat16")
+    variables = away_from_initial(head.variables)
+    expected = head.call(cast(variables, jnp.float32), x)
+    np.testing.assert_array_equal(head.call(variables, x), expected)
+
+
+@pytest.mark.parametrize("kind", ["MHC", "Head"])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_model_that_is_cast_whole(library, kind):
+    """It is refused where values were rounded, and runs where they are exact."""
+    built = build(library, kind)
+    for dtype, stored in (("float32", "float16"), ("bfloat16", "float16"), ("float16", "bfloat16")):
+        built = build(library, kind, param_dtype=dtype)
+        half = cast(built.variables, stored)
+        with pytest.raises(TypeError) as error:
+            built.call(half, streams(5).astype(stored))
+        assert str(error.value).startswith(
+            f"jax_mhc.{OPS[library]}.{kind}: phi: expected the module's param_dtype, {dtype}, or "
+            f"more precision, got {stored}. Where a model is cast whole, cast only what "
+            "jax_mhc.param_labels calls 'other', as docs/dtypes.md shows."
+        )
+    built = build(library, kind, norm=True) if kind == "MHC" else built
+    x, wide = streams(5).astype(jnp.float64), cast(built.variables, jnp.float64)
+    out = built.call(wide, x)
+    assert out.dtype == jnp.float64
+    expected = built.call(built.variables, x.astype(jnp.float32))
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
 # ---- Flax NNX -----------------------------------------------------------------------------------
 
 
@@ -381,6 +465,29 @@ def test_an_nnx_stack_is_made_of_seams():
     blocks = nnx_blocks(NNXLayer)()
     blocks.attention.implementation = blocks.mlp.implementation = "reference"
     assert "jax_mhc" not in nnx.jit(in_stack).lower(blocks, streams(5)).as_text()
+
+
+def test_an_nnx_stack_of_half_precision():
+    module = mhc_nnx.MHC(jnp.sin, C, norm=True, param_dtype="bfloat16", rngs=nnx.Rngs(0))
+    nnx.update(module, away_from_initial(nnx.state(module)))
+    blocks = nnx.Dict(only=jax.tree.map(lambda leaf: leaf[None], module))
+    got = mhc_nnx.stack(blocks, streams(5), ["only"])
+    np.testing.assert_allclose(got, module(streams(5)), rtol=1e-5, atol=1e-5)
+
+
+def test_h_res_of_nnx_blocks_in_a_scan():
+    def block(block, x):
+        x, first = block.attention.with_h_res(x)
+        x, second = block.mlp.with_h_res(x)
+        samples = [mhc.diagnostics.sample_tokens(h_res, 5) for h_res in (first, second)]
+        return x, jnp.stack(samples)
+
+    run = nnx.jit(nnx.scan(block, in_axes=(0, nnx.Carry), out_axes=(nnx.Carry, 0)))
+    blocks, x = nnx_blocks(NNXLayer)(), streams(5)
+    out, h_res = run(blocks, x)
+    expected, sample = mhc_nnx.stack_with_samples(blocks, x, ["attention", "mlp"], sample_tokens=5)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(h_res.reshape(sample.shape), sample, rtol=1e-4, atol=1e-5)
 
 
 def test_nnx_dropout():

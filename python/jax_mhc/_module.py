@@ -1,17 +1,33 @@
-"""Helpers of the modules for Flax and Equinox: their streams, and the call of their layer."""
+"""Helpers of the modules for Flax and Equinox: streams, parameters, and the call of their layer."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jax_mhc import _check, _errors
 from jax_mhc._call.dispatch import Implementation
 from jax_mhc._ops.streams import Streams
 from jax_mhc._ops.sublayer import Options, Sublayer
-from jax_mhc._types import Layer, MHCConfig, MHCParams
+from jax_mhc._types import HeadParams, Layer, MHCConfig, MHCParams
+
+Params = TypeVar("Params", MHCParams, HeadParams)
+#: For each parameter by its name, a name, or None, for each of its dimensions.
+AxisNames = Mapping[str, tuple[str | None, ...]]
+
+# Of each param_dtype those in which its values are exact.
+_HOLDERS = {
+    "bfloat16": ("bfloat16", "float32", "float64"),
+    "float16": ("float16", "float32", "float64"),
+    "float32": ("float32", "float64"),
+    "float64": ("float64",),
+}
+_RANKS = {"phi": 2, "alpha": 1, "bias": 1, "norm_scale": 1}
 
 
 def streams(op: str, x: object, num_streams: int, hidden: int) -> jax.Array | Streams:
@@ -46,6 +62,81 @@ def settings(
     _errors.flag(op, "norm", norm)
     _check.norm_scale_eps(op, norm_scale_eps, np.dtype(np.float32))
     _check.implementation(op, implementation)
+
+
+def param_dtype(op: str, value: DTypeLike | None) -> np.dtype:
+    """The dtype in which a module stores its parameters."""
+    try:
+        # None is NumPy's float64.
+        dtype = jnp.dtype("" if value is None else value)
+        name = dtype.name
+    except Exception:  # even a SyntaxError
+        name = _errors.shown(value)
+    if name in _HOLDERS:
+        return dtype
+    raise _errors.Refusal(TypeError, op, "param_dtype").expected(
+        f"one of {', '.join(_HOLDERS)}",
+        name,
+        "Take float32, the default; coefficients are never computed in less.",
+    )
+
+
+def axis_names(op: str, value: object, parameters: Sequence[str] = tuple(_RANKS)) -> AxisNames:
+    """Names of the parameters' dimensions; none where there is no value."""
+    names = {} if value is None else value
+    if not isinstance(names, Mapping) or not all(
+        name in parameters
+        and isinstance(axes, tuple | list)
+        and len(axes) == _RANKS[name]
+        and all(axis is None or isinstance(axis, str) for axis in axes)
+        for name, axes in names.items()
+    ):
+        raise _errors.Refusal(ValueError, op, "axis_names").expected(
+            f"a mapping of {', '.join(parameters)}, or some of them, to a name or None for each "
+            "dimension",
+            _errors.shown(value),
+            "Give phi two and the others one, such as {'phi': ('embed', None), 'bias': (None,)}.",
+        )
+    return {name: tuple(axes) for name, axes in names.items()}
+
+
+def initial(
+    init: Callable[..., Params], key: object, dtype: DTypeLike, **arguments: object
+) -> Params:
+    """The values that `init` makes, stored in a module's param_dtype."""
+    dtype = jnp.dtype(dtype)
+    params = init(key, dtype=_check.accumulation_dtype(dtype), **arguments)
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def widened(op: str, name: str, value: Any, dtype: DTypeLike) -> Any:
+    """A stored parameter as the functions of jax_mhc take it: in float32, or float64 as it is.
+
+    Its values are exact. One with less precision than the module's param_dtype is refused: it was
+    rounded where nobody asked for it.
+    """
+    stored = getattr(value, "dtype", None)
+    if stored is None:  # None, or what stands for an array in a tree
+        return value
+    dtype = jnp.dtype(dtype).name
+    if stored.name not in _HOLDERS[dtype]:
+        cast = ""
+        if stored.name in _HOLDERS:
+            cast = f" Or make the module with param_dtype=jnp.{stored.name}."
+        raise _errors.Refusal(TypeError, op, name).expected(
+            f"the module's param_dtype, {dtype}, or more precision",
+            stored.name,
+            "Where a model is cast whole, cast only what jax_mhc.param_labels calls 'other', as "
+            f"docs/dtypes.md shows.{cast}",
+        )
+    return value if stored.name in ("float32", "float64") else value.astype(np.float32)
+
+
+def all_widened(op: str, params: Params, dtype: DTypeLike) -> Params:
+    """`widened` of all parameters."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, value: widened(op, path[0].name, value, dtype), params
+    )
 
 
 def residual(

@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
 import jax_mhc
 from jax_mhc import _check, _errors, _labels, _module
 from jax_mhc._call.dispatch import Implementation
+from jax_mhc._closures import warn_if_hidden
 from jax_mhc._ops.streams import Streams
 from jax_mhc._types import HeadParams, Layer, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
@@ -37,12 +40,12 @@ class MHC(eqx.Module):
     """A layer and its manifold-constrained hyper-connection (equation 3).
 
     The counterpart of `x + layer(x)`: `jax_mhc.mhc_residual` with parameters of its own, which see
-    for the equation, dtypes and derivatives. The parameters are arrays, float32, with the initial
-    values of `jax_mhc.init_params`; all else but the layer is static.
+    for the equation, dtypes and derivatives. The parameters are arrays, with the initial values of
+    `jax_mhc.init_params`; all else but the layer is static.
 
     x is the streams of one example, under `jax.vmap`, or of a whole batch. A layer for single
     tokens is vectorised with `eqx.filter_vmap(layer)`; `jax.vmap(layer)` is a function that hides
-    the layer's parameters.
+    the layer's parameters, as `lambda u: layer(u)` is: both give a warning.
 
     Args:
         layer: a module or function, `layer(u, ...)` with u `[..., C]`, which returns y `[..., C]`
@@ -55,6 +58,9 @@ class MHC(eqx.Module):
             should have none of its own then.
         norm_scale_eps: the eps of that norm.
         implementation: None, "fused" or "reference"; see `jax_mhc.pre`.
+        param_dtype: in which parameters are stored: float32, bfloat16 or float16, from which they
+            are widened to float32 in the call, or float64, for float64 streams. Those that have
+            less precision in the call, as of a model that was cast whole, are refused.
         key: for the initial values; each module wants its own.
 
     Attributes:
@@ -79,6 +85,7 @@ class MHC(eqx.Module):
     config: MHCConfig = eqx.field(static=True)
     norm_scale_eps: float = eqx.field(static=True)
     implementation: Implementation = eqx.field(static=True)
+    param_dtype: np.dtype = eqx.field(static=True)
 
     def __init__(
         self,
@@ -91,30 +98,40 @@ class MHC(eqx.Module):
         norm: bool = False,
         norm_scale_eps: float = 1e-6,
         implementation: Implementation = None,
+        param_dtype: DTypeLike = jnp.float32,
         key: jax.Array,
     ):
         """See the class."""
+        op = "equinox.MHC"
         _module.settings(
-            "equinox.MHC",
+            op,
             layer=layer,
             static=static,
             norm=norm,
             norm_scale_eps=norm_scale_eps,
             implementation=implementation,
         )
-        params = jax_mhc.init_params(
-            key, streams=streams, hidden=hidden, config=config, static=static
-        )
+        dtype = _module.param_dtype(op, param_dtype)
+        sizes = {"streams": streams, "hidden": hidden, "config": config, "static": static}
+        params = _module.initial(jax_mhc.init_params, key, dtype, **sizes)
+        remedy = "For single tokens that is eqx.filter_vmap(layer)."
+        warn_if_hidden(op, layer, eqx.Module, _has_parameters, remedy=remedy)
         self.layer = layer
         self.phi, self.alpha, self.bias = params.phi, params.alpha, params.bias
-        self.norm_scale = jnp.ones(hidden, jnp.float32) if norm else None
+        self.norm_scale = jnp.ones(hidden, dtype) if norm else None
         self.hidden, self.streams, self.config = hidden, streams, config
         self.norm_scale_eps, self.implementation = norm_scale_eps, implementation
+        self.param_dtype = dtype
 
     @property
     def params(self) -> MHCParams:
-        """The parameters, as the functions of jax_mhc take them."""
-        return MHCParams(self.phi, self.alpha, self.bias)
+        """The parameters, as the functions of jax_mhc take them: float32, or float64 as they are.
+
+        Raises:
+            TypeError: parameters with less precision than param_dtype.
+        """
+        params = MHCParams(self.phi, self.alpha, self.bias)
+        return _module.all_widened("equinox.MHC", params, self.param_dtype)
 
     def __call__(
         self, x: Float[jax.Array, "*tokens n C"] | Streams, *args: object, **kwargs: object
@@ -128,15 +145,34 @@ class MHC(eqx.Module):
 
         Returns:
             The new streams `[..., n, C]`, or `Streams` where x is; of a layer that returns
-            `(y, *rest)`, such as a state,
-            `(streams, *rest)`.
+            `(y, *rest)`, such as a state, `(streams, *rest)`.
 
         Raises:
             ValueError, TypeError: x that is not streams of the module's n and C; a layer that
-                returns another shape or dtype; what `jax_mhc.pre` raises.
+                returns another shape or dtype; parameters with less precision than param_dtype;
+                what `jax_mhc.pre` raises.
+        """
+        return self.with_h_res(x, *args, **kwargs)[0]
+
+    def with_h_res(
+        self, x: Float[jax.Array, "*tokens n C"] | Streams, *args: object, **kwargs: object
+    ) -> tuple[Any, Float[jax.Array, "*tokens n n"]]:
+        """Runs the layer on the streams, and returns h_res, which the call computes anyway.
+
+        Args:
+            x: the streams `[..., n, C]`.
+            *args: handed on to the layer, after u.
+            **kwargs: handed on to the layer.
+
+        Returns:
+            What a call returns, and h_res `[..., n, n]`: `h_res[..., i, j]` is the weight of stream
+            j in new stream i. Differentiable; for `jax_mhc.diagnostics`.
+
+        Raises:
+            ValueError, TypeError: what a call raises.
         """
         op = "equinox.MHC"
-        out, _ = _module.residual(
+        return _module.residual(
             op,
             self.layer,
             _module.streams(op, x, self.streams, self.hidden),
@@ -144,25 +180,25 @@ class MHC(eqx.Module):
             args,
             kwargs,
             config=self.config,
-            norm_scale=self.norm_scale,
+            norm_scale=_module.widened(op, "norm_scale", self.norm_scale, self.param_dtype),
             norm_scale_eps=self.norm_scale_eps,
             implementation=self.implementation,
         )
-        return out
 
 
 @_labels.connection
 class Head(eqx.Module):
     """Leaves the streams by a learned weighted mean, `[..., n, C]` -> `[..., C]`.
 
-    `jax_mhc.head` with parameters of its own, which see. They are float32, with the initial values
-    of `jax_mhc.init_head`.
+    `jax_mhc.head` with parameters of its own, which see. They have the initial values of
+    `jax_mhc.init_head`.
 
     Args:
         hidden: C.
         streams: n, from 1 to 16.
         config: settings; those of norm and of h_pre enter.
         implementation: None, "fused" or "reference"; see `jax_mhc.pre`.
+        param_dtype: in which parameters are stored; see `MHC`.
         key: for the initial values.
 
     Attributes:
@@ -181,6 +217,7 @@ class Head(eqx.Module):
     streams: int = eqx.field(static=True)
     config: MHCConfig = eqx.field(static=True)
     implementation: Implementation = eqx.field(static=True)
+    param_dtype: np.dtype = eqx.field(static=True)
 
     def __init__(
         self,
@@ -189,19 +226,23 @@ class Head(eqx.Module):
         streams: int = 4,
         config: MHCConfig = PAPER,
         implementation: Implementation = None,
+        param_dtype: DTypeLike = jnp.float32,
         key: jax.Array,
     ):
         """See the class."""
         _check.implementation("equinox.Head", implementation)
-        params = jax_mhc.init_head(key, streams=streams, hidden=hidden, config=config)
+        dtype = _module.param_dtype("equinox.Head", param_dtype)
+        sizes = {"streams": streams, "hidden": hidden, "config": config}
+        params = _module.initial(jax_mhc.init_head, key, dtype, **sizes)
         self.phi, self.alpha, self.bias = params.phi, params.alpha, params.bias
         self.hidden, self.streams, self.config = hidden, streams, config
-        self.implementation = implementation
+        self.implementation, self.param_dtype = implementation, dtype
 
     @property
     def params(self) -> HeadParams:
-        """The parameters, as `jax_mhc.head` takes them."""
-        return HeadParams(self.phi, self.alpha, self.bias)
+        """The parameters, as `jax_mhc.head` takes them; see `MHC`."""
+        params = HeadParams(self.phi, self.alpha, self.bias)
+        return _module.all_widened("equinox.Head", params, self.param_dtype)
 
     def __call__(
         self, x: Float[jax.Array, "*tokens n C"] | Streams
@@ -209,3 +250,7 @@ class Head(eqx.Module):
         """Collapses the streams x `[..., n, C]` to `[..., C]`; raises what `MHC` does for them."""
         x = _module.streams("equinox.Head", x, self.streams, self.hidden)
         return jax_mhc.head(x, self.params, config=self.config, implementation=self.implementation)
+
+
+def _has_parameters(value: object) -> bool:
+    return isinstance(value, eqx.Module) and any(map(eqx.is_inexact_array, jax.tree.leaves(value)))

@@ -9,16 +9,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 import jax_mhc
 from jax_mhc import _module
 from jax_mhc._call.dispatch import Implementation
+from jax_mhc._closures import warn_if_hidden
 from jax_mhc._ops.streams import Streams
 from jax_mhc._types import HeadParams, Layer, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
@@ -35,10 +38,13 @@ class MHC(nn.Module):
     The counterpart of `x + layer(x)`: `jax_mhc.mhc_residual` with parameters of its own, which see
     for the equation, dtypes and derivatives. In the collection `params` they are phi `[nC, K]`,
     alpha `[3]` and bias `[K]` (with static the bias alone), and norm_scale `[C]` where there is a
-    norm: float32, with the initial values of `jax_mhc.init_params`, and ones. As always in Linen, a
+    norm, with the initial values of `jax_mhc.init_params`, and ones. As always in Linen, a
     layer made inside of another module's call keeps its variables there, under its own name.
 
     h_res `[..., n, n]` is sown into the collection `intermediates`, for `jax_mhc.diagnostics`.
+
+    A layer that is a function over a module with variables of its own (`module.bind(variables)`)
+    gives a warning: the model does not have them.
 
     Attributes:
         layer: a module or function, `layer(u, ...)` with u `[..., C]`, which returns y `[..., C]`
@@ -51,6 +57,12 @@ class MHC(nn.Module):
             should have none of its own then.
         norm_scale_eps: the eps of that norm.
         implementation: None, "fused" or "reference"; see `jax_mhc.pre`.
+        param_dtype: in which parameters are stored: float32, bfloat16 or float16, from which they
+            are widened to float32 in the call, or float64, for float64 streams. Those that have
+            less precision in the call, as of a model that was cast whole, are refused.
+        axis_names: for a parameter by its name a name, or None, for each of its dimensions, as
+            `nn.with_logical_partitioning` takes them: `{"phi": ("embed", None)}`. phi's rows
+            are n times C, and are whole while they are used, however they are stored.
     """
 
     layer: Layer
@@ -61,8 +73,9 @@ class MHC(nn.Module):
     norm: bool = False
     norm_scale_eps: float = 1e-6
     implementation: Implementation = None
+    param_dtype: DTypeLike = jnp.float32
+    axis_names: Mapping[str, Sequence[str | None]] | None = None
 
-    @nn.compact
     def __call__(
         self, x: Float[jax.Array, "*tokens n C"] | Streams, *args: object, **kwargs: object
     ) -> Any:
@@ -79,7 +92,30 @@ class MHC(nn.Module):
 
         Raises:
             ValueError, TypeError: x that is not streams of the module's n and C; a layer that
-                returns another shape or dtype; what `jax_mhc.init_params` and `jax_mhc.pre` raise.
+                returns another shape or dtype; parameters with less precision than param_dtype;
+                what `jax_mhc.init_params` and `jax_mhc.pre` raise.
+        """
+        out, h_res = self.with_h_res(x, *args, **kwargs)
+        self.sow("intermediates", "h_res", h_res)
+        return out
+
+    @nn.compact
+    def with_h_res(
+        self, x: Float[jax.Array, "*tokens n C"] | Streams, *args: object, **kwargs: object
+    ) -> tuple[Any, Float[jax.Array, "*tokens n n"]]:
+        """Runs the layer on the streams, and returns h_res, which the call computes anyway.
+
+        Args:
+            x: the streams `[..., n, C]`.
+            *args: handed on to the layer, after u.
+            **kwargs: handed on to the layer.
+
+        Returns:
+            What a call returns, and h_res `[..., n, n]`: `h_res[..., i, j]` is the weight of stream
+            j in new stream i. Differentiable; for `jax_mhc.diagnostics`.
+
+        Raises:
+            ValueError, TypeError: what a call raises.
         """
         op = "flax.linen.MHC"
         _module.settings(
@@ -90,13 +126,15 @@ class MHC(nn.Module):
             norm_scale_eps=self.norm_scale_eps,
             implementation=self.implementation,
         )
+        warn_if_hidden(op, self.layer, nn.Module, partial(_is_bound_elsewhere, self))
         x = _module.streams(op, x, self.streams, self.hidden)
-        param = partial(_param, self, jax_mhc.init_params)
+        names = _module.axis_names(op, self.axis_names)
+        param = _parameters(self, op, jax_mhc.init_params, names)
         phi, alpha = (None, None) if self.static else (param("phi"), param("alpha"))
         scale = None
         if self.norm:
-            scale = self.param("norm_scale", nn.initializers.ones, (self.hidden,), "float32")
-        out, h_res = _module.residual(
+            scale = param("norm_scale", lambda _, dtype: jnp.ones(self.hidden, dtype))
+        return _module.residual(
             op,
             self.layer,
             x,
@@ -108,40 +146,65 @@ class MHC(nn.Module):
             norm_scale_eps=self.norm_scale_eps,
             implementation=self.implementation,
         )
-        self.sow("intermediates", "h_res", h_res)
-        return out
 
 
 class Head(nn.Module):
     """Leaves the streams by a learned weighted mean, `[..., n, C]` -> `[..., C]`.
 
     `jax_mhc.head` with parameters of its own, which see: phi `[nC, n]`, alpha `[1]` and bias `[n]`,
-    float32, with the initial values of `jax_mhc.init_head`.
+    with the initial values of `jax_mhc.init_head`.
 
     Attributes:
         hidden: C.
         streams: n, from 1 to 16.
         config: settings; those of norm and of h_pre enter.
         implementation: None, "fused" or "reference"; see `jax_mhc.pre`.
+        param_dtype: in which parameters are stored; see `MHC`.
+        axis_names: names of the dimensions of phi, alpha and bias; see `MHC`.
     """
 
     hidden: int
     streams: int = 4
     config: MHCConfig = PAPER
     implementation: Implementation = None
+    param_dtype: DTypeLike = jnp.float32
+    axis_names: Mapping[str, Sequence[str | None]] | None = None
 
     @nn.compact
     def __call__(
         self, x: Float[jax.Array, "*tokens n C"] | Streams
     ) -> Float[jax.Array, "*tokens C"]:
         """Collapses the streams x `[..., n, C]` to `[..., C]`; raises what `MHC` does for them."""
-        x = _module.streams("flax.linen.Head", x, self.streams, self.hidden)
-        param = partial(_param, self, jax_mhc.init_head)
+        op = "flax.linen.Head"
+        x = _module.streams(op, x, self.streams, self.hidden)
+        names = _module.axis_names(op, self.axis_names, ("phi", "alpha", "bias"))
+        param = _parameters(self, op, jax_mhc.init_head, names)
         params = HeadParams(param("phi"), param("alpha"), param("bias"))
         return jax_mhc.head(x, params, config=self.config, implementation=self.implementation)
 
 
-def _param(module: MHC | Head, init: Callable[..., Any], name: str) -> jax.Array:
-    """Returns one of the values that `init` makes; in Linen each has a key of its own."""
-    sizes = {"streams": module.streams, "hidden": module.hidden, "config": module.config}
-    return module.param(name, lambda key: getattr(init(key, **sizes), name))
+def _parameters(
+    module: MHC | Head, op: str, init: Callable[..., Any], names: _module.AxisNames
+) -> Callable[..., jax.Array]:
+    """A function that returns a parameter by its name, as the functions of jax_mhc take it."""
+    stored = _module.param_dtype(op, module.param_dtype)
+
+    def of_init(name: str, key: jax.Array) -> jax.Array:
+        # In Linen each parameter has a key of its own.
+        sizes = {"streams": module.streams, "hidden": module.hidden, "config": module.config}
+        return getattr(_module.initial(init, key, stored, **sizes), name)
+
+    def parameter(name: str, make: Callable[..., jax.Array] | None = None) -> jax.Array:
+        value: Callable[..., Any] = partial(make, dtype=stored) if make else partial(of_init, name)
+        if name in names:
+            value = nn.with_logical_partitioning(value, names[name])
+        return _module.widened(op, name, module.param(name, value), stored)
+
+    return parameter
+
+
+def _is_bound_elsewhere(module: nn.Module, value: object) -> bool:
+    """Whether a value is a module with parameters that are none of the model's."""
+    if not isinstance(value, nn.Module) or value.scope is None or module.scope is None:
+        return False
+    return value.scope.root is not module.scope.root and bool(value.variables.get("params"))

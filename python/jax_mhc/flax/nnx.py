@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 import jax_mhc
 from jax_mhc import _check, _errors, _labels, _module
 from jax_mhc._call.dispatch import Implementation
+from jax_mhc._closures import warn_if_hidden
 from jax_mhc._ops.streams import Streams
 from jax_mhc._types import HeadParams, Layer, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
@@ -36,8 +38,8 @@ class MHC(nnx.Module):
     """A layer and its manifold-constrained hyper-connection (equation 3).
 
     The counterpart of `x + layer(x)`: `jax_mhc.mhc_residual` with parameters of its own, which see
-    for the equation, dtypes and derivatives. The parameters are `nnx.Param`, float32, with the
-    initial values of `jax_mhc.init_params`. They are drawn from the stream `mhc` of rngs where
+    for the equation, dtypes and derivatives. The parameters are `nnx.Param`, with the initial
+    values of `jax_mhc.init_params`. They are drawn from the stream `mhc` of rngs where
     there is one, so that `nnx.Rngs(0, mhc=1)` leaves all other parameters of a model as they are
     without hyper-connections, and else from `params`.
 
@@ -52,6 +54,12 @@ class MHC(nnx.Module):
             should have none of its own then.
         norm_scale_eps: the eps of that norm.
         implementation: None, "fused" or "reference"; see `jax_mhc.pre`.
+        param_dtype: in which parameters are stored: float32, bfloat16 or float16, from which they
+            are widened to float32 in the call, or float64, for float64 streams. Those that have
+            less precision in the call, as of a model that was cast whole, are refused.
+        axis_names: for a parameter by its name a name, or None, for each of its dimensions, as
+            `nnx.with_partitioning` takes them: `{"phi": ("embed", None)}`. phi's rows
+            are n times C, and are whole while they are used, however they are stored.
         rngs: for the initial values.
 
     Attributes:
@@ -64,6 +72,9 @@ class MHC(nnx.Module):
     Raises:
         ValueError, TypeError: what `jax_mhc.init_params` raises; a layer that cannot be called;
             settings or rngs that are none.
+
+    A layer that is a function over a module, such as `lambda u: conv(u)`, gives a warning: the
+    model does not have the parameters of conv.
     """
 
     def __init__(
@@ -77,32 +88,49 @@ class MHC(nnx.Module):
         norm: bool = False,
         norm_scale_eps: float = 1e-6,
         implementation: Implementation = None,
+        param_dtype: DTypeLike = jnp.float32,
+        axis_names: Mapping[str, Sequence[str | None]] | None = None,
         rngs: nnx.Rngs,
     ):
         """See the class."""
+        op = "flax.nnx.MHC"
         _module.settings(
-            "flax.nnx.MHC",
+            op,
             layer=layer,
             static=static,
             norm=norm,
             norm_scale_eps=norm_scale_eps,
             implementation=implementation,
         )
-        params = jax_mhc.init_params(
-            _key("flax.nnx.MHC", rngs), streams=streams, hidden=hidden, config=config, static=static
-        )
+        dtype, names = _module.param_dtype(op, param_dtype), _module.axis_names(op, axis_names)
+        sizes = {"streams": streams, "hidden": hidden, "config": config, "static": static}
+        params = _module.initial(jax_mhc.init_params, _key(op, rngs), dtype, **sizes)
+        warn_if_hidden(op, layer, nnx.Module, _has_parameters)
         self.layer = layer
-        self.phi = None if static else nnx.Param(params.phi)
-        self.alpha = None if static else nnx.Param(params.alpha)
-        self.bias = nnx.Param(params.bias)
-        self.norm_scale = nnx.Param(jnp.ones(hidden, jnp.float32)) if norm else None
+        make = partial(_param, names)
+        self.phi = None if params.phi is None else make("phi", params.phi)
+        self.alpha = None if params.alpha is None else make("alpha", params.alpha)
+        self.bias = make("bias", params.bias)
+        self.norm_scale = make("norm_scale", jnp.ones(hidden, dtype)) if norm else None
         self.hidden, self.streams, self.config = hidden, streams, config
         self.norm_scale_eps, self.implementation = norm_scale_eps, implementation
+        self.param_dtype = dtype
 
     @property
     def params(self) -> MHCParams:
-        """The parameters, as the functions of jax_mhc take them."""
-        return MHCParams(_value(self.phi), _value(self.alpha), self.bias[...])
+        """The parameters, as the functions of jax_mhc take them: float32, or float64 as they are.
+
+        Raises:
+            TypeError: parameters with less precision than param_dtype.
+        """
+        params = MHCParams(_value(self.phi), _value(self.alpha), self.bias[...])
+        return _module.all_widened("flax.nnx.MHC", params, self.param_dtype)
+
+    @property
+    def _scale(self) -> jax.Array | None:
+        """norm_scale likewise."""
+        value, dtype = _value(self.norm_scale), self.param_dtype
+        return _module.widened("flax.nnx.MHC", "norm_scale", value, dtype)
 
     def __call__(
         self, x: Float[jax.Array, "*tokens n C"] | Streams, *args: object, **kwargs: object
@@ -120,10 +148,30 @@ class MHC(nnx.Module):
 
         Raises:
             ValueError, TypeError: x that is not streams of the module's n and C; a layer that
-                returns another shape or dtype; what `jax_mhc.pre` raises.
+                returns another shape or dtype; parameters with less precision than param_dtype;
+                what `jax_mhc.pre` raises.
+        """
+        return self.with_h_res(x, *args, **kwargs)[0]
+
+    def with_h_res(
+        self, x: Float[jax.Array, "*tokens n C"] | Streams, *args: object, **kwargs: object
+    ) -> tuple[Any, Float[jax.Array, "*tokens n n"]]:
+        """Runs the layer on the streams, and returns h_res, which the call computes anyway.
+
+        Args:
+            x: the streams `[..., n, C]`.
+            *args: handed on to the layer, after u.
+            **kwargs: handed on to the layer.
+
+        Returns:
+            What a call returns, and h_res `[..., n, n]`: `h_res[..., i, j]` is the weight of stream
+            j in new stream i. Differentiable; for `jax_mhc.diagnostics`.
+
+        Raises:
+            ValueError, TypeError: what a call raises.
         """
         op = "flax.nnx.MHC"
-        out, _ = _module.residual(
+        return _module.residual(
             op,
             self.layer,
             _module.streams(op, x, self.streams, self.hidden),
@@ -131,25 +179,26 @@ class MHC(nnx.Module):
             args,
             kwargs,
             config=self.config,
-            norm_scale=_value(self.norm_scale),
+            norm_scale=self._scale,
             norm_scale_eps=self.norm_scale_eps,
             implementation=self.implementation,
         )
-        return out
 
 
 @_labels.connection
 class Head(nnx.Module):
     """Leaves the streams by a learned weighted mean, `[..., n, C]` -> `[..., C]`.
 
-    `jax_mhc.head` with parameters of its own, which see. They are float32, with the initial values
-    of `jax_mhc.init_head`, drawn as those of `MHC`.
+    `jax_mhc.head` with parameters of its own, which see. They have the initial values of
+    `jax_mhc.init_head`, drawn as those of `MHC`.
 
     Args:
         hidden: C.
         streams: n, from 1 to 16.
         config: settings; those of norm and of h_pre enter.
         implementation: None, "fused" or "reference"; see `jax_mhc.pre`.
+        param_dtype: in which parameters are stored; see `MHC`.
+        axis_names: names of the dimensions of phi, alpha and bias; see `MHC`.
         rngs: for the initial values.
 
     Attributes:
@@ -168,22 +217,28 @@ class Head(nnx.Module):
         streams: int = 4,
         config: MHCConfig = PAPER,
         implementation: Implementation = None,
+        param_dtype: DTypeLike = jnp.float32,
+        axis_names: Mapping[str, Sequence[str | None]] | None = None,
         rngs: nnx.Rngs,
     ):
         """See the class."""
-        _check.implementation("flax.nnx.Head", implementation)
-        key = _key("flax.nnx.Head", rngs)
-        params = jax_mhc.init_head(key, streams=streams, hidden=hidden, config=config)
-        self.phi = nnx.Param(params.phi)
-        self.alpha = nnx.Param(params.alpha)
-        self.bias = nnx.Param(params.bias)
+        op = "flax.nnx.Head"
+        _check.implementation(op, implementation)
+        dtype = _module.param_dtype(op, param_dtype)
+        names = _module.axis_names(op, axis_names, ("phi", "alpha", "bias"))
+        sizes = {"streams": streams, "hidden": hidden, "config": config}
+        params = _module.initial(jax_mhc.init_head, _key(op, rngs), dtype, **sizes)
+        self.phi = _param(names, "phi", params.phi)
+        self.alpha = _param(names, "alpha", params.alpha)
+        self.bias = _param(names, "bias", params.bias)
         self.hidden, self.streams, self.config = hidden, streams, config
-        self.implementation = implementation
+        self.implementation, self.param_dtype = implementation, dtype
 
     @property
     def params(self) -> HeadParams:
-        """The parameters, as `jax_mhc.head` takes them."""
-        return HeadParams(self.phi[...], self.alpha[...], self.bias[...])
+        """The parameters, as `jax_mhc.head` takes them; see `MHC`."""
+        params = HeadParams(self.phi[...], self.alpha[...], self.bias[...])
+        return _module.all_widened("flax.nnx.Head", params, self.param_dtype)
 
     def __call__(
         self, x: Float[jax.Array, "*tokens n C"] | Streams
@@ -314,7 +369,7 @@ def _arguments(
         "x": _module.streams(_STACK, x, first.streams, first.hidden),
         "params": [modules[name].params for name in sublayers],
         "xs": state,
-        "norm_scale": [_value(modules[name].norm_scale) for name in sublayers],
+        "norm_scale": [modules[name]._scale for name in sublayers],
         **settings,
         **options,
     }
@@ -371,3 +426,15 @@ def _key(op: str, rngs: nnx.Rngs) -> jax.Array:
 
 def _value(variable: nnx.Param[Any] | None) -> jax.Array | None:
     return None if variable is None else variable[...]
+
+
+def _param(names: _module.AxisNames, name: str, value: jax.Array) -> nnx.Param[jax.Array]:
+    """A parameter whose dimensions have names, or none."""
+    named = nnx.with_partitioning(lambda: value, names[name]) if name in names else lambda: value
+    return nnx.Param(named())
+
+
+def _has_parameters(value: object) -> bool:
+    if isinstance(value, nnx.Module):
+        return bool(jax.tree.leaves(nnx.state(value, nnx.Param)))
+    return isinstance(value, nnx.Param)
