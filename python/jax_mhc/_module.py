@@ -13,6 +13,16 @@ from jax_mhc._ops.streams import Streams
 from jax_mhc._ops.sublayer import Options, Sublayer
 from jax_mhc._types import Layer, MHCConfig, MHCParams
 
+# What tells the keys of connections from those of layers: "mhc" in ASCII.
+_FOLDED = 0x6D6863
+
+
+def key(base: jax.Array, *counts: jax.Array | int) -> jax.Array:
+    """A key for a connection, of one that a layer draws from or is made with."""
+    for number in (_FOLDED, *counts):
+        base = jax.random.fold_in(base, number)
+    return base
+
 
 def streams(op: str, x: object, num_streams: int, hidden: int) -> jax.Array | Streams:
     """Streams `[..., n, C]` of the n and C that a module was made for."""

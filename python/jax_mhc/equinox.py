@@ -2,21 +2,24 @@
 
     from jax_mhc.equinox import MHC
 
-    self.attention = MHC(Attention(..., key=key_1), C, streams=4, key=key_2)
+    self.attention = MHC(Attention(..., key=key), C, streams=4, key=key)
     x = self.attention(x)                       # in place of x + attention(x)
 
-`Head` leaves the streams.
+`Head` leaves the streams; `from_plain` takes over the weights of a trained model without
+hyper-connections.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jax_mhc
-from jax_mhc import _check, _errors, _module
+from jax_mhc import _check, _errors, _module, _plain
 from jax_mhc._call.dispatch import Implementation
 from jax_mhc._ops.streams import Streams
 from jax_mhc._types import HeadParams, Layer, MHCConfig, MHCParams
@@ -29,7 +32,9 @@ _errors.require("equinox", "equinox", "equinox")
 
 import equinox as eqx  # noqa: E402 - where it is missing, the line above says so
 
-__all__ = ["MHC", "Head"]
+Model = TypeVar("Model")
+
+__all__ = ["MHC", "Head", "from_plain"]
 
 
 class MHC(eqx.Module):
@@ -54,7 +59,9 @@ class MHC(eqx.Module):
             should have none of its own then.
         norm_scale_eps: the eps of that norm.
         implementation: None, "fused" or "reference"; see `jax_mhc.pre`.
-        key: for the initial values; each module wants its own.
+        key: for the initial values; each module wants its own, which may be that of its layer:
+            `MHC(Attention(..., key=key), C, key=key)`. A constant is folded into it, and the layers
+            of a model need no other keys than without hyper-connections.
 
     Attributes:
         layer: the layer.
@@ -101,8 +108,9 @@ class MHC(eqx.Module):
             norm_scale_eps=norm_scale_eps,
             implementation=implementation,
         )
+        _check.key("equinox.MHC", "key", key)
         params = jax_mhc.init_params(
-            key, streams=streams, hidden=hidden, config=config, static=static
+            _module.key(key), streams=streams, hidden=hidden, config=config, static=static
         )
         self.layer = layer
         self.phi, self.alpha, self.bias = params.phi, params.alpha, params.bias
@@ -161,7 +169,7 @@ class Head(eqx.Module):
         streams: n, from 1 to 16.
         config: settings; those of norm and of h_pre enter.
         implementation: None, "fused" or "reference"; see `jax_mhc.pre`.
-        key: for the initial values.
+        key: for the initial values; it may be one that a layer has, as for `MHC`.
 
     Attributes:
         phi: projection `[nC, n]`.
@@ -191,6 +199,8 @@ class Head(eqx.Module):
     ):
         """See the class."""
         _check.implementation("equinox.Head", implementation)
+        _check.key("equinox.Head", "key", key)
+        key = _module.key(key)
         params = jax_mhc.init_head(key, streams=streams, hidden=hidden, config=config)
         self.phi, self.alpha, self.bias = params.phi, params.alpha, params.bias
         self.hidden, self.streams, self.config = hidden, streams, config
@@ -207,3 +217,58 @@ class Head(eqx.Module):
         """Collapses the streams x `[..., n, C]` to `[..., C]`; raises what `MHC` does for them."""
         x = _module.streams("equinox.Head", x, self.streams, self.hidden)
         return jax_mhc.head(x, self.params, config=self.config, implementation=self.implementation)
+
+
+def from_plain(plain: object, mhc_model: Model, *, names: Mapping[str, str] | None = None) -> Model:
+    """A model with hyper-connections and the weights of a trained one without.
+
+    Every array of the plain model moves to its place: `blocks.0.mlp.layers.0.weight` to
+    `blocks.0.mlp.layer.layers.0.weight`, where blocks[0].mlp is an `MHC`. `eqx.filter_vmap` around
+    a layer is no step. The connections keep their initial values, so that the model computes what
+    the plain one does, to rounding, with any n. With norm=True, norm_scale is the weight of the one
+    norm that the plain layer has and the wrapped one has not; the eps of both have to be the same.
+    What is no array stays as mhc_model has it.
+
+    Args:
+        plain: the trained model; or a pytree like it, such as a moment of Adam.
+        mhc_model: the same model with hyper-connections, as initialised.
+        names: paths in mhc_model of what has another place in plain, and its path there, steps
+            separated by dots: a weight, or a module with all that is below it.
+
+    Returns:
+        A new model, made as mhc_model.
+
+    Raises:
+        ValueError, TypeError: an array that is left over or missing, or that has another shape or
+            dtype; a model without hyper-connections.
+    """
+    move = _plain.Move.of("equinox.from_plain", "plain", "mhc_model", names)
+    leaves, structure = jax.tree.flatten_with_path(mhc_model)
+    arrays = {_steps(path): leaf for path, leaf in leaves if _is_array(leaf)}
+    of_plain = {_steps(p): leaf for p, leaf in jax.tree.leaves_with_path(plain) if _is_array(leaf)}
+    connections = set(_connections(mhc_model, ()))
+    values = move.run(of_plain, arrays, connections)
+    new = (values[_steps(path)] if _is_array(leaf) else leaf for path, leaf in leaves)
+    return jax.tree.unflatten(structure, new)
+
+
+def _is_array(leaf: object) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+
+
+def _steps(path: tuple[Any, ...]) -> _plain.Path:
+    """The steps of a path, without those into what `eqx.filter_vmap` made."""
+    steps = (jax.tree_util.keystr((step,), simple=True) for step in path)
+    return tuple(step for step in steps if step != "_fun")
+
+
+def _connections(tree: object, above: tuple[Any, ...]) -> Iterator[_plain.Path]:
+    """Paths of connections, those in layers of others too."""
+    for path, leaf in jax.tree.leaves_with_path(
+        tree, is_leaf=lambda node: isinstance(node, MHC | Head)
+    ):
+        if isinstance(leaf, MHC | Head):
+            yield _steps(above + path)
+        if isinstance(leaf, MHC):
+            layer = (*above, *path, jax.tree_util.GetAttrKey("layer"))
+            yield from _connections(leaf.layer, layer)
