@@ -21,6 +21,11 @@ OWN = ("phi", "alpha", "bias", "norm_scale")
 _SCALES = ("scale", "weight")
 
 
+def is_array(leaf: object) -> bool:
+    """True of what moves, and of the shapes alone, which are refused; not of a model's settings."""
+    return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+
+
 class Move(NamedTuple):
     """A move of weights: `op`, the names of its arguments, and what `names` says."""
 
@@ -97,9 +102,9 @@ class Move(NamedTuple):
         if left:
             raise Refusal(ValueError, self.op, f"{self.plain}.{left[0]}").expected(
                 f"a place in {self.model}",
-                f"none{_and_others(left)}",
-                f"Build both models of the same layers, or name it: names={{path in {self.model}: "
-                f"{left[0]!r}}}.",
+                f"none, as for {len(left) - 1} more" if len(left) > 1 else "none",
+                f"Build both models of the same layers, or name its place: "
+                f"names={{path in {self.model}: {left[0]!r}}}.",
             )
         return values
 
@@ -108,12 +113,13 @@ class Move(NamedTuple):
     ) -> jax.Array:
         argument = f"{self.model}.{_dotted(path)}"
         if source not in plain:
-            over = f", which has {left[0]} left over{_and_others(left)}" if left else ""
-            norm = path[-1] == "norm_scale"
+            what = f"a weight {_dotted(source)}"
+            if path[-1] == "norm_scale" and source[-1] == "norm_scale":
+                what = f"the scale of one norm below {_dotted(source[:-1]) or 'the root'}"
+            more = f" and {len(left) - 1} more" if len(left) > 1 else ""
             raise Refusal(ValueError, self.op, argument).expected(
-                f"{'the scale of one norm' if norm else 'a weight'} in {self.plain}"
-                f" at {_dotted(source[:-1] if norm else source) or 'its root'}",
-                f"none{over}",
+                f"{what} in {self.plain}",
+                f"none; left over there: {left[0]}{more}" if left else "none",
                 f"Build both models of the same layers, or name it: "
                 f"names={{{_dotted(path)!r}: path in {self.plain}}}.",
             )
@@ -144,7 +150,3 @@ def _steps(path: str) -> Path:
 
 def _dotted(path: Path) -> str:
     return ".".join(path)
-
-
-def _and_others(left: list[str]) -> str:
-    return f" (as have {len(left) - 1} others)" if len(left) > 1 else ""

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import jax_mhc
 from jax_mhc import _check, _errors, _module, _plain
@@ -226,8 +225,8 @@ def from_plain(plain: object, mhc_model: Model, *, names: Mapping[str, str] | No
     `blocks.0.mlp.layer.layers.0.weight`, where blocks[0].mlp is an `MHC`. `eqx.filter_vmap` around
     a layer is no step. The connections keep their initial values, so that the model computes what
     the plain one does, to rounding, with any n. With norm=True, norm_scale is the weight of the one
-    norm that the plain layer has and the wrapped one has not; the eps of both have to be the same.
-    What is no array stays as mhc_model has it.
+    RMSNorm that the plain layer has and the wrapped one has not; the eps of both have to be the
+    same. What is no array stays as mhc_model has it.
 
     Args:
         plain: the trained model; or a pytree like it, such as a moment of Adam.
@@ -244,16 +243,14 @@ def from_plain(plain: object, mhc_model: Model, *, names: Mapping[str, str] | No
     """
     move = _plain.Move.of("equinox.from_plain", "plain", "mhc_model", names)
     leaves, structure = jax.tree.flatten_with_path(mhc_model)
-    arrays = {_steps(path): leaf for path, leaf in leaves if _is_array(leaf)}
-    of_plain = {_steps(p): leaf for p, leaf in jax.tree.leaves_with_path(plain) if _is_array(leaf)}
+    arrays = {_steps(path): leaf for path, leaf in leaves if _plain.is_array(leaf)}
+    of_plain = {
+        _steps(p): leaf for p, leaf in jax.tree.leaves_with_path(plain) if _plain.is_array(leaf)
+    }
     connections = set(_connections(mhc_model, ()))
     values = move.run(of_plain, arrays, connections)
-    new = (values[_steps(path)] if _is_array(leaf) else leaf for path, leaf in leaves)
+    new = (values[_steps(path)] if _plain.is_array(leaf) else leaf for path, leaf in leaves)
     return jax.tree.unflatten(structure, new)
-
-
-def _is_array(leaf: object) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
 
 
 def _steps(path: tuple[Any, ...]) -> _plain.Path:

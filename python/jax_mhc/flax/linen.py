@@ -166,9 +166,9 @@ def from_plain(
     call keep their place. The connections keep their initial values, so that the model computes
     what the plain one does, to rounding, with any n.
 
-    With norm=True, norm_scale is the scale of the one norm that the plain layer has and the wrapped
-    one has not; the eps of both have to be the same. In a compact call a connection's place does
-    not tell its layer; `names` has to:
+    With norm=True, norm_scale is the scale of the one RMSNorm that the plain layer has and the
+    wrapped one has not; the eps of both have to be the same. In a compact call a connection's place
+    does not tell its layer; `names` has to:
     `{"params.MHC_0.norm_scale": "params.Attention_0.RMSNorm_0.scale"}`.
 
     A connection is recognised by its variables: phi, alpha and bias, or, with static, a bias alone

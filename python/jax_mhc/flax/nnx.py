@@ -203,8 +203,8 @@ def from_plain(
     Every variable of the plain model moves to its place: `blocks.0.mlp.up.kernel` to
     `blocks.0.mlp.layer.up.kernel`, where blocks.0.mlp is an `MHC`. The connections keep their
     initial values, so that the model computes what the plain one does, to rounding, with any n.
-    With norm=True, norm_scale is the scale of the one norm that the plain layer has and the wrapped
-    one has not; the eps of both have to be the same.
+    With norm=True, norm_scale is the scale of the one RMSNorm that the plain layer has and the
+    wrapped one has not; the eps of both have to be the same.
 
     Args:
         plain: the trained model.
@@ -226,15 +226,19 @@ def from_plain(
                 "a module", type(module).__name__, "Give the two models, the plain one first."
             )
     graphdef, state = nnx.split(mhc_model)
-    variables = {path: variable for path, variable in nnx.to_flat_state(state)}
     connections = {
         _strings(path)
         for path, module in nnx.iter_graph(mhc_model)
         if isinstance(module, MHC | Head)
     }
     values = move.run(_arrays(nnx.state(plain)), _arrays(state), connections)
-    moved = [(p, variable.replace(values[_strings(p)])) for p, variable in variables.items()]
-    return nnx.merge(graphdef, nnx.from_flat_state(moved))
+
+    def moved(path: tuple[Any, ...], leaf: Any) -> Any:
+        value = values.get(_strings(path), leaf)
+        return leaf.replace(value) if isinstance(leaf, nnx.Variable) else value
+
+    flat = ((path, moved(path, leaf)) for path, leaf in nnx.to_flat_state(state))
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
 def stack(
@@ -364,12 +368,17 @@ def _arguments(
     }
 
 
-def _strings(path: Iterable[object]) -> tuple[str, ...]:
+def _strings(path: Iterable[object]) -> _plain.Path:
     return tuple(map(str, path))
 
 
-def _arrays(state: Any) -> dict[tuple[str, ...], jax.Array]:
-    return {_strings(p): variable.get_raw_value() for p, variable in nnx.to_flat_state(state)}
+def _arrays(state: Any) -> dict[_plain.Path, Any]:
+    """The values of variables, and arrays that are none."""
+    values = (
+        (_strings(path), leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf)
+        for path, leaf in nnx.to_flat_state(state)
+    )
+    return {path: value for path, value in values if _plain.is_array(value)}
 
 
 _STACK = "flax.nnx.stack"
