@@ -282,6 +282,44 @@ def test_from_plain(library):
             library.from_plain(wrong, twin, names=names)
 
 
+class Boxed(nn.Module):
+    """A layer with statistics, whose kernel has a name for each axis."""
+
+    @nn.compact
+    def __call__(self, u):
+        init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+        u = nn.Dense(WIDTH, kernel_init=init)(u)
+        return nn.BatchNorm(use_running_average=True)(u)
+
+
+class Sublayers(nn.Module):
+    n: int = 0
+
+    def setup(self):
+        kinds = Boxed, nn.remat(Boxed)
+        self.layers = [
+            mhc_linen.MHC(kind(), WIDTH, streams=self.n, static=True) if self.n else kind()
+            for kind in kinds
+        ]
+
+    def __call__(self, u):
+        x = enter(u, self.n)
+        for layer in self.layers:
+            x = add(layer, x)
+        return leave(x)
+
+
+def test_linen_collections_boxes_and_static_coefficients():
+    """They move too; a box of the plain model is not missed, and that of the new one stays."""
+    u = jnp.ones((3, WIDTH))
+    plain, twin = (jax.jit(Sublayers(n).init)(jax.random.key(n), u) for n in (0, 2))
+    plain = trained(plain)
+    for variables in (plain, nn.meta.unbox(plain)):
+        moved = mhc_linen.from_plain(variables, twin)
+        assert jax.tree.structure(moved) == jax.tree.structure(twin)
+        assert_close(Sublayers(2).apply(moved, u), Sublayers().apply(plain, u))
+
+
 def test_the_page_on_upcycling(monkeypatch):
     """Its code runs; twins and wider models start with the loss that they take over."""
     page = (MODULES.parents[1] / "docs" / "upcycling.md").read_text(encoding="utf-8")
