@@ -87,16 +87,14 @@ class Move(NamedTuple):
                 values[path] = self._array(self.model, path, value)
             else:
                 sources[path] = source
+        free = [each for each in plain.keys() - set(sources.values()) if each[-1] in _SCALES]
         for path in scales:
             layer = self.source(path[:-1], connections)
-            found = [
-                each
-                for each in plain.keys() - set(sources.values())
-                if each[: len(layer)] == layer and each[-1] in _SCALES
-            ]
+            found = [each for each in free if each[: len(layer)] == layer]
             # The norm that the layer had; others are left over, and refused.
             sources[path] = found[0] if len(found) == 1 else (*layer, "norm_scale")
-        left = [_dotted(path) for path in plain if path not in set(sources.values())]
+        used = set(sources.values())
+        left = [_dotted(path) for path in plain if path not in used]
         for path, source in sources.items():
             values[path] = self._moved(path, model[path], source, plain, left)
         if left:

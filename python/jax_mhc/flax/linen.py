@@ -223,13 +223,16 @@ def _connections(
     """Paths of connections, in each collection."""
     found: set[_plain.Path] = set()
     collections = {path[0] for path in model}
+    steps: dict[_plain.Path, set[str]] = {}
+    for path in model:
+        for at, step in enumerate(path):
+            steps.setdefault(path[:at], set()).add(step)
     for bias in sorted((path for path in model if path[-1] == "bias"), key=len):
         node = bias[:-1]
-        below = {path[len(node) :] for path in model if path[: len(node)] == node}
-        if {steps[0] for steps in below} - {*_plain.OWN, "layer"}:
+        if steps[node] - {*_plain.OWN, "layer"}:
             continue
-        static = ("phi",) not in below and move.source(bias, found) not in plain
-        if {("phi",), ("alpha",)} <= below or static:
+        static = "phi" not in steps[node] and move.source(bias, found) not in plain
+        if {"phi", "alpha"} <= steps[node] or static:
             found.update((collection, *node[1:]) for collection in collections)
     return found
 
