@@ -282,6 +282,20 @@ def test_from_plain(library):
             library.from_plain(wrong, twin, names=names)
 
 
+@pytest.mark.parametrize(
+    "names", [{"mlp": "up"}, {"mlp.layer": "up"}, {"mlp.layer.kernel": "up.kernel"}]
+)
+def test_names_of_modules_and_of_weights(names):
+    rngs, initializers = nnx.Rngs(0), (nnx.initializers.ones, nnx.initializers.zeros)
+    one, zero = (
+        nnx.Linear(2, 2, use_bias=False, kernel_init=init, rngs=rngs) for init in initializers
+    )
+    plain, twin = nnx.Dict(up=one), nnx.Dict(mlp=mhc_nnx.MHC(zero, 2, rngs=rngs))
+    moved = mhc_nnx.from_plain(plain, twin, names=names)
+    np.testing.assert_array_equal(moved.mlp.layer.kernel[...], 1)
+    np.testing.assert_array_equal(twin.mlp.layer.kernel[...], 0)
+
+
 class Boxed(nn.Module):
     """A layer with statistics, whose kernel has a name for each axis."""
 

@@ -93,6 +93,7 @@ class Move(NamedTuple):
             found = [each for each in free if each[: len(layer)] == layer]
             # The norm that the layer had; others are left over, and refused.
             sources[path] = found[0] if len(found) == 1 else (*layer, "norm_scale")
+            free = [each for each in free if each != sources[path]]
         used = set(sources.values())
         left = [_dotted(path) for path in plain if path not in used]
         for path, source in sources.items():
