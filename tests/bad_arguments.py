@@ -467,6 +467,6 @@ BAD += [
     *rows("flax.linen.MHC", linen_module, hidden=WIDTH, streams=STREAMS),
     *rows("flax.linen.Head", linen_head, hidden=WIDTH, streams=STREAMS),
     *rows("init_params", linen_module, config=[*CONFIG, *TOO_LARGE]),
-    *rows("init_params", eqx_module, key=RANDOM_KEY),
-    *rows("init_head", eqx_head, key=RANDOM_KEY),
+    *rows("equinox.MHC", eqx_module, key=RANDOM_KEY),
+    *rows("equinox.Head", eqx_head, key=RANDOM_KEY),
 ]  # fmt: skip

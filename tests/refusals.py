@@ -1,5 +1,6 @@
 """Calls that are refused while tracing: the type, op, argument and `got` of each error."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ import jax_mhc as mhc
 from jax_mhc import MHCConfig, _errors
 from jax_mhc._errors import shown
 from jax_mhc._types import Context
+from jax_mhc.flax import linen as mhc_linen
 from jax_mhc.flax import nnx as mhc_nnx
 
 KEY = jax.random.key(0)
@@ -76,6 +78,19 @@ def nnx_stack(*sublayers, **modules):
     """Of one block."""
     stacked = nnx.Dict(jax.tree.map(lambda leaf: leaf[None], modules))
     return lambda: mhc_nnx.stack(stacked, X, sublayers)
+
+
+def from_plain(plain=None, model=None, **options):
+    """Of a product and its twin; what stands for them replaces them."""
+    layer = nnx.Linear(C, C, use_bias=False, rngs=nnx.Rngs(0))
+    plain = nnx.Dict(mlp=layer) if plain is None else plain
+    model = nnx.Dict(mlp=module(layer)) if model is None else model
+    return lambda: mhc_nnx.from_plain(plain, model, **options)
+
+
+def kernel(*shape, name="kernel", **options):
+    """A plain model with one weight."""
+    return nnx.Dict(mlp=nnx.Dict({name: nnx.Param(zeros(*shape, **options))}))
 
 
 class Counter(nnx.Module):
@@ -560,6 +575,43 @@ ERRORS += [
         ValueError, "flax.nnx.stack", "blocks.a.layer.count", "a Variable that does",
     ),
     (lambda: mhc.param_labels("model"), TypeError, "param_labels", "params", "'model' (str)"),
+    # Weights of a plain model.
+    (from_plain(model=kernel(C, C)), ValueError, "flax.nnx.from_plain", "mhc_model", "none"),
+    (from_plain(plain=3), TypeError, "flax.nnx.from_plain", "plain", "int"),
+    (from_plain(names="mlp"), TypeError, "flax.nnx.from_plain", "names", "'mlp' (str)"),
+    (from_plain(names={"up": "mlp"}), ValueError, "flax.nnx.from_plain", "names", "'up'"),
+    (
+        from_plain(kernel(C, C, name="w")), ValueError, "flax.nnx.from_plain",
+        "mhc_model.mlp.layer.kernel", "none; left over there: mlp.w",
+    ),
+    (
+        from_plain(model=nnx.Dict(mlp=module(norm=True)), names={"mlp.layer": "mlp"}),
+        ValueError, "flax.nnx.from_plain", "names", "'mlp.layer'",
+    ),
+    (
+        from_plain(model=nnx.Dict(mlp=module(norm=True))), ValueError, "flax.nnx.from_plain",
+        "mhc_model.mlp.norm_scale", "none; left over there: mlp.kernel",
+    ),
+    (
+        from_plain(model=nnx.Dict(mlp=module())),
+        ValueError, "flax.nnx.from_plain", "plain.mlp.kernel", "none",
+    ),
+    (
+        from_plain(kernel(C, 2)),
+        ValueError, "flax.nnx.from_plain", "plain.mlp.kernel", "float32[3, 2]",
+    ),
+    (
+        from_plain(kernel(C, C, dtype=jnp.bfloat16)),
+        TypeError, "flax.nnx.from_plain", "plain.mlp.kernel", "bfloat16[3, 3]",
+    ),
+    (
+        from_plain(nnx.eval_shape(lambda: kernel(C, C))),
+        TypeError, "flax.nnx.from_plain", "plain.mlp.kernel", "ShapeDtypeStruct",
+    ),
+    (
+        lambda: mhc_linen.from_plain(nn.Dense(C), {}),
+        TypeError, "flax.linen.from_plain", "plain_variables", "Dense",
+    ),
     # Streams that carry a post.
     (lambda: mhc.Streams(X), TypeError, "Streams", "Streams(...)", "a call of the class"),
     (lambda: STREAMS + 1, TypeError, "Streams", "x + y", shown(STREAMS)),

@@ -220,15 +220,41 @@ def test_arguments_of_the_layer_and_what_else_it_returns(library):
     np.testing.assert_allclose(jnp.sum(cache["cache"]), aux, rtol=1e-5)
 
 
-def test_different_keys_for_different_modules():
-    rngs, keys = nnx.Rngs(0), jax.random.split(jax.random.key(1))
-    layers = [mhc_nnx.MHC(jnp.sin, C, rngs=rngs) for _ in keys]
-    layers += [mhc_eqx.MHC(jnp.sin, C, key=key) for key in keys]
-    assert len({tuple(layer.bias[...].tolist()) for layer in layers}) == 4
-    # With a stream of its own, nothing else is drawn from the others.
-    rngs = nnx.Rngs(0, mhc=1)
-    mhc_nnx.MHC(jnp.sin, C, rngs=rngs), mhc_nnx.Head(C, rngs=rngs)
-    assert rngs.params() == nnx.Rngs(0).params()
+SEEDS = {"0": ((0,), {}), "params=0": ((), {"params": 0}), "0, mhc=1": ((0,), {"mhc": 1})}
+
+
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_keys_of_nnx_connections(seeds):
+    """Each has its own, and layers draw what they do without connections, in transforms too."""
+    args, kwargs = SEEDS[seeds]
+
+    def make(rngs):
+        layers = [NNXLayer(rngs) for _ in range(2)]
+        modules = [mhc_nnx.MHC(layer, C, rngs=rngs) for layer in layers]  # between them, no draw
+        return nnx.List([*modules, mhc_nnx.MHC(NNXLayer(rngs), C, rngs=rngs)])
+
+    def biases(modules):
+        return {tuple(row[:N]) for m in modules for row in m.bias[...].reshape(-1, 24).tolist()}
+
+    def drawn(modules):
+        return [module.layer.w[...] for module in modules]
+
+    rngs = nnx.Rngs(*args, **kwargs).fork()
+    structure, plain = jax.tree.structure(nnx.split(rngs)), nnx.clone(rngs)
+    jitted, again = nnx.jit(make)(nnx.clone(rngs)), make(nnx.clone(rngs))
+    modules = make(rngs)
+    heads = {tuple(mhc_nnx.Head(C, rngs=rngs).bias[...].tolist()) for _ in range(2)}
+    assert len(biases(modules) | heads) == 5
+    assert biases(modules) == biases(again)
+    assert_equal(drawn(modules), [initial_w(plain.params()) for _ in range(3)])
+    for one, other in zip(modules, jitted, strict=True):
+        np.testing.assert_allclose(one.bias[...], other.bias[...], rtol=1e-5, atol=1e-6)
+    assert rngs.params() == plain.params()
+    stacked = nnx.split_rngs(splits=2)(nnx.vmap(make))(rngs)
+    assert len(biases(stacked) | biases(modules) | heads) == 11
+    assert jax.tree.structure(nnx.split(rngs)) == structure
+    abstract = nnx.eval_shape(make, rngs)
+    assert [m.bias.shape for m in abstract] == [m.bias.shape for m in modules]
 
 
 # ---- errors -------------------------------------------------------------------------------------

@@ -89,8 +89,8 @@ class GPT(nnx.Module):
     """Byte-level language model; its blocks are stacked, and one loop runs over them."""
 
     def __init__(self, connection: Connection, settings: Settings, seed: int):
-        # The connections draw from a stream of their own, so that the layers of all models start
-        # from the same weights.
+        # The connections have a seed of their own, which recorded results are of; the layers of all
+        # models start from the same weights with or without it.
         rngs = nnx.Rngs(seed, mhc=seed)
         width, dtype = settings.width, jnp.dtype(settings.dtype)
         self.streams = None if CONNECTIONS[connection] is None else settings.streams

@@ -21,11 +21,12 @@ class Model(eqx.Module):
     head: Head
 
     def __init__(self, key):
-        keys = jax.random.split(key, 5)
+        keys = jax.random.split(key)
         mlp = eqx.filter_vmap(eqx.nn.MLP(C, C, 4 * C, 1, jax.nn.gelu, key=keys[1]))
-        self.attention = MHC(SelfAttention(4, C, key=keys[0]), C, norm=True, key=keys[2])
-        self.mlp = MHC(mlp, C, norm=True, key=keys[3])
-        self.head = Head(C, key=keys[4])
+        # A connection makes a key of its own out of its layer's.
+        self.attention = MHC(SelfAttention(4, C, key=keys[0]), C, norm=True, key=keys[0])
+        self.mlp = MHC(mlp, C, norm=True, key=keys[1])
+        self.head = Head(C, key=key)
 
     def __call__(self, u):  # of one example, [16, C]
         x = self.attention(mhc.expand(u, streams=4))  # in place of u + attention(norm(u))

@@ -29,6 +29,16 @@ _HOLDERS = {
 }
 _RANKS = {"phi": 2, "alpha": 1, "bias": 1, "norm_scale": 1}
 
+# What tells the keys of connections from those of layers: "mhc" in ASCII.
+_FOLDED = 0x6D6863
+
+
+def key(base: jax.Array, *counts: jax.Array | int) -> jax.Array:
+    """A key for a connection, of one that a layer draws from or is made with."""
+    for number in (_FOLDED, *counts):
+        base = jax.random.fold_in(base, number)
+    return base
+
 
 def streams(op: str, x: object, num_streams: int, hidden: int) -> jax.Array | Streams:
     """Streams `[..., n, C]` of the n and C that a module was made for."""

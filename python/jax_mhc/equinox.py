@@ -2,15 +2,17 @@
 
     from jax_mhc.equinox import MHC
 
-    self.attention = MHC(Attention(..., key=key_1), C, streams=4, key=key_2)
+    self.attention = MHC(Attention(..., key=key), C, streams=4, key=key)
     x = self.attention(x)                       # in place of x + attention(x)
 
-`Head` leaves the streams.
+`Head` leaves the streams; `from_plain` takes over the weights of a trained model without
+hyper-connections.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 import jax_mhc
-from jax_mhc import _check, _errors, _labels, _module
+from jax_mhc import _check, _errors, _labels, _module, _plain
 from jax_mhc._call.dispatch import Implementation
 from jax_mhc._closures import warn_if_hidden
 from jax_mhc._ops.streams import Streams
@@ -32,7 +34,9 @@ _errors.require("equinox", "equinox", "equinox")
 
 import equinox as eqx  # noqa: E402 - where it is missing, the line above says so
 
-__all__ = ["MHC", "Head"]
+Model = TypeVar("Model")
+
+__all__ = ["MHC", "Head", "from_plain"]
 
 
 @_labels.connection
@@ -61,7 +65,9 @@ class MHC(eqx.Module):
         param_dtype: in which parameters are stored: float32, bfloat16 or float16, from which they
             are widened to float32 in the call, or float64, for float64 streams. Those that have
             less precision in the call, as of a model that was cast whole, are refused.
-        key: for the initial values; each module wants its own.
+        key: for the initial values; each module wants its own, which may be that of its layer:
+            `MHC(Attention(..., key=key), C, key=key)`. A constant is folded into it, and the layers
+            of a model need no other keys than without hyper-connections.
 
     Attributes:
         layer: the layer.
@@ -112,8 +118,9 @@ class MHC(eqx.Module):
             implementation=implementation,
         )
         dtype = _module.param_dtype(op, param_dtype)
+        _check.key(op, "key", key)
         sizes = {"streams": streams, "hidden": hidden, "config": config, "static": static}
-        params = _module.initial(jax_mhc.init_params, key, dtype, **sizes)
+        params = _module.initial(jax_mhc.init_params, _module.key(key), dtype, **sizes)
         remedy = "For single tokens that is eqx.filter_vmap(layer)."
         warn_if_hidden(op, layer, eqx.Module, _has_parameters, remedy=remedy)
         self.layer = layer
@@ -199,7 +206,7 @@ class Head(eqx.Module):
         config: settings; those of norm and of h_pre enter.
         implementation: None, "fused" or "reference"; see `jax_mhc.pre`.
         param_dtype: in which parameters are stored; see `MHC`.
-        key: for the initial values.
+        key: for the initial values; it may be one that a layer has, as for `MHC`.
 
     Attributes:
         phi: projection `[nC, n]`.
@@ -232,8 +239,9 @@ class Head(eqx.Module):
         """See the class."""
         _check.implementation("equinox.Head", implementation)
         dtype = _module.param_dtype("equinox.Head", param_dtype)
+        _check.key("equinox.Head", "key", key)
         sizes = {"streams": streams, "hidden": hidden, "config": config}
-        params = _module.initial(jax_mhc.init_head, key, dtype, **sizes)
+        params = _module.initial(jax_mhc.init_head, _module.key(key), dtype, **sizes)
         self.phi, self.alpha, self.bias = params.phi, params.alpha, params.bias
         self.hidden, self.streams, self.config = hidden, streams, config
         self.implementation, self.param_dtype = implementation, dtype
@@ -250,6 +258,59 @@ class Head(eqx.Module):
         """Collapses the streams x `[..., n, C]` to `[..., C]`; raises what `MHC` does for them."""
         x = _module.streams("equinox.Head", x, self.streams, self.hidden)
         return jax_mhc.head(x, self.params, config=self.config, implementation=self.implementation)
+
+
+def from_plain(plain: object, mhc_model: Model, *, names: Mapping[str, str] | None = None) -> Model:
+    """A model with hyper-connections and the weights of a trained one without.
+
+    Every array of the plain model moves to its place: `blocks.0.mlp.layers.0.weight` to
+    `blocks.0.mlp.layer.layers.0.weight`, where blocks[0].mlp is an `MHC`. `eqx.filter_vmap` around
+    a layer is no step. The connections keep their initial values, so that the model computes what
+    the plain one does, to rounding, with any n. With norm=True, norm_scale is the weight of the one
+    RMSNorm that the plain layer has and the wrapped one has not; the eps of both have to be the
+    same. What is no array stays as mhc_model has it.
+
+    Args:
+        plain: the trained model; or a pytree like it, such as a moment of Adam.
+        mhc_model: the same model with hyper-connections, as initialised.
+        names: paths in mhc_model of what has another place in plain, and its path there, steps
+            separated by dots: a weight, or a module with all that is below it.
+
+    Returns:
+        A new model, made as mhc_model.
+
+    Raises:
+        ValueError, TypeError: an array that is left over or missing, or that has another shape or
+            dtype; a model without hyper-connections.
+    """
+    move = _plain.Move.of("equinox.from_plain", "plain", "mhc_model", names)
+    leaves, structure = jax.tree.flatten_with_path(mhc_model)
+    arrays = {_steps(path): leaf for path, leaf in leaves if _plain.is_array(leaf)}
+    of_plain = {
+        _steps(p): leaf for p, leaf in jax.tree.leaves_with_path(plain) if _plain.is_array(leaf)
+    }
+    connections = set(_connections(mhc_model, ()))
+    values = move.run(of_plain, arrays, connections)
+    new = (values[_steps(path)] if _plain.is_array(leaf) else leaf for path, leaf in leaves)
+    return jax.tree.unflatten(structure, new)
+
+
+def _steps(path: tuple[Any, ...]) -> _plain.Path:
+    """The steps of a path, without those into what `eqx.filter_vmap` made."""
+    steps = (jax.tree_util.keystr((step,), simple=True) for step in path)
+    return tuple(step for step in steps if step != "_fun")
+
+
+def _connections(tree: object, above: tuple[Any, ...]) -> Iterator[_plain.Path]:
+    """Paths of connections, those in layers of others too."""
+    for path, leaf in jax.tree.leaves_with_path(
+        tree, is_leaf=lambda node: isinstance(node, MHC | Head)
+    ):
+        if isinstance(leaf, MHC | Head):
+            yield _steps(above + path)
+        if isinstance(leaf, MHC):
+            layer = (*above, *path, jax.tree_util.GetAttrKey("layer"))
+            yield from _connections(leaf.layer, layer)
 
 
 def _has_parameters(value: object) -> bool:

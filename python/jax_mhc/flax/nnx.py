@@ -5,14 +5,16 @@
     self.attention = MHC(Attention(..., rngs=rngs), C, streams=4, rngs=rngs)
     x = self.attention(x)                       # in place of x + attention(x)
 
-`Head` leaves the streams; `stack` and `stack_with_samples` run blocks that `nnx.vmap` made.
+`Head` leaves the streams; `from_plain` takes over the weights of a trained model without
+hyper-connections; `stack` and `stack_with_samples` run blocks that `nnx.vmap` made.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 import jax_mhc
-from jax_mhc import _check, _errors, _labels, _module
+from jax_mhc import _check, _errors, _labels, _module, _plain
 from jax_mhc._call.dispatch import Implementation
 from jax_mhc._closures import warn_if_hidden
 from jax_mhc._ops.streams import Streams
@@ -30,7 +32,9 @@ from jax_mhc.presets import PAPER
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["MHC", "Head", "stack", "stack_with_samples"]
+Model = TypeVar("Model", bound=nnx.Module)
+
+__all__ = ["MHC", "Head", "from_plain", "stack", "stack_with_samples"]
 
 
 @_labels.connection
@@ -39,9 +43,9 @@ class MHC(nnx.Module):
 
     The counterpart of `x + layer(x)`: `jax_mhc.mhc_residual` with parameters of its own, which see
     for the equation, dtypes and derivatives. The parameters are `nnx.Param`, with the initial
-    values of `jax_mhc.init_params`. They are drawn from the stream `mhc` of rngs where
-    there is one, so that `nnx.Rngs(0, mhc=1)` leaves all other parameters of a model as they are
-    without hyper-connections, and else from `params`.
+    values of `jax_mhc.init_params`. Their keys come of the stream `params` of rngs and leave it as
+    it is, so that with one seed a model starts from the same weights with and without
+    hyper-connections. With a stream `mhc` they are drawn from that: `nnx.Rngs(0, mhc=1)`.
 
     Args:
         layer: a module or function, `layer(u, ...)` with u `[..., C]`, which returns y `[..., C]`
@@ -190,7 +194,7 @@ class Head(nnx.Module):
     """Leaves the streams by a learned weighted mean, `[..., n, C]` -> `[..., C]`.
 
     `jax_mhc.head` with parameters of its own, which see. They have the initial values of
-    `jax_mhc.init_head`, drawn as those of `MHC`.
+    `jax_mhc.init_head`, with keys as those of `MHC`.
 
     Args:
         hidden: C.
@@ -246,6 +250,52 @@ class Head(nnx.Module):
         """Collapses the streams x `[..., n, C]` to `[..., C]`; raises what `MHC` does for them."""
         x = _module.streams("flax.nnx.Head", x, self.streams, self.hidden)
         return jax_mhc.head(x, self.params, config=self.config, implementation=self.implementation)
+
+
+def from_plain(
+    plain: nnx.Module, mhc_model: Model, *, names: Mapping[str, str] | None = None
+) -> Model:
+    """A model with hyper-connections and the weights of a trained one without.
+
+    Every variable of the plain model moves to its place: `blocks.0.mlp.up.kernel` to
+    `blocks.0.mlp.layer.up.kernel`, where blocks.0.mlp is an `MHC`. The connections keep their
+    initial values, so that the model computes what the plain one does, to rounding, with any n.
+    With norm=True, norm_scale is the scale of the one RMSNorm that the plain layer has and the
+    wrapped one has not; the eps of both have to be the same.
+
+    Args:
+        plain: the trained model.
+        mhc_model: the same model with hyper-connections, as initialised.
+        names: paths in mhc_model of what has another place in plain, and its path there, steps
+            separated by dots: a weight, or a module with all that is below it.
+
+    Returns:
+        A new model, made as mhc_model. It shares arrays with both, and no variables.
+
+    Raises:
+        ValueError, TypeError: a variable that is left over or missing, or that has another shape or
+            dtype; what is no model, or no model with hyper-connections.
+    """
+    move = _plain.Move.of("flax.nnx.from_plain", "plain", "mhc_model", names)
+    for name, module in (("plain", plain), ("mhc_model", mhc_model)):
+        if not isinstance(module, nnx.Pytree):
+            raise _errors.Refusal(TypeError, move.op, name).expected(
+                "a module", type(module).__name__, "Give the two models, the plain one first."
+            )
+    graphdef, state = nnx.split(mhc_model)
+    connections = {
+        _strings(path)
+        for path, module in nnx.iter_graph(mhc_model)
+        if isinstance(module, MHC | Head)
+    }
+    values = move.run(_arrays(nnx.state(plain)), _arrays(state), connections)
+
+    def moved(path: tuple[Any, ...], leaf: Any) -> Any:
+        value = values.get(_strings(path), leaf)
+        return leaf.replace(value) if isinstance(leaf, nnx.Variable) else value
+
+    flat = ((path, moved(path, leaf)) for path, leaf in nnx.to_flat_state(state))
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
 def stack(
@@ -375,6 +425,19 @@ def _arguments(
     }
 
 
+def _strings(path: Iterable[object]) -> _plain.Path:
+    return tuple(map(str, path))
+
+
+def _arrays(state: Any) -> dict[_plain.Path, Any]:
+    """The values of variables, and arrays that are none."""
+    values = (
+        (_strings(path), leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf)
+        for path, leaf in nnx.to_flat_state(state)
+    )
+    return {path: value for path, value in values if _plain.is_array(value)}
+
+
 _STACK = "flax.nnx.stack"
 
 # Settings that `jax_mhc.stack` takes once, for all sublayers.
@@ -411,17 +474,30 @@ def _sublayer(blocks: nnx.Module, name: str) -> MHC:
     return module
 
 
+# For each stream of keys its count when the last connection was made, and how many at that count.
+_made: weakref.WeakKeyDictionary[Any, tuple[object, int]] = weakref.WeakKeyDictionary()
+
+
 def _key(op: str, rngs: nnx.Rngs) -> jax.Array:
-    stream = None
-    if isinstance(rngs, nnx.Rngs):
-        stream = getattr(rngs, "mhc" if "mhc" in rngs else "params", None)
+    """The key of a connection: it is drawn from a stream `mhc` alone, and else of the next draw.
+
+    A stream counts what layers draw. How many connections share a count cannot be written into
+    rngs, whose structure transforms keep, and is remembered here.
+    """
+    if isinstance(rngs, nnx.Rngs) and "mhc" in rngs:
+        return rngs.mhc()
+    stream = getattr(rngs, "params", None) if isinstance(rngs, nnx.Rngs) else None
     if stream is None:
         raise _errors.Refusal(TypeError, op, "rngs").expected(
             "nnx.Rngs with a stream mhc or params",
             _errors.typed(rngs),
             "Make them with nnx.Rngs(seed).",
         )
-    return stream()
+    count = stream.count.get_raw_value()
+    last, number = _made.get(stream, (None, 0))
+    number = number + 1 if last is count else 0
+    _made[stream] = count, number
+    return _module.key(stream.key[...], stream.count[...], number)
 
 
 def _value(variable: nnx.Param[Any] | None) -> jax.Array | None:
