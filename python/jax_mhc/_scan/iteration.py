@@ -8,12 +8,11 @@ such as the float32 that a norm makes of half precision.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
+from jax_mhc._scan.leaves import Leaves, form_of, merge, partition, raw
 from jax_mhc._scan.program import (
     Environment,
     evaluate,
@@ -26,9 +25,6 @@ from jax_mhc._scan.program import (
 
 if TYPE_CHECKING:
     from jax.extend.core import Jaxpr, Var
-
-# The leaves of a pytree of arrays. Some may be None: those that a list of others has.
-Leaves: TypeAlias = list[Any]
 
 
 class Given(NamedTuple):
@@ -103,13 +99,15 @@ class Iteration:
                 varying.update(map(id, eqn.outvars))
         free = {id(eqn.outvars[0]): eqn.invars[0] for eqn in self.jaxpr.eqns if is_free(eqn)}
         kept: dict[int, Var] = {}
-        for atom in self.residuals:
+        for residual in self.residuals:
+            atom: Any = residual
             while id(atom) in free:
                 atom = free[id(atom)]
             if id(atom) in varying.difference(at_hand):
                 kept[id(atom)] = atom
         self.begins: list[int] = []
         self.in_place: dict[int, int] = {}
+        new: Any
         for place, (old, new) in enumerate(zip(self.carry, self.results, strict=False)):
             if id(old) not in kept:
                 continue
@@ -169,52 +167,3 @@ class Iteration:
         for variables, arguments in zip(self.given, given, strict=True):
             values |= zip(map(id, variables), arguments, strict=True)
         return values
-
-
-def raw(value: jax.Array) -> jax.Array:
-    """The bits of a key for random numbers; other arrays as they are."""
-    return jax.random.key_data(value) if is_key(value) else value
-
-
-def is_key(value: jax.Array) -> bool:
-    """Whether an array holds keys for random numbers."""
-    return jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
-
-
-def raw_type(aval: jax.core.ShapedArray) -> jax.core.ShapedArray:
-    """The type of `raw` of a value of this type."""
-    return jax.core.ShapedArray(*_raw_shape(aval)) if is_key(aval) else aval
-
-
-def _raw_shape(aval: jax.core.ShapedArray) -> tuple[tuple[int, ...], np.dtype]:
-    bits = jax.eval_shape(jax.random.key_data, aval)
-    return bits.shape, bits.dtype
-
-
-def form_of(value: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """The function that undoes `raw` for values like this one."""
-    if not is_key(value):
-        return lambda bits: bits
-    implementation = jax.random.key_impl(value)
-    return lambda bits: jax.random.wrap_key_data(bits, impl=implementation)
-
-
-def is_inexact(value: jax.Array) -> bool:
-    """Whether an array can have a gradient."""
-    return jnp.issubdtype(value.dtype, jnp.inexact)
-
-
-def partition(
-    values: Leaves, condition: Callable[[jax.Array], bool] = is_inexact
-) -> tuple[Leaves, Leaves]:
-    """The values that have gradients and the others, each with None in place of the rest."""
-    chosen = list(map(condition, values))
-    return (
-        [value if c else None for value, c in zip(values, chosen, strict=True)],
-        [None if c else value for value, c in zip(values, chosen, strict=True)],
-    )
-
-
-def merge(values: Leaves, others: Leaves) -> Leaves:
-    """One list again of the two that `partition` made."""
-    return [b if a is None else a for a, b in zip(values, others, strict=True)]

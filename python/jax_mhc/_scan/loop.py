@@ -19,9 +19,8 @@ import jax.numpy as jnp
 
 from jax_mhc._call import reverse_mode_only
 from jax_mhc._mesh.types import empty_stack, empty_stack_of
-from jax_mhc._scan.iteration import (
-    Given,
-    Iteration,
+from jax_mhc._scan.iteration import Given, Iteration
+from jax_mhc._scan.leaves import (
     Leaves,
     form_of,
     is_inexact,
@@ -29,6 +28,7 @@ from jax_mhc._scan.iteration import (
     partition,
     raw,
     raw_type,
+    type_of,
 )
 from jax_mhc._types import Tree
 
@@ -164,15 +164,18 @@ class _Scan:
             return (carry, _Arrays(begins, in_place, kept)), results
 
         arrays = _Arrays(
-            [empty_stack(self.length, iteration.carry[place].aval) for place in iteration.begins],
+            [
+                empty_stack(self.length, type_of(iteration.carry[place]))
+                for place in iteration.begins
+            ],
             [
                 _put(empty_stack_of(self.length + 1, given.carry[place]), given.carry[place], 0)
                 for place in places
             ],
-            [empty_stack(self.length, variable.aval) for variable in iteration.kept],
+            [empty_stack(self.length, type_of(variable)) for variable in iteration.kept],
         )
         carry = [None if k in places else value for k, value in enumerate(given.carry)]
-        types = [atom.aval for atom in iteration.results[num_carry:]]
+        types = list(map(type_of, iteration.results[num_carry:]))
         (carry, arrays), results = _loop(step, self.length, (carry, arrays), given.slices, types)
         for place, array in zip(places, arrays.in_place, strict=True):
             carry[place] = array[-1]
@@ -182,7 +185,7 @@ class _Scan:
         """The backward pass."""
         iteration, num_carry = self.iteration, self.num_carry
         (arrays, given), (d_carry, d_results) = saved, cotangents
-        differentiable = [is_inexact(atom.aval) for atom in iteration.results]
+        differentiable = [is_inexact(type_of(atom)) for atom in iteration.results]
         d_results = [
             d if of_result else None
             for d, of_result in zip(d_results, differentiable[num_carry:], strict=True)
@@ -193,7 +196,7 @@ class _Scan:
             i: jax.Array, state: tuple[Leaves, Leaves], slices: Leaves
         ) -> tuple[tuple[Leaves, Leaves], Leaves]:
             d_carry, d_constants = state
-            carry = [None] * num_carry
+            carry: Leaves = [None] * num_carry
             for place, array in zip(iteration.begins, arrays.begins, strict=True):
                 carry[place] = _at(array, i)
             new_streams = {}
@@ -212,7 +215,7 @@ class _Scan:
             return (d_carry, d_constants), [d for d in d_slices if d is not None]
 
         d_constants = jax.tree.map(jnp.zeros_like, given.constants)
-        of_slices = [variable.aval for variable in iteration.slices]
+        of_slices = list(map(type_of, iteration.slices))
         types = [aval for aval in of_slices if is_inexact(aval)]
         (d_carry, d_constants), of_inexact = _loop(
             step, self.length, (d_carry, d_constants), given.slices, types, reverse=True

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from jax_mhc._scan.leaves import type_of
+
 if TYPE_CHECKING:
     from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
@@ -42,7 +44,7 @@ def _inner(eqn: JaxprEqn) -> ClosedJaxpr | None:
     shardings = (*params.get("in_shardings", ()), *params.get("out_shardings", ()))
     if any(type(sharding).__name__ != "UnspecifiedValue" for sharding in shardings):
         return None
-    inner = params.get("jaxpr") or params.get("call_jaxpr")
+    inner: ClosedJaxpr | None = params.get("jaxpr") or params.get("call_jaxpr")
     return inner
 
 
@@ -57,7 +59,7 @@ def _run(jaxpr: Jaxpr, consts: Sequence[Any], operands: Sequence[Any]) -> list[A
             evaluate(eqn, values)
             continue
         # That of checkpoint has no constants, and no place for them.
-        open_jaxpr = getattr(inner, "jaxpr", inner)
+        open_jaxpr: Any = getattr(inner, "jaxpr", inner)
         results = _run(open_jaxpr, getattr(inner, "consts", ()), read(eqn.invars, values))
         values |= zip(map(id, eqn.outvars), results, strict=True)
     return read(jaxpr.outvars, values)
@@ -105,7 +107,7 @@ def is_free(eqn: JaxprEqn) -> bool:
     name, params = eqn.primitive.name, eqn.params
     if any(map(is_literal, eqn.invars)) or len(eqn.invars) != 1:
         return False
-    source, result = (v.aval.dtype for v in (eqn.invars[0], eqn.outvars[0]))
+    source, result = (type_of(v).dtype for v in (eqn.invars[0], eqn.outvars[0]))
     if name == "reduce_precision":
         own = jnp.finfo(source)
         return (params["exponent_bits"], params["mantissa_bits"]) == (own.nexp, own.nmant)

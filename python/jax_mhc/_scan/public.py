@@ -162,8 +162,10 @@ def _same_structure(op: str, init: Any, structure: Any, carry: Any) -> list[Any]
     if new == structure:
         return leaves
     remedy = "Return what the body is given, with other values."
-    if isinstance(carry, Streams) != isinstance(init, Streams):
+    if isinstance(carry, Streams):
         remedy = "Begin with streams: mhc.as_streams(x), or what mhc.expand returns."
+    elif isinstance(init, Streams):
+        remedy = "Return the streams, and call x.array() behind the loop."
     raise _errors.Refusal(TypeError, op, "the carry that body returned").expected(
         f"the structure of init, {structure}", str(new), remedy
     )

@@ -115,7 +115,7 @@ def total(aux: list[Tree], *, of_blocks: bool) -> Tree:
     if of_blocks:
         told = [jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), each) for each in told]
     for each in told[1:]:
-        first, other = jax.tree.structure(told[0]), jax.tree.structure(each)
+        first, other = (str(jax.tree.structure(one)) for one in (told[0], each))
         if first != other:
             raise _errors.Refusal(ValueError, OP, "the aux of layers").expected(
                 f"one structure, for the sum: {first}",

@@ -83,11 +83,16 @@ class Runner:
         *of_block: Tree,
     ) -> Sublayer[Tree]:
         """Sublayer i of a block, and the slice of xs that the layer takes, if so."""
+        options = self.options
+        self.check(i, params, norm_scale)
+        return Sublayer(lambda u: layer(u, *of_block), params, norm_scale, options)
+
+    def check(self, i: int, params: MHCParams, norm_scale: jax.Array | None) -> None:
+        """Checks parameters of sublayer i of a block."""
         options, x, axes = self.options, self.x, self.hidden_axes
         _check.params(checks.OP, params, x, options["config"], f"{self.of_slices}params[{i}]", axes)
         eps, argument = options["norm_scale_eps"], f"{self.of_slices}norm_scale[{i}]"
         _check.norm_scale(checks.OP, norm_scale, eps, x, argument, axes)
-        return Sublayer(lambda u: layer(u, *of_block), params, norm_scale, options)
 
     def _advance(self, before: Before, sublayers: list[Sublayer[Tree]]) -> tuple[Before, Told]:
         """Runs sublayers; returns the streams after the last one, and what they told."""
@@ -176,6 +181,8 @@ def _traced(
     Functions written in place are new objects in every call; their programs tell.
     """
     params, scales, xs = stacked
+    for i, of_one in enumerate(zip(params, scales, strict=True)):
+        runner.check(i, *jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], of_one))
     before = before.varying_like((params, scales), runner.hidden_axes)
     u = jax.tree.leaves(before)[0][..., 0, :]
     s = jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], xs)
