@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
+from jax_mhc._scan.again import Again
 from jax_mhc._scan.leaves import Leaves, form_of, merge, partition, raw
 from jax_mhc._scan.program import (
     Environment,
@@ -49,6 +50,7 @@ class Iteration:
     Args:
         body: the body.
         given: its arguments, whose types are read.
+        again: what is computed again.
 
     Attributes:
         carry: the variables of the carry.
@@ -62,7 +64,9 @@ class Iteration:
             streams which a kernel makes.
     """
 
-    def __init__(self, body: Jaxpr, given: Given):
+    def __init__(self, body: Jaxpr, given: Given, again: Again):
+        self.again = again
+
         def passes(given: Given) -> tuple[Leaves, Leaves]:
             carry, other_carry = partition(given.carry)
             slices, other_slices = partition(given.slices)
@@ -83,7 +87,9 @@ class Iteration:
             return merge(results, others), list(map(raw, residuals))
 
         closed = inlined(jax.make_jaxpr(passes)(given))
-        self.jaxpr, streams = without_names(closed.jaxpr, "mhc_streams")
+        self.jaxpr, named = without_names(closed.jaxpr)
+        streams = {key for key, name in named.items() if name == "mhc_streams"}
+        dropped = again.dropped(self.jaxpr, named)
         self.consts = closed.consts
         num_results = len(body.outvars)
         self.results = self.jaxpr.outvars[:num_results]
@@ -103,7 +109,7 @@ class Iteration:
             atom: Any = residual
             while id(atom) in free:
                 atom = free[id(atom)]
-            if id(atom) in varying.difference(at_hand):
+            if id(atom) in varying.difference(at_hand, dropped):
                 kept[id(atom)] = atom
         self.begins: list[int] = []
         self.in_place: dict[int, int] = {}
@@ -157,7 +163,7 @@ class Iteration:
         """
         values = self._given(given) | new_streams
         values |= zip(map(id, self.kept), kept, strict=True)
-        residuals = evaluate_for(self.residuals, self.jaxpr.eqns, values)
+        residuals = evaluate_for(self.residuals, self.jaxpr.eqns, values, self.again.shorter)
         with_forms = [form(value) for form, value in zip(self.forms, residuals, strict=True)]
         return jax.tree.unflatten(self.treedef, with_forms)
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from jax_mhc._call import reverse_mode_only
 from jax_mhc._mesh.types import empty_stack, empty_stack_of
+from jax_mhc._scan.again import Again
 from jax_mhc._scan.iteration import Given, Iteration
 from jax_mhc._scan.leaves import (
     Leaves,
@@ -41,8 +42,10 @@ def own_scan(
     body: ClosedJaxpr,
     carry: Leaves,
     xs: Leaves,
+    *,
     length: int,
     streams: int,
+    again: Again,
     key: Hashable | None,
 ) -> tuple[Leaves, Leaves]:
     """The carry after all iterations, and the results of each, stacked.
@@ -54,6 +57,7 @@ def own_scan(
         xs: what the slices are of.
         length: the number of iterations, at least 1.
         streams: the place of the first streams in the carry.
+        again: what is computed again.
         key: what bodies have in common that compute the same: the function for them is compiled
             once. None: it is compiled wherever it is called outside of `jax.jit`.
     """
@@ -66,12 +70,12 @@ def own_scan(
     first, (differentiable, constants) = reverse_mode_only(op, first, (differentiable, constants))
     carry, xs = map(merge, differentiable, *other)
     carry[streams] = first
-    scan = _Scan(body.jaxpr, len(carry), length)
+    scan = _Scan(body.jaxpr, len(carry), length, again)
     operands = carry, xs, constants, others
     if key is None:
         return _compiled(scan)(*operands)
     leaves, treedef = jax.tree.flatten(operands)
-    keyed = _Keyed((key, length, treedef, *map(jax.typeof, leaves)), scan)
+    keyed = _Keyed((key, length, again, treedef, *map(jax.typeof, leaves)), scan)
     return _compiled_once(keyed)(*operands)
 
 
@@ -113,8 +117,8 @@ class _Arrays(NamedTuple):
 class _Scan:
     """The passes of a scan, and what is the same in all of them."""
 
-    def __init__(self, body: Jaxpr, num_carry: int, length: int):
-        self.body, self.num_carry, self.length = body, num_carry, length
+    def __init__(self, body: Jaxpr, num_carry: int, length: int, again: Again):
+        self.body, self.num_carry, self.length, self.again = body, num_carry, length, again
         # Known once there is a backward pass.
         self.iteration: Iteration
 
@@ -132,7 +136,7 @@ class _Scan:
         """The forward pass, and what the backward pass takes."""
         given = Given(*leaves)
         first = given._replace(slices=[x[0] for x in given.slices])
-        self.iteration = iteration = Iteration(self.body, first)
+        self.iteration = iteration = Iteration(self.body, first, self.again)
         places, num_carry = list(iteration.in_place), self.num_carry
         of_new = {key: k for k, key in enumerate(iteration.in_place.values())}
         of_kept = {id(variable): k for k, variable in enumerate(iteration.kept)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 # Values by the identity of their variables.
 Environment: TypeAlias = dict[int, Any]
+
+# Operands of an equation, and the function from their values to the one result that is wanted.
+Shorter: TypeAlias = tuple[list[Any], Callable[..., Any]]
 
 # Calls that say how their program is compiled, and not what it computes.
 _CALLS = ("jit", "pjit", "closed_call", "checkpoint", "remat2")
@@ -85,20 +88,32 @@ def evaluate(eqn: JaxprEqn, values: Environment) -> None:
 
 
 def evaluate_for(
-    outputs: Iterable[Any], eqns: Sequence[JaxprEqn], values: Environment
+    outputs: Iterable[Any],
+    eqns: Sequence[JaxprEqn],
+    values: Environment,
+    shorter: Callable[[JaxprEqn, frozenset[int]], Shorter | None],
 ) -> list[Any]:
-    """The values of outputs, by those of the equations that lead there from the values."""
+    """The values of outputs, by those of the equations that lead there from the values.
+
+    shorter: the function that may know a shorter way to the one result that is wanted of an
+        equation: operands, and a function of their values.
+    """
     outputs = list(outputs)
     wanted = {id(atom) for atom in outputs if not is_literal(atom)}.difference(values)
-    chosen = []
+    steps: list[tuple[JaxprEqn, Shorter | None]] = []
     for eqn in reversed(eqns):
-        if not wanted.isdisjoint(map(id, eqn.outvars)):
-            chosen.append(eqn)
-            operands = {id(atom) for atom in eqn.invars if not is_literal(atom)}
-            wanted |= operands.difference(values)
+        of_eqn = wanted.intersection(map(id, eqn.outvars))
+        if of_eqn:
+            steps.append((eqn, shorter(eqn, frozenset(of_eqn))))
+            operands = steps[-1][1][0] if steps[-1][1] else eqn.invars
+            wanted |= {id(atom) for atom in operands if not is_literal(atom)}.difference(values)
     values = dict(values)
-    for eqn in reversed(chosen):
-        evaluate(eqn, values)
+    for eqn, way in reversed(steps):
+        if way is None:
+            evaluate(eqn, values)
+        else:
+            (key,) = wanted.intersection(map(id, eqn.outvars))
+            values[key] = way[1](*read(way[0], values))
     return read(outputs, values)
 
 
@@ -117,20 +132,16 @@ def is_free(eqn: JaxprEqn) -> bool:
     return name == "reshape"
 
 
-def without_names(jaxpr: Jaxpr, place: str) -> tuple[Jaxpr, frozenset[int]]:
-    """The program without `checkpoint_name`, and the identities of values of the name `place`.
+def without_names(jaxpr: Jaxpr) -> tuple[Jaxpr, dict[int, str]]:
+    """The program without `checkpoint_name`, and the names of values by their identity.
 
-    An optimization barrier between such a value and what computes it is left out.
+    Barriers behind streams are left out: what makes them may write them to their place.
     """
     makers = {id(v): eqn for eqn in jaxpr.eqns for v in eqn.outvars}
     named = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "name"]
-    placed = []
-    for eqn in named:
-        barrier = makers.get(id(eqn.invars[0]))
-        if eqn.params["name"] == place and barrier is not None:
-            if barrier.primitive.name == "optimization_barrier" and len(barrier.invars) == 1:
-                placed.append(barrier)
-    dropped = {id(eqn): eqn for eqn in (*named, *placed)}
+    of_streams = (makers.get(id(eqn.invars[0])) for eqn in named if _is_streams(eqn))
+    barriers = (eqn for eqn in of_streams if eqn and eqn.primitive.name == "optimization_barrier")
+    dropped = set(map(id, (*named, *barriers)))
     other_names: dict[int, Any] = {}
 
     def renamed(atom: Any) -> Any:
@@ -140,9 +151,12 @@ def without_names(jaxpr: Jaxpr, place: str) -> tuple[Jaxpr, frozenset[int]]:
     for eqn in jaxpr.eqns:
         operands = list(map(renamed, eqn.invars))
         if id(eqn) in dropped:
-            other_names[id(eqn.outvars[0])] = operands[0]
+            other_names |= zip(map(id, eqn.outvars), operands, strict=True)
         else:
             eqns.append(eqn.replace(invars=operands))
-    values = (renamed(eqn.outvars[0]) for eqn in named if eqn.params["name"] == place)
-    outvars = list(map(renamed, jaxpr.outvars))
-    return jaxpr.replace(eqns=eqns, outvars=outvars), frozenset(map(id, values))
+    names = {id(renamed(eqn.outvars[0])): eqn.params["name"] for eqn in named}
+    return jaxpr.replace(eqns=eqns, outvars=list(map(renamed, jaxpr.outvars))), names
+
+
+def _is_streams(eqn: JaxprEqn) -> bool:
+    return bool(eqn.params["name"] == "mhc_streams")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax_mhc import _errors
 from jax_mhc._axes import vary, varying_axes
 from jax_mhc._ops.streams import Streams
+from jax_mhc._scan.again import NOTHING, Again
 from jax_mhc._scan.loop import own_scan
 from jax_mhc._types import Tree
 
@@ -72,9 +73,10 @@ def run(
     *,
     length: int | None = None,
     unroll: int | bool = 1,
+    again: Again = NOTHING,
     key: Hashable | None = None,
 ) -> tuple[Any, Any]:
-    """The scan, whose errors name `op`; see `own_scan` for the key."""
+    """The scan, whose errors name `op`; see `own_scan` for `again` and the key."""
     carry, structure = jax.tree.flatten(init)
     carry = [_strong(leaf) for leaf in carry]
     xs = jax.tree.map(jnp.asarray, xs)
@@ -99,9 +101,17 @@ def run(
         carry = varying
         traced = jax.make_jaxpr(checked)(carry, slices)
     _same_types(op, init, carry, traced.out_avals)
-    streams = _first_deferred(init)
-    if streams is not None and length and unroll in (False, 1) and unroll is not True:
-        new, stacked = own_scan(op, traced, carry, jax.tree.leaves(xs), length, streams, key)
+    if takes_own_loop(init, unroll) and length:
+        new, stacked = own_scan(
+            op,
+            traced,
+            carry,
+            jax.tree.leaves(xs),
+            length=length,
+            streams=_first_deferred(init),
+            again=again,
+            key=key,
+        )
     else:
 
         def step(carry: list[Any], slices: Tree) -> tuple[list[Any], list[Any]]:
@@ -126,14 +136,19 @@ def _varying_as(leaf: jax.Array, new: jax.core.ShapedArray) -> jax.Array:
     return vary(leaf, missing, jax.typeof(leaf).sharding.mesh) if missing else leaf
 
 
-def _first_deferred(init: Any) -> int | None:
-    """The place of the first streams whose cotangent is deferred among the leaves of a carry."""
+def takes_own_loop(init: Any, unroll: int | bool) -> bool:
+    """Whether the loop has a backward pass of its own."""
+    return _first_deferred(init) >= 0 and unroll is not True and unroll in (False, 1)
+
+
+def _first_deferred(init: Any) -> int:
+    """The place of the first streams with a deferred cotangent among the leaves of init, or -1."""
     place = 0
     for part in jax.tree.leaves(init, is_leaf=lambda part: isinstance(part, Streams)):
         if isinstance(part, Streams) and part.is_deferred:
             return place
         place += len(jax.tree.leaves(part))
-    return None
+    return -1
 
 
 def _length(op: str, xs: Tree, length: int | None) -> int:

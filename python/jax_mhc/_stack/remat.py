@@ -21,7 +21,7 @@ Policy: TypeAlias = Callable[..., bool]
 
 # Values that are computed again: the streams alone, or all that mHC makes but y.
 Recomputed: TypeAlias = Literal["streams", "mhc"]
-_NAMES: dict[Recomputed, tuple[str, ...]] = {
+NAMES: dict[Recomputed, tuple[str, ...]] = {
     "streams": ("mhc_streams",),
     "mhc": ("mhc_streams", "mhc_layer_input", "mhc_coefficients"),
 }
@@ -110,7 +110,7 @@ def remat_policy(
             policy.
     """
     op = "remat_policy"
-    recompute = _errors.choice(op, "recompute", recompute, tuple(_NAMES))
+    recompute = _errors.choice(op, "recompute", recompute, tuple(NAMES))
     n = _errors.num_streams(op, "streams", streams)
     hidden = _errors.width(op, hidden)
     if layers is not None:
@@ -145,7 +145,7 @@ def policy_of(
 
     def keep(primitive: Primitive, *avals: jax.core.ShapedArray, **options: Any) -> bool:
         if primitive.name == "name" and options["name"].startswith("mhc_"):
-            return options["name"] not in _NAMES[recompute]
+            return options["name"] not in NAMES[recompute]
         # Of the reference, what a product that JAX differentiates by our rule gives, too.
         results = getattr(options.get("call_jaxpr"), "out_avals", ())
         shapes = [getattr(aval, "shape", ()) for aval in (*avals, *results)]

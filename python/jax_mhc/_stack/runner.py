@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jax_mhc import _check, diagnostics
 from jax_mhc._ops.streams import Streams
 from jax_mhc._ops.sublayer import Options, Sublayer
-from jax_mhc._scan.public import run
+from jax_mhc._scan.again import NOTHING, Again
+from jax_mhc._scan.public import run, takes_own_loop
 from jax_mhc._stack import checks
-from jax_mhc._stack.remat import Policy, Recomputed, policy_of
+from jax_mhc._stack.remat import NAMES, Policy, Recomputed, policy_of
 from jax_mhc._stack.structure import structure
 from jax_mhc._types import MHCParams, Tree
 
@@ -143,6 +144,10 @@ def run_blocks(
     """
     num_together, unroll = steps.num_together, steps.unroll
     layers, key = _traced(runner, before, layers, stacked, (steps, every))
+    again = NOTHING
+    if takes_own_loop(before, unroll) and not callable(runner.policy):
+        again = Again(every, NAMES[runner.policy], runner.options["implementation"] == "fused")
+        runner, every = dataclasses.replace(runner, policy="streams"), 1
 
     def step(before: Streams, slices: Tree) -> tuple[Streams, Told]:
         blocks = [slices]
@@ -165,7 +170,7 @@ def run_blocks(
             lambda leaf: leaf.reshape(steps.num, num_together, *leaf.shape[1:]), stacked
         )
     before = before.varying_like(stacked[:2], runner.hidden_axes)
-    after, told = run(checks.OP, step, before, stacked, unroll=unroll, key=key)
+    after, told = run(checks.OP, step, before, stacked, unroll=unroll, again=again, key=key)
     return after, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), told)
 
 
