@@ -38,7 +38,7 @@ def residuals(function, *arrays):
         print_saved_residuals(function, *arrays)
     lines = printed.getvalue().splitlines()
     shapes = [
-        re.match(r"\w+\[([\d,]*)\]", line).group(1)
+        re.match(r"[\w<>]+\[([\d,]*)\]", line).group(1)
         for line in lines
         if "from the argument" not in line
     ]

@@ -1,8 +1,8 @@
 """An iteration of a scan: its two passes, and what it keeps between them.
 
 It keeps what JAX's derivative of the body does, but for what the backward pass has anyway (slices
-of xs, what the body closes over), what follows from the latter alone, and other forms of one value,
-such as the float32 that a norm makes of half precision.
+of xs and their casts, what the body closes over), what follows from the latter alone, and other
+forms of one value, such as the float32 that a norm makes of half precision.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from jax_mhc._scan.program import (
     evaluate,
     evaluate_for,
     inlined,
+    is_cheap,
     is_free,
     read,
     without_names,
@@ -98,7 +99,9 @@ class Iteration:
             jax.tree.structure(given), self.jaxpr.invars
         )
         at_hand = set(map(id, (*self.slices, *merge(*constants))))
-
+        at_hand.update(
+            id(v) for eqn in self.jaxpr.eqns if is_cheap(eqn, at_hand) for v in eqn.outvars
+        )
         varying = set(map(id, (*self.carry, *self.slices)))
         for eqn in self.jaxpr.eqns:
             if eqn.effects or not varying.isdisjoint(map(id, eqn.invars)):

@@ -117,6 +117,19 @@ def evaluate_for(
     return read(outputs, values)
 
 
+# Operations that cost little beside what reads their results.
+_CHEAP = (
+    "broadcast_in_dim", "convert_element_type", "reduce_precision", "reshape", "slice", "squeeze",
+    "transpose",
+)  # fmt: skip
+
+
+def is_cheap(eqn: JaxprEqn, at_hand: set[int]) -> bool:
+    """Whether an equation makes, at little cost, a cast or part of values that are at hand."""
+    operands = (id(atom) for atom in eqn.invars if not is_literal(atom))
+    return eqn.primitive.name in _CHEAP and at_hand.issuperset(operands)
+
+
 def is_free(eqn: JaxprEqn) -> bool:
     """Whether an equation gives its one operand in another form, which costs nothing to repeat."""
     name, params = eqn.primitive.name, eqn.params
