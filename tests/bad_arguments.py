@@ -460,8 +460,9 @@ BAD += [
     *rows("flax.nnx.Head", nnx_head, rngs=RNGS),
     *rows(
         "flax.nnx.stack", nnx_stack,
-        sublayers=[None, 3, "mlp", [], [3], {"mlp": 3}, {3: {}}], x=X_BAD[:5],
-        config=[MHCConfig()], norm_scale_eps=[1e-6], implementation=[None, "fused"], xs=[None],
+        sublayers=[3, "mlp", [], [3], {"mlp": 3}, {3: {}}], x=X_BAD[:5],
+        config=[MHCConfig()], norm_scale_eps=[1e-6], implementation=[None, "fused"],
+        xs=[3, {"attention": {}}, {"mlp": 3}], arguments=[{}, 3],
     ),
     ("flax.nnx.stack", "blocks", [3, X, nnx.Dict(mlp=nnx.Dict())], lambda b: nnx_stack(blocks=b)),
     *rows("flax.linen.MHC", linen_module, hidden=WIDTH, streams=STREAMS),
