@@ -75,6 +75,7 @@ def run_blocks(
             )
     arguments, xs = _mapping(blocks, "arguments", arguments), _mapping(blocks, "xs", xs)
     checks.has_aux(has_aux)
+    checks.unroll(options.get("unroll", 1), has_loop=blocks.is_stacked)
     for module in blocks.modules:
         remedy = "Give blocks that return the new streams, or the names of their sublayers."
         _errors.function(blocks.op, "blocks", module, "blocks to call with streams", remedy)
