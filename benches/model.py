@@ -16,12 +16,14 @@ import jax.numpy as jnp
 import optax
 import plain
 from common import STREAMS
+from modules import run_modules
 
 import jax_mhc as mhc
 
 Connection = Literal[
     "residual", "plain", "plain-checkpoint", "mhc", "seams", "seams-norms", "seams-checkpoint",
-    "mhc-streams", "mhc-scan", "residual-loop", "mhc-streams-loop",
+    "mhc-streams", "mhc-scan", "residual-loop", "mhc-streams-loop", "seams-loop",
+    "nnx-loop", "linen-loop", "equinox-loop",
     "residual-layers", "mhc-layers", "seams-auto", "seams-auto-mhc", "seams-told", "seams-watched",
 ]  # fmt: skip
 
@@ -37,6 +39,10 @@ LABELS: dict[Connection, str] = {
     "mhc-scan": "mHC, fused, streams carry their post, mhc.scan",
     "residual-loop": "plain residual, Python loop",
     "mhc-streams-loop": "mHC, fused, streams carry their post, Python loop",
+    "seams-loop": "mHC, fused with seams, mhc.stack without a scan",
+    "nnx-loop": "mHC, fused, modules of Flax NNX, Python loop",
+    "linen-loop": "mHC, fused, modules of Flax Linen, Python loop",
+    "equinox-loop": "mHC, fused, modules of Equinox, Python loop",
     # The connections of recompute.py and of diagnostics_step.py.
     "residual-layers": "plain residual, jax.checkpoint",
     "mhc-layers": "mHC, fused, jax.checkpoint",
@@ -60,9 +66,15 @@ SAMPLED = ("seams-told", "seams-watched")
 SAMPLE_TOKENS = 64
 # The connections whose streams carry the post of their last sublayer (mhc.Streams).
 CARRIED = ("mhc-streams", "mhc-scan", "mhc-streams-loop")
-FUSED = ("mhc", "mhc-layers", *CARRIED, *STACKS)
+# The connections of modules (modules.py), and where these come from.
+MODULES: dict[Connection, str] = {
+    "nnx-loop": "jax_mhc.flax.nnx",
+    "linen-loop": "jax_mhc.flax.linen",
+    "equinox-loop": "jax_mhc.equinox",
+}
+FUSED = ("mhc", "mhc-layers", "seams-loop", *CARRIED, *STACKS, *MODULES)
 # The connections of layers in a Python loop, in place of a scan.
-LOOPS = ("residual-loop", "mhc-streams-loop")
+LOOPS = ("residual-loop", "mhc-streams-loop", "seams-loop", *MODULES)
 # The connections with jax.checkpoint around the whole of each layer of the model.
 RUN_AGAIN = ("residual-layers", "mhc-layers")
 
@@ -249,8 +261,20 @@ def run_layers(
                 x = post(call(u), ctx)
         return x, None
 
-    if connection in CARRIED:
+    if connection == "seams-loop":
+        each = list(zip(params["layers"], params["connections"], strict=True))
+        x = mhc.stack(
+            [functools.partial(layers[name], params=p[name]) for p, _ in each for name in layers],
+            x,
+            [connections[name] for _, connections in each for name in layers],
+            implementation="fused",
+        )
+        return mhc.reduce(x), ()
+    if connection in (*CARRIED, *MODULES):
         x = mhc.as_streams(x, implementation="fused")
+    if connection in MODULES:
+        of_blocks = params["layers"], params["connections"]
+        return mhc.reduce(run_modules(MODULES[connection], layers, x, *of_blocks)), ()
     x = run_each(connection, streams, x, params["layers"], params["connections"])
     return mhc.reduce(x), ()
 

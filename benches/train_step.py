@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
+import importlib
 import re
 import statistics
 import time
@@ -36,6 +37,7 @@ from common import STREAMS
 from model import (
     FUSED,
     LABELS,
+    MODULES,
     TINY,
     WIDTHS,
     Connection,
@@ -91,6 +93,10 @@ class Options:
         self.commit = self.commit or common.commit()
         if not self.commit:
             raise SystemExit("expected a git repository, got none; give --commit")
+        # Steps are traced in threads, where imports of one library would meet.
+        for connection in self.connections:
+            if connection in MODULES:
+                importlib.import_module(MODULES[connection])
 
     def models(self) -> list[Model]:
         if self.tiny:

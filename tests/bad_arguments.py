@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import linen, nnx
 
 import jax_mhc as mhc
 import jax_mhc.equinox as mhc_eqx
@@ -171,6 +171,20 @@ def nnx_stack(sublayers=("mlp",), blocks=None, x=X, **options):
         blocks = nnx.merge(*(nnx.split(nnx.Dict(mlp=module))))
         nnx.update(blocks, jax.tree.map(lambda leaf: leaf[None], nnx.state(blocks)))
     return mhc_nnx.stack(blocks, x, sublayers, **options)
+
+
+def eqx_stack(sublayers=None, blocks=None, x=X, **options):
+    blocks = [eqx_module()] if blocks is None else blocks
+    return mhc_eqx.stack(blocks, x, sublayers, **options)
+
+
+def linen_stack(num_blocks=2, x=X, **options):
+    class Model(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return mhc_linen.stack(mhc_linen.MHC(jnp.tanh, C), x, num_blocks, **options)
+
+    return Model().init(KEY, x)
 
 
 def linen_module(layer=jnp.tanh, hidden=C, x=X, **options):
@@ -460,8 +474,15 @@ BAD += [
     *rows("flax.nnx.Head", nnx_head, rngs=RNGS),
     *rows(
         "flax.nnx.stack", nnx_stack,
-        sublayers=[None, 3, "mlp", [], [3], {"mlp": 3}, {3: {}}], x=X_BAD[:5],
-        config=[MHCConfig()], norm_scale_eps=[1e-6], implementation=[None, "fused"], xs=[None],
+        sublayers=[3, "mlp", [], [3], {"mlp": 3}, {3: {}}], x=X_BAD[:5],
+        config=[MHCConfig()], norm_scale_eps=[1e-6], implementation=[None, "fused"],
+        xs=[3, {"attention": {}}, {"mlp": 3}], arguments=[{}, 3],
+    ),
+    *rows("equinox.stack", eqx_stack, x=X_BAD[:5], arguments=[3, {3: X}], xs=[3, {3: X}]),
+    ("equinox.stack", "blocks", [3, X, [3]], lambda b: eqx_stack(blocks=b)),
+    *rows(
+        "flax.linen.stack", linen_stack,
+        num_blocks=[0, -1, 1.5, "a", None], x=X_BAD[:5], arguments=[3, {3: X}], xs=[3, {3: X}],
     ),
     ("flax.nnx.stack", "blocks", [3, X, nnx.Dict(mlp=nnx.Dict())], lambda b: nnx_stack(blocks=b)),
     *rows("flax.linen.MHC", linen_module, hidden=WIDTH, streams=STREAMS),

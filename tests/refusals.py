@@ -7,6 +7,7 @@ import numpy as np
 from flax import nnx
 
 import jax_mhc as mhc
+import jax_mhc.equinox as mhc_eqx
 from jax_mhc import MHCConfig, _errors
 from jax_mhc._errors import shown
 from jax_mhc._types import Context
@@ -74,10 +75,16 @@ def module(layer=jnp.tanh, **options):
     return mhc_nnx.MHC(layer, C, streams=N, **options, rngs=nnx.Rngs(0))
 
 
-def nnx_stack(*sublayers, **modules):
+def nnx_stack(*sublayers, options={}, **modules):  # noqa: B006 - nothing changes it
     """Of one block."""
     stacked = nnx.Dict(jax.tree.map(lambda leaf: leaf[None], modules))
-    return lambda: mhc_nnx.stack(stacked, X, sublayers)
+    return lambda: mhc_nnx.stack(stacked, X, sublayers, **options)
+
+
+def eqx_stack(*results, **options):
+    """Of two functions as blocks, which return streams and something more."""
+    block = lambda x, **arguments: (x, *results) if results else 0.0  # noqa: E731
+    return lambda: mhc_eqx.stack([block, block], X, **options)
 
 
 def from_plain(plain=None, model=None, **options):
@@ -102,6 +109,12 @@ class Counter(nnx.Module):
     def __call__(self, u):
         self.count[...] += 1
         return u
+
+
+def shared_counter():
+    counter = Counter()
+    blocks = [nnx.Dict(a=module(counter)), nnx.Dict(a=module(counter))]
+    return mhc_nnx.stack(blocks, X, ["a"])
 
 
 def config(**settings):
@@ -571,8 +584,33 @@ ERRORS += [
         ValueError, "flax.nnx.stack", "blocks.b.norm_scale_eps", "0.1",
     ),
     (
-        nnx_stack("a", a=module(Counter())),
+        shared_counter,
         ValueError, "flax.nnx.stack", "blocks.a.layer.count", "a Variable that does",
+    ),
+    (
+        nnx_stack("a", a=module(), options={"arguments": {"scale": 1}}),
+        TypeError, "flax.nnx.stack", "arguments", "{'scale': 1} (dict)",
+    ),
+    (
+        nnx_stack("a", a=module(), options={"xs": {"b": {}}}),
+        TypeError, "flax.nnx.stack", "xs", "{'b': {}} (dict)",
+    ),
+    (
+        nnx_stack("a", a=module(lambda u: (u, u))),
+        TypeError, "flax.nnx.stack", "the result of blocks.a.layer", "a tuple of 2",
+    ),
+    (eqx_stack(), TypeError, "equinox.stack", "the result of a block", "0.0 (float)"),
+    (eqx_stack(X), TypeError, "equinox.stack", "the result of a block", "a tuple of 2"),
+    (
+        eqx_stack(X, recompute=mhc.Recompute(every=2)),
+        TypeError, "equinox.stack", "recompute", "none",
+    ),
+    (eqx_stack(X, unroll=2), ValueError, "stack", "unroll", "2"),
+    (eqx_stack(X, arguments=3), TypeError, "equinox.stack", "arguments", "3 (int)"),
+    (eqx_stack(X, xs={"u": zeros(3, 2)}), ValueError, "equinox.stack", "xs['u']", "shape [3, 2]"),
+    (
+        lambda: mhc_linen.stack(mhc_linen.MHC(jnp.tanh, C), X, 2),
+        TypeError, "flax.linen.stack", "block", "a MHC outside of one",
     ),
     (lambda: mhc.param_labels("model"), TypeError, "param_labels", "params", "'model' (str)"),
     # Weights of a plain model.

@@ -54,6 +54,17 @@ def test_train_step(tmp_path):
 
 
 @pytest.mark.cpu("its tiny model is for the CPU")
+def test_a_step_of_modules(tmp_path):
+    connections = "seams-loop", "nnx-loop", "linen-loop", "equinox-loop"
+    options = "--tiny", "--connections", "residual-loop", *connections, "--commit", "0"
+    status, output = run("benches/train_step.py", *options, "--output", tmp_path)
+    assert status == 0, output
+    (path,) = tmp_path.rglob("*.json")
+    _, seams, *modules = (np.array(row["losses"]) for row in json.loads(path.read_text())["rows"])
+    np.testing.assert_allclose(modules, 3 * [seams], atol=1e-3)
+
+
+@pytest.mark.cpu("its tiny model is for the CPU")
 @pytest.mark.parametrize(
     "name, options",
     [

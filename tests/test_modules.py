@@ -398,17 +398,6 @@ def test_a_model_that_is_cast_whole(library, kind):
 # ---- Flax NNX -----------------------------------------------------------------------------------
 
 
-class NNXDropout(nnx.Module):
-    """A layer whose variables change in a call, but in evaluation."""
-
-    def __init__(self, rngs):
-        self.inner = NNXLayer(rngs)
-        self.dropout = nnx.Dropout(0.5, rngs=rngs)
-
-    def __call__(self, u, scale=1.0):
-        return self.dropout(self.inner(u, scale))
-
-
 class NNXBlock(nnx.Module):
     def __init__(self, layer, rngs):
         options = {"config": mhc.MHCConfig(sinkhorn_iters=2), "norm_scale_eps": 0.1, "rngs": rngs}
@@ -514,37 +503,6 @@ def test_h_res_of_nnx_blocks_in_a_scan():
     expected, sample = mhc_nnx.stack_with_samples(blocks, x, ["attention", "mlp"], sample_tokens=5)
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(h_res.reshape(sample.shape), sample, rtol=1e-4, atol=1e-5)
-
-
-def test_nnx_dropout():
-    """State of dropout changes in a scan, cannot in a stack, and need not in evaluation."""
-    blocks, x = nnx_blocks(NNXDropout)(), streams(5)
-    first, second = nnx.jit(in_scan)(blocks, x), nnx.jit(in_scan)(blocks, x)
-    assert np.any(first != second)
-    np.testing.assert_array_equal(blocks.mlp.layer.dropout.rngs.count[...], 3 * [2])
-    for options in ({}, {"recompute": mhc.Recompute(every=2)}):
-        with pytest.raises(ValueError) as error:
-            nnx.jit(functools.partial(in_stack, **options))(blocks, x)
-        assert str(error.value) == (
-            "jax_mhc.flax.nnx.stack: blocks.attention.layer.dropout.rngs.count: expected a "
-            "variable that does not change in the call, got a RngCount that does. Use nnx.scan "
-            "over the blocks and their own call, or evaluation mode."
-        )
-    blocks.eval()
-    got, expected = nnx.jit(in_stack)(blocks, x), nnx.jit(in_scan)(blocks, x)
-    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_variable_that_an_nnx_stack_would_lose():
-    def sows(module, u):
-        module.seen = nnx.Intermediate(u)
-        return u
-
-    blocks = nnx_blocks(NNXLayer)()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(NNXLayer, "__call__", sows)
-        with pytest.raises(ValueError, match=r"blocks\.mlp\.layer\.seen: .*got a Intermediate"):
-            mhc_nnx.stack(blocks, streams(5), ["mlp"])
 
 
 # ---- Flax Linen ---------------------------------------------------------------------------------

@@ -5,14 +5,14 @@
     self.attention = MHC(Attention(..., key=key), C, streams=4, key=key)
     x = self.attention(x)                       # in place of x + attention(x)
 
-`Head` leaves the streams; `from_plain` takes over the weights of a trained model without
-hyper-connections.
+`Head` leaves the streams; `stack` runs blocks one after the other; `from_plain` takes over the
+weights of a trained model without hyper-connections.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,11 @@ from jax.typing import DTypeLike
 
 import jax_mhc
 from jax_mhc import _check, _errors, _labels, _module, _plain
+from jax_mhc._blocks import Blocks, Opened, run_blocks, run_sublayers
 from jax_mhc._call.dispatch import Implementation
 from jax_mhc._closures import warn_if_hidden
 from jax_mhc._ops.streams import Streams
-from jax_mhc._types import HeadParams, Layer, MHCConfig, MHCParams
+from jax_mhc._types import HeadParams, Layer, MHCConfig, MHCParams, Tree
 from jax_mhc.presets import PAPER
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ import equinox as eqx  # noqa: E402 - where it is missing, the line above says s
 
 Model = TypeVar("Model")
 
-__all__ = ["MHC", "Head", "from_plain"]
+__all__ = ["MHC", "Head", "from_plain", "stack"]
 
 
 @_labels.connection
@@ -140,6 +141,11 @@ class MHC(eqx.Module):
         params = MHCParams(self.phi, self.alpha, self.bias)
         return _module.all_widened("equinox.MHC", params, self.param_dtype)
 
+    @property
+    def _scale(self) -> jax.Array | None:
+        """norm_scale likewise."""
+        return _module.widened("equinox.MHC", "norm_scale", self.norm_scale, self.param_dtype)
+
     def __call__(
         self, x: Float[jax.Array, "*tokens n C"] | Streams, *args: object, **kwargs: object
     ) -> Any:
@@ -187,7 +193,7 @@ class MHC(eqx.Module):
             args,
             kwargs,
             config=self.config,
-            norm_scale=_module.widened(op, "norm_scale", self.norm_scale, self.param_dtype),
+            norm_scale=self._scale,
             norm_scale_eps=self.norm_scale_eps,
             implementation=self.implementation,
         )
@@ -315,3 +321,71 @@ def _connections(tree: object, above: tuple[Any, ...]) -> Iterator[_plain.Path]:
 
 def _has_parameters(value: object) -> bool:
     return isinstance(value, eqx.Module) and any(map(eqx.is_inexact_array, jax.tree.leaves(value)))
+
+
+def stack(
+    blocks: eqx.Module | Sequence[eqx.Module],
+    x: Float[jax.Array, "*tokens n C"] | Streams,
+    sublayers: Sequence[str] | Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    xs: Mapping[str, Any] | None = None,
+    has_aux: bool | Literal["sum"] = False,
+    **options: Any,
+) -> Any:
+    """Runs all blocks, one after the other: stacked ones in `jax_mhc.scan`.
+
+        for block in blocks:
+            x = block(x, **arguments)
+
+    Differentiable with respect to the arrays of the blocks, to x and to the arguments.
+
+    With names of sublayers `jax_mhc.stack` runs these, and not the blocks' own call, so that it
+    can recompute streams without running a layer again:
+
+        x = getattr(block, name)(x, **arguments of the name)
+
+    Args:
+        blocks: a module whose arrays are stacked over the blocks, as `eqx.filter_vmap` makes them;
+            or a list or tuple of blocks, which run in a Python loop.
+        x: the streams `[..., n, C]`, or `Streams`.
+        sublayers: None, or the names of attributes of blocks, in the order in which they run. Each
+            is an `MHC`. A mapping gives keyword arguments for each layer, the same for all blocks:
+            `{"attention": {"mask": mask}, "mlp": {}}`.
+        arguments: keyword arguments of each block's call, the same for all blocks; without names.
+        xs: keyword arguments that are stacked over the blocks, each `[num_blocks, ...]`, such as
+            keys for dropout: `{"key": jax.random.split(key, num_blocks)}`; with names of each
+            sublayer: `{"attention": {"key": keys}}`.
+        has_aux: blocks return `(x, aux)`, such as the loss of experts or a new cache, or several
+            values after x; layers `(y, aux)`. "sum": aux is summed over all blocks, or sublayers,
+            but those that return none.
+        **options: of `jax_mhc.stack`: unroll, and beside names hidden_axis_name and recompute.
+
+    Returns:
+        The new streams `[..., n, C]`, or `Streams` where x is. With has_aux `(streams, aux)`: aux
+        stacked over the blocks, or of a sequence of blocks a tuple; with names the aux of each
+        layer by its name; or the one sum.
+
+    Raises:
+        ValueError, TypeError: x that is not streams of the modules' n and C; a block that returns
+            anything but streams; a sublayer that is no `MHC`, or has other settings than the
+            first; what `jax_mhc.stack` and `jax_mhc.scan` raise.
+    """
+    is_stacked = not isinstance(blocks, Sequence)
+    modules = list(blocks) if isinstance(blocks, Sequence) else [blocks]
+    given = Blocks("equinox.stack", MHC, modules, is_stacked, lambda each: list(map(_open, each)))
+    if sublayers is None:
+        out, _ = run_blocks(given, x, arguments, xs, has_aux, options)
+    else:
+        out, _ = run_sublayers(given, x, sublayers, arguments, xs, has_aux, options)
+    return out
+
+
+def _open(module: Any) -> Opened:
+    """A module, or a mapping of layers, as a function of its arrays."""
+    arrays, static = eqx.partition(module, eqx.is_array)
+
+    def run(arrays: Tree, use: Callable[[Any], Any]) -> tuple[Any, Tree]:
+        return use(eqx.combine(arrays, static)), None
+
+    return Opened(arrays, run)

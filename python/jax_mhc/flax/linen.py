@@ -4,8 +4,8 @@
 
     x = MHC(Attention(...), C, streams=4)(x)    # in place of x + Attention(...)(x)
 
-`Head` leaves the streams; `from_plain` takes over the variables of a trained model without
-hyper-connections.
+`Head` leaves the streams; `stack` runs blocks one after the other; `from_plain` takes over the
+variables of a trained model without hyper-connections.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from jax_mhc._call.dispatch import Implementation
 from jax_mhc._closures import warn_if_hidden
 from jax_mhc._ops.streams import Streams
 from jax_mhc._types import HeadParams, Layer, MHCConfig, MHCParams
+from jax_mhc.flax._linen_stack import stack
 from jax_mhc.presets import PAPER
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["MHC", "Head", "from_plain"]
+__all__ = ["MHC", "Head", "from_plain", "stack"]
 
 
 class MHC(nn.Module):

@@ -5,8 +5,8 @@
     self.attention = MHC(Attention(..., rngs=rngs), C, streams=4, rngs=rngs)
     x = self.attention(x)                       # in place of x + attention(x)
 
-`Head` leaves the streams; `from_plain` takes over the weights of a trained model without
-hyper-connections; `stack` and `stack_with_samples` run blocks that `nnx.vmap` made.
+`Head` leaves the streams; `stack` and `stack_with_samples` run blocks one after the other;
+`from_plain` takes over the weights of a trained model without hyper-connections.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,12 @@ from jax.typing import DTypeLike
 
 import jax_mhc
 from jax_mhc import _check, _errors, _labels, _module, _plain
+from jax_mhc._blocks import Blocks, run_blocks, run_sublayers
 from jax_mhc._call.dispatch import Implementation
 from jax_mhc._closures import warn_if_hidden
 from jax_mhc._ops.streams import Streams
 from jax_mhc._types import HeadParams, Layer, MHCConfig, MHCParams
+from jax_mhc.flax._nnx_blocks import open_modules, update
 from jax_mhc.presets import PAPER
 
 if TYPE_CHECKING:
@@ -299,130 +301,90 @@ def from_plain(
 
 
 def stack(
-    blocks: nnx.Module,
-    x: Float[jax.Array, "*tokens n C"],
-    sublayers: Sequence[str] | Mapping[str, Mapping[str, Any]],
+    blocks: nnx.Module | Sequence[nnx.Module],
+    x: Float[jax.Array, "*tokens n C"] | Streams,
+    sublayers: Sequence[str] | Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    xs: Mapping[str, Any] | None = None,
+    has_aux: bool | Literal["sum"] = False,
     **options: Any,
-) -> Float[jax.Array, "*tokens n C"]:
-    """Runs all sublayers of all blocks, one after the other, by `jax_mhc.stack`.
+) -> Any:
+    """Runs all blocks, one after the other: stacked ones in `jax_mhc.scan`.
 
-    To rounding this is
+        for block in blocks:
+            x = block(x, **arguments)
 
-        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
-        def run(block, x):
-            for name in sublayers:
-                x = getattr(block, name)(x)
-            return x
+    Variables that a call changes are updated in blocks: counts of random numbers (dropout), caches,
+    batch statistics, intermediates. Differentiable with respect to the variables of the blocks, to
+    x and to the arguments.
 
-        x = run(blocks, x)
+    With names of sublayers `jax_mhc.stack` runs these, and not the blocks' own call, so that it
+    can recompute streams without running a layer again:
 
-    with one pass over the streams from one sublayer to the next. Differentiable with respect to the
-    variables of the blocks and to x. The layers' variables must not change in the call, since
-    nothing brings them back out of the loop; those of dropout and of batch statistics do, except in
-    evaluation.
+        x = getattr(block, name)(x, **arguments of the name)
 
     Args:
-        blocks: a module whose variables are stacked over the blocks, as `nnx.vmap` makes them.
-        x: the streams `[..., n, C]`.
-        sublayers: the names of attributes of blocks, in the order in which they run. Each is an
-            `MHC` whose layer returns y alone. A mapping gives keyword arguments for each layer,
-            the same for all blocks: `{"attention": {"mask": mask}, "mlp": {}}`.
-        **options: of `jax_mhc.stack`: hidden_axis_name, recompute and unroll.
+        blocks: a module whose variables are stacked over the blocks, as `nnx.vmap` makes them; or
+            an `nnx.List` or other sequence of blocks, which run in a Python loop.
+        x: the streams `[..., n, C]`, or `Streams`.
+        sublayers: None, or the names of attributes of blocks, in the order in which they run. Each
+            is an `MHC`. A mapping gives keyword arguments for each layer, the same for all blocks:
+            `{"attention": {"mask": mask}, "mlp": {}}`.
+        arguments: keyword arguments of each block's call, the same for all blocks; without names.
+        xs: keyword arguments that are stacked over the blocks, each `[num_blocks, ...]`; with names
+            of each sublayer: `{"attention": {"window": windows}}`.
+        has_aux: blocks return `(x, aux)`, such as the loss of experts, or several values after x;
+            layers `(y, aux)`. "sum": aux is summed over all blocks, or sublayers, but those that
+            return none.
+        **options: of `jax_mhc.stack`: unroll, and beside names hidden_axis_name and recompute.
 
     Returns:
-        The new streams `[..., n, C]`.
+        The new streams `[..., n, C]`, or `Streams` where x is. With has_aux `(streams, aux)`: aux
+        stacked over the blocks, or of a sequence of blocks a tuple; with names the aux of each
+        layer by its name; or the one sum.
 
     Raises:
-        ValueError, TypeError: x that is not streams of the modules' n and C; a sublayer that is no
-            `MHC`, or has other settings than the first; a variable that changes; what
-            `jax_mhc.stack` raises.
+        ValueError, TypeError: x that is not streams of the modules' n and C; a block that returns
+            anything but streams; a sublayer that is no `MHC`, or has other settings than the
+            first; a variable that several sublayers have in common, and that changes, beside
+            names; what `jax_mhc.stack` and `jax_mhc.scan` raise.
     """
-    return jax_mhc.stack(**_arguments(blocks, x, sublayers, options))
+    return _stack(_STACK, blocks, x, sublayers, arguments, xs, has_aux, options)
 
 
 def stack_with_samples(
-    blocks: nnx.Module,
-    x: Float[jax.Array, "*tokens n C"],
+    blocks: nnx.Module | Sequence[nnx.Module],
+    x: Float[jax.Array, "*tokens n C"] | Streams,
     sublayers: Sequence[str] | Mapping[str, Mapping[str, Any]],
     *,
     sample_tokens: int,
+    xs: Mapping[str, Any] | None = None,
+    has_aux: bool | Literal["sum"] = False,
     **options: Any,
-) -> tuple[Float[jax.Array, "*tokens n C"], Float[jax.Array, "L S n n"]]:
+) -> tuple[Any, ...]:
     """Runs `stack`, and returns h_res of some tokens, by `jax_mhc.stack_with_samples`.
 
     Args:
-        blocks: a module whose variables are stacked over the blocks; see `stack`.
-        x: the streams `[..., n, C]`.
+        blocks: the blocks; see `stack`.
+        x: the streams `[..., n, C]`, or `Streams`.
         sublayers: the names of attributes of blocks, or a mapping of them to arguments.
         sample_tokens: the number of tokens S, at least 1.
+        xs: keyword arguments that are stacked over the blocks, by name.
+        has_aux: layers return `(y, aux)`.
         **options: of `jax_mhc.stack`: hidden_axis_name, recompute and unroll.
 
     Returns:
-        The new streams `[..., n, C]`, and h_res `[L, S, n, n]` of all L sublayers in their order.
+        What `stack` returns, `(streams, h_res)` or `(streams, aux, h_res)`, with h_res
+        `[L, S, n, n]` of all L sublayers in their order.
 
     Raises:
         ValueError, TypeError: what `stack` and `jax_mhc.stack_with_samples` raise.
     """
-    arguments = _arguments(blocks, x, sublayers, options)
-    return jax_mhc.stack_with_samples(sample_tokens=sample_tokens, **arguments)
-
-
-def _arguments(
-    blocks: nnx.Module,
-    x: Float[jax.Array, "*tokens n C"],
-    sublayers: Sequence[str] | Mapping[str, Mapping[str, Any]],
-    options: dict[str, Any],
-) -> dict[str, Any]:
-    """The arguments for `jax_mhc.stack` that run all sublayers of all blocks."""
-    sublayers = _checked_names(sublayers)
-    for name in (*_SETTINGS, "params", "xs", "norm_scale"):
-        if name in options:
-            raise _errors.Refusal(TypeError, _STACK, name).expected(
-                "no such option, since the sublayers have it",
-                _errors.typed(options[name]),
-                "Give it to each MHC instead.",
-            )
-    modules = {name: _sublayer(blocks, name) for name in sublayers}
-    first = next(iter(modules.values()))
-    settings = {name: getattr(first, name) for name in _SETTINGS}
-    for name, module in modules.items():
-        for setting, value in settings.items():
-            if (got := getattr(module, setting)) != value:
-                raise _errors.Refusal(ValueError, _STACK, f"blocks.{name}.{setting}").expected(
-                    f"that of the other sublayers, {value!r}",
-                    repr(got),
-                    "Make all sublayers of a stack alike, or use nnx.scan over the blocks.",
-                )
-    graphdef, state = nnx.split({name: module.layer for name, module in modules.items()})
-
-    def run(name: str, u: jax.Array, state: Any) -> Any:
-        # Variables of this trace: those of a loop cannot be assigned in a stretch inside of it.
-        state = jax.tree.map(lambda leaf: leaf, state)
-        before = {path: variable.get_raw_value() for path, variable in nnx.to_flat_state(state)}
-        layers = nnx.merge(graphdef, state)
-        y = layers[name](u, **(sublayers[name] if isinstance(sublayers, Mapping) else {}))
-        for path, variable in nnx.to_flat_state(nnx.state(layers)):
-            # A value that a call assigns is another array, even if it is equal.
-            if path not in before or before[path] is not variable.get_raw_value():
-                module, *rest = map(str, path)
-                raise _errors.Refusal(
-                    ValueError, _STACK, ".".join(["blocks", module, "layer", *rest])
-                ).expected(
-                    "a variable that does not change in the call",
-                    f"a {type(variable).__name__} that does",
-                    "Use nnx.scan over the blocks and their own call, or evaluation mode.",
-                )
-        return y
-
-    return {
-        "layers": [partial(run, name) for name in sublayers],
-        "x": _module.streams(_STACK, x, first.streams, first.hidden),
-        "params": [modules[name].params for name in sublayers],
-        "xs": state,
-        "norm_scale": [modules[name]._scale for name in sublayers],
-        **settings,
-        **options,
-    }
+    options = {**options, "sample_tokens": sample_tokens}
+    # Without names there is nothing to sample.
+    names = () if sublayers is None else sublayers
+    return _stack(_STACK, blocks, x, names, None, xs, has_aux, options)
 
 
 def _strings(path: Iterable[object]) -> _plain.Path:
@@ -440,38 +402,28 @@ def _arrays(state: Any) -> dict[_plain.Path, Any]:
 
 _STACK = "flax.nnx.stack"
 
-# Settings that `jax_mhc.stack` takes once, for all sublayers.
-_SETTINGS = ("config", "norm_scale_eps", "implementation")
 
-
-def _checked_names(sublayers: Any) -> Any:
-    """A mapping as it is, and of anything else a tuple."""
-    names: tuple[Any, ...] = ()
-    if isinstance(sublayers, Iterable) and not isinstance(sublayers, str):
-        names = tuple(sublayers)
-    of_layers = sublayers.values() if isinstance(sublayers, Mapping) else ()
-    if (
-        not names
-        or not all(isinstance(name, str) for name in names)
-        or not all(isinstance(arguments, Mapping) for arguments in of_layers)
-    ):
-        raise _errors.Refusal(ValueError, _STACK, "sublayers").expected(
-            "a sequence of names of attributes of blocks, or a mapping of them to arguments",
-            _errors.shown(sublayers),
-            "Name the sublayers in their order: ['attention', 'mlp'].",
-        )
-    return sublayers if isinstance(sublayers, Mapping) else names
-
-
-def _sublayer(blocks: nnx.Module, name: str) -> MHC:
-    module = getattr(blocks, name, None)
-    if not isinstance(module, MHC):
-        raise _errors.Refusal(TypeError, _STACK, f"blocks.{name}").expected(
-            "a jax_mhc.flax.nnx.MHC",
-            type(module).__name__,
-            "Wrap each sublayer of a block: MHC(layer, C, rngs=rngs).",
-        )
-    return module
+def _stack(
+    op: str,
+    blocks: Any,
+    x: jax.Array | Streams,
+    sublayers: Any,
+    arguments: Any,
+    xs: Any,
+    has_aux: Any,
+    options: dict[str, Any],
+) -> Any:
+    is_stacked = not isinstance(blocks, Sequence | nnx.List)
+    modules = [blocks] if is_stacked else list(blocks)
+    given = Blocks(op, MHC, modules, is_stacked, partial(open_modules, op))
+    if sublayers is None:
+        out, changes = run_blocks(given, x, arguments, xs, has_aux, options)
+        if is_stacked:
+            nnx.update(blocks, changes)
+        return out
+    out, by_name = run_sublayers(given, x, sublayers, arguments, xs, has_aux, options)
+    update(modules, by_name)
+    return out
 
 
 # For each stream of keys its count when the last connection was made, and how many at that count.

@@ -1,0 +1,54 @@
+"""A GPT in Flax Linen, before (gpt_linen_plain.py) and after (gpt_linen_mhc.py) its conversion."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import jax_mhc.flax.linen
+
+
+class Attention(nn.Module):
+    heads: int
+
+    @nn.compact
+    def __call__(self, x):
+        attention = nn.MultiHeadDotProductAttention(self.heads)
+        return attention(nn.RMSNorm()(x), mask=nn.make_causal_mask(x[..., 0]))
+
+
+class MLP(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        up = nn.Dense(4 * x.shape[-1])(nn.RMSNorm()(x))
+        return nn.Dense(x.shape[-1])(nn.gelu(up))
+
+
+class Block(nn.Module):
+    width: int
+    heads: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = jax_mhc.flax.linen.MHC(Attention(self.heads), self.width)(x)
+        x = jax_mhc.flax.linen.MHC(MLP(), self.width)(x)
+        return x
+
+
+class GPT(nn.Module):
+    vocab: int
+    width: int
+    heads: int
+    depth: int
+
+    @nn.compact
+    def __call__(self, tokens):
+        embed = nn.Embed(self.vocab, self.width)
+        x = jax_mhc.expand(embed(tokens), streams=4)
+        for _ in range(self.depth):
+            x = Block(self.width, self.heads)(x)
+        return embed.attend(nn.RMSNorm()(jax_mhc.reduce(x)))
+
+
+def loss(variables, model, tokens):
+    log_p = jax.nn.log_softmax(model.apply(variables, tokens[:, :-1]))
+    return -jnp.mean(jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1))
