@@ -99,11 +99,10 @@ class Iteration:
             jax.tree.structure(given), self.jaxpr.invars
         )
         at_hand = set(map(id, (*self.slices, *merge(*constants))))
-        at_hand.update(
-            id(v) for eqn in self.jaxpr.eqns if is_cheap(eqn, at_hand) for v in eqn.outvars
-        )
         varying = set(map(id, (*self.carry, *self.slices)))
         for eqn in self.jaxpr.eqns:
+            if is_cheap(eqn, at_hand):
+                at_hand.update(map(id, eqn.outvars))
             if eqn.effects or not varying.isdisjoint(map(id, eqn.invars)):
                 varying.update(map(id, eqn.outvars))
         free = {id(eqn.outvars[0]): eqn.invars[0] for eqn in self.jaxpr.eqns if is_free(eqn)}
