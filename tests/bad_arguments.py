@@ -307,7 +307,12 @@ BAD += [
         x=X_BAD, config=[*CONFIG, *TOO_LARGE], norm_scale=[3, "a", [], [SCALE[3]], [zeros(N)]],
         norm_scale_eps=EPS, hidden_axis_name=AXIS, implementation=CHOICE,
         recompute=[None, 2, "auto", "mhc", mhc.Recompute, Traced(1)],
-        unroll=[None, "2", 1.5, 0, 2, Traced(1)],
+        unroll=[None, "2", 1.5, 0, 2, Traced(1)], has_aux=[None, 1, "mean", Traced(True)],
+    ),
+    *rows(
+        "scan", functools.partial(mhc.scan, lambda x, s: (x, s), mhc.as_streams(X)),
+        xs=[3, [zeros(3), zeros(2)]], unroll=[None, "2", 1.5, 0, Traced(1)],
+        length=["2", 1.5, -1, Traced(1)],
     ),
     *rows("stack_with_samples", sampled, sample_tokens=INT),
     *rows(
@@ -462,7 +467,7 @@ BAD += [
     ("pre", "params", OTHERS, lambda x: sublayer(x=x)),
     ("head", "params", OTHERS, functools.partial(mhc.head, params=HEAD)),
     ("stack", "params[0]", OTHERS, lambda x: stack(x=x)),
-    ("stack", "a slice of params[0]", OTHER_SHAPES, lambda x: scan(x=x)),
+    ("stack", "a slice of params[0]", OTHERS, lambda x: scan(x=x)),
     ("flax.nnx.MHC", "x", OTHER_SHAPES, lambda x: nnx_module()(x)),
     ("flax.linen.MHC", "x", OTHER_SHAPES, lambda x: linen_module(x=x)),
     ("equinox.MHC", "x", OTHER_SHAPES, lambda x: eqx_module()(x)),

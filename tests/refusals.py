@@ -24,6 +24,7 @@ Y = jnp.ones((5, C), jnp.float32)
 Z = jnp.ones((5, N, N), jnp.float32)
 H = jnp.ones((5, N), jnp.float32)
 STREAMS = mhc.as_streams(X)
+SLICED = jnp.ones((2, 1))
 CTX = Context(x=X, h_pre=H, h_post=H, h_res=Z)
 
 
@@ -73,6 +74,10 @@ def remat_policy(*names, **options):
 
 def module(layer=jnp.tanh, **options):
     return mhc_nnx.MHC(layer, C, streams=N, **options, rngs=nnx.Rngs(0))
+
+
+def scan(body=lambda x, s: (x, None), init=STREAMS, xs=SLICED, **options):
+    return lambda: mhc.scan(body, init, xs, **options)
 
 
 def nnx_stack(*sublayers, options={}, **modules):  # noqa: B006 - nothing changes it
@@ -452,6 +457,15 @@ ERRORS = [
     ),
     (stack([lambda u: u[:4]]), ValueError, "stack", "the result of layers[0]", "[4, 3]"),
     (stack([lambda u: (u, 0)]), TypeError, "stack", "the result of layers[0]", "a tuple of 2"),
+    (
+        stack([lambda u: (u, 0.0, 1.0)], has_aux=True),
+        TypeError, "stack", "the result of layers[0]", "a tuple of 3",
+    ),
+    (stack(has_aux="mean"), TypeError, "stack", "has_aux", "'mean' (str)"),
+    (
+        stack([lambda u: (u, 0.0), lambda u: (u, {"loss": 0.0})], 2 * [PARAMS], has_aux="sum"),
+        ValueError, "stack", "the aux of layers", "PyTreeDef({'loss': *})",
+    ),
     (stack(recompute="auto"), TypeError, "stack", "recompute", "'auto' (str)"),
     (lambda: mhc.Recompute(every=0), ValueError, "Recompute", "every", "0"),
     (stack(unroll=2), ValueError, "stack", "unroll", "2"),
@@ -649,6 +663,20 @@ ERRORS += [
     (
         lambda: mhc_linen.from_plain(nn.Dense(C), {}),
         TypeError, "flax.linen.from_plain", "plain_variables", "Dense",
+    ),
+    # Scans.
+    (scan(body="block"), TypeError, "scan", "body", "str"),
+    (scan(lambda x, s: x), TypeError, "scan", "the result of body", shown(STREAMS)),
+    (scan(xs={"w": zeros(3, 2), "v": zeros(2)}), ValueError, "scan", "xs['w']", "shape [3, 2]"),
+    (scan(xs=None), ValueError, "scan", "length", "None"),
+    (scan(xs=None, length=-1), ValueError, "scan", "length", "-1"),
+    (
+        scan(lambda x, s: (x.array(), None)),
+        TypeError, "scan", "the carry that body returned", "PyTreeDef(*)",
+    ),
+    (
+        scan(lambda x, s: (x[:2], None), X),
+        TypeError, "scan", "the carry that body returned", f"float32{[2, *X.shape[1:]]}",
     ),
     # Streams that carry a post.
     (lambda: mhc.Streams(X), TypeError, "Streams", "Streams(...)", "a call of the class"),

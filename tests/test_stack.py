@@ -343,6 +343,49 @@ def test_has_a_reverse_mode_of_first_order(derivative, message):
         derivative(lambda x: scanned(o | {"x": x}, implementation="fused").sum())(o["x"])
 
 
+# ---- what layers return beside y ----------------------------------------------------------------
+
+
+def with_losses(form, recompute, has_aux, o):
+    """A total of the streams and of losses that a layer of two returns, and the losses."""
+    functions, params = layers(2), o["params"]
+
+    def run(f, is_told, u, *weights):
+        y = f(u, *weights) if weights else f(u)
+        return y, jnp.mean(u * y, axis=-1) if is_told else None
+
+    if form is scanned:
+        told = [functools.partial(run, f, i == 1) for i, f in enumerate(functions)]
+        options = {"xs": o["weights"]}
+    else:
+        told, params = [], []
+        for b, weights in enumerate(o["weights"]):
+            of_block = (functools.partial(f, weights=weights) for f in functions)
+            told += [functools.partial(run, f, i == 1) for i, f in enumerate(of_block)]
+            params += [jax.tree.map(operator.itemgetter(b), p) for p in o["params"]]
+        options = {}
+    x, aux = stack(told, o["x"], params, recompute=recompute, has_aux=has_aux, **options)
+    total = jnp.sum(jnp.sin(x)) + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(aux))
+    return total, aux
+
+
+@pytest.mark.parametrize("recompute", [Recompute(), Recompute(every=2), Recompute(every=4)])
+def test_losses_of_layers(recompute):
+    o, limit = operands(4, 2), 1e-9 if PLATFORM == "cpu" else 1e-4
+    program = jax.value_and_grad(with_losses, argnums=3, has_aux=True)
+    run = jax.jit(program, static_argnums=(0, 1, 2))
+    (expected, each), gradient = run(in_a_row, Recompute(), True, o)
+    assert each[::2] == (None,) * 4
+    for form in scanned, in_a_row:
+        (total, summed), got = run(form, recompute, "sum", o)
+        np.testing.assert_allclose(total, expected, rtol=limit)
+        np.testing.assert_allclose(summed, sum(each[1::2]), rtol=limit)
+        assert_trees_close(got, gradient, limit)
+    (_, (none, stacked)), _ = run(scanned, recompute, True, o)
+    assert none is None
+    np.testing.assert_allclose(stacked, jnp.stack(each[1::2]), rtol=limit)
+
+
 # ---- what is compiled ---------------------------------------------------------------------------
 
 

@@ -58,7 +58,7 @@ def scan(
             or dtype; xs of different lengths.
     """
     _errors.function(_OP, "body", body, "a function (carry, slices) -> (carry, results)", _REMEDY)
-    return run(_OP, body, init, xs, length=length, unroll=unroll)
+    return run(_OP, body, init, xs, length=length, unroll=num_unrolled(_OP, unroll))
 
 
 _OP = "scan"
@@ -90,7 +90,7 @@ def run(
         results = body(jax.tree.unflatten(structure, carry), slices)
         if not isinstance(results, tuple) or len(results) != 2:
             raise _errors.Refusal(TypeError, op, "the result of body").expected(
-                "a pair (carry, results)", _errors.typed(results), _REMEDY
+                "a pair (carry, results)", _errors.shown(results), _REMEDY
             )
         return _same_structure(op, init, structure, results[0]), results[1]
 
@@ -134,6 +134,13 @@ def _varying_as(leaf: jax.Array, new: jax.core.ShapedArray) -> jax.Array:
     """A leaf that varies over the manual axes that its new value varies over."""
     missing = varying_axes(new) - varying_axes(leaf)
     return vary(leaf, missing, jax.typeof(leaf).sharding.mesh) if missing else leaf
+
+
+def num_unrolled(op: str, unroll: int | bool) -> int | bool:
+    """The steps of a loop that are unrolled; True: all of them."""
+    if isinstance(unroll, bool):
+        return unroll
+    return _errors.integer(op, "unroll", unroll, 1, None, "Give 1 to unroll nothing.")
 
 
 def takes_own_loop(init: Any, unroll: int | bool) -> bool:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jax_mhc import _check, _errors
 from jax_mhc._mesh.types import sharded_like
+from jax_mhc._scan.public import num_unrolled
 from jax_mhc._stack.remat import Recompute, best_length
 from jax_mhc._types import Layer, MHCParams, Tree
 
@@ -150,8 +151,7 @@ def recompute(value: Recompute) -> None:
 
 def unroll(value: int | bool, *, has_loop: bool) -> int | bool:
     """Number of steps of the loop that are unrolled; True: all of them."""
-    if not isinstance(value, bool):
-        value = _errors.integer(OP, "unroll", value, 1, None, "Give 1 to unroll nothing.")
+    value = num_unrolled(OP, value)
     if not has_loop and value not in (False, 1):
         raise _errors.Refusal(ValueError, OP, "unroll").expected(
             "1 where there is no xs", value, "Without xs there is no loop; leave unroll out."
