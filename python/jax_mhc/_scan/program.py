@@ -119,8 +119,8 @@ def evaluate_for(
 
 # Operations that cost little beside what reads their results.
 _CHEAP = (
-    "broadcast_in_dim", "convert_element_type", "reduce_precision", "reshape", "slice", "squeeze",
-    "transpose",
+    "broadcast_in_dim", "convert_element_type", "dynamic_slice", "reduce_precision", "reshape",
+    "slice", "split", "squeeze", "transpose", "unstack",
 )  # fmt: skip
 
 
