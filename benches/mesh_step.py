@@ -109,7 +109,7 @@ class Layout:
 def compile_step(layout: Layout, model: Model, connection: Any) -> tuple[Any, Any, Steps]:
     """The compiled step and where its state lies."""
     steps = Steps(layout.model(model))
-    state = jax.eval_shape(functools.partial(steps.state, connection != "residual"))
+    state = jax.eval_shape(functools.partial(steps.state, connection))
     shardings = jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(layout.mesh, layout.parameter(path, leaf)), state
     )
@@ -137,7 +137,7 @@ def time_steps(options: Options, model: Model) -> list[dict[str, Any]]:
         programs += pool.map(lambda pair: compile_step(pair[0], model, pair[1]), pairs[1:])
     rows = []
     for (layout, connection), (program, shardings, steps) in zip(pairs, programs, strict=True):
-        new_state = functools.partial(steps.state, connection != "residual")
+        new_state = functools.partial(steps.state, connection)
         state = jax.jit(new_state, out_shardings=shardings)()
         tokens = jax.jit(steps.tokens, out_shardings=NamedSharding(layout.mesh, layout.tokens()))()
         losses = []
