@@ -717,7 +717,7 @@ ERRORS += [
         ValueError, "flax.nnx.MHC", "x", "[5, 2, 3]",
     ),
     (
-        lambda: jax.jvp(lambda x: pre(mhc.as_streams(x), implementation="reference")(), (X,), (X,)),
+        lambda: jax.jvp(residual_of_reference, (X,), (X,)),
         TypeError, "as_streams", "derivative", "forward mode (jax.jvp, jax.jacfwd, jax.linearize)",
     ),
     *(

@@ -172,11 +172,13 @@ def test_a_stack_is_a_loop_over_its_blocks(library, of_list, names, recompute):
     for one, other in zip(*map(jax.tree.leaves, (got[:2], exact[:2])), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5)
         assert np.any(one != 0)
-    assert set(exact[2]) == {"post_pre_fwd", "post_fwd", "post_pre_bwd", "post_bwd"}
+    seams = {"post_pre_fwd", "post_fwd", "post_pre_bwd", "post_bwd"}
+    # The first sublayer of a Python loop has no post before it, where no checkpoint lies between.
+    assert set(exact[2]) == seams | {"pre_fwd", "pre_bwd"}
     # Streams that are recomputed are those of post alone.
-    assert set(got[2]) == set(exact[2])
+    assert set(got[2]) == (set(exact[2]) if of_list and not recompute else seams)
     if not recompute:
-        assert got[2]["post_pre_fwd"] == (2 * NUM if of_list else 2)
+        assert got[2]["post_pre_fwd"] == (2 * NUM - 1 if of_list else 2)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

@@ -342,7 +342,7 @@ def test_h_res_of_the_call_that_computes_it(library):
         return x.array(), jnp.stack(found)
 
     calls = custom_calls(jax.jit(loop).lower(variables, x).compile().as_text())
-    assert calls == {"post_pre_fwd": 3, "post_fwd": 1}
+    assert calls == {"pre_fwd": 1, "post_pre_fwd": 2, "post_fwd": 1}
 
 
 # ---- dtypes -------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def test_every_sublayer_but_the_first_runs_the_post_before_it():
         return loop(mhc.as_streams, x, ws, params, mhc.presets.PAPER, [None])
 
     calls = custom_calls(compiled_text(run, x, ws, params))
-    assert calls == {"post_pre_fwd": DEPTH, "post_fwd": 1}
+    assert calls == {"pre_fwd": 1, "post_pre_fwd": DEPTH - 1, "post_fwd": 1}
 
 
 def test_an_array_comes_back_exactly():
@@ -396,7 +396,7 @@ def test_a_loop_over_modules_is_post_pre(make):
 
     np.testing.assert_allclose(jax.jit(of_streams)(x), jax.jit(run)(x), rtol=1e-5, atol=1e-5)
     calls = custom_calls(compiled_text(of_streams, x))
-    assert calls == {"post_pre_fwd": 3, "post_fwd": 1, "head_fwd": 1}
+    assert calls == {"pre_fwd": 1, "post_pre_fwd": 2, "post_fwd": 1, "head_fwd": 1}
 
 
 # ---- stacks -------------------------------------------------------------------------------------
@@ -457,7 +457,7 @@ def test_stacks_one_after_the_other_are_joined():
         return x.array()
 
     calls = custom_calls(compiled_text(run, x, ws, params))
-    assert calls == {"post_pre_fwd": 4, "post_fwd": 1}
+    assert calls == {"pre_fwd": 1, "post_pre_fwd": 3, "post_fwd": 1}
 
 
 # ---- meshes -------------------------------------------------------------------------------------

@@ -92,8 +92,8 @@ def pre(
     """
     op = "pre"
     if isinstance(x, Streams):
-        if x.is_deferred and not use_fused(op, implementation, x.dtype):
-            # Plain JAX knows no deferred cotangents.
+        if x.is_first or (x.is_deferred and not use_fused(op, implementation, x.dtype)):
+            # There is no post to run, or plain JAX, which knows no deferred cotangents.
             x = x.array(implementation=implementation)
         else:
             return post_pre.run(

@@ -72,7 +72,7 @@ class Streams:
     and are no gradients of X; differentiate with respect to an array for those.
     """
 
-    __slots__ = ("_deferred", "_h_post", "_h_pre", "_h_res", "_x", "_y")
+    __slots__ = ("_deferred", "_first", "_h_post", "_h_pre", "_h_res", "_x", "_y")
 
     _x: jax.Array
     _y: jax.Array
@@ -80,6 +80,9 @@ class Streams:
     _h_post: jax.Array
     _h_res: jax.Array
     _deferred: bool
+    # Whether there is no sublayer before these: `pre` and `array` then take X itself. Loops forget
+    # it: it is no part of the pytree, which has one structure before and after a sublayer.
+    _first: bool
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         """Refuses: Streams come of `as_streams`."""
@@ -90,11 +93,11 @@ class Streams:
         )
 
     @classmethod
-    def _of(cls, leaves: Iterable[Any], deferred: bool) -> Streams:
+    def _of(cls, leaves: Iterable[Any], deferred: bool, first: bool = False) -> Streams:
         """Streams of their parts. deferred: whether the cotangent of X is (_ops/deferred.py)."""
         self = object.__new__(cls)
         self._x, self._y, self._h_pre, self._h_post, self._h_res = leaves
-        self._deferred = deferred
+        self._deferred, self._first = deferred, first
         return self
 
     @classmethod
@@ -114,7 +117,7 @@ class Streams:
         x, y = (varying_like(part, self._x, *leaves) for part in (self._x, self._y))
         gates = (self._h_pre, self._h_post, self._h_res)
         of_gates = (of_tokens(gate, x, hidden_axes) for gate in gates)
-        return self._of((x, y, *of_gates), self._deferred)
+        return self._of((x, y, *of_gates), self._deferred, self._first)
 
     def pending(self) -> tuple[jax.Array, Context]:
         """The first operands of `post` and of `post_pre`.
@@ -139,6 +142,9 @@ class Streams:
         if implementation is None and not self._deferred:
             implementation = "reference"
         y, ctx = self.pending()
+        if self._first:
+            use_fused("post", implementation, self.dtype)  # which checks it
+            return _check.streams("post", "x", self._x)
         if self._deferred and not use_fused("post", implementation, self.dtype):
             others = y, ctx.h_post, ctx.h_res
             x, others = reverse_mode_only("as_streams", self._x, others)
@@ -169,6 +175,11 @@ class Streams:
             "Move tokens by x[index], x.reshape and x.map_tokens; for anything else take x.array() "
             "and, of its result, jax_mhc.as_streams.",
         )
+
+    @property
+    def is_first(self) -> bool:
+        """Whether no sublayer is known to be before these streams, so that `array` is free."""
+        return self._first
 
     @property
     def is_deferred(self) -> bool:
@@ -221,7 +232,7 @@ class Streams:
             raise Refusal(ValueError, op, "function").expected(
                 "a function that moves tokens alone, alike in all parts", self._shown(parts), remedy
             )
-        return self._of(parts, self._deferred)
+        return self._of(parts, self._deferred, self._first)
 
     @staticmethod
     def _shapes(parts: Sequence[jax.Array]) -> tuple[set[tuple[int, ...]], tuple[int, ...]]:
@@ -278,6 +289,7 @@ class Streams:
                     for part, rank in zip(self.tree_flatten()[0], _RANKS, strict=True)
                 ],
                 self._deferred,
+                self._first,
             )
         except (TypeError, ValueError) as error:
             raise Refusal(ValueError, "Streams.reshape", "tokens").expected(
@@ -396,4 +408,4 @@ def first_streams(
     deferred = use_fused(op, implementation, x.dtype, axes)
     y, h_post, h_res = no_sublayer(x, axes)
     first = jnp.broadcast_to(jax.nn.one_hot(0, x.shape[-2], dtype=h_post.dtype), h_post.shape)
-    return Streams._of((x, y, of_tokens(first, x, axes), h_post, h_res), deferred)
+    return Streams._of((x, y, of_tokens(first, x, axes), h_post, h_res), deferred, True)
