@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from cases import PLATFORM
 from hlo import compiled_text, custom_calls, residuals
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -128,6 +129,32 @@ def test_a_number_of_iterations(length, unroll):
 
     got = jax.jit(jax.grad(functools.partial(run, mhc.scan, None)))(p)
     assert_close(got, jax.jit(jax.grad(functools.partial(run, jax.lax.scan, "reference")))(p))
+
+
+def test_calls_back_and_names_of_one_s_own():
+    """A name of ours around other values, and equations without results."""
+    _, params, *_ = operands(1)
+    told = []
+
+    def run(scan, params):
+        def step(carry, p):
+            x, z = carry
+            z = checkpoint_name(z, "mhc_streams")
+            x = mhc.mhc_residual(lambda u: jnp.sin(u) * z, x, p)
+            jax.debug.callback(told.append, z[0, 0, 0])
+            z = checkpoint_name(jnp.sin(z), "mhc_streams")
+            return (x, z), z
+
+        z = jnp.ones((*TOKENS, C), DTYPE)
+        (x, z), all_z = scan(step, (mhc.expand(z, streams=N), z), params)
+        return jnp.sum(x.array() ** 2) + jnp.sum(all_z)
+
+    gradients = [
+        jax.jit(jax.grad(functools.partial(run, scan))) for scan in (mhc.scan, jax.lax.scan)
+    ]
+    assert_close(*(gradient(params[0]) for gradient in gradients))
+    jax.effects_barrier()
+    assert len(told) == 2 * BLOCKS
 
 
 # ---- what is kept, and where --------------------------------------------------------------------

@@ -12,7 +12,7 @@ from jax_mhc._ops.fused_op import fused_call
 from jax_mhc._scan.program import Shorter
 
 if TYPE_CHECKING:
-    from jax.extend.core import Jaxpr, JaxprEqn
+    from jax.extend.core import JaxprEqn
 
 
 class Again(NamedTuple):
@@ -28,17 +28,18 @@ class Again(NamedTuple):
     names: tuple[str, ...] = ()
     fused: bool = False
 
-    def dropped(self, jaxpr: Jaxpr, named: Mapping[int, str]) -> frozenset[int]:
+    def dropped(self, makers: Mapping[int, JaxprEqn], named: Mapping[int, str]) -> frozenset[int]:
         """The identities of values that are not kept, of those that have a name.
 
         A stretch begins with streams and the coefficients of the sublayer before it; both are kept,
         in the carry those of the first stretch.
+
+        makers: the equations of the body, by the identities of what they make.
         """
-        makers = {id(v): eqn for eqn in jaxpr.eqns for v in eqn.outvars}
 
         def call(key: int) -> int:
-            eqn = makers[key]
-            if eqn.primitive.name == "optimization_barrier":
+            eqn = makers.get(key)
+            if eqn is not None and eqn.primitive.name == "optimization_barrier":
                 return call(id(eqn.invars[0]))
             return id(eqn)
 

@@ -89,8 +89,9 @@ class Iteration:
 
         closed = inlined(jax.make_jaxpr(passes)(given))
         self.jaxpr, named = without_names(closed.jaxpr)
-        streams = {key for key, name in named.items() if name == "mhc_streams"}
-        dropped = again.dropped(self.jaxpr, named)
+        self.makers = {id(v): eqn for eqn in self.jaxpr.eqns for v in eqn.outvars}
+        streams = {key for key in self.makers if named.get(key) == "mhc_streams"}
+        dropped = again.dropped(self.makers, named)
         self.consts = closed.consts
         num_results = len(body.outvars)
         self.results = self.jaxpr.outvars[:num_results]
@@ -129,15 +130,14 @@ class Iteration:
 
     def _reads(self, new: Var, old: Var) -> bool:
         """Whether the equation that makes a variable reads the other one."""
-        makers = {id(v): eqn for eqn in self.jaxpr.eqns for v in eqn.outvars}
 
         def source(atom: Any) -> Any:
-            eqn = makers.get(id(atom))
-            return (
-                source(eqn.invars[0]) if eqn and eqn.primitive.name == "mhc_first_order" else atom
-            )
+            eqn = self.makers.get(id(atom))
+            if eqn is None or eqn.primitive.name != "mhc_first_order":
+                return atom
+            return source(eqn.invars[0])
 
-        return any(source(operand) is old for operand in makers[id(new)].invars)
+        return any(source(operand) is old for operand in self.makers[id(new)].invars)
 
     def forward(
         self, given: Given, place: Callable[[int, jax.Array], jax.Array]

@@ -124,6 +124,10 @@ _CHEAP = (
 )  # fmt: skip
 
 
+# Operations that may give their operand in another form.
+_FORMS = ("convert_element_type", "reduce_precision", "reshape")
+
+
 def is_cheap(eqn: JaxprEqn, at_hand: set[int]) -> bool:
     """Whether an equation makes, at little cost, a cast or part of values that are at hand."""
     operands = (id(atom) for atom in eqn.invars if not is_literal(atom))
@@ -133,7 +137,7 @@ def is_cheap(eqn: JaxprEqn, at_hand: set[int]) -> bool:
 def is_free(eqn: JaxprEqn) -> bool:
     """Whether an equation gives its one operand in another form, which costs nothing to repeat."""
     name, params = eqn.primitive.name, eqn.params
-    if any(map(is_literal, eqn.invars)) or len(eqn.invars) != 1:
+    if name not in _FORMS or any(map(is_literal, eqn.invars)) or len(eqn.invars) != 1:
         return False
     source, result = (type_of(v).dtype for v in (eqn.invars[0], eqn.outvars[0]))
     if name == "reduce_precision":
@@ -142,7 +146,7 @@ def is_free(eqn: JaxprEqn) -> bool:
     if name == "convert_element_type":
         # A wider copy, from which the value comes back exactly.
         return jnp.issubdtype(source, jnp.floating) and source.itemsize < result.itemsize
-    return name == "reshape"
+    return True
 
 
 def without_names(jaxpr: Jaxpr) -> tuple[Jaxpr, dict[int, str]]:
