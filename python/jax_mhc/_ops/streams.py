@@ -115,9 +115,9 @@ class Streams:
         """Streams that vary over the mesh axes that they or others vary over."""
         leaves = jax.tree.leaves(others)
         x, y = (varying_like(part, self._x, *leaves) for part in (self._x, self._y))
-        gates = (self._h_pre, self._h_post, self._h_res)
-        of_gates = (of_tokens(gate, x, hidden_axes) for gate in gates)
-        return self._of((x, y, *of_gates), self._deferred, self._first)
+        coefficients = self._h_pre, self._h_post, self._h_res
+        of_all = (of_tokens(h, x, hidden_axes) for h in coefficients)
+        return self._of((x, y, *of_all), self._deferred, self._first)
 
     def pending(self) -> tuple[jax.Array, Context]:
         """The first operands of `post` and of `post_pre`.
