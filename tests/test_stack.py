@@ -343,6 +343,21 @@ def test_has_a_reverse_mode_of_first_order(derivative, message):
         derivative(lambda x: scanned(o | {"x": x}, implementation="fused").sum())(o["x"])
 
 
+@pytest.mark.parametrize("implementation", [None, "reference"])
+@pytest.mark.parametrize("has_aux", [False, True, "sum"])
+def test_no_blocks(implementation, has_aux):
+    o = operands(1, 2)
+    none = jax.tree.map(lambda leaf: leaf[:0], (o["params"], o["weights"]))
+
+    def run(x):
+        told = [lambda u, w: (u, w[0])] * 2 if has_aux else [lambda u, w: u] * 2
+        return stack(told, x, none[0], xs=none[1], implementation=implementation, has_aux=has_aux)
+
+    after, backward, *_ = jax.vjp(lambda x: jax.tree.leaves(run(x))[0], o["x"])
+    np.testing.assert_array_equal(after, o["x"])
+    np.testing.assert_array_equal(backward(after)[0], o["x"])
+
+
 # ---- what layers return beside y ----------------------------------------------------------------
 
 

@@ -81,10 +81,7 @@ def run(
     carry = [_strong(leaf) for leaf in carry]
     xs = jax.tree.map(jnp.asarray, xs)
     length = _length(op, xs, length)
-    # A loop of no iterations has types all the same.
-    slices = jax.tree.map(
-        lambda leaf: leaf[0] if length else jnp.zeros(leaf.shape[1:], leaf.dtype), xs
-    )
+    slices = jax.tree.map(first, xs)
 
     def checked(carry: list[Any], slices: Tree) -> tuple[list[Any], Any]:
         results = body(jax.tree.unflatten(structure, carry), slices)
@@ -134,6 +131,12 @@ def _varying_as(leaf: jax.Array, new: jax.core.ShapedArray) -> jax.Array:
     """A leaf that varies over the manual axes that its new value varies over."""
     missing = varying_axes(new) - varying_axes(leaf)
     return vary(leaf, missing, jax.typeof(leaf).sharding.mesh) if missing else leaf
+
+
+def first(array: jax.Array) -> jax.Array:
+    """The first slice of an array; of none, for its type, zeros."""
+    array = jnp.asarray(array)
+    return array[0] if array.shape[0] else jnp.zeros(array.shape[1:], array.dtype)
 
 
 def num_unrolled(op: str, unroll: int | bool) -> int | bool:

@@ -15,7 +15,7 @@ from jax_mhc import _check, diagnostics
 from jax_mhc._ops.streams import Streams
 from jax_mhc._ops.sublayer import Options, Sublayer
 from jax_mhc._scan.again import NOTHING, Again
-from jax_mhc._scan.public import run, takes_own_loop
+from jax_mhc._scan.public import first, run, takes_own_loop
 from jax_mhc._stack import checks
 from jax_mhc._stack.remat import NAMES, Policy, Recomputed, policy_of
 from jax_mhc._stack.structure import structure
@@ -187,19 +187,19 @@ def _traced(
     """
     params, scales, xs = stacked
     for i, of_one in enumerate(zip(params, scales, strict=True)):
-        runner.check(i, *jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], of_one))
+        runner.check(i, *jax.tree.map(first, of_one))
     before = before.varying_like((params, scales), runner.hidden_axes)
     u = jax.tree.leaves(before)[0][..., 0, :]
-    s = jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], xs)
+    s = jax.tree.map(first, xs)
     traced = [jax.make_jaxpr(layer, return_shape=True)(u, s) for layer in layers]
     constants = [value for program, _ in traced for value in program.consts]
     # Arrays that layers have in common are one constant of the loop.
-    first = [next(i for i, other in enumerate(constants) if other is c) for c in constants]
+    alike = [next(i for i, other in enumerate(constants) if other is c) for c in constants]
     key = (
         tuple(
             (structure(program.jaxpr), jax.tree.structure(results)) for program, results in traced
         ),
-        tuple(first),
+        tuple(alike),
         tuple(jax.tree.structure(p) for p in (params, scales, xs)),
         tuple(runner.options.items()),
         (runner.policy, runner.defers, runner.num_samples),
