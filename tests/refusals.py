@@ -619,7 +619,7 @@ ERRORS += [
         eqx_stack(X, recompute=mhc.Recompute(every=2)),
         TypeError, "equinox.stack", "recompute", "none",
     ),
-    (eqx_stack(X, unroll=2), ValueError, "stack", "unroll", "2"),
+    (eqx_stack(X, unroll=2), ValueError, "equinox.stack", "unroll", "2"),
     (eqx_stack(X, arguments=3), TypeError, "equinox.stack", "arguments", "3 (int)"),
     (eqx_stack(X, xs={"u": zeros(3, 2)}), ValueError, "equinox.stack", "xs['u']", "shape [3, 2]"),
     (

@@ -74,8 +74,8 @@ def run_blocks(
                 "Name the blocks' sublayers in their order: ['attention', 'mlp'].",
             )
     arguments, xs = _mapping(blocks, "arguments", arguments), _mapping(blocks, "xs", xs)
-    checks.has_aux(has_aux)
-    checks.unroll(options.get("unroll", 1), has_loop=blocks.is_stacked)
+    checks.has_aux(blocks.op, has_aux)
+    checks.unroll(blocks.op, options.get("unroll", 1), has_loop=blocks.is_stacked)
     for module in blocks.modules:
         remedy = "Give blocks that return the new streams, or the names of their sublayers."
         _errors.function(blocks.op, "blocks", module, "blocks to call with streams", remedy)
@@ -94,7 +94,7 @@ def run_blocks(
 
         loop = loop or partial(scan.run, blocks.op)
         after, (aux, changes) = loop(body, before, (arrays, xs), **options)
-        aux = checks.total([aux], of_blocks=True) if has_aux == "sum" else aux
+        aux = checks.total(blocks.op, [aux], of_blocks=True) if has_aux == "sum" else aux
     else:
         told, after = [], before
         for i, block in enumerate(blocks.modules):
@@ -102,7 +102,7 @@ def run_blocks(
             out = _called(blocks, block, after, arguments, own)
             after, of_block = _parted(blocks, out, after, has_aux)
             told.append(of_block)
-        aux = checks.total(told, of_blocks=False) if has_aux == "sum" else tuple(told)
+        aux = checks.total(blocks.op, told, of_blocks=False) if has_aux == "sum" else tuple(told)
     if not isinstance(x, Streams):
         after = after.array()
     return ((after, aux) if has_aux else after), changes
@@ -194,7 +194,7 @@ def run_sublayers(
             "Give each sublayer its own: sublayers={'attention': {'mask': mask}, 'mlp': {}}.",
         )
     own_xs = _of_names(blocks, names, xs)
-    checks.has_aux(has_aux)
+    checks.has_aux(blocks.op, has_aux)
     for name in (*_SETTINGS, "params", "norm_scale"):
         if name in options:
             raise _errors.Refusal(TypeError, blocks.op, name).expected(
@@ -252,7 +252,7 @@ def run_sublayers(
         auxes[i][name], changes[i][name] = of_layer, changed
     if has_aux == "sum":
         summed = [aux for of_block in auxes for aux in of_block.values()]
-        aux: Any = checks.total(summed, of_blocks=blocks.is_stacked)
+        aux: Any = checks.total(blocks.op, summed, of_blocks=blocks.is_stacked)
     else:
         aux = auxes[0] if blocks.is_stacked else tuple(auxes)
     results = (after, *([aux] if has_aux else []), *samples)

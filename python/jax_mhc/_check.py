@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -198,6 +198,26 @@ def call(
         f"one that is not: {reason}",
         "Bind its other arguments, for example with functools.partial.",
     )
+
+
+def output_and_aux(op: str, argument: str, result: Any, *, has_aux: bool) -> tuple[Any, Any]:
+    """The output of a layer and, with has_aux, what it returned beside it."""
+    is_tuple = isinstance(result, tuple)
+    got = f"a tuple of {len(result)}" if is_tuple else type(result).__name__
+    if has_aux:
+        if not is_tuple or len(result) != 2:
+            raise Refusal(TypeError, op, argument).expected(
+                "a pair (y, aux), since has_aux is set",
+                got,
+                "Return (y, None) where there is no aux, or leave has_aux out.",
+            )
+        y, aux = result
+        return y, aux
+    if is_tuple:
+        raise Refusal(TypeError, op, argument).expected(
+            "one array", got, "Set has_aux=True for a layer that returns (y, aux)."
+        )
+    return result, None
 
 
 def layer_output(op: str, argument: str, y: object, x: Shaped) -> jax.Array:

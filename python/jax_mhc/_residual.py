@@ -122,21 +122,8 @@ def mhc_residual(
         x = _check.streams("pre", "x", x)
 
     def run(u: jax.Array) -> tuple[jax.Array, Any]:
-        y, aux = _check.call(op, "layer", "u", layer, u), None
-        if has_aux:
-            if not isinstance(y, tuple) or len(y) != 2:
-                raise _errors.Refusal(TypeError, op, "layer's result").expected(
-                    "a pair (y, aux), since has_aux=True",
-                    f"a tuple of {len(y)}" if isinstance(y, tuple) else type(y).__name__,
-                    "Return (y, aux), or leave has_aux out.",
-                )
-            y, aux = y
-        elif isinstance(y, tuple):
-            raise _errors.Refusal(TypeError, op, "layer's result").expected(
-                "one array",
-                f"a tuple of {len(y)}",
-                "Set has_aux=True for a layer that returns (y, aux).",
-            )
+        result = _check.call(op, "layer", "u", layer, u)
+        y, aux = _check.output_and_aux(op, "layer's result", result, has_aux=has_aux)
         return _check.layer_output(op, "layer's result", y, x), aux
 
     options: Options = {

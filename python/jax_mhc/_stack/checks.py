@@ -75,31 +75,18 @@ def _run(
 
     Loops require that sharding.
     """
-    y: Any = _check.call(OP, f"layers[{i}]", of_what, layer, u, *of_block)
-    argument, aux = f"the result of layers[{i}]", None
-    if has_aux:
-        if not isinstance(y, tuple) or len(y) != 2:
-            raise _errors.Refusal(TypeError, OP, argument).expected(
-                "a pair (y, aux), since has_aux is set",
-                f"a tuple of {len(y)}" if isinstance(y, tuple) else type(y).__name__,
-                "Return (y, None) from layers that have no aux.",
-            )
-        y, aux = y
-    elif isinstance(y, tuple | list):
-        raise _errors.Refusal(TypeError, OP, argument).expected(
-            "one array",
-            f"a {type(y).__name__} of {len(y)}",
-            "Set has_aux=True for layers that return (y, aux).",
-        )
+    argument = f"the result of layers[{i}]"
+    result = _check.call(OP, f"layers[{i}]", of_what, layer, u, *of_block)
+    y, aux = _check.output_and_aux(OP, argument, result, has_aux=has_aux)
     return sharded_like(_check.layer_output(OP, argument, y, x), u), aux
 
 
-def has_aux(value: bool | Literal["sum"]) -> bool | Literal["sum"]:
+def has_aux(op: str, value: bool | Literal["sum"]) -> bool | Literal["sum"]:
     """Whether layers return aux, and what is done with it."""
     if isinstance(value, str) and value == "sum":
         return "sum"
     if not isinstance(value, bool):
-        raise _errors.Refusal(TypeError, OP, "has_aux").expected(
+        raise _errors.Refusal(TypeError, op, "has_aux").expected(
             "False, True or 'sum'",
             _errors.typed(value),
             "Give True to get aux stacked over the blocks, 'sum' for its sum over all sublayers.",
@@ -107,7 +94,7 @@ def has_aux(value: bool | Literal["sum"]) -> bool | Literal["sum"]:
     return value
 
 
-def total(aux: list[Tree], *, of_blocks: bool) -> Tree:
+def total(op: str, aux: list[Tree], *, of_blocks: bool) -> Tree:
     """The sum of what the layers told, but for None; over the blocks first, where there are some.
 
     aux: one pytree for each layer.
@@ -118,9 +105,9 @@ def total(aux: list[Tree], *, of_blocks: bool) -> Tree:
     for each in told[1:]:
         first, other = (str(jax.tree.structure(one)) for one in (told[0], each))
         if first != other:
-            raise _errors.Refusal(ValueError, OP, "the aux of layers").expected(
+            raise _errors.Refusal(ValueError, op, "the aux of layers").expected(
                 f"one structure, for the sum: {first}",
-                str(other),
+                other,
                 "Return None where there is nothing to add, or set has_aux=True.",
             )
     return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *told) if told else None
@@ -149,11 +136,11 @@ def recompute(value: Recompute) -> None:
         )
 
 
-def unroll(value: int | bool, *, has_loop: bool) -> int | bool:
+def unroll(op: str, value: int | bool, *, has_loop: bool) -> int | bool:
     """Number of steps of the loop that are unrolled; True: all of them."""
-    value = num_unrolled(OP, value)
+    value = num_unrolled(op, value)
     if not has_loop and value not in (False, 1):
-        raise _errors.Refusal(ValueError, OP, "unroll").expected(
+        raise _errors.Refusal(ValueError, op, "unroll").expected(
             "1 where there is no xs", value, "Without xs there is no loop; leave unroll out."
         )
     return value

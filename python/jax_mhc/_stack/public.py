@@ -206,10 +206,10 @@ def _run(
         norm_scale,
         x,
         has_slices=xs is not None,
-        has_aux=checks.has_aux(has_aux) is not False,
+        has_aux=checks.has_aux(_OP, has_aux) is not False,
     )
     checks.recompute(recompute)
-    unroll = checks.unroll(unroll, has_loop=xs is not None)
+    unroll = checks.unroll(_OP, unroll, has_loop=xs is not None)
     axes = _check.hidden_axes(_OP, hidden_axis_name, jax.tree.leaves(x)[0])
     eps = _check.norm_scale_eps(_OP, norm_scale_eps, _check.accumulation_dtype(x.dtype))
     # The ops check it, too, but there may be none.
@@ -241,7 +241,7 @@ def _run(
         n = x.shape[-2]
         samples = jnp.zeros((0, num_samples, n, n), _check.accumulation_dtype(x.dtype))
     if has_aux == "sum":
-        aux = checks.total(aux, of_blocks=xs is not None)
+        aux = checks.total(_OP, aux, of_blocks=xs is not None)
     return after, aux if has_aux == "sum" else tuple(aux), samples
 
 
