@@ -152,7 +152,7 @@ def init(key: jax.Array, model: Model, connection: Connection) -> dict[str, Any]
 
 
 def kind(connection: Connection) -> tuple[bool, bool]:
-    """What tells the parameters of connections apart."""
+    """The facts on which the form of a connection's parameters depends."""
     return has_streams(connection), connection in LOOPS
 
 

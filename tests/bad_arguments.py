@@ -309,9 +309,13 @@ BAD += [
         recompute=[None, 2, "auto", "mhc", mhc.Recompute, Traced(1)],
         unroll=[None, "2", 1.5, 0, 2, Traced(1)], has_aux=[None, 1, "mean", Traced(True)],
     ),
+    (
+        "scan", "init", ["a", object(), [mhc.as_streams(X), None, "a"]],
+        lambda init: mhc.scan(lambda x, s: (x, s), init, zeros(2)),
+    ),
     *rows(
         "scan", functools.partial(mhc.scan, lambda x, s: (x, s), mhc.as_streams(X)),
-        xs=[3, [zeros(3), zeros(2)]], unroll=[None, "2", 1.5, 0, Traced(1)],
+        xs=["a", [object()], 3, [zeros(3), zeros(2)]], unroll=[None, "2", 1.5, 0, Traced(1)],
         length=["2", 1.5, -1, Traced(1)],
     ),
     *rows("stack_with_samples", sampled, sample_tokens=INT),

@@ -80,15 +80,18 @@ def scan(body=lambda x, s: (x, None), init=STREAMS, xs=SLICED, **options):
     return lambda: mhc.scan(body, init, xs, **options)
 
 
-def nnx_stack(*sublayers, options={}, **modules):  # noqa: B006 - nothing changes it
+def nnx_stack(*sublayers, options=None, **modules):
     """Of one block."""
     stacked = nnx.Dict(jax.tree.map(lambda leaf: leaf[None], modules))
-    return lambda: mhc_nnx.stack(stacked, X, sublayers, **options)
+    return lambda: mhc_nnx.stack(stacked, X, sublayers, **(options or {}))
 
 
 def eqx_stack(*results, **options):
     """Of two functions as blocks, which return streams and something more."""
-    block = lambda x, **arguments: (x, *results) if results else 0.0  # noqa: E731
+
+    def block(x, **arguments):
+        return (x, *results) if results else 0.0
+
     return lambda: mhc_eqx.stack([block, block], X, **options)
 
 
@@ -683,7 +686,7 @@ ERRORS += [
     (lambda: STREAMS + 1, TypeError, "Streams", "x + y", shown(STREAMS)),
     (lambda: X @ STREAMS, TypeError, "Streams", "operand", shown(STREAMS)),
     (lambda: -STREAMS, TypeError, "Streams", "-x", shown(STREAMS)),
-    (lambda: STREAMS == STREAMS, TypeError, "Streams", "x == y", shown(STREAMS)),  # noqa: PLR0124
+    (lambda: STREAMS == STREAMS, TypeError, "Streams", "x == y", shown(STREAMS)),  # noqa: PLR0124 - it raises
     # Without an error of its own, this would be an endless loop.
     (lambda: list(STREAMS), TypeError, "Streams", "iter(x)", shown(STREAMS)),
     (lambda: bool(STREAMS), TypeError, "Streams", "bool(x)", shown(STREAMS)),

@@ -102,9 +102,11 @@ def test_outside_of_jit():
 
 def test_plain_jax_has_every_mode():
     u, *others = operands(1)
-    run = lambda u: model(mhc.scan, "reference", u, *others)[0]  # noqa: E731
-    expected = lambda u: model(jax.lax.scan, "reference", u, *others)[0]  # noqa: E731
-    assert_close(*(jax.jvp(f, (u,), (u,)) for f in (run, expected)))
+
+    def derivative(scan):
+        return jax.jvp(lambda u: model(scan, "reference", u, *others)[0], (u,), (u,))
+
+    assert_close(derivative(mhc.scan), derivative(jax.lax.scan))
 
 
 def test_a_batch():
@@ -122,7 +124,10 @@ def test_a_number_of_iterations(length, unroll):
 
     def run(scan, implementation, p):
         x = mhc.expand(u, streams=N, implementation=implementation)
-        step = lambda x, _: (mhc.mhc_residual(jnp.sin, x, p, implementation=implementation), None)  # noqa: E731
+
+        def step(x, _):
+            return mhc.mhc_residual(jnp.sin, x, p, implementation=implementation), None
+
         x, none = scan(step, x, length=length, unroll=unroll)
         assert none is None
         return jnp.sum(x.array() ** 2)

@@ -152,7 +152,7 @@ def _mapping(blocks: Blocks, argument: str, value: Arguments | None) -> Argument
 
 
 def _slice(blocks: Blocks, xs: Arguments, i: int) -> Arguments:
-    """What block i has of xs."""
+    """The slice of xs that block i has."""
     num = len(blocks.modules)
     for path, leaf in jax.tree.leaves_with_path(xs):
         name = "xs" + jax.tree_util.keystr(path)

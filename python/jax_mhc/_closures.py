@@ -43,7 +43,7 @@ def warn_if_hidden(
 
 
 def _held(value: Any, hides: Callable[[Any], bool], seen: set[int]) -> Iterator[Any]:
-    """What functions hold: in closures, bound arguments, defaults, and globals that they read."""
+    """Values that functions hold: in closures, bound arguments, defaults and globals they read."""
     if id(value) in seen:
         return
     seen.add(id(value))

@@ -15,10 +15,11 @@ from jax_mhc._types import WORDS, HeadParams, MHCConfig, MHCParams, Tree
 _LABELS = {"phi": "projection", "alpha": "gate", "bias": "bias", "norm_scale": "norm"}
 
 _DYNAMIC = frozenset({"phi", "alpha", "bias"})
-# What the dict of a module may have whose coefficients are static.
+# Keys that the dict of a module may have whose coefficients are static.
 _STATIC = frozenset({"bias", "norm_scale", "layer"})
 
-# K of every number of streams and every constraint.
+# K of every number of streams and every constraint. Types do not tell that the table of words has
+# the constraints alone.
 _NUM_COEFFICIENTS = frozenset(
     MHCConfig(constraint=constraint).num_coefficients(streams)  # type: ignore[arg-type]
     for constraint in WORDS["constraint"]

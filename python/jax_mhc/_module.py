@@ -20,7 +20,7 @@ Params = TypeVar("Params", MHCParams, HeadParams)
 #: For each parameter by its name, a name, or None, for each of its dimensions.
 AxisNames = Mapping[str, tuple[str | None, ...]]
 
-# Of each param_dtype those in which its values are exact.
+# The dtypes in which the values of each param_dtype are exact.
 _HOLDERS = {
     "bfloat16": ("bfloat16", "float32", "float64"),
     "float16": ("float16", "float32", "float64"),
@@ -29,7 +29,7 @@ _HOLDERS = {
 }
 _RANKS = {"phi": 2, "alpha": 1, "bias": 1, "norm_scale": 1}
 
-# What tells the keys of connections from those of layers: "mhc" in ASCII.
+# The constant that tells keys of connections from those of layers: "mhc" in ASCII.
 _FOLDED = 0x6D6863
 
 

@@ -34,7 +34,7 @@ def empty_stack(num: int, like: jax.core.ShapedArray) -> jax.Array:
     """Memory for `num` arrays of the type of `like`, which may hold anything: `[num, ...]`."""
     mesh, varying = like.sharding.mesh, varying_axes(like)
     if mesh.empty and not (context := jax.sharding.get_abstract_mesh()).empty:
-        # What a loop makes of arguments that are on no mesh is on that of the program.
+        # Values that a loop makes of arguments on no mesh are on that of the program.
         spec = PartitionSpec(*[None] * len(like.shape))
         mesh, like = context, like.update(sharding=NamedSharding(context, spec))
     if jax.device_count() > 1 and (mesh.empty or AxisType.Auto in mesh.axis_types):

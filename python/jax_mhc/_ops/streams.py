@@ -31,7 +31,7 @@ _RANKS = 2, 1, 1, 1, 2
 # two of them meet in a loop or a branch.
 _MADE_FOR = {True: "made for the fused ops", False: "made for implementation='reference'"}
 
-# What Python's operators call, and how they are written.
+# Methods that Python's operators call, and how the operators are written.
 _OPERATORS = {
     f"__{name}__": text
     for name, text in {

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_mhc import _errors
+from jax_mhc import _check, _errors
 from jax_mhc._axes import vary, varying_axes
 from jax_mhc._ops.streams import Streams
 from jax_mhc._scan.again import NOTHING, Again
@@ -78,9 +78,11 @@ def run(
 ) -> tuple[Any, Any]:
     """The scan, whose errors name `op`; see `own_scan` for `again` and the key."""
     carry, structure = jax.tree.flatten(init)
+    for path, leaf in jax.tree.leaves_with_path(init):
+        _check.shape(op, "init" + jax.tree_util.keystr(path), leaf)
     carry = [_strong(leaf) for leaf in carry]
-    xs = jax.tree.map(jnp.asarray, xs)
     length = _length(op, xs, length)
+    xs = jax.tree.map(jnp.asarray, xs)
     slices = jax.tree.map(first, xs)
 
     def checked(carry: list[Any], slices: Tree) -> tuple[list[Any], Any]:
@@ -166,14 +168,16 @@ def _length(op: str, xs: Tree, length: int | None) -> int:
     if length is not None:
         length = _errors.integer(op, "length", length, 0, None, "Leave it out where xs tells it.")
     for path, leaf in jax.tree.leaves_with_path(xs):
-        if not leaf.shape or (length is not None and leaf.shape[0] != length):
+        name = "xs" + jax.tree_util.keystr(path)
+        shape = _check.shape(op, name, leaf)
+        if not shape or (length is not None and shape[0] != length):
             expected = "a leading axis of iterations"
-            raise _errors.Refusal(ValueError, op, "xs" + jax.tree_util.keystr(path)).expected(
+            raise _errors.Refusal(ValueError, op, name).expected(
                 expected if length is None else f"{expected} of length {length}",
-                f"shape {list(leaf.shape)}",
+                f"shape {list(shape)}",
                 "Stack what differs from iteration to iteration; the body closes over the rest.",
             )
-        length = leaf.shape[0]
+        length = shape[0]
     if length is None:
         raise _errors.Refusal(ValueError, op, "length").expected(
             "the number of iterations, since xs has no array", "None", "Give length=12."
