@@ -30,7 +30,7 @@ class Options(train_step.Options):
     )  # fmt: skip
     """Residual connections, the first the one that the others are compared with."""
     layers: tuple[int, ...] = (12, 48)
-    """Layers of the models; 48 take up to 111 GB, which an H100 has not."""
+    """Layers of the models; 48 take up to 105 GB, which an H100 has not."""
 
     def models(self) -> list[Model]:
         if self.tiny:
