@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from jax_mhc import _check, reference
-from jax_mhc._call import Implementation, Settings, Values, use_fused
+from jax_mhc._call import Implementation, Settings, Values
 from jax_mhc._ops import post_pre
 from jax_mhc._ops.deferred import Cotangent, context, cotangents_of, d_streams_in
 from jax_mhc._ops.fused_op import fused_call, fused_op, normalizers, present
@@ -92,8 +92,7 @@ def pre(
     """
     op = "pre"
     if isinstance(x, Streams):
-        if x.is_first or (x.is_deferred and not use_fused(op, implementation, x.dtype)):
-            # There is no post to run, or plain JAX, which knows no deferred cotangents.
+        if x.is_first:
             x = x.array(implementation=implementation)
         else:
             return post_pre.run(
@@ -105,6 +104,7 @@ def pre(
                 norm_scale_eps=norm_scale_eps,
                 hidden_axis_name=hidden_axis_name,
                 implementation=implementation,
+                plain_post=x.plain_array,
             )
     x = _check.streams(op, "x", x)
     config = _check.config(op, config, x.dtype)
