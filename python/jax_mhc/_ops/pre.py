@@ -72,11 +72,12 @@ def pre(
         hidden_axis_name: the mesh axis over which C is split inside `jax.shard_map`, or several: x
             and u then have the channels of one device, and parameters have all channels. None: C
             is not split there. Outside of it JAX itself knows how C is split.
-        implementation: "fused": the kernels. "reference": plain JAX. None: the kernels on
-            platforms that have them (CPU, NVIDIA GPUs), plain JAX elsewhere, for float64 streams on
-            a GPU, and on GPUs that cannot be used (older than compute capability 8.0, a driver
-            older than CUDA 12, a build without CUDA kernels), which is logged once. The
-            platform is that which a program is lowered for; docs/deployment.md has the details,
+        implementation: "fused": the kernels. "reference": plain JAX. None: the kernels on CPUs;
+            on NVIDIA GPUs whichever of the two is faster with gradients, by what was measured of
+            the nearest configuration (docs/performance.md has the table); plain JAX elsewhere, for
+            float64 streams on a GPU, and on GPUs that cannot be used (older than compute capability
+            8.0, a driver older than CUDA 12, a build without CUDA kernels), which is logged once.
+            The platform is that which a program is lowered for; docs/deployment.md has the details,
             and what exported programs need.
 
     Returns:
