@@ -48,9 +48,7 @@ def use_fused(
     _check.implementation(op, implementation)
     if _runs_fused(op, implementation, dtype):
         can_choose = implementation is None and default_platform() == "cuda" and not hidden_axes
-        if not can_choose or configuration is None:
-            return True
-        return not _is_plain_faster(configuration)
+        return not (can_choose and configuration and _is_plain_faster(configuration))
     if hidden_axes:
         raise Refusal(ValueError, op, "hidden_axis_name").expected(
             "None where the op runs in plain JAX",
