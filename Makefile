@@ -108,8 +108,9 @@ reproduce: .venv/ready | $(HEADERS) $(COMPILER)  ## build the wheel at two paths
 bench: .venv/installed-bench  ## compare the fused kernels with plain JAX; writes benches/results/
 	$(BIN)/python -m benches cpu
 
-bench-gpu: .venv/installed-bench,cuda13  ## the same, and a training step, on an NVIDIA GPU with a driver for CUDA 13
+bench-gpu: .venv/installed-bench,cuda13  ## the same, all configurations and a training step, on an NVIDIA GPU with a driver for CUDA 13
 	$(BIN)/python -m benches gpu
+	$(BIN)/python -m benches configurations
 	$(BIN)/python -m benches train_step
 	$(BIN)/python -m benches diagnostics_step
 	$(BIN)/python -m benches plots

@@ -13,8 +13,8 @@ FOLDER = Path(__file__).parent
 
 # gpu.py runs first_call.py and peers.py itself.
 PROGRAMS = (
-    "cpu", "gpu", "batches", "train_step", "recompute", "diagnostics_step", "mesh_step",
-    "pipeline_step", "training", "plots",
+    "cpu", "gpu", "configurations", "batches", "train_step", "recompute", "diagnostics_step",
+    "mesh_step", "pipeline_step", "training", "plots",
 )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 `make bench-gpu` runs this last. What benchmarks measured stands in performance.md, results.md and
 diagnostics.md between two comments, `<!-- name -->` and `<!-- /name -->`, and is written here; the
-text around them is not.
+text around them is not. So is the package's table of what is faster (`_call/faster.json`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cells
+import configurations
 import diagnostics_step
 import matplotlib
 import model
@@ -53,6 +55,8 @@ class Options:
     """Folder with the records of one GPU."""
     docs: Path = Path("docs")
     """Folder of the pages and of images/."""
+    faster: Path = Path("python/jax_mhc/_call/faster.json")
+    """The package's table of what is faster."""
 
 
 def newest(results: Path, suffix: str) -> tuple[Path, dict[str, Any]] | None:
@@ -278,6 +282,31 @@ def fixed_cost_text(record: dict[str, Any]) -> str:
     return text
 
 
+# ---- configurations -----------------------------------------------------------------------------
+
+
+def draw_configurations(record: dict[str, Any], path: Path) -> None:
+    save(cells.heat_map(record), path)
+
+
+def configurations_section(record: dict[str, Any], path: Path, docs: Path) -> str:
+    slower = [row for row in record["rows"] if cells.is_plain_faster(row)]
+    named = [
+        f"{cells.kind(row)}, C = {row['hidden']}, {row['tokens']} tokens "
+        f"({row['fused']['fb'] / cells.plain_us(row):.1f} times)"
+        for row in slower
+    ]
+    return "\n\n".join(
+        [
+            f"{machine(record, path, docs)}; copy {record['copy_gb_per_s'] / 1e3:.2f} TB/s.",
+            "![Floor over fused by configuration](images/configurations.svg)",
+            configurations.table(record["rows"]),
+            f"**Plain JAX is faster** in {len(slower)} of these {len(record['rows'])}, by the time "
+            f"with gradients{': ' if named else ''}{'; '.join(named)}.",
+        ]
+    )
+
+
 # ---- the training step --------------------------------------------------------------------------
 
 
@@ -453,11 +482,20 @@ def main(options: Options) -> None:
     performance, diagnostics = "performance.md", "diagnostics.md"
     parts: dict[str, tuple[str, str, Callable[..., None] | None, Callable[..., str]]] = {
         "kernels": (performance, "", draw_kernels, kernel_section),
+        "configurations": (
+            performance,
+            "-configurations",
+            draw_configurations,
+            configurations_section,
+        ),
         "train_step": (performance, "-train-step", draw_train_step, train_step_section),
         "recompute": (performance, "-recompute", None, recompute_section),
         "diagnostics": (diagnostics, "-diagnostics", None, diagnostics_section),
         "training": ("results.md", "-training", draw_training, training_section),
     }
+    if found := newest(options.results, "-configurations"):
+        options.faster.write_text(cells.faster_table(found[1]))
+        print(f"Written to {options.faster}.")
     for name, (page, suffix, draw, section) in parts.items():
         found = newest(options.results, suffix)
         if found is None:

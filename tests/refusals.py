@@ -8,7 +8,7 @@ from flax import nnx
 
 import jax_mhc as mhc
 import jax_mhc.equinox as mhc_eqx
-from jax_mhc import MHCConfig, _errors
+from jax_mhc import MHCConfig, _errors, info
 from jax_mhc._errors import shown
 from jax_mhc._types import Context
 from jax_mhc.flax import linen as mhc_linen
@@ -732,6 +732,15 @@ ERRORS += [
             lambda gradient: jax.grad(lambda x: jnp.sum(gradient(x) ** 2)),
             lambda gradient: lambda x: jax.jvp(gradient, (x,), (x,)),
         )
+    ),
+    # A configuration that is asked about.
+    (
+        lambda: info.configuration(4, 64, constraint="head", norm=True),
+        ValueError, "info.configuration", "norm", "one",
+    ),
+    (
+        lambda: info.configuration(4, 64, capability="9"),
+        ValueError, "info.configuration", "capability", "9",
     ),
     # Optional dependencies.
     (lambda: _errors.require("op", "no_such", "some"), ImportError, "op", "no_such", "none"),

@@ -9,6 +9,8 @@ import plots
 import pytest
 from programs import README, ROOT, python, run
 
+from jax_mhc._call import faster
+
 
 def test_the_programs_are_listed():
     status, output = python("-m", "benches")
@@ -85,6 +87,35 @@ def test_steps(name, options, tmp_path):
 
 
 @pytest.mark.cpu("its sizes are for the CPU")
+def test_configurations(tmp_path):
+    options = "--tiny", "--commit", "0", "--output", tmp_path
+    status, output = python("-m", "benches", "configurations", *options)
+    assert status == 0, output
+    (path,) = tmp_path.rglob("*.json")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d-configurations\.json", path.name)
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["constraint"] for row in rows} == {"birkhoff", "identity", "static", "head"}
+    for row in rows:
+        assert all(us > 0 for name in ("fused", "plain") for us in row[name].values())
+        assert 0 < row["error"]["streams"] < 4e-3 and row["error"]["parameters"] < 5e-3
+    assert path.with_suffix(".md").read_text() in output
+
+    # With wrong kernels, or what is left out, the record is another.
+    some = *options, "--dtype", "float32", "--what", "fb", "--implementations", "fused"
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(
+        f"import sys, tyro; sys.path.insert(0, {str(ROOT / 'benches')!r})\n"
+        "import configurations as c\n"
+        "c.LIMITS['float32'] = 1e-12, 1.0\n"
+        "c.main(tyro.cli(c.Options))\n"
+    )
+    status, output = run(wrong, *some)
+    assert status == 1 and output.count("errors of streams and parameters ") == 4, output
+    (path,) = tmp_path.rglob("*-configurations-part-wrong.json")
+    assert json.loads(path.read_text())["rows"] == []
+
+
+@pytest.mark.cpu("its sizes are for the CPU")
 def test_batches():
     status, output = run("benches/batches.py", "--tiny")
     assert status == 0, output
@@ -140,13 +171,15 @@ def test_the_pages_and_their_figures_come_from_the_records(tmp_path):
     # The links in the page are those of its own folder.
     (tmp_path / "benches").symlink_to(ROOT / "benches")
     status, output = run(
-        "benches/plots.py", "--results", "benches/results/h200", "--docs", "docs", cwd=tmp_path
-    )
+        "benches/plots.py", "--results", "benches/results/h200", "--docs", "docs",
+        "--faster", "faster.json", cwd=tmp_path,
+    )  # fmt: skip
     assert status == 0, output
+    assert (tmp_path / "faster.json").read_text() == faster._PATH.read_text()
     for page in pages:
         assert (docs / page).read_text() == (ROOT / "docs" / page).read_text()
     drawn = {path.name for path in (docs / "images").iterdir()}
-    assert drawn == {"kernels.svg", "train_step.svg", "training.svg"}
+    assert drawn == {"kernels.svg", "configurations.svg", "train_step.svg", "training.svg"}
     for name in drawn:
         assert (ROOT / "docs" / "images" / name).stat().st_size < 150_000
 

@@ -35,7 +35,7 @@ from jax import export
 
 import jax_mhc
 from jax_mhc import presets
-from jax_mhc._call import library
+from jax_mhc._call import dispatch, library
 
 pytestmark = pytest.mark.gpu
 
@@ -84,6 +84,21 @@ def test_every_dtype_is_fused(op, dtype):
     assert custom_calls(compiled_text(function, operands)) == forward(op)
     text = compiled_text(value_and_vjp, operands, cotangents)
     assert custom_calls(text) == forward(op) + backward(op)
+
+
+def test_none_takes_what_is_faster(monkeypatch):
+    """Whatever the newest record says: its three streams are taken to be faster in plain JAX."""
+    monkeypatch.setattr(
+        dispatch, "_is_plain_faster", lambda configuration: configuration.streams == 3
+    )
+    for streams, implementation, calls in (
+        (3, None, []), (4, None, ["pre", "post"]), (3, "fused", ["pre", "post"]),
+    ):  # fmt: skip
+        params = jax_mhc.init_params(jax.random.key(0), streams=streams, hidden=64)
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+        run = functools.partial(jax_mhc.mhc_residual, jnp.tanh, implementation=implementation)
+        text = compiled_text(run, jnp.ones((5, streams, 64), jnp.bfloat16), params)
+        assert custom_calls(text) == {f"{call}_fwd": 1 for call in calls}
 
 
 @pytest.mark.parametrize("with_seams", [False, True])

@@ -21,6 +21,8 @@ from jax_mhc._types import Context
 # Raised under conditions that the tests below make.
 CONDITIONAL = {
     "refuse_fused": 2, "_checked": 1,
+    # Without a GPU: test_info.py.
+    "_gpu": 1,
     # On meshes: test_mesh.py.
     "use_fused": 1, "check_streams": 1, "_fail_to_agree": 1,
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """The description of an installation."""
 
+import functools
 import json
 import re
 import subprocess
@@ -11,7 +12,7 @@ from cases import PLATFORM
 
 import jax_mhc
 from jax_mhc import info
-from jax_mhc._call import library
+from jax_mhc._call import faster, library
 
 
 def test_a_working_installation():
@@ -79,3 +80,99 @@ def test_the_command(as_json):
     else:
         assert library.target_name("pre_fwd") in printed.stdout
         assert "registered" in printed.stdout
+
+
+# ---- one configuration --------------------------------------------------------------------------
+
+H200 = {"name": "NVIDIA H200", "capability": "9.0", "error": None}
+OLD = {"name": "Tesla V100", "capability": "7.0", "error": "expected 8.0 or newer"}
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Sets the GPUs of the machine."""
+
+    def set_devices(*devices):
+        monkeypatch.setattr(library, "cuda_status", lambda: {"devices": devices})
+
+    return set_devices
+
+
+def needs_kernels():
+    if library.cuda_status()["compiler"] is None:
+        pytest.skip("the library has no kernels for GPUs")
+
+
+@pytest.mark.parametrize("row", faster.measured(), ids=str)
+def test_a_configuration_that_was_measured(gpus, row):
+    needs_kernels()
+    gpus(OLD, H200)
+    own = row.configuration
+    if own.constraint == "permutations" and own.streams > 4:
+        pytest.skip("there is no such call")
+    described = info.configuration(
+        own.streams, own.hidden, own.dtype, own.constraint, norm=own.norm, tokens=own.tokens
+    )
+    assert described["gpu"] == "NVIDIA H200, compute capability 9.0"
+    assert described["configuration"] == described["measured"]["configuration"] == str(own)
+    assert described["measured"]["fused_us"] == row.fused_us
+    assert (described["implementation"] == "reference") == (row.plain_us < row.fused_us)
+    ops = ["head"] if own.constraint == "head" else ["pre", "post", "post_pre"]
+    assert list(described["calls"]) == [f"{op}_{way}" for op in ops for way in ("fwd", "bwd")]
+    for plan in described["calls"].values():
+        assert plan["schedule"] and plan["kernels"]
+        assert all(kernel.startswith("mhc_") for kernel in plan["kernels"])
+    assert json.loads(json.dumps(described)) == described
+
+
+def test_what_differs_gets_other_kernels():
+    needs_kernels()
+    of = functools.partial(info.configuration, 4, 4096, capability="9.0")
+    usual = of()["calls"]
+    (kernel,) = usual["pre_fwd"]["kernels"]
+    assert kernel == "mhc_pre_fwd_one_pass_w256_bf16"
+    for others in ({"dtype": "float32"}, {"constraint": "static"}, {"norm": True}):
+        assert of(**others)["calls"]["pre_fwd"] != usual["pre_fwd"]
+
+
+@pytest.mark.parametrize(
+    "options, error",
+    [
+        ("--streams 17 --hidden 64", "streams: expected an int from 1 to 16, got 17"),
+        ("--streams 5 --hidden 64 --constraint permutations", "streams: .* from 1 to 4, got 5"),
+        ("--streams 4 --hidden 0", "hidden: expected an int from 1 to "),
+        ("--streams 4 --hidden 64 --tokens -1", "tokens: expected an int from 0 to "),
+        ("--streams 4 --hidden 64 --dtype float64", "dtype: .*'float16', got 'float64'"),
+        ("--streams 4 --hidden 64 --constraint some", "constraint: .*, got 'some'"),
+        ("--streams 4 --hidden 64 --constraint head --norm", "norm: expected none with"),
+        ("--streams 4 --hidden 64 --capability 9", "capability: expected two numbers"),
+        ("--streams 4 --hidden 64 --capability 7.5", "expected a GPU of .* 8.0|CUDA"),
+        ("--streams 4 --hidden 64", "capability: expected an NVIDIA GPU .*, got none"),
+        ("--streams 4", "--streams and --hidden: expected both, got one"),
+        ("--norm --tokens 3", "--streams and --hidden: expected both with --norm, --tokens"),
+    ],
+)  # fmt: skip
+def test_a_wrong_configuration_is_one_error(gpus, capsys, options, error):
+    gpus(OLD)
+    with pytest.raises(SystemExit) as caught:
+        info._main(options.split())
+    assert caught.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and re.search(error, printed.err.splitlines()[-1]), printed.err
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_command_for_a_configuration(capsys, as_json):
+    needs_kernels()
+    options = "--streams 4 --hidden 4096 --constraint none --capability 9.0".split()
+    info._main([*options, *["--json"] * as_json])
+    printed = capsys.readouterr().out
+    if as_json:
+        assert json.loads(printed) == info.configuration(
+            4, 4096, constraint="none", capability="9.0"
+        )
+    else:
+        assert re.search(r"implementation +fused", printed)
+        assert re.search(
+            r"  pre_fwd\n    schedule +one pass\n    kernels +mhc_pre_fwd_one_", printed
+        )

@@ -4,6 +4,7 @@
 //! stream. Nothing is allocated on the device and nothing waits for it.
 
 mod api;
+mod described;
 mod device;
 mod driver;
 mod images;
@@ -33,6 +34,7 @@ use modules::Context;
 use schedules::schedules;
 use workspace::{Lent, MAX_COUNT};
 
+pub use described::{DescribedPlan, describe_plan};
 pub use images::{Build, build};
 pub use workspace::{Problem, WorkspaceSize};
 

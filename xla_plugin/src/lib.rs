@@ -1,5 +1,5 @@
 //! The functions that the shared library exports: one describes everything that Python needs to register
-//! the handlers, and two report on CUDA.
+//! the handlers, and three report on CUDA.
 
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char};
@@ -7,8 +7,8 @@ use std::panic::catch_unwind;
 use std::sync::LazyLock;
 
 use jax_mhc_ffi::{Entry, handler_address, retired_handler_address};
-use jax_mhc_kernels::{Call, DType, Group, TARGET_VERSION, cpu, gpu, limits};
-use serde::Serialize;
+use jax_mhc_kernels::{Call, Config, DType, Group, TARGET_VERSION, cpu, gpu, limits};
+use serde::{Deserialize, Serialize};
 
 use log::Log;
 
@@ -245,6 +245,81 @@ pub unsafe extern "C" fn jax_mhc_workspace(
     true
 }
 
+/// A call whose plan is asked for.
+#[derive(Deserialize)]
+struct Asked {
+    call: String,
+    dtype: String,
+    tokens: usize,
+    streams: usize,
+    hidden: usize,
+    constraint: String,
+    sinkhorn_iters: usize,
+    dynamic: bool,
+    norm: bool,
+    /// Compute capability of the GPU.
+    capability: (u32, u32),
+}
+
+/// The plan of a call, or why there is none.
+fn answer(asked: &str) -> Result<gpu::DescribedPlan, String> {
+    let asked: Asked = serde_json::from_str(asked).map_err(|error| error.to_string())?;
+    let config = Config {
+        constraint: asked.constraint.parse()?,
+        sinkhorn_iters: asked.sinkhorn_iters,
+        dynamic: asked.dynamic,
+        norm: asked.norm,
+        deferred: true,
+        ..Config::default()
+    };
+    let call = Call::ALL
+        .into_iter()
+        .find(|call| call.name() == asked.call)
+        .ok_or_else(|| format!("there is no call {:?}", asked.call))?;
+    let dtype = DType::ALL
+        .into_iter()
+        .find(|dtype| dtype.name() == asked.dtype)
+        .ok_or_else(|| format!("there is no dtype {:?}", asked.dtype))?;
+    let sizes = [asked.tokens, asked.streams, asked.hidden];
+    gpu::describe_plan(call, dtype, sizes, &config, asked.capability)
+}
+
+/// Writes the plan of a call on a GPU, or the reason why there is none: JSON with a final zero. `asked` is
+/// JSON, too. Needs no GPU. Returns the bytes that the answer takes, more than `room` where it was not
+/// written, and 0 where there is none.
+///
+/// # Safety
+/// `asked` is a text with a final zero, and `out` has room for `room` bytes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn jax_mhc_plan(
+    asked: *const c_char,
+    out: *mut c_char,
+    room: usize,
+) -> usize {
+    // SAFETY: promised by the caller.
+    let asked = unsafe { CStr::from_ptr(asked) };
+    let answer = || -> Option<CString> {
+        let answer = match asked.to_str().map_err(|error| error.to_string()) {
+            Ok(asked) => answer(asked),
+            Err(reason) => Err(reason),
+        };
+        let text = match answer {
+            Ok(plan) => serde_json::to_string(&plan),
+            Err(reason) => serde_json::to_string(&BTreeMap::from([("error", reason)])),
+        };
+        CString::new(text.ok()?).ok()
+    };
+    let Ok(Some(answer)) = catch_unwind(answer) else {
+        return 0;
+    };
+    let bytes = answer.as_bytes_with_nul();
+    if bytes.len() <= room {
+        // SAFETY: promised by the caller.
+        unsafe { out.copy_from_nonoverlapping(bytes.as_ptr().cast(), bytes.len()) };
+    }
+    bytes.len()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -265,6 +340,48 @@ mod tests {
             }
         }
         assert!(found.iter().eq(groups.keys()), "{found:?} {groups:?}");
+    }
+
+    #[test]
+    fn plans_and_reasons_are_told() {
+        let tell = |asked: &str, room: usize| {
+            let (asked, mut out) = (CString::new(asked).unwrap(), vec![b'x' as c_char; room]);
+            // SAFETY: `out` has the length told.
+            let len = unsafe { jax_mhc_plan(asked.as_ptr(), out.as_mut_ptr(), room) };
+            let bytes: Vec<u8> = out.iter().map(|byte| *byte as u8).collect();
+            (len, bytes)
+        };
+        let asked = serde_json::json!({
+            "call": "pre_fwd", "dtype": "bfloat16", "tokens": 8192, "streams": 4, "hidden": 4096,
+            "constraint": "birkhoff", "sinkhorn_iters": 20, "dynamic": true, "norm": false,
+            "capability": [9, 0],
+        });
+        let (len, bytes) = tell(&asked.to_string(), 4096);
+        let told: serde_json::Value = serde_json::from_slice(&bytes[..len - 1]).unwrap();
+        assert_eq!((bytes[len - 1], bytes[len]), (0, b'x'));
+        if gpu::build().is_some() {
+            let kernel = told["kernels"][0].as_str().unwrap();
+            assert!(kernel.starts_with("mhc_pre_fwd"), "{told}");
+        }
+        let (needed, bytes) = tell(&asked.to_string(), len - 1);
+        assert_eq!(needed, len);
+        assert!(bytes.iter().all(|byte| *byte == b'x'));
+        for (field, wrong) in [
+            ("call", serde_json::json!("no_call")),
+            ("dtype", serde_json::json!("int8")),
+            ("constraint", serde_json::json!("no_constraint")),
+            ("streams", serde_json::json!(-1)),
+            ("streams", serde_json::json!(17)),
+            ("hidden", serde_json::json!(0)),
+            ("sinkhorn_iters", serde_json::json!(1_u64 << 40)),
+            ("capability", serde_json::json!([7, 0])),
+        ] {
+            let mut asked = asked.clone();
+            asked[field] = wrong;
+            let (len, bytes) = tell(&asked.to_string(), 4096);
+            let told: serde_json::Value = serde_json::from_slice(&bytes[..len - 1]).unwrap();
+            assert!(told["error"].is_string(), "{field}: {told}");
+        }
     }
 
     #[test]

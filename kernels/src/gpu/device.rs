@@ -44,6 +44,20 @@ impl Device {
         }
     }
 
+    /// A GPU of a compute capability, as far as plans choose kernels by it.
+    pub fn of_capability(capability: (u32, u32)) -> Self {
+        let (max_shared_bytes, max_clusters) = match capability {
+            (8, 0 | 7) => (163 << 10, 0),
+            (9, 0) | (10, _) => (CLUSTER_SHARED_BYTES, MAX_CLUSTER_BLOCKS),
+            (11, _) => (CLUSTER_SHARED_BYTES, 0),
+            _ => (99 << 10, 0),
+        };
+        Self {
+            max_shared_bytes,
+            ..Self::largest(capability, max_clusters)
+        }
+    }
+
     /// One of each kind that schedules tell apart.
     pub const KINDS: [Self; 3] = [
         Self::largest((8, 0), 0),

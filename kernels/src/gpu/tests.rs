@@ -4,9 +4,9 @@ mod random;
 mod scratch;
 
 use super::device::Device;
-use super::images::{build, has_symbol};
+use super::images::{build, check_capability, has_symbol};
 use super::launch::{Arg, Launch, Tensor};
-use super::{Problem, check_device_call, plan, status};
+use super::{Problem, check_device_call, describe_plan, plan, status};
 use crate::contract::check::{CheckedCall, Example};
 use crate::contract::table::Call;
 use crate::contract::view::DType;
@@ -108,6 +108,59 @@ fn examples() -> Vec<(String, Example)> {
         }
     }
     examples
+}
+
+#[test]
+fn a_described_plan_is_the_one_that_is_made() {
+    let mut num = 0;
+    for (name, example) in examples() {
+        let needed = example.check(|call| needed(&call.unwrap()));
+        let example = example.with_workspace(needed);
+        for device in [H100, B200, L4] {
+            example.check(|call| {
+                let call = call.unwrap();
+                let sizes = [call.tokens, call.n, call.c];
+                let told =
+                    describe_plan(call.kind, call.dtype, sizes, call.config, device.capability);
+                if check_capability(device.capability).is_err() {
+                    return assert!(told.is_err(), "{name}");
+                }
+                let (told, made) = (told.unwrap(), plan(&call, &device).unwrap());
+                let symbols = made.launches.iter().map(|launch| launch.kernel.symbol());
+                assert_eq!(told.schedule, made.schedule, "{name}");
+                assert!(symbols.eq(told.kernels), "{name}");
+                num += 1;
+            });
+        }
+    }
+    assert!(build().is_none() || num > 1000, "{num}");
+}
+
+#[test]
+fn only_possible_calls_have_a_plan_to_describe() {
+    let config = Config::default();
+    let describe = |dtype, sizes, config: &Config, capability| {
+        describe_plan(Call::PreFwd, dtype, sizes, config, capability)
+    };
+    let possible = [8192, 4, 4096];
+    assert!(describe(DType::Bf16, possible, &config, (7, 5)).is_err());
+    assert!(describe(DType::F64, possible, &config, (9, 0)).is_err());
+    let permutations = Config {
+        constraint: Constraint::Permutations,
+        ..Config::default()
+    };
+    assert!(describe(DType::Bf16, [8192, 5, 64], &permutations, (9, 0)).is_err());
+    for at in 0..3 {
+        for absurd in [usize::MAX, 1 << 31, 1 << 62] {
+            let mut sizes = possible;
+            sizes[at] = absurd;
+            assert!(describe(DType::Bf16, sizes, &config, (9, 0)).is_err());
+        }
+    }
+    if build().is_some() {
+        let told = describe(DType::Bf16, possible, &config, (9, 0)).unwrap();
+        assert_eq!(told.kernels, ["mhc_pre_fwd_one_pass_w256_bf16"]);
+    }
 }
 
 /// Floats that the workspace of a call has to have.

@@ -103,7 +103,7 @@ impl Workspace for Lent {
 
 /// A workspace without memory that counts what is taken.
 #[derive(Default)]
-struct Counted(WorkspaceSize);
+pub struct Counted(WorkspaceSize);
 
 impl Workspace for Counted {
     fn take(&mut self, part: Part) -> u64 {
@@ -186,12 +186,18 @@ impl Problem {
     }
 
     /// Whether a call can have these sizes. Nothing that plans compute of them overflows then.
-    fn is_possible(&self) -> bool {
+    pub fn is_possible(&self) -> bool {
         (1..=MAX_STREAMS).contains(&self.n)
             && (1..=MAX_COUNT / self.n).contains(&self.c)
             && self.columns <= CoefficientLayout::max_num(self.n)
             && self.sinkhorn_iters <= MAX_SINKHORN_ITERS
             && (self.norm_width == 0 || self.norm_width == self.c)
+    }
+
+    /// The call, of no tokens and without memory.
+    pub fn call<'a>(&self, config: &'a Config) -> CheckedCall<'a> {
+        let sizes = [self.n, self.c, self.columns, self.norm_width];
+        CheckedCall::without_memory(self.kind, config, self.dtype, sizes)
     }
 
     /// The workspace that every schedule of the call finds room in, on any GPU. None where no call has such sizes.
@@ -205,8 +211,7 @@ impl Problem {
             norm: self.norm_width > 0,
             ..Config::default()
         };
-        let sizes = [self.n, self.c, self.columns, self.norm_width];
-        let call = CheckedCall::without_memory(self.kind, &config, self.dtype, sizes);
+        let call = self.call(&config);
         let devices = Device::KINDS.iter();
         let plans = devices.flat_map(|device| {
             schedules(self.kind)

@@ -2,7 +2,7 @@
 
 - `table.py`: what calls there are, from the library's description of itself.
 - `library.py`: the shared library with the kernels.
-- `dispatch.py`: which implementation an op runs.
+- `dispatch.py`: which implementation an op runs; `faster.py`: which of them is faster.
 - `primitive.py`: a call as a primitive of JAX, lowered to a custom call, or to `plain.py`.
 - `derivatives.py`: the errors for derivatives that the kernels do not have.
 
@@ -11,6 +11,7 @@
 
 from jax_mhc._call.derivatives import first_order, reverse_mode_only
 from jax_mhc._call.dispatch import Implementation, use_fused
+from jax_mhc._call.faster import configuration_of, configuration_of_op
 from jax_mhc._call.primitive import bind
 from jax_mhc._call.table import Call, Settings, Value, Values
 
@@ -21,6 +22,8 @@ __all__ = [
     "Value",
     "Values",
     "bind",
+    "configuration_of",
+    "configuration_of_op",
     "first_order",
     "reverse_mode_only",
     "use_fused",

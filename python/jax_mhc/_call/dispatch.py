@@ -1,8 +1,8 @@
 """Choice of an op's implementation: the fused kernels or the reference in plain JAX.
 
-That is decided while a program is traced, by the platform that it is likely to run on. The platform
-that it is lowered for is known later; a call of a program that is lowered for another one becomes
-plain JAX then (`primitive.py`).
+That is decided while a program is traced, by the platform that it is likely to run on, and on
+GPUs by what was measured there (`faster.py`). The platform that it is lowered for is known later; a
+call of a program that is lowered for another one becomes plain JAX then (`primitive.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from jax_mhc import _check
-from jax_mhc._call import library
+from jax_mhc._call import faster, library
+from jax_mhc._call.faster import Configuration
 from jax_mhc._call.table import refuse_fused
 from jax_mhc._errors import Refusal
 from jax_mhc._limits import KERNEL_DTYPES
@@ -26,11 +27,16 @@ _logger = logging.getLogger("jax_mhc")
 
 
 def use_fused(
-    op: str, implementation: Implementation, dtype: np.dtype, hidden_axes: tuple[str, ...] = ()
+    op: str,
+    implementation: Implementation,
+    dtype: np.dtype,
+    hidden_axes: tuple[str, ...] = (),
+    configuration: Configuration | None = None,
 ) -> bool:
     """True if `op` runs the fused kernels on streams of `dtype`; loads and registers them then.
 
-    Where they do not, and it costs speed that a user might expect, a log record says why, once.
+    Where None takes plain JAX, a log record says why, once. What is measured to be faster decides
+    where the configuration is given, and plain JAX can do it: not with hidden_axes.
 
     Raises:
         ValueError: an unknown implementation, or "fused" on a platform without kernels.
@@ -41,7 +47,8 @@ def use_fused(
     """
     _check.implementation(op, implementation)
     if _runs_fused(op, implementation, dtype):
-        return True
+        can_choose = implementation is None and default_platform() == "cuda" and not hidden_axes
+        return not (can_choose and configuration and _is_plain_faster(configuration))
     if hidden_axes:
         raise Refusal(ValueError, op, "hidden_axis_name").expected(
             "None where the op runs in plain JAX",
@@ -71,6 +78,19 @@ def _runs_fused(op: str, implementation: Implementation, dtype: np.dtype) -> boo
     elif reason := library.missing(platform):
         _log_once(logging.WARNING, f"no fused kernels, the ops run in plain JAX: {reason}")
         return False
+    return True
+
+
+def _is_plain_faster(configuration: Configuration) -> bool:
+    row = faster.plain(configuration)
+    if row is None:
+        return False
+    _log_once(
+        logging.INFO,
+        f"plain JAX is faster than the kernels: {row.plain_us:.0f} us for {row.fused_us:.0f} us, "
+        f"measured for {row.configuration} on {faster.description()['gpu']}. "
+        "implementation='fused' takes the kernels",
+    )
     return True
 
 

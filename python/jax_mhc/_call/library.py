@@ -81,6 +81,13 @@ class Device(TypedDict):
     error: str | None
 
 
+class DescribedPlan(TypedDict):
+    """The plan of a call on an NVIDIA GPU: its schedule, and symbols of kernels in their order."""
+
+    schedule: str
+    kernels: list[str]
+
+
 class CudaStatus(TypedDict):
     """Report of the library on NVIDIA GPUs; see `cuda_status`."""
 
@@ -233,6 +240,52 @@ def workspace(
     if not get_workspace(call.encode(), *map(ctypes.c_int64, numbers), out):
         raise RuntimeError(f"jax_mhc: {call}{numbers}: the shared library knows no such CUDA call")
     return out[0], out[1]
+
+
+def plan(
+    call: str,
+    dtype: str,
+    tokens: int,
+    streams: int,
+    hidden: int,
+    *,
+    constraint: str,
+    sinkhorn_iters: int,
+    dynamic: bool,
+    norm: bool,
+    capability: tuple[int, int],
+) -> DescribedPlan:
+    """The plan of a call with aligned operands on a GPU of a compute capability; needs no GPU.
+
+    Args:
+        call: a call such as `pre_fwd`.
+        dtype: of the streams.
+        tokens: their number.
+        streams: n.
+        hidden: C.
+        constraint: of the config, as its `sinkhorn_iters`.
+        sinkhorn_iters: the iterations.
+        dynamic: whether coefficients are those of each token.
+        norm: whether the layer's input is normalised.
+        capability: of the GPU.
+
+    Raises:
+        RuntimeError: the library cannot be used.
+        ValueError: there are no kernels for such GPUs in this build, or no call of such sizes.
+    """
+    description()
+    asked = json.dumps(dict(locals()))
+    tell = ctypes.CDLL(str(_PATH)).jax_mhc_plan
+    tell.restype = ctypes.c_size_t
+    out = ctypes.create_string_buffer(1 << 14)
+    length = tell(asked.encode(), out, ctypes.c_size_t(len(out)))
+    if not 0 < length <= len(out):
+        raise RuntimeError(f"jax_mhc: the shared library cannot tell the plan of {asked}")
+    told: Any = json.loads(out.value)
+    if "error" in told:
+        raise ValueError(told["error"])
+    found: DescribedPlan = told
+    return found
 
 
 def _platform(handler: Handler) -> str:

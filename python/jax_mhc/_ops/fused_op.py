@@ -22,6 +22,7 @@ from jax_mhc._call import (
     Implementation,
     Settings,
     Values,
+    configuration_of_op,
     first_order,
     reverse_mode_only,
     use_fused,
@@ -154,7 +155,9 @@ def fused_op(op: str, forward: Forward[Results], backward: Backward) -> FusedOp[
         first, *others = operands
         with jax.named_scope(f"mhc_{op}"):
             streams = operands[first]
-            if not use_fused(op, implementation, streams.dtype, settings.hidden_axes):
+            configuration = configuration_of_op(op, operands, settings)
+            axes = settings.hidden_axes
+            if not use_fused(op, implementation, streams.dtype, axes, configuration):
                 return plain()
             settings = settings._replace(fused=implementation == "fused")
             streams, of_others = reverse_mode_only(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -92,8 +92,9 @@ def run(
     norm_scale_eps: float,
     hidden_axis_name: str | Sequence[str] | None,
     implementation: Implementation,
+    plain_post: Callable[[], jax.Array] | None = None,
 ) -> tuple[jax.Array, Context]:
-    """post_pre, whose errors name `op`."""
+    """post_pre, whose errors name `op`, and whose post in plain JAX may be given."""
     ctx = _check.context(op, ctx)
     y = _check.layer_output(op, "y", y, ctx.x)
     config = _check.config(op, config, ctx.x.dtype)
@@ -101,6 +102,16 @@ def run(
     phi, alpha, bias = _check.params(op, params, ctx.x, config, hidden_axes=axes)
     norm_scale, eps = _check.norm_scale(op, norm_scale, norm_scale_eps, ctx.x, hidden_axes=axes)
     deferred, x = streams(ctx)
+
+    def plain() -> tuple[jax.Array, Context]:
+        return reference.pre(
+            reference.post(y, ctx) if plain_post is None else plain_post(),
+            MHCParams(phi, alpha, bias),
+            config=config,
+            norm_scale=norm_scale,
+            norm_scale_eps=eps,
+        )
+
     return _post_pre(
         present(
             x=x,
@@ -114,14 +125,7 @@ def run(
         ),
         Settings(config, eps, axes, defers=deferred),
         implementation,
-        lambda: reference.post_pre(
-            y,
-            ctx,
-            MHCParams(phi, alpha, bias),
-            config=config,
-            norm_scale=norm_scale,
-            norm_scale_eps=eps,
-        ),
+        plain,
     )
 
 

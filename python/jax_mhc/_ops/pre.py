@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from jax_mhc import _check, reference
-from jax_mhc._call import Implementation, Settings, Values, use_fused
+from jax_mhc._call import Implementation, Settings, Values
 from jax_mhc._ops import post_pre
 from jax_mhc._ops.deferred import Cotangent, context, cotangents_of, d_streams_in
 from jax_mhc._ops.fused_op import fused_call, fused_op, normalizers, present
@@ -72,11 +72,12 @@ def pre(
         hidden_axis_name: the mesh axis over which C is split inside `jax.shard_map`, or several: x
             and u then have the channels of one device, and parameters have all channels. None: C
             is not split there. Outside of it JAX itself knows how C is split.
-        implementation: "fused": the kernels. "reference": plain JAX. None: the kernels on
-            platforms that have them (CPU, NVIDIA GPUs), plain JAX elsewhere, for float64 streams on
-            a GPU, and on GPUs that cannot be used (older than compute capability 8.0, a driver
-            older than CUDA 12, a build without CUDA kernels), which is logged once. The
-            platform is that which a program is lowered for; docs/deployment.md has the details,
+        implementation: "fused": the kernels. "reference": plain JAX. None: the kernels on CPUs;
+            on NVIDIA GPUs whichever of the two is faster with gradients, by what was measured of
+            the nearest configuration (docs/performance.md has the table); plain JAX elsewhere, for
+            float64 streams on a GPU, and on GPUs that cannot be used (older than compute capability
+            8.0, a driver older than CUDA 12, a build without CUDA kernels), which is logged once.
+            The platform is that which a program is lowered for; docs/deployment.md has the details,
             and what exported programs need.
 
     Returns:
@@ -92,8 +93,7 @@ def pre(
     """
     op = "pre"
     if isinstance(x, Streams):
-        if x.is_first or (x.is_deferred and not use_fused(op, implementation, x.dtype)):
-            # There is no post to run, or plain JAX, which knows no deferred cotangents.
+        if x.is_first:
             x = x.array(implementation=implementation)
         else:
             return post_pre.run(
@@ -105,6 +105,7 @@ def pre(
                 norm_scale_eps=norm_scale_eps,
                 hidden_axis_name=hidden_axis_name,
                 implementation=implementation,
+                plain_post=x.plain_array,
             )
     x = _check.streams(op, "x", x)
     config = _check.config(op, config, x.dtype)

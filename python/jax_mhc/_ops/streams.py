@@ -11,9 +11,9 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from jax_mhc import _check, _errors
+from jax_mhc import _check, _errors, reference
 from jax_mhc._axes import varying_like
-from jax_mhc._call import Implementation, reverse_mode_only, use_fused
+from jax_mhc._call import Implementation, configuration_of, reverse_mode_only, use_fused
 from jax_mhc._errors import Refusal, typed
 from jax_mhc._mesh.types import of_tokens
 from jax_mhc._ops.deferred import defer, post_deferred
@@ -145,11 +145,19 @@ class Streams:
         if self._first:
             use_fused("post", implementation, self.dtype)  # which checks it
             return _check.streams("post", "x", self._x)
-        if self._deferred and not use_fused("post", implementation, self.dtype):
-            others = y, ctx.h_post, ctx.h_res
-            x, others = reverse_mode_only("as_streams", self._x, others)
-            return post_deferred(x, *others)
+        if self._deferred:
+            of_x = configuration_of(self._x)
+            if not use_fused("post", implementation, self.dtype, configuration=of_x):
+                return self.plain_array()
         return post(y, ctx, implementation=implementation)
+
+    def plain_array(self) -> jax.Array:
+        """X' by post in plain JAX, whatever the streams were made for."""
+        y, ctx = self.pending()
+        if not self._deferred:
+            return reference.post(y, ctx)
+        x, others = reverse_mode_only("as_streams", self._x, (y, ctx.h_post, ctx.h_res))
+        return post_deferred(x, *others)
 
     def check_parts(self) -> None:
         """Checks that the parts belong together, whatever `jax.tree.map` made of them.

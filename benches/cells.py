@@ -1,0 +1,87 @@
+"""The record of configurations.py as the heat map of docs/performance.md and the package's table.
+
+plots.py uses it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from configurations import figures, ratio
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+PANELS = {
+    "fb": "a sublayer with its gradients: floor / fused",
+    "stack": "four sublayers in a stack, with gradients: floor / fused",
+}
+
+
+def of_many_tokens(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows but those of few tokens, for which no bytes are the limit."""
+    return [row for row in record["rows"] if row["tokens"] >= 1024]
+
+
+def kind(row: dict[str, Any]) -> str:
+    """All of a configuration but its width."""
+    norm = ", norm" if row["norm"] else ""
+    return f"n = {row['streams']}, {row['dtype']}, {row['constraint']}{norm}"
+
+
+def plain_us(row: dict[str, Any]) -> float:
+    """Time of a sublayer with its gradients in what implementation=None takes beside the kernels.
+
+    That is `jax_mhc.reference`, which is timed where plain.py, no slower, is near to the kernels.
+    """
+    return row.get("reference", row["plain"])["fb"]
+
+
+def is_plain_faster(row: dict[str, Any]) -> bool:
+    return plain_us(row) < row["fused"]["fb"]
+
+
+def heat_map(record: dict[str, Any]) -> Figure:
+    """A cell for each configuration; those in a frame are faster in plain JAX."""
+    rows = of_many_tokens(record)
+    kinds = list(dict.fromkeys(map(kind, rows)))
+    widths = sorted({row["hidden"] for row in rows})
+    height = 0.9 + len(PANELS) * (0.5 + 0.22 * len(kinds))
+    figure = Figure(figsize=(3 + 0.42 * len(widths), height), layout="constrained")
+    panels = figure.subplots(len(PANELS), 1, sharex=True, squeeze=False)[:, 0]
+    for panel, (what, title) in zip(panels, PANELS.items(), strict=True):
+        values = [[float("nan")] * len(widths) for _ in kinds]
+        for row in rows:
+            value = ratio(row, "floor_us", "fused", what)
+            if value is None:
+                continue
+            x, y = widths.index(row["hidden"]), kinds.index(kind(row))
+            values[y][x] = value
+            color = "white" if value < 0.6 else "black"
+            panel.text(x, y, figures(value), ha="center", va="center", fontsize=7, color=color)
+            if is_plain_faster(row):
+                frame = {"fill": False, "edgecolor": "#D55E00", "linewidth": 1.8}
+                panel.add_patch(Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, **frame))
+        # As an image, which is smaller than a path for each cell.
+        image = panel.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        panel.set_title(title, fontsize=10, loc="left")
+        panel.set_yticks(range(len(kinds)), kinds, fontsize=8)
+        panel.set_xticks(range(len(widths)), widths, rotation=90, fontsize=8)
+        panel.tick_params(length=0)
+        panel.spines[:].set_visible(False)
+    figure.colorbar(image, ax=panels, shrink=0.4, label="1 is the speed of a copy")
+    figure.supxlabel("C (in a frame: plain JAX is faster)", fontsize=10)
+    return figure
+
+
+def faster_table(record: dict[str, Any]) -> str:
+    """The package's table of what is faster, with a configuration a line."""
+    names = "streams", "hidden", "dtype", "tokens", "constraint", "norm"
+    rows = [
+        {name: row[name] for name in names}
+        | {"fused_us": round(row["fused"]["fb"], 1), "plain_us": round(plain_us(row), 1)}
+        for row in record["rows"]
+    ]
+    head = {name: record[name] for name in ("gpu", "date", "commit")}
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    return f'{json.dumps(head)[:-1]}, "rows": [\n{lines}\n]}}\n'
