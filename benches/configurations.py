@@ -138,6 +138,8 @@ class Options:
     """Implementations to time."""
     repeats: int = 4
     """Runs of a program whose kernels are timed."""
+    seconds: float = float("inf")
+    """Seconds after which no other configuration is timed, and the record is written as a part."""
     output: Path | None = None
     """Folder for the records, each in <gpu>/; by default benches/results, and none if tiny."""
     commit: str | None = None
@@ -430,8 +432,10 @@ class Run:
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
+        self.started = time.monotonic()
         self.seconds: dict[str, float] = {}
         self.wrong: dict[Case, str] = {}
+        self.late: set[Case] = set()
 
     def phase(
         self, name: str, function: Callable[[Case], Any], of: Iterable[Case], threads: int | None
@@ -452,7 +456,8 @@ class Run:
             results = dict(zip(of, pool.map(one, of), strict=True))
         self.seconds[name] = time.perf_counter() - start
         self.tell(f"{name}: {self.seconds[name]:.0f} s")
-        return {case: result for case, result in results.items() if case not in self.wrong}
+        left_out = self.wrong.keys() | self.late
+        return {case: result for case, result in results.items() if case not in left_out}
 
     def refuse(self, case: Case, reason: str) -> None:
         self.wrong[case] = f"{case}: {reason}"
@@ -462,9 +467,8 @@ class Run:
         self.progress.console.print(text, highlight=False, soft_wrap=True)
 
 
-def run_all(options: Options, progress: Progress) -> tuple[dict[str, Any], list[str]]:
-    """The record, and what is wrong with the results."""
-    run = Run(progress)
+def run_all(options: Options, run: Run) -> dict[str, Any]:
+    """The record."""
 
     def compile_one(case: Case) -> Compiled:
         own, limits = compile_case(case, options), LIMITS[case.dtype]
@@ -476,7 +480,14 @@ def run_all(options: Options, progress: Progress) -> tuple[dict[str, Any], list[
     compiled = run.phase("compilation", compile_one, options.cases(), None)
     rate = copied_bytes_per_us(options.tiny)
 
+    def is_late(case: Case) -> bool:
+        if late := time.monotonic() - run.started > options.seconds:
+            run.late.add(case)
+        return late
+
     def time_one(case: Case) -> dict[str, Any]:
+        if is_late(case):
+            return {}
         row = time_case(case, compiled[case], rate, options)
         run.tell(f"{case} {described(row)}")
         return row
@@ -491,6 +502,8 @@ def run_all(options: Options, progress: Progress) -> tuple[dict[str, Any], list[
     references = run.phase("compilation of jax_mhc.reference", compile_reference, near, None)
 
     def time_reference(case: Case) -> None:
+        if is_late(case):
+            return
         arguments = compiled[case].make(jax.random.key(0))
         rows[case]["reference"] = {
             what: time_us(program, arguments, "", options.repeats)[0]
@@ -499,7 +512,7 @@ def run_all(options: Options, progress: Progress) -> tuple[dict[str, Any], list[
         run.tell(f"{case} {described(rows[case])}")
 
     run.phase("timing of jax_mhc.reference", time_reference, references, 1)
-    record = {
+    return {
         "date": datetime.date.today().isoformat(),
         "commit": options.commit or common.commit(),
         **common.versions(),
@@ -507,7 +520,6 @@ def run_all(options: Options, progress: Progress) -> tuple[dict[str, Any], list[
         "seconds": run.seconds,
         "rows": list(rows.values()),
     }
-    return record, list(run.wrong.values())
 
 
 def main(options: Options) -> None:
@@ -518,11 +530,13 @@ def main(options: Options) -> None:
     if not options.cases():
         raise SystemExit("configurations.py: expected options that leave some, got none")
     with Progress(transient=True) as progress:
-        record, complaints = run_all(options, progress)
+        run = Run(progress)
+        record = run_all(options, run)
+    complaints, is_part = list(run.wrong.values()), options.is_part or bool(run.late)
     text = markdown(record)
     print(text)
     if options.output is not None:
-        suffix = "-configurations" + "-part" * options.is_part + "-wrong" * bool(complaints)
+        suffix = "-configurations" + "-part" * is_part + "-wrong" * bool(complaints)
         common.write(record, text, options.output / common.gpu_folder(record), suffix)
     if complaints:
         raise SystemExit("Wrong fused results.\n" + "\n".join(complaints))

@@ -38,6 +38,8 @@ pub struct Size {
     pub number: u32,
     /// Whether `number` is the size itself and not a bound (`EXACT`).
     pub is_exact: bool,
+    /// Columns of phi, where the kernels know them beside the number (`COLUMNS`); 0 elsewhere.
+    pub columns: u32,
 }
 
 /// A kernel of a file in some sizes.
@@ -64,14 +66,24 @@ const fn exact(name: &'static str, number: u32) -> Size {
         name,
         number,
         is_exact: true,
+        columns: 0,
     }
 }
 
-const fn bound(number: u32) -> Size {
+/// Channels of a stream that a block has, of all streams, and columns of phi.
+const fn channels(name: &'static str, number: u32, columns: u32) -> Size {
     Size {
-        name: "any",
+        columns,
+        ..exact(name, number)
+    }
+}
+
+const fn bound(name: &'static str, number: u32) -> Size {
+    Size {
+        name,
         number,
         is_exact: false,
+        columns: 0,
     }
 }
 
@@ -92,26 +104,50 @@ const fn row(
     }
 }
 
-/// Streams.
-pub const STREAMS: &[Size] = &[exact("n2", 2), N4, exact("n8", 8), bound(16)];
+/// Streams: numbers with code of their own, then bounds for the others and for rows that are not aligned.
+pub const STREAMS: &[Size] = &[
+    N2,
+    N4,
+    N8,
+    bound("upto4", 4),
+    bound("upto8", 8),
+    bound("any", 16),
+];
+const N2: Size = exact("n2", 2);
 const N4: Size = exact("n4", 4);
+const N8: Size = exact("n8", 8);
 
 /// Columns of phi, in groups of 8.
-pub const OCTETS: &[Size] = &[K8, K24, K32, K80, bound(12)];
+pub const OCTETS: &[Size] = &[K8, K24, K32, K80, ANY_OCTETS];
+/// As few columns as a block can have in shared memory for all its tokens.
+const FEW: &[Size] = &[K8, K24, K32];
+const MANY: &[Size] = &[K80, ANY_OCTETS];
+const ANY_OCTETS: Size = bound("any", 12);
 const K8: Size = exact("k8", 1);
 const K24: Size = exact("k24", 3);
 const K32: Size = exact("k32", 4);
 const K80: Size = exact("k80", 10);
 
-/// Channels of a stream that a block of a cluster owns.
-pub const CHANNELS: &[Size] = &[W256, W320, W384, W448];
-const W256: Size = exact("w256", 256);
-const W320: Size = exact("w320", 320);
-const W384: Size = exact("w384", 384);
-const W448: Size = exact("w448", 448);
+/// Channels of a stream that a block of a cluster owns, and columns of phi.
+pub const CHANNELS: &[Size] = &[
+    W256, W320, W384, W448, W512, W256K8, W384K8, W512K8, W256K32, W320K32, W384K32,
+];
+const W256: Size = channels("w256", 256, 24);
+const W320: Size = channels("w320", 320, 24);
+const W384: Size = channels("w384", 384, 24);
+const W448: Size = channels("w448", 448, 24);
+const W512: Size = channels("w512", 512, 24);
+const W256K8: Size = channels("w256k8", 256, 8);
+const W384K8: Size = channels("w384k8", 384, 8);
+const W512K8: Size = channels("w512k8", 512, 8);
+const W256K32: Size = channels("w256k32", 256, 32);
+const W320K32: Size = channels("w320k32", 320, 32);
+const W384K32: Size = channels("w384k32", 384, 32);
 
 /// Channels of a block without a cluster.
-pub const W128: Size = exact("w128", 128);
+pub const NARROW: &[Size] = &[W128, W128K32];
+const W128: Size = channels("w128", 128, 24);
+const W128K32: Size = channels("w128k32", 128, 32);
 
 const ALL: &[&str] = &["bf16", "f16", "f32"];
 const BF16: &[&str] = &["bf16"];
@@ -133,6 +169,12 @@ pub const FILES: &[File] = &[
         row("collapse_fwd", STREAMS, [0, 0, 256, 0], &[]),
         row("collapse_bwd", STREAMS, [1, 0, 128, 0], &[]),
     ] },
+    File { path: "static", dtypes: ALL, target: Target::Every, more: &[], kernels: &[
+        row("post_pre_static_fwd", STREAMS,     [0, 0, 128, 0], &[]),
+        row("pre_static_bwd",      STREAMS,     [1, 0, 128, 0], &[]),
+        row("post_pre_static_bwd", &[N2, N4, N8], [1, 0, 128, 0], &[]),
+        row("sum_static",          STREAMS,     [0, 0, 256, 0], &[]),
+    ] },
     File { path: "two_pass/pre", dtypes: ALL, target: Target::Every, more: &[], kernels: &[
         row("pre_fwd",   STREAMS, [8, 0, 288, 0], &[]),
         row("pre_bwd",   STREAMS, [8, 0, 288, 0], &[]),
@@ -144,69 +186,118 @@ pub const FILES: &[File] = &[
         row("norm_bwd",       STREAMS, [1, 0, 256, 0], &[0]),
         row("sum_norm_scale", STREAMS, [0, 0, 256, 0], &[32]),
     ] },
-    // `channels` and `octets` are those of a warp. `streams` are what warps that mix them expect; 0 for any number.
-    File { path: "two_pass/projection", dtypes: ALL, target: Target::Every, more: &["channels", "octets", "streams"], kernels: &[
-        row("project",             OCTETS,       [16, 0, 256, 0], &[ 0, 0, 0]),
-        row("project_back",        OCTETS,       [16, 0, 256, 0], &[64, 0, 0]),
-        row("project_back_mixing", &[K8],        [16, 0, 256, 0], &[64, 0, 2]),
-        row("project_back_mixing", &[K24, K32],  [16, 0, 256, 0], &[64, 0, 4]),
-        row("project_back_mixing", &[K80],       [16, 0, 256, 0], &[64, 0, 8]),
-        row("project_back_mixing", &[bound(12)], [16, 0, 256, 0], &[64, 0, 0]),
-        row("d_phi",               OCTETS,       [16, 0, 256, 0], &[64, 5, 0]),
-        row("sum_d_phi",           OCTETS,       [ 0, 0, 256, 0], &[ 0, 0, 0]),
+    // `tiles` are those that a block has at once, `channels` and `octets` those of a warp, `blocks` run at once on a
+    // multiprocessor with 16-bit streams. `streams` are what warps that mix them expect; 0 for any number.
+    File { path: "two_pass/projection", dtypes: ALL, target: Target::Every,
+           more: &["tiles", "channels", "octets", "blocks", "streams"], kernels: &[
+        row("project",             FEW,          [16, 0, 256, 0], &[ 8,  0,  0, 2, 0]),
+        row("phi_fragments",       MANY,         [ 0, 0, 256, 0], &[ 0,  0,  0, 0, 0]),
+        row("project_tiled",       MANY,         [16, 5, 256, 0], &[16,  0,  0, 1, 0]),
+        row("project_back",        FEW,          [16, 2, 256, 0], &[ 0, 64,  0, 2, 0]),
+        row("project_back",        MANY,         [16, 2, 256, 0], &[ 0, 64,  0, 1, 0]),
+        row("project_back_mixing", &[K8],        [16, 2, 256, 0], &[ 0, 64,  0, 2, 2]),
+        row("project_back_mixing", &[K24, K32],  [16, 2, 256, 0], &[ 0, 64,  0, 2, 4]),
+        row("project_back_mixing", &[K80],       [16, 2, 256, 0], &[ 0, 64,  0, 1, 8]),
+        row("project_back_mixing", &[ANY_OCTETS], [16, 2, 256, 0], &[ 0, 64,  0, 1, 0]),
+        row("d_phi",               FEW,          [16, 4, 256, 0], &[ 0, 64, 10, 2, 0]),
+        row("d_phi",               MANY,         [16, 5, 256, 0], &[ 0, 64, 10, 1, 0]),
+        row("sum_d_phi",           OCTETS,       [ 0, 0, 256, 0], &[ 0,  0,  0, 0, 0]),
     ] },
     // Tiles of 16 tokens halve the exchange, where there are registers for two accumulators and each tile is read and
     // projected at once. Stages are as many as shared memory holds. `fragments` of phi lie in shared memory, and
-    // registers are such that nothing spills. Of what these leave open it is what was fastest on an H200.
+    // registers are such that nothing spills; with 80 `other_registers` Sinkhorn has two lanes a matrix. Of what these
+    // leave open it is what was fastest on an H200, as far as there are 24 columns and 256 to 448 channels.
     File { path: "one_pass/one_pass_fwd", dtypes: BF16, target: Target::Clusters,
            more: &["fragments", "project_registers", "apply_registers", "other_registers"], kernels: &[
-        row("pre_fwd_one_pass",           &[W256], [16, 5, 512, 205_824], &[0, 176,  88, 72]),
-        row("pre_fwd_one_pass",           &[W320], [ 8, 8, 512, 196_608], &[0, 168, 104, 72]),
-        row("pre_fwd_one_pass",           &[W384], [ 8, 7, 512, 202_752], &[0, 200,  56, 56]),
-        row("pre_fwd_one_pass",           &[W448], [ 8, 6, 512, 200_704], &[0, 208,  40, 56]),
-        row("pre_norm_fwd_one_pass",      &[W256], [16, 5, 512, 218_112], &[0, 176,  88, 72]),
-        row("pre_norm_fwd_one_pass",      &[W320], [ 8, 8, 512, 205_824], &[0, 176,  88, 72]),
-        row("pre_norm_fwd_one_pass",      &[W384], [ 8, 7, 512, 211_968], &[0, 200,  56, 56]),
-        row("pre_norm_fwd_one_pass",      &[W448], [ 8, 6, 512, 222_208], &[3, 208,  40, 56]),
-        row("post_pre_fwd_one_pass",      &[W256], [ 8, 8, 512, 201_728], &[0, 168, 104, 72]),
-        row("post_pre_fwd_one_pass",      &[W320], [ 8, 7, 512, 215_040], &[0, 192,  72, 56]),
-        row("post_pre_fwd_one_pass",      &[W384], [ 8, 6, 512, 217_088], &[0, 208,  48, 48]),
-        row("post_pre_fwd_one_pass",      &[W448], [ 8, 5, 512, 230_400], &[5, 208,  48, 48]),
-        row("post_pre_norm_fwd_one_pass", &[W256], [ 8, 8, 512, 210_944], &[0, 176,  88, 72]),
-        row("post_pre_norm_fwd_one_pass", &[W320], [ 8, 7, 512, 223_232], &[0, 208,  48, 48]),
-        row("post_pre_norm_fwd_one_pass", &[W384], [ 8, 6, 512, 230_400], &[1, 208,  48, 48]),
-        row("post_pre_norm_fwd_one_pass", &[W448], [ 8, 5, 512, 230_400], &[3, 208,  48, 48]),
+        row("pre_fwd_one_pass",          &[W256],    [16, 5, 512, 215_040], &[ 0, 168,  96, 80]),
+        row("pre_fwd_one_pass",          &[W320],    [ 8, 8, 512, 196_608], &[ 0, 168, 104, 72]),
+        row("pre_fwd_one_pass",          &[W384],    [ 8, 7, 512, 202_752], &[ 0, 200,  56, 56]),
+        row("pre_fwd_one_pass",          &[W448],    [ 8, 6, 512, 200_704], &[ 0, 208,  40, 56]),
+        row("pre_fwd_one_pass",          &[W512],    [ 8, 5, 512, 210_944], &[ 5, 208,  40, 56]),
+        row("pre_fwd_one_pass",          &[W384K8],  [ 8, 8, 512, 212_992], &[ 0, 168,  88, 88]),
+        row("pre_fwd_one_pass",          &[W512K8],  [ 8, 6, 512, 210_944], &[ 0, 168,  88, 88]),
+        row("pre_fwd_one_pass",          &[W256K32], [ 8, 8, 512, 172_032], &[ 0, 176,  88, 72]),
+        row("pre_fwd_one_pass",          &[W384K32], [ 8, 6, 512, 208_896], &[ 6, 208,  40, 56]),
+        row("pre_norm_fwd_one_pass",     &[W256],    [16, 5, 512, 230_400], &[ 0, 176,  80, 80]),
+        row("pre_norm_fwd_one_pass",     &[W320],    [ 8, 8, 512, 206_848], &[ 0, 176,  88, 72]),
+        row("pre_norm_fwd_one_pass",     &[W384],    [ 8, 7, 512, 211_968], &[ 0, 208,  48, 48]),
+        row("pre_norm_fwd_one_pass",     &[W448],    [ 8, 6, 512, 222_208], &[ 3, 208,  40, 56]),
+        row("pre_norm_fwd_one_pass",     &[W512],    [ 8, 5, 512, 232_448], &[ 8, 208,  40, 56]),
+        row("pre_norm_fwd_one_pass",     &[W384K8],  [ 8, 7, 512, 197_632], &[ 0, 168,  88, 88]),
+        row("pre_norm_fwd_one_pass",     &[W512K8],  [ 8, 6, 512, 221_184], &[ 0, 168,  88, 88]),
+        row("pre_norm_fwd_one_pass",     &[W256K32], [ 8, 8, 512, 182_272], &[ 0, 176,  88, 72]),
+        row("pre_norm_fwd_one_pass",     &[W384K32], [ 8, 6, 512, 230_400], &[ 9, 208,  40, 56]),
+        row("post_pre_fwd_one_pass",     &[W256],    [ 8, 8, 512, 203_776], &[ 0, 168,  96, 80]),
+        row("post_pre_fwd_one_pass",     &[W320],    [ 8, 7, 512, 214_016], &[ 0, 192,  72, 56]),
+        row("post_pre_fwd_one_pass",     &[W384],    [ 8, 6, 512, 217_088], &[ 0, 208,  48, 48]),
+        row("post_pre_fwd_one_pass",     &[W448],    [ 8, 5, 512, 229_376], &[ 5, 208,  48, 48]),
+        row("post_pre_fwd_one_pass",     &[W512],    [ 8, 4, 512, 232_448], &[10, 208,  48, 48]),
+        row("post_pre_fwd_one_pass",     &[W384K8],  [ 8, 6, 512, 202_752], &[ 0, 176,  80, 80]),
+        row("post_pre_fwd_one_pass",     &[W512K8],  [ 8, 5, 512, 221_184], &[ 0, 176,  80, 80]),
+        row("post_pre_fwd_one_pass",     &[W256K32], [ 8, 8, 512, 209_920], &[ 0, 200,  56, 56]),
+        row("post_pre_fwd_one_pass",     &[W384K32], [ 8, 5, 512, 231_424], &[10, 208,  48, 48]),
+        row("post_pre_norm_fwd_one_pass",&[W256],    [ 8, 8, 512, 214_016], &[ 0, 168,  88, 88]),
+        row("post_pre_norm_fwd_one_pass",&[W320],    [ 8, 7, 512, 224_256], &[ 0, 208,  48, 48]),
+        row("post_pre_norm_fwd_one_pass",&[W384],    [ 8, 6, 512, 230_400], &[ 1, 208,  48, 48]),
+        row("post_pre_norm_fwd_one_pass",&[W448],    [ 8, 5, 512, 230_400], &[ 3, 208,  48, 48]),
+        row("post_pre_norm_fwd_one_pass",&[W512],    [ 8, 3, 512, 212_992], &[14, 208,  48, 48]),
+        row("post_pre_norm_fwd_one_pass",&[W384K8],  [ 8, 6, 512, 211_968], &[ 0, 176,  80, 80]),
+        row("post_pre_norm_fwd_one_pass",&[W512K8],  [ 8, 5, 512, 231_424], &[ 0, 176,  80, 80]),
+        row("post_pre_norm_fwd_one_pass",&[W256K32], [ 8, 7, 512, 195_584], &[ 0, 200,  56, 56]),
+        row("post_pre_norm_fwd_one_pass",&[W384K32], [ 8, 4, 512, 222_208], &[14, 208,  48, 48]),
     ] },
-    // Stages are for X and d_u, `d_x_in_slots` for d_x_in. A main warp has `held` fragments of phi in registers,
-    // `sums` of its sums for d_phi in shared memory, and, where `holds_d_w` is 1, its sums for d_norm_scale in
-    // registers. With 384 channels and a norm the kernel would spill.
+    // Stages are for X and d_u, `d_x_in_slots` for d_x_in, `partials` for what as many blocks send to the owners of
+    // tokens. A main warp has `held` fragments of phi in registers, `sums` of its sums for d_phi in shared memory, and,
+    // where `holds_d_w` is 1, its sums for d_norm_scale in registers. `cost` is in percent, for the choice of a size:
+    // at small widths a block with one owner is slower.
     File { path: "one_pass/pre_bwd_one_pass", dtypes: BF16, target: Target::Clusters,
-           more: &["d_x_in_slots", "held", "dot_warps", "sums", "holds_d_w"], kernels: &[
-        row("pre_bwd_one_pass",      &[W256], [8, 5, 512, 220_568], &[5, 4, 4, 0, 1]),
-        row("pre_bwd_one_pass",      &[W320], [8, 3, 384, 206_904], &[3, 0, 2, 0, 1]),
-        row("pre_bwd_one_pass",      &[W384], [8, 3, 384, 222_256], &[2, 0, 2, 0, 0]),
-        row("pre_bwd_one_pass",      &[W448], [8, 2, 384, 231_816], &[2, 0, 2, 1, 0]),
-        row("pre_norm_bwd_one_pass", &[W256], [8, 5, 384, 220_568], &[5, 4, 2, 0, 1]),
-        row("pre_norm_bwd_one_pass", &[W320], [8, 3, 384, 206_904], &[3, 0, 2, 0, 1]),
-        row("pre_norm_bwd_one_pass", &[W448], [8, 2, 384, 231_816], &[2, 0, 2, 1, 0]),
+           more: &["d_x_in_slots", "partials", "held", "dot_warps", "owner_warps", "sums", "holds_d_w", "cost"], kernels: &[
+        row("pre_bwd_one_pass",      &[W256], [8, 5, 512, 221_104], &[ 5, 52,  4,  4,  3,  0,  1, 100]),
+        row("pre_bwd_one_pass",      &[W320], [8, 3, 384, 207_136], &[ 3, 33,  0,  2,  1,  0,  1, 130]),
+        row("pre_bwd_one_pass",      &[W384], [8, 3, 384, 222_488], &[ 2, 33,  0,  2,  1,  0,  0, 130]),
+        row("pre_bwd_one_pass",      &[W448], [8, 2, 384, 232_440], &[ 2, 24,  0,  2,  1,  1,  0, 130]),
+        row("pre_bwd_one_pass",      &[W256K8],  [8, 6, 512, 229_528], &[ 6, 60,  8,  4,  3,  0,  1, 100]),
+        row("pre_bwd_one_pass",      &[W384K8],  [8, 4, 512, 227_080], &[ 4, 45, 12,  4,  3,  0,  1, 100]),
+        row("pre_bwd_one_pass",      &[W512K8],  [8, 3, 512, 225_568], &[ 3, 33, 16,  4,  3,  0,  1, 100]),
+        row("pre_bwd_one_pass",      &[W256K32], [8, 4, 384, 224_008], &[ 4, 45,  0,  2,  1,  0,  0, 130]),
+        row("pre_bwd_one_pass",      &[W320K32], [8, 3, 384, 224_280], &[ 2, 33,  0,  2,  1,  1,  0, 130]),
+        row("pre_norm_bwd_one_pass", &[W256], [8, 5, 384, 221_104], &[ 5, 52,  4,  2,  1,  0,  1, 100]),
+        row("pre_norm_bwd_one_pass", &[W320], [8, 3, 384, 207_136], &[ 3, 33,  0,  2,  1,  0,  1, 100]),
+        row("pre_norm_bwd_one_pass", &[W384], [8, 3, 384, 222_488], &[ 2, 33,  0,  2,  1,  0,  0, 100]),
+        row("pre_norm_bwd_one_pass", &[W448], [8, 2, 384, 232_440], &[ 2, 24,  0,  2,  1,  1,  0, 100]),
+        row("pre_norm_bwd_one_pass", &[W256K8],  [8, 6, 384, 229_528], &[ 6, 60,  8,  2,  1,  0,  1, 100]),
+        row("pre_norm_bwd_one_pass", &[W384K8],  [8, 4, 384, 227_080], &[ 4, 45, 12,  2,  1,  0,  1, 100]),
+        row("pre_norm_bwd_one_pass", &[W512K8],  [8, 3, 384, 225_568], &[ 3, 33, 16,  2,  1,  0,  1, 100]),
+        row("pre_norm_bwd_one_pass", &[W256K32], [8, 4, 384, 224_008], &[ 4, 45,  0,  2,  1,  0,  0, 100]),
+        row("pre_norm_bwd_one_pass", &[W320K32], [8, 3, 384, 224_280], &[ 2, 33,  0,  2,  1,  1,  0, 100]),
     ] },
     // The sums for d_phi of 256 channels take 96 registers of each thread of the main warps. Those of 320, 384 and 448
     // would take 120, 144 and 168, which the chip has no room for: then `sums_phi` is 0, and phi_bwd computes d_phi.
-    // Main warps read `ahead` units of channels ahead.
+    // Main warps read `ahead` units of channels ahead. `cost` is in percent, for the choice of a size: up to C =
+    // 4096 a block has 256 channels, but for some widths at which 15 clusters of 8 with 320 were as fast on an H200 with
+    // phi_bwd as 7 clusters of 10 without.
     File { path: "one_pass/post_pre_bwd_one_pass", dtypes: BF16, target: Target::Hopper,
-           more: &["owner_warps", "sums_phi", "ahead"], kernels: &[
-        row("post_pre_bwd_one_pass", &[W256], [8, 4, 512, 229_888], &[2, 1, 2]),
-        row("post_pre_bwd_one_pass", &[W320], [8, 4, 512, 221_696], &[2, 0, 2]),
-        row("post_pre_bwd_one_pass", &[W384], [8, 3, 512, 200_192], &[2, 0, 2]),
-        row("post_pre_bwd_one_pass", &[W448], [8, 3, 512, 230_912], &[2, 0, 1]),
+           more: &["gradients", "owner_warps", "sums_phi", "ahead", "cost"], kernels: &[
+        row("post_pre_bwd_one_pass", &[W256], [8, 4, 512, 230_912], &[4, 2, 1, 2, 100]),
+        row("post_pre_bwd_one_pass", &[W320], [8, 4, 512, 222_720], &[4, 2, 0, 2, 160]),
+        row("post_pre_bwd_one_pass", &[W384], [8, 3, 512, 201_216], &[3, 2, 0, 2, 200]),
+        row("post_pre_bwd_one_pass", &[W448], [8, 3, 512, 231_936], &[3, 2, 0, 1, 200]),
+        row("post_pre_bwd_one_pass", &[W512],    [8, 3, 512, 229_888], &[2, 2, 0, 1, 200]),
+        row("post_pre_bwd_one_pass", &[W256K8],  [8, 5, 512, 204_288], &[4, 2, 1, 2, 100]),
+        row("post_pre_bwd_one_pass", &[W384K8],  [8, 4, 512, 211_456], &[2, 2, 1, 3, 100]),
+        row("post_pre_bwd_one_pass", &[W512K8],  [8, 3, 512, 227_840], &[2, 2, 1, 2, 100]),
+        row("post_pre_bwd_one_pass", &[W256K32], [8, 5, 512, 209_408], &[4, 2, 0, 2, 100]),
+        row("post_pre_bwd_one_pass", &[W320K32], [8, 4, 512, 223_744], &[4, 2, 0, 1, 100]),
+        row("post_pre_bwd_one_pass", &[W384K32], [8, 3, 512, 202_240], &[3, 2, 0, 2, 100]),
     ] },
     // `blocks` run at once on a multiprocessor.
     File { path: "one_pass/phi_bwd", dtypes: BF16, target: Target::Hopper, more: &["blocks"], kernels: &[
-        row("phi_bwd", &[W128], [16, 4, 256, 95_232], &[2]),
+        row("phi_bwd", &[W128],    [16, 4, 256, 95_232], &[2]),
+        row("phi_bwd", &[W128K32], [16, 4, 256, 99_328], &[2]),
     ] },
     // `channels` are those of a thread.
     File { path: "one_pass/post_pre_norm_bwd", dtypes: BF16, target: Target::Hopper, more: &["channels"], kernels: &[
-        row("post_pre_norm_bwd", &[N4], [1, 0, 896, 0], &[8]),
+        row("post_pre_norm_bwd", &[N4], [1, 0, 1024, 0], &[8]),
     ] },
     File { path: "one_pass/logits_bwd", dtypes: F32, target: Target::Clusters, more: &[], kernels: &[
         row("logits_bwd", &[N4], [16, 0, 32, 0], &[]),

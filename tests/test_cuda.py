@@ -68,6 +68,7 @@ def dtypes_of(op):
 # The same where a cluster of blocks shares the width, with 256 channels each and with more.
 SHARED_CASE = Case((2053,), 4, 1024, 3.0)
 WIDE_CASE = Case((2053,), 4, 1280, 3.0)
+STATIC_CASE = Case((2053,), 4, 1032, 3.0, static=True)
 
 OP_DTYPES = [(op, dtype) for op in (*KERNELS, "two_sublayers") for dtype in dtypes_of(op)]
 
@@ -172,12 +173,58 @@ def test_permutations(op, dtype, streams, hidden, norm):
     check(op, Case((205,), streams, hidden, 3.0, PERMUTED, norm=norm), dtype)
 
 
+@pytest.mark.parametrize("op", ["pre", "post_pre", "two_sublayers"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "tokens, streams, hidden",
+    [
+        (2053, 1, 1000), (37, 1, 4096), (2053, 3, 64), (37, 3, 2050), (257, 3, 4096),
+        (2053, 5, 64), (37, 5, 1000), (37, 6, 2050), (2053, 7, 72),
+        (1, 8, 4096), (37, 8, 1000), (257, 8, 2050), (2053, 8, 64),
+        (1, 16, 4096), (37, 16, 1000), (37, 16, 2050), (513, 16, 64),
+    ],
+)  # fmt: skip
+def test_products_with_any_number_of_columns(op, dtype, tokens, streams, hidden):
+    """Tiles of 256 tokens, slices of the width, chunks of the columns; the last is not full."""
+    poison()
+    check(op, Case((tokens,), streams, hidden, 3.0), dtype)
+
+
 @pytest.mark.parametrize("streams", [12, 14, 16])
 @pytest.mark.parametrize("op", ["pre", "post_pre"])
 def test_many_streams_with_the_columns_of_four(op, streams):
     """phi has about as many as where four streams mix: its kernels are the same, and no others."""
     config = variant(constraint="identity")
     check(op, Case((37,), streams, 40, config=config), DTYPES[streams % 3])
+
+
+# Every way of the kernels to take channels, and more of them than a block has threads for.
+STATIC_SHAPES = (
+    (1, 8), (1, 4104), (2, 8), (2, 4104), (3, 100), (3, 264), (4, 8), (4, 100), (4, 4096),
+    (4, 4104), (7, 264), (8, 100), (8, 4104), (16, 100), (16, 264),
+)  # fmt: skip
+STATIC_OPS = ("pre", "post_pre", "two_sublayers")
+
+
+@pytest.mark.parametrize("op", STATIC_OPS)
+@pytest.mark.parametrize("shape", range(len(STATIC_SHAPES)))
+def test_static_coefficients(op, shape):
+    """With a constraint and a dtype that change along; cotangents are deferred in two_sublayers."""
+    poison()
+    streams, hidden = STATIC_SHAPES[shape]
+    constraints = ["birkhoff", "identity", "none", *(["permutations"] if streams <= 4 else [])]
+    config = variant(constraint=constraints[shape % len(constraints)])
+    check(op, Case((37,), streams, hidden, 3.0, config, static=True), DTYPES[shape % 3])
+
+
+@pytest.mark.parametrize("op", STATIC_OPS)
+@pytest.mark.parametrize("tokens", [0, 1, 300, 2053])
+@pytest.mark.parametrize("norm", [False, True])
+def test_any_number_of_tokens_with_static_coefficients(op, tokens, norm):
+    """More, too, than sums over tokens that the gradient of the bias is made of."""
+    poison()
+    case = Case((tokens,), 4, 264, 3.0, static=True, norm=norm)
+    check(op, case, DTYPES[(tokens + norm) % 3])
 
 
 # Widths that 2, 4, 8 or 16 blocks share, each with 256, 320, 384 or 448 channels.
@@ -217,6 +264,65 @@ def test_a_norm_scale_with_zeros(op, hidden):
     check(op, Case((205,), 4, hidden, 3.0, norm=True), "bfloat16", with_zeros)
 
 
+# Widths for clusters of any size, by constraint: with whole blocks of each size, and with a last
+# block that has few channels, or none (6208 and 6656). A test of schedules/one_pass/pre_bwd.rs has
+# the blocks and clusters that they take.
+WHOLE_BLOCKS = {
+    "birkhoff": (256, 640, 6144, 7168),
+    "identity": (256, 768, 8192),
+    "permutations": (4096, 5120),
+}
+PARTS_OF_BLOCKS = {
+    "birkhoff": (64, 576, 960, 1088, 1856, 1984, 2624, 3136, 3648, 4160, 4224, 5440, 6208, 6656),
+    "none": (1600,),
+    "identity": (64, 576, 1088, 1600, 2112, 2624, 3136, 4160, 6208, 6720, 7232, 7744),
+    "permutations": (192, 704, 1344, 1664, 2112, 2624, 2944, 3136, 4544),
+}
+
+
+def wide_case(constraint, hidden, tokens=None, norm=False):
+    """So many tokens, unless told, that every cluster uses its buffers again."""
+    tokens = (1 << 21) // hidden + 5 if tokens is None else tokens
+    return Case((tokens,), 4, hidden, 3.0, variant(constraint=constraint), norm=norm)
+
+
+def rows(widths):
+    return [(constraint, hidden) for constraint, all in widths.items() for hidden in all]
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("constraint, hidden", rows(WHOLE_BLOCKS))
+def test_every_size_of_blocks(constraint, hidden, norm):
+    poison()
+    check("pre", wide_case(constraint, hidden, norm=norm), "bfloat16")
+
+
+@pytest.mark.parametrize("tokens", [1, None])
+@pytest.mark.parametrize("index, row", list(enumerate(rows(PARTS_OF_BLOCKS))))
+def test_clusters_of_every_size(index, row, tokens):
+    """With a norm at every second width."""
+    poison()
+    check("pre", wide_case(*row, tokens, norm=index % 2 == 1), "bfloat16")
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("constraint, hidden", [*rows(WHOLE_BLOCKS), ("birkhoff", 6656)])
+def test_d_x_of_a_token_does_not_depend_on_the_others(constraint, hidden, norm):
+    """Bit for bit, though another block may own the token then."""
+    case = wide_case(constraint, hidden, 2053, norm=norm)
+    operands, cotangents = arrays("pre", case, "bfloat16")
+
+    def d_x(x, cotangents):
+        return compiled("pre", case.config, "fused", operands | {"x": x}, cotangents)[1]["x"]
+
+    everything = d_x(operands["x"], cotangents)
+    for tokens in (slice(1000, 1001), slice(1003, 1040)):
+        part = d_x(
+            operands["x"][tokens], jax.tree.map(lambda leaf, at=tokens: leaf[at], cotangents)
+        )
+        np.testing.assert_array_equal(part, everything[tokens])
+
+
 @pytest.mark.parametrize("op, dtype", OP_DTYPES)
 @pytest.mark.parametrize("tokens", [0, 1, 2, 17, 127, 1009])
 def test_any_number_of_tokens(op, dtype, tokens):
@@ -253,10 +359,15 @@ def poison():
     jax.block_until_ready([jnp.full((1 << size,), jnp.nan, jnp.float32) for size in range(8, 26)])
 
 
+# Columns of phi that a block passes by its tokens, and that it has in chunks.
+MANY_COLUMNS = [Case((2053,), 8, 264, 3.0), Case((1025,), 16, 40, 3.0)]
+
 OP_DTYPE_CASES = [
     *[(op, dtype, CASE) for op, dtype in OP_DTYPES],
     *[(op, "bfloat16", SHARED_CASE) for op in ("pre", "post_pre", "two_sublayers")],
     ("post_pre", "bfloat16", WIDE_CASE),
+    *[(op, "bfloat16", STATIC_CASE) for op in ("post_pre", "two_sublayers")],
+    *[("post_pre", dtype, case) for dtype in ("bfloat16", "float32") for case in MANY_COLUMNS],
 ]
 
 

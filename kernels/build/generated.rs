@@ -32,9 +32,11 @@ pub fn header(file: &File, size: &Size) -> String {
         "#pragma once\n\
          #define SIZE {}\n\
          #define EXACT {}\n\
+         #define COLUMNS {}\n\
          enum class Constraint : int {{ {} }};\n",
         size.number,
         u8::from(size.is_exact),
+        size.columns,
         constraints.join(", ")
     );
     for (name, fields) in [Settings, Layout] {

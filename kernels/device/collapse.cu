@@ -1,11 +1,10 @@
 // collapse: u = sum over i of h_pre[i] X[i], and d_h_pre[i] = <d_u, X[i]>. All sums in float32.
 
 #include "math/collapse.cuh"
+#include "math/post.cuh"
 
 constexpr int N = SIZE;
 constexpr int kThreads = tuning_collapse_fwd::threads;
-// Channels that a thread takes at once, as in post.cu.
-constexpr int V = (N <= 4 ? 16 : 8) / int(sizeof(Stream));
 
 // ---- forward ------------------------------------------------------------------------------------
 
@@ -14,12 +13,11 @@ template <bool ALIGNED>
 __device__ inline void collapse_fwd(const Stream* x, const float* h_pre, Stream* u, int tokens,
                                     int slab, int num_streams, int hidden) {
   const int n = EXACT ? N : num_streams;
-  const u32 items = (hidden + V - 1) / V;
-  const u32 item = blockIdx.x * kThreads + threadIdx.x;
-  const int token_of_slab = item / items;
-  const long long token = (long long)blockIdx.y * slab + token_of_slab;
-  const int at = item % items * V;
-  if (token_of_slab >= slab || token >= tokens) return;
+  constexpr int V = kThreadChannels<N>;
+  const Item<V, kThreads> item(tokens, slab, hidden);
+  if (!item.exists) return;
+  const long long token = item.token;
+  const int at = item.at;
 
   float h[N], sums[V];
 #pragma unroll
@@ -56,6 +54,7 @@ __device__ inline void collapse_bwd(const Stream* x, const Stream* d_u, float* d
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, num_threads = blockDim.x;
   const long long token = blockIdx.x;
   float dots[N] = {};
+  constexpr int V = kTokenChannels<N>;
   for (int at = threadIdx.x * V; at < hidden; at += num_threads * V) {
     add_dots<ALIGNED, V>(x + token * n * hidden, d_u + token * hidden, n, hidden, at, dots);
   }

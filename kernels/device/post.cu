@@ -1,54 +1,26 @@
 // post: X'[i] = sum over j of H_res[i, j] X[j] + h_post[i] y, and its gradients but for X's, which pre's
 // backward makes of that of X' (projection.cu). All sums in float32.
 
-#include "base/common.cuh"
+#include "math/post.cuh"
 
 constexpr int N = SIZE;
 constexpr int kThreads = tuning_post_fwd::threads;
 static_assert(kThreads == tuning_mix::threads);
-// Channels that a thread takes at once: 16 bytes, less where there are many streams.
-constexpr int V = (N <= 4 ? 16 : 8) / int(sizeof(Stream));
+constexpr int V = kThreadChannels<N>;
 
 // ---- forward ------------------------------------------------------------------------------------
 
-// A thread has V channels of one token, in all streams. Grid: threads of a slab of tokens, slabs; within
-// a slab 32 bits can count.
+// A thread has V channels of one token, in all streams.
 template <bool ALIGNED>
 __device__ inline void post_fwd(const Stream* x, const Stream* y, const float* h_post,
                                 const float* h_res, Stream* x_new, int tokens, int slab,
                                 int num_streams, int hidden) {
   const int n = EXACT ? N : num_streams;
-  const u32 items = (hidden + V - 1) / V;
-  const u32 item = blockIdx.x * kThreads + threadIdx.x;
-  const int token_of_slab = item / items;
-  const long long token = (long long)blockIdx.y * slab + token_of_slab;
-  const int at = item % items * V;
-  if (token_of_slab >= slab || token >= tokens) return;
-
-  Pack<Stream, V> xs[N], ys;
-#pragma unroll
-  for (int j = 0; j < N; ++j) {
-    if (j < n) load<ALIGNED>(xs[j], x + (token * n + j) * hidden, at, hidden);
-  }
-  load<ALIGNED>(ys, y + token * hidden, at, hidden);
-  h_post += token * n;
-  h_res += token * n * n;
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    if (i >= n) break;
-    float sums[V];
-#pragma unroll
-    for (int v = 0; v < V; ++v) sums[v] = h_post[i] * ys[v];
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      if (j >= n) break;
-#pragma unroll
-      for (int v = 0; v < V; ++v) sums[v] += h_res[i * n + j] * xs[j][v];
-    }
-    Pack<Stream, V> result;
-    result.set(sums);
-    store<ALIGNED>(result, x_new + (token * n + i) * hidden, at, hidden);
-  }
+  const Item<V, kThreads> item(tokens, slab, hidden);
+  if (!item.exists) return;
+  const long long token = item.token, row = token * n * hidden;
+  post<ALIGNED, N, V>(x + row, y + token * hidden, h_post + token * n, h_res + token * n * n,
+                      x_new + row, n, hidden, item.at, [](int, const Pack<Stream, V>&) {});
 }
 
 KERNEL(post_fwd, kThreads, 2)
@@ -72,29 +44,21 @@ template <bool ALIGNED>
 __device__ inline void mix(const Stream* d_x_new, const float* h_res, Stream* d_x, int tokens,
                            int slab, int num_streams, int hidden) {
   const int n = EXACT ? N : num_streams;
-  const u32 items = (hidden + V - 1) / V;
-  const u32 item = blockIdx.x * kThreads + threadIdx.x;
-  const int token_of_slab = item / items;
-  const long long token = (long long)blockIdx.y * slab + token_of_slab;
-  const int at = item % items * V;
-  if (token_of_slab >= slab || token >= tokens) return;
+  const Item<V, kThreads> item(tokens, slab, hidden);
+  if (!item.exists) return;
+  const long long token = item.token;
+  const int at = item.at;
 
   Pack<Stream, V> gs[N];
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     if (i < n) load<ALIGNED>(gs[i], d_x_new + (token * n + i) * hidden, at, hidden);
   }
-  h_res += token * n * n;
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     if (j >= n) break;
-    float sums[V] = {};
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      if (i >= n) break;
-#pragma unroll
-      for (int v = 0; v < V; ++v) sums[v] += h_res[i * n + j] * gs[i][v];
-    }
+    float sums[V];
+    mix(gs, h_res + token * n * n, n, j, sums);
     Pack<Stream, V> result;
     result.set(sums);
     store<ALIGNED>(result, d_x + (token * n + j) * hidden, at, hidden);
@@ -114,9 +78,9 @@ KERNEL(mix_unaligned, kThreads)
 
 // ---- backward -----------------------------------------------------------------------------------
 
-// A block has one token.
-constexpr int kBackwardThreads = tuning_post_bwd::threads;
-constexpr int kBackwardWarps = kBackwardThreads / 32;
+// A block has one token, and so many warps as its channels keep busy.
+constexpr int kMaxBackwardThreads = tuning_post_bwd::threads;
+constexpr int kMaxBackwardWarps = kMaxBackwardThreads / 32;
 
 struct Backward {
   const Stream *x, *y;
@@ -126,117 +90,108 @@ struct Backward {
   float *d_h_post, *d_h_res;
 };
 
-// d_h_res[i, j] = <G[i], X[j]> and d_h_post[i] = <G[i], y>: the sums of each warp, in the
-// order h_res, h_post.
-template <int COUNT>
-__device__ inline void reduce(const float (&sums)[COUNT], float (*shared)[kBackwardWarps]) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll
-  for (int first = 0; first < COUNT; first += 32) {
-    float values[32];
-#pragma unroll
-    for (int v = 0; v < 32; ++v) values[v] = first + v < COUNT ? sums[first + v] : 0.f;
-    const float sum = warp_sums(values, lane);
-    if (first + lane < COUNT) shared[first + lane][warp] = sum;
-  }
-}
-
-__device__ inline float total(const float (&warps)[kBackwardWarps]) {
-  float sum = 0.f;
-#pragma unroll
-  for (int w = 0; w < kBackwardWarps; ++w) sum += warps[w];
-  return sum;
-}
-
 // For few streams: one pass, all sums in registers.
 template <bool ALIGNED>
-__device__ inline void post_bwd_one_pass(const Backward& b, int hidden) {
-  constexpr int n = N;
-  __shared__ float shared[n * n + n][kBackwardWarps];
+__device__ inline void post_bwd_one_pass(const Backward& b, int num_streams, int hidden) {
+  constexpr int V = kTokenChannels<N>, kSums = N * N + N;
+  __shared__ float shared[kSums][kMaxBackwardWarps];
+  const int n = EXACT ? N : num_streams;
   const long long token = blockIdx.x;
-  float h[n];
+  float h[N];
 #pragma unroll
-  for (int i = 0; i < n; ++i) h[i] = b.h_post[token * n + i];
+  for (int i = 0; i < N; ++i) h[i] = i < n ? b.h_post[token * n + i] : 0.f;
 
-  float sums[n * n + n] = {};
-  for (int at = threadIdx.x * V; at < hidden; at += kBackwardThreads * V) {
-    Pack<Stream, V> xs[n], gs[n], ys;
+  float sums[kSums] = {};
+  for (int at = threadIdx.x * V; at < hidden; at += blockDim.x * V) {
+    // Streams that are not there are zero.
+    Pack<Stream, V> xs[N], gs[N], ys;
 #pragma unroll
-    for (int i = 0; i < n; ++i)
-      load<ALIGNED>(gs[i], b.d_x_new + (token * n + i) * hidden, at, hidden);
+    for (int i = 0; i < N; ++i)
+      load<ALIGNED>(gs[i], b.d_x_new + (token * n + i) * hidden, at, i < n ? hidden : 0);
 #pragma unroll
-    for (int j = 0; j < n; ++j) load<ALIGNED>(xs[j], b.x + (token * n + j) * hidden, at, hidden);
+    for (int j = 0; j < N; ++j)
+      load<ALIGNED>(xs[j], b.x + (token * n + j) * hidden, at, j < n ? hidden : 0);
     load<ALIGNED>(ys, b.y + token * hidden, at, hidden);
 
     float values[V] = {};
 #pragma unroll
-    for (int i = 0; i < n; ++i) {
+    for (int i = 0; i < N; ++i) {
+      if (i >= n) break;
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         values[v] += h[i] * gs[i][v];
-        sums[n * n + i] += gs[i][v] * ys[v];
+        sums[N * N + i] += gs[i][v] * ys[v];
       }
     }
     Pack<Stream, V> result;
     result.set(values);
     store<ALIGNED>(result, b.d_y + token * hidden, at, hidden);
 #pragma unroll
-    for (int i = 0; i < n; ++i) {
+    for (int i = 0; i < N; ++i) {
+      if (i >= n) break;
 #pragma unroll
-      for (int j = 0; j < n; ++j) {
+      for (int j = 0; j < N; ++j) {
+        if (j >= n) break;
 #pragma unroll
-        for (int v = 0; v < V; ++v) sums[i * n + j] += gs[i][v] * xs[j][v];
+        for (int v = 0; v < V; ++v) sums[i * N + j] += gs[i][v] * xs[j][v];
       }
     }
   }
   reduce(sums, shared);
   __syncthreads();
-  for (int c = threadIdx.x; c < n * n + n; c += kBackwardThreads) {
-    float* out = c < n * n ? b.d_h_res + token * n * n + c : b.d_h_post + token * n + c - n * n;
-    *out = total(shared[c]);
+  for (int c = threadIdx.x; c < kSums; c += blockDim.x) {
+    const int i = c / N, j = c % N;
+    if (i < N && i < n && j < n) b.d_h_res[(token * n + i) * n + j] = total(shared[c]);
+    if (i == N && j < n) b.d_h_post[token * n + j] = total(shared[c]);
   }
 }
 
-// For any number of streams: first the sums, a row of H_res at a time, then d_y.
+// For many streams: first the sums, some rows of H_res at a time, then d_y.
 template <bool ALIGNED>
 __device__ inline void post_bwd_by_rows(const Backward& b, int n, int hidden) {
-  constexpr int kChannels = 2;
-  __shared__ float shared[N + 1][kBackwardWarps];
+  constexpr int V = kTokenChannels<N>, kRows = 4, kSums = kRows * (N + 1);
+  __shared__ float shared[kSums][kMaxBackwardWarps];
   const long long token = blockIdx.x;
   const auto row = [&](const Stream* streams, int i) { return streams + (token * n + i) * hidden; };
 
-  for (int i = 0; i < n; ++i) {
-    float sums[N + 1] = {};
-    for (int at = threadIdx.x * kChannels; at < hidden; at += kBackwardThreads * kChannels) {
-      Pack<Stream, kChannels> g, other;
-      load<ALIGNED>(g, row(b.d_x_new, i), at, hidden);
+  for (int first = 0; first < n; first += kRows) {
+    float sums[kSums] = {};
+    for (int at = threadIdx.x * V; at < hidden; at += blockDim.x * V) {
+      Pack<Stream, V> gs[kRows], other;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i)
+        load<ALIGNED>(gs[i], row(b.d_x_new, first + i), at, first + i < n ? hidden : 0);
 #pragma unroll
       for (int j = 0; j <= N; ++j) {
         if (j < N && j >= n) continue;
         load<ALIGNED>(other, j < N ? row(b.x, j) : b.y + token * hidden, at, hidden);
 #pragma unroll
-        for (int v = 0; v < kChannels; ++v) sums[j] += g[v] * other[v];
+        for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+          for (int v = 0; v < V; ++v) sums[i * (N + 1) + j] += gs[i][v] * other[v];
+        }
       }
     }
     __syncthreads();
     reduce(sums, shared);
     __syncthreads();
-    for (int j = threadIdx.x; j <= N; j += kBackwardThreads) {
-      if (j < n) b.d_h_res[(token * n + i) * n + j] = total(shared[j]);
-      if (j == N) b.d_h_post[token * n + i] = total(shared[j]);
+    for (int c = threadIdx.x; c < kSums; c += blockDim.x) {
+      const int i = first + c / (N + 1), j = c % (N + 1);
+      if (i < n && j < n) b.d_h_res[(token * n + i) * n + j] = total(shared[c]);
+      if (i < n && j == N) b.d_h_post[token * n + i] = total(shared[c]);
     }
   }
 
-  for (int at = threadIdx.x * kChannels; at < hidden; at += kBackwardThreads * kChannels) {
-    float d_y[kChannels] = {};
+  for (int at = threadIdx.x * V; at < hidden; at += blockDim.x * V) {
+    float d_y[V] = {};
     for (int i = 0; i < n; ++i) {
-      Pack<Stream, kChannels> g;
+      Pack<Stream, V> g;
       load<ALIGNED>(g, row(b.d_x_new, i), at, hidden);
       const float h = b.h_post[token * n + i];
 #pragma unroll
-      for (int v = 0; v < kChannels; ++v) d_y[v] += h * g[v];
+      for (int v = 0; v < V; ++v) d_y[v] += h * g[v];
     }
-    Pack<Stream, kChannels> result;
+    Pack<Stream, V> result;
     result.set(d_y);
     store<ALIGNED>(result, b.d_y + token * hidden, at, hidden);
   }
@@ -244,20 +199,20 @@ __device__ inline void post_bwd_by_rows(const Backward& b, int n, int hidden) {
 
 template <bool ALIGNED>
 __device__ inline void post_bwd(const Backward& b, int n, int hidden) {
-  if constexpr (EXACT) {
-    post_bwd_one_pass<ALIGNED>(b, hidden);
+  if constexpr (N <= 8) {
+    post_bwd_one_pass<ALIGNED>(b, n, hidden);
   } else {
     post_bwd_by_rows<ALIGNED>(b, n, hidden);
   }
 }
 
-KERNEL(post_bwd, kBackwardThreads)
+KERNEL(post_bwd, kMaxBackwardThreads)
 (const Stream* x, const Stream* y, const float* h_post, const Stream* d_x_new, Stream* d_y,
  float* d_h_post, float* d_h_res, int n, int hidden) {
   post_bwd<true>({x, y, h_post, d_x_new, d_y, d_h_post, d_h_res}, n, hidden);
 }
 #if !EXACT
-KERNEL(post_bwd_unaligned, kBackwardThreads)
+KERNEL(post_bwd_unaligned, kMaxBackwardThreads)
 (const Stream* x, const Stream* y, const float* h_post, const Stream* d_x_new, Stream* d_y,
  float* d_h_post, float* d_h_res, int n, int hidden) {
   post_bwd<false>({x, y, h_post, d_x_new, d_y, d_h_post, d_h_res}, n, hidden);

@@ -120,14 +120,32 @@ struct Vector<4> {
 // Whether every 8 values of a row start at a multiple of 16 bytes, and no row ends within them.
 __device__ inline bool aligned(int hidden) { return hidden % 8 == 0; }
 
+// The words that begin `shift` bytes behind the first of a window. All indices are constants, so that both stay in
+// registers.
+template <int WORDS, int WINDOW>
+__device__ inline void shift_words(u32 (&words)[WORDS], u32 (&window)[WINDOW], int shift) {
+#pragma unroll
+  for (int step = 8; step >= 4; step /= 2) {
+    if (WINDOW - WORDS < step / 4) continue;
+#pragma unroll
+    for (int w = 0; w + step / 4 < WINDOW; ++w) {
+      window[w] = shift & step ? window[w + step / 4] : window[w];
+    }
+  }
+#pragma unroll
+  for (int w = 0; w < WORDS; ++w) {
+    words[w] = shift & 2 ? __funnelshift_r(window[w], window[w + 1], 16) : window[w];
+  }
+}
+
 // V <= 8 values from row + at on, zero from row + end on. ALIGNED: see `aligned`; then all V values are
-// there or none.
+// there or none. Otherwise the aligned vectors are read that they lie in, where these lie in the row or before it;
+// before the first row, which is aligned, there is nothing to read.
 template <bool ALIGNED, int V, class S>
 __device__ inline void load(Pack<S, V>& pack, const S* row, int at, int end) {
-  constexpr int kWords = Pack<S, V>::kWords;
+  constexpr int kWords = Pack<S, V>::kWords, kStep = kWords < 4 ? kWords : 4;
+  using Word = typename Vector<kStep>::type;
   if constexpr (ALIGNED) {
-    constexpr int kStep = kWords < 4 ? kWords : 4;
-    using Word = typename Vector<kStep>::type;
 #pragma unroll
     for (int w = 0; w < kWords; w += kStep) {
       Word part = {};
@@ -135,6 +153,17 @@ __device__ inline void load(Pack<S, V>& pack, const S* row, int at, int end) {
       *reinterpret_cast<Word*>(&pack.words[w]) = part;
     }
   } else {
+    constexpr int kVector = 4 * kStep / int(sizeof(S));
+    const int shift = u64(row + at) % (4 * kStep);
+    const Word* from = reinterpret_cast<const Word*>(u64(row + at) - shift);
+    if (at + V + kVector <= end) {
+      u32 window[kWords + kStep];
+#pragma unroll
+      for (int w = 0; w <= kWords; w += kStep) {
+        *reinterpret_cast<Word*>(&window[w]) = from[w / kStep];
+      }
+      return shift_words(pack.words, window, shift);
+    }
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
       if constexpr (sizeof(S) == 4) {
@@ -162,6 +191,12 @@ __device__ inline void store(const Pack<S, V>& pack, S* row, int at, int end) {
           *reinterpret_cast<const Word*>(&pack.words[w]);
     }
   } else {
+    // Words where these are aligned.
+    if (sizeof(S) == 2 && at + V <= end && u64(row + at) % 4 == 0) {
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) reinterpret_cast<u32*>(row + at)[w] = pack.words[w];
+      return;
+    }
 #pragma unroll
     for (int e = 0; e < V; ++e) {
       if (at + e >= end) return;

@@ -25,6 +25,13 @@ constexpr int kStreamParts<f16> = 2;
 template <class S>
 constexpr int kWeightParts = sizeof(S) == 4 ? 3 : 2;
 
+// Parts of r dm and of phi in the products that make d_x. Beside bfloat16 streams one part in float16 is as near as the
+// cotangents of the streams want it (see `half_unit`).
+template <class S>
+constexpr int kBackParts = kWeightParts<S>;
+template <>
+constexpr int kBackParts<bf16> = 1;
+
 // Whether the product of these parts counts.
 template <class S>
 __device__ constexpr bool counts(int part, int weight_part) {
@@ -100,17 +107,37 @@ __device__ inline u32 half_pair(u32 high, u32 low, float scale) {
   return half_pair(a * scale, b * scale);
 }
 
-// The fragments of `mma`, with 24 columns of A.
-__device__ inline void mma_half(float (&d)[4], const u32 (&a)[6], const u32 (&b)[3]) {
+// The fragments of `mma`.
+__device__ inline void mma_half(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 b) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, "
       "%9}, "
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b.x), "r"(b.y));
+}
+__device__ inline void mma_half(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  mma_half(d, a[0], a[1], a[2], a[3], {b[0], b[1]});
+}
+__device__ inline void mma_half(float (&d)[4], const u32 (&a)[2], const u32 (&b)[1]) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, "
       "%2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[4]), "r"(a[5]), "r"(b[2]));
+      : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+}
+// The fragments of `mma` in turn, with as many columns of A as the words say: two a word pair and octet.
+template <int WORDS, int OCTETS>
+__device__ inline void mma_half(float (&d)[4], const u32 (&a)[WORDS], const u32 (&b)[OCTETS]) {
+  static_assert(WORDS == 2 * OCTETS, "");
+#pragma unroll
+  for (int octet = 0; octet + 1 < OCTETS; octet += 2) {
+    const u32 own_a[4] = {a[2 * octet], a[2 * octet + 1], a[2 * octet + 2], a[2 * octet + 3]};
+    const u32 own_b[2] = {b[octet], b[octet + 1]};
+    mma_half(d, own_a, own_b);
+  }
+  if constexpr (OCTETS % 2 == 1) {
+    const u32 own_a[2] = {a[WORDS - 2], a[WORDS - 1]}, own_b[1] = {b[OCTETS - 1]};
+    mma_half(d, own_a, own_b);
+  }
 }
 
 // ---- the gradient of m, handed from pre's backward to the two products ----------------------------
@@ -128,35 +155,40 @@ struct Fragments {
   __device__ int hexets() const { return (num_columns + 15) / 16; }
   __device__ int octets() const { return (num_columns + 7) / 8; }
 
+  // The uint4 of a tile, [hexet][part][lane].
   template <int P>
-  __device__ uint4 row_fragment(long long tile, int hexet, int part, int lane) const {
-    return reinterpret_cast<const uint4*>(rows)[((tile * hexets() + hexet) * P + part) * 32 + lane];
+  __device__ const uint4* row_fragments(long long tile) const {
+    return reinterpret_cast<const uint4*>(rows) + tile * hexets() * P * 32;
   }
+  // The uint2 of a tile, [octet][part][lane].
   template <int P>
-  __device__ uint2 column_fragment(long long tile, int octet, int part, int lane) const {
-    return reinterpret_cast<const uint2*>(
-        columns)[((tile * octets() + octet) * P + part) * 32 + lane];
+  __device__ const uint2* column_fragments(long long tile) const {
+    return reinterpret_cast<const uint2*>(columns) + tile * octets() * P * 32;
   }
 
-  // Column c, which may lie behind the last one: the padding must be zero.
-  template <int P>
-  __device__ void set(long long token, int c, float value) const {
-    u32 parts[P];
+  // Column c, which may lie behind the last one: the padding must be zero. In float16 `rows` has the value times
+  // `scale`, which brings the token's largest to the upper end of its range.
+  template <class S>
+  __device__ void set(long long token, int c, float value, float scale) const {
+    constexpr int kRowParts = kBackParts<S>, kColumnParts = kWeightParts<S>;
+    u32 parts[kColumnParts];
     split(value, 0.f, parts);
     const long long tile = token / kTile;
     const int t = token % kTile;
+    const int row_lane = t % 8 * 4 + c % 8 / 2;
+    const int row_register = t / 8 + c % 16 / 8 * 2;
 #pragma unroll
-    for (int p = 0; p < P; ++p) {
-      const u16 part = u16(parts[p]);
-      const int row_lane = t % 8 * 4 + c % 8 / 2;
-      const int row_register = t / 8 + c % 16 / 8 * 2;
-      const long long row = ((tile * hexets() + c / 16) * P + p) * 32 + row_lane;
-      reinterpret_cast<u16*>(rows)[(row * 4 + row_register) * 2 + c % 2] = part;
-      if (c < octets() * 8) {
-        const int column_lane = c % 8 * 4 + t % 8 / 2;
-        const long long column = ((tile * octets() + c / 8) * P + p) * 32 + column_lane;
-        reinterpret_cast<u16*>(columns)[(column * 2 + t / 8) * 2 + t % 2] = part;
-      }
+    for (int p = 0; p < kRowParts; ++p) {
+      const long long row = ((tile * hexets() + c / 16) * kRowParts + p) * 32 + row_lane;
+      reinterpret_cast<u16*>(rows)[(row * 4 + row_register) * 2 + c % 2] =
+          u16(kRowParts == 1 ? half_pair(value * scale, 0.f) : parts[p]);
+    }
+    if (c >= octets() * 8) return;
+    const int column_lane = c % 8 * 4 + t % 8 / 2;
+#pragma unroll
+    for (int p = 0; p < kColumnParts; ++p) {
+      const long long column = ((tile * octets() + c / 8) * kColumnParts + p) * 32 + column_lane;
+      reinterpret_cast<u16*>(columns)[(column * 2 + t / 8) * 2 + t % 2] = u16(parts[p]);
     }
   }
 };

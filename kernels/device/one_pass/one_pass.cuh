@@ -318,6 +318,11 @@ __device__ inline u32 cluster_id() {
   asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(id));
   return id;
 }
+__device__ inline u32 num_clusters() {
+  u32 num;
+  asm volatile("mov.u32 %0, %%nclusterid.x;" : "=r"(num));
+  return num;
+}
 
 // ---- global memory and registers -------------------------------------------------------------------------
 

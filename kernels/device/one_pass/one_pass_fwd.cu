@@ -1,5 +1,5 @@
-// The forward passes that read the streams once (see one_pass.cuh), for four bfloat16 streams whose width
-// is SIZE times the cluster's:
+// The forward passes that read the streams once (see one_pass.cuh), for four bfloat16 streams of up to SIZE channels
+// for each block of the cluster:
 //
 //   pre_fwd_one_pass   pre: all coefficients and u                                  [14 to 19]
 //   post_pre_fwd_one_pass  post of one sublayer and pre of the next: X' besides
@@ -15,27 +15,48 @@
 //                 time; in post_pre X' before that, in place of X. Warp w has the 8 channels w of every 64, in
 //                 all streams, so that X' goes from its registers to the tensor cores
 //   send          the sum of the 8 warps' partial sums, to the block that owns the token
-//   owner         the sum over the cluster, in the order of its blocks, r, m and rho of the tokens that this
-//                 block owns; h_pre, or rho h_pre, to every block
+//   owner         the sums over the cluster, in the order of its blocks, r and rho of the tokens that this block
+//                 owns; h_pre, or rho h_pre, to every block
 //   apply (4)     u from h_pre, once that is there; in post_pre X' on its way out
 //   finish        all coefficients of owned tokens, many at a time, for H_res takes long. Nobody waits for it
 //
 // A token's sums are cut by C alone: they do not depend on the other tokens or on how many there are.
 
 #include "math/coefficients.cuh"
+#include "math/permutations.cuh"
 #include "math/sinkhorn.cuh"
 #include "one_pass/geometry.cuh"
-#include "one_pass/owner.cuh"
 
 constexpr int kProjectWarps = 8;
 constexpr int kApplyWarps = 4;
 constexpr int kApplyThreads = 32 * kApplyWarps;
 constexpr int kThreads = 32 * (kProjectWarps + kApplyWarps + 4);
 constexpr int kMaxCluster = 16;
+
+// Tokens of a tile that each block owns: the same number, but for the last owner, which may have less, and the blocks
+// behind it, which have none.
+__device__ constexpr int owned_of(int tokens, int ranks) { return (tokens + ranks - 1) / ranks; }
+// The same for all numbers of blocks, less one, four bits each: a division would take longer, and more registers.
+__device__ constexpr u64 owned_less_one(int tokens) {
+  u64 all = 0;
+  for (int ranks = kMaxCluster; ranks > 0; --ranks) all = all << 4 | (owned_of(tokens, ranks) - 1);
+  return all;
+}
+// Rows of sums that an owner gets for a tile, one for each of its tokens from each block, at most.
+__device__ constexpr int most_own_rows(int tokens) {
+  int most = 0;
+  for (int ranks = 1; ranks <= kMaxCluster; ++ranks) {
+    const int rows = ranks * owned_of(tokens, ranks);
+    most = rows > most ? rows : most;
+  }
+  return most;
+}
+
 // 8 channels, what a lane of `apply` takes at once.
 constexpr int kUnits = SIZE / 8;
 // Of phi for a warp: the same 8 channels of two streams.
-constexpr int kSlices = 2 * kBoxes;
+constexpr int kPairs = N / 2;
+constexpr int kSlices = kPairs * kBoxes;
 
 // ---- sizes ------------------------------------------------------------------------------------------
 
@@ -47,10 +68,15 @@ using Tuning = typename Choose<
 
 // Entries of G on and above its diagonal: the diagonal, then the others row by row.
 constexpr int kProducts = N * (N + 1) / 2;
-// m, r and rho of a token.
-constexpr int kFinishRowBytes = 28 * 4;
-// Tokens that `finish` takes at a time: as many as a warp has matrices.
-constexpr int kBatch = 32 / N;
+// Which of them is that of two streams.
+__device__ inline int entry_of_g(int i, int j) {
+  const int row = min(i, j), column = max(i, j);
+  return row == column ? row : N - 1 + row * N - row * (row + 1) / 2 + column - row;
+}
+// Columns of H_res: its entries, the permutations', or none where it is I.
+constexpr int kResColumns = kColumns - 2 * N;
+constexpr bool kHasMatrix = kResColumns == N * N;
+static_assert(kHasMatrix || kResColumns == 0 || kResColumns == kFactorial<N>, "constraints");
 // A fragment of phi of each warp.
 constexpr int kFragmentBytes = 32 * kProjectWarps * 16;
 
@@ -59,7 +85,6 @@ template <bool POST_PRE, bool NORM>
 struct Plan {
   using Tuned = Tuning<POST_PRE, NORM>;
   static constexpr int kTokens = Tuned::tokens;
-  static constexpr int kTokensLog2 = kTokens == 16 ? 4 : 3;
   static constexpr int kStages = Tuned::stages;
   static constexpr int kSharedFragments = Tuned::fragments;
   // A stage: X as [stream, box, token, 64 channels], then y alike. Elsewhere its h_res and h_post.
@@ -70,16 +95,29 @@ struct Plan {
   static constexpr int kHPost = kTokens * N * N * 4;
   static constexpr int kMixingBytes = POST_PRE ? kHPost + kTokens * N * 4 : 0;
 
-  // kColumns sums, the sum of squares, G, and padding to a multiple of 16 bytes.
-  static constexpr int kSumsBytes = (NORM ? 36 : 28) * 4;
-  static constexpr int kPartialBytes = kProjectWarps * kTokens * kSumsBytes;
-  static constexpr int kOwnBytes = (kTokens < kMaxCluster ? kMaxCluster : kTokens) * kSumsBytes;
+  // Lanes of a token in `finish`, and tokens that it takes at a time. With two lanes Sinkhorn's chain of waits is
+  // shorter, and there are more tokens, for more registers.
+  static constexpr int kFinishLanes = Tuned::other_registers < 80 ? 4 : 2;
+  static constexpr int kBatch = 32 / kFinishLanes;
+  static_assert(kBatch >= kTokens, "one tile at least");
 
-  static constexpr int kPartials = 1024;  // behind the barriers
+  // A row of a token: kColumns sums, the sum of squares, G, and padding to a multiple of 16 bytes. For `finish` r, rho
+  // and the token are behind the columns.
+  static constexpr int kSquares = 4 * kColumns;
+  static constexpr int kG = kSquares + 4;
+  static constexpr int kSumsBytes = (kG + (NORM ? 4 * kProducts : 0) + 15) / 16 * 16;
+  static constexpr int kR = 4 * kColumns;
+  static constexpr int kRho = kR + 4;
+  static constexpr int kToken = kRho + 4;
+  static_assert(kToken + 4 <= kSumsBytes, "a row");
+  static constexpr int kPartialBytes = kProjectWarps * kTokens * kSumsBytes;
+  static constexpr int kOwnBytes = most_own_rows(kTokens) * kSumsBytes;
+
+  static constexpr int kPartials = 640;  // behind the barriers
   static constexpr int kOwn = kPartials + 2 * kPartialBytes;
   static constexpr int kHPre = kOwn + kStages * kOwnBytes;
   static constexpr int kFinish = kHPre + kStages * kTokens * N * 4;
-  static constexpr int kMixing = kFinish + 2 * kBatch * kFinishRowBytes;
+  static constexpr int kMixing = kFinish + 2 * kBatch * kSumsBytes;
   static constexpr int kWeights = kMixing + kStages * kMixingBytes;  // norm_scale
   static constexpr int kWeightBytes = NORM ? SIZE * 4 : 0;
   static constexpr int kFragments = kWeights + kWeightBytes;
@@ -87,10 +125,12 @@ struct Plan {
       (kFragments + kSharedFragments * kFragmentBytes + 1023) / 1024 * 1024;
   static constexpr int kBytes = kStage + kStages * kStageBytes;
 
-  // On its way to registers phi lies where the last stages will be: rows of kColumns float32 by stream.
+  // On its way to registers phi lies where the last stages will be, rows of kColumns float32 by stream: all pairs of
+  // streams at once, or one after the other.
   static constexpr int kPhiRowBytes = kColumns * 4;
   static constexpr int kPhiBytes = SIZE * kPhiRowBytes;
-  static constexpr int kPhi = kBytes - N * kPhiBytes;
+  static constexpr int kPhiPairs = kStages * kStageBytes < N * kPhiBytes ? 1 : kPairs;
+  static constexpr int kPhi = kBytes - kPhiPairs * 2 * kPhiBytes;
   static constexpr int kFreeStages = (kPhi - kStage) / kStageBytes;
   static_assert(kPhi >= kStage, "phi lies in stages alone");
   static_assert(kBytes == Tuned::shared_bytes && kThreads == Tuned::threads, "kernels/tuning.rs");
@@ -108,7 +148,7 @@ struct Args {
   const float *phi, *alpha, *bias;
   Stream* u;
   float *h_pre, *h_post, *h_res, *m, *r;
-  int tokens;
+  int tokens, hidden;
   const Settings* settings;
   // In post_pre alone.
   const TensorMap* y_map;
@@ -130,10 +170,18 @@ enum Barrier : u32 {
   kHFull = 48,     // h_pre of a stage's tokens, or rho h_pre; the first warp of apply, with bytes
   kPartialFull = 64,   // a tile's sums of each warp; the warps of project
   kPartialEmpty = 66,  // these have been sent; send
-  kFinishFull = 68,    // m, r and rho of a batch of tokens; the owner
+  kFinishFull = 68,    // the sums, r and rho of a batch of tokens; the owner
   kFinishEmpty = 70,   // these have been read; finish
   kPhiFull = 72,       // two streams of phi; the loader, with bytes
-  kPhiEmpty = 74,      // phi is in registers; the warps of project
+  kPhiEmpty = 74,  // phi is in registers, as far as it was in shared memory; the warps of project
+};
+
+// A token of a batch for `finish`, which `exists` unless it is behind the last one.
+struct FinishedToken {
+  u32 row;
+  float r;
+  size_t token;
+  bool exists;
 };
 
 template <bool POST_PRE, bool NORM>
@@ -144,15 +192,9 @@ struct Block : Place<Plan<POST_PRE, NORM>::kTokens> {
   static_assert(P::kStages <= 16, "barriers");
 
   const Args& args;
-  int owned, owned_log2;  // tokens of a tile that a block owns, if it owns any
 
-  __device__ Block(const void* memory, const Args& args) : Place<P::kTokens>(memory), args(args) {
-    // Powers of two: a division takes as long as the exchange between two blocks.
-    const int ranks_log2 = __ffs(ranks) - 1;
-    this->take_tiles(ranks_log2);
-    owned_log2 = max(P::kTokensLog2 - ranks_log2, 0);
-    owned = 1 << owned_log2;
-  }
+  __device__ Block(const void* memory, const Args& args)
+      : Place<P::kTokens>(memory, args.hidden), args(args) {}
 
   __device__ u32 barrier(Barrier which, u32 index = 0) const {
     return shared + 8 * (which + index);
@@ -160,15 +202,22 @@ struct Block : Place<Plan<POST_PRE, NORM>::kTokens> {
   __device__ u32 stage(u32 slot) const { return shared + P::kStage + slot * P::kStageBytes; }
   __device__ u32 mixing(u32 slot) const { return shared + P::kMixing + slot * P::kMixingBytes; }
   __device__ bool has_tile(int i) const { return first_token(i) < args.tokens; }
-  __device__ bool owns() const { return int(rank) * owned < P::kTokens; }
+  // Tokens of a tile that a block owns, if it is neither the last owner nor behind it, and that this one owns.
+  __device__ int owned() const {
+    constexpr u64 kAll = owned_less_one(P::kTokens);
+    return 1 + int(kAll >> 4 * (ranks - 1) & 15);
+  }
+  __device__ int owned_here() const { return min(owned(), P::kTokens - int(rank) * owned()); }
 
   // Asks for phi first: nothing can start without it.
   __device__ void init_barriers(int lane) const {
     if (lane == 0) {
-      for (int pair = 0; pair < 2; ++pair) init_barrier(barrier(kPhiFull, pair), 1);
+      for (int pair = 0; pair < kPairs; ++pair) init_barrier(barrier(kPhiFull, pair), 1);
       publish_barriers();
       fence_for_copies();
-      copy_phi();
+      copy_phi(0);
+      prefetch(*args.x_map);
+      if constexpr (POST_PRE) prefetch(*args.y_map);
     }
     if (lane < P::kStages) {
       init_barrier(barrier(kFull, lane), 1);
@@ -188,29 +237,46 @@ struct Block : Place<Plan<POST_PRE, NORM>::kTokens> {
 
   __device__ void project(int warp, int lane) const;
   __device__ void apply(int thread) const;
-  __device__ void copy_phi() const;
+  __device__ void copy_phi(int first_pair) const;
+  __device__ void copy_rest_of_phi() const;
+  __device__ u32 phi_of_pair(int pair) const {
+    return shared + P::kPhi + pair % P::kPhiPairs * 2 * P::kPhiBytes;
+  }
   __device__ void load_tiles() const;
   __device__ void send_sums(int lane) const;
-  __device__ void reply(int lane) const;
-  __device__ void finish(int lane) const;
-  __device__ void store_others(u32 row, size_t token, int lane) const;
+  __device__ void reply() const;
+  __device__ void finish() const;
+  __device__ void add_blocks(u32 from, u32 to, int tokens) const;
+  __device__ void store_others(FinishedToken token, int lane) const;
+  template <class GetToken>
+  __device__ void store_h_res(GetToken get_token) const;
+  __device__ void store_permuted(FinishedToken token, int lane) const;
 };
 
 // ---- loader ------------------------------------------------------------------------------------------
 
 // By one lane.
 template <bool POST_PRE, bool NORM>
-__device__ inline void Block<POST_PRE, NORM>::copy_phi() const {
-  for (int pair = 0; pair < 2; ++pair) {
-    const u32 full = barrier(kPhiFull, pair);
-    arrive_and_expect(full, 2 * P::kPhiBytes);
-    for (int j = 2 * pair; j < 2 * pair + 2; ++j) {
-      const float* from = args.phi + (size_t(j) * hidden() + rank * SIZE) * kColumns;
-      copy_in(shared + P::kPhi + j * P::kPhiBytes, from, P::kPhiBytes, full);
+__device__ inline void Block<POST_PRE, NORM>::copy_phi(int first_pair) const {
+  for (int pair = first_pair; pair < first_pair + P::kPhiPairs; ++pair) {
+    const u32 full = barrier(kPhiFull, pair), bytes = this->channels() * P::kPhiRowBytes;
+    arrive_and_expect(full, 2 * bytes);
+    for (int j = 0; j < 2; ++j) {
+      const size_t row = size_t(2 * pair + j) * hidden + rank * SIZE;
+      copy_in(phi_of_pair(pair) + j * P::kPhiBytes, args.phi + row * kColumns, bytes, full);
     }
   }
-  prefetch(*args.x_map);
-  if constexpr (POST_PRE) prefetch(*args.y_map);
+}
+
+// What there was no room for, then the wait for all of phi to be in registers.
+template <bool POST_PRE, bool NORM>
+__device__ inline void Block<POST_PRE, NORM>::copy_rest_of_phi() const {
+  u32 parity = 0;
+  for (int pair = P::kPhiPairs; pair < kPairs; pair += P::kPhiPairs, parity ^= 1) {
+    wait(barrier(kPhiEmpty), parity);
+    copy_phi(pair);
+  }
+  wait(barrier(kPhiEmpty), parity);
 }
 
 // By one lane. It has nothing to do with other blocks, and does not wait for them to start.
@@ -218,9 +284,10 @@ template <bool POST_PRE, bool NORM>
 __device__ inline void Block<POST_PRE, NORM>::load_tiles() const {
   const u64 policy = evict_first();
   Ring<P::kStages> ring;
+  int i = 0;
 #pragma unroll 1
-  for (int i = 0; has_tile(i); ++i, ring.next()) {
-    if (i == P::kFreeStages) wait(barrier(kPhiEmpty), 0);
+  for (; has_tile(i); ++i, ring.next()) {
+    if (i == P::kFreeStages) copy_rest_of_phi();
     wait(barrier(kEmpty, ring.slot), ring.parity ^ 1);
     // X' was written there, and not by the copy engine.
     if constexpr (POST_PRE) fence_for_copies();
@@ -236,6 +303,7 @@ __device__ inline void Block<POST_PRE, NORM>::load_tiles() const {
       copy_in(h_res + P::kHPost, args.h_post_in + size_t(first) * N, count * N * 4, full);
     }
   }
+  if (P::kPhiPairs < kPairs && i <= P::kFreeStages) copy_rest_of_phi();
 }
 
 // ---- project ---------------------------------------------------------------------------------------
@@ -244,16 +312,21 @@ __device__ inline void Block<POST_PRE, NORM>::load_tiles() const {
 
 // ---- send ------------------------------------------------------------------------------------------
 
+__device__ inline void add(float4& sum, float4 v) {
+  sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+}
+
 template <bool POST_PRE, bool NORM>
 __device__ inline void Block<POST_PRE, NORM>::send_sums(int lane) const {
   // A lane has the same four sums of the same token in every tile.
   constexpr int kParts = P::kSumsBytes / 16;
   constexpr int kItems = P::kTokens * kParts, kRounds = (kItems + 31) / 32;
+  const u32 owned = this->owned();
   u32 from[kRounds], to[kRounds], full[kRounds];
 #pragma unroll
   for (int k = 0; k < kRounds; ++k) {
-    const int item = lane + 32 * k, t = item / kParts, part = item % kParts;
-    const u32 owner = t >> owned_log2, row = rank * owned + (t & (owned - 1));
+    const u32 item = min(lane + 32 * k, kItems - 1), t = item / kParts, part = item % kParts;
+    const u32 owner = t / owned, row = rank * owned + t % owned;
     from[k] = shared + P::kPartials + t * P::kSumsBytes + part * 16;
     to[k] = in_block(shared + P::kOwn + row * P::kSumsBytes + part * 16, owner);
     full[k] = in_block(barrier(kSumsFull), owner);
@@ -272,8 +345,7 @@ __device__ inline void Block<POST_PRE, NORM>::send_sums(int lane) const {
 #pragma unroll
       for (int w = 0; w < kProjectWarps; ++w) {
         const u32 at = from[k] + slot * P::kPartialBytes + w * P::kTokens * P::kSumsBytes;
-        const float4 v = read_float4(at);
-        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+        add(sum, read_float4(at));
       }
       send(to[k] + ring.slot * P::kOwnBytes, sum, full[k] + 8 * ring.slot);
     }
@@ -284,66 +356,115 @@ __device__ inline void Block<POST_PRE, NORM>::send_sums(int lane) const {
 
 // ---- owner -------------------------------------------------------------------------------------------
 
-// Lane c has column c, and lane kColumns the sum of squares; lane k the entry k of G, too. All blocks wait for
-// this warp: what they do not wait for is left to `finish`.
+// The sums over the blocks for some of the owned tokens, which lie in rows behind each other `from` and `to`.
 template <bool POST_PRE, bool NORM>
-__device__ inline void Block<POST_PRE, NORM>::reply(int lane) const {
-  if (!owns()) return;
-  const Settings& settings = *args.settings;
-  const int c = min(lane, kColumns);
-  // The other lanes send alike, and what is not h_pre reaches nobody.
-  const float alpha = args.alpha[0], bias = args.bias[c % N];
-  const u32 stride = owned * P::kSumsBytes;
-  // Of this lane's entry of G; what is not on the diagonal is there twice.
-  const int k = min(lane % 16, kProducts - 1);
-  const int row_of_g = k < N ? k : k < 7 ? 0 : k < 9 ? 1 : 2;
-  const int column_of_g = k < N ? k : k < 7 ? k - 3 : k < 9 ? k - 5 : 3;
-  const float weight_of_g = (k < N ? 1.f : 2.f) / hidden();
-  const u32 h_pre_there = in_block(shared + P::kHPre, lane % kMaxCluster);
-  const u32 h_full_there = in_block(barrier(kHFull), lane % kMaxCluster);
-  int count = 0;
+__device__ inline void Block<POST_PRE, NORM>::add_blocks(u32 from, u32 to, int tokens) const {
+  // Reads that are under way at once.
+  constexpr u32 kReads = P::Tuned::other_registers < 64 ? 4 : 8;
+  const u32 stride = owned() * P::kSumsBytes;
+#pragma unroll 1
+  for (u32 at = 8 * lane_id(); at < tokens * P::kSumsBytes; at += 8 * 32) {
+    float sums[2][2] = {};
+    u32 row = from + at;
+#pragma unroll 1
+    for (u32 first = 0; first < ranks; first += kReads) {
+      uint2 parts[kReads];
+#pragma unroll
+      for (u32 k = 0; k < kReads; ++k, row += stride) {
+        if (first + k < ranks) parts[k] = read2(row);
+      }
+#pragma unroll
+      for (u32 k = 0; k < kReads; ++k) {
+        if (first + k < ranks) {
+          sums[k % 2][0] += __uint_as_float(parts[k].x);
+          sums[k % 2][1] += __uint_as_float(parts[k].y);
+        }
+      }
+    }
+    write_float(to + at, sums[0][0] + sums[1][0]);
+    write_float(to + at + 4, sums[0][1] + sums[1][1]);
+  }
+}
+
+// N lanes have a token. All blocks wait for this warp: what they do not wait for is left to `finish`.
+template <bool POST_PRE, bool NORM>
+__device__ inline void Block<POST_PRE, NORM>::reply() const {
+  const int owned = owned_here();
+  if (owned <= 0) return;
+  constexpr int kAtOnce = 32 / N;
+  const float alpha = args.alpha[0], bias = args.bias[lane_id() % N];
+  int at = 0;  // the row in the batch
   Ring<P::kStages> ring;
+  Ring<2> batch;
 #pragma unroll 1
   for (int i = 0; has_tile(i); ++i, ring.next()) {
-    if (lane == 0) arrive_and_expect(barrier(kSumsFull, ring.slot), ranks * stride);
-    wait_for_cluster(barrier(kSumsFull, ring.slot), ring.parity);
+    const u32 full = barrier(kSumsFull, ring.slot), h_full = barrier(kHFull, ring.slot);
+    if (lane_id() == 0) arrive_and_expect(full, ranks * owned * P::kSumsBytes);
+    wait_for_cluster(full, ring.parity);
+    if (at == 0) wait(barrier(kFinishEmpty, batch.slot), batch.parity ^ 1);
 #pragma unroll 1
-    for (int o = 0; o < owned; ++o, ++count) {
-      const u32 from = shared + P::kOwn + ring.slot * P::kOwnBytes + o * P::kSumsBytes;
-      const float sum = sum_of_blocks(from + 4 * c, stride, ranks);
-      float g = 0.f;
+    for (int o = 0; o < owned; o += kAtOnce) {
+      const int here = min(owned - o, kAtOnce);
+      const u32 rows = shared + P::kFinish + (batch.slot * P::kBatch + at + o) * P::kSumsBytes;
+      add_blocks(shared + P::kOwn + ring.slot * P::kOwnBytes + o * P::kSumsBytes, rows, here);
+      __syncwarp();
+
+      // Where there are more lanes than tokens, the others repeat the last one.
+      const int lane = lane_id(), t = min(lane / N, here - 1), j = lane % N;
+      const u32 row = rows + t * P::kSumsBytes;
+      const Settings& settings = *args.settings;
+      const float r = inverse_norm(settings, read_float(row + P::kSquares), N * hidden);
+      const float m = r * read_float(row + 4 * j);
+      float h = sigmoid(alpha * m + bias) + settings.pre_eps;
+      float rho = 1.f;
       if constexpr (NORM) {
-        // That of half of the blocks.
-        const u32 entry = from + 4 * (kColumns + 1 + k) + lane / 16 * (ranks / 2) * stride;
-        g = sum_of_blocks(entry, stride, ranks / 2);
-      }
-      const float r = inverse_norm(settings, __shfl_sync(kAllLanes, sum, kColumns), N * hidden());
-      const float m = r * sum, h = sigmoid(alpha * m + bias) + settings.pre_eps;
-      float4 h_pre = {__shfl_sync(kAllLanes, h, 0), __shfl_sync(kAllLanes, h, 1),
-                      __shfl_sync(kAllLanes, h, 2), __shfl_sync(kAllLanes, h, 3)};
-      float rho = 0.f;
-      if constexpr (NORM) {
-        const float h_row = __shfl_sync(kAllLanes, h, row_of_g);
-        const float h_column = __shfl_sync(kAllLanes, h, column_of_g);
-        const float mean =
-            warp_sum(lane % 16 < kProducts ? g * (weight_of_g * h_row * h_column) : 0.f);
+        // h_pre^T G h_pre, of which a lane has the row j of G.
+        float of_row = 0.f;
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+          const float g = read_float(row + P::kG + 4 * entry_of_g(j, k));
+          of_row += g * __shfl_sync(kAllLanes, h, k, N);
+        }
+        float square = h * of_row;
+#pragma unroll
+        for (int step = 1; step < N; step *= 2) {
+          square += __shfl_xor_sync(kAllLanes, square, step);
+        }
+        const float mean = square * reciprocal(hidden);
         // What is left of a sum of zero may be less than that; NaN stays.
         rho = inverse_root((mean < 0.f ? 0.f : mean) + args.norm_scale_eps);
-        h_pre = {rho * h_pre.x, rho * h_pre.y, rho * h_pre.z, rho * h_pre.w};
+        h *= rho;
       }
-      if (lane < int(ranks)) {
-        const u32 row = ring.slot * P::kTokens + rank * owned + o;
-        send(h_pre_there + row * N * 4, h_pre, h_full_there + 8 * ring.slot);
+      float h_pre[N];
+#pragma unroll
+      for (int k = 0; k < N; ++k) h_pre[k] = __shfl_sync(kAllLanes, h, k, N);
+      const int token = rank * this->owned() + o + t;  // of the tile
+      const u32 h_pre_at = shared + P::kHPre + (ring.slot * P::kTokens + token) * N * 4;
+      // A single token goes to all blocks at once.
+      const bool is_single = here == 1;
+      if (is_single || lane / N == t) {
+#pragma unroll 1
+        for (u32 block = is_single ? lane : j; block < ranks; block += is_single ? 32 : N) {
+          send(in_block(h_pre_at, block), {h_pre[0], h_pre[1], h_pre[2], h_pre[3]},
+               in_block(h_full, block));
+        }
       }
 
-      const u32 batch = count / kBatch, slot = batch % 2, t = count % kBatch;
-      if (t == 0) wait(barrier(kFinishEmpty, slot), (batch / 2 & 1) ^ 1);
-      const u32 row = shared + P::kFinish + (slot * kBatch + t) * kFinishRowBytes;
-      if (lane <= kColumns) write_float(row + 4 * lane, lane < kColumns ? m : r);
-      if (NORM && lane == 0) write_float(row + 4 * (kColumns + 1), rho);
+      // Behind the reads of what lay there.
       __syncwarp();
-      const bool is_last = t == kBatch - 1 || (o == owned - 1 && !has_tile(i + 1));
-      if (is_last && lane == 0) arrive(barrier(kFinishFull, slot));
+      if (lane == t * N) {
+        write_float(row + P::kR, r);
+        if (NORM) write_float(row + P::kRho, rho);
+        write1(row + P::kToken, first_token(i) + token);
+      }
+      __syncwarp();
+    }
+    // A batch has whole tiles.
+    at += owned;
+    if (at + owned > P::kBatch || !has_tile(i + 1)) {
+      if (lane_id() == 0) arrive(barrier(kFinishFull, batch.slot));
+      batch.next();
+      at = 0;
     }
   }
 }
@@ -357,7 +478,7 @@ __device__ inline void Block<POST_PRE, NORM>::apply(int thread) const {
   if constexpr (NORM) {
     // The first halves of all units, then the second ones: without conflicts.
     const float4* from = reinterpret_cast<const float4*>(args.norm_scale + rank * SIZE);
-    if (thread < kUnits) {
+    if (thread < this->channels() / 8) {
       write_float4(shared + P::kWeights + 16 * thread, from[2 * thread]);
       write_float4(shared + P::kWeights + 16 * (kUnits + thread), from[2 * thread + 1]);
     }
@@ -387,12 +508,12 @@ __device__ inline void Block<POST_PRE, NORM>::apply(int thread) const {
         for (int v = 0; v < 8; ++v) sums[v] += h[j] * x[j][v];
       }
       const long long to = first_token(i) + t;
-      if (to >= args.tokens) continue;
       const int channel = rank * SIZE + unit * 8;
+      if (to >= args.tokens || channel >= hidden) continue;
       if constexpr (POST_PRE) {
 #pragma unroll
         for (int j = 0; j < N; ++j) {
-          write_through(args.x_new + (to * N + j) * hidden() + channel,
+          write_through(args.x_new + (to * N + j) * hidden + channel,
                         {x[j].words[0], x[j].words[1], x[j].words[2], x[j].words[3]});
         }
       }
@@ -405,7 +526,7 @@ __device__ inline void Block<POST_PRE, NORM>::apply(int thread) const {
       }
       Pack<bf16, 8> u;
       u.set(sums);
-      write_through(args.u + to * hidden() + channel,
+      write_through(args.u + to * hidden + channel,
                     {u.words[0], u.words[1], u.words[2], u.words[3]});
     }
     __syncwarp();
@@ -415,59 +536,105 @@ __device__ inline void Block<POST_PRE, NORM>::apply(int thread) const {
 
 // ---- finish ----------------------------------------------------------------------------------------
 
-// What there is of a token besides H_res, by four lanes: m four columns at a time, and r. The first has h_pre
-// among its columns, the second h_post.
+// What there is of a token besides H_res, by the lanes of it: m four columns at a time, r and rho. The first has h_pre,
+// the second h_post.
 template <bool POST_PRE, bool NORM>
-__device__ inline void Block<POST_PRE, NORM>::store_others(u32 row, size_t token, int lane) const {
-  float4* m = reinterpret_cast<float4*>(args.m + token * kColumns);
-  float own[N];
-  read_floats(own, row + lane * N * 4);
-  m[lane] = {own[0], own[1], own[2], own[3]};
-  if (lane >= 2) {
-    m[lane + 2] = read_float4(row + (lane + 2) * N * 4);
-    if (lane == 2) args.r[token] = read_float(row + 4 * kColumns);
-    if (NORM && lane == 3) args.rho[token] = read_float(row + 4 * (kColumns + 1));
-    return;
+__device__ inline void Block<POST_PRE, NORM>::store_others(FinishedToken token, int lane) const {
+  float4* m = reinterpret_cast<float4*>(args.m + token.token * kColumns);
+#pragma unroll
+  for (int q = lane; q < kColumns / 4; q += P::kFinishLanes) {
+    const float4 sums = read_float4(token.row + 16 * q);
+    m[q] = {token.r * sums.x, token.r * sums.y, token.r * sums.z, token.r * sums.w};
   }
-  const bool is_pre = lane == 0;
+  if (lane == P::kFinishLanes - 1) {
+    args.r[token.token] = token.r;
+    if (NORM) args.rho[token.token] = read_float(token.row + P::kRho);
+  }
+  if (lane >= 2) return;
   const Settings& settings = *args.settings;
-  const float scale = is_pre ? 1.f : settings.post_scale, offset = is_pre ? settings.pre_eps : 0.f;
-  float h[N];
+  const float scale = lane == 0 ? 1.f : settings.post_scale;
+  const float offset = lane == 0 ? settings.pre_eps : 0.f;
+  float* h = (lane == 0 ? args.h_pre : args.h_post) + token.token * N;
+  float own[N];
+  read_floats(own, token.row + lane * N * 4);
 #pragma unroll
   for (int k = 0; k < N; ++k) {
-    h[k] = scale * sigmoid(args.alpha[lane] * own[k] + args.bias[lane * N + k]) + offset;
+    own[k] =
+        scale * sigmoid(args.alpha[lane] * (token.r * own[k]) + args.bias[lane * N + k]) + offset;
   }
-  reinterpret_cast<float4*>(is_pre ? args.h_pre : args.h_post)[token] = {h[0], h[1], h[2], h[3]};
+  *reinterpret_cast<float4*>(h) = {own[0], own[1], own[2], own[3]};
 }
 
-// Four lanes have a token.
+// H_res of a token, by kFinishLanes lanes; all lanes of the warp come here. get_token: gives the token, and reads it
+// again, for Sinkhorn wants the registers.
 template <bool POST_PRE, bool NORM>
-__device__ inline void Block<POST_PRE, NORM>::finish(int lane) const {
-  if (!owns()) return;
+template <class GetToken>
+__device__ inline void Block<POST_PRE, NORM>::store_h_res(GetToken get_token) const {
   const Settings& settings = *args.settings;
-  const Sinkhorn<N> matrix{settings, N, lane % N};
-  const int t = lane / N;
-#pragma unroll 1
-  for (int batch = 0; has_tile(batch * kBatch >> owned_log2); ++batch) {
-    const u32 slot = batch % 2;
-    wait(barrier(kFinishFull, slot), batch / 2 & 1);
-    const u32 row = shared + P::kFinish + (slot * kBatch + t) * kFinishRowBytes;
-    const int count = batch * kBatch + t, i = count >> owned_log2;
-    const size_t at = size_t(first_token(i)) + rank * owned + (count & (owned - 1));
-    const bool exists = at < args.tokens;
-    Sinkhorn<N>::Matrix z, h_res;
-    matrix.for_each([&](int k, int j) {
+  const auto get_matrix = [&] {
+    return Sinkhorn<N, P::kFinishLanes>{settings, N, int(lane_id() % P::kFinishLanes)};
+  };
+  const auto matrix = get_matrix();
+  typename Sinkhorn<N, P::kFinishLanes>::Matrix z, h_res;
+  const FinishedToken token = get_token();
+  matrix.for_each([&](int k, int j) {
+    z[k][j] = matrix.column(k) == j;
+    if constexpr (kHasMatrix) {
       const int c = 2 * N + matrix.at(k, j);
-      h_res[k][j] = z[k][j] = args.alpha[2] * read_float(row + 4 * c) + args.bias[c];
-    });
-    if (settings.constraint == Constraint::kBirkhoff) matrix.forward(z, h_res, nullptr, 0);
-    if (exists) {
-      matrix.for_each(
-          [&](int k, int j) { args.h_res[at * N * N + matrix.at(k, j)] = h_res[k][j]; });
-      store_others(row, at, matrix.lane);
+      z[k][j] = args.alpha[2] * (token.r * read_float(token.row + 4 * c)) + args.bias[c];
+    }
+    h_res[k][j] = z[k][j];
+  });
+  if (kHasMatrix && settings.constraint == Constraint::kBirkhoff) {
+    matrix.forward(z, h_res, nullptr, 0);
+  }
+  const FinishedToken same = get_token();
+  if (!same.exists) return;
+  float* out = args.h_res + same.token * N * N;
+  const auto same_matrix = get_matrix();
+  matrix.for_each([&](int k, int j) { out[same_matrix.at(k, j)] = h_res[k][j]; });
+}
+
+// The same of constraint `permutations`, by kPermutedLanes lanes, with the logits in place of their sums.
+template <bool POST_PRE, bool NORM>
+__device__ inline void Block<POST_PRE, NORM>::store_permuted(FinishedToken token, int lane) const {
+  float* z = static_cast<float*>(__cvta_shared_to_generic(token.row + 4 * 2 * N));
+  Permutations<N>::for_own(lane, [&](int, int p, int) {
+    z[p] = args.alpha[2] * (token.r * z[p]) + args.bias[2 * N + p];
+  });
+  Permutations<N>::forward(z, args.h_res + token.token * N * N, lane, token.exists);
+}
+
+template <bool POST_PRE, bool NORM>
+__device__ inline void Block<POST_PRE, NORM>::finish() const {
+  const int owned = owned_here();
+  if (owned <= 0) return;
+  const int total = this->share_of((args.tokens + P::kTokens - 1) / P::kTokens) * owned;
+  const int of_batch = P::kBatch / owned * owned;
+  Ring<2> ring;
+#pragma unroll 1
+  for (int first = 0; first < total; first += of_batch, ring.next()) {
+    wait(barrier(kFinishFull, ring.slot), ring.parity);
+    const u32 rows = shared + P::kFinish + ring.slot * P::kBatch * P::kSumsBytes;
+    const auto token_of_row = [&](int t) {
+      const u32 at = rows + t * P::kSumsBytes, token = read1(at + P::kToken);
+      return FinishedToken{at, read_float(at + P::kR), token,
+                           t < min(of_batch, total - first) && token < args.tokens};
+    };
+    const auto get_token = [&] { return token_of_row(lane_id() / P::kFinishLanes); };
+    if (const FinishedToken token = get_token(); token.exists) {
+      store_others(token, lane_id() % P::kFinishLanes);
+    }
+    if constexpr (kResColumns <= N * N) store_h_res(get_token);
+    if constexpr (kResColumns > N * N) {
+      __syncwarp();
+#pragma unroll 1
+      for (int t = lane_id() / kPermutedLanes; t < P::kBatch; t += 32 / kPermutedLanes) {
+        store_permuted(token_of_row(t), lane_id() % kPermutedLanes);
+      }
     }
     __syncwarp();
-    if (lane == 0) arrive(barrier(kFinishEmpty, slot));
+    if (lane_id() == 0) arrive(barrier(kFinishEmpty, ring.slot));
   }
 }
 
@@ -478,24 +645,24 @@ __device__ inline void run(const Args& args) {
   extern __shared__ __align__(1024) unsigned char memory[];
   const Block<POST_PRE, NORM> block(memory, args);
   // The same in all lanes, and by this the compiler knows it.
-  const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  if (warp == 0) block.init_barriers(lane);
+  const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0);
+  if (warp == 0) block.init_barriers(lane_id());
   // Every role begins with the wait for the other blocks.
   start_cluster();
   if (warp < kProjectWarps) {
-    block.project(warp, lane);
+    block.project(thread_id() / 32, lane_id());
   } else if (warp < kProjectWarps + kApplyWarps) {
-    block.apply(threadIdx.x - 32 * kProjectWarps);
+    block.apply(thread_id() - 32 * kProjectWarps);
   } else {
     give_registers<Plan<POST_PRE, NORM>::Tuned::other_registers>();
     const int role = warp - kProjectWarps - kApplyWarps;
-    if (role == 0 && lane == 0) block.load_tiles();
+    if (role == 0 && lane_id() == 0) block.load_tiles();
     __syncwarp();
     cluster_wait();
     switch (role) {
-      case 1: block.send_sums(lane); break;
-      case 2: block.reply(lane); break;
-      case 3: block.finish(lane); break;
+      case 1: block.send_sums(lane_id()); break;
+      case 2: block.reply(); break;
+      case 3: block.finish(); break;
     }
   }
   // A block may go before the others: it has waited for all that they send to it.
@@ -503,34 +670,38 @@ __device__ inline void run(const Args& args) {
 
 KERNEL(pre_fwd_one_pass, kThreads, 1)
 (const __grid_constant__ TensorMap x_map, const float* phi, const float* alpha, const float* bias,
- Stream* u, float* h_pre, float* h_post, float* h_res, float* m, float* r, int tokens,
+ Stream* u, float* h_pre, float* h_post, float* h_res, float* m, float* r, int tokens, int hidden,
  const __grid_constant__ Settings settings) {
-  run<false, false>({&x_map, phi, alpha, bias, u, h_pre, h_post, h_res, m, r, tokens, &settings});
+  run<false, false>(
+      {&x_map, phi, alpha, bias, u, h_pre, h_post, h_res, m, r, tokens, hidden, &settings});
 }
 
 KERNEL(pre_norm_fwd_one_pass, kThreads, 1)
 (const __grid_constant__ TensorMap x_map, const float* phi, const float* alpha, const float* bias,
  const float* norm_scale, Stream* u, float* h_pre, float* h_post, float* h_res, float* m, float* r,
- float* rho, float norm_scale_eps, int tokens, const __grid_constant__ Settings settings) {
-  run<false, true>({&x_map, phi, alpha, bias, u, h_pre, h_post, h_res, m, r, tokens, &settings,
-                    nullptr, nullptr, nullptr, nullptr, norm_scale, rho, norm_scale_eps});
+ float* rho, float norm_scale_eps, int tokens, int hidden,
+ const __grid_constant__ Settings settings) {
+  run<false, true>({&x_map,  phi,     alpha,   bias,       u,      h_pre,         h_post,
+                    h_res,   m,       r,       tokens,     hidden, &settings,     nullptr,
+                    nullptr, nullptr, nullptr, norm_scale, rho,    norm_scale_eps});
 }
 
 KERNEL(post_pre_fwd_one_pass, kThreads, 1)
 (const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map,
  const float* h_post_in, const float* h_res_in, const float* phi, const float* alpha,
  const float* bias, Stream* x_new, Stream* u, float* h_pre, float* h_post, float* h_res, float* m,
- float* r, int tokens, const __grid_constant__ Settings settings) {
-  run<true, false>({&x_map, phi, alpha, bias, u, h_pre, h_post, h_res, m, r, tokens, &settings,
-                    &y_map, h_post_in, h_res_in, x_new});
+ float* r, int tokens, int hidden, const __grid_constant__ Settings settings) {
+  run<true, false>({&x_map, phi, alpha, bias, u, h_pre, h_post, h_res, m, r, tokens, hidden,
+                    &settings, &y_map, h_post_in, h_res_in, x_new});
 }
 
 KERNEL(post_pre_norm_fwd_one_pass, kThreads, 1)
 (const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map,
  const float* h_post_in, const float* h_res_in, const float* phi, const float* alpha,
  const float* bias, const float* norm_scale, Stream* x_new, Stream* u, float* h_pre, float* h_post,
- float* h_res, float* m, float* r, float* rho, float norm_scale_eps, int tokens,
+ float* h_res, float* m, float* r, float* rho, float norm_scale_eps, int tokens, int hidden,
  const __grid_constant__ Settings settings) {
-  run<true, true>({&x_map, phi, alpha, bias, u, h_pre, h_post, h_res, m, r, tokens, &settings,
-                   &y_map, h_post_in, h_res_in, x_new, norm_scale, rho, norm_scale_eps});
+  run<true, true>({&x_map,    phi,      alpha, bias,       u,      h_pre,         h_post,
+                   h_res,     m,        r,     tokens,     hidden, &settings,     &y_map,
+                   h_post_in, h_res_in, x_new, norm_scale, rho,    norm_scale_eps});
 }

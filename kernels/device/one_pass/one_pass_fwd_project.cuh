@@ -41,31 +41,34 @@ __device__ inline void Block<POST_PRE, NORM>::project(int warp, int lane) const 
   take_registers<P::Tuned::project_registers>();
 
   // Fragments that lie in registers.
-  constexpr int kInRegisters = 3 * kSlices - P::kSharedFragments;
+  constexpr int kInRegisters = kSliceFragments * kSlices - P::kSharedFragments;
   Slice slices[kSlices];
   const auto shared_fragment = [&](int fragment) {
     return shared + P::kFragments + (fragment - kInRegisters) * kFragmentBytes + 16 * thread_id();
   };
   // Whether there are registers left for what can as well be read when it is needed.
   constexpr bool kSpare = P::kSharedFragments == 0, kKeepsHRes = kSpare || !NORM;
-  const u32 phi = shared + P::kPhi + (8 * warp + 2 * (lane % 4)) * P::kPhiRowBytes + lane / 4 * 4;
+  const u32 own_rows = (8 * warp + 2 * (lane % 4)) * P::kPhiRowBytes + lane / 4 * 4;
+  const int boxes = this->channels() / kBoxChannels;
 #pragma unroll
-  for (int pair = 0; pair < 2; ++pair) {
+  for (int pair = 0; pair < kPairs; ++pair) {
     wait(barrier(kPhiFull, pair), 0);
 #pragma unroll
     for (int box = 0; box < kBoxes; ++box) {
-      const u32 at = phi + 2 * pair * P::kPhiBytes + box * kBoxChannels * P::kPhiRowBytes;
-      const int slice = 2 * box + pair;
-      slices[slice] = read_phi(at, P::kPhiRowBytes, P::kPhiBytes);
+      const u32 at = phi_of_pair(pair) + own_rows + box * kBoxChannels * P::kPhiRowBytes;
+      const int slice = kPairs * box + pair;
+      // Boxes behind C are of no stream, or of the next.
+      slices[slice] = {};
+      if (box < boxes) slices[slice] = read_phi(at, P::kPhiRowBytes, P::kPhiBytes);
 #pragma unroll
-      for (int f = 0; f < 3; ++f) {
-        const int fragment = 3 * slice + f;
+      for (int f = 0; f < kSliceFragments; ++f) {
+        const int fragment = kSliceFragments * slice + f;
         if (fragment >= kInRegisters) write4(shared_fragment(fragment), slices[slice].fragments[f]);
       }
     }
+    __syncwarp();
+    if ((pair + 1) % P::kPhiPairs == 0 && lane == 0) arrive(barrier(kPhiEmpty));
   }
-  __syncwarp();
-  if (lane == 0) arrive(barrier(kPhiEmpty));
   cluster_wait();
 
   const int g = lane / 4;
@@ -114,7 +117,9 @@ __device__ inline void Block<POST_PRE, NORM>::project(int warp, int lane) const 
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       if (!kAhead) read(step);
-      u32 x[N] = {next[0], next[1], next[2], next[3]};
+      u32 x[N];
+#pragma unroll
+      for (int j = 0; j < N; ++j) x[j] = next[j];
       const u32 y = next_y;
       if (kAhead && step + 1 < kSteps) read(step + 1);
       if constexpr (POST_PRE) {
@@ -122,17 +127,25 @@ __device__ inline void Block<POST_PRE, NORM>::project(int warp, int lane) const 
         write_matrices(address(step), x);
       }
 #pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
-        const int slice = step / kOctets * 2 + pair;
+      for (int pair = 0; pair < kPairs; ++pair) {
+        const int slice = step / kOctets * kPairs + pair;
         Slice phi = slices[slice];
 #pragma unroll
-        for (int f = 0; f < 3; ++f) {
-          const int fragment = 3 * slice + f;
+        for (int f = 0; f < kSliceFragments; ++f) {
+          const int fragment = kSliceFragments * slice + f;
           if (fragment >= kInRegisters) phi.fragments[f] = read4(shared_fragment(fragment));
         }
         sums[step % kOctets].add(phi, {x[2 * pair], x[2 * pair + 1]});
       }
       if constexpr (!NORM) products[step % kOctets].add(x);
+    }
+    const u32 slot = i % 2;
+    wait(barrier(kPartialEmpty, slot), (i / 2 & 1) ^ 1);
+    const u32 own_sums =
+        shared + P::kPartials + slot * P::kPartialBytes + warp * P::kTokens * P::kSumsBytes;
+#pragma unroll
+    for (int octet = 0; octet < kOctets; ++octet) {
+      sums[octet].template store<P::kSumsBytes>(own_sums + 8 * octet * P::kSumsBytes, lane);
     }
     if constexpr (NORM) {
       // Afterwards, for it takes many registers.
@@ -146,15 +159,10 @@ __device__ inline void Block<POST_PRE, NORM>::project(int warp, int lane) const 
         products[step % kOctets].add(x, y);
       }
     }
-
-    const u32 slot = i % 2;
-    wait(barrier(kPartialEmpty, slot), (i / 2 & 1) ^ 1);
 #pragma unroll
-    for (int octet = 0; octet < P::kTokens / 8; ++octet) {
-      const u32 row = warp * P::kTokens + 8 * octet;
-      const u32 at = shared + P::kPartials + slot * P::kPartialBytes + row * P::kSumsBytes;
-      sums[octet].template store<P::kSumsBytes>(at, lane);
-      products[octet].template store<P::kSumsBytes>(at + 4 * kColumns, lane);
+    for (int octet = 0; octet < kOctets; ++octet) {
+      const u32 at = own_sums + 8 * octet * P::kSumsBytes + P::kSquares;
+      products[octet].template store<P::kSumsBytes>(at, lane);
     }
     __syncwarp();
     if (lane == 0) arrive(barrier(kPartialFull, slot));

@@ -5,23 +5,23 @@
 
 #include "one_pass/geometry.cuh"
 
-// The sum of the values at `from`, one of each of BLOCKS blocks.
-template <u32 BLOCKS>
-__device__ inline float sum_of_blocks(u32 from, u32 stride) {
-  float values[BLOCKS];
+// The sum of the values at `from`, one of each of up to MOST blocks: all reads are under way at once, those behind the
+// last block's for nothing.
+template <u32 MOST>
+__device__ inline float sum_of_blocks(u32 from, u32 stride, u32 blocks) {
+  float values[MOST];
 #pragma unroll
-  for (u32 b = 0; b < BLOCKS; ++b) values[b] = read_float(from + b * stride);
-  float sums[2] = {values[0], values[1]};
+  for (u32 b = 0; b < MOST; ++b) values[b] = read_float(from + min(b, blocks - 1) * stride);
+  float sums[2] = {};
 #pragma unroll
-  for (u32 b = 2; b < BLOCKS; ++b) sums[b % 2] += values[b];
+  for (u32 b = 0; b < MOST; ++b) sums[b % 2] += b < blocks ? values[b] : 0.f;
   return sums[0] + sums[1];
 }
 __device__ inline float sum_of_blocks(u32 from, u32 stride, u32 blocks) {
-  return blocks == 16  ? sum_of_blocks<16>(from, stride)
-         : blocks == 8 ? sum_of_blocks<8>(from, stride)
-         : blocks == 4 ? sum_of_blocks<4>(from, stride)
-         : blocks == 2 ? sum_of_blocks<2>(from, stride)
-                       : read_float(from);
+  return blocks > 8   ? sum_of_blocks<16>(from, stride, blocks)
+         : blocks > 4 ? sum_of_blocks<8>(from, stride, blocks)
+         : blocks > 1 ? sum_of_blocks<4>(from, stride, blocks)
+                      : read_float(from);
 }
 
 // Sums over the tokens of a warp for the gradients of alpha and bias; lane c has column c.

@@ -3,8 +3,8 @@
 //   X'     = H_res X + h_post y, as the forward pass rounds it
 //   d_phi  = sum over tokens of vec(X')^T (r dm)
 //
-// A block has SIZE channels of all streams and every gridDim.y-th tile of tokens. One warp loads; the main warps have
-// 32 channels each, whose sums stay in their registers until the end. Two blocks share a multiprocessor.
+// A block has SIZE channels of all streams, as far as there are so many, and every gridDim.y-th tile of tokens. One warp
+// loads; the main warps have 32 channels each, whose sums stay in their registers until the end. Two blocks share a multiprocessor.
 
 #include "one_pass/phi.cuh"
 
@@ -13,8 +13,9 @@ constexpr int kStages = tuning_phi_bwd::stages;
 constexpr int kMainWarps = SIZE / 32;
 // The loader is one warp; registers go from four warps to four.
 constexpr int kThreads = 32 * (kMainWarps + 4);
-constexpr int kMainRegisters = 192;
-constexpr int kLoaderRegisters = 64;
+// Those of a main warp hold kUnits * N * kOctets * 4 sums.
+constexpr int kMainRegisters = kOctets > 3 ? 208 : 192;
+constexpr int kLoaderRegisters = 256 - kMainRegisters;
 constexpr int kUnits = 2;  // of 16 channels, of a warp
 
 // ---- shared memory ----------------------------------------------------------------------------------
@@ -29,16 +30,15 @@ constexpr u32 kMixingStride = (N * N + N) * 4;
 constexpr u32 kDm = kMixing + kTokens * kMixingStride;
 constexpr u32 kDmBytes = 2 * kColumns * 2;
 constexpr u32 kDmStride = kDmBytes + 16;
-constexpr u32 kStageBytes = kDm + kTokens * kDmStride;
+constexpr u32 kStageBytes = (kDm + kTokens * kDmStride + 1023) / 1024 * 1024;
 constexpr u32 kFirstStage = 1024;  // behind the barriers
 constexpr u32 kSharedBytes = kFirstStage + kStages * kStageBytes;
-static_assert(kStageBytes % 1024 == 0, "");
 static_assert(kSharedBytes == tuning_phi_bwd::shared_bytes && kThreads == tuning_phi_bwd::threads,
               "");
 
 struct Stages {
   u32 base;
-  // Barriers: all copies and the loader's writes are there; no main warp needs the stage any more.
+  // Barriers: all copies of the loader's lanes are there; no main warp needs the stage any more.
   __device__ u32 full(u32 slot) const { return base + 8 * slot; }
   __device__ u32 empty(u32 slot) const { return base + 8 * (kStages + slot); }
   __device__ u32 at(u32 slot) const { return base + kFirstStage + slot * kStageBytes; }
@@ -55,62 +55,47 @@ struct Operands {
 
 // ---- loader -----------------------------------------------------------------------------------------
 
-// What a lane brings of a tile's tokens, zero behind the last one.
-struct Coefficients {
-  static constexpr int kDmParts = kDmBytes / 16;
-  float4 h_res[2], h_post;
-  uint4 r_dm[kDmParts / 2];
-
-  __device__ void load(const Operands& from, int tile, int lane) {
-    const size_t first = size_t(tile) * kTokens;
-    const int count = from.tokens - tile * kTokens;
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const int row = k * 32 + lane;
-      h_res[k] = row / N < count ? __ldg(from.h_res + first * N + row) : float4{};
-    }
-    h_post = lane < kTokens && lane < count ? __ldg(from.h_post + first + lane) : float4{};
-#pragma unroll
-    for (int k = 0; k < kDmParts / 2; ++k) {
-      const int part = k * 32 + lane;
-      r_dm[k] = part / kDmParts < count ? __ldg(from.r_dm + first * kDmParts + part) : uint4{};
-    }
-  }
-
-  __device__ void write(u32 stage, int lane) const {
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const int row = k * 32 + lane;
-      write_float4(stage + kMixing + row / N * kMixingStride + row % N * 16, h_res[k]);
-    }
-    if (lane < kTokens) write_float4(stage + kMixing + lane * kMixingStride + N * N * 4, h_post);
-#pragma unroll
-    for (int k = 0; k < kDmParts / 2; ++k) {
-      const int part = k * 32 + lane;
-      write4(stage + kDm + part / kDmParts * kDmStride + part % kDmParts * 16, r_dm[k]);
-    }
-  }
-};
+// 16 bytes to shared memory, or zeros where there are none. `arrive_behind_copies`: what the lane has copied so is there.
+__device__ inline void copy_part(u32 to, const void* from, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(exists ? 16 : 0)
+               : "memory");
+}
+__device__ inline void arrive_behind_copies(u32 barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
 
 __device__ inline void load_tiles(const Stages& stages, const TensorMap& x, const TensorMap& y,
                                   const Operands& from, int lane) {
+  constexpr int kDmParts = kDmBytes / 16;  // of a token
   const u64 policy = evict_first();
   const int box = blockIdx.x * kBoxes;
-  Coefficients coefficients;
-  coefficients.load(from, blockIdx.y, lane);
   Ring<kStages> ring;
   for (int tile = blockIdx.y; tile < from.num_tiles(); tile += gridDim.y, ring.next()) {
     const u32 stage = stages.at(ring.slot), full = stages.full(ring.slot);
+    const size_t first = size_t(tile) * kTokens;
+    const int count = from.tokens - tile * kTokens;
     wait(stages.empty(ring.slot), ring.parity ^ 1);
     if (lane == 0) {
       arrive_and_expect(full, (N + 1) * kPlane);
       copy_in(stage, x, tile * kTokens, box, 0, full, policy);
       copy_in(stage + kY, y, tile * kTokens, box, 0, full, policy);
     }
-    coefficients.write(stage, lane);
-    __syncwarp();
-    if (lane == 0) arrive(full);
-    coefficients.load(from, tile + gridDim.y, lane);
+#pragma unroll
+    for (int row = lane; row < kTokens * N; row += 32) {
+      copy_part(stage + kMixing + row / N * kMixingStride + row % N * 16,
+                from.h_res + first * N + row, row / N < count);
+    }
+    if (lane < kTokens) {
+      copy_part(stage + kMixing + lane * kMixingStride + N * N * 4, from.h_post + first + lane,
+                lane < count);
+    }
+#pragma unroll
+    for (int part = lane; part < kTokens * kDmParts; part += 32) {
+      copy_part(stage + kDm + part / kDmParts * kDmStride + part % kDmParts * 16,
+                from.r_dm + first * kDmParts + part, part / kDmParts < count);
+    }
+    arrive_behind_copies(full);
   }
 }
 
@@ -118,15 +103,15 @@ __device__ inline void load_tiles(const Stages& stages, const TensorMap& x, cons
 
 // X' of two channels and two neighbouring tokens, as A fragments: x[j] and y are channel g and channel g + 8, each
 // with both tokens in a word. The order of the sums is that of the forward pass.
-__device__ inline void mix(u32 (&x_new)[2], int i, const u32 (&x)[N][2], const u32 (&y)[2],
-                           const float (&h_res)[2][N][N], const float (&h_post)[2][N]) {
+__device__ inline void mix(u32 (&x_new)[2], const u32 (&x)[N][2], const u32 (&y)[2],
+                           const float (&h_res)[2][N], float2 h_post) {
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
-    float sums[2] = {h_post[0][i] * low_half(y[c]), h_post[1][i] * high_half(y[c])};
+    float sums[2] = {h_post.x * low_half(y[c]), h_post.y * high_half(y[c])};
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      sums[0] += h_res[0][i][j] * low_half(x[j][c]);
-      sums[1] += h_res[1][i][j] * high_half(x[j][c]);
+      sums[0] += h_res[0][j] * low_half(x[j][c]);
+      sums[1] += h_res[1][j] * high_half(x[j][c]);
     }
     x_new[c] = pair(sums[0], sums[1]);
   }
@@ -148,36 +133,40 @@ __device__ inline void sum_tiles(const Stages& stages, const Operands& to, int w
 #pragma unroll
     for (u32 eight = 0; eight < kTokens; eight += 8) {
       const u32 mixing = stage + kMixing + (eight + 2 * q) * kMixingStride;
-      float h_res[2][N][N], h_post[2][N];
+      float h_post[2][N];
 #pragma unroll
-      for (u32 t = 0; t < 2; ++t) {
+      for (u32 t = 0; t < 2; ++t) read_floats(h_post[t], mixing + t * kMixingStride + N * N * 4);
+      u32 dm[2 * kOctets];  // the octets of the high parts, then those of the low parts
 #pragma unroll
-        for (u32 i = 0; i < N; ++i) read_floats(h_res[t][i], mixing + t * kMixingStride + i * 16);
-        read_floats(h_post[t], mixing + t * kMixingStride + N * N * 4);
+      for (int part = 0; part < 2 * kOctets; part += 4) {
+        const u32 at = stage + dm_rows + part * 16 + eight * kDmStride;
+        if (part + 2 < 2 * kOctets) {
+          read_transposed(reinterpret_cast<u32(&)[4]>(dm[part]), at);
+        } else {
+          read_transposed(reinterpret_cast<u32(&)[2]>(dm[part]), at);
+        }
       }
-      u32 dm[4], dm_end[2];  // the octets of the high parts, then those of the low parts
-      read_transposed(dm, stage + dm_rows + eight * kDmStride);
-      read_transposed(dm_end, stage + dm_rows + 4 * 16 + eight * kDmStride);
+      u32 x[kUnits][N][2], y[kUnits][2];
 #pragma unroll
       for (u32 unit = 0; unit < kUnits; ++unit) {
-        u32 x01[4], x23[4], y[2];
         const u32 at = (stage + streams + eight * kRowBytes) ^ unit * 32;
-        read_transposed(x01, at);
-        read_transposed(x23, at + 2 * kPlane);
-        read_transposed(y, (stage + y_rows + eight * kRowBytes) ^ unit * 32);
-        const u32 x[N][2] = {
-            {x01[0], x01[1]}, {x01[2], x01[3]}, {x23[0], x23[1]}, {x23[2], x23[3]}};
+        read_transposed(reinterpret_cast<u32(&)[4]>(x[unit][0]), at);
+        read_transposed(reinterpret_cast<u32(&)[4]>(x[unit][2]), at + 2 * kPlane);
+        read_transposed(y[unit], (stage + y_rows + eight * kRowBytes) ^ unit * 32);
+      }
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
+      for (int i = 0; i < N; ++i) {
+        float h_res[2][N];  // row i
+#pragma unroll
+        for (u32 t = 0; t < 2; ++t) read_floats(h_res[t], mixing + t * kMixingStride + i * 16);
+#pragma unroll
+        for (u32 unit = 0; unit < kUnits; ++unit) {
           u32 x_new[2];
-          mix(x_new, i, x, y, h_res, h_post);
+          mix(x_new, x[unit], y[unit], h_res, {h_post[0][i], h_post[1][i]});
           float (&sums)[kOctets][4] = d_phi[unit][i];
-          mma_k8(sums[0], x_new[0], x_new[1], dm[0]);
-          mma_k8(sums[1], x_new[0], x_new[1], dm[1]);
-          mma_k8(sums[2], x_new[0], x_new[1], dm[2]);
-          mma_k8(sums[0], x_new[0], x_new[1], dm[3]);
-          mma_k8(sums[1], x_new[0], x_new[1], dm_end[0]);
-          mma_k8(sums[2], x_new[0], x_new[1], dm_end[1]);
+#pragma unroll
+          for (int part = 0; part < 2 * kOctets; ++part)
+            mma_k8(sums[part % kOctets], x_new[0], x_new[1], dm[part]);
         }
       }
     }
@@ -185,7 +174,9 @@ __device__ inline void sum_tiles(const Stages& stages, const Operands& to, int w
     if (lane == 0) arrive(stages.empty(ring.slot));
   }
 
-  const size_t first = size_t(blockIdx.y) * N * to.hidden + blockIdx.x * SIZE + warp * 32 + g;
+  const int channel_of_warp = blockIdx.x * SIZE + warp * 32;
+  if (channel_of_warp >= to.hidden) return;
+  const size_t first = size_t(blockIdx.y) * N * to.hidden + channel_of_warp + g;
 #pragma unroll
   for (int unit = 0; unit < kUnits; ++unit) {
 #pragma unroll
@@ -198,18 +189,18 @@ __device__ inline void sum_tiles(const Stages& stages, const Operands& to, int w
 
 // ---- kernel -----------------------------------------------------------------------------------------
 
-// r_dm: [tokens, 2, 24], bfloat16. d_phi: [gridDim.y, 4 C, 24], to be summed. The maps have boxes of kTokens tokens and
-// SIZE channels; gridDim.x is C / SIZE.
+// r_dm: [tokens, 2, kColumns], bfloat16. d_phi: [gridDim.y, 4 C, kColumns], to be summed. The maps have boxes of kTokens tokens and
+// SIZE channels; gridDim.x is C / SIZE, rounded up.
 KERNEL(phi_bwd, kThreads, tuning_phi_bwd::blocks)
 (const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap y, const float4* h_post,
- const float4* h_res, const uint4* r_dm, float* d_phi, int tokens) {
+ const float4* h_res, const uint4* r_dm, float* d_phi, int tokens, int hidden) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Stages stages{shared_address(shared)};
-  const Operands operands{h_post, h_res, r_dm, d_phi, tokens, int(gridDim.x) * SIZE};
+  const Operands operands{h_post, h_res, r_dm, d_phi, tokens, hidden};
   if (threadIdx.x == 0) {
     for (u32 slot = 0; slot < kStages; ++slot) {
-      init_barrier(stages.full(slot), 2);
+      init_barrier(stages.full(slot), 1 + 32);
       init_barrier(stages.empty(slot), kMainWarps);
     }
     publish_barriers();

@@ -7,39 +7,41 @@
 
 #pragma once
 
-// A main warp has units of 16 channels of all streams: two neighbours, or every eighth of the block's. In the latter
-// case half of the warps may have one less than the others.
-constexpr int kUnits = (SIZE / 16 + kMainWarps - 1) / kMainWarps;
+// The units of a warp are two neighbours, or every eighth of the block's. In the latter case half of the warps may have
+// one less than the others.
+constexpr bool kNeighbours = kUnits == 2;
 constexpr int kLastUnits = SIZE / 16 - (kUnits - 1) * kMainWarps;
+constexpr int kUnitStep = kNeighbours ? 16 : 16 * kMainWarps;  // channels
+constexpr int kWarpStep = kNeighbours ? 32 : 16;
 // Units whose X' is there before the replies are: with those of all, 448 channels would take too many registers.
 constexpr int kAhead = Tuned::ahead;
-constexpr int kUnitStep = kSumsPhi ? 16 : 16 * kMainWarps;  // channels
-constexpr int kWarpStep = kSumsPhi ? 32 : 16;
 // Where a unit lies, from the address of the warp's first one.
 __device__ inline u32 of_unit(u32 at, u32 unit) {
-  return kSumsPhi ? at ^ unit * 32 : at + unit * (kUnitStep / kBoxChannels) * kBox;
+  return kNeighbours ? at ^ unit * 32 : at + unit * (kUnitStep / kBoxChannels) * kBox;
 }
 
 // Fragments of 16 channels and 8 tokens have the channels g and g + 8, and in neighbouring columns the
 // tokens q and q + 4: so those of two products with four tokens each make one for eight.
 __device__ inline u32 token_of_column(u32 column) { return column / 2 + 4 * (column % 2); }
 
+// Makes the compiler keep a number that it would compute anew for every tile.
+__device__ inline void keep(u32& number) { asm volatile("" : "+r"(number)); }
+
 struct MainWarp {
   const Block& block;
   const bool has_last_unit;
-  u32 phi;           // this lane's fragment of the first unit
-  u32 streams;       // ldmatrix address, within a stage, of the tokens 0 to 3
-  u32 stream_stage;  // bytes from stage to stage there
-  u32 vectors;       // of y and d_u; the first two of the four matrices are y's
-  u32 outputs;       // stmatrix addresses of d_X'
-  u32 output_stage;
+  u32 phi;      // this lane's fragment of the first unit
+  u32 streams;  // ldmatrix addresses of the tokens 0 to 3, in the first stage and in the first slot
+  u32 gradients;
+  u32 vectors;  // of y and d_u; the first two of the four matrices are y's
+  u32 outputs;  // stmatrix addresses of d_X'
   float phi_units[kUnits];
-  u32 dm_rows, dm_columns;       // ldmatrix addresses within the replies
-  u32 dm_unit;                   // of the token of this lane's column
-  u32 table;                     // where the words of this lane lie in a table
-  u32 take_high, take_low;       // what makes fragments of them
-  float d_phi[N][kUnits][3][4];  // where kSumsPhi
-  u32 phi_words[N][kUnits][6];   // elsewhere, beyond a tile
+  u32 dm_columns;                       // ldmatrix address within the replies
+  u32 dm_unit;                          // of the token of this lane's column
+  u32 table;                            // where the words of this lane lie in a table
+  u32 take_high, take_low;              // what makes fragments of them
+  float d_phi[N][kUnits][kOctets][4];   // where kSumsPhi
+  u32 phi_words[N][kUnits][kPhiWords];  // where kHoldsPhi; elsewhere of a tile
 
   __device__ MainWarp(const Block& block, int warp, int lane)
       : block(block), has_last_unit(kLastUnits == kMainWarps || warp < kLastUnits) {
@@ -51,17 +53,15 @@ struct MainWarp {
     // Rows (k) are stream * 4 + token % 4; matrices go over the channels first.
     const u32 k = lane / 16 * 8 + row, stream = k / 4, odd = stream % 2;
     const u32 unit = first_unit + matrix_of_lane % 2;
-    stream_stage = odd ? kOddBytes : kEvenBytes;
-    streams = (odd ? block.odd(0) : block.even(0)) + stream / 2 * kPlane + box +
-              swizzled(k % 4, unit ^ odd * kOddSwizzle);
+    const u32 in_pair = stream / 2 * kPlane + box + swizzled(k % 4, unit ^ odd * kOddSwizzle);
+    streams = (odd ? block.odd(0) : block.even(0)) + in_pair;
+    gradients = (odd ? block.odd_gradient(0) : block.even_gradient(0)) + in_pair;
 
     const u32 token = token_of_column(row);
-    vectors = block.even(0) + (matrix_of_lane / 2 ? kInput : kY) + box + swizzled(token, unit);
+    vectors = block.vectors(0) + matrix_of_lane / 2 * kPlane + box + swizzled(token, unit);
     const u32 odd_output = matrix_of_lane / 2;
-    output_stage = odd_output ? kOddBytes : kEvenBytes;
-    outputs = (odd_output ? block.odd(0) : block.even(0)) + kGradient + box +
+    outputs = (odd_output ? block.odd_gradient(0) : block.even_gradient(0)) + box +
               swizzled(token, unit ^ odd_output * kOddSwizzle);
-    dm_rows = token * kReplyStride + matrix_of_lane % 2 * 16 + matrix_of_lane / 2 * kReplyLow;
     dm_columns = token * kReplyStride + matrix_of_lane / 2 * 16 + matrix_of_lane % 2 * kReplyLow;
     dm_unit = token_of_column(lane / 4) * kReplyStride + kReplyUnit;
 
@@ -75,22 +75,29 @@ struct MainWarp {
   }
 
   // phi as fragments, into shared memory and from there into registers if it is kept there. Two units at a
-  // time, which share a scale: there are too few registers for the numbers of all.
-  __device__ void load_phi(const float* phi_of_warp, int lane) {
+  // time, which share a scale: there are too few registers for the numbers of all. Behind `channels`, which the warp
+  // has from its first one on, it is zero.
+  __device__ void load_phi(const float* phi_of_warp, int channels, int lane) {
     const int g = lane / 4, q = lane % 4;
 #pragma unroll 1
     for (int first = 0; first < kUnits; first += 2) {
-      float2 values[N * 2][6];
+      float2 values[N * 2][kPhiWords];
       u32 largest = 0;
 #pragma unroll
-      for (int e = 0; e < N * 2 * 6; ++e) {
-        const int j = e / 6, p = e % 6, unit = first + j % 2;
-        if (!has_unit(unit)) continue;
-        const int row = j / 2 * block.hidden() + unit * kUnitStep + p % 2 * 8 + g;
-        const float2 v =
-            __ldg(reinterpret_cast<const float2*>(phi_of_warp + row * kColumns + p / 2 * 8) + q);
-        largest = max(largest, max(magnitude(v.x), magnitude(v.y)));
-        values[j][p] = v;
+      for (int e = 0; e < N * 2 * kPhiWords; ++e) values[e / kPhiWords][e % kPhiWords] = {};
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        const int channel = (first + u) * kUnitStep;
+        if (!has_unit(first + u) || channel >= channels) continue;
+#pragma unroll
+        for (int e = 0; e < N * kPhiWords; ++e) {
+          const int i = e / kPhiWords, p = e % kPhiWords,
+                    row = i * block.hidden + channel + p % 2 * 8 + g;
+          const float* from = phi_of_warp + row * kColumns + p / 2 * 8;
+          const float2 v = __ldg(reinterpret_cast<const float2*>(from) + q);
+          largest = max(largest, max(magnitude(v.x), magnitude(v.y)));
+          values[i * 2 + u][p] = v;
+        }
       }
       const float phi_unit = half_unit(__reduce_max_sync(kAllLanes, largest));
       const float scale = inverse_of_unit(phi_unit);
@@ -102,11 +109,17 @@ struct MainWarp {
       for (int j = 0; j < N * 2; ++j) {
         const int unit = first + j % 2;
         if (!has_unit(unit)) continue;
-        u32 words[6];
+        u32 words[kPhiWords];
         round_phi(words, values[j], scale);
         const u32 at = fragment(j / 2, unit);
-        write4(at + lane * 16, {words[0], words[1], words[2], words[3]});
-        write2(at + 512 + lane * 8, {words[4], words[5]});
+#pragma unroll
+        for (int w = 0; w < kPhiWords; w += 4) {
+          if (w + 2 < kPhiWords) {
+            write4(at + w * 128 + lane * 16, {words[w], words[w + 1], words[w + 2], words[w + 3]});
+          } else {
+            write2(at + w * 128 + lane * 8, {words[w], words[w + 1]});
+          }
+        }
       }
     }
 #pragma unroll
@@ -114,19 +127,29 @@ struct MainWarp {
       const int i = j / kUnits, unit = j % kUnits;
       if constexpr (kSumsPhi) {
 #pragma unroll
-        for (int c = 0; c < 12; ++c) d_phi[i][unit][c / 4][c % 4] = 0.f;
-      } else if (has_unit(unit)) {
-        read_phi(phi_words[i][unit], i, unit, lane);
+        for (int c = 0; c < 4 * kOctets; ++c) d_phi[i][unit][c / 4][c % 4] = 0.f;
       }
+      if (kHoldsPhi && has_unit(unit)) read_phi(phi_words[i][unit], i, unit, lane);
     }
+    for (u32* number : {&streams, &gradients, &vectors, &table, &take_high, &take_low})
+      keep(*number);
+    // The fourth unit takes the last register.
+    if constexpr (kUnits < 4) keep(outputs);
   }
   __device__ u32 fragment(int i, int unit) const {
     return phi + (unit * (kUnitStep / 16) * N + i) * kPhiBytes;
   }
-  __device__ void read_phi(u32 (&words)[6], int i, int unit, int lane) const {
-    const uint4 a = read4(fragment(i, unit) + lane * 16);
-    const uint2 b = read2(fragment(i, unit) + 512 + lane * 8);
-    words[0] = a.x, words[1] = a.y, words[2] = a.z, words[3] = a.w, words[4] = b.x, words[5] = b.y;
+  __device__ void read_phi(u32 (&words)[kPhiWords], int i, int unit, int lane) const {
+#pragma unroll
+    for (int w = 0; w < kPhiWords; w += 4) {
+      if (w + 2 < kPhiWords) {
+        const uint4 v = read4(fragment(i, unit) + w * 128 + lane * 16);
+        words[w] = v.x, words[w + 1] = v.y, words[w + 2] = v.z, words[w + 3] = v.w;
+      } else {
+        const uint2 v = read2(fragment(i, unit) + w * 128 + lane * 8);
+        words[w] = v.x, words[w + 1] = v.y;
+      }
+    }
   }
   __device__ bool has_unit(int unit) const {
     return unit + 1 < kUnits || (unit + 1 == kUnits && has_last_unit);
@@ -151,7 +174,7 @@ struct MainWarp {
   __device__ static void read_h_post(float (&h_post)[2][N], u32 tables, int q) {
 #pragma unroll
     for (u32 e = 0; e < 2; ++e) {
-      const float4 h = read_float4(tables + 2 * kTableBytes + (q + 4 * e) * N * 4);
+      const float4 h = read_float4(tables + kHPost + (q + 4 * e) * N * 4);
       h_post[e][0] = h.x, h_post[e][1] = h.y, h_post[e][2] = h.z, h_post[e][3] = h.w;
     }
   }
@@ -184,7 +207,7 @@ struct MainWarp {
 
   // X' and d_u of some units.
   __device__ void begin(u32 first, u32 last, u32 (&x_new)[kUnits][N][2], u32 (&d_u)[kUnits][2],
-                        u32 tables, u32 slot, int q) const {
+                        u32 tables, u32 stage, int q) const {
     const uint4 h_res[2] = {read4(tables + table), read4(tables + table + kTableBytes / 2)};
     float h_post[2][N];
     read_h_post(h_post, tables, q);
@@ -192,77 +215,110 @@ struct MainWarp {
     for (u32 unit = first; unit < last; ++unit) {
       if (!has_unit(unit)) break;
       u32 y_and_d_u[4];
-      read_transposed(y_and_d_u, of_unit(vectors + slot * kEvenBytes, unit));
+      read_transposed(y_and_d_u, of_unit(vectors + stage * kPair, unit));
       const u32 y[2] = {y_and_d_u[0], y_and_d_u[1]};
       d_u[unit][0] = y_and_d_u[2], d_u[unit][1] = y_and_d_u[3];
-      mix_x(x_new[unit], y, of_unit(streams + slot * stream_stage, unit), h_res, h_post);
+      mix_x(x_new[unit], y, of_unit(streams + stage * kPair, unit), h_res, h_post);
     }
   }
 
-  // Adds a tile to d_phi = sum over tokens of vec(X')^T (r dm).
-  __device__ void sum_phi(const u32 (&x_new)[kUnits][N][2], u32 replies) {
-    // r dm, high and low parts of an octet of columns side by side: rows 8 to 15 of the tokens are the same
-    // again, for the low parts.
-    u32 dm[4], dm_end[2];
-    read_transposed(dm, replies + dm_columns);
-    read_transposed(dm_end, replies + dm_columns + 32);
+  // r dm, high and low parts of an octet of columns side by side, as 8 x 8 matrices of tokens and columns.
+  template <bool TRANSPOSED>
+  __device__ void read_dm(u32 (&dm)[2 * kOctets], u32 replies) const {
 #pragma unroll
-    for (u32 unit = 0; unit < kUnits; ++unit) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const u32 a0 = x_new[unit][i][0], a1 = x_new[unit][i][1];
-        mma_k8(d_phi[i][unit][0], a0, a1, dm[0]);
-        mma_k8(d_phi[i][unit][0], a0, a1, dm[1]);
-        mma_k8(d_phi[i][unit][1], a0, a1, dm[2]);
-        mma_k8(d_phi[i][unit][1], a0, a1, dm[3]);
-        mma_k8(d_phi[i][unit][2], a0, a1, dm_end[0]);
-        mma_k8(d_phi[i][unit][2], a0, a1, dm_end[1]);
+    for (int octet = 0; octet < kOctets; octet += 2) {
+      const u32 at = replies + dm_columns + octet * 16;
+      u32(&rest)[2] = reinterpret_cast<u32(&)[2]>(dm[2 * octet]);
+      u32(&both)[4] = reinterpret_cast<u32(&)[4]>(dm[2 * octet]);
+      if (octet + 1 < kOctets) {
+        TRANSPOSED ? read_transposed(both, at) : read_matrices(both, at);
+      } else {
+        TRANSPOSED ? read_transposed(rest, at) : read_matrices(rest, at);
       }
     }
   }
 
-  __device__ void tile(int tile, Ring<kStages> ring, int lane) {
-    const u32 slot = ring.slot;
+  // Adds units of a tile to d_phi = sum over tokens of vec(X')^T (r dm).
+  __device__ void sum_phi(u32 first, u32 last, const u32 (&x_new)[kUnits][N][2], u32 replies) {
+    // Rows 8 to 15 of the tokens are the same again, for the low parts.
+    u32 dm[2 * kOctets];
+    read_dm<true>(dm, replies);
+#pragma unroll
+    for (u32 unit = first; unit < last; ++unit) {
+      if (!has_unit(unit)) break;
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const u32 a0 = x_new[unit][i][0], a1 = x_new[unit][i][1];
+#pragma unroll
+        for (int part = 0; part < 2 * kOctets; ++part)
+          mma_k8(d_phi[i][unit][part / 2], a0, a1, dm[part]);
+      }
+    }
+  }
+
+  // d_X'_in of a unit, for the products that mix it, or where it is added as it is: two channels of a stream and the
+  // tokens q and q + 4.
+  __device__ void read_gradient(u32 (&gradient)[2][4], u32 slot, u32 unit) const {
+    if constexpr (kIdentity) {
+      read_transposed(gradient[0], of_unit(outputs + slot * kPair, unit));
+      read_transposed(gradient[1], of_unit(outputs + slot * kPair + kPlane, unit));
+    } else {
+      read_streams(gradient, of_unit(gradients + slot * kPair, unit));
+    }
+  }
+
+  __device__ void tile(int tile, Rings rings, int lane) {
+    const u32 stage = rings.stages.slot, slot = rings.slot();
     const int q = lane % 4;
     const u32 tables = block.tables(tile);
-    wait(block.barrier(kInputFull, slot), ring.parity);
+    wait(block.barrier(kInputFull, stage), rings.stages.parity);
     wait(block.barrier(kTablesFull, tile % 2), tile / 2 % 2);
 
     u32 x_new[kUnits][N][2], d_u[kUnits][2];
-    begin(0, kAhead, x_new, d_u, tables, slot, q);
+    begin(0, kAhead, x_new, d_u, tables, stage, q);
 
-    wait(block.barrier(kGradientFull, slot), ring.parity);
-    wait_for_cluster(block.barrier(kRepliesFull, slot), ring.parity);
-    const u32 replies = block.reply(slot, 0);
-    if constexpr (kSumsPhi) sum_phi(x_new, replies);
+    wait(block.barrier(kGradientFull, slot), rings.slot_parity());
+    wait_for_cluster(block.barrier(kRepliesFull, stage), rings.stages.parity);
+    const u32 replies = block.reply(stage, 0);
+    if constexpr (kSumsPhi) sum_phi(0, kAhead, x_new, replies);
 
     u32 gradient[kUnits][2][4];
-    const u32 gradients = streams + slot * stream_stage + kGradient;
-    if constexpr (kSumsPhi) {
+    if constexpr (kAhead == kUnits && kSumsPhi) {
 #pragma unroll
-      for (u32 unit = 0; unit < kUnits; ++unit)
-        read_streams(gradient[unit], of_unit(gradients, unit));
+      for (u32 unit = 0; unit < kUnits; ++unit) read_gradient(gradient[unit], slot, unit);
     }
 #pragma unroll
     for (u32 unit = 0; unit < kUnits; ++unit) {
       if (!has_unit(unit)) break;
-      if (unit >= kAhead) begin(unit, unit + 1, x_new, d_u, tables, slot, q);
-      if constexpr (!kSumsPhi) read_streams(gradient[unit], of_unit(gradients, unit));
+      if (unit >= kAhead) {
+        begin(unit, unit + 1, x_new, d_u, tables, stage, q);
+        if constexpr (kSumsPhi) sum_phi(unit, unit + 1, x_new, replies);
+      }
+      if constexpr (kAhead < kUnits || !kSumsPhi) read_gradient(gradient[unit], slot, unit);
       // d_X'[j] = sum over i of H_res_new[i, j] d_X'_in[i] + h_pre[j] d_u - f X'[j], to which (r dm) phi^T comes below:
       // channel g of the tokens q and q + 4, channel g + 8 of these
       float values[N][4], units[2];
 #pragma unroll
       for (u32 e = 0; e < 2; ++e) {
-        const u32 reply = block.reply(slot, q + 4 * e);
+        const u32 reply = block.reply(stage, q + 4 * e);
         const float4 gates = read_float4(reply + kReplyGates);
         const float h_pre[N] = {gates.x, gates.y, gates.z, gates.w};
         const float minus_f = read_float(reply + kReplyFactor);
         units[e] = phi_units[unit] * read_float(reply + kReplyUnit);
-        const uint4 h_res = read4(tables + kTableBytes + table + e * kTableBytes / 2);
+        uint4 h_res = {};
+        if constexpr (!kIdentity) h_res = read4(tables + kTableBytes + table + e * kTableBytes / 2);
 #pragma unroll
         for (u32 i = 0; i < N; i += 2) {
           float mixed[4] = {};
-          mix(mixed, gradient[unit][e], i ? h_res.z : h_res.x, i ? h_res.w : h_res.y);
+          if constexpr (kIdentity) {
+#pragma unroll
+            for (u32 v = 0; v < 4; ++v) {
+              const u32 pair = gradient[unit][i / 2][v % 2 * 2 + v / 2];
+              mixed[v] = e ? high_half(pair) : low_half(pair);
+            }
+          } else {
+            mix(mixed, gradient[unit][e], i ? h_res.z : h_res.x, i ? h_res.w : h_res.y);
+          }
 #pragma unroll
           for (u32 v = 0; v < 4; ++v) {
             const u32 d_u_pair = d_u[unit][v / 2], x_pair = x_new[unit][i + v % 2][v / 2];
@@ -275,13 +331,12 @@ struct MainWarp {
       }
 
       // d_X' += (r dm) phi^T,  d_y = sum over i of h_post[i] d_X'[i]
-      // r dm: high 0 and 1, low 0 and 1, high and low 2
-      u32 dm[4], dm_end[2];
-      read_matrices(dm, replies + dm_rows);
-      read_matrices(dm_end, replies + dm_columns + 32);
+      u32 dm[2 * kOctets], half_dm[kOctets];
+      read_dm<false>(dm, replies);
       const float scale = inverse_of_unit(read_float(replies + dm_unit));
-      const u32 half_dm[3] = {half_pair(dm[0], dm[2], scale), half_pair(dm[1], dm[3], scale),
-                              half_pair(dm_end[0], dm_end[1], scale)};
+#pragma unroll
+      for (int octet = 0; octet < kOctets; ++octet)
+        half_dm[octet] = half_pair(dm[2 * octet], dm[2 * octet + 1], scale);
       float h_post[2][N];
       read_h_post(h_post, tables, q);
       float d_y[4] = {};
@@ -289,7 +344,7 @@ struct MainWarp {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         float products[4] = {};
-        if constexpr (kSumsPhi) read_phi(phi_words[i][unit], i, unit, lane);
+        if constexpr (!kHoldsPhi) read_phi(phi_words[i][unit], i, unit, lane);
         mma_half(products, phi_words[i][unit], half_dm);
 #pragma unroll
         for (int v = 0; v < 4; ++v) values[i][v] = fmaf(units[v % 2], products[v], values[i][v]);
@@ -298,17 +353,18 @@ struct MainWarp {
         rounded[i / 2][i % 2 * 2] = pair(values[i][0], values[i][1]);
         rounded[i / 2][i % 2 * 2 + 1] = pair(values[i][2], values[i][3]);
       }
-      write_transposed(of_unit(outputs + slot * output_stage, unit), rounded[0]);
-      write_transposed(of_unit(outputs + kPlane + slot * output_stage, unit), rounded[1]);
+      write_transposed(of_unit(outputs + slot * kPair, unit), rounded[0]);
+      write_transposed(of_unit(outputs + kPlane + slot * kPair, unit), rounded[1]);
       const u32 rounded_d_y[2] = {pair(d_y[0], d_y[1]), pair(d_y[2], d_y[3])};
-      write_transposed(of_unit(vectors + kPlane + slot * kEvenBytes, unit), rounded_d_y);
+      write_transposed(of_unit(vectors + kPlane + stage * kPair, unit), rounded_d_y);
     }
     fence_for_copies();
     __syncwarp();
-    if (lane == 0) arrive(block.barrier(kDone, slot));
+    if (lane == 0) arrive(block.barrier(kDone, stage));
   }
 
-  __device__ void store_d_phi(float* d_phi_of_block) const {
+  // Behind `channels` nothing.
+  __device__ void store_d_phi(float* d_phi_of_block, int channels) const {
     // Asked for again, or the addresses of phi would be kept until here.
     const u32 lane = lane_id();
     const int g = lane / 4, q = lane % 4;
@@ -316,7 +372,8 @@ struct MainWarp {
     for (int i = 0; i < N; ++i) {
 #pragma unroll
       for (int unit = 0; unit < kUnits; ++unit) {
-        const int row = i * block.hidden() + unit * 16 + g;
+        if (!has_unit(unit) || unit * kUnitStep >= channels) break;
+        const int row = i * block.hidden + unit * kUnitStep + g;
         ::store_d_phi(d_phi_of_block + row * kColumns, d_phi[i][unit], q);
       }
     }
@@ -326,20 +383,22 @@ struct MainWarp {
 __device__ inline void main_warps(const Block& block, const Args& args, int warp, int lane) {
   MainWarp self(block, warp, lane);
   const int row = block.first_channel() + warp * kWarpStep;
-  self.load_phi(args.phi + row * kColumns, lane);
+  self.load_phi(args.phi + row * kColumns, block.hidden - row, lane);
   fence_for_copies();
   __syncwarp();
   if (lane == 0) arrive(block.barrier(kPhiThere, 0));
   cluster_wait();
-  Ring<kStages> ring;
-  for (int tile = 0; tile < block.num_tiles; ++tile, ring.next()) {
+  Rings rings;
+  for (int tile = 0; tile < block.num_tiles; ++tile, rings.next()) {
     if (warp == 0 && lane == 0) {
-      arrive_and_expect(block.barrier(kRepliesFull, ring.slot), kTileTokens * kReplyBytes);
+      const u32 replies_full = block.barrier(kRepliesFull, rings.stages.slot);
+      arrive_and_expect(replies_full, kTileTokens * kReplyBytes);
     }
-    self.tile(tile, ring, lane);
+    self.tile(tile, rings, lane);
   }
   if constexpr (kSumsPhi) {
-    const int of_cluster = block.first_tile * N * block.hidden();
-    self.store_d_phi(static_cast<float*>(args.for_phi) + (of_cluster + row) * kColumns);
+    const int of_cluster = block.first_tile * N * block.hidden;
+    self.store_d_phi(static_cast<float*>(args.for_phi) + (of_cluster + row) * kColumns,
+                     block.hidden - row);
   }
 }

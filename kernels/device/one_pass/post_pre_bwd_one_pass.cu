@@ -32,10 +32,14 @@
 
 using Tuned = tuning_post_pre_bwd_one_pass;
 static_assert(Tuned::tokens == kTileTokens);
-// Where the sums for d_phi have no room, phi_bwd.cu computes d_phi, from r dm and another pass over X and y, and the
-// main warps have phi in such registers, at most 96 of them, which leaves shared memory to the stages.
+constexpr int kStages = Tuned::stages;  // of X, y and d_u
+constexpr int kGradients =
+    Tuned::gradients;  // slots of d_X'_in, which is not wanted before the replies are there
+static_assert(kGradients <= kStages, "");
+// H_res_new is I: the gradients of the streams are added as they are.
+constexpr bool kIdentity = kColumns == 2 * N;
+// Where the sums for d_phi have no room, phi_bwd.cu computes d_phi, from r dm and another pass over X and y.
 constexpr bool kSumsPhi = Tuned::sums_phi;
-constexpr int kStages = Tuned::stages;
 
 // Warps and their tasks.
 constexpr int kMainWarps = 8;
@@ -59,9 +63,9 @@ constexpr int kDotsSlots = 4;
 // other blocks arrive with bytes, which one warp here announces.
 enum Barrier : u32 {
   kInputFull = 0,                        // x, y and d_u of a stage; the loader, with bytes
-  kGradientFull = kInputFull + kStages,  // d_X'_in of a stage; the loader, with bytes
-  kEmpty = kGradientFull +
-      kStages,                   // nobody needs the stage any more; stream dots and the finisher
+  kGradientFull = kInputFull + kStages,  // d_X'_in of a slot; the loader, with bytes
+  // nobody needs a tile any more, whose stage and slot are free; stream dots and the finisher
+  kEmpty = kGradientFull + kGradients,
   kDotsFull = kEmpty + kStages,  // all blocks' dots of d_u, at the owner; the owner, with bytes
   kRepliesFull = kDotsFull + kDotsSlots,  // the owners' replies; the first main warp, with bytes
   kDone = kRepliesFull + kStages,  // d_X' and d_y, in the place of d_X'_in and d_u; the main warps
@@ -74,38 +78,42 @@ enum Barrier : u32 {
 // To the owner of a token from each of a block's two warps: <d_u, X[j]>, <d_u, y>.
 constexpr u32 kDotsBytes = 32;
 constexpr u32 kDotsSent = 5 * 4;
-// From the owner to all blocks: r dm as bfloat16 (48 bytes), the rest of it as bfloat16, h_pre, -f, the unit of
-// r dm (`half_unit`). Rows are read as matrices: 16 bytes more keep them apart.
-constexpr u32 kReplyBytes = 128;
-constexpr u32 kReplyStride = kReplyBytes + 16;
+// From the owner to all blocks: r dm as bfloat16, the rest of it as bfloat16, h_pre, -f, the unit of r dm (`half_unit`).
+// Rows are read as matrices: 16 bytes more keep them apart.
 constexpr u32 kReplyLow = kColumns * 2;
 constexpr u32 kReplyGates = 2 * kReplyLow;
 constexpr u32 kReplyFactor = kReplyGates + N * 4;
 constexpr u32 kReplyUnit = kReplyFactor + 4;
+constexpr u32 kReplyBytes = kReplyFactor + 16;
+constexpr u32 kReplyStride = kReplyBytes + 16;
 // To the owner again: the block's parts of d_H_res and d_h_post, in the order of `sum_entry`.
 constexpr u32 kSumsBytes = 96;
-// Of a block: what comes in for the tokens that it owns, in the worst case (16 blocks).
-constexpr u32 kDotsRing = kDotsSlots * 8 * kDotWarps * kDotsBytes;
-constexpr u32 kSumsRing = 8 * 8 * kSumsBytes;
+// Of a block: what comes in for the tokens that it owns, in the worst case: dots of one token each from 15 blocks,
+// and sums of 8 tokens (see `Block`).
+constexpr u32 kDotsRing = kDotsSlots * 15 * kDotWarps * kDotsBytes;
+constexpr u32 kSumsRing = 8 * kTileTokens * kSumsBytes;
 
 // Of a tile H_res and the transposed H_res_new for the products that mix (`Tables`), and h_post.
 constexpr u32 kTableBytes = kTileTokens * N * N * 4;
-constexpr u32 kTablesBytes = 2 * kTableBytes + kTileTokens * N * 4;
+constexpr u32 kHPost = (kIdentity ? 1 : 2) * kTableBytes;
+constexpr u32 kTablesBytes = kHPost + kTileTokens * N * 4;
 
+// A main warp has units of 16 channels of all streams.
+constexpr int kUnits = (SIZE / 16 + kMainWarps - 1) / kMainWarps;
+// The main warps have phi in registers, at most 96 of them together with the sums for d_phi, which leaves shared memory
+// to the stages; or else it lies there.
+constexpr int kSumsOfWarp = kSumsPhi ? kUnits * N * kOctets * 4 : 0;
+constexpr bool kHoldsPhi = kSumsOfWarp + kUnits * N * kPhiWords <= 96;
 // phi of 16 channels of a stream, and of all channels of the block.
 constexpr u32 kPhiBytes = kPhiFragmentBytes;
 constexpr u32 kAllPhiBytes = SIZE / 16 * N * kPhiBytes;
 
 constexpr u32 kBox = Tile<kTileTokens>::kBoxBytes;
 constexpr u32 kPlane = Tile<kTileTokens>::kPlaneBytes;
-// A stage has two parts, with a copied box of each pair: streams 0 and 2 of X, the same of d_X', y, d_u; and
-// the streams 1 and 3. Main warps read two neighbouring streams at once: half a swizzled box between them
+// What is copied at once: two planes, in a stage of the streams 0 and 2 of X, of y and d_u, and of the streams 1 and 3;
+// in a slot of the same of d_X'_in. Main warps read two neighbouring streams at once: half a swizzled box between them
 // keeps those in different banks.
-constexpr u32 kEvenBytes = 6 * kPlane;
-constexpr u32 kOddBytes = 4 * kPlane;
-constexpr u32 kGradient = 2 * kPlane;
-constexpr u32 kY = 4 * kPlane;
-constexpr u32 kInput = 5 * kPlane;
+constexpr u32 kPair = 2 * kPlane;
 constexpr u32 kOddShift = 512;
 constexpr u32 kOddSwizzle = kOddShift / kRowBytes;
 
@@ -114,12 +122,15 @@ constexpr u32 kReplies = kDots + kDotsRing;
 constexpr u32 kSums = kReplies + kStages * kTileTokens * kReplyStride;
 constexpr u32 kTableSlots = kSums + kSumsRing;
 constexpr u32 kAfterTables = kTableSlots + 2 * kTablesBytes;
-constexpr u32 kEven = (kAfterTables + (kSumsPhi ? kAllPhiBytes : 0) + 1023) / 1024 * 1024;
-// On its way to registers phi lies in the stages that are loaded last.
-constexpr u32 kPhi = kSumsPhi ? kAfterTables : kEven + (kStages - 2) * kEvenBytes;
-static_assert(kSumsPhi || kAllPhiBytes == 2 * kEvenBytes, "");
-constexpr u32 kOdd = kEven + kStages * kEvenBytes + kOddShift;
-constexpr u32 kSharedBytes = kOdd + kStages * kOddBytes;
+constexpr u32 kEven = (kAfterTables + (kHoldsPhi ? 0 : kAllPhiBytes) + 1023) / 1024 * 1024;
+constexpr u32 kVectors = kEven + kStages * kPair;
+constexpr u32 kEvenGradient = kVectors + kStages * kPair;
+constexpr u32 kOddGradient = kEvenGradient + kGradients * kPair + kOddShift;
+constexpr u32 kOdd = kOddGradient + kGradients * kPair;
+constexpr u32 kSharedBytes = kOdd + kStages * kPair;
+// On its way to registers phi lies where nothing of the first stage does.
+constexpr u32 kPhi = kHoldsPhi ? kVectors + kPair : kAfterTables;
+static_assert(!kHoldsPhi || kPhi + kAllPhiBytes <= kOdd, "");
 static_assert(kSharedBytes == Tuned::shared_bytes && kThreads == Tuned::threads, "");
 static_assert(8 * kNumBarriers <= kDots, "");
 
@@ -147,56 +158,97 @@ struct Args {
 
 struct Block : Place<kTileTokens> {
   int num_tiles;  // of this cluster
-  // Of a tile's tokens a block owns 2^owned_shift; where there are more blocks than tokens, it does so every
-  // 2^turns_shift tiles.
-  int owned_shift, turns_shift;
+  // Blocks own up to `share` tokens of a tile one after the other, as far as there are tokens: the last owner may have
+  // fewer, and blocks behind it have none. Of twice as many blocks as tokens every second one owns, in turns: that
+  // changes 2^turns_shift times.
+  u32 share, turns_shift;
 
-  __device__ Block(const void* memory, int tokens) : Place(memory) {
-    const int log_ranks = 31 - __clz(ranks), log_tokens = 31 - __clz(kTileTokens);
-    take_tiles(log_ranks);
+  __device__ Block(const void* memory, int hidden, int tokens) : Place(memory, hidden) {
     num_tiles = share_of((tokens + kTileTokens - 1) / kTileTokens);
-    owned_shift = max(0, log_tokens - log_ranks);
-    turns_shift = max(0, log_ranks - log_tokens);
+    share = (kTileTokens + ranks - 1) / ranks;
+    turns_shift = ranks == 2 * kTileTokens;
   }
-  __device__ int tokens_owned() const { return 1 << owned_shift; }
-  __device__ int turns() const { return 1 << turns_shift; }
+  __device__ u32 turns() const { return 1 << turns_shift; }
+  // The first token that the block owns, and how many.
+  __device__ u32 first_owned() const { return (rank >> turns_shift) * share; }
+  __device__ int num_owned() const {
+    return max(0, min(int(share), int(kTileTokens) - int(first_owned())));
+  }
 
   __device__ u32 barrier(Barrier first, u32 slot) const { return shared + 8 * (first + slot); }
-  __device__ u32 even(u32 slot) const { return shared + kEven + slot * kEvenBytes; }
-  __device__ u32 odd(u32 slot) const { return shared + kOdd + slot * kOddBytes; }
+  __device__ void init_barriers() const {
+    for (u32 slot = 0; slot < 8; ++slot) init_barrier(barrier(kSumsFull, slot), 1);
+    for (u32 slot = 0; slot < kDotsSlots; ++slot) init_barrier(barrier(kDotsFull, slot), 1);
+    for (u32 slot = 0; slot < kStages; ++slot) {
+      init_barrier(barrier(kInputFull, slot), 1);
+      init_barrier(barrier(kEmpty, slot), kDotWarps + 1);
+      init_barrier(barrier(kRepliesFull, slot), 1);
+      init_barrier(barrier(kDone, slot), kMainWarps);
+    }
+    for (u32 slot = 0; slot < kGradients; ++slot) init_barrier(barrier(kGradientFull, slot), 1);
+    for (u32 slot = 0; slot < 2; ++slot) init_barrier(barrier(kTablesFull, slot), 1);
+    init_barrier(barrier(kPhiThere, 0), kMainWarps);
+    publish_barriers();
+  }
+  // Of a stage: the streams 0 and 2, 1 and 3; y, and d_u behind it. Of a slot: the same streams.
+  __device__ u32 even(u32 stage) const { return shared + kEven + stage * kPair; }
+  __device__ u32 odd(u32 stage) const { return shared + kOdd + stage * kPair; }
+  __device__ u32 vectors(u32 stage) const { return shared + kVectors + stage * kPair; }
+  __device__ u32 even_gradient(u32 slot) const { return shared + kEvenGradient + slot * kPair; }
+  __device__ u32 odd_gradient(u32 slot) const { return shared + kOddGradient + slot * kPair; }
   __device__ u32 tables(int tile) const { return shared + kTableSlots + tile % 2 * kTablesBytes; }
   __device__ u32 reply(u32 slot, u32 token) const {
     return shared + kReplies + (slot * kTileTokens + token) * kReplyStride;
   }
 
-  __device__ u32 owner(u32 token, int tile) const {
-    return (token >> owned_shift << turns_shift) + (tile & (turns() - 1));
-  }
-  // At the owner: what comes from a warp of a block for a token, and from a block.
-  __device__ u32 dots(u32 slot, u32 token, u32 from) const {
-    const u32 of_block = token & (tokens_owned() - 1);
-    const u32 row = ((slot >> turns_shift << owned_shift) + of_block) * ranks * kDotWarps + from;
+  // At the owner, of its token t: what comes from a warp of a block, and from a block.
+  __device__ u32 dots(u32 slot, u32 t, u32 from) const {
+    const u32 row = ((slot >> turns_shift) * share + t) * ranks * kDotWarps + from;
     return shared + kDots + row * kDotsBytes;
   }
-  __device__ u32 sums_slots() const { return 8 >> turns_shift; }
-  __device__ u32 sums(u32 slot, u32 token, u32 from) const {
-    const u32 row = ((slot << owned_shift) + (token & (tokens_owned() - 1))) * ranks + from;
-    return shared + kSums + row * kSumsBytes;
+  __device__ u32 sums_slots() const { return share * cluster_size() > kTileTokens ? 4 : 8; }
+  __device__ u32 sums(u32 slot, u32 t, u32 from) const {
+    return shared + kSums + ((slot * share + t) * ranks + from) * kSumsBytes;
+  }
+};
+
+// A token of a tile at its owner, as those who send to it see it.
+struct Addressee {
+  u32 of, t;  // which of the owners; which of that one's tokens
+  __device__ Addressee(const Block& block, u32 token)
+      : of(token / block.share), t(token - of * block.share) {}
+  // The rank of the owner.
+  __device__ u32 rank(const Block& block, int tile) const {
+    return (of << block.turns_shift) + (tile & (block.turns() - 1));
   }
 };
 
 // ---- loader -----------------------------------------------------------------------------------------
 
+// Stages and slots in turn, which are the same where there are as many of both.
+struct Rings {
+  Ring<kStages> stages;
+  Ring<kGradients> slots;
+  __device__ void next() {
+    stages.next();
+    if constexpr (kGradients < kStages) slots.next();
+  }
+  __device__ u32 slot() const { return kGradients < kStages ? slots.slot : stages.slot; }
+  __device__ u32 slot_parity() const { return kGradients < kStages ? slots.parity : stages.parity; }
+};
+
 __device__ inline void load_tiles(const Block& block, const Maps& maps) {
   const u64 policy = evict_first();
   const int box = block.first_box();
+  // A tile that is done makes room for a stage and for a slot, of the tile that comes kSlotsLater.
+  constexpr int kSlotsLater = kStages - kGradients;
   Ring<kStages> ring;
-  for (int tile = 0; tile < block.num_tiles; ++tile, ring.next()) {
-    // phi first: all wait for it.
-    if (tile == 1) wait(block.barrier(kPhiThere, 0), 0);
-    const u32 slot = ring.slot, even = block.even(slot), odd = block.odd(slot);
+  Ring<kGradients> slots;
+  for (int tile = 0; tile < block.num_tiles + kSlotsLater; ++tile, ring.next()) {
+    const u32 stage = ring.slot;
     const int token = block.first_token(tile);
-    if (tile >= kStages) {
+    const bool exists = tile < block.num_tiles;
+    if (exists && tile >= kStages) {
       // Until there is room for it, the tile comes as far as the L2 cache.
       prefetch(maps.x_even, token, box, 0);
       prefetch(maps.x_odd, token, box, 0);
@@ -205,17 +257,26 @@ __device__ inline void load_tiles(const Block& block, const Maps& maps) {
       prefetch(maps.d_x_new_in_even, token, box, 0);
       prefetch(maps.d_x_new_in_odd, token, box, 0);
     }
-    wait(block.barrier(kEmpty, slot), ring.parity ^ 1);
-    u32 full = block.barrier(kInputFull, slot);
-    arrive_and_expect(full, 6 * kPlane);
-    copy_in(even, maps.x_even, token, box, 0, full, policy);
-    copy_in(odd, maps.x_odd, token, box, 0, full, policy);
-    copy_in(even + kY, maps.y, token, box, 0, full, policy);
-    copy_in(even + kInput, maps.d_u, token, box, 0, full, policy);
-    full = block.barrier(kGradientFull, slot);
-    arrive_and_expect(full, 4 * kPlane);
-    copy_in(even + kGradient, maps.d_x_new_in_even, token, box, 0, full, policy);
-    copy_in(odd + kGradient, maps.d_x_new_in_odd, token, box, 0, full, policy);
+    wait(block.barrier(kEmpty, stage), ring.parity ^ 1);
+    if (exists) {
+      const u32 full = block.barrier(kInputFull, stage);
+      arrive_and_expect(full, 3 * kPair);
+      copy_in(block.even(stage), maps.x_even, token, box, 0, full, policy);
+      copy_in(block.odd(stage), maps.x_odd, token, box, 0, full, policy);
+      copy_in(block.vectors(stage), maps.y, token, box, 0, full, policy);
+      copy_in(block.vectors(stage) + kPlane, maps.d_u, token, box, 0, full, policy);
+    }
+    // phi before all others: everything waits for it.
+    if (tile == 0) wait(block.barrier(kPhiThere, 0), 0);
+    if (tile >= kSlotsLater) {
+      const int earlier = block.first_token(tile - kSlotsLater);
+      const u32 full = block.barrier(kGradientFull, slots.slot);
+      arrive_and_expect(full, 2 * kPair);
+      const u32 even = block.even_gradient(slots.slot), odd = block.odd_gradient(slots.slot);
+      copy_in(even, maps.d_x_new_in_even, earlier, box, 0, full, policy);
+      copy_in(odd, maps.d_x_new_in_odd, earlier, box, 0, full, policy);
+      slots.next();
+    }
   }
 }
 
@@ -229,10 +290,12 @@ __device__ inline void input_dots(const Block& block, int half, int lane) {
   constexpr u32 kSteps = kWholeBoxes ? 4 : 2;  // in a box
   const u32 box = (kWholeBoxes ? half * (SIZE / kBoxChannels / 2) * kBox : 0) + row * kRowBytes;
   const u32 swizzle = kWholeBoxes ? row : row ^ half * 4;
-  const u32 x_first = (odd ? block.odd(0) : block.even(0)) + box;
-  const u32 x_stage = odd ? kOddBytes : kEvenBytes;
-  const u32 vectors = block.even(0) + (matrix / 2 ? kInput : kY) + box;
+  // Within a box an even unit (of 16 bytes) more is another of these bits.
+  const u32 x_first =
+      (odd ? block.odd(0) : block.even(0)) + box + (matrix / 2 ^ swizzle ^ odd * kOddSwizzle) * 16;
+  const u32 v_first = block.vectors(0) + matrix / 2 * kPlane + box + (matrix % 2 ^ swizzle) * 16;
   const u32 g = lane / 4;
+  const Addressee owner(block, g);
   Ring<kStages> ring;
   for (int tile = 0; tile < block.num_tiles; ++tile, ring.next()) {
     const u32 slot = ring.slot;
@@ -240,13 +303,12 @@ __device__ inline void input_dots(const Block& block, int half, int lane) {
     float x01[4] = {}, x23[4] = {}, y[4] = {};
 #pragma unroll
     for (u32 step = 0; step < SIZE / 2 / 16; ++step) {
-      const u32 at = step / kSteps * kBox, unit = step % kSteps * 2;
-      const u32 from =
-          x_first + slot * x_stage + at + ((unit + matrix / 2) ^ swizzle ^ odd * kOddSwizzle) * 16;
+      const u32 at = slot * kPair + step / kSteps * kBox, unit = step % kSteps * 2;
+      const u32 from = (x_first + at) ^ unit * 16;
       u32 a[4], b[4], v[4];  // v: y, d_u
       read_matrices(a, from);
       read_matrices(b, from + kPlane);
-      read_matrices(v, vectors + slot * kEvenBytes + at + ((unit + matrix % 2) ^ swizzle) * 16);
+      read_matrices(v, (v_first + at) ^ unit * 16);
       mma(x01, a[0], a[1], a[2], a[3], {v[2], v[3]});
       mma(x23, b[0], b[1], b[2], b[3], {v[2], v[3]});
       mma(y, v[0], v[0], v[1], v[1], {v[2], v[3]});
@@ -255,10 +317,9 @@ __device__ inline void input_dots(const Block& block, int half, int lane) {
     if (tile >= kStages) wait_for_cluster(block.barrier(kRepliesFull, slot), ring.parity ^ 1);
     if (lane % 4 == g / 2) {
       const bool b = g % 2;
-      const u32 owner = block.owner(g, tile);
-      const u32 dots_slot = tile % kDotsSlots;
-      const u32 to = in_block(block.dots(dots_slot, g, block.rank * kDotWarps + half), owner);
-      const u32 barrier = in_block(block.barrier(kDotsFull, dots_slot), owner);
+      const u32 rank = owner.rank(block, tile), dots_slot = tile % kDotsSlots;
+      const u32 to = in_block(block.dots(dots_slot, owner.t, block.rank * kDotWarps + half), rank);
+      const u32 barrier = in_block(block.barrier(kDotsFull, dots_slot), rank);
       send(to, {b ? x01[1] : x01[0], b ? x01[3] : x01[2], b ? x23[1] : x23[0], b ? x23[3] : x23[2]},
            barrier);
       send(to + 16, b ? y[1] : y[0], barrier);
@@ -284,6 +345,7 @@ struct Owner {
   const Args& args;
   const Settings& settings;
   const int which, lane;
+  const int count;            // tokens of a tile that the block owns
   float alpha;                // of column `lane`
   float alpha_pre, bias_pre;  // of column lane % 4
   GateSums sums;
@@ -297,7 +359,12 @@ struct Owner {
 
   __device__ Owner(const Block& block, const Args& args, const Settings& settings, int which,
                    int lane)
-      : block(block), args(args), settings(settings), which(which), lane(lane) {
+      : block(block),
+        args(args),
+        settings(settings),
+        which(which),
+        lane(lane),
+        count(block.num_owned()) {
     alpha_pre = args.alpha[0];
     alpha = lane >= kColumns ? 0.f : args.alpha[gate_of(lane)];
     bias_pre = args.bias[lane % N];
@@ -306,18 +373,26 @@ struct Owner {
   // The place in alpha of column c's gate.
   __device__ static int gate_of(int c) { return c < N ? 0 : c < 2 * N ? 1 : 2; }
 
-  __device__ int tile(int owned) const {
-    return (owned << block.turns_shift) + (block.rank & (block.turns() - 1));
+  // Where one of the block's tokens stands: in which of the tiles of which it owns some, and which of them it is.
+  struct Own {
+    int turn, t;
+    // The next of this warp.
+    __device__ void advance(int count) {
+      if (++t < count) return;
+      t = 0;
+      turn += kOwnerWarps;
+    }
+    __device__ Own before(int turns) const { return {turn - turns, t}; }
+  };
+  __device__ int tile(Own own) const {
+    return (own.turn << block.turns_shift) + (block.rank & (block.turns() - 1));
   }
-  // Where one of the block's tokens stands in a tile.
-  __device__ u32 in_tile(int t) const {
-    return (block.rank >> block.turns_shift << block.owned_shift) + t;
-  }
+  __device__ u32 in_tile(Own own) const { return block.first_owned() + own.t; }
 
-  __device__ Token load(int tile, int t) const {
+  __device__ Token load(Own own) const {
     Token token = {};
-    const long long at = block.first_token(tile) + in_tile(t);
-    if (tile >= block.num_tiles || at >= args.tokens) return token;
+    const long long at = block.first_token(tile(own)) + in_tile(own);
+    if (tile(own) >= block.num_tiles || at >= args.tokens) return token;
     const int i = lane % N;
     if (lane < kColumns) token.m = __ldg(args.m + at * kColumns + lane);
     if (lane >= N && lane < kColumns) token.d_z = __ldg(args.d_z + at * kColumns + lane);
@@ -328,10 +403,15 @@ struct Owner {
     return token;
   }
 
-  // The lanes' values of a reply: 16 bytes, those of part lane % 8. The parts 0, 3 and 7 begin with what
-  // hangs on h_pre's gradient.
+  // The parts of a reply, of 16 bytes: r dm, the rest of it, h_pre, and what hangs on h_pre's gradient.
+  static constexpr int kParts = kReplyBytes / 16;
+  static constexpr int kLowPart = kReplyLow / 16;
+  // Lanes have a part each, as often as they are enough for.
+  static constexpr int kCopies = 32 / kParts;
+
+  // Part lane % kParts. Of the first of r dm and of the rest, and of the last, the beginning is not there yet.
   __device__ float4 begin_reply(const Token& token, float dm, float h_pre) const {
-    const int first = lane % (kColumns / 2) * 2;
+    const int lane = lane_id(), first = lane % (kColumns / 2) * 2, part = lane % kParts;
     u32 parts[2];
     split(__shfl_sync(kAllLanes, dm, first), __shfl_sync(kAllLanes, dm, first + 1), parts);
     float word = 0.f;
@@ -340,39 +420,49 @@ struct Owner {
     } else if (lane < kColumns + N) {
       word = h_pre;
     }
-    const int from = lane % 8 * 4;
-    return {__shfl_sync(kAllLanes, word, from), __shfl_sync(kAllLanes, word, from + 1),
-            __shfl_sync(kAllLanes, word, from + 2), __shfl_sync(kAllLanes, word, from + 3)};
+    float reply[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      reply[k] = __shfl_sync(kAllLanes, word, part * 4 % 32 + k);
+      // Where all lanes have a word of r dm.
+      const float gate = kColumns < 32 ? 0.f : __shfl_sync(kAllLanes, h_pre, k);
+      if (part >= 8) reply[k] = part == 8 ? gate : 0.f;
+    }
+    return {reply[0], reply[1], reply[2], reply[3]};
   }
 
   // The sum of entry lane % 8 over all that sent.
   __device__ float sum_dots(u32 slot, int t) const {
     float sum = 0.f;
-    const u32 first = block.dots(slot, t, lane / 8) + lane % 8 * 4;
+    const u32 lane = lane_id(), first = block.dots(slot, t, lane / 8) + lane % 8 * 4;
     // Without branches all reads are under way at once; those behind the last block's are for nothing.
 #pragma unroll
     for (u32 k = 0; k < 8; ++k) {
       const float v = read_float(first + k * 4 * kDotsBytes);
-      sum += k * 4 < block.ranks * kDotWarps ? v : 0.f;
+      sum += k * 4 + lane / 8 < block.ranks * kDotWarps ? v : 0.f;
     }
     sum += __shfl_xor_sync(kAllLanes, sum, 8);
     return sum + __shfl_xor_sync(kAllLanes, sum, 16);
   }
 
-  __device__ void reply(int tile, int t, const Token& token) {
-    const u32 slot = tile % kDotsSlots;
+  __device__ void reply(Own own, const Token& token) {
+    const int tile = this->tile(own);
+    const u32 slot = tile % kDotsSlots, dots_full = block.barrier(kDotsFull, slot);
+    if (own.t == 0 && lane == 0) {
+      arrive_and_expect(dots_full, count * cluster_size() * kDotWarps * kDotsSent);
+    }
     const float m_pre = __shfl_sync(kAllLanes, token.m, lane % N);
     const float z = alpha_pre * m_pre + bias_pre, s = sigmoid(z);
     const float d_sigmoid = s * sigmoid(-z);
-    const float slope = r_slope(settings, token.r, N * block.hidden());
+    const float slope = r_slope(settings, token.r, N * block.hidden);
     const float others = warp_sum(lane < N ? 0.f : alpha * token.d_z * token.m);
     const float scaled_others = lane < N ? 0.f : token.r * alpha * token.d_z;
     float4 reply = begin_reply(token, scaled_others, s + settings.pre_eps);
 
     // All this belongs before the wait.
     asm volatile("" ::"f"(d_sigmoid), "f"(slope), "f"(others), "f"(reply.w));
-    if (t == 0) wait_for_cluster(block.barrier(kDotsFull, slot), tile / kDotsSlots % 2);
-    const float dot = sum_dots(slot, t);
+    wait_for_cluster(dots_full, tile / kDotsSlots % 2);
+    const float dot = sum_dots(slot, own.t);
     // d_h_pre[i] += <d_u, X'[i]>
     float d_h = token.d_h_pre + token.h_post * __shfl_sync(kAllLanes, dot, N);
     d_h = fmaf(token.h_res.x, __shfl_sync(kAllLanes, dot, 0), d_h);
@@ -391,24 +481,25 @@ struct Owner {
     u32 first[2], second[2];
     split(__shfl_sync(kAllLanes, scaled, 0), __shfl_sync(kAllLanes, scaled, 1), first);
     split(__shfl_sync(kAllLanes, scaled, 2), __shfl_sync(kAllLanes, scaled, 3), second);
-    const int part = lane % 8;
-    if (part == 0 || part == 3) {
+    const int sender = lane_id(), part = sender % kParts;
+    if (part == 0 || part == kLowPart) {
       reply.x = __uint_as_float(part ? first[1] : first[0]);
       reply.y = __uint_as_float(part ? second[1] : second[0]);
-    } else if (part == 7) {
+    } else if (part == kParts - 1) {
       reply.x = minus_f, reply.y = unit;
     }
     const u32 stage = tile % kStages;
-    const u32 at = block.reply(stage, in_tile(t)) + part * 16;
+    const u32 at = block.reply(stage, in_tile(own)) + part * 16;
     const u32 barrier = block.barrier(kRepliesFull, stage);
 #pragma unroll
-    for (u32 to = 0; to < 16; to += 4) {
-      const u32 rank = to + lane / 8;
-      if (rank < block.ranks) send(in_block(at, rank), reply, in_block(barrier, rank));
+    for (u32 to = 0; to < 16; to += kCopies) {
+      const u32 rank = to + sender / kParts;
+      if (sender < kCopies * kParts && rank < block.ranks)
+        send(in_block(at, rank), reply, in_block(barrier, rank));
     }
 
     if constexpr (!kSumsPhi) {
-      const int row = block.first_token(tile) + in_tile(t);
+      const int row = block.first_token(tile) + in_tile(own);
       const bool stores = row < args.tokens && lane < int(kReplyGates / 16);
       if (stores)
         static_cast<float4*>(args.for_phi)[size_t(row) * (kReplyGates / 16) + lane] = reply;
@@ -416,52 +507,49 @@ struct Owner {
     sums.add(lane < N ? d_z_pre : token.d_z, token.m);
   }
 
-  // d_H_res and d_h_post, once all blocks have sent their parts.
-  __device__ void collect(int owned) const {
-    const u32 slots = block.sums_slots(), slot = owned & (slots - 1);
+  // d_H_res and d_h_post of a token, once all blocks have sent their parts.
+  __device__ void collect(Own own) const {
+    const int lane = lane_id();
+    const u32 slots = block.sums_slots(), slot = own.turn & (slots - 1);
     const u32 barrier = block.barrier(kSumsFull, slot);
-    if (lane == 0) arrive_and_expect(barrier, block.tokens_owned() * block.ranks * kSumsBytes);
-    wait_for_cluster(barrier, (owned & slots) != 0);
-#pragma unroll 1
-    for (int t = 0; t < block.tokens_owned(); ++t) {
-      const long long token = block.first_token(tile(owned)) + in_tile(t);
-      const int entry = lane < N * N ? sum_entry(lane / N, lane % N) : sum_entry(lane % N);
-      const u32 first = block.sums(slot, t, 0) + entry * 4;
-      float sum = 0.f;
-#pragma unroll
-      for (u32 rank = 0; rank < 16; ++rank) {
-        const float v = read_float(first + rank * kSumsBytes);
-        sum += rank < block.ranks ? v : 0.f;
-      }
-      if (token < args.tokens && lane < N * N) args.d_h_res[token * N * N + lane] = sum;
-      if (token < args.tokens && lane / N == N) args.d_h_post[token * N + lane % N] = sum;
+    if (own.t == 0 && lane == 0) {
+      arrive_and_expect(barrier, count * cluster_size() * kSumsBytes);
     }
+    wait_for_cluster(barrier, (own.turn & slots) != 0);
+    const long long token = block.first_token(tile(own)) + in_tile(own);
+    const int entry = lane < N * N ? sum_entry(lane / N, lane % N) : sum_entry(lane % N);
+    const u32 first = block.sums(slot, own.t, 0) + entry * 4;
+    float sum = 0.f;
+#pragma unroll
+    for (u32 rank = 0; rank < 16; ++rank) {
+      const float v = read_float(first + rank * kSumsBytes);
+      sum += rank < block.ranks ? v : 0.f;
+    }
+    if (token < args.tokens && lane < N * N) args.d_h_res[token * N * N + lane] = sum;
+    if (token < args.tokens && lane / N == N) args.d_h_post[token * N + lane % N] = sum;
     __syncwarp();
   }
 
-  __device__ void run() {
-    // A tile's sums come long after its reply. Whoever has the reply of a tile may send its sums: by then
-    // this warp has collected what was in their slot before.
+  // The warps have the tiles in turn of which the block owns tokens.
+  __device__ void own_tokens() {
+    // A tile's sums come long after its reply. Whoever has the replies of a tile may send its sums: by then this warp
+    // has collected what was in their place before.
     const int later = block.sums_slots() - kOwnerWarps;
-    Token next = load(tile(which), 0);
+    Own next{which, 0};
+    Token ahead = load(next);
 #pragma unroll 1
-    for (int owned = which; tile(owned - later) < block.num_tiles; owned += kOwnerWarps) {
-      const int at = tile(owned);
-      if (at < block.num_tiles) {
-        if (lane == 0) {
-          arrive_and_expect(block.barrier(kDotsFull, at % kDotsSlots),
-                            block.tokens_owned() * block.ranks * kDotWarps * kDotsSent);
-        }
-#pragma unroll 1
-        for (int t = 0; t < block.tokens_owned(); ++t) {
-          const Token token = next;
-          const bool last = t + 1 == block.tokens_owned();
-          next = load(tile(last ? owned + kOwnerWarps : owned), last ? 0 : t + 1);
-          reply(at, t, token);
-        }
-      }
-      if (owned >= later) collect(owned - later);
+    while (tile(next.before(later)) < block.num_tiles) {
+      const Own own = next;
+      const Token token = ahead;
+      next.advance(count);
+      ahead = load(next);
+      if (tile(own) < block.num_tiles) reply(own, token);
+      if (own.turn >= later) collect(own.before(later));
     }
+  }
+
+  __device__ void run() {
+    if (count > 0) own_tokens();
     // The row of this warp.
     sums.store(args.gate_sums + (blockIdx.x * kOwnerWarps + which) * (kColumns + 3), lane, gate_of);
   }
@@ -477,30 +565,32 @@ struct Owner {
 // the same token in both are wanted.
 __device__ inline void stream_dots(const Block& block, int half, int lane) {
   const u32 row = lane % 8, matrix = lane / 8, odd = row / 4, token = 4 * half + row % 4;
-  const u32 first = (odd ? block.odd(0) : block.even(0)) + token * kRowBytes;
-  const u32 stage = odd ? kOddBytes : kEvenBytes;
-  const u32 y_first = block.even(0) + kY + token * kRowBytes;
   const u32 swizzle = token ^ odd * kOddSwizzle;
+  const u32 x_first = (odd ? block.odd(0) : block.even(0)) + matrix / 2 * kPlane +
+                      token * kRowBytes + (matrix % 2 ^ swizzle) * 16;
+  const u32 gradient_first = (odd ? block.odd_gradient(0) : block.even_gradient(0)) +
+                             matrix % 2 * kPlane + token * kRowBytes + (matrix / 2 ^ swizzle) * 16;
+  const u32 y_first = block.vectors(0) + token * kRowBytes + (matrix ^ token) * 16;
   const u32 g = lane / 4, q = lane % 4;
-  Ring<kStages> ring;
-  for (int tile = 0; tile < block.num_tiles; ++tile, ring.next()) {
-    const u32 slot = ring.slot;
-    wait(block.barrier(kDone, slot), ring.parity);
+  const Addressee owner(block, 4 * half + g % 4);
+  Rings rings;
+  for (int tile = 0; tile < block.num_tiles; ++tile, rings.next()) {
+    const u32 stage = rings.stages.slot;
+    wait(block.barrier(kDone, stage), rings.stages.parity);
     float x01[4] = {}, x23[4] = {}, y[4] = {};
-    const u32 from = first + slot * stage;
+    const u32 streams = x_first + stage * kPair, vectors = y_first + stage * kPair;
+    const u32 gradients = gradient_first + rings.slot() * kPair;
 #pragma unroll 2
     for (u32 at = 0; at < SIZE / kBoxChannels * kBox; at += kBox) {
 #pragma unroll
       for (u32 unit = 0; unit < 8; unit += 4) {
         u32 y_part[4];
-        read_matrices(y_part, y_first + slot * kEvenBytes + at + ((unit + matrix) ^ token) * 16);
+        read_matrices(y_part, (vectors + at) ^ unit * 16);
 #pragma unroll
         for (u32 h = 0; h < 2; ++h) {
           u32 a[4], x[4];
-          read_matrices(a, from + kGradient + matrix % 2 * kPlane + at +
-                               ((unit + 2 * h + matrix / 2) ^ swizzle) * 16);
-          read_matrices(
-              x, from + matrix / 2 * kPlane + at + ((unit + 2 * h + matrix % 2) ^ swizzle) * 16);
+          read_matrices(a, (gradients + at) ^ (unit + 2 * h) * 16);
+          read_matrices(x, (streams + at) ^ (unit + 2 * h) * 16);
           mma(x01, a[0], a[1], a[2], a[3], {x[0], x[1]});
           mma(x23, a[0], a[1], a[2], a[3], {x[2], x[3]});
           mma(y, a[0], a[1], a[2], a[3], {y_part[2 * h], y_part[2 * h + 1]});
@@ -508,13 +598,13 @@ __device__ inline void stream_dots(const Block& block, int half, int lane) {
       }
     }
     __syncwarp();
-    if (lane == 0) arrive(block.barrier(kEmpty, slot));
+    if (lane == 0) arrive(block.barrier(kEmpty, stage));
     if (g % 4 / 2 == q % 2) {
       const bool b = g % 2;
-      const u32 own = 4 * half + g % 4, owner = block.owner(own, tile);
+      const u32 rank = owner.rank(block, tile);
       const u32 sums_slot = (tile >> block.turns_shift) & (block.sums_slots() - 1);
-      const u32 to = in_block(block.sums(sums_slot, own, block.rank), owner);
-      const u32 barrier = in_block(block.barrier(kSumsFull, sums_slot), owner);
+      const u32 to = in_block(block.sums(sums_slot, owner.t, block.rank), rank);
+      const u32 barrier = in_block(block.barrier(kSumsFull, sums_slot), rank);
       send(to + (g / 4 * 2 + q / 2) * 16,
            {b ? x01[1] : x01[0], b ? x23[1] : x23[0], b ? x01[3] : x01[2], b ? x23[3] : x23[2]},
            barrier);
@@ -548,7 +638,8 @@ struct Tables {
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       column[k] = k == i;
-      if (args.deferred) column[k] = exists ? __ldg(args.h_res_new + (token * N + k) * N + i) : 0.f;
+      if (!kIdentity && args.deferred)
+        column[k] = exists ? __ldg(args.h_res_new + (token * N + k) * N + i) : 0.f;
     }
     const bool has_h_post = lane < kTileTokens && tile < block.num_tiles && whole < args.tokens;
     h_post = has_h_post ? __ldg(reinterpret_cast<const float4*>(args.h_post) + whole) : float4{};
@@ -571,8 +662,8 @@ struct Tables {
     const u32 t = lane / N, i = lane % N;
     const u32 tables = block.tables(tile), at = (t * 2 + i % 2) * 32 + i / 2 * 8;
     write(tables + at, row);
-    write(tables + kTableBytes + at, column);
-    if (lane < kTileTokens) write_float4(tables + 2 * kTableBytes + lane * N * 4, h_post);
+    if constexpr (!kIdentity) write(tables + kTableBytes + at, column);
+    if (lane < kTileTokens) write_float4(tables + kHPost + lane * N * 4, h_post);
     __syncwarp();
     if (lane == 0) arrive(block.barrier(kTablesFull, tile % 2));
   }
@@ -588,21 +679,21 @@ __device__ inline void finish_tiles(const Block& block, const Args& args, const 
     tables.write(tile);
   }
   tables.load(2);
-  Ring<kStages> ring;
-  for (int tile = 0; tile < block.num_tiles; ++tile, ring.next()) {
-    const u32 slot = ring.slot, even = block.even(slot), odd = block.odd(slot);
+  Rings rings;
+  for (int tile = 0; tile < block.num_tiles; ++tile, rings.next()) {
+    const u32 stage = rings.stages.slot, slot = rings.slot();
     const int token = block.first_token(tile);
-    wait(block.barrier(kDone, slot), ring.parity);
+    wait(block.barrier(kDone, stage), rings.stages.parity);
     if (lane == 0) {
-      copy_out(maps.d_x_new_even, token, box, 0, even + kGradient);
-      copy_out(maps.d_x_new_odd, token, box, 0, odd + kGradient);
-      copy_out(maps.d_y, token, box, 0, even + kInput);
+      copy_out(maps.d_x_new_even, token, box, 0, block.even_gradient(slot));
+      copy_out(maps.d_x_new_odd, token, box, 0, block.odd_gradient(slot));
+      copy_out(maps.d_y, token, box, 0, block.vectors(stage) + kPlane);
       commit_copies();
     }
     tables.write(tile + 2);
     if (lane == 0) {
       wait_for_reads<0>();
-      arrive(block.barrier(kEmpty, slot));
+      arrive(block.barrier(kEmpty, stage));
     }
     __syncwarp();
     tables.load(tile + 3);
@@ -620,37 +711,26 @@ KERNEL(post_pre_bwd_one_pass, kThreads, 1)
  const __grid_constant__ TensorMap d_x_new_odd, const __grid_constant__ TensorMap d_y,
  const float* h_post, const float* h_res, const float* phi, const float* alpha, const float* bias,
  const float* m, const float* r, const float* h_res_new, const float* d_h_pre, const float* d_z,
- float* d_h_post, float* d_h_res, void* for_phi, float* gate_sums, int tokens, int deferred,
- Settings settings) {
+ float* d_h_post, float* d_h_res, void* for_phi, float* gate_sums, int tokens, int hidden,
+ int deferred, Settings settings) {
   extern __shared__ __align__(1024) unsigned char memory[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const Block block(memory, tokens);
   const Args args{h_post,  h_res, phi,      alpha,   bias,    m,         r,      h_res_new,
                   d_h_pre, d_z,   d_h_post, d_h_res, for_phi, gate_sums, tokens, deferred};
   const Maps maps{x_even,         x_odd,        y,           d_u, d_x_new_in_even,
                   d_x_new_in_odd, d_x_new_even, d_x_new_odd, d_y};
-  if (threadIdx.x == 0) {
-    for (u32 slot = 0; slot < 8; ++slot) init_barrier(block.barrier(kSumsFull, slot), 1);
-    for (u32 slot = 0; slot < kDotsSlots; ++slot) init_barrier(block.barrier(kDotsFull, slot), 1);
-    for (u32 slot = 0; slot < kStages; ++slot) {
-      init_barrier(block.barrier(kInputFull, slot), 1);
-      init_barrier(block.barrier(kGradientFull, slot), 1);
-      init_barrier(block.barrier(kEmpty, slot), kDotWarps + 1);
-      init_barrier(block.barrier(kRepliesFull, slot), 1);
-      init_barrier(block.barrier(kDone, slot), kMainWarps);
-    }
-    for (u32 slot = 0; slot < 2; ++slot) init_barrier(block.barrier(kTablesFull, slot), 1);
-    init_barrier(block.barrier(kPhiThere, 0), kMainWarps);
-    publish_barriers();
-  }
+  if (threadIdx.x == 0) Block(memory, hidden, tokens).init_barriers();
   start_cluster();
 
+  // Each task asks for its block again, so that none keeps in registers what only others want.
   if (warp < kMainWarps) {
     take_registers<kMainRegisters>();
+    const Block block(memory, hidden, tokens);
     main_warps(block, args, warp, lane);
   } else {
     give_registers<kOtherRegisters>();
     cluster_wait();
+    const Block block(memory, hidden, tokens);
     if (warp < kStreamDots) {
       input_dots(block, warp - kInputDots, lane);
     } else if (warp < kLoader) {

@@ -10,7 +10,6 @@
 #include "math/coefficients.cuh"
 
 constexpr int N = SIZE;
-constexpr int kColumns = N * (N + 2);
 constexpr int kMaxThreads = tuning_post_pre_norm_bwd::threads;
 constexpr int kV = tuning_post_pre_norm_bwd::channels;
 // What is divided by must leave room for the digits of the quotient.
@@ -21,7 +20,7 @@ struct Streams {
   const Stream *x, *y;
   const float *h_post, *h_res, *alpha, *bias, *m;
   float pre_eps;
-  int hidden;
+  int hidden, columns;
 
   __device__ float sum(long long token, int channel) const {
     const float own_y = wide(y[token * hidden + channel]);
@@ -34,7 +33,7 @@ struct Streams {
       for (int j = 0; j < N; ++j) {
         x_new += h_res[row * N + j] * wide(x[(token * N + j) * hidden + channel]);
       }
-      sum += (sigmoid(alpha[0] * m[token * kColumns + i] + bias[i]) + pre_eps) * x_new;
+      sum += (sigmoid(alpha[0] * m[token * columns + i] + bias[i]) + pre_eps) * x_new;
     }
     return sum;
   }
@@ -44,10 +43,11 @@ struct Streams {
 KERNEL(post_pre_norm_bwd, kMaxThreads)
 (const Stream* x, const Stream* y, const float* h_post, const float* h_res, const float* alpha,
  const float* bias, const float* m, const float* norm_scale, const float* rho, const Stream* u_norm,
- const Stream* d_u, Stream* d_sum, float* d_w, int tokens, int hidden, Settings settings) {
+ const Stream* d_u, Stream* d_sum, float* d_w, int tokens, int hidden, int columns,
+ Settings settings) {
   // Of one token and of the next.
   __shared__ float sums[2][kMaxThreads / 32];
-  const Streams streams{x, y, h_post, h_res, alpha, bias, m, settings.pre_eps, hidden};
+  const Streams streams{x, y, h_post, h_res, alpha, bias, m, settings.pre_eps, hidden, columns};
   const int at = threadIdx.x * kV, warps = blockDim.x / 32;
   const float over_hidden = reciprocal(hidden);
   float over_w[kV], own_d_w[kV];

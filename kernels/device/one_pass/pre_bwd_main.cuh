@@ -12,31 +12,34 @@
 
 // A fragment of phi (phi.cuh) with its way through shared memory.
 struct PhiFragment {
-  u32 words[6];
+  u32 words[kPhiWords];
 
-  // This lane's elements, from the first on.
-  __device__ static void load(float2 (&values)[6], const float* first) {
+  // This lane's elements, from the first on, if they are there; else zeros.
+  __device__ static void load(float2 (&values)[kPhiWords], const float* first, bool exist) {
 #pragma unroll
-    for (int w = 0; w < 6; ++w) {
-      values[w] = *reinterpret_cast<const float2*>(first + w % 2 * 8 * kColumns + w / 2 * 8);
+    for (int w = 0; w < kPhiWords; ++w) {
+      const float* at = first + w % 2 * 8 * kColumns + w / 2 * 8;
+      values[w] = exist ? *reinterpret_cast<const float2*>(at) : float2{};
     }
   }
-  __device__ void set(const float2 (&values)[6], float scale) { round_phi(words, values, scale); }
+  __device__ void set(const float2 (&values)[kPhiWords], float scale) {
+    round_phi(words, values, scale);
+  }
   __device__ void write(u32 at) const {
 #pragma unroll
-    for (int w = 0; w < 6; w += 2) write2(at + w * 128, {words[w], words[w + 1]});
+    for (int w = 0; w < kPhiWords; w += 2) write2(at + w * 128, {words[w], words[w + 1]});
   }
   __device__ void read(u32 at) {
 #pragma unroll
-    for (int w = 0; w < 6; w += 2) {
+    for (int w = 0; w < kPhiWords; w += 2) {
       const uint2 v = read2(at + w * 128);
       words[w] = v.x, words[w + 1] = v.y;
     }
   }
 };
 
-// The first channel of this thread in a turn; it has the eighth from there on, too. Asks for its place, so that it need
-// not be kept in registers meanwhile.
+// The first channel of this thread in a turn, which may lie behind the last; it has the eighth from there on, too. Asks
+// for its place, so that it need not be kept in registers meanwhile.
 __device__ inline int channel_at(int turn) {
   const u32 thread = thread_id();
   const int warp = thread / 32;
@@ -44,7 +47,10 @@ __device__ inline int channel_at(int turn) {
   return cluster_rank() * SIZE + unit * 16 + thread % 32 / 4;
 }
 
-// Where this thread's elements of fragment f of phi or d_phi begin; asks for its place, too.
+// Whether a turn's channels are there, for all of a warp alike.
+__device__ inline bool is_there(int turn, int hidden) { return channel_at(turn) < hidden; }
+
+// Where this thread's elements of fragment f of phi or d_phi begin, if they are there; asks for its place, too.
 __device__ inline int fragment_at(int f, int hidden) {
   const u32 thread = thread_id();
   const int warp = thread / 32, turn = f / N;
@@ -52,27 +58,34 @@ __device__ inline int fragment_at(int f, int hidden) {
   return (stream * hidden + channel_at(turn)) * kColumns + thread % 4 * 2;
 }
 
+// Where this thread's part of its first fragment of phi in shared memory begins; asks for its place, too.
+__device__ inline u32 phi_of_thread() {
+  const u32 thread = thread_id();
+  return shared_address(shared) + kPhi + thread / 32 * kFragmentBytes + thread % 32 * 8;
+}
+
 // A main warp. Lane 4 g + q has the channels g and g + 8 of a unit, and the tokens 2 q and 2 q + 1.
 template <bool NORM>
 struct Differentiation {
-  // Fragments of phi; from this warp's first one in shared memory on.
+  // Fragments of phi; the others are in shared memory.
   PhiFragment held[kHeld > 0 ? kHeld : 1];
-  u32 phi_at;
-  float d_phi[kSums][3][4];
+  float d_phi[kSums][kOctets][4];
   const float* norm_scale;
   float* d_norm_scale_partials;
   int hidden;
   // Sums for the gradient of w, where there are registers for them: lane 4 g + q has channel g + q % 2 * 8 of one of
   // two turns each.
   float d_w[(kTurns + kShared + 1) / 2];
-  // Places of the tile: of X and d_u, and of d_x_in; of the replies from matrix rows of this lane on, and from its
-  // first token on.
-  u32 stage, d_x_in_at, row_replies, own_replies;
+  // Places: of the tile's X and d_u, and d_x_in; of the replies from matrix rows of this lane on, and from its first
+  // token on; of phi.
+  u32 stage, d_x_in_at, row_replies, own_replies, phi_at;
 
   // A unit, or two streams of it from `first` on, whose fragments are those from F on. `at`: of this lane's matrix
   // row in a pair of streams; where only one is read, of a lane whose row is wanted it is in the first.
   template <int F, int STREAMS>
   __device__ void differentiate(u32 at, int first) {
+    // Nothing to do behind the last channel; a branch where there are registers for one.
+    if (NORM && kHoldsDW && !is_there(F / N, hidden)) return;
     // d_u of channels g and g + 8, and where it is normalised the cotangent of u.
     u32 d_u[2] = {};
     float du[2][2];
@@ -85,7 +98,10 @@ struct Differentiation {
       float d_scale[2] = {};
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const float scale = load_single(norm_scale + channel_at(F / N) + 8 * c);
+        const int channel = channel_at(F / N) + 8 * c;
+        // Without the branch, nobody reads what becomes of a channel behind the last.
+        const float scale =
+            load_single(norm_scale + (kHoldsDW ? channel : min(channel, hidden - 1)));
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
           const auto of = [&](u32 v) { return t == 0 ? low_half(v) : high_half(v); };
@@ -106,7 +122,7 @@ struct Differentiation {
       constexpr int kTurn = F / N;
       if constexpr (kHoldsDW) {
         if (q / 2 == kTurn % 2) d_w[kTurn / 2] += sum;
-      } else if (q < 2 && first == 0) {
+      } else if (q < 2 && first == 0 && is_there(kTurn, hidden)) {
         // The first of two warps that share a unit.
         *d_w_at(kTurn) += sum;
       }
@@ -119,20 +135,23 @@ struct Differentiation {
       }
     };
     // r dm and the rest of it; and both in one as B of phi dm: k is a column.
-    u32 dm[4], more_dm[2];
-    read_matrices(dm, row_replies);
-    read_matrices(more_dm, row_replies + 64);
+    u32 dm[2 * kOctets];
+    read_dm<false>(dm);
     const u32 column_replies = own_replies + (lane_id() / 4 - lane_id() % 4 * 2) * kReplyRow;
     const float scale = inverse_of_unit(read_float(column_replies + kUnit));
-    const u32 half_dm[3] = {half_pair(dm[0], dm[3], scale), half_pair(dm[1], more_dm[0], scale),
-                            half_pair(dm[2], more_dm[1], scale)};
+    u32 half_dm[kOctets];
+#pragma unroll
+    for (int octet = 0; octet < kOctets; ++octet)
+      half_dm[octet] = half_pair(dm[octet], dm[kOctets + octet], scale);
     const float unit_of_phi = read_float(phi_unit());
     u32 d_x_in[2][4];
     if constexpr (!NORM) read_transposed(d_u, stage + kDU + at);
-    read_transposed(d_x_in[0], d_x_in_at + at);
-    read_transposed(d_x_in[1], d_x_in_at + 2 * kPlaneBytes + at);
-    // A shared unit: its other warp writes what this one reads.
-    if constexpr (STREAMS < N) wait_for_partner();
+    if constexpr (kMixes) {
+      read_transposed(d_x_in[0], d_x_in_at + at);
+      read_transposed(d_x_in[1], d_x_in_at + 2 * kPlaneBytes + at);
+      // A shared unit: its other warp writes what this one reads.
+      if constexpr (STREAMS < N) wait_for_partner();
+    }
     // d_x[j] = (r dm) phi^T + h_pre[j] d_u - f X[j] + sum over i of h_res[i, j] d_x_in[i]
     const u32 first_at = at + first * kPlaneBytes;
     const u32 first_replies = own_replies + first * sizeof(float),
@@ -141,6 +160,8 @@ struct Differentiation {
     for (int s = 0; s < STREAMS; s += 2) {
       u32 x[4], d_x[4];
       read_transposed(x, stage + first_at + s * kPlaneBytes);
+      // Streams that are not mixed are read a pair at a time.
+      if constexpr (!kMixes) read_transposed(d_x_in[0], d_x_in_at + first_at + s * kPlaneBytes);
 #pragma unroll
       for (int j = s; j < s + 2; ++j) {
         const u32 x0 = x[j % 2 * 2], x1 = x[j % 2 * 2 + 1];
@@ -148,7 +169,7 @@ struct Differentiation {
         if (F + j < kHeld) {
           p = held[F + j < kHeld ? F + j : 0];
         } else {
-          p.read(phi() + (F + j - kHeld) * kMainWarps * kFragmentBytes);
+          p.read(phi_at + (F + j - kHeld) * kMainWarps * kFragmentBytes);
         }
         float sums[4] = {};
         mma_half(sums, p.words, half_dm);
@@ -159,25 +180,31 @@ struct Differentiation {
           const uint2 factors = read2(own_replies + t * kReplyRow + kMinusF);
           const float minus_f = __uint_as_float(factors.x),
                       unit = unit_of_phi * __uint_as_float(factors.y);
-          const float4 h = read_float4(first_h + t * kReplyRow + j * 16);
           sums[t] = unit * sums[t] + h_pre * cotangent(0, t) + minus_f * of(x0);
           sums[2 + t] = unit * sums[2 + t] + h_pre * cotangent(1, t) + minus_f * of(x1);
-          const float hs[N] = {h.x, h.y, h.z, h.w};
+          if constexpr (kMixes) {
+            const float4 h = read_float4(first_h + t * kReplyRow + j * 16);
+            const float hs[N] = {h.x, h.y, h.z, h.w};
 #pragma unroll
-          for (int i = 0; i < N; ++i) {
-            sums[t] += hs[i] * of(d_x_in[i / 2][i % 2 * 2]);
-            sums[2 + t] += hs[i] * of(d_x_in[i / 2][i % 2 * 2 + 1]);
+            for (int i = 0; i < N; ++i) {
+              sums[t] += hs[i] * of(d_x_in[i / 2][i % 2 * 2]);
+              sums[2 + t] += hs[i] * of(d_x_in[i / 2][i % 2 * 2 + 1]);
+            }
+          } else {
+            sums[t] += of(d_x_in[0][j % 2 * 2]);
+            sums[2 + t] += of(d_x_in[0][j % 2 * 2 + 1]);
           }
         }
         d_x[j % 2 * 2] = pair(sums[0], sums[1]);
         d_x[j % 2 * 2 + 1] = pair(sums[2], sums[3]);
       }
       write_transposed(d_x_in_at + first_at + s * kPlaneBytes, d_x);
+      // So that the compiler does not begin with the next pair before, for which it would spill registers on sm_100f.
+      if constexpr (NORM && !kHoldsDW) __syncwarp();
     }
     // d_phi = sum over tokens of vec(X)^T (r dm), with r dm as B: k is a token. X is read again, which takes fewer
     // registers.
-    read_transposed(dm, row_replies);
-    read_transposed(more_dm, row_replies + 64);
+    read_dm<true>(dm);
 #pragma unroll
     for (int s = 0; s < STREAMS; s += 2) {
       u32 x[4];
@@ -185,21 +212,36 @@ struct Differentiation {
 #pragma unroll
       for (int j = s; j < s + 2; ++j) {
         const u32 x0 = x[j % 2 * 2], x1 = x[j % 2 * 2 + 1];
-        const auto add = [&](float (&sums)[3][4]) {
-          mma(sums[0], x0, x1, x0, x1, {dm[0], dm[3]});
-          mma(sums[1], x0, x1, x0, x1, {dm[1], more_dm[0]});
-          mma(sums[2], x0, x1, x0, x1, {dm[2], more_dm[1]});
+        const auto add = [&](float (&sums)[kOctets][4]) {
+#pragma unroll
+          for (int octet = 0; octet < kOctets; ++octet)
+            mma(sums[octet], x0, x1, x0, x1, {dm[octet], dm[kOctets + octet]});
         };
         if (F + j < kSums) {
           add(d_phi[F + j < kSums ? F + j : 0]);
         } else {
-          float sums[3][4];
+          float sums[kOctets][4];
           read_sums(sums);
           add(sums);
           write_sums(sums);
         }
       }
     }
+  }
+
+  // r dm, then what it lost, an octet of columns a matrix; from matrix FIRST on.
+  template <bool TRANSPOSED, int FIRST = 0>
+  __device__ void read_dm(u32 (&dm)[2 * kOctets]) const {
+    constexpr int kPart = 2 * kOctets - FIRST < 4 ? 2 : 4;
+    u32 part[kPart];
+    if constexpr (TRANSPOSED) {
+      read_transposed(part, row_replies + FIRST * 16);
+    } else {
+      read_matrices(part, row_replies + FIRST * 16);
+    }
+#pragma unroll
+    for (int e = 0; e < kPart; ++e) dm[FIRST + e] = part[e];
+    if constexpr (FIRST + kPart < 2 * kOctets) read_dm<TRANSPOSED, FIRST + kPart>(dm);
   }
 
   // Channels of `d_norm_scale_partials` that lane 4 g + q, q < 2, adds up in a turn.
@@ -212,15 +254,8 @@ struct Differentiation {
 #pragma unroll
     for (int turn = 0; turn < kTurns + kShared; ++turn) {
       // Both warps of a shared unit write the same.
-      if (lane % 4 / 2 == turn % 2) *d_w_at(turn) = d_w[turn / 2];
+      if (lane % 4 / 2 == turn % 2 && is_there(turn, hidden)) *d_w_at(turn) = d_w[turn / 2];
     }
-  }
-
-  // The same as phi_at; asked for again where the norm leaves no register for it.
-  __device__ u32 phi() const {
-    if constexpr (!NORM || kHoldsDW) return phi_at;
-    const u32 thread = thread_id();
-    return shared_address(shared) + kPhi + thread / 32 * kFragmentBytes + thread % 32 * 8;
   }
 
   // Asks for its place like `fragment_at`.
@@ -234,18 +269,18 @@ struct Differentiation {
     const u32 thread = thread_id();
     return shared_address(shared) + kSumsAt + thread / 32 * kSumsBytes + thread % 32 * 16;
   }
-  __device__ static void read_sums(float (&sums)[3][4]) {
+  __device__ static void read_sums(float (&sums)[kOctets][4]) {
     const u32 at = sums_at();
 #pragma unroll
-    for (int octet = 0; octet < 3; ++octet) {
+    for (int octet = 0; octet < kOctets; ++octet) {
       const float4 v = read_float4(at + octet * 512);
       sums[octet][0] = v.x, sums[octet][1] = v.y, sums[octet][2] = v.z, sums[octet][3] = v.w;
     }
   }
-  __device__ static void write_sums(const float (&sums)[3][4]) {
+  __device__ static void write_sums(const float (&sums)[kOctets][4]) {
     const u32 at = sums_at();
 #pragma unroll
-    for (int octet = 0; octet < 3; ++octet) {
+    for (int octet = 0; octet < kOctets; ++octet) {
       const float (&s)[4] = sums[octet];
       write_float4(at + octet * 512, {s[0], s[1], s[2], s[3]});
     }
@@ -270,16 +305,18 @@ __device__ inline void differentiate_tiles(const Block& block, const Args& args,
                                            int lane) {
   const int hidden = args.hidden;
   Differentiation<NORM> main;
-  main.phi_at = block.shared + kPhi + warp * kFragmentBytes + lane * 8;
   // All of it at once, before the sums need the registers.
-  float2 values[kFragments][6];
+  float2 values[kFragments][kPhiWords];
   u32 largest = 0;
+  bool exist[kTurns + kShared];
+#pragma unroll
+  for (int turn = 0; turn < kTurns + kShared; ++turn) exist[turn] = is_there(turn, hidden);
 #pragma unroll
   for (int f = 0; f < kFragments; ++f)
-    PhiFragment::load(values[f], args.phi + fragment_at(f, hidden));
+    PhiFragment::load(values[f], args.phi + fragment_at(f, hidden), exist[f / N]);
 #pragma unroll
-  for (int w = 0; w < kFragments * 6; ++w) {
-    const float2 v = values[w / 6][w % 6];
+  for (int w = 0; w < kFragments * kPhiWords; ++w) {
+    const float2 v = values[w / kPhiWords][w % kPhiWords];
     largest = max(largest, max(magnitude(v.x), magnitude(v.y)));
   }
   const float unit = half_unit(__reduce_max_sync(kAllLanes, largest)),
@@ -292,11 +329,12 @@ __device__ inline void differentiate_tiles(const Block& block, const Args& args,
     if (f < kHeld) {
       main.held[f < kHeld ? f : 0] = fragment;
     } else {
-      fragment.write(main.phi_at + (f - kHeld) * kMainWarps * kFragmentBytes);
+      fragment.write(phi_of_thread() + (f - kHeld) * kMainWarps * kFragmentBytes);
     }
   }
 #pragma unroll
-  for (int e = 0; e < kSums * 12; ++e) main.d_phi[e / 12][e / 4 % 3][e % 4] = 0.f;
+  for (int e = 0; e < kSums * kOctets * 4; ++e)
+    main.d_phi[e / (kOctets * 4)][e / 4 % kOctets][e % 4] = 0.f;
   if constexpr (NORM) {
     main.norm_scale = args.norm_scale, main.d_norm_scale_partials = args.d_norm_scale_partials;
     main.hidden = hidden;
@@ -314,15 +352,13 @@ __device__ inline void differentiate_tiles(const Block& block, const Args& args,
     // From the number of the tile, so that it is all that has to be kept.
     const u32 slot = tile % kStages, parity = tile / kStages % 2;
     const u32 d_x_in_slot = tile % kDXInSlots, d_x_in_parity = tile / kDXInSlots % 2;
-    if (warp == 0 && lane == 0) {
-      arrive_and_expect(block.barrier(kReplyFull, slot), kTileTokens * kHRes);
-    }
     wait(block.barrier(kFull, slot), parity);
-    wait(block.barrier(kTableFull, slot), parity);
+    if constexpr (kMixes) wait(block.barrier(kTableFull, slot), parity);
     wait(block.barrier(kDXInFull, d_x_in_slot), d_x_in_parity);
     wait_for_cluster(block.barrier(kReplyFull, slot), parity);
     main.stage = block.stage(slot), main.d_x_in_at = block.d_x_in_at(d_x_in_slot);
     const u32 replies = block.replies(slot);
+    main.phi_at = phi_of_thread();
     // Asked for again, like all that can be.
     const u32 lane = lane_id(), q = lane % 4, matrix = lane / 8, row = lane % 8;
     main.row_replies = replies + row * kReplyRow + matrix * 16,
@@ -339,14 +375,15 @@ __device__ inline void differentiate_tiles(const Block& block, const Args& args,
     }
     fence_for_copies();
     __syncwarp();
-    if (lane == 0) arrive(block.barrier(kDone, slot));
+    if (lane_id() == 0) arrive(block.barrier(kDone, slot));
   }
 
   float* partial = args.d_phi_partials + (long long)cluster_id() * N * hidden * kColumns;
-  float last[3][4] = {};
+  float last[kOctets][4] = {};
   if constexpr (kSumsInShared > 0) main.read_sums(last);
 #pragma unroll
   for (int f = 0; f < kFragments; ++f) {
+    if (!is_there(f / N, hidden)) continue;
     float* out = partial + fragment_at(f, hidden);
     store_d_phi(out, f < kSums ? main.d_phi[f < kSums ? f : 0] : last);
   }

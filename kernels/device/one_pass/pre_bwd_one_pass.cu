@@ -1,7 +1,8 @@
 // The backward pass of pre in one pass over X, d_u and d_x_in, the cotangent of X that it adds to (n = 4):
 //
 //   d_h_pre[i] += <d_u, X[i]>
-//   d_z         from d_h_pre; that of the other coefficients is there already (logits_bwd.cu)
+//   d_z         from d_h_pre; that of the other coefficients is there already (logits_bwd.cu), or from d_h_post where
+//               there are no others
 //   dm          = alpha d_z
 //   d_x[j]      = sum over i of h_res[i, j] d_x_in[i] + h_pre[j] d_u + (r dm) phi^T - f X[j]
 //   d_phi       = sum over tokens of vec(X)^T (r dm)
@@ -15,6 +16,8 @@
 //   loader        d_x to memory
 //
 // X may have more buffers than d_x_in, which is not wanted before the reply is there.
+//
+// Without columns of phi for H_res (kMixes) this is the unit matrix.
 //
 // Where the layer's input is normalised, d_u is the cotangent g of w rho u, with u = sum over i of h_pre[i] X[i] and
 // w = norm_scale. In place of d_u stands then the cotangent of u (NORM):
@@ -39,6 +42,9 @@ constexpr bool kShared = kUnits % kMainWarps > 0;
 static_assert(kUnits % kMainWarps == 0 || kUnits % kMainWarps * 2 == kMainWarps);
 // A fragment of phi or d_phi is what a unit has of a stream. Those of a main warp: of its turns, then what it shares.
 constexpr int kFragments = N * kTurns + (kShared ? 2 : 0);
+
+// Whether streams are mixed by H_res.
+constexpr bool kMixes = kColumns > 2 * N;
 
 using Tuned = tuning_pre_bwd_one_pass;
 // Not every size has a kernel with the norm.
@@ -69,15 +75,18 @@ struct Warps {
   static constexpr int kMainRegisters = kDot == 2 ? 216 : 200;
   static constexpr int kDotRegisters = kDot == 2 ? 72 : 48, kOtherRegisters = kDot == 2 ? 72 : 64;
   static constexpr int kLoader = kMainWarps + kDot, kOwner = kLoader + 1;
-  static constexpr int kThreads = 32 * (kMainWarps + (kDot + 2 + 3) / 4 * 4);
+  // Owners are all that are left in a group: each takes longer for a token than the others for its part of a tile.
+  static constexpr int kWarps = kMainWarps + (kDot + 2 + 3) / 4 * 4, kOwners = kWarps - kOwner;
+  static constexpr int kThreads = 32 * kWarps;
   // The partials of the dot products of one token from one block: a float4 a dot warp, and as much again where u is
   // normalised.
-  static constexpr u32 kPartialBytes = kDot * 16;
+  static constexpr u32 kPartialBytes = kDot * 16, kKinds = NORM ? 2 : 1;
 };
-// Room for them.
-constexpr u32 kPartialBytes = 64;
+// Room for them, and for so many at once.
+constexpr u32 kPartialBytes = 64, kPartialRows = Tuned::partials;
 static_assert(Warps<false>::kPartialBytes <= kPartialBytes &&
-              2 * Warps<true>::kPartialBytes <= kPartialBytes);
+              2 * Warps<true>::kPartialBytes <= kPartialBytes &&
+              NormTuned::partials == kPartialRows);
 
 // ---- shared memory ----------------------------------------------------------------------------------
 
@@ -88,16 +97,17 @@ constexpr u32 kDU = N * kPlaneBytes, kStageBytes = kDU + kPlaneBytes;
 constexpr u32 kDXInBytes = N * kPlaneBytes;
 constexpr u32 kBoxUnits = kBoxChannels / 16, kUnitBytes = 32;
 // Of one fragment of phi (f16), and of d_phi.
-constexpr u32 kFragmentBytes = kPhiFragmentBytes, kSumsBytes = 32 * 48;
+constexpr u32 kFragmentBytes = kPhiFragmentBytes, kSumsBytes = 32 * 16 * kOctets;
 constexpr u32 kPhiBytes = kMainWarps * (kFragments - kHeld) * kFragmentBytes;
-// What main warps want to know of a tile, a row a token: r dm, what r dm lost by rounding (bf16, 24 each), h_pre, -f
-// and the unit of r dm (`half_unit`), rho and -f of the norm of u, all of these from the owner; the transpose of h_res.
-// The padding keeps the rows in different banks.
-constexpr u32 kHPre = 96, kMinusF = 112, kUnit = kMinusF + 4, kRho = kUnit + 4, kHRes = 128;
-constexpr u32 kReplyRow = kHRes + N * N * sizeof(float) + 16;
+// What main warps want to know of a tile, a row a token: r dm, what r dm lost by rounding (bf16), h_pre, -f and the unit
+// of r dm (`half_unit`), rho and -f of the norm of u, all of these from the owner; the transpose of h_res. The padding
+// keeps the rows in different banks.
+constexpr u32 kHPre = 4 * kColumns, kMinusF = kHPre + 16, kUnit = kMinusF + 4, kRho = kUnit + 4;
+constexpr u32 kHRes = kHPre + 32;
+constexpr u32 kReplyRow = kHRes + (kMixes ? N * N * sizeof(float) : 0) + 16;
 constexpr u32 kRepliesBytes = kTileTokens * kReplyRow;
-// Clusters of 16 have owners for two tiles, so that half as many buffers do.
-constexpr u32 kPartialsBytes = (kStages + 1) / 2 * 16 * kPartialBytes;
+// The most tokens whose partials may be there: those of all stages, if a block owns them all.
+constexpr u32 kMaxPartials = kStages * kTileTokens;
 
 // As many buffers for d_x_in as for X lie among these: one address is enough.
 constexpr u32 kDXIn = kStages * kStageBytes;
@@ -105,17 +115,16 @@ constexpr u32 kPhi = kDXIn + kDXInSlots * kDXInBytes;
 constexpr u32 kSumsAt = kPhi + kPhiBytes;
 constexpr u32 kReplies = kSumsAt + kMainWarps * kSumsInShared * kSumsBytes;
 constexpr u32 kPartials = kReplies + kStages * kRepliesBytes;
-constexpr u32 kBarriers = kPartials + kPartialsBytes;
+constexpr u32 kBarriers = kPartials + kPartialRows * kPartialBytes;
 // Barriers, of 8 bytes each, of every buffer but the last: what is there once a phase is over, and who arrives for that
 // (`Block::init_barriers` has the numbers). Copies and other blocks arrive with bytes, which one warp here announces.
-constexpr u32 kFull = kBarriers;            // X and d_u; the loader, with bytes
-constexpr u32 kDone = kFull + 8 * kStages;  // d_x in the place of d_x_in; the main warps
-constexpr u32 kPartialsFull =
-    kDone + 8 * kStages;  // all blocks' partials of the dot products; the owner, with bytes
-constexpr u32 kReplyFull =
-    kPartialsFull + 8 * kStages;  // the owners' replies; the first main warp, with bytes
+constexpr u32 kFull = kBarriers;                      // X and d_u; the loader, with bytes
+constexpr u32 kDone = kFull + 8 * kStages;            // d_x in the place of d_x_in; the main warps
+constexpr u32 kReplyFull = kDone + 8 * kStages;       // the owners' replies; the loader, with bytes
 constexpr u32 kTableFull = kReplyFull + 8 * kStages;  // h_res beside the replies; the dot warps
-constexpr u32 kDXInFull = kTableFull + 8 * kStages;   // d_x_in; the loader, with bytes
+constexpr u32 kPartialsFull =
+    kTableFull + 8 * kStages;  // all blocks' partials for a token; the owner, with bytes
+constexpr u32 kDXInFull = kPartialsFull + 8 * kMaxPartials;  // d_x_in; the loader, with bytes
 constexpr u32 kPhiRead = kDXInFull + 8 * kDXInSlots;  // phi is where it stays; the main warps
 // Of phi in a main warp's fragments (`half_unit`).
 constexpr u32 kPhiUnits = kPhiRead + 8;
@@ -123,6 +132,8 @@ constexpr u32 kSharedBytes = kPhiUnits + kMainWarps * sizeof(float);
 static_assert(kSharedBytes == Tuned::shared_bytes && kSharedBytes == NormTuned::shared_bytes);
 static_assert(Warps<false>::kThreads == Tuned::threads &&
               Warps<true>::kThreads == NormTuned::threads);
+static_assert(Warps<false>::kOwners == Tuned::owner_warps &&
+              Warps<true>::kOwners == NormTuned::owner_warps);
 
 extern __shared__ __align__(1024) unsigned char shared[];
 
@@ -130,10 +141,7 @@ extern __shared__ __align__(1024) unsigned char shared[];
 struct Block : Place<kTileTokens> {
   int num_tiles;  // of this cluster
 
-  __device__ Block(const void* memory, int tokens) : Place(memory) {
-    // With shifts, as powers of two allow, pre_norm_bwd_one_pass would spill registers on sm_100f.
-    first_tile = blockIdx.x / ranks;
-    tile_step = gridDim.x / ranks;
+  __device__ Block(const void* memory, int hidden, int tokens) : Place(memory, hidden) {
     num_tiles = share_of((tokens + int(kTileTokens) - 1) / int(kTileTokens));
   }
 
@@ -150,39 +158,29 @@ struct Block : Place<kTileTokens> {
     for (int s = 0; s < kStages; ++s) {
       init_barrier(barrier(kFull, s), 1);
       init_barrier(barrier(kDone, s), kMainWarps);
-      init_barrier(barrier(kPartialsFull, s), 1);
       init_barrier(barrier(kReplyFull, s), 1);
       init_barrier(barrier(kTableFull, s), dot_warps);
     }
+    for (int s = 0; s < int(kMaxPartials); ++s) init_barrier(barrier(kPartialsFull, s), 1);
     for (int s = 0; s < kDXInSlots; ++s) init_barrier(barrier(kDXInFull, s), 1);
     init_barrier(barrier(kPhiRead, 0), kMainWarps);
     publish_barriers();
   }
-
-  // Token t of a tile is owned by block t % ranks; of clusters of 16 the blocks 0 to 7 own those of even tiles and
-  // the others those of odd ones.
-  __device__ u32 owned() const { return ranks < kTileTokens ? kTileTokens / ranks : 1; }
-  __device__ int owner_groups() const { return ranks > kTileTokens ? ranks / kTileTokens : 1; }
 };
 
-// The ring of buffers for partials of the dot products. A buffer has them one kind after the other.
+// The buffers for partials of the dot products. Token i of a cluster's tiles is owned by block i % ranks, whose tokens
+// take its buffers in turn, of which it has enough for all stages. A buffer has the partials of the blocks, one kind
+// after the other.
 template <bool NORM>
 struct PartialsRing {
-  u32 slots, kind_bytes, slot_bytes;
-  u32 slot = 0, parity = 0;
+  u32 slots, kind_bytes;
 
   __device__ PartialsRing(const Block& block)
-      : slots(block.owner_groups() > 1 ? (kStages + 1) / 2 : kStages),
-        kind_bytes(block.owned() * block.ranks * Warps<NORM>::kPartialBytes),
-        slot_bytes(NORM ? 2 * kind_bytes : kind_bytes) {}
-  __device__ u32 at(const Block& block) const {
-    return block.shared + kPartials + slot * slot_bytes;
-  }
-  __device__ void next() {
-    if (++slot == slots) {
-      slot = 0;
-      parity ^= 1;
-    }
+      : slots((kMaxPartials + block.ranks - 1) / block.ranks),
+        kind_bytes(block.ranks * Warps<NORM>::kPartialBytes) {}
+  __device__ u32 slot_bytes() const { return Warps<NORM>::kKinds * kind_bytes; }
+  __device__ u32 at(const Block& block, u32 slot) const {
+    return block.shared + kPartials + slot * slot_bytes();
   }
 };
 
@@ -190,9 +188,10 @@ struct PartialsRing {
 struct Args {
   const TensorMap &x, &d_u, &d_x_in, &d_x;  // d_x may be d_x_in
   const float *phi, *alpha, *bias, *m, *r, *h_res, *d_h_pre;
-  const float* d_z;       // [tokens, kColumns], of which those of h_pre are not read
+  // Of the logits z [tokens, kColumns], of which those of h_pre are not read; without H_res d_h_post [tokens, N].
+  const float* d_z;
   float* d_phi_partials;  // [clusters, n C, kColumns], for sum_gradients
-  float* gate_sums;       // [blocks, kColumns + 3], for sum_gradients
+  float* gate_sums;       // [blocks * owners, kColumns + 3], for sum_gradients
   int tokens, hidden, deferred;
   const Settings& settings;
   // With a layer norm alone.
@@ -230,6 +229,7 @@ __device__ inline void load_tiles(const Block& block, const Args& args) {
     arrive_and_expect(full, kStageBytes);
     copy_in(stage, args.x, token, box, 0, full, policy);
     copy_in(stage + kDU, args.d_u, token, box, 0, full, policy);
+    arrive_and_expect(block.barrier(kReplyFull, slot), kTileTokens * kHRes);
     if (kPrefetch && tile + kStages < block.num_tiles) {
       const int later = block.first_token(tile + kStages);
       prefetch(args.x, later, box, 0);
@@ -284,9 +284,11 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
   // The token whose diagonal element this lane has, if any.
   const u32 token = lane / 4;
   const bool on_diagonal = token / 2 == lane % 4;
-  const u32 owner = token % block.ranks;
-  const u32 part =
-      (token / block.ranks * block.ranks + block.rank) * Warps<NORM>::kPartialBytes + warp * 16;
+  // Its owner and the buffer there.
+  const PartialsRing<NORM> partials(block);
+  u32 owner = token % block.ranks, slot = token / block.ranks;
+  const u32 owner_step = kTileTokens % block.ranks, slot_step = kTileTokens / block.ranks;
+  const u32 part = block.rank * Warps<NORM>::kPartialBytes + warp * 16;
 
   // Neighbours in row j of the transpose.
   constexpr int kOwn = N * N * int(kTileTokens) / (32 * kWarps);
@@ -294,6 +296,7 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
             i = first % N;
   float h[kOwn];
   const auto load_h = [&](int tile) {
+    if (!kMixes) return;
     const long long of = block.first_token(tile) + h_token;
     const bool mixes = deferred && tile < block.num_tiles && of < args.tokens;
 #pragma unroll
@@ -314,16 +317,15 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
   const float* w_at = args.norm_scale + block.first_channel() + first_unit * 16 + lane % 4 * 2;
   float2 next_w[2];
   const auto load_w = [&](int unit) {
-    const int next = unit % (kUnits / kWarps);
-    const float* at = w_at + next / kWarpUnits * kBoxChannels + next % kWarpUnits * 16;
-    next_w[0] = load_pair(at);
-    next_w[1] = load_pair(at + 8);
+    const int next = unit % (kUnits / kWarps), box = next / kWarpUnits;
+    const float* at = w_at + box * kBoxChannels + next % kWarpUnits * 16;
+    const bool exists = box * kBoxChannels < block.channels();
+    next_w[0] = exists ? load_pair(at) : float2{};
+    next_w[1] = exists ? load_pair(at + 8) : float2{};
   };
   if constexpr (NORM) load_w(0);
 
   Ring<kStages> ring;
-  PartialsRing<NORM> partials(block);
-  int group = 0;
 #pragma unroll 1
   for (int tile = 0; tile < block.num_tiles; ++tile, ring.next()) {
     wait(block.barrier(kFull, ring.slot), ring.parity);
@@ -382,9 +384,8 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
     }
     // The buffers for partials and replies are free: whoever fills this stage again has seen the reply to what was in
     // it.
-    const u32 to = owner + group * kTileTokens;
-    const u32 there = in_block(partials.at(block) + part, to);
-    const u32 full = in_block(block.barrier(kPartialsFull, partials.slot), to);
+    const u32 there = in_block(partials.at(block, slot) + part, owner);
+    const u32 full = in_block(block.barrier(kPartialsFull, slot), owner);
     if constexpr (NORM) {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
@@ -400,17 +401,18 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
                         odd ? dots[1][1] : dots[1][0], odd ? dots[1][3] : dots[1][2]};
       send(there, v, full);
     }
-    const u32 at =
-        block.replies(ring.slot) + h_token * kReplyRow + kHRes + (j * N + i) * sizeof(float);
+    if constexpr (kMixes) {
+      const u32 at =
+          block.replies(ring.slot) + h_token * kReplyRow + kHRes + (j * N + i) * sizeof(float);
 #pragma unroll
-    for (int k = 0; k < kOwn; ++k) write_float(at + k * sizeof(float), h[k]);
-    load_h(tile + 1);
-    __syncwarp();
-    if (lane == 0) arrive(block.barrier(kTableFull, ring.slot));
-    if (++group == block.owner_groups()) {
-      group = 0;
-      partials.next();
+      for (int k = 0; k < kOwn; ++k) write_float(at + k * sizeof(float), h[k]);
+      load_h(tile + 1);
+      __syncwarp();
+      if (lane == 0) arrive(block.barrier(kTableFull, ring.slot));
     }
+    owner += owner_step, slot += slot_step;
+    if (owner >= block.ranks) owner -= block.ranks, ++slot;
+    if (slot >= partials.slots) slot -= partials.slots;
   }
 }
 
@@ -438,101 +440,131 @@ struct OwnToken {
     r = exists ? args.r[token] : 0.f;
     given = 0.f;
     if (exists && lane < N) given = args.d_h_pre[token * N + lane];
-    if (exists && lane >= N && lane < kColumns) given = args.d_z[token * kColumns + lane];
+    if (exists && lane >= N && lane < kColumns)
+      given = kMixes ? args.d_z[token * kColumns + lane] : args.d_z[token * N + lane - N];
   }
 };
+
+// The words of a reply: pairs of columns of r dm, then those of what they lost, then others.
+constexpr int kPairs = kColumns / 2, kMoreWords = 8;
+static_assert(kColumns % kMoreWords == 0);
+
+// CHUNKS of 4 words to all blocks of a cluster; lane w has word w.
+template <int CHUNKS>
+__device__ inline void send_words(const Block& block, u32 word, u32 to, u32 full, int lane) {
+  const int chunk = lane % CHUNKS;
+  float words[4];
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    words[w] = __uint_as_float(__shfl_sync(kAllLanes, word, chunk * 4 + w));
+  }
+#pragma unroll 1
+  for (u32 other = lane / CHUNKS; other < block.ranks; other += 32 / CHUNKS) {
+    send(in_block(to + chunk * 16, other), {words[0], words[1], words[2], words[3]},
+         in_block(full, other));
+  }
+}
 
 // From the partials of a token to its reply, and the sums of the gates:
 //
 //   d_h_pre[i] += <d_u, X[i]>
 //   d_z         = d_h_pre sigmoid'(z),  dm = alpha d_z,  f = <dm, m> times the slope of r
+//
+// The owners of a block take its tokens in turn.
 template <bool NORM>
-__device__ inline void reply(const Block& block, const Args& args, int lane) {
+__device__ inline void reply(const Block& block, const Args& args, u32 which, int lane) {
   const int gate = (lane >= N) + (lane >= 2 * N);
   const float alpha = lane < kColumns ? args.alpha[gate] : 0.f;
-  const float bias = lane < N ? args.bias[lane] : 0.f;
+  const float bias = lane < (kMixes ? N : kColumns) ? args.bias[lane] : 0.f;
   const float over_hidden = reciprocal(args.hidden);
-  const int groups = block.owner_groups(), owned = block.owned();
-  const int own_first = block.rank % kTileTokens, own_group = block.rank / kTileTokens;
-  // Lane w makes word w of a reply. Words 0 to 23 are pairs of columns.
-  const int pair = lane % 12 * 2;
+  const int pair = lane % kPairs * 2;
   GateSums sums;
 
-  const auto load = [&](int tile, int k) {
-    const long long token = block.first_token(tile) + own_first + k * int(block.ranks);
-    const bool exists = tile < block.num_tiles && token < args.tokens;
-    return OwnToken(args, token, exists, lane);
+  const u32 num_tokens = block.num_tiles * kTileTokens;
+  const auto load = [&](u32 i) {
+    const long long token = block.first_token(i / kTileTokens) + i % kTileTokens;
+    return OwnToken(args, token, i < num_tokens && token < args.tokens, lane);
   };
-  PartialsRing<NORM> partials(block);
-  OwnToken next = load(own_group, 0);
+  const PartialsRing<NORM> partials(block);
+  // With fewer buffers than owners one of them could be two uses of a buffer ahead of another.
+  constexpr u32 kOwners = Warps<NORM>::kOwners;
+  const u32 owners = min(kOwners, partials.slots), step = owners * block.ranks;
+  const u32 first = which < owners ? block.rank + which * block.ranks : num_tokens;
+  u32 partials_slot = which, parity = 0;
+  OwnToken next = load(first);
 #pragma unroll 1
-  for (int tile = own_group; tile < block.num_tiles; tile += groups, partials.next()) {
-    const u32 full = block.barrier(kPartialsFull, partials.slot);
-    if (lane == 0) arrive_and_expect(full, partials.slot_bytes);
-#pragma unroll 1
-    for (int k = 0; k < owned; ++k) {
-      const OwnToken own = next;
-      const bool last = k + 1 == owned;
-      next = load(last ? tile + groups : tile, last ? 0 : k + 1);
-      const float z = alpha * own.m + bias;
-      const float h = sigmoid(z);
-      const float slope = h * sigmoid(-z);
-      const float of_r = r_slope(args.settings, own.r, N * args.hidden);
+  for (u32 i = first; i < num_tokens; i += step) {
+    const u32 full = block.barrier(kPartialsFull, partials_slot);
+    if (lane == 0) {
+      // Another owner may still wait for what was in this buffer before.
+      if (kOwners > 1 && i / block.ranks >= partials.slots) wait_for_cluster(full, parity ^ 1);
+      arrive_and_expect(full, partials.slot_bytes());
+    }
+    const OwnToken own = next;
+    next = load(i + step);
+    const float z = alpha * own.m + bias;
+    const float h = sigmoid(z);
+    const float slope = h * sigmoid(-z);
+    const float of_r = r_slope(args.settings, own.r, N * args.hidden);
 
-      if (k == 0) wait_for_cluster(full, partials.parity);
-      // Of stream lane % N.
-      const auto sum_partials = [&](u32 kind) {
-        float4 dots = {};
-        const int num_partials = block.ranks * Warps<NORM>::kDot;
+    wait_for_cluster(full, parity);
+    // Of stream lane % N.
+    const auto sum_partials = [&](u32 kind) {
+      float4 dots = {};
+      const int num_partials = block.ranks * Warps<NORM>::kDot;
 #pragma unroll 1
-        for (int p = lane; p < num_partials; p += 32) {
-          const float4 v = read_float4(partials.at(block) + kind * partials.kind_bytes +
-                                       (k * num_partials + p) * 16);
-          dots = {dots.x + v.x, dots.y + v.y, dots.z + v.z, dots.w + v.w};
-        }
-        return __shfl_sync(kAllLanes, sum_components(dots, lane), lane % N * 8);
-      };
-      const float h_pre = __shfl_sync(kAllLanes, h + args.settings.pre_eps, lane % N);
-      float dot = sum_partials(0), f_of_u = 0.f;
-      if constexpr (NORM) {
-        // <v, u>, then <du, X[i]>
-        f_of_u = own.rho * own.rho * own.rho * (sum_of_four(h_pre * dot) * over_hidden);
-        dot = own.rho * dot - f_of_u * sum_partials(1);
+      for (int p = lane; p < num_partials; p += 32) {
+        const float4 v =
+            read_float4(partials.at(block, partials_slot) + kind * partials.kind_bytes + p * 16);
+        dots = {dots.x + v.x, dots.y + v.y, dots.z + v.z, dots.w + v.w};
       }
-      const float d_z = lane < N ? (dot + own.given) * slope : own.given;
-      const float dm = alpha * d_z;
-      const float f = of_r * warp_sum(dm * own.m);
-      sums.add(d_z, own.m);
+      return __shfl_sync(kAllLanes, sum_components(dots, lane), lane % N * 8);
+    };
+    const float h_pre = __shfl_sync(kAllLanes, h + args.settings.pre_eps, lane % N);
+    float dot = sum_partials(0), f_of_u = 0.f;
+    if constexpr (NORM) {
+      // <v, u>, then <du, X[i]>
+      f_of_u = own.rho * own.rho * own.rho * (sum_of_four(h_pre * dot) * over_hidden);
+      dot = own.rho * dot - f_of_u * sum_partials(1);
+    }
+    const float of_post = kMixes ? own.given : own.given * args.settings.post_scale * slope;
+    const float d_z = lane < N ? (dot + own.given) * slope : of_post;
+    const float dm = alpha * d_z;
+    const float f = of_r * warp_sum(dm * own.m);
+    sums.add(d_z, own.m);
 
-      // r dm and what it lost by rounding, in one word, then as pairs of columns.
-      const float rdm = own.r * dm;
-      const float unit = half_unit(__reduce_max_sync(kAllLanes, magnitude(rdm)));
-      u32 rounded[2];
-      split(rdm, 0.f, rounded);
-      const u32 both = __byte_perm(rounded[0], rounded[1], 0x5410);
-      const u32 left = __shfl_sync(kAllLanes, both, pair);
-      const u32 right = __shfl_sync(kAllLanes, both, pair + 1);
-      u32 word = __byte_perm(left, right, lane < 12 ? 0x5410 : 0x7632);
-      if (lane >= 24) word = __float_as_uint(lane < 28 ? h_pre : lane == 28 ? -f : unit);
-      if (NORM && lane >= 30) word = __float_as_uint(lane == 30 ? own.rho : -f_of_u);
-      float words[4];
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        words[w] = __uint_as_float(__shfl_sync(kAllLanes, word, lane % 8 * 4 + w));
-      }
-      // The replies' ring is that of the tiles.
-      const u32 slot = tile % kStages;
-      const u32 at =
-          block.replies(slot) + (own_first + k * block.ranks) * kReplyRow + lane % 8 * 16;
-#pragma unroll 1
-      for (u32 to = lane / 8; to < block.ranks; to += 4) {
-        send(in_block(at, to), {words[0], words[1], words[2], words[3]},
-             in_block(block.barrier(kReplyFull, slot), to));
-      }
+    // r dm and what it lost by rounding, in one word, then as pairs of columns.
+    const float rdm = own.r * dm;
+    const float unit = half_unit(__reduce_max_sync(kAllLanes, magnitude(rdm)));
+    u32 rounded[2];
+    split(rdm, 0.f, rounded);
+    const u32 both = __byte_perm(rounded[0], rounded[1], 0x5410);
+    const u32 left = __shfl_sync(kAllLanes, both, pair);
+    const u32 right = __shfl_sync(kAllLanes, both, pair + 1);
+    const bool is_high = lane / kPairs % 2 == 0;
+    const u32 word = __byte_perm(left, right, is_high ? 0x5410 : 0x7632);
+    const int at = lane % kMoreWords;
+    float more = at < 4 ? h_pre : at == 4 ? -f : unit;
+    if (NORM && at >= 6) more = at == 6 ? own.rho : -f_of_u;
+    // The replies' ring is that of the tiles.
+    const u32 slot = i / kTileTokens % kStages;
+    const u32 to = block.replies(slot) + i % kTileTokens * kReplyRow;
+    const u32 there = block.barrier(kReplyFull, slot);
+    if constexpr (kColumns + kMoreWords <= 32) {
+      const u32 either = lane < kColumns ? word : __float_as_uint(more);
+      send_words<(kColumns + kMoreWords) / 4>(block, either, to, there, lane);
+    } else {
+      send_words<kColumns / 4>(block, word, to, there, lane);
+      send_words<kMoreWords / 4>(block, __float_as_uint(more), to + 4 * kColumns, there, lane);
+    }
+    partials_slot += owners;
+    if (partials_slot >= partials.slots) {
+      partials_slot -= partials.slots;
+      parity ^= 1;
     }
   }
 
-  sums.store(args.gate_sums + (long long)blockIdx.x * (kColumns + 3), lane,
+  sums.store(args.gate_sums + (blockIdx.x * (long long)kOwners + which) * (kColumns + 3), lane,
              [&](int) { return gate; });
 }
 
@@ -546,7 +578,7 @@ template <bool NORM>
 __device__ inline void run(const Args args) {
   using Roles = Warps<NORM>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const Block block(shared, args.tokens);
+  const Block block(shared, args.hidden, args.tokens);
 
   if (threadIdx.x == 0) block.init_barriers(Roles::kDot);
   start_cluster();
@@ -554,24 +586,24 @@ __device__ inline void run(const Args args) {
   // Each task asks for its block again, so that none keeps in registers what only others want.
   if (warp < kMainWarps) {
     take_registers<Roles::kMainRegisters>();
-    const Block block(shared, args.tokens);
+    const Block block(shared, args.hidden, args.tokens);
     differentiate_tiles<NORM>(block, args, warp, lane);
   } else {
     // The dot warps may be a group of their own.
     if (Roles::kDot % 4 == 0 && warp < Roles::kLoader) {
       give_registers<Roles::kDotRegisters>();
-      const Block block(shared, args.tokens);
+      const Block block(shared, args.hidden, args.tokens);
       multiply_tiles<NORM>(block, args, args.deferred, warp - kMainWarps, lane);
     } else {
       give_registers<Roles::kOtherRegisters>();
-      const Block block(shared, args.tokens);
+      const Block block(shared, args.hidden, args.tokens);
       if (warp < Roles::kLoader) {
         multiply_tiles<NORM>(block, args, args.deferred, warp - kMainWarps, lane);
       } else {
         cluster_wait();
       }
-      if (warp == Roles::kOwner) {
-        reply<NORM>(block, args, lane);
+      if (warp >= Roles::kOwner) {
+        reply<NORM>(block, args, warp - Roles::kOwner, lane);
       } else if (warp == Roles::kLoader && lane == 0) {
         load_tiles(block, args);
       }
@@ -591,7 +623,7 @@ KERNEL(pre_bwd_one_pass, Warps<false>::kThreads, 1)
               tokens, hidden, deferred, settings, nullptr, nullptr,        nullptr});
 }
 
-// The same where the layer's input is normalised. With 384 channels it would spill registers.
+// The same where the layer's input is normalised.
 #ifdef HAS_pre_norm_bwd_one_pass
 KERNEL(pre_norm_bwd_one_pass, Warps<true>::kThreads, 1)
 (const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap d_u,

@@ -8,18 +8,21 @@
 
 #include "one_pass/geometry.cuh"
 
-// A fragments of phi transposed, with phi = high + low, for 16 rows of phi: 8 channels of two streams. Of the
-// 48 rows that columns of phi make in two parts, the first has the columns 0 to 15 of high, the second those of
-// low, the third the columns 16 to 23 of high and of low.
+// Columns of phi in groups of 8, and the fragments of a slice.
+constexpr int kSliceFragments = kColumns / 8;
+
+// A fragments of phi transposed, with phi = high + low, for 16 rows of phi: 8 channels of two streams. Groups of 8
+// columns come in pairs, a fragment for their high parts and one for their low ones; a group that is left has a
+// fragment for both.
 struct Slice {
-  uint4 fragments[3];
+  uint4 fragments[kSliceFragments];
 };
 
-// at: this lane's words, columns g, g + 8 and g + 16 of two rows each.
+// at: this lane's words, columns g, g + 8 and so on of two rows each.
 __device__ inline Slice read_phi(u32 at, u32 row_bytes, u32 stream_bytes) {
-  u32 high[3][2], low[3][2];
+  u32 high[kSliceFragments][2], low[kSliceFragments][2];
 #pragma unroll
-  for (int c = 0; c < 3; ++c) {
+  for (int c = 0; c < kSliceFragments; ++c) {
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
       const u32 word = at + s * stream_bytes + 8 * c * 4;
@@ -29,21 +32,32 @@ __device__ inline Slice read_phi(u32 at, u32 row_bytes, u32 stream_bytes) {
       low[c][s] = parts[1];
     }
   }
-  return {{{high[0][0], high[1][0], high[0][1], high[1][1]},
-           {low[0][0], low[1][0], low[0][1], low[1][1]},
-           {high[2][0], low[2][0], high[2][1], low[2][1]}}};
+  Slice slice;
+#pragma unroll
+  for (int c = 0; c < kSliceFragments; c += 2) {
+    if (c + 1 < kSliceFragments) {
+      slice.fragments[c] = {high[c][0], high[c + 1][0], high[c][1], high[c + 1][1]};
+      slice.fragments[c + 1] = {low[c][0], low[c + 1][0], low[c][1], low[c + 1][1]};
+    } else {
+      slice.fragments[c] = {high[c][0], low[c][0], high[c][1], low[c][1]};
+    }
+  }
+  return slice;
 }
 
 __device__ inline void mma(float (&d)[4], uint4 a, uint2 b) { mma(d, a.x, a.y, a.z, a.w, b); }
 
 // The products with phi of 8 tokens as the tensor cores leave them: their rows are those of a `Slice`.
 struct Sums {
-  float sums[2][4] = {};
+  float sums[(kSliceFragments + 1) / 2][4] = {};
 
+  // Those that add to the same sums are apart.
   __device__ void add(const Slice& phi, uint2 x) {
-    mma(sums[0], phi.fragments[0], x);
-    mma(sums[1], phi.fragments[2], x);
-    mma(sums[0], phi.fragments[1], x);
+#pragma unroll
+    for (int first = 0; first < 2; ++first) {
+#pragma unroll
+      for (int f = first; f < kSliceFragments; f += 2) mma(sums[f / 2], phi.fragments[f], x);
+    }
   }
 
   template <int ROW_BYTES>
@@ -52,9 +66,13 @@ struct Sums {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const u32 row = at + (2 * q + e) * ROW_BYTES + 4 * g;
-      write_float(row, sums[0][e]);
-      write_float(row + 32, sums[0][2 + e]);
-      write_float(row + 64, sums[1][e] + sums[1][2 + e]);
+#pragma unroll
+      for (int c = 0; c < kSliceFragments; c += 2) {
+        const float upper = sums[c / 2][e], lower = sums[c / 2][2 + e];
+        const bool is_pair = c + 1 < kSliceFragments;
+        write_float(row + 32 * c, is_pair ? upper : upper + lower);
+        if (is_pair) write_float(row + 32 * (c + 1), lower);
+      }
     }
   }
 };

@@ -2,23 +2,21 @@
 
 #include "base/common.cuh"
 
-constexpr int N = SIZE;
-constexpr int kColumns = N * (N + 2);
 constexpr int kThreads = tuning_sum_gradients::threads;
 
 // d_phi from d_phi_partial [clusters, size], whose numbers come in fours. The last block has d_bias and d_alpha, from
-// gate_sums [blocks, kColumns + 3], a warp a column.
+// gate_sums [blocks, columns + 3], a warp a column.
 KERNEL(sum_gradients, kThreads)
 (const float4* d_phi_partial, const float* gate_sums, float4* d_phi, float* d_bias, float* d_alpha,
- int clusters, int blocks, int size) {
+ int clusters, int blocks, int size, int columns) {
   if (blockIdx.x + 1 == gridDim.x) {
-    for (int c = threadIdx.x / 32; c < kColumns + 3; c += kThreads / 32) {
+    for (int c = threadIdx.x / 32; c < columns + 3; c += kThreads / 32) {
       float sum = 0.f;
       for (int block = threadIdx.x % 32; block < blocks; block += 32) {
-        sum += gate_sums[block * (kColumns + 3) + c];
+        sum += gate_sums[block * (columns + 3) + c];
       }
       sum = warp_sum(sum);
-      if (threadIdx.x % 32 == 0) (c < kColumns ? d_bias : d_alpha - kColumns)[c] = sum;
+      if (threadIdx.x % 32 == 0) (c < columns ? d_bias : d_alpha - columns)[c] = sum;
     }
     return;
   }

@@ -131,7 +131,7 @@ __device__ inline void backward(const Stream* row, const float (&h)[N], const fl
 }
 
 // d_w: [blocks, hidden]. Every block has a token.
-KERNEL(norm_bwd, kThreads, !EXACT ? 1 : N <= 4 ? 4 : 2)
+KERNEL(norm_bwd, kThreads, !EXACT ? (N <= 4 ? 2 : 1) : N <= 4 ? 4 : 2)
 (const Stream* x, const float* alpha, const float* bias, const float* m, const float* norm_scale,
  const float* rho, const Stream* d_u, const float* d_h_pre_in, Stream* d_sum, float* d_w,
  float* d_h_pre, int tokens, int hidden, int columns, Layout layout, Settings settings) {

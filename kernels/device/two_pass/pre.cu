@@ -3,7 +3,7 @@
 //
 //   pre_fwd    r, m, h_pre, h_post, H_res from the projection's partial sums, and u      [14 to 19]
 //   pre_bwd    from d_u and the cotangents of the coefficients: r dm (for the products), r's factor of
-//              -X in d_x, h_pre, and sums over a block's tokens for d_alpha and d_bias
+//              -X in d_x and the unit of r dm in float16 (`factors`), h_pre, and sums over a block's tokens for d_alpha and d_bias
 //   sum_gates  d_alpha and d_bias, from these sums
 //
 // A block has kTokens tokens, a warp each; one more warp has the H_res of all of them (Sinkhorn's iterations,
@@ -24,7 +24,6 @@ static_assert(kTokens * kPermutedLanes == 32);
 // Columns of res: n^2 or, where that is more, n!, which is for up to 4 streams.
 constexpr int kMaxRes = N == 4 ? kFactorial<4> : N * N;
 constexpr int kMaxColumns = 2 * N + kMaxRes;
-constexpr int kWeight = kWeightParts<Stream>;
 // Channels that a lane takes at once.
 constexpr int V = N <= 4 ? 8 : 4;
 
@@ -67,9 +66,9 @@ __device__ inline void collapse(const Stream* row, const float (&h)[N], Stream* 
   }
 }
 
-// Blocks at once on a multiprocessor; with eight streams not so many where the compiler would spill registers.
+// Blocks at once on a multiprocessor: not so many where the compiler would spill registers.
 constexpr bool kForwardSpills = N > 4 && (sizeof(Stream) == 4 || __CUDA_ARCH__ >= 1200);
-constexpr int kForwardBlocks = !EXACT ? 1 : kForwardSpills ? 2 : 4;
+constexpr int kForwardBlocks = N > 8 ? 1 : !EXACT ? 8 / N + 1 : kForwardSpills ? 2 : 4;
 
 KERNEL(pre_fwd, kThreads, kForwardBlocks)
 (const Stream* x, const float* partial, int slices, const float* alpha, const float* bias,
@@ -170,14 +169,14 @@ __device__ inline void collapse_bwd(const Stream* row, const Stream* d_u, float 
 constexpr int kFewBlocks = sizeof(Stream) == 4 || (N == 4 && __CUDA_ARCH__ >= 1200) ? 3
                            : N == 2                                                 ? 5
                                                                                     : 4;
-constexpr int kBackwardBlocks = EXACT && N <= 4 ? kFewBlocks : 1;
+constexpr int kBackwardBlocks = N <= 4 ? kFewBlocks : 1;
 
 // Cotangents of coefficients that a head does not have are null. gate_sums: [blocks, num + 3]. history:
 // 2 * iters * 32 floats a block, in shared memory where it is null.
 KERNEL(pre_bwd, kThreads, kBackwardBlocks)
 (const Stream* x, const float* alpha, const float* bias, const float* m, const float* r,
  const Stream* d_u, const float* d_h_pre, const float* d_h_post, const float* d_h_res, u32* dm_rows,
- u32* dm_columns, float* h_pre, float* r_factor, float* gate_sums, float* history, int tokens,
+ u32* dm_columns, float* h_pre, float2* factors, float* gate_sums, float* history, int tokens,
  int hidden, int columns, Layout layout, Settings settings) {
   extern __shared__ float shared_history[];
   __shared__ float d_z[kTokens][kMaxColumns];
@@ -248,22 +247,29 @@ KERNEL(pre_bwd, kThreads, kBackwardBlocks)
   if (warp < kTokens) {
     // Tokens behind the last one have no gradient, and their fragments must say so.
     const float r_token = exists ? r[token] : 0.f;
+    const auto dm_of = [&](int c) {
+      return exists && c < columns ? alpha[layout.gate(c)] * d_z[warp][c] : 0.f;
+    };
+    u32 largest = 0;
+    for (int c = lane; kBackParts<Stream> == 1 && c < columns; c += 32) {
+      largest = max(largest, magnitude(r_token * dm_of(c)));
+    }
+    const float unit = half_unit(__reduce_max_sync(kAllLanes, largest));
     float d_alpha[3] = {};
     float dm_dot_m = 0.f;
     for (int c = lane; c < dm_fragments.hexets() * 16; c += 32) {
-      float dm = 0.f;
+      const float dm = dm_of(c);
       if (exists && c < columns) {
         const int gate = layout.gate(c);
         const float m_c = m[token * columns + c], dz = d_z[warp][c];
-        dm = alpha[gate] * dz;
         dm_dot_m += dm * m_c;
 #pragma unroll
         for (int k = 0; k < 3; ++k) d_alpha[k] += gate == k ? dz * m_c : 0.f;
       }
-      dm_fragments.set<kWeight>(token, c, r_token * dm);
+      dm_fragments.set<Stream>(token, c, r_token * dm, inverse_of_unit(unit));
     }
     dm_dot_m = warp_sum(dm_dot_m);
-    if (exists && lane == 0) r_factor[token] = r_slope(settings, r_token, width) * dm_dot_m;
+    if (exists && lane == 0) factors[token] = {r_slope(settings, r_token, width) * dm_dot_m, unit};
 #pragma unroll
     for (int k = 0; k < 3; ++k) {
       const float sum = warp_sum(d_alpha[k]);

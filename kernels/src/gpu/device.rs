@@ -11,9 +11,9 @@ pub struct Device {
     pub num_sms: u32,
     /// The most shared memory that a block may ask for.
     pub max_shared_bytes: u32,
-    /// How many clusters run at once whose blocks have a multiprocessor each, for [`CLUSTER_SIZES`]; 0
+    /// How many clusters of 1, 2 and so on blocks run at once whose blocks have a multiprocessor each; 0
     /// where this build has no kernels for clusters on the GPU.
-    pub max_clusters: [u32; CLUSTER_SIZES.len()],
+    pub max_clusters: [u32; MAX_CLUSTER],
 }
 
 /// Shared memory that a block may ask for on every GPU that there are kernels for.
@@ -25,8 +25,8 @@ pub const CLUSTER_SHARED_BYTES: u32 = 227 << 10;
 /// The most blocks of a grid in its second and third dimension.
 pub const MAX_ROWS: usize = (1 << 16) - 1;
 
-/// Blocks of a cluster.
-pub const CLUSTER_SIZES: [u32; 4] = [2, 4, 8, 16];
+/// The most blocks of a cluster.
+pub const MAX_CLUSTER: usize = 16;
 
 /// More blocks than this do not run at once in clusters, whatever the GPU: workspaces have room for
 /// partial sums of as many.
@@ -40,7 +40,7 @@ impl Device {
             capability,
             num_sms: u32::MAX,
             max_shared_bytes: CLUSTER_SHARED_BYTES,
-            max_clusters: [max_clusters; CLUSTER_SIZES.len()],
+            max_clusters: [max_clusters; MAX_CLUSTER],
         }
     }
 
@@ -68,8 +68,8 @@ impl Device {
     /// Clusters of `size` blocks for a kernel that works on `tiles` in turn: as many as run at once. None
     /// where there are no kernels for them, or no room for a single one.
     pub fn num_clusters(&self, size: u32, tiles: usize) -> Option<u32> {
-        let at = CLUSTER_SIZES.iter().position(|known| *known == size)?;
-        let most = self.max_clusters[at].min(MAX_CLUSTER_BLOCKS / size);
+        let at = (size as usize).checked_sub(1)?;
+        let most = (*self.max_clusters.get(at)?).min(MAX_CLUSTER_BLOCKS / size);
         (most > 0 && self.max_shared_bytes >= CLUSTER_SHARED_BYTES)
             .then(|| most.min(tiles.try_into().unwrap_or(most)))
     }

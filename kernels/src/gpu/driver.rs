@@ -8,7 +8,7 @@ use cudarc::driver::sys::CUdevice_attribute;
 
 use super::TARGET;
 use super::api::{Api, version_name};
-use super::device::{CLUSTER_SIZES, Device, SHARED_BYTES};
+use super::device::{Device, MAX_CLUSTER, SHARED_BYTES};
 use super::images::check_capability;
 
 /// More GPUs than any machine has.
@@ -105,7 +105,7 @@ impl Driver {
             max_shared_bytes: attribute(
                 Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
             )?,
-            max_clusters: [0; CLUSTER_SIZES.len()],
+            max_clusters: [0; MAX_CLUSTER],
         })
     }
 }

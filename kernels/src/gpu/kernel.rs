@@ -68,6 +68,17 @@ impl Kernel {
         self.tuning.tokens as usize
     }
 
+    /// Buffers for tiles.
+    pub fn stages(&self) -> usize {
+        self.tuning.stages as usize
+    }
+
+    /// Buffers of so many bytes that a block of the GPU has room for: at most those of the row, at least two.
+    pub fn stages_within(&self, device: &Device, stage_bytes: usize) -> usize {
+        let room = device.max_shared_bytes as usize / stage_bytes;
+        room.clamp(2, self.stages())
+    }
+
     /// Threads of a block, at most.
     pub fn threads(&self) -> usize {
         self.tuning.threads as usize
@@ -75,9 +86,14 @@ impl Kernel {
 
     /// A number that this file has besides, by its name.
     pub fn more(&self, name: &str) -> usize {
-        let at = self.more.iter().position(|known| *known == name);
-        let at = at.unwrap_or_else(|| panic!("tuning.rs: {} has no {name}", self.file));
-        self.tuning.more[at] as usize
+        self.find_more(name)
+            .unwrap_or_else(|| panic!("tuning.rs: {} has no {name}", self.file))
+    }
+
+    /// The same, where the file has it.
+    pub fn find_more(&self, name: &str) -> Option<usize> {
+        let at = self.more.iter().position(|known| *known == name)?;
+        Some(self.tuning.more[at] as usize)
     }
 
     /// A launch without clusters, with the threads and the shared memory of the row.

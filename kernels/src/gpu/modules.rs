@@ -10,7 +10,7 @@ use std::sync::{Arc, LazyLock, Mutex, PoisonError, RwLock};
 use cudarc::driver::sys;
 
 use super::TARGET;
-use super::device::{CLUSTER_SIZES, Device};
+use super::device::{Device, MAX_CLUSTER};
 use super::driver::{Driver, check_device, checked, driver};
 use super::images::{image, probe};
 use super::kernel::Kernel;
@@ -290,15 +290,16 @@ fn find_device(driver: &Driver, ordinal: c_int) -> Result<Device, String> {
 
 /// How many clusters run at once. Every kernel for clusters has a multiprocessor for each block, so that
 /// this depends on the size of the clusters alone, and [`probe`] can tell for all.
-fn max_clusters(driver: &Driver, device: &Device) -> Result<[u32; CLUSTER_SIZES.len()], String> {
-    let mut most = [0; CLUSTER_SIZES.len()];
+fn max_clusters(driver: &Driver, device: &Device) -> Result<[u32; MAX_CLUSTER], String> {
+    let mut most = [0; MAX_CLUSTER];
     let kernel = probe();
     if image(&kernel, device.capability).is_none() {
         return Ok(most);
     }
     let in_probe = |reason| format!("{}: {reason}", kernel.symbol());
     let function = load(driver, &kernel, device).map_err(in_probe)?.0;
-    for (most, size) in most.iter_mut().zip(CLUSTER_SIZES) {
+    most[0] = device.num_sms;
+    for (most, size) in most.iter_mut().zip(1..).skip(1) {
         let probe = Launch {
             block: 128,
             cluster: size,

@@ -7,6 +7,7 @@ mod post;
 mod post_pre;
 mod sinkhorn;
 mod sizes;
+mod static_coefficients;
 mod two_pass;
 
 use super::device::Device;
@@ -28,9 +29,19 @@ pub struct Schedule {
 pub fn schedules(kind: Call) -> &'static [Schedule] {
     match kind {
         Call::PreFwd => &[one_pass::FORWARD, two_pass::FORWARD],
-        Call::PreBwd => &[one_pass::PRE_BACKWARD, two_pass::BACKWARD],
-        Call::PostPreFwd => &[one_pass::FORWARD, post_pre::FORWARD],
+        Call::PreBwd => &[
+            static_coefficients::PRE_BACKWARD,
+            one_pass::PRE_BACKWARD,
+            two_pass::BACKWARD,
+        ],
+        Call::PostPreFwd => &[
+            static_coefficients::POST_PRE_FORWARD,
+            one_pass::FORWARD,
+            post_pre::FORWARD,
+        ],
         Call::PostPreBwd => &[
+            static_coefficients::POST_PRE_BACKWARD,
+            post_pre::STATIC_BACKWARD,
             one_pass::POST_PRE_BACKWARD,
             post_pre::ONE_PASS_BACKWARD,
             post_pre::TWO_PASS_BACKWARD,

@@ -1,5 +1,6 @@
 //! Tests of the CUDA side that need no GPU.
 
+mod one_pass_fwd;
 mod random;
 mod scratch;
 
@@ -17,13 +18,13 @@ const H100: Device = Device {
     capability: (9, 0),
     num_sms: 132,
     max_shared_bytes: 227 << 10,
-    max_clusters: [66, 30, 15, 7],
+    max_clusters: [132, 66, 39, 30, 22, 17, 15, 15, 9, 7, 7, 7, 7, 7, 7, 7],
 };
 
 const B200: Device = Device {
     capability: (10, 0),
     num_sms: 148,
-    max_clusters: [74, 36, 18, 8],
+    max_clusters: [148, 74, 45, 36, 26, 21, 18, 18, 12, 10, 8, 8, 8, 8, 8, 8],
     ..H100
 };
 
@@ -33,7 +34,7 @@ const L4: Device = Device {
     capability: (8, 9),
     num_sms: 58,
     max_shared_bytes: 99 << 10,
-    max_clusters: [0; 4],
+    max_clusters: [0; 16],
 };
 
 #[test]
@@ -57,7 +58,9 @@ fn clusters_are_as_many_as_run_at_once() {
     assert_eq!(H100.num_clusters(16, 1000), Some(7));
     assert_eq!(H100.num_clusters(8, 3), Some(3));
     assert_eq!(H100.num_clusters(8, 0), Some(0));
-    assert_eq!(H100.num_clusters(3, 1000), None);
+    assert_eq!(H100.num_clusters(3, 1000), Some(39));
+    assert_eq!(H100.num_clusters(17, 1000), None);
+    assert_eq!(H100.num_clusters(0, 1000), None);
     assert_eq!(L4.num_clusters(16, 1000), None);
 }
 
@@ -176,6 +179,7 @@ fn check_launch(launch: &Launch, device: &Device, name: &str) {
         launch.block <= 1024 && launch.block.is_multiple_of(32),
         "{name}"
     );
+    assert!(launch.block as usize <= launch.kernel.threads(), "{name}");
     assert!(launch.shared_bytes <= device.max_shared_bytes, "{name}");
     assert_eq!(x % launch.cluster, 0, "{name}");
     for arg in &launch.args {
@@ -251,9 +255,44 @@ fn deferred_cotangents_are_mixed_on_their_way_where_that_fits() {
         assert!(!mixes(&H100, kind, DType::Bf16, [4, 4096], true));
         assert!(!mixes(&L4, kind, DType::F32, [4, 4096], true));
         assert!(!mixes(&H100, kind, DType::Bf16, [8, 4096], true));
+        assert!(!mixes(&H100, kind, DType::Bf16, [1, 4096], true));
+        assert!(!mixes(&H100, kind, DType::F32, [7, 2050], true));
         assert!(mixes(&L4, kind, DType::Bf16, [8, 4096], true));
         assert!(mixes(&H100, kind, DType::F32, [16, 64], true));
         assert!(!mixes(&H100, kind, DType::F32, [16, 64], false));
+    }
+}
+
+#[test]
+fn any_number_of_streams_has_kernels_for_about_as_many() {
+    let sizes = |n, c| {
+        let example = Example::new(Call::PreFwd, DType::Bf16, 17, [n, c], Config::default());
+        let needed = example.check(|call| needed(&call.unwrap()));
+        let example = example.with_workspace(needed);
+        let launches = example.check(|call| plan(&call.unwrap(), &L4).unwrap().launches);
+        let kernels = launches.iter().map(|launch| launch.kernel);
+        kernels
+            .map(|kernel| (kernel.function, kernel.size))
+            .collect::<Vec<_>>()
+    };
+    for (n, c, columns, streams) in [
+        (1, 64, "k8", "upto4"),
+        (3, 64, "any", "upto4"),
+        (4, 33, "any", "upto4"),
+        (8, 64, "k80", "n8"),
+        (7, 64, "any", "upto8"),
+        (16, 64, "any", "any"),
+    ] {
+        let project = match (columns, c) {
+            ("k8", _) => vec![("project", columns)],
+            (_, 33) => vec![
+                ("phi_fragments", columns),
+                ("project_tiled_unaligned", columns),
+            ],
+            _ => vec![("phi_fragments", columns), ("project_tiled", columns)],
+        };
+        let expected = [project, vec![("pre_fwd", streams)]].concat();
+        assert_eq!(sizes(n, c), expected, "{n} {c}");
     }
 }
 
@@ -264,15 +303,16 @@ fn post_pre_reads_the_streams_once_where_a_kernel_does() {
         functions_of(example, device)
     };
     let once = ["logits_bwd", "post_pre_bwd_one_pass", "sum_gradients"];
-    assert_eq!(functions(&H100, DType::Bf16, 4096), once);
-    assert_eq!(functions(&H100, DType::Bf16, 1024), once);
+    for c in [320, 640, 1024, 2304, 4096] {
+        assert_eq!(functions(&H100, DType::Bf16, c), once);
+    }
     let but_phi = [
         "logits_bwd",
         "post_pre_bwd_one_pass",
         "phi_bwd",
         "sum_gradients",
     ];
-    for c in [640, 2560, 6144, 7168] {
+    for c in [4160, 6144, 7168] {
         assert_eq!(functions(&H100, DType::Bf16, c), but_phi);
     }
     let pre_once = [
@@ -287,7 +327,7 @@ fn post_pre_reads_the_streams_once_where_a_kernel_does() {
     for (device, dtype, c) in [
         (L4, DType::Bf16, 4096),
         (H100, DType::F32, 4096),
-        (H100, DType::Bf16, 4160),
+        (H100, DType::Bf16, 4100),
     ] {
         let functions = functions(&device, dtype, c);
         assert!(!functions.iter().any(|name| name.ends_with("one_pass")));
@@ -295,24 +335,72 @@ fn post_pre_reads_the_streams_once_where_a_kernel_does() {
 }
 
 #[test]
-fn permutations_have_columns_that_no_kernel_reads_the_streams_once_for() {
-    let config = Config {
-        constraint: Constraint::Permutations,
-        ..Config::default()
-    };
-    for kind in [
-        Call::PreFwd,
-        Call::PreBwd,
-        Call::PostPreFwd,
-        Call::PostPreBwd,
-    ] {
-        let example = || Example::new(kind, DType::Bf16, 17, [4, 4096], config);
-        for example in [example(), example().into_static(), example().with_norm()] {
-            let functions = functions_of(example, &H100);
-            let once = |name: &&str| name.ends_with("one_pass") || *name == "logits_bwd";
-            assert!(!functions.iter().any(once), "{functions:?}");
+fn static_coefficients_have_the_streams_read_once_on_every_gpu() {
+    let sums = ["sum_static", "pre_bwd", "sum_gates"];
+    for device in [H100, B200, L4] {
+        for (constraint, dtype, [n, c]) in [
+            (Constraint::Birkhoff, DType::Bf16, [4, 4096]),
+            (Constraint::Permutations, DType::F32, [2, 8]),
+            (Constraint::Identity, DType::F16, [8, 104]),
+            (Constraint::None, DType::Bf16, [3, 64]),
+            (Constraint::Birkhoff, DType::Bf16, [4, 100]),
+        ] {
+            let config = Config {
+                constraint,
+                ..Config::default()
+            };
+            let example = |kind| Example::new(kind, dtype, 17, [n, c], config).into_static();
+            let functions = |kind| functions_of(example(kind), &device);
+            assert_eq!(functions(Call::PreFwd), ["pre_fwd"]);
+            assert_eq!(functions(Call::PreBwd)[0], "pre_static_bwd");
+            assert_eq!(functions(Call::PreBwd)[1..], sums);
+            assert_eq!(
+                functions(Call::PostPreFwd),
+                ["pre_fwd", "post_pre_static_fwd"]
+            );
+            let seam = functions(Call::PostPreBwd);
+            if n == 3 || c == 100 {
+                let post = ["post_fwd", "post_fwd_unaligned"];
+                assert!(post.contains(&seam[0]), "{seam:?}");
+                assert_eq!(seam[1], "pre_static_bwd");
+            } else {
+                assert_eq!(seam[0], "post_pre_static_bwd");
+                assert_eq!(seam[1..], sums);
+            }
         }
     }
+}
+
+#[test]
+fn pre_takes_every_constraint_back_in_one_pass() {
+    let functions = |constraint, sinkhorn_iters, c| {
+        let config = Config {
+            constraint,
+            sinkhorn_iters,
+            ..Config::default()
+        };
+        functions_of(
+            Example::new(Call::PreBwd, DType::Bf16, 17, [4, c], config),
+            &H100,
+        )
+    };
+    let alone = ["pre_bwd_one_pass", "sum_gradients"];
+    let once = ["logits_bwd", "pre_bwd_one_pass", "sum_gradients"];
+    for iters in [20, 200] {
+        assert_eq!(functions(Constraint::Identity, iters, 6144), alone);
+        assert_eq!(functions(Constraint::Permutations, iters, 4096), once);
+    }
+    for c in [320, 1600, 7168] {
+        assert_eq!(functions(Constraint::Birkhoff, 128, c), once);
+        assert_eq!(functions(Constraint::None, 128, c), once);
+    }
+    let is_once = |constraint, iters, c| {
+        let functions = functions(constraint, iters, c);
+        functions.contains(&"pre_bwd_one_pass")
+    };
+    assert!(!is_once(Constraint::Birkhoff, 129, 4096));
+    assert!(!is_once(Constraint::Birkhoff, 20, 4104));
+    assert!(!is_once(Constraint::Permutations, 20, 6144));
 }
 
 #[test]
@@ -326,8 +414,7 @@ fn the_norm_is_in_the_kernels_that_read_the_streams_once() {
     assert_eq!(functions(&L4, Call::PostPreFwd, 4096)[1..], pre);
     let before = ["norm_bwd", "sum_norm_scale"];
     assert_eq!(functions(&L4, Call::PreBwd, 4096)[..2], before);
-    assert_eq!(functions(&H100, Call::PreBwd, 6144)[..2], before);
-    for c in [4096, 2560, 7168] {
+    for c in [4096, 2560, 6144, 7168] {
         assert_eq!(functions(&H100, Call::PreFwd, c), ["pre_norm_fwd_one_pass"]);
         assert_eq!(
             functions(&H100, Call::PostPreFwd, c),

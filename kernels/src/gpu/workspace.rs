@@ -211,22 +211,21 @@ impl Problem {
             norm: self.norm_width > 0,
             ..Config::default()
         };
-        let call = self.call(&config);
-        let devices = Device::KINDS.iter();
-        let plans = devices.flat_map(|device| {
-            schedules(self.kind)
-                .iter()
-                .map(move |schedule| (device, schedule))
-        });
-        Some(
-            plans.fold(WorkspaceSize::default(), |most, (device, schedule)| {
-                let mut counted = Counted::default();
-                match (schedule.plan)(&call, device, &mut counted) {
-                    Some(_) => most.max(counted.0),
-                    None => most,
+        // Those who ask know the bytes of an element alone.
+        let same_bytes = |dtype: &DType| dtype.num_bytes() == self.dtype.num_bytes();
+        let mut most = WorkspaceSize::default();
+        for dtype in DType::ALL.into_iter().filter(same_bytes) {
+            let call = Self { dtype, ..*self }.call(&config);
+            for device in &Device::KINDS {
+                for schedule in schedules(self.kind) {
+                    let mut counted = Counted::default();
+                    if (schedule.plan)(&call, device, &mut counted).is_some() {
+                        most = most.max(counted.0);
+                    }
                 }
-            }),
-        )
+            }
+        }
+        Some(most)
     }
 }
 

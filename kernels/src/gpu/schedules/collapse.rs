@@ -1,8 +1,8 @@
 //! The schedule of `collapse_fwd` and `collapse_bwd`.
 
 use super::Schedule;
-use super::post::{channels, grid};
-use super::sizes::{self, for_rows, is_aligned};
+use super::post::{grid, token_threads};
+use super::sizes::{self, for_rows};
 use crate::contract::check::CheckedCall;
 use crate::contract::table::Call;
 use crate::gpu::kernel::Kernel;
@@ -20,8 +20,7 @@ pub const SCHEDULE: Schedule = Schedule {
 };
 
 fn kernel(call: &CheckedCall, functions: [&'static str; 2]) -> Kernel {
-    let size = sizes::streams(call.n, is_aligned(call.c));
-    Kernel::of(for_rows(call.c, functions), size, call.dtype)
+    sizes::kernel(call, for_rows(call.c, functions))
 }
 
 fn forward(call: &CheckedCall) -> Launch {
@@ -43,7 +42,6 @@ fn forward(call: &CheckedCall) -> Launch {
 
 fn backward(call: &CheckedCall) -> Launch {
     let kernel = kernel(call, ["collapse_bwd", "collapse_bwd_unaligned"]);
-    let threads = call.c.div_ceil(channels(call)).min(kernel.threads());
     let args = vec![
         Arg::Pointer(call.operand_address("x")),
         Arg::Pointer(call.operand_address("d_u")),
@@ -52,7 +50,7 @@ fn backward(call: &CheckedCall) -> Launch {
         Arg::I32(call.c as i32),
     ];
     Launch {
-        block: threads.next_multiple_of(32) as u32,
+        block: token_threads(call, kernel),
         ..kernel.launch([call.tokens, 1, 1], args)
     }
 }

@@ -1,8 +1,7 @@
 //! Launches around those of pre and of post_pre where the layer's input is normalised (norm.cu).
 
-use super::sizes::{self, is_aligned};
+use super::sizes::kernel;
 use crate::contract::check::CheckedCall;
-use crate::gpu::kernel::Kernel;
 use crate::gpu::launch::{Arg, Launch};
 use crate::gpu::workspace::{Part, Workspace};
 
@@ -17,11 +16,6 @@ pub fn d_u(call: &CheckedCall) -> Part {
 /// Sums of `rows` blocks or clusters for the gradient of norm_scale.
 pub fn sums(call: &CheckedCall, rows: usize) -> Part {
     Part::fixed(rows * call.norm_width)
-}
-
-fn kernel(call: &CheckedCall, function: &'static str) -> Kernel {
-    let size = sizes::streams(call.n, is_aligned(call.c));
-    Kernel::of(function, size, call.dtype)
 }
 
 /// The normalised input in place of u, from the streams at `x`; nothing where there is no norm.

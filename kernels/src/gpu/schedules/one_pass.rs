@@ -11,16 +11,39 @@ pub use pre_bwd::PRE_BACKWARD;
 use crate::contract::check::CheckedCall;
 use crate::contract::config::Constraint;
 use crate::contract::view::DType;
-use crate::gpu::device::{CLUSTER_SIZES, Device, MAX_CLUSTER_BLOCKS};
+use crate::gpu::device::{Device, MAX_CLUSTER, MAX_CLUSTER_BLOCKS};
 use crate::gpu::kernel::Kernel;
 use crate::gpu::launch::{Arg, Launch, Tensor};
 use crate::gpu::tuning::{CHANNELS, Size};
 
-/// Streams, and columns of phi, that the kernels are written for.
+/// Streams that the kernels are written for.
 const STREAMS: usize = 4;
+
+/// Columns of phi where H_res has a logit for each element: those that Sinkhorn-Knopp may be for.
 const COLUMNS: usize = STREAMS * (STREAMS + 2);
 
-/// How a cluster of blocks divides the channels among them.
+/// Channels of a line of a box of the copy engine, of which C has whole ones.
+const LINE: usize = 64;
+
+/// Clusters of 1, 2 and so on blocks that run at once on an H200. Geometries are chosen for it, whatever the GPU: the
+/// workspace, and the order of sums, follow from them.
+const CLUSTERS_AT_ONCE: [u32; MAX_CLUSTER] =
+    [132, 66, 39, 30, 22, 17, 15, 15, 9, 7, 7, 7, 7, 7, 7, 7];
+
+/// The work of a block for each tile beside that for its channels, as channels.
+const FIXED_WORK: usize = 100;
+
+/// Numbers of a stream's phi that a block has room for beside all else.
+const MOST_PHI: u32 = 448 * 24;
+
+// The kernels tell constraints apart by their columns, and of those with n² columns take any but Birkhoff for `none`.
+const _: () = assert!(
+    Constraint::ALL.len() == 4,
+    "the kernels of device/one_pass have to take a new constraint"
+);
+
+/// How a cluster of two blocks or more divides the channels among them. The last block may have less than the others: the copy
+/// engine fills it up with zeros.
 #[derive(Debug, Clone, Copy)]
 pub struct Geometry {
     /// Channels of a stream that a block owns, as the kernels' size.
@@ -30,24 +53,42 @@ pub struct Geometry {
 }
 
 impl Geometry {
-    /// The geometry of a call, where the kernels take it on the GPU. The number of tokens has no say: a token's result
+    /// The geometry of a call, where `function` takes it on the GPU. The number of tokens has no say: a token's result
     /// must not depend on it.
-    fn of(call: &CheckedCall, device: &Device) -> Option<Self> {
-        let is_known = matches!(
-            call.config.constraint,
-            Constraint::Birkhoff | Constraint::None
-        );
-        let fits = call.dtype == DType::Bf16 && call.n == STREAMS && call.columns == COLUMNS;
-        let fits = fits && is_known;
-        let geometry = Self::of_width(call.c).filter(|_| fits)?;
+    fn of(function: &'static str, call: &CheckedCall, device: &Device) -> Option<Self> {
+        let fits = call.dtype == DType::Bf16 && call.n == STREAMS;
+        let geometry = Self::of_width(function, call.c, call.columns).filter(|_| fits)?;
         device.num_clusters(geometry.cluster, 1).map(|_| geometry)
     }
 
-    /// The geometry for C channels. All other widths take two passes over the streams.
-    fn of_width(c: usize) -> Option<Self> {
-        let mut all =
-            (CHANNELS.iter()).flat_map(|size| CLUSTER_SIZES.map(|cluster| Self { size, cluster }));
-        all.find(|geometry| geometry.channels() * geometry.cluster as usize == c)
+    /// The geometry of a kernel for C channels and columns of phi: that with the most tokens at once for their work.
+    fn of_width(function: &'static str, c: usize, columns: usize) -> Option<Self> {
+        let sizes = CHANNELS.iter().filter(|size| {
+            size.columns as usize == columns && Kernel::find(function, size, DType::Bf16).is_some()
+        });
+        let all = sizes.filter_map(|size| {
+            let cluster = c.div_ceil(size.number as usize);
+            let takes = c.is_multiple_of(LINE) && (2..=MAX_CLUSTER).contains(&cluster);
+            takes.then_some(Self {
+                size,
+                cluster: cluster as u32,
+            })
+        });
+        all.min_by_key(|geometry| (geometry.has_much_phi(), geometry.work(function)))
+    }
+
+    /// Whether phi takes so many registers that some of it has to lie elsewhere: for widths that no other size takes.
+    fn has_much_phi(self) -> bool {
+        self.size.number * self.size.columns > MOST_PHI
+    }
+
+    /// Work of a kernel for a token, where all clusters have some: larger for fewer clusters, for more channels of a
+    /// block, and for a size that leaves some to another kernel.
+    fn work(self, function: &'static str) -> usize {
+        let kernel = Kernel::of(function, self.size, DType::Bf16);
+        let percent = kernel.find_more("cost").unwrap_or(100);
+        let at_once = CLUSTERS_AT_ONCE[self.cluster as usize - 1] as usize;
+        (self.channels() + FIXED_WORK) * 10 * percent / at_once
     }
 
     /// Channels of a stream that a block owns.
@@ -104,13 +145,34 @@ mod tests {
     }
 
     #[test]
-    fn widths_that_clusters_divide_have_a_geometry() {
-        let of = |c| Geometry::of_width(c).map(|found| (found.channels(), found.cluster));
-        assert_eq!(of(4096), Some((256, 16)));
-        assert_eq!(of(2560), Some((320, 8)));
-        assert_eq!(of(6144), Some((384, 16)));
-        assert_eq!(of(7168), Some((448, 16)));
-        assert_eq!(of(4160), None);
-        assert_eq!(of(8192), None);
+    fn widths_of_whole_lines_have_a_geometry() {
+        let of = |c, columns| {
+            let found = Geometry::of_width("pre_fwd_one_pass", c, columns)?;
+            Some((found.channels(), found.cluster))
+        };
+        for (c, columns, geometry) in [
+            (512, 24, (256, 2)),
+            (768, 24, (384, 2)),
+            (2560, 24, (320, 8)),
+            (4096, 24, (256, 16)),
+            (6144, 24, (384, 16)),
+            (7168, 24, (448, 16)),
+            (8192, 24, (512, 16)),
+            (4096, 8, (512, 8)),
+            (6144, 8, (384, 16)),
+            (4096, 32, (256, 16)),
+            (6144, 32, (384, 16)),
+        ] {
+            assert_eq!(of(c, columns), Some(geometry), "{c}, {columns}");
+        }
+        for c in (256 + LINE..=8192).step_by(LINE) {
+            let (channels, cluster) = of(c, 24).unwrap();
+            assert!((c..c + channels).contains(&(channels * cluster as usize)));
+        }
+        // A cluster of one would need other instructions.
+        assert_eq!(of(256, 24), None);
+        assert_eq!(of(4100, 24), None);
+        assert_eq!(of(8256, 24), None);
+        assert_eq!(of(6208, 32), None);
     }
 }

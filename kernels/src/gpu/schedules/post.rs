@@ -23,18 +23,18 @@ pub const SCHEDULE: Schedule = Schedule {
 };
 
 fn kernel(call: &CheckedCall, functions: [&'static str; 2]) -> Kernel {
-    let size = sizes::streams(call.n, is_aligned(call.c));
-    Kernel::of(for_rows(call.c, functions), size, call.dtype)
+    sizes::kernel(call, for_rows(call.c, functions))
 }
 
-/// Channels that a thread takes at once (`V` of post.cu and collapse.cu).
+/// Channels that a thread takes at once (`kThreadChannels` of math/post.cuh).
 pub fn channels(call: &CheckedCall) -> usize {
-    let bytes = if sizes::streams_bound(call.n, is_aligned(call.c)) <= 4 {
-        16
-    } else {
-        8
-    };
-    bytes / call.dtype.num_bytes()
+    channels_up_to(8, call)
+}
+
+/// Channels of 16 bytes for up to `most` streams, else of 8.
+fn channels_up_to(most: usize, call: &CheckedCall) -> usize {
+    let is_few = sizes::streams_bound(call.n, is_aligned(call.c)) <= most;
+    (if is_few { 16 } else { 8 }) / call.dtype.num_bytes()
 }
 
 /// Blocks with a thread for all streams of some channels of a token, and the tokens of a row of them.
@@ -44,6 +44,15 @@ pub fn grid(call: &CheckedCall, kernel: Kernel) -> ([usize; 3], usize) {
     let blocks = (slab * threads).div_ceil(kernel.threads());
     let slabs = call.tokens.div_ceil(slab);
     ([blocks, slabs, 1], slab)
+}
+
+/// Threads of a block that has the channels of a token (`kTokenChannels` of math/post.cuh).
+pub fn token_threads(call: &CheckedCall, kernel: Kernel) -> u32 {
+    let threads = call
+        .c
+        .div_ceil(channels_up_to(4, call))
+        .min(kernel.threads());
+    threads.next_multiple_of(32) as u32
 }
 
 /// X' at `x_new`.
@@ -87,18 +96,19 @@ pub fn mix(call: &CheckedCall, d_x_new: u64, h_res: u64, d_x: u64) -> Launch {
 /// The gradients from the one of X' at `d_x_new`.
 pub fn backward(call: &CheckedCall, d_x_new: u64) -> Launch {
     let kernel = kernel(call, ["post_bwd", "post_bwd_unaligned"]);
-    kernel.launch(
-        [call.tokens, 1, 1],
-        vec![
-            Arg::Pointer(call.operand_address("x")),
-            Arg::Pointer(call.operand_address("y")),
-            Arg::Pointer(call.operand_address("h_post")),
-            Arg::Pointer(d_x_new),
-            Arg::Pointer(call.result_address("d_y")),
-            Arg::Pointer(call.result_address("d_h_post")),
-            Arg::Pointer(call.result_address("d_h_res")),
-            Arg::I32(call.n as i32),
-            Arg::I32(call.c as i32),
-        ],
-    )
+    let args = vec![
+        Arg::Pointer(call.operand_address("x")),
+        Arg::Pointer(call.operand_address("y")),
+        Arg::Pointer(call.operand_address("h_post")),
+        Arg::Pointer(d_x_new),
+        Arg::Pointer(call.result_address("d_y")),
+        Arg::Pointer(call.result_address("d_h_post")),
+        Arg::Pointer(call.result_address("d_h_res")),
+        Arg::I32(call.n as i32),
+        Arg::I32(call.c as i32),
+    ];
+    Launch {
+        block: token_threads(call, kernel),
+        ..kernel.launch([call.tokens, 1, 1], args)
+    }
 }

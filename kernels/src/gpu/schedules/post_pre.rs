@@ -2,7 +2,7 @@
 
 use super::one_pass::pre_bwd;
 use super::two_pass::pre;
-use super::{DXIn, Schedule, post};
+use super::{DXIn, Schedule, post, static_coefficients};
 use crate::contract::check::CheckedCall;
 use crate::gpu::device::Device;
 use crate::gpu::launch::Launch;
@@ -19,6 +19,14 @@ pub const FORWARD: Schedule = Schedule {
     },
 };
 
+/// X' again, then pre's backward pass with static coefficients, and post's.
+pub const STATIC_BACKWARD: Schedule = Schedule {
+    name: "post again, pre with static coefficients, post",
+    plan: |call, device, workspace| {
+        backward(call, device, workspace, static_coefficients::pre_backward)
+    },
+};
+
 /// X' again, then pre's backward pass in one pass over it, and post's.
 pub const ONE_PASS_BACKWARD: Schedule = Schedule {
     name: "post again, pre in one pass, post",
@@ -28,16 +36,7 @@ pub const ONE_PASS_BACKWARD: Schedule = Schedule {
 /// X' again, then pre's backward pass in two passes over it, and post's.
 pub const TWO_PASS_BACKWARD: Schedule = Schedule {
     name: "post again, pre in two passes, post",
-    plan: |call, device, workspace| {
-        backward(
-            call,
-            device,
-            workspace,
-            |call, device, workspace, x, d_x_in| {
-                Some(pre::backward(call, device, workspace, x, d_x_in))
-            },
-        )
-    },
+    plan: |call, device, workspace| backward(call, device, workspace, pre::backward),
 };
 
 /// The backward pass of pre from the streams at an address.

@@ -1,18 +1,38 @@
 //! The compiled size of a kernel that a call takes.
 
+use crate::contract::check::CheckedCall;
+use crate::gpu::kernel::Kernel;
 use crate::gpu::tuning::{STREAMS, Size};
+
+/// The kernel for the streams of a call.
+pub fn kernel(call: &CheckedCall, function: &'static str) -> Kernel {
+    Kernel::of(function, streams(call.n, is_aligned(call.c)), call.dtype)
+}
+
+/// The same, where tuning.rs has it in this size.
+pub fn find_kernel(call: &CheckedCall, function: &'static str) -> Option<Kernel> {
+    Kernel::find(function, streams(call.n, is_aligned(call.c)), call.dtype)
+}
 
 /// The size of the kernels for n streams of C channels.
 pub fn streams(n: usize, is_aligned: bool) -> &'static Size {
     of(STREAMS, n, is_aligned)
 }
 
-/// The exact size of a number, or the bound: that takes all numbers, and rows that are not aligned.
+/// The exact size of a number, or the least bound that has room for it: bounds take rows that are not aligned, too.
 pub fn of(sizes: &'static [Size], number: usize, is_aligned: bool) -> &'static Size {
     let mut exact =
         (sizes.iter()).filter(|size| is_aligned && size.is_exact && size.number as usize == number);
-    let bound = || sizes.iter().find(|size| !size.is_exact);
-    (exact.next().or_else(bound)).expect("the last size is a bound")
+    exact.next().unwrap_or_else(|| bound_of(sizes, number))
+}
+
+/// The least bound that has room for a number; the last where there is none, whose kernels take such numbers in parts.
+pub fn bound_of(sizes: &'static [Size], number: usize) -> &'static Size {
+    let mut bounds = sizes.iter().filter(|size| !size.is_exact);
+    let last = sizes.last().expect("sizes");
+    bounds
+        .find(|size| number <= size.number as usize)
+        .unwrap_or(last)
 }
 
 /// The number of streams that these kernels have room for (`SIZE`).

@@ -1,5 +1,6 @@
 //! The schedules that read the streams twice: once for the products with phi, and once for what the products give.
-//! They take every call of pre and of the head, which is a pre with h_pre alone.
+//! They take every call of pre and of the head, which is a pre with h_pre alone, but for
+//! backward calls with static coefficients.
 
 pub mod pre;
 mod projection;
@@ -28,6 +29,6 @@ pub const BACKWARD: Schedule = Schedule {
             _ => DXIn::of(call, "d_x_in", "h_res"),
         };
         let x = call.operand_address("x");
-        Some(pre::backward(call, device, workspace, x, d_x_in))
+        pre::backward(call, device, workspace, x, d_x_in)
     },
 };

@@ -53,7 +53,7 @@ impl Random {
             ]),
             num_sms: self.of(&[0, 1, 58, 132, most]),
             max_shared_bytes: self.of(&[SHARED_BYTES as u32, CLUSTER_SHARED_BYTES, most]),
-            max_clusters: [0; 4].map(|_: u32| self.of(&clusters)),
+            max_clusters: [0; 16].map(|_: u32| self.of(&clusters)),
         }
     }
 

@@ -4,9 +4,6 @@ use super::super::launch::{Arg, Launch};
 use crate::contract::check::CheckedCall;
 use crate::contract::view::DType;
 
-/// Columns of phi in the kernels that read the streams once.
-const COLUMNS: usize = 24;
-
 /// Memory of the workspace: its address and its bytes.
 pub type Span = (u64, usize);
 
@@ -44,10 +41,11 @@ fn floats(call: &CheckedCall, launch: &Launch) -> Vec<(usize, usize)> {
     let streams = |values: usize| (values * call.dtype.num_bytes()).div_ceil(size_of::<f32>());
     let partial = |slices: usize| tokens * slices * (columns.div_ceil(8) * 8 + 2);
     let parts = if call.dtype == DType::F32 { 3 } else { 2 };
-    let fragments = |groups: usize, words: usize| tokens.div_ceil(16) * groups * parts * 32 * words;
+    let row_parts = [parts, 1][usize::from(call.dtype == DType::Bf16)];
+    let tiles = tokens.div_ceil(16);
     let dm = [
-        fragments(columns.div_ceil(16), 4),
-        fragments(columns.div_ceil(8), 2),
+        tiles * columns.div_ceil(16) * row_parts * 32 * 4,
+        tiles * columns.div_ceil(8) * parts * 32 * 2,
     ];
     let sums = columns + 3;
     let iters = call.config.sinkhorn_iters;
@@ -55,15 +53,38 @@ fn floats(call: &CheckedCall, launch: &Launch) -> Vec<(usize, usize)> {
     let function = launch.kernel.function;
     match function.strip_suffix("_unaligned").unwrap_or(function) {
         "project" => vec![(2, partial(blocks))],
-        "pre_fwd" => vec![(0, streams(tokens * n * c)), (1, partial(int(2)))],
+        "phi_fragments" => {
+            let rows = (n * c).div_ceil(32) * 32;
+            vec![(1, int(5) * rows * int(4) * 8 * parts / 2)]
+        }
+        "project_tiled" => {
+            let rows = (n * c).div_ceil(32) * 32;
+            vec![
+                (0, streams(tokens * n * c)),
+                (1, int(8) * rows * int(7) * 8 * parts / 2),
+                (2, partial((n * c).div_ceil(int(6)))),
+            ]
+        }
+        "pre_fwd" => {
+            let tokens = int(11);
+            let coefficients = [(6, tokens * n), (7, tokens * n), (8, tokens * n * n)];
+            let streams = [(0, streams(tokens * n * c)), (1, partial(int(2)))];
+            streams
+                .into_iter()
+                .chain(coefficients)
+                .chain([(10, tokens)])
+                .collect()
+        }
         "pre_bwd" => vec![
             (0, streams(tokens * n * c)),
             (5, streams(tokens * c)),
-            (6, tokens * n),
+            (6, int(15) * n),
+            (7, int(15) * n),
+            (8, int(15) * n * n),
             (9, dm[0]),
             (10, dm[1]),
-            (11, tokens * n),
-            (12, tokens),
+            (11, int(15) * n),
+            (12, 2 * int(15)),
             (13, blocks * (call.layout.num() + 3)),
             (14, blocks * 2 * iters * 32),
         ],
@@ -71,10 +92,9 @@ fn floats(call: &CheckedCall, launch: &Launch) -> Vec<(usize, usize)> {
         "project_back" | "project_back_mixing" => vec![
             (0, streams(tokens * n * c)),
             (2, dm[0]),
-            (3, dm[1]),
-            (5, tokens * n),
-            (6, tokens),
-            (7, streams(tokens * c)),
+            (4, tokens * n),
+            (5, 2 * tokens),
+            (6, streams(tokens * c)),
         ],
         "d_phi" => vec![
             (0, streams(tokens * n * c)),
@@ -83,6 +103,20 @@ fn floats(call: &CheckedCall, launch: &Launch) -> Vec<(usize, usize)> {
             (4, rows * d_phi),
         ],
         "sum_d_phi" => vec![(0, int(2) * int(3))],
+        "post_pre_static_fwd" => vec![(4, n), (5, n), (6, n * n)],
+        "pre_static_bwd" => vec![
+            (0, streams(tokens * n * c)),
+            (2, streams(tokens * c)),
+            (6, tokens * n),
+        ],
+        "post_pre_static_bwd" => vec![(12, tokens * n)],
+        "sum_static" => vec![
+            (0, tokens * n),
+            (1, tokens * n),
+            (4, blocks * n),
+            (5, blocks * n),
+            (6, blocks * n * n),
+        ],
         "norm_fwd" => vec![(0, streams(tokens * n * c))],
         "norm_bwd" => vec![
             (0, streams(tokens * n * c)),
@@ -92,34 +126,34 @@ fn floats(call: &CheckedCall, launch: &Launch) -> Vec<(usize, usize)> {
         ],
         "sum_norm_scale" => vec![(0, int(2) * int(3))],
         "post_pre_norm_bwd" => vec![(11, streams(tokens * c)), (12, blocks * c)],
-        "logits_bwd" => vec![(5, tokens * COLUMNS)],
+        "logits_bwd" => vec![(5, tokens * columns)],
         "pre_bwd_one_pass" | "pre_norm_bwd_one_pass" => {
             let clusters = blocks / launch.cluster as usize;
             let common = [
                 (10, tokens * n),
-                (11, tokens * COLUMNS),
+                (11, tokens * columns),
                 (12, clusters * d_phi),
-                (13, blocks * sums),
+                (13, launch.kernel.more("owner_warps") * blocks * sums),
             ];
             let norm = function.contains("norm").then_some((20, clusters * c));
             common.into_iter().chain(norm).collect()
         }
         "post_pre_bwd_one_pass" => {
             let clusters = blocks / launch.cluster as usize;
-            let is_summed = launch.kernel.size == "w256";
+            let is_summed = launch.kernel.more("sums_phi") > 0;
             let product = if is_summed {
                 clusters * d_phi
             } else {
-                tokens * COLUMNS
+                tokens * columns
             };
             vec![
-                (18, tokens * COLUMNS),
+                (18, tokens * columns),
                 (21, product),
                 (22, 2 * blocks * sums),
             ]
         }
-        "phi_bwd" => vec![(4, tokens * COLUMNS), (5, rows * d_phi)],
-        "sum_gradients" => vec![(0, 4 * int(5) * int(7)), (1, int(6) * (COLUMNS + 3))],
+        "phi_bwd" => vec![(4, tokens * columns), (5, rows * d_phi)],
+        "sum_gradients" => vec![(0, 4 * int(5) * int(7)), (1, int(6) * sums)],
         "sinkhorn_bwd" => vec![(3, blocks * 2 * iters * launch.block as usize)],
         "post_fwd" => vec![(4, streams(tokens * n * c))],
         _ => vec![],

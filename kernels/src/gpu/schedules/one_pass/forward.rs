@@ -23,7 +23,7 @@ fn launch(call: &CheckedCall, device: &Device) -> Option<Launch> {
         (true, false) => "post_pre_fwd_one_pass",
         (true, true) => "post_pre_norm_fwd_one_pass",
     };
-    let geometry = Geometry::of(call, device)?;
+    let geometry = Geometry::of(function, call, device)?;
     let kernel = Kernel::find(function, geometry.size, call.dtype)?;
     let tensor = |name, num_streams| {
         let address = call.operand_address(name);
@@ -49,6 +49,7 @@ fn launch(call: &CheckedCall, device: &Device) -> Option<Launch> {
     }
     args.extend([
         Arg::I32(call.tokens as i32),
+        Arg::I32(call.c as i32),
         Arg::Settings(call.config.into()),
     ]);
     Some(geometry.launch(call, device, kernel, args))

@@ -2,13 +2,13 @@
 //! has no room for it (phi_bwd.cu), and for the norm of the layer's input (post_pre_norm_bwd.cu).
 
 use super::pre_bwd::{self, Sums};
-use super::{COLUMNS, Geometry, STREAMS};
+use super::{Geometry, STREAMS};
 use crate::contract::check::CheckedCall;
 use crate::gpu::device::Device;
 use crate::gpu::kernel::Kernel;
 use crate::gpu::launch::{Arg, Launch, Tensor};
 use crate::gpu::schedules::{Schedule, norm, sizes};
-use crate::gpu::tuning::W128;
+use crate::gpu::tuning::NARROW;
 use crate::gpu::workspace::{Part, Workspace};
 
 /// Channels from which on blocks with the norm are so large that half as many fill a GPU.
@@ -21,8 +21,9 @@ pub const POST_PRE_BACKWARD: Schedule = Schedule {
 };
 
 fn plan(call: &CheckedCall, device: &Device, workspace: &mut dyn Workspace) -> Option<Vec<Launch>> {
-    let geometry = pre_bwd::geometry(call, device)?;
-    let kernel = Kernel::find("post_pre_bwd_one_pass", geometry.size, call.dtype)?;
+    let function = "post_pre_bwd_one_pass";
+    let geometry = pre_bwd::geometry(function, call, device)?;
+    let kernel = Kernel::of(function, geometry.size, call.dtype);
     if !kernel.is_for(device) {
         return None;
     }
@@ -32,7 +33,7 @@ fn plan(call: &CheckedCall, device: &Device, workspace: &mut dyn Workspace) -> O
     let r_dm = if sums_phi {
         0
     } else {
-        workspace.take(Part::per_token(COLUMNS))
+        workspace.take(Part::per_token(call.columns))
     };
     let (d_u, mut launches) = norm_backward(call, workspace);
     let operand = |name| call.operand_address(name);
@@ -65,6 +66,7 @@ fn plan(call: &CheckedCall, device: &Device, workspace: &mut dyn Workspace) -> O
         Arg::Pointer(if sums_phi { sums.d_phi } else { r_dm }),
         Arg::Pointer(sums.gates),
         Arg::I32(call.tokens as i32),
+        Arg::I32(call.c as i32),
         Arg::I32(i32::from(call.config.deferred)),
         Arg::Settings(call.config.into()),
     ]);
@@ -86,8 +88,11 @@ fn plan(call: &CheckedCall, device: &Device, workspace: &mut dyn Workspace) -> O
 
 /// The sums for d_phi, at `d_phi`, from r dm: a row of blocks for each of them.
 fn phi(call: &CheckedCall, device: &Device, geometry: Geometry, r_dm: u64, d_phi: u64) -> Launch {
-    let kernel = Kernel::of("phi_bwd", &W128, call.dtype);
-    let channels = W128.number as usize;
+    let mut sizes = NARROW.iter();
+    let size = sizes.find(|size| size.columns as usize == call.columns);
+    let size = size.expect("a size for every geometry without the sums for d_phi");
+    let kernel = Kernel::of("phi_bwd", size, call.dtype);
+    let channels = size.number as usize;
     let operand = |name| call.operand_address(name);
     let tensor = |name, num_streams| {
         let dims = [call.tokens, num_streams, call.c];
@@ -97,7 +102,7 @@ fn phi(call: &CheckedCall, device: &Device, geometry: Geometry, r_dm: u64, d_phi
             [kernel.tokens(), channels],
         ))
     };
-    let slices = call.c / channels;
+    let slices = call.c.div_ceil(channels);
     // There is room for as many sums as clusters make.
     let most = kernel.more("blocks") * device.num_sms as usize / slices;
     let most = most.clamp(1, geometry.max_clusters());
@@ -105,7 +110,7 @@ fn phi(call: &CheckedCall, device: &Device, geometry: Geometry, r_dm: u64, d_phi
     let mut args = vec![tensor("x", STREAMS), tensor("y", 1)];
     args.extend(["h_post", "h_res"].map(|name| Arg::Pointer(operand(name))));
     args.extend([r_dm, d_phi].map(Arg::Pointer));
-    args.push(Arg::I32(call.tokens as i32));
+    args.extend([call.tokens, call.c].map(|size| Arg::I32(size as i32)));
     kernel.launch([slices, num_sums, 1], args)
 }
 
@@ -149,6 +154,7 @@ fn norm_backward(call: &CheckedCall, workspace: &mut dyn Workspace) -> (u64, Vec
         Arg::Pointer(d_w),
         Arg::I32(call.tokens as i32),
         Arg::I32(call.c as i32),
+        Arg::I32(call.columns as i32),
         Arg::Settings(call.config.into()),
     ]);
     let threads = (call.c / kernel.more("channels")).next_multiple_of(32);
@@ -157,4 +163,72 @@ fn norm_backward(call: &CheckedCall, workspace: &mut dyn Workspace) -> (u64, Vec
         ..kernel.launch([blocks, 1, 1], args)
     };
     (d_u, vec![main, norm::sum(call, d_w, blocks)])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::contract::view::DType;
+    use crate::gpu::device::MAX_CLUSTER;
+    use crate::gpu::schedules::one_pass::{COLUMNS, LINE};
+    use crate::gpu::tuning::CHANNELS;
+
+    const FUNCTION: &str = "post_pre_bwd_one_pass";
+
+    /// Channels of a block and blocks of a cluster.
+    fn geometry(c: usize, columns: usize) -> Option<(usize, usize)> {
+        let found = Geometry::of_width(FUNCTION, c, columns)?;
+        Some((found.channels(), found.cluster as usize))
+    }
+
+    #[test]
+    fn d_phi_is_summed_on_the_way_wherever_a_cluster_has_room_for_it() {
+        assert_eq!(geometry(256, COLUMNS), None);
+        for c in (256 + LINE..=4096).step_by(LINE) {
+            let is_ten = (2305..=2560).contains(&c);
+            let expected = if is_ten {
+                (320, 8)
+            } else {
+                (256, c.div_ceil(256))
+            };
+            assert_eq!(geometry(c, COLUMNS), Some(expected), "{c}");
+        }
+        for (c, expected) in [
+            (4160, (320, 13)),
+            (5120, (320, 16)),
+            (6144, (384, 16)),
+            (7168, (448, 16)),
+            (8192, (512, 16)),
+        ] {
+            assert_eq!(geometry(c, COLUMNS), Some(expected), "{c}");
+        }
+        assert_eq!(geometry(8256, COLUMNS), None);
+    }
+
+    #[test]
+    fn columns_of_every_constraint_have_a_geometry() {
+        for (columns, widest) in [(2 * STREAMS, 8192), (COLUMNS, 8192), (32, 6144)] {
+            for c in (512 + LINE..=widest).step_by(LINE) {
+                let (channels, cluster) = geometry(c, columns).unwrap();
+                assert_eq!(cluster, c.div_ceil(channels), "{c} {columns}");
+            }
+            assert_eq!(geometry(widest + LINE, columns), None);
+        }
+        // A size for every number of columns for which d_phi is another kernel's.
+        for size in CHANNELS {
+            let leaves = Kernel::find(FUNCTION, size, DType::Bf16)
+                .is_some_and(|kernel| kernel.more("sums_phi") == 0);
+            let has = NARROW.iter().any(|narrow| narrow.columns == size.columns);
+            assert!(has || !leaves, "{size:?}");
+        }
+    }
+
+    #[test]
+    fn clusters_have_every_size() {
+        let all = (LINE..=8192).step_by(LINE);
+        let sizes = all.filter_map(|c| geometry(c, COLUMNS).map(|(_, cluster)| cluster));
+        let sizes: std::collections::BTreeSet<_> = sizes.collect();
+        let but_ten = (2..=MAX_CLUSTER).filter(|cluster| *cluster != 10);
+        assert!(sizes.into_iter().eq(but_ten));
+    }
 }

@@ -4,7 +4,7 @@
 use super::{COLUMNS, Geometry, STREAMS};
 use crate::contract::check::CheckedCall;
 use crate::contract::view::DType;
-use crate::gpu::device::{Device, MAX_CLUSTER_BLOCKS};
+use crate::gpu::device::{Device, MAX_CLUSTER, MAX_CLUSTER_BLOCKS};
 use crate::gpu::kernel::Kernel;
 use crate::gpu::launch::{Arg, Launch};
 use crate::gpu::schedules::{DXIn, Schedule, norm, sizes};
@@ -22,18 +22,28 @@ pub const PRE_BACKWARD: Schedule = Schedule {
     },
 };
 
-/// The geometry of a backward call.
-pub fn geometry(call: &CheckedCall, device: &Device) -> Option<Geometry> {
-    let recorded = call.config.sinkhorn_iters <= MAX_SINKHORN_ITERS;
-    Geometry::of(call, device).filter(|_| recorded)
+/// The geometry of a backward call, where `function` takes it.
+pub fn geometry(function: &'static str, call: &CheckedCall, device: &Device) -> Option<Geometry> {
+    let fits = recorded_iters(call) <= MAX_SINKHORN_ITERS;
+    Geometry::of(function, call, device).filter(|_| fits)
+}
+
+/// Iterations of Sinkhorn-Knopp that a backward pass may want a record of. By the columns: the workspace of a call
+/// follows from them and not from its constraint.
+fn recorded_iters(call: &CheckedCall) -> usize {
+    if call.columns == COLUMNS {
+        call.config.sinkhorn_iters
+    } else {
+        0
+    }
 }
 
 /// Sums that the backward passes in one kernel keep in the workspace, with room for the sums of as many clusters as
 /// any GPU runs at once.
 pub struct Sums {
-    /// Gradients of the logits of h_post and H_res.
+    /// Gradients of the logits of h_post, and of H_res where it has any.
     pub d_z: u64,
-    /// Sums for alpha and bias, of up to two warps a block.
+    /// Sums for alpha and bias, of up to three warps a block.
     pub gates: u64,
     /// Sums for phi, of a cluster each.
     pub d_phi: u64,
@@ -42,10 +52,10 @@ pub struct Sums {
 impl Sums {
     /// Room for the sums of a call.
     pub fn take(call: &CheckedCall, geometry: Geometry, workspace: &mut dyn Workspace) -> Self {
-        let gates = 2 * MAX_CLUSTER_BLOCKS as usize * (COLUMNS + 3);
-        let d_phi = geometry.max_clusters() * STREAMS * call.c * COLUMNS;
+        let gates = 3 * MAX_CLUSTER_BLOCKS as usize * (call.columns + 3);
+        let d_phi = geometry.max_clusters() * STREAMS * call.c * call.columns;
         Self {
-            d_z: workspace.take(Part::per_token(COLUMNS)),
+            d_z: workspace.take(Part::per_token(call.columns)),
             gates: workspace.take(Part::fixed(gates)),
             d_phi: workspace.take(Part::fixed(d_phi)),
         }
@@ -60,11 +70,12 @@ pub fn plan(
     x: u64,
     d_x_in: DXIn,
 ) -> Option<Vec<Launch>> {
-    let geometry = geometry(call, device)?;
+    let geometry = geometry("pre_bwd_one_pass", call, device)?;
     let find = |function| Kernel::find(function, geometry.size, call.dtype);
     // Where no kernel takes the norm of the layer's input back, too, that is done beforehand.
     let with_norm = find("pre_norm_bwd_one_pass").filter(|_| call.norm_width > 0);
     let kernel = with_norm.or_else(|| find("pre_bwd_one_pass"))?;
+    let geometry = with_owners(kernel, geometry, device)?;
     let sums = Sums::take(call, geometry, workspace);
     let operand = |name| call.operand_address(name);
     let (d_w, ([d_u, d_h_pre], mut launches)) = if with_norm.is_some() {
@@ -73,6 +84,8 @@ pub fn plan(
     } else {
         (0, norm::backward(call, workspace, x))
     };
+    // The kernel itself takes h_post back where there is nothing else.
+    let logits = (call.layout.num_res > 0).then(|| logits(call, &sums));
     let tensor =
         |address, num_streams| Arg::TensorMap(geometry.tensor(call, kernel, address, num_streams));
     let mut args = vec![
@@ -85,7 +98,7 @@ pub fn plan(
     args.extend([
         Arg::Pointer(d_x_in.h_res.unwrap_or(0)),
         Arg::Pointer(d_h_pre),
-        Arg::Pointer(sums.d_z),
+        Arg::Pointer(logits.as_ref().map_or(operand("d_h_post"), |_| sums.d_z)),
         Arg::Pointer(sums.d_phi),
         Arg::Pointer(sums.gates),
         Arg::I32(call.tokens as i32),
@@ -100,13 +113,28 @@ pub fn plan(
     let main = geometry.launch(call, device, kernel, args);
     let blocks = main.grid[0];
     let clusters = blocks / geometry.cluster;
-    launches.extend([
-        logits(call, &sums),
-        main,
-        sum_gradients(call, &sums, clusters, blocks),
-    ]);
+    let rows = kernel.more("owner_warps") as u32 * blocks;
+    launches.extend(logits);
+    launches.extend([main, sum_gradients(call, &sums, clusters, rows)]);
     launches.extend(with_norm.map(|_| norm::sum(call, d_w, clusters as usize)));
     Some(launches)
+}
+
+/// A geometry whose blocks have room for what all blocks send to the owner of a token, for all tokens that they own of
+/// those under way. Where there is none, blocks without channels join the cluster: as many clusters of 13 blocks run at
+/// once as of 16.
+fn with_owners(kernel: Kernel, geometry: Geometry, device: &Device) -> Option<Geometry> {
+    let under_way = kernel.tokens() * kernel.stages();
+    let partials = |cluster: usize| under_way.div_ceil(cluster) * cluster;
+    if partials(geometry.cluster as usize) <= kernel.more("partials") {
+        return Some(geometry);
+    }
+    let cluster = MAX_CLUSTER as u32;
+    let geometry = Geometry {
+        cluster,
+        ..geometry
+    };
+    device.num_clusters(cluster, 1).map(|_| geometry)
 }
 
 /// A kernel of four streams that reads numbers of tokens and no streams.
@@ -114,7 +142,7 @@ fn small_kernel(function: &'static str) -> Kernel {
     Kernel::of(function, sizes::streams(STREAMS, true), DType::F32)
 }
 
-/// The gradients of the logits of h_post and H_res.
+/// The gradients of the logits of h_post, and of H_res where it has any.
 pub fn logits(call: &CheckedCall, sums: &Sums) -> Launch {
     let kernel = small_kernel("logits_bwd");
     let names = ["m", "alpha", "bias", "d_h_post", "d_h_res"];
@@ -124,9 +152,10 @@ pub fn logits(call: &CheckedCall, sums: &Sums) -> Launch {
     args.extend([
         Arg::Pointer(sums.d_z),
         Arg::I32(call.tokens as i32),
+        Arg::I32(call.columns as i32),
         Arg::Settings(call.config.into()),
     ]);
-    let recorded = 2 * call.config.sinkhorn_iters * kernel.tokens() * STREAMS;
+    let recorded = 2 * recorded_iters(call) * kernel.tokens() * STREAMS;
     Launch {
         shared_bytes: (recorded * size_of::<f32>()) as u32,
         ..kernel.launch([call.tokens.div_ceil(kernel.tokens()), 1, 1], args)
@@ -136,7 +165,7 @@ pub fn logits(call: &CheckedCall, sums: &Sums) -> Launch {
 /// The parameters' gradients from the sums of `clusters` for phi and from `rows` for the others.
 pub fn sum_gradients(call: &CheckedCall, sums: &Sums, clusters: u32, rows: u32) -> Launch {
     let kernel = small_kernel("sum_gradients");
-    let size = STREAMS * call.c * COLUMNS / 4;
+    let size = STREAMS * call.c * call.columns / 4;
     kernel.launch(
         [size.div_ceil(kernel.threads()) + 1, 1, 1],
         vec![
@@ -148,6 +177,92 @@ pub fn sum_gradients(call: &CheckedCall, sums: &Sums, clusters: u32, rows: u32) 
             Arg::I32(clusters as i32),
             Arg::I32(rows as i32),
             Arg::I32(size as i32),
+            Arg::I32(call.columns as i32),
         ],
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gpu::schedules::one_pass::LINE;
+    use crate::gpu::tuning::CHANNELS;
+
+    /// Channels of a block and blocks of a cluster.
+    fn geometry(c: usize, columns: usize) -> Option<(usize, usize)> {
+        let found = Geometry::of_width("pre_bwd_one_pass", c, columns)?;
+        let kernel = Kernel::of("pre_bwd_one_pass", found.size, DType::Bf16);
+        let found = with_owners(kernel, found, &Device::KINDS[1])?;
+        Some((found.channels(), found.cluster as usize))
+    }
+
+    #[test]
+    fn widths_of_every_constraint_have_a_geometry() {
+        for (columns, widest) in [(2 * STREAMS, 8192), (COLUMNS, 7168), (32, 5120)] {
+            for c in (256 + LINE..=widest).step_by(LINE) {
+                let (channels, cluster) = geometry(c, columns).unwrap();
+                assert!(channels * cluster >= c, "{c} {columns}");
+            }
+            assert_eq!(geometry(widest + LINE, columns), None);
+        }
+        // Those that tests on a GPU have (tests/test_cuda.py), with blocks of every size and with parts of them.
+        for (columns, c, expected) in [
+            (COLUMNS, 576, (320, 2)),
+            (COLUMNS, 960, (256, 4)),
+            (COLUMNS, 1088, (384, 3)),
+            (COLUMNS, 1600, (256, 7)),
+            (COLUMNS, 1856, (256, 8)),
+            (COLUMNS, 1984, (256, 8)),
+            (COLUMNS, 2624, (448, 6)),
+            (COLUMNS, 3136, (448, 7)),
+            (COLUMNS, 3648, (256, 15)),
+            (COLUMNS, 4160, (320, 13)),
+            (COLUMNS, 4224, (320, 14)),
+            (COLUMNS, 5440, (384, 15)),
+            // Blocks without channels: 14 and 15 of them would do.
+            (COLUMNS, 6208, (448, 16)),
+            (COLUMNS, 6656, (448, 16)),
+            (8, 576, (384, 2)),
+            (8, 1088, (384, 3)),
+            (8, 1600, (512, 4)),
+            (8, 2112, (512, 5)),
+            (8, 2624, (384, 7)),
+            (8, 4160, (512, 9)),
+            (8, 6208, (512, 13)),
+            (8, 6720, (512, 14)),
+            (8, 7232, (512, 15)),
+            (8, 8192, (512, 16)),
+            (32, 704, (256, 3)),
+            (32, 1344, (320, 5)),
+            (32, 1664, (256, 7)),
+            (32, 2112, (320, 7)),
+            (32, 2624, (320, 9)),
+            (32, 2944, (256, 12)),
+            (32, 3136, (256, 13)),
+            (32, 4544, (320, 15)),
+            (32, 5120, (320, 16)),
+        ] {
+            assert_eq!(geometry(c, columns), Some(expected), "{c} {columns}");
+        }
+    }
+
+    #[test]
+    fn owners_have_room_for_what_all_blocks_send() {
+        for size in CHANNELS {
+            let Some(kernel) = Kernel::find("pre_bwd_one_pass", size, DType::Bf16) else {
+                continue;
+            };
+            for cluster in 1..=MAX_CLUSTER {
+                let geometry = Geometry {
+                    size,
+                    cluster: cluster as u32,
+                };
+                let geometry = with_owners(kernel, geometry, &Device::KINDS[1]).unwrap();
+                let blocks = geometry.cluster as usize;
+                assert!(blocks >= cluster);
+                let at_once = (kernel.tokens() * kernel.stages()).div_ceil(blocks) * blocks;
+                assert!(at_once <= kernel.more("partials"), "{size:?} {cluster}");
+            }
+        }
+    }
 }

@@ -5,9 +5,8 @@ use crate::contract::check::CheckedCall;
 use crate::contract::config::Constraint;
 use crate::contract::layout::CoefficientLayout;
 use crate::gpu::device::Device;
-use crate::gpu::kernel::Kernel;
 use crate::gpu::launch::{Arg, Launch};
-use crate::gpu::schedules::sizes::{self, is_aligned};
+use crate::gpu::schedules::sizes::kernel;
 use crate::gpu::schedules::{DXIn, norm};
 use crate::gpu::workspace::{Part, Workspace};
 
@@ -20,11 +19,6 @@ const _: () = assert!(
     "pre_fwd and pre_bwd of two_pass/pre.cu have to take a new constraint"
 );
 
-fn kernel(call: &CheckedCall, function: &'static str) -> Kernel {
-    let size = sizes::streams(call.n, is_aligned(call.c));
-    Kernel::of(function, size, call.dtype)
-}
-
 /// The forward pass from the streams at `x`.
 pub fn forward(
     call: &CheckedCall,
@@ -34,33 +28,48 @@ pub fn forward(
 ) -> Vec<Launch> {
     let projection = Projection::of(call);
     let partial = workspace.take(projection.partial());
-    let kernel = kernel(call, "pre_fwd");
-    let collapse = kernel.launch(
-        [call.tokens.div_ceil(kernel.tokens()), 1, 1],
-        vec![
-            Arg::Pointer(x),
-            Arg::Pointer(partial),
-            Arg::I32(projection.slices() as i32),
-            Arg::Pointer(call.operand_address("alpha")),
-            Arg::Pointer(call.operand_address("bias")),
-            Arg::Pointer(call.result_address("u")),
-            Arg::Pointer(call.result_address("h_pre")),
-            Arg::Pointer(call.result_address("h_post")),
-            Arg::Pointer(call.result_address("h_res")),
-            Arg::Pointer(call.result_address("m")),
-            Arg::Pointer(call.result_address("r")),
-            Arg::I32(call.tokens as i32),
-            Arg::I32(call.c as i32),
-            Arg::I32(call.columns as i32),
-            Arg::Layout(call.layout.into()),
-            Arg::Settings(call.config.into()),
-        ],
-    );
-    projection::project(call, device, projection, x, partial)
+    let names = ["u", "h_pre", "h_post", "h_res", "m", "r"];
+    let results = names.map(|name| call.result_address(name));
+    let slices = projection.slices();
+    let apply = apply(call, x, (partial, slices), results, [call.tokens, call.c]);
+    projection::project(call, device, workspace, projection, x, partial)
         .into_iter()
-        .chain([collapse])
+        .chain([apply])
         .chain(norm::forward(call, x))
         .collect()
+}
+
+/// The coefficients that the bias alone makes, of one token, at `results`: h_pre, h_post, h_res and r.
+pub fn same_coefficients(call: &CheckedCall, [h_pre, h_post, h_res, r]: [u64; 4]) -> Launch {
+    let x = call.operand_address("x");
+    apply(call, x, (0, 0), [0, h_pre, h_post, h_res, 0, r], [1, 0])
+}
+
+/// The coefficients of some tokens from slices of the projection, and u of some of their channels.
+fn apply(
+    call: &CheckedCall,
+    x: u64,
+    (partial, slices): (u64, usize),
+    results: [u64; 6],
+    [tokens, channels]: [usize; 2],
+) -> Launch {
+    let kernel = kernel(call, "pre_fwd");
+    let mut args = vec![
+        Arg::Pointer(x),
+        Arg::Pointer(partial),
+        Arg::I32(slices as i32),
+        Arg::Pointer(call.operand_address("alpha")),
+        Arg::Pointer(call.operand_address("bias")),
+    ];
+    args.extend(results.map(Arg::Pointer));
+    args.extend([
+        Arg::I32(tokens as i32),
+        Arg::I32(channels as i32),
+        Arg::I32(call.columns as i32),
+        Arg::Layout(call.layout.into()),
+        Arg::Settings(call.config.into()),
+    ]);
+    kernel.launch([tokens.div_ceil(kernel.tokens()), 1, 1], args)
 }
 
 /// The backward pass to d_x and the parameters from the streams at `x`.
@@ -70,57 +79,115 @@ pub fn backward(
     workspace: &mut dyn Workspace,
     x: u64,
     d_x_in: DXIn,
-) -> Vec<Launch> {
+) -> Option<Vec<Launch>> {
+    // Static coefficients have a schedule of their own.
+    if call.columns == 0 {
+        return None;
+    }
     let ([d_u, d_h_pre], mut launches) = norm::backward(call, workspace, x);
     let projection = Projection::of(call);
-    let kernel = |function| kernel(call, function);
-    let coefficients = kernel("pre_bwd");
-    // Blocks come in pairs, for a tile of tokens.
-    let blocks = 2 * call.tokens.div_ceil(2 * coefficients.tokens());
     let dm = projection.fragments().map(|part| workspace.take(part));
-    let h_pre = workspace.take(Part::per_token(call.n));
-    let r_factor = workspace.take(Part::per_token(1));
+    let tokens = Cotangents {
+        tokens: call.tokens,
+        channels: call.c,
+        d_u,
+        d_h: [
+            d_h_pre,
+            call.operand_address("d_h_post"),
+            call.operand_address("d_h_res"),
+        ],
+    };
+    let logits = logits_bwd(call, workspace, x, &tokens, dm, Part::per_token);
+    let d_phi = workspace.take(projection.d_phi_partial());
+    // d_x_in may lie where d_x does, and x never does: the products are free to run in this order.
+    let factors = Factors {
+        dm,
+        h_pre: logits.h_pre,
+        of_tokens: logits.of_tokens,
+        d_u,
+    };
+    launches.push(logits.launch);
+    launches.extend(projection::project_back(
+        call, device, projection, x, &factors, d_x_in,
+    ));
+    launches.extend(projection::d_phi(call, device, projection, x, dm, d_phi));
+    launches.push(logits.sum);
+    Some(launches)
+}
+
+/// Cotangents of the coefficients of some tokens.
+pub struct Cotangents {
+    /// How many tokens.
+    pub tokens: usize,
+    /// Channels through which u adds to the cotangent of h_pre.
+    pub channels: usize,
+    /// The cotangent of u.
+    pub d_u: u64,
+    /// Those of h_pre, h_post and h_res.
+    pub d_h: [u64; 3],
+}
+
+/// The gradients of the logits.
+pub struct LogitsBwd {
+    /// What makes r dm, h_pre and the factors of the tokens, and sums over blocks for alpha and bias.
+    pub launch: Launch,
+    /// What makes d_alpha and d_bias of those.
+    pub sum: Launch,
+    h_pre: u64,
+    of_tokens: u64,
+}
+
+/// The gradients of the logits of tokens, those of alpha and bias included. `part` is a part of the workspace with so
+/// many floats for each of them.
+pub fn logits_bwd(
+    call: &CheckedCall,
+    workspace: &mut dyn Workspace,
+    x: u64,
+    cotangents: &Cotangents,
+    dm: [u64; 2],
+    part: impl Fn(usize) -> Part,
+) -> LogitsBwd {
+    let Cotangents {
+        tokens,
+        channels,
+        d_u,
+        d_h,
+    } = *cotangents;
+    let main = kernel(call, "pre_bwd");
+    // Blocks come in pairs, for a tile of tokens.
+    let blocks = 2 * tokens.div_ceil(2 * main.tokens());
+    let h_pre = workspace.take(part(call.n));
+    let of_tokens = workspace.take(part(2));
     let sums = CoefficientLayout::max_num(call.n) + 3;
-    let gate_sums = workspace.take(Part::per_token(sums.div_ceil(coefficients.tokens())));
+    let gate_sums = workspace.take(part(sums.div_ceil(main.tokens())));
     // Floats that a block records for Sinkhorn's backward pass.
     let recorded = 2 * call.config.sinkhorn_iters * 32;
     let (history, shared_bytes) = if recorded * size_of::<f32>() <= HISTORY_BYTES {
         (0, recorded * size_of::<f32>())
     } else {
-        let per_token = recorded.div_ceil(coefficients.tokens());
-        (workspace.take(Part::per_token(per_token)), 0)
+        let per_token = recorded.div_ceil(main.tokens());
+        (workspace.take(part(per_token)), 0)
     };
-    let d_phi = workspace.take(projection.d_phi_partial());
-    let (num, num_alpha) = (call.layout.num(), call.width("alpha"));
-    let coefficients = Launch {
+    let operand = |name| Arg::Pointer(call.operand_address(name));
+    let mut args = vec![Arg::Pointer(x)];
+    args.extend(["alpha", "bias", "m", "r"].map(operand));
+    args.push(Arg::Pointer(d_u));
+    args.extend(d_h.map(Arg::Pointer));
+    args.extend(dm.map(Arg::Pointer));
+    args.extend([h_pre, of_tokens, gate_sums, history].map(Arg::Pointer));
+    args.extend([
+        Arg::I32(tokens as i32),
+        Arg::I32(channels as i32),
+        Arg::I32(call.columns as i32),
+        Arg::Layout(call.layout.into()),
+        Arg::Settings(call.config.into()),
+    ]);
+    let launch = Launch {
         shared_bytes: shared_bytes as u32,
-        ..coefficients.launch(
-            [blocks, 1, 1],
-            vec![
-                Arg::Pointer(x),
-                Arg::Pointer(call.operand_address("alpha")),
-                Arg::Pointer(call.operand_address("bias")),
-                Arg::Pointer(call.operand_address("m")),
-                Arg::Pointer(call.operand_address("r")),
-                Arg::Pointer(d_u),
-                Arg::Pointer(d_h_pre),
-                Arg::Pointer(call.operand_address("d_h_post")),
-                Arg::Pointer(call.operand_address("d_h_res")),
-                Arg::Pointer(dm[0]),
-                Arg::Pointer(dm[1]),
-                Arg::Pointer(h_pre),
-                Arg::Pointer(r_factor),
-                Arg::Pointer(gate_sums),
-                Arg::Pointer(history),
-                Arg::I32(call.tokens as i32),
-                Arg::I32(call.c as i32),
-                Arg::I32(call.columns as i32),
-                Arg::Layout(call.layout.into()),
-                Arg::Settings(call.config.into()),
-            ],
-        )
+        ..main.launch([blocks, 1, 1], args)
     };
-    let sum_gates = kernel("sum_gates").launch(
+    let (num, num_alpha) = (call.layout.num(), call.width("alpha"));
+    let sum = kernel(call, "sum_gates").launch(
         [num + 3, 1, 1],
         vec![
             Arg::Pointer(gate_sums),
@@ -131,18 +198,10 @@ pub fn backward(
             Arg::I32(num_alpha as i32),
         ],
     );
-    // d_x_in may lie where d_x does, and x never does: the products are free to run in this order.
-    let factors = Factors {
-        dm,
+    LogitsBwd {
+        launch,
+        sum,
         h_pre,
-        r_factor,
-        d_u,
-    };
-    launches.push(coefficients);
-    launches.extend(projection::project_back(
-        call, device, projection, x, &factors, d_x_in,
-    ));
-    launches.extend(projection::d_phi(call, projection, x, dm, d_phi));
-    launches.push(sum_gates);
-    launches
+        of_tokens,
+    }
 }

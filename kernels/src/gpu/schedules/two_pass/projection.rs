@@ -8,7 +8,7 @@ use crate::gpu::launch::{Arg, Launch};
 use crate::gpu::schedules::sizes::{self, for_rows, is_aligned};
 use crate::gpu::schedules::{DXIn, post};
 use crate::gpu::tuning::{OCTETS, Size};
-use crate::gpu::workspace::Part;
+use crate::gpu::workspace::{Part, Workspace};
 
 /// Blocks of d_phi's kernel that a large GPU runs at once. A constant, because the order of the sums
 /// follows from it.
@@ -58,6 +58,15 @@ impl Projection {
         if self.dtype == DType::F32 { 3 } else { 2 }
     }
 
+    /// Parts of phi and of r dm in the products that make d_x (`kBackParts`).
+    fn back_parts(&self) -> usize {
+        if self.dtype == DType::Bf16 {
+            1
+        } else {
+            self.weight_parts()
+        }
+    }
+
     fn kernel(&self, function: &'static str) -> Kernel {
         Kernel::of(function, self.size(), self.dtype)
     }
@@ -67,7 +76,12 @@ impl Projection {
         self.kernel(for_rows(self.c, functions))
     }
 
-    /// Rows of phi that a block holds at once, and their bytes.
+    /// The kernel for few columns, whose blocks have phi for their slice in shared memory.
+    fn project_few(&self) -> Option<Kernel> {
+        Kernel::find("project", self.size(), self.dtype)
+    }
+
+    /// Rows of phi that a block of it holds at once, and their bytes.
     fn stage(&self) -> (usize, usize) {
         let row_bytes = self.size().number as usize * self.weight_parts() * 16;
         let fitting = (SHARED_BYTES / row_bytes).min(1024);
@@ -78,11 +92,12 @@ impl Projection {
     /// Values of a token whose products one block sums. Follows from the projection alone, as the order of
     /// the sums does.
     fn slice(&self) -> usize {
-        if self.size().number <= 4 {
-            self.stage().0
-        } else {
-            // phi passes by in several stages; many slices would cost more than they gain.
-            2048
+        match self.octets() {
+            _ if self.project_few().is_some() => self.stage().0,
+            // Long slices leave few partial sums, short ones work for many multiprocessors.
+            0..=4 => 1024,
+            5..=12 => 2048,
+            _ => 4096,
         }
     }
 
@@ -102,11 +117,21 @@ impl Projection {
 
     /// The gradient of m, as `project_back` and as `d_phi` want it.
     pub fn fragments(&self) -> [Part; 2] {
-        let words = 32 * self.weight_parts();
+        let tile = self.tile();
         [
-            Part::per_token(self.hexets() * 4 * words / self.tile()),
-            Part::per_token(self.octets() * 2 * words / self.tile()),
+            Part::per_token(self.hexets() * 4 * 32 * self.back_parts() / tile),
+            Part::per_token(self.octets() * 2 * 32 * self.weight_parts() / tile),
         ]
+    }
+
+    /// Bytes of B fragments for 16 rows, an octet of columns.
+    fn octet_bytes(&self) -> usize {
+        self.weight_parts() * 32 * size_of::<[u32; 2]>()
+    }
+
+    /// Bytes of some values of a token in shared memory (`Rows` of rows.cuh).
+    fn row_bytes(&self, values: usize) -> usize {
+        values * self.dtype.num_bytes() + if is_aligned(self.c) { 0 } else { 16 }
     }
 
     /// Tokens that a warp takes at once.
@@ -118,15 +143,16 @@ impl Projection {
     fn d_phi_blocks(&self) -> [usize; 2] {
         let kernel = self.kernel("d_phi");
         let channels = kernel.more("channels") * warps_of(kernel);
+        // Registers that hold the parts of float32 streams hold no sums (`kMostOctets`).
+        let octets = kernel.more("octets") / if self.dtype == DType::F32 { 2 } else { 1 };
         [
             self.width().div_ceil(channels),
-            self.octets().div_ceil(kernel.more("octets")),
+            self.octets().div_ceil(octets).max(1),
         ]
     }
 
     fn d_phi_splits(&self) -> usize {
-        let [channels, columns] = self.d_phi_blocks();
-        (D_PHI_BLOCKS / (channels * columns.max(1))).clamp(1, 32)
+        (D_PHI_BLOCKS / self.d_phi_blocks().iter().product::<usize>()).clamp(1, 32)
     }
 
     /// The sums of `d_phi` over some tokens each.
@@ -144,26 +170,37 @@ fn warps_of(kernel: Kernel) -> usize {
 pub fn project(
     call: &CheckedCall,
     device: &Device,
+    workspace: &mut dyn Workspace,
     projection: Projection,
     x: u64,
     partial: u64,
-) -> Option<Launch> {
+) -> Vec<Launch> {
     if projection.columns == 0 {
-        return None;
+        return Vec::new();
     }
+    match projection.project_few() {
+        Some(kernel) => vec![project_few(call, device, projection, kernel, x, partial)],
+        None => project_many(call, device, workspace, projection, x, partial),
+    }
+}
+
+fn project_few(
+    call: &CheckedCall,
+    device: &Device,
+    projection: Projection,
+    kernel: Kernel,
+    x: u64,
+    partial: u64,
+) -> Launch {
     let (stage, shared_bytes) = projection.stage();
-    let kernel = projection.kernel_for_rows(["project", "project_unaligned"]);
-    let chunks = projection
-        .octets()
-        .div_ceil(projection.size().number as usize);
     let slices = projection.slices();
     let resident = (device.max_shared_bytes as usize / shared_bytes).clamp(1, 2);
     let slots = device.num_sms as usize * resident;
-    let block_tokens = kernel.tokens() * warps_of(kernel);
+    let block_tokens = kernel.tokens() * kernel.more("tiles");
     let most = call.tokens.div_ceil(block_tokens).clamp(1, MAX_ROWS);
-    let groups = (slots / (slices * chunks)).clamp(1, most);
+    let groups = (slots / slices).clamp(1, most);
     let launch = kernel.launch(
-        [slices, groups, chunks],
+        [slices, groups, 1],
         vec![
             Arg::Pointer(x),
             Arg::Pointer(call.operand_address("phi")),
@@ -175,10 +212,78 @@ pub fn project(
             Arg::I32(stage as i32),
         ],
     );
-    Some(Launch {
+    Launch {
         shared_bytes: shared_bytes as u32,
         ..launch
-    })
+    }
+}
+
+/// Values of a token in a stage of `project_tiled`.
+const STAGE_VALUES: usize = 32;
+
+fn project_many(
+    call: &CheckedCall,
+    device: &Device,
+    workspace: &mut dyn Workspace,
+    projection: Projection,
+    x: u64,
+    partial: u64,
+) -> Vec<Launch> {
+    let kernel = projection.kernel_for_rows(["project_tiled", "project_tiled_unaligned"]);
+    let number = projection.size().number as usize;
+    // Two stages have to fit into the shared memory of every GPU.
+    let most = match projection.dtype {
+        DType::F32 if !projection.size().is_exact => number * 2 / 3,
+        _ => number,
+    };
+    let chunks = projection.octets().div_ceil(most);
+    let octets = projection.octets().div_ceil(chunks);
+    let phi_stages = projection.width().div_ceil(STAGE_VALUES);
+    let stage_octets = octets * STAGE_VALUES / 16;
+    let phi_bytes = stage_octets * projection.octet_bytes();
+    let phi_floats = chunks * phi_stages * phi_bytes / size_of::<f32>();
+    let fragments = workspace.take(Part::fixed(phi_floats));
+    let block_tokens = kernel.tokens() * kernel.more("tiles");
+    let stage_bytes = block_tokens * projection.row_bytes(STAGE_VALUES) + phi_bytes;
+    let stages = kernel.stages_within(device, stage_bytes);
+    let slices = projection.slices();
+    let sizes = [octets, chunks].map(|number| Arg::I32(number as i32));
+    let phi = projection.kernel("phi_fragments");
+    let threads = chunks * phi_stages * stage_octets * 32;
+    let cut_phi = phi.launch(
+        [threads.div_ceil(phi.threads()), 1, 1],
+        [
+            Arg::Pointer(call.operand_address("phi")),
+            Arg::Pointer(fragments),
+            Arg::I32(projection.width() as i32),
+            Arg::I32(projection.columns as i32),
+        ]
+        .into_iter()
+        .chain(sizes)
+        .collect(),
+    );
+    let tiles = call.tokens.div_ceil(block_tokens);
+    let launch = kernel.launch(
+        [tiles * chunks, slices.min(MAX_ROWS), 1],
+        [
+            Arg::Pointer(x),
+            Arg::Pointer(fragments),
+            Arg::Pointer(partial),
+            Arg::I32(call.tokens as i32),
+            Arg::I32(projection.width() as i32),
+            Arg::I32(projection.columns as i32),
+            Arg::I32(projection.slice() as i32),
+        ]
+        .into_iter()
+        .chain(sizes)
+        .chain([Arg::I32(stages as i32)])
+        .collect(),
+    );
+    let launch = Launch {
+        shared_bytes: (stages * stage_bytes) as u32,
+        ..launch
+    };
+    vec![cut_phi, launch]
 }
 
 /// Numbers of tokens that pre's backward leaves for the products.
@@ -187,60 +292,103 @@ pub struct Factors {
     pub dm: [u64; 2],
     /// h_pre again.
     pub h_pre: u64,
-    /// Factor of -X in d_x that comes of r.
-    pub r_factor: u64,
+    /// Factor of -X in d_x that comes of r, and the unit of r dm in float16, of each token.
+    pub of_tokens: u64,
     /// The cotangent of the sum over streams.
     pub d_u: u64,
 }
 
-/// The warps of a block of `project_back`, and what it keeps in shared memory.
+/// A block of `project_back`, and what it keeps in shared memory.
+#[derive(Debug, Clone, Copy)]
 struct BackBlock {
-    warps: usize,
+    /// Units that have a tile of tokens together: 64 channels of a stream each, and a warp.
+    units: usize,
+    /// Tiles at once.
+    groups: usize,
     /// Whether the shared memory holds phi, too.
-    staged: bool,
+    has_phi: bool,
+    /// The same of r dm.
+    has_dm: bool,
     shared_bytes: usize,
 }
 
 impl Projection {
-    /// Bytes of phi for the channels of a warp.
-    fn warp_phi_bytes(&self) -> usize {
-        self.hexets() * self.weight_parts() * 2048
-    }
-
-    fn back_block(&self) -> BackBlock {
-        let warp_bytes = self.warp_phi_bytes();
-        let staged = warp_bytes <= SHARED_BYTES;
-        let most = warps_of(self.kernel("project_back"));
-        let warps = if staged {
-            (SHARED_BYTES / warp_bytes.max(1)).clamp(1, most)
+    /// A block that mixes a deferred cotangent where `mixes`.
+    fn back_block(
+        &self,
+        kernel: Kernel,
+        mixes: bool,
+        [units, groups]: [usize; 2],
+        [has_phi, has_dm]: [bool; 2],
+    ) -> BackBlock {
+        let tile = kernel.tokens();
+        let fragment_bytes = self.hexets() * self.back_parts() * 512;
+        let phi = if has_phi { 4 * fragment_bytes } else { 0 };
+        let dm = if has_dm { fragment_bytes } else { 0 };
+        let h_res = if mixes {
+            tile * self.n * size_of::<f32>()
         } else {
-            most
+            0
         };
+        let d_x_in = tile * kernel.more("channels") * self.dtype.num_bytes();
+        let buffers = units * groups * (d_x_in + h_res) + groups * dm;
         BackBlock {
-            warps,
-            staged,
-            shared_bytes: if staged { warps * warp_bytes } else { 0 },
+            units,
+            groups,
+            has_phi,
+            has_dm,
+            shared_bytes: units * phi + 2 * buffers,
         }
     }
 
-    /// The same with warps for all streams of some channels, that hand each other d_x_in (`Exchange` of
-    /// projection.cu). None where that does not fit, or the kernels expect other streams for so many columns.
-    fn mixing_block(&self, device: &Device) -> Option<BackBlock> {
+    /// A block of units of any streams.
+    fn adding_block(&self, kernel: Kernel, device: &Device) -> BackBlock {
+        let most = warps_of(kernel);
+        // The more units share r dm the less of it there is to read, and the more room phi takes.
+        let shapes = |warps: usize| {
+            let units = (0..=warps.ilog2()).map(move |halvings| warps >> halvings);
+            units.map(move |units| [units, warps / units])
+        };
+        let all = (0..=most.ilog2()).flat_map(|halvings| shapes(most >> halvings));
+        // Exact sizes have both in shared memory, by few warps if need be.
+        let kept = if self.size().is_exact {
+            all.map(|shape| (shape, [true; 2])).collect::<Vec<_>>()
+        } else {
+            let kept = [[true, true], [true, false], [false, true], [false, false]];
+            let some = |kept| shapes(most).map(move |shape| (shape, kept));
+            kept.into_iter().flat_map(some).collect()
+        };
+        let mut blocks =
+            (kept.into_iter()).map(|(shape, kept)| self.back_block(kernel, false, shape, kept));
+        blocks
+            .find(|block| block.shared_bytes <= device.max_shared_bytes as usize)
+            .expect("a block that needs little")
+    }
+
+    /// A block of all streams of some channels, that hand each other d_x_in. None where that does not fit.
+    fn mixing_block(&self, kernel: Kernel, device: &Device) -> Option<BackBlock> {
+        let most = warps_of(kernel) / self.n;
+        let mut blocks = (1..=most)
+            .rev()
+            .map(|groups| self.back_block(kernel, true, [self.n, groups], [true; 2]));
+        blocks.find(|block| block.shared_bytes <= device.max_shared_bytes as usize)
+    }
+
+    /// The kernel that mixes a deferred cotangent on its way, and its block. None where there is none, or it does not fit.
+    fn mixing(&self, device: &Device) -> Option<(Kernel, BackBlock)> {
         let kernel = self.kernel("project_back_mixing");
-        let (expected, most) = (kernel.more("streams"), warps_of(kernel));
-        let is_expected = expected == 0 || expected == self.n;
-        let tile = kernel.tokens();
-        let exchange = 2 * tile * kernel.more("channels") * self.dtype.num_bytes();
-        let h_res = self.n * tile * size_of::<f32>();
-        let group_bytes = self.n * (self.warp_phi_bytes() + exchange + h_res);
-        // A single group may have all that the GPU has.
-        let fits = is_expected && self.n <= most && group_bytes <= device.max_shared_bytes as usize;
-        let groups = (most / self.n).min(SHARED_BYTES / group_bytes).max(1);
-        fits.then_some(BackBlock {
-            warps: self.n * groups,
-            staged: true,
-            shared_bytes: group_bytes * groups,
-        })
+        // An exact size expects the streams that most calls with so many columns have.
+        let is_expected = [0, self.n].contains(&kernel.more("streams"));
+        let kernel = if is_expected {
+            self.kernel_for_rows(["project_back_mixing", "project_back_mixing_unaligned"])
+        } else {
+            Kernel::of(
+                "project_back_mixing",
+                sizes::bound_of(OCTETS, self.octets()),
+                self.dtype,
+            )
+        };
+        Some((kernel, self.mixing_block(kernel, device)?))
     }
 }
 
@@ -255,37 +403,36 @@ pub fn project_back(
 ) -> Vec<Launch> {
     let d_x = call.result_address(call.kind.first_result());
     // H_res^T is applied on the way where that fits, and beforehand where not.
-    let mixing = d_x_in.h_res.and_then(|_| projection.mixing_block(device));
+    let mixing = d_x_in.h_res.and_then(|_| projection.mixing(device));
     let mix = (d_x_in.h_res)
         .filter(|_| mixing.is_none())
         .map(|h_res| post::mix(call, d_x_in.address, h_res, d_x));
     let added = if mix.is_some() { d_x } else { d_x_in.address };
-    let functions = match mixing {
-        Some(_) => ["project_back_mixing", "project_back_mixing_unaligned"],
-        None => ["project_back", "project_back_unaligned"],
-    };
-    let kernel = projection.kernel_for_rows(functions);
-    let block = mixing.unwrap_or_else(|| projection.back_block());
+    let (kernel, block) = mixing.unwrap_or_else(|| {
+        let kernel = projection.kernel_for_rows(["project_back", "project_back_unaligned"]);
+        (kernel, projection.adding_block(kernel, device))
+    });
     let BackBlock {
-        warps,
-        staged,
+        units,
+        groups,
+        has_phi,
+        has_dm,
         shared_bytes,
     } = block;
-    let blocks = (projection.n * projection.c.div_ceil(kernel.more("channels"))).div_ceil(warps);
-    let registers_allow =
-        if projection.dtype == DType::F32 { 1 } else { 2 } * warps_of(kernel) / warps;
+    let channels = projection.c.div_ceil(kernel.more("channels"));
+    let blocks = (projection.n * channels).div_ceil(units);
+    let registers_allow = kernel.more("blocks") / projection.dtype.num_bytes().div_ceil(2);
     let shared_allows = device.max_shared_bytes as usize / shared_bytes.max(1);
     let slots = device.num_sms as usize * registers_allow.min(shared_allows).max(1);
-    let most = call.tokens.div_ceil(kernel.tokens()).clamp(1, MAX_ROWS);
-    let groups = (slots / blocks).clamp(1, most);
+    let tiles = call.tokens.div_ceil(kernel.tokens() * groups);
+    let sets = (slots / blocks).clamp(1, tiles.clamp(1, MAX_ROWS));
     let args = vec![
         Arg::Pointer(x),
         Arg::Pointer(call.operand_address("phi")),
         Arg::Pointer(factors.dm[0]),
-        Arg::Pointer(factors.dm[1]),
         Arg::I32(projection.columns as i32),
         Arg::Pointer(factors.h_pre),
-        Arg::Pointer(factors.r_factor),
+        Arg::Pointer(factors.of_tokens),
         Arg::Pointer(factors.d_u),
         Arg::Pointer(added),
         Arg::Pointer(d_x_in.h_res.unwrap_or(0)),
@@ -293,12 +440,14 @@ pub fn project_back(
         Arg::I32(call.tokens as i32),
         Arg::I32(projection.n as i32),
         Arg::I32(projection.c as i32),
-        Arg::I32(i32::from(staged)),
+        Arg::I32(units as i32),
+        Arg::I32(i32::from(has_phi)),
+        Arg::I32(i32::from(has_dm)),
     ];
     let back = Launch {
-        block: (32 * warps) as u32,
+        block: (32 * units * groups) as u32,
         shared_bytes: shared_bytes as u32,
-        ..kernel.launch([blocks, groups, 1], args)
+        ..kernel.launch([blocks, sets, 1], args)
     };
     mix.into_iter().chain([back]).collect()
 }
@@ -306,42 +455,49 @@ pub fn project_back(
 /// d_phi, by way of `partial`.
 pub fn d_phi(
     call: &CheckedCall,
+    device: &Device,
     projection: Projection,
     x: u64,
     dm: [u64; 2],
     partial: u64,
 ) -> Vec<Launch> {
-    if projection.columns == 0 {
-        return Vec::new();
-    }
+    let kernel = projection.kernel_for_rows(["d_phi", "d_phi_unaligned"]);
     let tiles = call.tokens.div_ceil(projection.tile());
     let splits = projection.d_phi_splits().min(tiles.max(1));
-    let [channels, columns] = projection.d_phi_blocks();
+    let [channels, chunks] = projection.d_phi_blocks();
+    let octets = projection.octets().div_ceil(chunks);
+    let rows = kernel.tokens() * warps_of(kernel);
+    let row_bytes = projection.row_bytes(kernel.more("channels"));
+    let stage_bytes = rows * row_bytes + projection.octet_bytes() * octets;
+    let stages = kernel.stages_within(device, stage_bytes);
     let size = projection.width() * projection.columns;
     let sum = projection.kernel("sum_d_phi");
-    vec![
-        projection
-            .kernel_for_rows(["d_phi", "d_phi_unaligned"])
-            .launch(
-                [channels, splits, columns],
-                vec![
-                    Arg::Pointer(x),
-                    Arg::Pointer(dm[0]),
-                    Arg::Pointer(dm[1]),
-                    Arg::I32(projection.columns as i32),
-                    Arg::Pointer(partial),
-                    Arg::I32(call.tokens as i32),
-                    Arg::I32(projection.width() as i32),
-                ],
-            ),
-        sum.launch(
-            [size.div_ceil(sum.threads()), 1, 1],
+    let d_phi = Launch {
+        shared_bytes: (stages * stage_bytes) as u32,
+        ..kernel.launch(
+            [channels * chunks, splits, 1],
             vec![
+                Arg::Pointer(x),
+                Arg::Pointer(dm[0]),
+                Arg::Pointer(dm[1]),
+                Arg::I32(projection.columns as i32),
                 Arg::Pointer(partial),
-                Arg::Pointer(call.result_address("d_phi")),
-                Arg::I32(splits as i32),
-                Arg::I64(size as i64),
+                Arg::I32(call.tokens as i32),
+                Arg::I32(projection.width() as i32),
+                Arg::I32(octets as i32),
+                Arg::I32(chunks as i32),
+                Arg::I32(stages as i32),
             ],
-        ),
-    ]
+        )
+    };
+    let sum = sum.launch(
+        [size.div_ceil(sum.threads()), 1, 1],
+        vec![
+            Arg::Pointer(partial),
+            Arg::Pointer(call.result_address("d_phi")),
+            Arg::I32(splits as i32),
+            Arg::I64(size as i64),
+        ],
+    );
+    vec![d_phi, sum]
 }

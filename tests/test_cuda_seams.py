@@ -1,0 +1,135 @@
+"""The backward pass of post_pre on an NVIDIA GPU, in every size of its kernels and of clusters."""
+
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import PERMUTED, Case, compiled, variant
+from test_cuda import arrays, check, digest, poison, run
+
+pytestmark = pytest.mark.gpu
+
+IDENTITY = variant(constraint="identity")
+NONE = variant(constraint="none")
+
+# Channels of a block and blocks of a cluster for widths, which reach all sizes of both; the last
+# block of many has less channels than the others.
+GEOMETRIES = {
+    320: (256, 2), 448: (256, 2), 640: (256, 3), 1024: (256, 4), 1280: (256, 5),
+    1472: (256, 6), 1792: (256, 7), 2048: (256, 8), 2304: (256, 9), 2560: (320, 8),
+    2752: (256, 11), 3072: (256, 12), 3264: (256, 13), 3584: (256, 14), 3776: (256, 15),
+    4096: (256, 16), 4160: (320, 13), 5120: (320, 16), 5952: (384, 16), 6144: (384, 16),
+    7168: (448, 16), 7232: (512, 15), 8192: (512, 16),
+}  # fmt: skip
+
+# The same with fewer and with more columns of phi.
+OTHER_WIDTHS = (64, 448, 640, 1280, 2560, 3072, 4096, 5952, 6144)
+
+
+@pytest.mark.parametrize("hidden", GEOMETRIES)
+@pytest.mark.parametrize("tokens", [1, 37])
+def test_clusters_of_every_size(hidden, tokens):
+    """Whatever was in the memory of results and workspaces."""
+    poison()
+    check("post_pre", Case((tokens,), 4, hidden, 3.0), "bfloat16")
+
+
+@pytest.mark.parametrize("hidden", [448, 1280, 2304, 4160, 8192])
+@pytest.mark.parametrize("config", [NONE, variant(sinkhorn_iters=1)])
+def test_other_settings(hidden, config):
+    poison()
+    check("two_sublayers", Case((37,), 4, hidden, config=config), "bfloat16")
+
+
+@pytest.mark.parametrize("hidden", [*OTHER_WIDTHS, 7232, 8192])
+@pytest.mark.parametrize("op", ["post_pre", "two_sublayers"])
+def test_without_mixing(hidden, op):
+    poison()
+    check(op, Case((37,), 4, hidden, config=IDENTITY), "bfloat16")
+
+
+@pytest.mark.parametrize("hidden", OTHER_WIDTHS)
+@pytest.mark.parametrize("op", ["post_pre", "two_sublayers"])
+def test_means_of_permutations(hidden, op):
+    poison()
+    check(op, Case((37,), 4, hidden, 3.0, PERMUTED), "bfloat16")
+
+
+@pytest.mark.parametrize("hidden", [64, 640, 2304, 5120, 7168, 8192])
+def test_a_norm(hidden):
+    poison()
+    check("post_pre", Case((37,), 4, hidden, 3.0, norm=True), "bfloat16")
+
+
+@pytest.mark.parametrize("config", [IDENTITY, PERMUTED])
+def test_a_norm_scale_with_zeros(config):
+    """Where the normalised input is zero, the input is summed up again, by other columns of m."""
+
+    def with_zeros(operands):
+        kept = np.arange(1280) % 5 > 0
+        return operands | {"norm_scale": jnp.where(kept, operands["norm_scale"], 0)}
+
+    check("post_pre", Case((37,), 4, 1280, config=config, norm=True), "bfloat16", with_zeros)
+
+
+MANY = [Case((2053,), 4, hidden, 3.0) for hidden in (640, 1280, 2560, 8192)]
+
+
+@pytest.mark.parametrize("case", MANY, ids=str)
+def test_many_tokens(case):
+    """Tiles for all clusters, several times, and the same bits in every run."""
+    check("post_pre", case, "bfloat16")
+    digests = set()
+    for _ in range(5):
+        poison()
+        digests.add(digest(run("post_pre", case, "bfloat16")))
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("hidden", [640, 2304, 4160, 8192])
+def test_an_infinity_stays_with_the_tokens_of_its_four(hidden):
+    """Other tokens have the bits that they have without it."""
+    case = Case((37,), 4, hidden, 3.0)
+    operands, cotangents = arrays("post_pre", case, "bfloat16")
+    wild = operands | {"y": operands["y"].at[9, 5].set(jnp.inf)}
+
+    def gradients(operands):
+        found = compiled("post_pre", case.config, "fused", operands, cotangents)[1]
+        return found["y"], found["ctx"]
+
+    others = np.array([token for token in range(37) if token // 4 != 9 // 4])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a[others], b[others]),
+        gradients(wild),
+        gradients(operands),
+    )
+
+
+def run_all():
+    """A call for each width, for their log."""
+    jax.config.update("jax_enable_x64", True)
+    for hidden in GEOMETRIES:
+        run("post_pre", Case((37,), 4, hidden), "bfloat16")
+
+
+def test_the_kernels_are_those_of_their_width():
+    done = subprocess.run(
+        [sys.executable, __file__],
+        env={**os.environ, "JAX_MHC_LOG": "trace"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    pattern = r'kernel="mhc_post_pre_bwd_one_pass_w(\d+)_bf16".*cluster=(\d+)'
+    found = [tuple(map(int, pair)) for pair in re.findall(pattern, done.stderr)]
+    assert found == list(GEOMETRIES.values())
+
+
+if __name__ == "__main__":
+    run_all()
