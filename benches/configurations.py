@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
+import json
 import time
 import types
 from collections.abc import Callable, Iterable
@@ -45,11 +46,15 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 Constraint = Literal["birkhoff", "none", "identity", "permutations", "static", "head"]
 
 ELEMENTS, FEW_TOKENS, CHECKED_TOKENS = 2**27, 32, 19
+# Configurations that are compiled at once, each with all its programs.
+CHUNK = 16
 # Times of plain JAX over the kernels below which `jax_mhc.reference` is timed too.
 NEAR = 1.5
 # Largest relative L2 error by dtype, of streams and of gradients of parameters: what is above is
 # wrong. The tests look closer.
 LIMITS = {"bfloat16": (4e-3, 5e-3), "float16": (6e-4, 1e-3), "float32": (2e-5, 1e-4)}
+# What tells configurations apart.
+KEY = ("streams", "hidden", "dtype", "constraint", "norm", "tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +84,19 @@ class Case:
         has_own = self.constraint in ("birkhoff", "head")
         return plain if has_own else mhc.reference
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells its row from others."""
+        return tuple(getattr(self, name) for name in KEY)
+
     def __str__(self) -> str:
         norm = "norm" if self.norm else ""
         sizes = f"n={self.streams:2d} C={self.hidden:5d} T={self.tokens:6d}"
         return f"{sizes} {self.dtype:8s} {self.constraint:12s} {norm:4s}"
+
+
+def row_key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in KEY)
 
 
 def cases() -> list[Case]:
@@ -140,6 +154,8 @@ class Options:
     """Runs of a program whose kernels are timed."""
     seconds: float = float("inf")
     """Seconds after which no other configuration is timed, and the record is written as a part."""
+    add: Path | None = None
+    """Record of a part, of the same commit and GPU, whose rows are kept: only others are run."""
     output: Path | None = None
     """Folder for the records, each in <gpu>/; by default benches/results, and none if tiny."""
     commit: str | None = None
@@ -151,8 +167,13 @@ class Options:
         if self.output is None and not self.tiny:
             self.output = Path("benches/results")
 
+    @functools.cached_property
+    def added(self) -> dict[str, Any]:
+        """The record that is added to; without one a record without rows."""
+        return {"rows": []} if self.add is None else json.loads(self.add.read_text())
+
     def cases(self) -> list[Case]:
-        """The configurations that are chosen."""
+        """The configurations that are chosen, but for those that were run before."""
         allowed = {
             name: getattr(self, name) for name in ("streams", "hidden", "dtype", "constraint")
         }
@@ -161,14 +182,15 @@ class Options:
             for case in (TINY if self.tiny else cases())
             if all(not some or getattr(case, name) in some for name, some in allowed.items())
             and self.norm in (None, case.norm)
+            and case.key not in {row_key(row) for row in self.added["rows"]}
         ]
 
-    @property
-    def is_part(self) -> bool:
-        """Whether anything is left out."""
-        of_all = self.cases() == (TINY if self.tiny else cases())
+    def is_part(self, rows: list[dict[str, Any]]) -> bool:
+        """Whether rows leave out a configuration, or what there is of each."""
+        wanted = {case.key for case in (TINY if self.tiny else cases())}
         names = {*self.what}, {*self.implementations}
-        return not (of_all and names == ({*get_args(What)}, {*get_args(Implementation)}))
+        is_all = names == ({*get_args(What)}, {*get_args(Implementation)})
+        return not is_all or {row_key(row) for row in rows} != wanted
 
 
 # ---- programs -----------------------------------------------------------------------------------
@@ -454,8 +476,9 @@ class Run:
 
         with ThreadPoolExecutor(threads) as pool:
             results = dict(zip(of, pool.map(one, of), strict=True))
-        self.seconds[name] = time.perf_counter() - start
-        self.tell(f"{name}: {self.seconds[name]:.0f} s")
+        seconds = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self.tell(f"{name}: {seconds:.0f} s")
         left_out = self.wrong.keys() | self.late
         return {case: result for case, result in results.items() if case not in left_out}
 
@@ -477,7 +500,6 @@ def run_all(options: Options, run: Run) -> dict[str, Any]:
             run.refuse(case, f"errors of streams and parameters {found}, at most {limits}")
         return own
 
-    compiled = run.phase("compilation", compile_one, options.cases(), None)
     rate = copied_bytes_per_us(options.tiny)
 
     def is_late(case: Case) -> bool:
@@ -492,7 +514,14 @@ def run_all(options: Options, run: Run) -> dict[str, Any]:
         run.tell(f"{case} {described(row)}")
         return row
 
-    rows = run.phase("timing", time_one, compiled, 1)
+    compiled: dict[Case, Compiled] = {}
+    rows: dict[Case, dict[str, Any]] = {}
+    chosen = options.cases()
+    # Some at a time, so that a run that ends early has rows.
+    for first in range(0, len(chosen), CHUNK):
+        chunk = [case for case in chosen[first : first + CHUNK] if not is_late(case)]
+        compiled |= (ready := run.phase("compilation", compile_one, chunk, None))
+        rows |= run.phase("timing", time_one, ready, 1)
     whats = [what for what in options.what if what != "stack"]
     near = [case for case, row in rows.items() if is_near(row) and case.plain_ops is plain]
 
@@ -518,7 +547,10 @@ def run_all(options: Options, run: Run) -> dict[str, Any]:
         **common.versions(),
         "copy_gb_per_s": rate / 1e3,
         "seconds": run.seconds,
-        "rows": list(rows.values()),
+        "rows": [
+            *options.added["rows"],
+            *(row for case, row in rows.items() if case not in run.late),
+        ],
     }
 
 
@@ -529,10 +561,15 @@ def main(options: Options) -> None:
         raise SystemExit("expected a git repository, got none; give --commit")
     if not options.cases():
         raise SystemExit("configurations.py: expected options that leave some, got none")
+    if options.add is not None:
+        here = {"commit": options.commit or common.commit(), "gpu": common.versions()["gpu"]}
+        there = {name: options.added[name] for name in here}
+        if here != there:
+            raise SystemExit(f"configurations.py: --add: expected a record of {here}, got {there}")
     with Progress(transient=True) as progress:
         run = Run(progress)
         record = run_all(options, run)
-    complaints, is_part = list(run.wrong.values()), options.is_part or bool(run.late)
+    complaints, is_part = list(run.wrong.values()), options.is_part(record["rows"])
     text = markdown(record)
     print(text)
     if options.output is not None:
