@@ -1,28 +1,9 @@
-// Tasks of the owner of a token in the one-pass kernels: sums over the blocks of the cluster, and over its tokens the
-// gradients of the gates.
+// A task of the owner of a token in the backward one-pass kernels: the sums over its tokens for the gradients of the
+// gates.
 
 #pragma once
 
 #include "one_pass/geometry.cuh"
-
-// The sum of the values at `from`, one of each of up to MOST blocks: all reads are under way at once, those behind the
-// last block's for nothing.
-template <u32 MOST>
-__device__ inline float sum_of_blocks(u32 from, u32 stride, u32 blocks) {
-  float values[MOST];
-#pragma unroll
-  for (u32 b = 0; b < MOST; ++b) values[b] = read_float(from + min(b, blocks - 1) * stride);
-  float sums[2] = {};
-#pragma unroll
-  for (u32 b = 0; b < MOST; ++b) sums[b % 2] += b < blocks ? values[b] : 0.f;
-  return sums[0] + sums[1];
-}
-__device__ inline float sum_of_blocks(u32 from, u32 stride, u32 blocks) {
-  return blocks > 8   ? sum_of_blocks<16>(from, stride, blocks)
-         : blocks > 4 ? sum_of_blocks<8>(from, stride, blocks)
-         : blocks > 1 ? sum_of_blocks<4>(from, stride, blocks)
-                      : read_float(from);
-}
 
 // Sums over the tokens of a warp for the gradients of alpha and bias; lane c has column c.
 struct GateSums {
