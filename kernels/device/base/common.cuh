@@ -12,6 +12,7 @@
 
 #pragma once
 
+#include "base/ptx.cuh"
 #include "generated.cuh"
 
 #define CONCAT_(a, b) a##b
@@ -19,21 +20,7 @@
 #define KERNEL(name, ...) \
   extern "C" __global__ void __launch_bounds__(__VA_ARGS__) CONCAT(mhc_##name, SUFFIX)
 
-using u16 = unsigned short;
-using u32 = unsigned int;
-using u64 = unsigned long long;
-
-struct bf16 {
-  u16 bits;
-};
-struct f16 {
-  u16 bits;
-};
-using f32 = float;
-
 using Stream = STREAM;
-
-constexpr u32 kAllLanes = 0xffffffff;
 
 // The one of two types that a condition picks.
 template <bool FIRST, class A, class B>
@@ -58,24 +45,7 @@ struct Layout : LayoutFields {
 // ---- values of the streams ----------------------------------------------------------------------
 
 __device__ inline float wide(bf16 v) { return __uint_as_float(u32(v.bits) << 16); }
-__device__ inline float wide(f16 v) {
-  float f;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v.bits));
-  return f;
-}
 __device__ inline float wide(f32 v) { return v; }
-
-// Two values in one word, the first in the lower half; rounded to nearest even.
-__device__ inline u32 pair_of(bf16*, float a, float b) {
-  u32 word;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(b), "f"(a));
-  return word;
-}
-__device__ inline u32 pair_of(f16*, float a, float b) {
-  u32 word;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(b), "f"(a));
-  return word;
-}
 
 // V consecutive values as they lie in memory.
 template <class S, int V>
@@ -214,14 +184,12 @@ __device__ inline void store(const Pack<S, V>& pack, S* row, int at, int end) {
 // Division and roots that round correctly call a function for numbers at the ends of the range. These
 // round as well for nearly all others, and have the right limits.
 __device__ inline float reciprocal(float v) {
-  float result;
-  asm("rcp.approx.f32 %0, %1;" : "=f"(result) : "f"(v));
+  const float result = approximate_reciprocal(v);
   const float error = fmaf(-v, result, 1.f);
   return fabsf(error) < 1.f ? fmaf(result, error, result) : result;
 }
 __device__ inline float square_root(float v) {
-  float result;
-  asm("sqrt.approx.f32 %0, %1;" : "=f"(result) : "f"(v));
+  const float result = approximate_root(v);
   const float error = fmaf(-result, result, v);
   return fabsf(error) < v ? fmaf(error, 0.5f * reciprocal(result), result) : result;
 }

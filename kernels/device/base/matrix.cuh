@@ -65,20 +65,6 @@ __device__ inline void split(const Pack<S, 8>& pack, u32 (&parts)[kStreamParts<S
   }
 }
 
-__device__ inline void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 b) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b.x), "r"(b.y));
-}
-
-// The same with 8 columns of A, and with two values of a stream in a word.
-__device__ inline void mma_k8(float (&d)[4], u32 a0, u32 a1, u32 b) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(b));
-}
 __device__ inline u32 pair(float a, float b) { return pair_of((bf16*)nullptr, a, b); }
 __device__ inline float low_half(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ inline float high_half(u32 pair) { return __uint_as_float(pair & 0xffff0000); }
@@ -107,22 +93,8 @@ __device__ inline u32 half_pair(u32 high, u32 low, float scale) {
   return half_pair(a * scale, b * scale);
 }
 
-// The fragments of `mma`.
-__device__ inline void mma_half(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 b) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, "
-      "%9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b.x), "r"(b.y));
-}
 __device__ inline void mma_half(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
   mma_half(d, a[0], a[1], a[2], a[3], {b[0], b[1]});
-}
-__device__ inline void mma_half(float (&d)[4], const u32 (&a)[2], const u32 (&b)[1]) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, "
-      "%2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(b[0]));
 }
 // The fragments of `mma` in turn, with as many columns of A as the words say: two a word pair and octet.
 template <int WORDS, int OCTETS>

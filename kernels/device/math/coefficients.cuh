@@ -8,8 +8,7 @@ __device__ inline float sigmoid(float z) { return reciprocal(1.f + expf(-z)); }
 
 // 1 / sqrt(v), with an error of one unit in the last place or so, and the right limits.
 __device__ inline float inverse_root(float v) {
-  float result;
-  asm("rsqrt.approx.f32 %0, %1;" : "=f"(result) : "f"(v));
+  const float result = approximate_inverse_root(v);
   const float error = fmaf(-v * result, result, 1.f);
   return fabsf(error) < 1.f ? fmaf(0.5f * error, result, result) : result;
 }

@@ -106,11 +106,8 @@ struct Sinkhorn {
   __device__ float scale_of(float sum) const {
     constexpr float kSmallest = 1.17549435e-38f;
     const float clamp = settings.clamp, eps = settings.sinkhorn_eps;
-    float result;
-    asm("rcp.approx.ftz.f32 %0, %1;"
-        : "=f"(result)
-        : "f"(fmaxf(sum + (1.f - clamp) * eps, fmaxf(clamp * eps, kSmallest))));
-    return result;
+    return approximate_reciprocal_of_normal(
+        fmaxf(sum + (1.f - clamp) * eps, fmaxf(clamp * eps, kSmallest)));
   }
 
   // M after the first half step: softmax over the first axis.

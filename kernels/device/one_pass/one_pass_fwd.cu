@@ -482,7 +482,7 @@ __device__ inline void Block<POST_PRE, NORM>::apply(int thread) const {
       write_float4(shared + P::kWeights + 16 * thread, from[2 * thread]);
       write_float4(shared + P::kWeights + 16 * (kUnits + thread), from[2 * thread + 1]);
     }
-    asm volatile("bar.sync 1, %0;" ::"n"(kApplyThreads) : "memory");
+    sync_threads<kApplyThreads>(1);
   }
   constexpr int kUnroll = P::Tuned::apply_registers < 64 ? 1 : 2;
   Ring<P::kStages> ring;

@@ -55,16 +55,6 @@ struct Operands {
 
 // ---- loader -----------------------------------------------------------------------------------------
 
-// 16 bytes to shared memory, or zeros where there are none. `arrive_behind_copies`: what the lane has copied so is there.
-__device__ inline void copy_part(u32 to, const void* from, bool exists) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(exists ? 16 : 0)
-               : "memory");
-}
-__device__ inline void arrive_behind_copies(u32 barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
 __device__ inline void load_tiles(const Stages& stages, const TensorMap& x, const TensorMap& y,
                                   const Operands& from, int lane) {
   constexpr int kDmParts = kDmBytes / 16;  // of a token

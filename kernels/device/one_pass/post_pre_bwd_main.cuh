@@ -24,9 +24,6 @@ __device__ inline u32 of_unit(u32 at, u32 unit) {
 // tokens q and q + 4: so those of two products with four tokens each make one for eight.
 __device__ inline u32 token_of_column(u32 column) { return column / 2 + 4 * (column % 2); }
 
-// Makes the compiler keep a number that it would compute anew for every tile.
-__device__ inline void keep(u32& number) { asm volatile("" : "+r"(number)); }
-
 struct MainWarp {
   const Block& block;
   const bool has_last_unit;

@@ -460,7 +460,7 @@ struct Owner {
     float4 reply = begin_reply(token, scaled_others, s + settings.pre_eps);
 
     // All this belongs before the wait.
-    asm volatile("" ::"f"(d_sigmoid), "f"(slope), "f"(others), "f"(reply.w));
+    pin(d_sigmoid, slope, others, reply.w);
     wait_for_cluster(dots_full, tile / kDotsSlots % 2);
     const float dot = sum_dots(slot, own.t);
     // d_h_pre[i] += <d_u, X'[i]>

@@ -286,9 +286,7 @@ struct Differentiation {
     }
   }
 
-  __device__ static void wait_for_partner() {
-    asm volatile("bar.sync %0, 64;" ::"r"(1 + threadIdx.x / 64) : "memory");
-  }
+  __device__ static void wait_for_partner() { sync_threads<64>(1 + threadIdx.x / 64); }
 
   template <int TURN>
   __device__ void take_turns(u32 at) {

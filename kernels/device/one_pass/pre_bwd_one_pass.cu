@@ -205,18 +205,6 @@ __device__ inline float sum_of_four(float v) {
   return v + __shfl_xor_sync(kAllLanes, v, 2);
 }
 
-// w of neighbours. It stays in the L1 cache, so that it need not be kept in registers: hence volatile.
-__device__ inline float2 load_pair(const float* from) {
-  float2 v;
-  asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(from));
-  return v;
-}
-__device__ inline float load_single(const float* from) {
-  float v;
-  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(from));
-  return v;
-}
-
 // ---- loader -----------------------------------------------------------------------------------------
 
 __device__ inline void load_tiles(const Block& block, const Args& args) {

@@ -116,7 +116,7 @@ __device__ inline void d_phi(const Stream* x, Fragments dm, float* partial, int 
 
   for (int i = 0; i < stages - 1; ++i) {
     if (first + i < last) copy(first + i);
-    commit_copies();
+    commit_async();
   }
   Sums sums;
   for (int tile = first; tile < last; ++tile) {
@@ -125,10 +125,10 @@ __device__ inline void d_phi(const Stream* x, Fragments dm, float* partial, int 
     for (int r = 0; r < 4; ++r) {
       shifts[r] = Rows<ALIGNED>::shift(x + unit, (long long)tile * kTile + token_of(r, q), width);
     }
-    wait_for_copies(stages - 2);
+    wait_for_async(stages - 2);
     __syncthreads();  // everybody's copies have come, and everybody has read the tile before
     if (tile + stages - 1 < last) copy(tile + stages - 1);
-    commit_copies();
+    commit_async();
     sums.add_tile(rows_of(tile), fragments_of(tile), shifts, width - unit, octets);
   }
 

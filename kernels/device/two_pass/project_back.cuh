@@ -233,7 +233,7 @@ __device__ inline void project_back(const Stream* x, const float* phi, Fragments
         copy_word_async(to + i, h_res + (token * n + i % n) * n + stream);
       }
     }
-    commit_copies();
+    commit_async();
   };
 
   const int step = gridDim.y * groups;
@@ -247,9 +247,9 @@ __device__ inline void project_back(const Stream* x, const float* phi, Fragments
   __syncthreads();  // phi is there
 
   for (; tile * kTile < tokens; tile += step, buffer ^= 1) {
-    wait_for_copies<0>();
+    wait_for_async<0>();
     // The group has the tile, and nobody reads the one before any more, whose place the next one takes.
-    asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "r"(32 * units) : "memory");
+    sync_threads(1 + group, 32 * units);
     const int next = tile + step;
     const bool has_next = next * kTile < tokens;
     if (has_next) start(next, buffer ^ 1);

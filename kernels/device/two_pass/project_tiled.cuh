@@ -180,14 +180,14 @@ __device__ inline void project(const Stream* x, const uint2* phi, float* partial
     __syncthreads();  // the last slice's stages have been read
     for (int step = 0; step < stages - 1; ++step) {
       if (step < steps) copy(step);
-      commit_copies();
+      commit_async();
     }
     Sums sums;
     for (int step = 0; step < steps; ++step) {
-      wait_for_copies(stages - 2);
+      wait_for_async(stages - 2);
       __syncthreads();  // everybody's copies have come, and everybody has read the stage before
       if (step + stages - 1 < steps) copy(step + stages - 1);
-      commit_copies();
+      commit_async();
       char* from = stage_bytes + step % stages * bytes;
       const uint2* own_phi = reinterpret_cast<const uint2*>(from + Rows<ALIGNED>::kBytes) +
                              first_octet * kWeight * 32 + lane;

@@ -1,0 +1,409 @@
+// Instructions that CUDA C++ has no name for, a function each: nothing else is written in PTX. A header of the same name
+// earlier in the compiler's path runs the kernels without a GPU (kernels/tests/emulated).
+
+#pragma once
+
+#include "base/types.cuh"
+
+// ---- numbers ---------------------------------------------------------------------------------------
+
+__device__ inline float wide(f16 v) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v.bits));
+  return f;
+}
+// Two values in one word, the first in the lower half; rounded to nearest even.
+__device__ inline u32 pair_of(bf16*, float a, float b) {
+  u32 word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(b), "f"(a));
+  return word;
+}
+__device__ inline u32 pair_of(f16*, float a, float b) {
+  u32 word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(b), "f"(a));
+  return word;
+}
+// To a unit in the last place or so.
+__device__ inline float approximate_reciprocal(float v) {
+  float result;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+}
+// The same, with zero for what is no normal number.
+__device__ inline float approximate_reciprocal_of_normal(float v) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+}
+__device__ inline float approximate_root(float v) {
+  float result;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+}
+__device__ inline float approximate_inverse_root(float v) {
+  float result;
+  asm("rsqrt.approx.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+}
+
+// ---- tensor cores ----------------------------------------------------------------------------------
+
+// Fragments are those of base/matrix.cuh.
+__device__ inline void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 b) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b.x), "r"(b.y));
+}
+// The same with 8 columns of A, and with two values of a stream in a word.
+__device__ inline void mma_k8(float (&d)[4], u32 a0, u32 a1, u32 b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(b));
+}
+// The fragments of `mma`.
+__device__ inline void mma_half(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 b) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, "
+      "%9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b.x), "r"(b.y));
+}
+__device__ inline void mma_half(float (&d)[4], const u32 (&a)[2], const u32 (&b)[1]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, "
+      "%2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+}
+
+// ---- shared memory ---------------------------------------------------------------------------------
+
+__device__ inline uint4 read4(u32 at) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(at)
+               : "memory");
+  return v;
+}
+__device__ inline uint2 read2(u32 at) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at) : "memory");
+  return v;
+}
+__device__ inline u32 read1(u32 at) {
+  u32 v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
+  return v;
+}
+__device__ inline void write4(u32 at, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
+               : "memory");
+}
+__device__ inline void write2(u32 at, uint2 v) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(v.x), "r"(v.y) : "memory");
+}
+__device__ inline void write1(u32 at, u32 v) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v) : "memory");
+}
+
+// Four 8 x 8 matrices, two, or one; lane l gives the address of row l % 8 of matrix l / 8. Row g, columns 2q and
+// 2q + 1 go to lane 4 g + q; with `transposed` rows 2q and 2q + 1 of column g.
+__device__ inline void read_matrices(u32 (&m)[4], u32 at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(at)
+               : "memory");
+}
+__device__ inline void read_matrices(u32 (&m)[2], u32 at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(m[0]), "=r"(m[1])
+               : "r"(at)
+               : "memory");
+}
+__device__ inline void read_matrix(u32& m, u32 at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
+               : "=r"(m)
+               : "r"(at)
+               : "memory");
+}
+__device__ inline void read_transposed(u32 (&m)[4], u32 at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(at)
+               : "memory");
+}
+__device__ inline void read_transposed(u32 (&m)[2], u32 at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(m[0]), "=r"(m[1])
+               : "r"(at)
+               : "memory");
+}
+__device__ inline void write_matrices(u32 at, const u32 (&m)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
+               "r"(m[0]), "r"(m[1]), "r"(m[2]), "r"(m[3])
+               : "memory");
+}
+__device__ inline void write_transposed(u32 at, const u32 (&m)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
+               "r"(m[0]), "r"(m[1]), "r"(m[2]), "r"(m[3])
+               : "memory");
+}
+__device__ inline void write_transposed(u32 at, const u32 (&m)[2]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(at),
+               "r"(m[0]), "r"(m[1])
+               : "memory");
+}
+
+// ---- barriers --------------------------------------------------------------------------------------
+
+// Until so many threads are here, whole warps, with the same number of a barrier from 1 to 15.
+template <int COUNT>
+__device__ inline void sync_threads(int number) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(COUNT) : "memory");
+}
+__device__ inline void sync_threads(int number, int count) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(count) : "memory");
+}
+
+// One phase ends when `count` arrivals and all announced bytes are there. Waiting for phase p (its parity)
+// returns once p is over.
+__device__ inline void init_barrier(u32 barrier, u32 count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+// After the barriers of a block are there, before any other block may use them.
+__device__ inline void publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ inline void arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ inline void arrive_and_expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+__device__ inline void wait(u32 barrier, u32 parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+// The same where what is waited for was written by other blocks of the cluster.
+__device__ inline void wait_for_cluster(u32 barrier, u32 parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// ---- clusters --------------------------------------------------------------------------------------
+
+__device__ inline u32 cluster_rank() {
+  u32 rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ inline u32 cluster_size() {
+  u32 size;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+__device__ inline void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ inline void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// The same place in the shared memory of block `rank`.
+__device__ inline u32 in_block(u32 at, u32 rank) {
+  u32 there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
+  return there;
+}
+// 16 bytes to another block; they count for the barrier there. Both are addresses from `in_block`.
+__device__ inline void send(u32 at, float4 v, u32 barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(at),
+      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
+      : "memory");
+}
+// The same with 4 bytes.
+__device__ inline void send(u32 at, float v, u32 barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(at), "f"(v),
+      "r"(barrier)
+      : "memory");
+}
+
+// ---- copies that nobody waits for at once --------------------------------------------------------
+
+// 16 bytes, both addresses multiples of 16: `bytes` of them from there, and zeros.
+__device__ inline void copy_async(void* to, const void* from, int bytes = 16) {
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(u32(__cvta_generic_to_shared(to))),
+      "l"(from), "r"(bytes)
+      : "memory");
+}
+
+// 4 bytes.
+__device__ inline void copy_word_async(void* to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(u32(__cvta_generic_to_shared(to))),
+               "l"(from)
+               : "memory");
+}
+
+// The end of a group: the thread's copies since the last one.
+__device__ inline void commit_async() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until all of the thread's groups have come but the last PENDING.
+template <int PENDING>
+__device__ inline void wait_for_async() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// ---- the copy engine -------------------------------------------------------------------------------
+
+// A copy engine's map of a tensor (CUtensorMap), by value as a kernel's argument.
+struct alignas(64) TensorMap {
+  u64 words[16];
+};
+
+// Lines that nobody reads again soon.
+__device__ inline u64 evict_first() {
+  u64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+// A box of a tensor [stream, channels / 64, token, 64], whose coordinates are those of its first element. What
+// lies outside of the tensor is zero, and counts for the barrier like the rest.
+__device__ inline void copy_in(u32 to, const TensorMap& map, int token, int box, int stream,
+                               u32 barrier, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
+      "l"(&map), "r"(0), "r"(token), "r"(box), "r"(stream), "r"(barrier), "l"(policy)
+      : "memory");
+}
+// `bytes` in a row, in multiples of 16.
+__device__ inline void copy_in(u32 to, const void* from, u32 bytes, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(to),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+// A map itself, for the first copy not to wait for it.
+__device__ inline void prefetch(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+// A box to the L2 cache, for `copy_in` to find it there.
+__device__ inline void prefetch(const TensorMap& map, int token, int box, int stream) {
+  asm volatile(
+      "cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(&map), "r"(0),
+      "r"(token), "r"(box), "r"(stream)
+      : "memory");
+}
+// The other way; what lies outside is not written. Wants `fence_for_copies` by all who wrote the box.
+__device__ inline void copy_out(const TensorMap& map, int token, int box, int stream, u32 from) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::
+          "l"(&map),
+      "r"(from), "r"(0), "r"(token), "r"(box), "r"(stream)
+      : "memory");
+}
+__device__ inline void commit_copies() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until all but the last `LEFT` groups have read shared memory; `finish_copies`: until all is in memory.
+template <int LEFT>
+__device__ inline void wait_for_reads() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(LEFT) : "memory");
+}
+__device__ inline void finish_copies() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+// Makes this thread's writes to shared memory visible to the copy engine.
+__device__ inline void fence_for_copies() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// 16 bytes to shared memory, or zeros where there are none. `arrive_behind_copies`: what the lane has copied so is there.
+__device__ inline void copy_part(u32 to, const void* from, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(exists ? 16 : 0)
+               : "memory");
+}
+__device__ inline void arrive_behind_copies(u32 barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// ---- the place of a thread, asked for again --------------------------------------------------------
+
+// Special registers of a thread that these read every time: what is computed from them need not be kept in registers of
+// the kernel meanwhile, of which it has too few.
+// Special registers of a thread that these read every time: what is computed from them need not be kept in registers of
+// the kernel meanwhile, of which it has too few.
+__device__ inline u32 lane_id() {
+  u32 lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+__device__ inline u32 thread_id() {
+  u32 thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+__device__ inline u32 cluster_id() {
+  u32 id;
+  asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(id));
+  return id;
+}
+__device__ inline u32 num_clusters() {
+  u32 num;
+  asm volatile("mov.u32 %0, %%nclusterid.x;" : "=r"(num));
+  return num;
+}
+
+// ---- global memory and registers -------------------------------------------------------------------
+
+// w of neighbours. It stays in the L1 cache, so that it need not be kept in registers: hence volatile.
+__device__ inline float2 load_pair(const float* from) {
+  float2 v;
+  asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(from));
+  return v;
+}
+__device__ inline float load_single(const float* from) {
+  float v;
+  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(from));
+  return v;
+}
+__device__ inline void write_through(void* at, uint4 v) {
+  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
+}
+// The registers of each thread of this warpgroup from here on. All warpgroups together may have no more than
+// the kernel started with.
+template <int COUNT>
+__device__ inline void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT>
+__device__ inline void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+// Makes the compiler keep a number that it would compute anew for every tile.
+__device__ inline void keep(u32& number) { asm volatile("" : "+r"(number)); }
+// Makes the compiler have the values here.
+__device__ inline void pin(float a, float b, float c, float d) {
+  asm volatile("" ::"f"(a), "f"(b), "f"(c), "f"(d));
+}
