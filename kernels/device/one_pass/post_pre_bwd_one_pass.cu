@@ -57,7 +57,7 @@ constexpr int kOtherRegisters = 72;
 // ---- shared memory ----------------------------------------------------------------------------------
 
 // Slots for dots of d_u, of which an owner has every one or every second: at least as many as stages, and even.
-constexpr int kDotsSlots = 4;
+constexpr int kDotsSlots = (kStages + 1) / 2 * 2;
 
 // Barriers, of 8 bytes each: what is there once a phase is over, and who arrives for that, a warp once. Copies and
 // other blocks arrive with bytes, which one warp here announces.

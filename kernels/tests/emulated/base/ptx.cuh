@@ -1,0 +1,271 @@
+// The instructions of kernels/device/base/ptx.cuh on a CPU: `emulator.h`.
+
+#pragma once
+
+#include "base/types.cuh"
+#include "emulator.h"
+
+// ---- numbers ---------------------------------------------------------------------------------------
+
+inline float of_bf16(u16 v) { return __uint_as_float(u32(v) << 16); }
+inline u16 to_bf16(float v) {
+  u32 word = __float_as_uint(v);
+  if (v != v) return 0x7fff;
+  word += 0x7fff + (word >> 16 & 1);
+  return u16(word >> 16);
+}
+inline float of_f16(u16 v) { return float(bits<_Float16>(v)); }
+inline u16 to_f16(float v) { return bits<u16>(_Float16(v)); }
+
+inline float wide(f16 v) { return of_f16(v.bits); }
+inline u32 pair_of(bf16*, float a, float b) { return to_bf16(a) | u32(to_bf16(b)) << 16; }
+inline u32 pair_of(f16*, float a, float b) { return to_f16(a) | u32(to_f16(b)) << 16; }
+inline float approximate_reciprocal(float v) { return 1.f / v; }
+inline float approximate_reciprocal_of_normal(float v) { return 1.f / v; }
+inline float approximate_root(float v) { return sqrtf(v); }
+inline float approximate_inverse_root(float v) { return 1.f / sqrtf(v); }
+
+// ---- tensor cores ----------------------------------------------------------------------------------
+
+// d += a b with HALVES * 8 columns of a.
+template <int HALVES, class Wide>
+void multiply(float (&d)[4], const u32* a, const u32* b, Wide wide) {
+  u32 own[6] = {};
+  for (int i = 0; i < 2 * HALVES; ++i) own[i] = a[i];
+  for (int i = 0; i < HALVES; ++i) own[4 + i] = b[i];
+  const auto all = emulated::exchange(own, 6);
+  const int g = emulated::lane() / 4, q = emulated::lane() % 4;
+  for (int e = 0; e < 4; ++e) {
+    const int row = e / 2, column = 2 * q + e % 2;
+    double sum = 0;
+    for (int k = 0; k < 8 * HALVES; ++k) {
+      const u32 left = all[4 * g + k % 8 / 2][k / 8 * 2 + row];
+      const u32 right = all[4 * column + k % 8 / 2][4 + k / 8];
+      sum += double(wide(left >> k % 2 * 16)) * double(wide(right >> k % 2 * 16));
+    }
+    d[e] = float(d[e] + sum);
+  }
+}
+inline void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 b) {
+  const u32 a[4] = {a0, a1, a2, a3}, both[2] = {b.x, b.y};
+  multiply<2>(d, a, both, of_bf16);
+}
+inline void mma_k8(float (&d)[4], u32 a0, u32 a1, u32 b) {
+  const u32 a[2] = {a0, a1};
+  multiply<1>(d, a, &b, of_bf16);
+}
+inline void mma_half(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 b) {
+  const u32 a[4] = {a0, a1, a2, a3}, both[2] = {b.x, b.y};
+  multiply<2>(d, a, both, of_f16);
+}
+inline void mma_half(float (&d)[4], const u32 (&a)[2], const u32 (&b)[1]) {
+  multiply<1>(d, a, b, of_f16);
+}
+
+// ---- shared memory ----------------------------------------------------------------------------------
+
+template <class T>
+T read_shared(u32 at) {
+  T v;
+  memcpy(&v, emulated::at(at, sizeof v, sizeof v), sizeof v);
+  return v;
+}
+template <class T>
+void write_shared(u32 at, T v) {
+  memcpy(emulated::at(at, sizeof v, sizeof v), &v, sizeof v);
+}
+inline uint4 read4(u32 at) { return read_shared<uint4>(at); }
+inline uint2 read2(u32 at) { return read_shared<uint2>(at); }
+inline u32 read1(u32 at) { return read_shared<u32>(at); }
+inline void write4(u32 at, uint4 v) { write_shared(at, v); }
+inline void write2(u32 at, uint2 v) { write_shared(at, v); }
+inline void write1(u32 at, u32 v) { write_shared(at, v); }
+
+// Calls `use(i, row, at)` for the two halves of a lane's word of matrix i: the row's 16 bytes, and the bytes there.
+template <int MATRICES, bool TRANSPOSED, class Use>
+void for_halves(u32 at, Use use) {
+  const auto all = emulated::exchange(&at, 1);
+  const int g = emulated::lane() / 4, q = emulated::lane() % 4;
+  for (int i = 0; i < MATRICES; ++i) {
+    for (int half = 0; half < 2; ++half) {
+      const int row = TRANSPOSED ? 2 * q + half : g, column = TRANSPOSED ? g : 2 * q + half;
+      use(i, half, emulated::at(all[8 * i + row][0], 16, 16) + 2 * column);
+    }
+  }
+}
+template <int MATRICES, bool TRANSPOSED>
+void load_matrices(u32* m, u32 at) {
+  u32 words[MATRICES] = {};
+  for_halves<MATRICES, TRANSPOSED>(at, [&](int i, int half, const unsigned char* from) {
+    u16 v;
+    memcpy(&v, from, 2);
+    words[i] |= u32(v) << 16 * half;
+  });
+  std::copy(words, words + MATRICES, m);
+}
+template <int MATRICES, bool TRANSPOSED>
+void store_matrices(u32 at, const u32* m) {
+  for_halves<MATRICES, TRANSPOSED>(at, [&](int i, int half, unsigned char* to) {
+    const u16 v = u16(m[i] >> 16 * half);
+    memcpy(to, &v, 2);
+  });
+}
+inline void read_matrices(u32 (&m)[4], u32 at) { load_matrices<4, false>(m, at); }
+inline void read_matrices(u32 (&m)[2], u32 at) { load_matrices<2, false>(m, at); }
+inline void read_matrix(u32& m, u32 at) { load_matrices<1, false>(&m, at); }
+inline void read_transposed(u32 (&m)[4], u32 at) { load_matrices<4, true>(m, at); }
+inline void read_transposed(u32 (&m)[2], u32 at) { load_matrices<2, true>(m, at); }
+inline void write_matrices(u32 at, const u32 (&m)[4]) { store_matrices<4, false>(at, m); }
+inline void write_transposed(u32 at, const u32 (&m)[4]) { store_matrices<4, true>(at, m); }
+inline void write_transposed(u32 at, const u32 (&m)[2]) { store_matrices<2, true>(at, m); }
+
+// ---- barriers ----------------------------------------------------------------------------------------
+
+inline void sync_threads(int number, int count) {
+  emulated::gather(emulated::block().named[number], count);
+}
+template <int COUNT>
+void sync_threads(int number) {
+  sync_threads(number, COUNT);
+}
+
+inline emulated::Barrier& barrier_at(u32 at) {
+  emulated::at(at, 8, 8);
+  return emulated::cluster->blocks[at >> 20].barriers[((at & 0xfffff) - emulated::kFirst) / 8];
+}
+inline emulated::Barrier& started_barrier_at(u32 at) {
+  emulated::Barrier& barrier = barrier_at(at);
+  if (barrier.count < 0) emulated::fail("a barrier that nobody has started");
+  return barrier;
+}
+inline void count(emulated::Barrier& barrier, int arrivals, long bytes) {
+  barrier.pending -= arrivals;
+  barrier.bytes += bytes;
+  if (barrier.pending < 0) emulated::fail("more arrivals than a barrier expects");
+  if (barrier.pending > 0 || barrier.bytes != 0) return;
+  ++barrier.phase;
+  barrier.pending = barrier.count;
+  emulated::has_progress = true;
+}
+inline void init_barrier(u32 at, u32 count) {
+  emulated::Barrier& barrier = barrier_at(at);
+  if (barrier.count >= 0) emulated::fail("a barrier is started twice");
+  barrier.count = barrier.pending = int(count);
+}
+inline void publish_barriers() {}
+inline void arrive(u32 at) { count(started_barrier_at(at), 1, 0); }
+inline void arrive_and_expect(u32 at, u32 bytes) { count(started_barrier_at(at), 1, bytes); }
+inline void complete(u32 at, long bytes) { count(started_barrier_at(at), 0, -bytes); }
+inline void wait(u32 at, u32 parity) {
+  const emulated::Barrier& barrier = started_barrier_at(at);
+  while (barrier.phase % 2 == parity) emulated::yield();
+  emulated::has_progress = true;
+}
+inline void wait_for_cluster(u32 at, u32 parity) { wait(at, parity); }
+
+// ---- clusters ----------------------------------------------------------------------------------------
+
+inline u32 cluster_rank() { return emulated::block().rank; }
+inline u32 cluster_size() { return u32(emulated::cluster->blocks.size()); }
+inline void cluster_arrive() {
+  emulated::Gathering& gathering = emulated::cluster->gathering;
+  emulated::current->cluster_generation = gathering.generation;
+  if (++gathering.arrived < int(emulated::cluster->num_threads * cluster_size())) return;
+  gathering.arrived = 0;
+  ++gathering.generation;
+  emulated::has_progress = true;
+}
+inline void cluster_wait() {
+  const emulated::Gathering& gathering = emulated::cluster->gathering;
+  while (gathering.generation == emulated::current->cluster_generation) emulated::yield();
+  emulated::has_progress = true;
+}
+inline u32 in_block(u32 at, u32 rank) { return (at & 0xfffff) | rank << 20; }
+inline void send(u32 at, float4 v, u32 barrier) {
+  write_shared(at, v);
+  complete(barrier, sizeof v);
+}
+inline void send(u32 at, float v, u32 barrier) {
+  write_shared(at, v);
+  complete(barrier, sizeof v);
+}
+
+// ---- copies ------------------------------------------------------------------------------------------
+
+struct alignas(64) TensorMap {
+  u64 words[16];
+};
+
+// What a map has here: bfloat16 [tokens, streams, hidden], every `step`-th stream from `first` on, in boxes.
+struct Map {
+  u16* values;
+  int tokens, streams, hidden, first, step;
+  int box_tokens, box_channels, box_streams;
+
+  TensorMap tensor_map() const { return {{reinterpret_cast<u64>(this)}}; }
+  int box_bytes() const { return box_tokens * box_channels * box_streams * 2; }
+};
+
+// Calls `use(value, shared)` for every value of a box, null outside of the tensor, and its place in shared memory.
+template <class Use>
+void for_box(u32 shared, const Map& map, int token, int box, int stream, Use use) {
+  if (shared % 128) emulated::fail("a box that is not aligned");
+  const int boxes = map.box_channels / 64;
+  for (int i = 0; i < map.box_tokens * map.box_channels * map.box_streams; ++i) {
+    const int c = i % 64, t = i / 64 % map.box_tokens, b = i / 64 / map.box_tokens % boxes;
+    const int s = i / 64 / map.box_tokens / boxes;
+    const u32 line = shared + (i / 64) * 128, place = (line + 2 * c) ^ (line >> 7 & 7) << 4;
+    const int own_stream = map.first + map.step * (stream + s), channel = (box + b) * 64 + c;
+    const bool is_there =
+        token + t < map.tokens && own_stream < map.streams && channel < map.hidden;
+    const size_t row = size_t(token + t) * map.streams + own_stream;
+    use(is_there ? map.values + row * map.hidden + channel : nullptr, place);
+  }
+}
+inline const Map& map_of(const TensorMap& map) {
+  return *reinterpret_cast<const Map*>(map.words[0]);
+}
+inline u64 evict_first() { return 0; }
+inline void copy_in(u32 to, const TensorMap& map, int token, int box, int stream, u32 barrier,
+                    u64) {
+  for_box(to, map_of(map), token, box, stream,
+          [](const u16* value, u32 place) { write_shared(place, u16(value ? *value : 0)); });
+  complete(barrier, map_of(map).box_bytes());
+}
+inline void copy_in(u32 to, const void* from, u32 bytes, u32 barrier) {
+  if (bytes == 0 || bytes % 16 || reinterpret_cast<u64>(from) % 16) emulated::fail("a bulk copy");
+  memcpy(emulated::at(to, bytes, 16), from, bytes);
+  complete(barrier, bytes);
+}
+inline void copy_out(const TensorMap& map, int token, int box, int stream, u32 from) {
+  for_box(from, map_of(map), token, box, stream, [](u16* value, u32 place) {
+    if (value) *value = read_shared<u16>(place);
+  });
+}
+inline void prefetch(const TensorMap&) {}
+inline void prefetch(const TensorMap&, int, int, int) {}
+inline void commit_copies() {}
+template <int LEFT>
+void wait_for_reads() {}
+inline void finish_copies() {}
+inline void fence_for_copies() {}
+inline void copy_part(u32 to, const void* from, bool exists) {
+  write4(to, exists ? *static_cast<const uint4*>(from) : uint4{});
+}
+inline void arrive_behind_copies(u32 barrier) { arrive(barrier); }
+
+// ---- the place of a thread; global memory and registers ------------------------------------------------
+
+inline u32 lane_id() { return emulated::lane(); }
+inline u32 thread_id() { return emulated::current->index; }
+inline u32 cluster_id() { return emulated::cluster->index; }
+inline u32 num_clusters() { return emulated::cluster->num_clusters; }
+inline float2 load_pair(const float* from) { return *reinterpret_cast<const float2*>(from); }
+inline float load_single(const float* from) { return *from; }
+inline void write_through(void* at, uint4 v) { memcpy(at, &v, sizeof v); }
+template <int COUNT>
+void take_registers() {}
+template <int COUNT>
+void give_registers() {}
+inline void keep(u32&) {}
+inline void pin(float, float, float, float) {}

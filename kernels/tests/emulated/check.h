@@ -1,0 +1,95 @@
+// What the checks of emulated kernels share: operands at the edge of pages that nobody may touch, random numbers, and
+// errors against float64.
+
+#pragma once
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "base/common.cuh"
+
+using emulated::fail;
+
+// Room for values, full of NaN, that ends where a page begins that nobody may touch, and so does the page before.
+template <class T>
+T* guarded(size_t num) {
+  const size_t page = 4096, bytes = (num * sizeof(T) + 15) / 16 * 16;
+  const size_t pages = (bytes + page - 1) / page + 2;
+  char* start = static_cast<char*>(
+      mmap(nullptr, pages * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  mprotect(start, page, PROT_NONE);
+  mprotect(start + (pages - 1) * page, page, PROT_NONE);
+  char* at = start + (pages - 1) * page - bytes;
+  memset(at, 0xff, bytes);
+  return reinterpret_cast<T*>(at);
+}
+
+inline std::mt19937 numbers(7);
+inline float normal() {
+  static std::normal_distribution<float> distribution;
+  return distribution(numbers);
+}
+template <class Make>
+float* floats(size_t num, Make make) {
+  float* values = guarded<float>(num);
+  for (size_t i = 0; i < num; ++i) values[i] = make(i);
+  return values;
+}
+inline u16* streams(size_t num) {
+  u16* values = guarded<u16>(num);
+  for (size_t i = 0; i < num; ++i) values[i] = to_bf16(normal());
+  return values;
+}
+
+inline double logistic(double z) { return 1 / (1 + std::exp(-z)); }
+
+// The relative error of an array: L2 norms.
+struct Error {
+  const char* name;
+  double limit;
+  double difference = 0, whole = 0;
+
+  void add(double got, double exact) {
+    difference += (got - exact) * (got - exact);
+    whole += exact * exact;
+  }
+  ~Error() {
+    const double error = std::sqrt(difference / whole);
+    printf("%s %.1e\n", name, error);
+    if (!(error <= limit)) fail("too large an error");
+  }
+};
+// One rounding to bfloat16, and sums of products in float16 or in bfloat16 parts.
+constexpr double kRoundingError = 1.8e-3, kProductsError = 3e-4, kFloatError = 1e-5;
+
+// A call: the width, tokens, clusters, and whether the cotangent of the streams is deferred; the seed of the order in which
+// warps go on; and whether float64 gets another phi than the kernel, which has to be found.
+struct Sizes {
+  int hidden, tokens, clusters, deferred;
+  unsigned seed;
+  bool is_spoiled;
+
+  explicit Sizes(char** argv)
+      : hidden(atoi(argv[1])),
+        tokens(atoi(argv[2])),
+        clusters(atoi(argv[3])),
+        deferred(atoi(argv[4])),
+        seed(unsigned(atoi(argv[5]))),
+        is_spoiled(atoi(argv[6])) {}
+  void spoil(const float* phi) const {
+    if (is_spoiled) const_cast<float*>(phi)[0] += 10.f;
+  }
+  size_t values() const { return size_t(tokens) * hidden; }
+  int ranks(int channels) const { return (hidden + channels - 1) / channels; }
+};
+
+inline Settings settings() {
+  Settings own;
+  memset(static_cast<void*>(&own), 0, sizeof own);
+  own.sinkhorn_iters = 3;
+  own.sinkhorn_eps = 1e-6f;
+  own.pre_eps = 1e-3f;
+  own.norm_eps = 1e-6f;
+  own.post_scale = 2;
+  return own;
+}

@@ -1,0 +1,143 @@
+// post_pre_bwd_one_pass on a CPU against float64.
+
+#include "check.h"
+#include "one_pass/post_pre_bwd_one_pass.cu"
+
+unsigned char memory[1];
+
+static Map x_maps[2], y_map, d_u_map, d_x_in_maps[2], d_x_maps[2], d_y_map;
+static const float *h_post, *h_res, *phi, *alpha, *bias, *m, *r, *h_res_new, *d_h_pre, *d_z;
+static float *d_h_post, *d_h_res, *gates;
+static void* for_phi;
+static int tokens, hidden, deferred;
+
+static void body() {
+  CONCAT(mhc_post_pre_bwd_one_pass, SUFFIX)
+  (x_maps[0].tensor_map(), x_maps[1].tensor_map(), y_map.tensor_map(), d_u_map.tensor_map(),
+   d_x_in_maps[0].tensor_map(), d_x_in_maps[1].tensor_map(), d_x_maps[0].tensor_map(),
+   d_x_maps[1].tensor_map(), d_y_map.tensor_map(), h_post, h_res, phi, alpha, bias, m, r, h_res_new,
+   d_h_pre, d_z, d_h_post, d_h_res, for_phi, gates, tokens, hidden, deferred, settings());
+}
+
+int main(int, char** argv) {
+  const Sizes sizes(argv);
+  constexpr int K = kColumns;
+  const int ranks = sizes.ranks(SIZE), clusters = sizes.clusters;
+  tokens = sizes.tokens, hidden = sizes.hidden, deferred = sizes.deferred;
+  const size_t num = sizes.values(), num_phi = size_t(N) * hidden * K;
+  u16 *x = streams(num * N), *y = streams(num), *d_u = streams(num), *d_x_in = streams(num * N);
+  u16 *d_x = guarded<u16>(num * N), *d_y = guarded<u16>(num);
+  const auto any = [](size_t) { return normal(); };
+  phi = floats(num_phi, [](size_t) { return .02f * normal(); });
+  alpha = floats(3, [](size_t i) { return .3f + .1f * i; });
+  bias = floats(K, any), m = floats(size_t(tokens) * K, any);
+  r = floats(tokens, [](size_t) { return 1.f + .3f * std::tanh(normal()); });
+  const auto matrix = [](size_t) { return .4f * normal(); };
+  h_post = floats(size_t(tokens) * N, any), h_res = floats(size_t(tokens) * N * N, matrix);
+  h_res_new = floats(size_t(tokens) * N * N,
+                     [&](size_t i) { return K > 2 * N ? matrix(i) : float(i / N % N == i % N); });
+  d_h_pre = floats(size_t(tokens) * N, any);
+  d_z = floats(size_t(tokens) * K, [](size_t i) { return i % K < N ? NAN : normal(); });
+  d_h_post = guarded<float>(size_t(tokens) * N), d_h_res = guarded<float>(size_t(tokens) * N * N);
+  const int rows = kOwnerWarps * ranks * clusters;
+  gates = guarded<float>(size_t(rows) * (K + 3));
+  // Sums for d_phi, or r dm in two parts.
+  float* sums = kSumsPhi ? guarded<float>(clusters * num_phi) : nullptr;
+  u16* parts = kSumsPhi ? nullptr : guarded<u16>(size_t(tokens) * 2 * K);
+  for_phi = kSumsPhi ? static_cast<void*>(sums) : parts;
+  const auto map = [&](u16* values, int num_streams, int first, int step) {
+    const int in_box = (num_streams - first + step - 1) / step;
+    return Map{values, tokens, num_streams, hidden, first, step, int(kTileTokens), SIZE, in_box};
+  };
+  for (int odd = 0; odd < 2; ++odd) {
+    x_maps[odd] = map(x, N, odd, 2), d_x_in_maps[odd] = map(d_x_in, N, odd, 2);
+    d_x_maps[odd] = map(d_x, N, odd, 2);
+  }
+  y_map = map(y, 1, 0, 1), d_u_map = map(d_u, 1, 0, 1), d_y_map = map(d_y, 1, 0, 1);
+  for (int c = 0; c < clusters; ++c) {
+    emulated::run_cluster(c, clusters, ranks, kThreads, body, sizes.seed + c);
+  }
+  sizes.spoil(phi);
+
+  std::vector<double> exact_d_phi(num_phi), exact_gates(K + 3), own(size_t(N) * hidden), d(own);
+  Error of_d_x{"d_x", kRoundingError}, of_d_y{"d_y", kRoundingError},
+      of_h{"d_h", 2 * kRoundingError};
+  Error of_phi{"d_phi or r_dm", kProductsError}, of_gates{"gates", kFloatError};
+  for (int t = 0; t < tokens; ++t) {
+    const auto at = [&](const u16* values, int j, int c) {
+      return double(of_bf16(values[(size_t(t) * N + j) * hidden + c]));
+    };
+    const auto vector_at = [&](const u16* values, int c) {
+      return double(of_bf16(values[size_t(t) * hidden + c]));
+    };
+    double dots[N] = {}, h_pre[N], r_dm[K], f = 0;
+    for (int i = 0; i < N; ++i) {
+      for (int c = 0; c < hidden; ++c) {
+        double value = h_post[t * N + i] * vector_at(y, c);
+        for (int j = 0; j < N; ++j) value += double(h_res[(t * N + i) * N + j]) * at(x, j, c);
+        dots[i] += vector_at(d_u, c) * value;
+        // As the forward pass rounds it.
+        own[i * hidden + c] = of_bf16(to_bf16(float(value)));
+      }
+    }
+    for (int k = 0; k < K; ++k) {
+      const int gate = (k >= N) + (k >= 2 * N);
+      double own_d_z = d_z[t * K + k];
+      if (k < N) {
+        const double h = logistic(double(alpha[0]) * m[t * K + k] + bias[k]);
+        h_pre[k] = h + settings().pre_eps;
+        own_d_z = (d_h_pre[t * N + k] + dots[k]) * h * (1 - h);
+      }
+      const double dm = alpha[gate] * own_d_z;
+      f += dm * m[t * K + k];
+      r_dm[k] = r[t] * dm;
+      exact_gates[k] += own_d_z;
+      exact_gates[K + gate] += own_d_z * m[t * K + k];
+      if (!kSumsPhi) {
+        const u16* row = parts + size_t(t) * 2 * K;
+        of_phi.add(double(of_bf16(row[k])) + of_bf16(row[K + k]), r_dm[k]);
+      }
+    }
+    f *= double(r[t]) * r[t] / (N * hidden);
+    for (int j = 0; j < N; ++j) {
+      for (int c = 0; c < hidden; ++c) {
+        double value = h_pre[j] * vector_at(d_u, c) - f * own[j * hidden + c];
+        for (int i = 0; i < N; ++i) {
+          const double h = deferred ? h_res_new[(t * N + i) * N + j] : i == j;
+          value += h * at(d_x_in, i, c);
+        }
+        for (int k = 0; k < K; ++k) {
+          const size_t place = (size_t(j) * hidden + c) * K + k;
+          value += r_dm[k] * phi[place];
+          exact_d_phi[place] += own[j * hidden + c] * r_dm[k];
+        }
+        of_d_x.add(at(d_x, j, c), value);
+        d[j * hidden + c] = value;
+      }
+    }
+    for (int i = 0; i < N; ++i) {
+      double of_post = 0, of_res[N] = {};
+      for (int c = 0; c < hidden; ++c) {
+        of_post += d[i * hidden + c] * vector_at(y, c);
+        for (int j = 0; j < N; ++j) of_res[j] += d[i * hidden + c] * at(x, j, c);
+      }
+      of_h.add(d_h_post[t * N + i], of_post);
+      for (int j = 0; j < N; ++j) of_h.add(d_h_res[(t * N + i) * N + j], of_res[j]);
+    }
+    for (int c = 0; c < hidden; ++c) {
+      double value = 0;
+      for (int i = 0; i < N; ++i) value += h_post[t * N + i] * d[i * hidden + c];
+      of_d_y.add(vector_at(d_y, c), value);
+    }
+  }
+  for (size_t i = 0; kSumsPhi && i < num_phi; ++i) {
+    double sum = 0;
+    for (int c = 0; c < clusters; ++c) sum += sums[c * num_phi + i];
+    of_phi.add(sum, exact_d_phi[i]);
+  }
+  for (int k = 0; k < K + 3; ++k) {
+    double sum = 0;
+    for (int row = 0; row < rows; ++row) sum += gates[row * (K + 3) + k];
+    of_gates.add(sum, exact_gates[k]);
+  }
+}

@@ -1,0 +1,106 @@
+// pre_bwd_one_pass on a CPU against float64.
+
+#include "check.h"
+#include "one_pass/pre_bwd_one_pass.cu"
+
+unsigned char shared[1];
+
+static Map x_map, d_u_map, d_x_in_map, d_x_map;
+static const float *phi, *alpha, *bias, *m, *r, *h_res, *d_h_pre, *d_z;
+static float *d_phi, *gates;
+static int tokens, hidden, deferred;
+
+static void body() {
+  CONCAT(mhc_pre_bwd_one_pass, SUFFIX)
+  (x_map.tensor_map(), d_u_map.tensor_map(), d_x_in_map.tensor_map(), d_x_map.tensor_map(), phi,
+   alpha, bias, m, r, deferred ? h_res : nullptr, d_h_pre, d_z, d_phi, gates, tokens, hidden,
+   deferred, settings());
+}
+
+int main(int, char** argv) {
+  const Sizes sizes(argv);
+  constexpr int K = kColumns, kOwners = Warps<false>::kOwners;
+  const int ranks = sizes.ranks(SIZE), clusters = sizes.clusters;
+  tokens = sizes.tokens, hidden = sizes.hidden, deferred = sizes.deferred;
+  const size_t num = sizes.values(), num_phi = size_t(N) * hidden * K;
+  u16 *x = streams(num * N), *d_u = streams(num), *d_x_in = streams(num * N);
+  u16* d_x = guarded<u16>(num * N);
+  const auto any = [](size_t) { return normal(); };
+  phi = floats(num_phi, [](size_t) { return .02f * normal(); });
+  alpha = floats(3, [](size_t i) { return .3f + .1f * i; });
+  bias = floats(K, any), m = floats(size_t(tokens) * K, any);
+  r = floats(tokens, [](size_t) { return 1.f + .3f * std::tanh(normal()); });
+  h_res = floats(size_t(tokens) * N * N,
+                 [](size_t i) { return kMixes ? .4f * normal() : float(i / N % N == i % N); });
+  d_h_pre = floats(size_t(tokens) * N, any);
+  // Gradients of the logits, or without H_res of h_post.
+  constexpr int kGiven = kMixes ? K : N;
+  d_z = floats(size_t(tokens) * kGiven,
+               [](size_t i) { return kMixes && i % K < N ? NAN : normal(); });
+  d_phi = guarded<float>(clusters * num_phi);
+  const int rows = kOwners * ranks * clusters;
+  gates = guarded<float>(size_t(rows) * (K + 3));
+  const auto map = [&](u16* values, int num_streams) {
+    return Map{values, tokens, num_streams, hidden, 0, 1, int(kTileTokens), SIZE, num_streams};
+  };
+  x_map = map(x, N), d_u_map = map(d_u, 1), d_x_in_map = map(d_x_in, N), d_x_map = map(d_x, N);
+  for (int c = 0; c < clusters; ++c) {
+    emulated::run_cluster(c, clusters, ranks, Warps<false>::kThreads, body, sizes.seed + c);
+  }
+  sizes.spoil(phi);
+
+  std::vector<double> exact_d_phi(num_phi), exact_gates(K + 3);
+  Error error{"d_x", kRoundingError}, error_of_phi{"d_phi", kProductsError},
+      error_of_gates{"gates", kFloatError};
+  for (int t = 0; t < tokens; ++t) {
+    const auto x_at = [&](int j, int c) {
+      return double(of_bf16(x[(size_t(t) * N + j) * hidden + c]));
+    };
+    const auto d_u_at = [&](int c) { return double(of_bf16(d_u[size_t(t) * hidden + c])); };
+    double dots[N] = {}, h_pre[N], r_dm[K], f = 0;
+    for (int j = 0; j < N; ++j) {
+      for (int c = 0; c < hidden; ++c) dots[j] += d_u_at(c) * x_at(j, c);
+    }
+    for (int k = 0; k < K; ++k) {
+      const int gate = (k >= N) + (k >= 2 * N);
+      const double own_m = m[t * K + k], h = logistic(double(alpha[gate]) * own_m + bias[k]);
+      double own_d_z = kMixes || k < N ? 0 : d_z[t * N + k - N] * 2. * h * (1 - h);
+      if (kMixes && k >= N) own_d_z = d_z[t * K + k];
+      if (k < N) {
+        h_pre[k] = h + settings().pre_eps;
+        own_d_z = (d_h_pre[t * N + k] + dots[k]) * h * (1 - h);
+      }
+      const double dm = alpha[gate] * own_d_z;
+      f += dm * own_m;
+      r_dm[k] = r[t] * dm;
+      exact_gates[k] += own_d_z;
+      exact_gates[K + gate] += own_d_z * own_m;
+    }
+    f *= double(r[t]) * r[t] / (N * hidden);
+    for (int j = 0; j < N; ++j) {
+      for (int c = 0; c < hidden; ++c) {
+        double value = h_pre[j] * d_u_at(c) - f * x_at(j, c);
+        for (int i = 0; i < N; ++i) {
+          const double h = deferred ? h_res[(t * N + i) * N + j] : i == j;
+          value += h * of_bf16(d_x_in[(size_t(t) * N + i) * hidden + c]);
+        }
+        for (int k = 0; k < K; ++k) {
+          const size_t at = (size_t(j) * hidden + c) * K + k;
+          value += r_dm[k] * phi[at];
+          exact_d_phi[at] += x_at(j, c) * r_dm[k];
+        }
+        error.add(of_bf16(d_x[(size_t(t) * N + j) * hidden + c]), value);
+      }
+    }
+  }
+  for (size_t i = 0; i < num_phi; ++i) {
+    double sum = 0;
+    for (int c = 0; c < clusters; ++c) sum += d_phi[c * num_phi + i];
+    error_of_phi.add(sum, exact_d_phi[i]);
+  }
+  for (int k = 0; k < K + 3; ++k) {
+    double sum = 0;
+    for (int row = 0; row < rows; ++row) sum += gates[row * (K + 3) + k];
+    error_of_gates.add(sum, exact_gates[k]);
+  }
+}
