@@ -35,6 +35,11 @@ pub fn describe_plan(
     let [tokens, n, c] = sizes;
     let device = Device::of_capability(capability);
     check_device(&device)?;
+    let none = || format!("there is no {} of such sizes", kind.name());
+    // What follows from more streams than there may be cannot be counted.
+    if n > config.constraint.max_streams() && !kind.is_head() {
+        return Err(none());
+    }
     let has_phi = (kind.operands(|group| config.has(group))).any(|value| value.name == "phi");
     let has_norm = kind.groups().contains(&Group::Norm) && config.norm;
     let problem = Problem {
@@ -50,9 +55,8 @@ pub fn describe_plan(
         sinkhorn_iters: config.sinkhorn_iters,
         norm_width: if has_norm { c } else { 0 },
     };
-    let has_streams = n <= config.constraint.max_streams() || kind.is_head();
-    if !has_streams || !DTYPES.contains(&dtype) || tokens > MAX_COUNT || !problem.is_possible() {
-        return Err(format!("there is no {} of such sizes", kind.name()));
+    if !DTYPES.contains(&dtype) || tokens > MAX_COUNT || !problem.is_possible() {
+        return Err(none());
     }
     let mut call = problem.call(config);
     call.tokens = tokens;
