@@ -75,7 +75,7 @@ pub fn check(level: &str) -> usize {
         return 1;
     }
     let found = "INFO jax_mhc: GPU found device=0 name=\"Fake GPU\" capability=(9, 0) multiprocessors=132 \
-                 shared_bytes=232448 clusters=[16, 16, 16, 16]";
+                 shared_bytes=232448 clusters=[132, 16, 16,";
     expect(found, "info debug trace");
     let loaded = "INFO jax_mhc: image loaded image=one_pass_fwd (w320, bf16, sm_90a) bytes=";
     expect(loaded, "info debug trace");
