@@ -24,7 +24,7 @@ def of_many_tokens(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def kind(row: dict[str, Any]) -> str:
-    """All of a configuration but its width."""
+    """Fields of a configuration, all but its width."""
     norm = ", norm" if row["norm"] else ""
     return f"n = {row['streams']}, {row['dtype']}, {row['constraint']}{norm}"
 

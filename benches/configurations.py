@@ -53,7 +53,7 @@ NEAR = 1.5
 # Largest relative L2 error by dtype, of streams and of gradients of parameters: what is above is
 # wrong. The tests look closer.
 LIMITS = {"bfloat16": (4e-3, 5e-3), "float16": (6e-4, 1e-3), "float32": (2e-5, 1e-4)}
-# What tells configurations apart.
+# Fields that tell configurations apart.
 KEY = ("streams", "hidden", "dtype", "constraint", "norm", "tokens")
 
 
@@ -86,7 +86,7 @@ class Case:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What tells its row from others."""
+        """Values that tell its row from others."""
         return tuple(getattr(self, name) for name in KEY)
 
     def __str__(self) -> str:
@@ -277,7 +277,7 @@ def floor_us(case: Case, what: What, bytes_per_us: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What is run of a configuration, compiled.
+    """Programs of a configuration, compiled.
 
     Attributes:
         make: from a key to the inputs.

@@ -41,6 +41,13 @@ inline u16* streams(size_t num) {
   return values;
 }
 
+// The sum of an element over arrays of a size that lie behind each other.
+inline double sum_of_arrays(const float* arrays, int num, size_t size, size_t element) {
+  double sum = 0;
+  for (int i = 0; i < num; ++i) sum += arrays[i * size + element];
+  return sum;
+}
+
 inline double logistic(double z) { return 1 / (1 + std::exp(-z)); }
 
 // The relative error of an array: L2 norms.

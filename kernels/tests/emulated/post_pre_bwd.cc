@@ -131,13 +131,8 @@ int main(int, char** argv) {
     }
   }
   for (size_t i = 0; kSumsPhi && i < num_phi; ++i) {
-    double sum = 0;
-    for (int c = 0; c < clusters; ++c) sum += sums[c * num_phi + i];
-    of_phi.add(sum, exact_d_phi[i]);
+    of_phi.add(sum_of_arrays(sums, clusters, num_phi, i), exact_d_phi[i]);
   }
-  for (int k = 0; k < K + 3; ++k) {
-    double sum = 0;
-    for (int row = 0; row < rows; ++row) sum += gates[row * (K + 3) + k];
-    of_gates.add(sum, exact_gates[k]);
-  }
+  for (int k = 0; k < K + 3; ++k)
+    of_gates.add(sum_of_arrays(gates, rows, K + 3, k), exact_gates[k]);
 }

@@ -94,13 +94,8 @@ int main(int, char** argv) {
     }
   }
   for (size_t i = 0; i < num_phi; ++i) {
-    double sum = 0;
-    for (int c = 0; c < clusters; ++c) sum += d_phi[c * num_phi + i];
-    error_of_phi.add(sum, exact_d_phi[i]);
+    error_of_phi.add(sum_of_arrays(d_phi, clusters, num_phi, i), exact_d_phi[i]);
   }
-  for (int k = 0; k < K + 3; ++k) {
-    double sum = 0;
-    for (int row = 0; row < rows; ++row) sum += gates[row * (K + 3) + k];
-    error_of_gates.add(sum, exact_gates[k]);
-  }
+  for (int k = 0; k < K + 3; ++k)
+    error_of_gates.add(sum_of_arrays(gates, rows, K + 3, k), exact_gates[k]);
 }
