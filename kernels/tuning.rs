@@ -5,6 +5,7 @@
 //! with a member for each number.
 
 /// A file of kernels/device, compiled for every size of its kernels, every dtype and every architecture of its target.
+/// A file has a second row where kernels of other dtypes are tuned otherwise.
 pub struct File {
     /// Path in kernels/device without its ending.
     pub path: &'static str,
@@ -38,7 +39,9 @@ pub struct Size {
     pub number: u32,
     /// Whether `number` is the size itself and not a bound (`EXACT`).
     pub is_exact: bool,
-    /// Columns of phi, where the kernels know them beside the number (`COLUMNS`); 0 elsewhere.
+    /// Streams, where the kernels know them beside the number (`NUM_STREAMS`); 0 elsewhere.
+    pub streams: u32,
+    /// Columns of phi, alike (`COLUMNS`).
     pub columns: u32,
 }
 
@@ -66,13 +69,15 @@ const fn exact(name: &'static str, number: u32) -> Size {
         name,
         number,
         is_exact: true,
+        streams: 0,
         columns: 0,
     }
 }
 
-/// Channels of a stream that a block has, of all streams, and columns of phi.
+/// Channels of a stream that a block has, of all four streams, and columns of phi.
 const fn channels(name: &'static str, number: u32, columns: u32) -> Size {
     Size {
+        streams: 4,
         columns,
         ..exact(name, number)
     }
@@ -83,6 +88,7 @@ const fn bound(name: &'static str, number: u32) -> Size {
         name,
         number,
         is_exact: false,
+        streams: 0,
         columns: 0,
     }
 }

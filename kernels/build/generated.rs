@@ -32,10 +32,12 @@ pub fn header(file: &File, size: &Size) -> String {
         "#pragma once\n\
          #define SIZE {}\n\
          #define EXACT {}\n\
+         #define NUM_STREAMS {}\n\
          #define COLUMNS {}\n\
          enum class Constraint : int {{ {} }};\n",
         size.number,
         u8::from(size.is_exact),
+        size.streams,
         size.columns,
         constraints.join(", ")
     );

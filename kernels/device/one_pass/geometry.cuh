@@ -8,7 +8,7 @@
 
 #include "one_pass/one_pass.cuh"
 
-constexpr int N = 4;               // streams
+constexpr int N = NUM_STREAMS;
 constexpr int kColumns = COLUMNS;  // of phi
 
 // Boxes of a block in one stream.

@@ -19,9 +19,9 @@
 #include "base/matrix.cuh"
 
 constexpr u32 kTileTokens = 8;
-// Channels of one row of a copied box: 128 bytes, what the copy engine swizzles.
-constexpr int kBoxChannels = 64;
+// One row of a copied box, what the copy engine swizzles, and its channels.
 constexpr u32 kRowBytes = 128;
+constexpr int kBoxChannels = kRowBytes / sizeof(Stream);
 
 // ---- shared memory ----------------------------------------------------------------------------------
 

@@ -29,7 +29,10 @@ impl Kernel {
         let rows = FILES
             .iter()
             .flat_map(|file| file.kernels.iter().map(move |row| (file, row)));
-        let mut rows = rows.filter(|(_, row)| row.function == tuned && row.sizes.contains(size));
+        let mut rows = rows.filter(|(file, row)| {
+            let has_dtype = file.dtypes.contains(&dtype.short_name());
+            has_dtype && row.function == tuned && row.sizes.contains(size)
+        });
         rows.next().map(|(file, tuning)| Self {
             file: file.stem(),
             function,

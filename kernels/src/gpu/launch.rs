@@ -3,6 +3,7 @@
 use super::kernel::Kernel;
 use crate::contract::config::{Config, Constraint, EpsMode, NormEpsMode, Order};
 use crate::contract::layout::CoefficientLayout;
+use crate::contract::view::DType;
 
 /// One argument of a kernel. Signed, as in the kernels.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -38,13 +39,15 @@ impl Arg {
     }
 }
 
-/// A tensor that the copy engine takes a box at a time of: bfloat16 `[tokens, num_streams, hidden]`, or some of the
-/// streams. A box lies in shared memory as `[stream, channels / 64, token, 64]`, with swizzled lines of
-/// 128 bytes; in these coordinates one_pass.cuh names its start. `hidden` is a multiple of 64.
+/// A tensor that the copy engine takes a box at a time of: `[tokens, num_streams, hidden]`, or some of the streams. A
+/// box lies in shared memory as `[stream, line, token, channel of the line]`, with swizzled lines of 128 bytes; in
+/// these coordinates one_pass.cuh names its start. `hidden` is a multiple of a line's channels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tensor {
     /// Address of its first value.
     pub address: u64,
+    /// Dtype of its values.
+    pub dtype: DType,
     /// Tokens.
     pub tokens: usize,
     /// Streams of a token in memory; 1 for y and u.
@@ -55,7 +58,7 @@ pub struct Tensor {
     pub first_stream: usize,
     /// Step from there on: every stream, or every second.
     pub stream_step: usize,
-    /// Tokens, channels (a multiple of 64) and streams of a box.
+    /// Tokens, channels (of whole lines) and streams of a box.
     pub box_dims: [usize; 3],
 }
 
@@ -63,11 +66,13 @@ impl Tensor {
     /// All streams of an operand or a result, or what is like one, in boxes with all of them.
     pub fn new(
         address: u64,
+        dtype: DType,
         [tokens, num_streams, hidden]: [usize; 3],
         box_dims: [usize; 2],
     ) -> Self {
         Self {
             address,
+            dtype,
             tokens,
             num_streams,
             hidden,
@@ -93,21 +98,22 @@ impl Tensor {
 
     /// Address of the first value that boxes may have.
     pub(super) fn start(&self) -> u64 {
-        self.address + (self.first_stream * self.hidden * BF16_BYTES) as u64
+        self.address + (self.first_stream * self.hidden * self.dtype.num_bytes()) as u64
     }
 
     /// Sizes in values, the fastest first; the strides in bytes of all but the fastest; and those of a box.
     pub(super) fn layout(&self) -> ([u64; 4], [u64; 3], [u32; 4]) {
         let streams = (self.num_streams - self.first_stream).div_ceil(self.stream_step);
-        let sizes = [LINE, self.tokens, self.hidden / LINE, streams];
-        let stream_bytes = self.hidden * BF16_BYTES;
+        let line = line(self.dtype);
+        let sizes = [line, self.tokens, self.hidden / line, streams];
+        let stream_bytes = self.hidden * self.dtype.num_bytes();
         let strides = [
             self.num_streams * stream_bytes,
-            LINE * BF16_BYTES,
+            LINE_BYTES,
             self.stream_step * stream_bytes,
         ];
         let [tokens, channels, streams] = self.box_dims;
-        let box_sizes = [LINE, tokens, channels / LINE, streams];
+        let box_sizes = [line, tokens, channels / line, streams];
         (
             sizes.map(|size| size as u64),
             strides.map(|stride| stride as u64),
@@ -116,9 +122,13 @@ impl Tensor {
     }
 }
 
-/// Channels of one line of a box (`kBoxChannels` of one_pass.cuh), and bytes of one.
-const LINE: usize = 64;
-const BF16_BYTES: usize = 2;
+/// Bytes of one line of a box (`kRowBytes` of one_pass.cuh).
+const LINE_BYTES: usize = 128;
+
+/// Channels of one line of a box.
+pub const fn line(dtype: DType) -> usize {
+    LINE_BYTES / dtype.num_bytes()
+}
 
 /// Defines a struct of structs.rs, whose fields the compiler of CUDA C++ lays out alike: all are of 4 bytes.
 macro_rules! device_struct {

@@ -15,6 +15,7 @@ use super::driver::{Driver, check_device, checked, driver};
 use super::images::{image, probe};
 use super::kernel::Kernel;
 use super::launch::{Arg, Launch, Tensor};
+use crate::contract::view::DType;
 
 /// A GPU with the kernels that it has loaded.
 pub struct Gpu {
@@ -226,12 +227,18 @@ fn config(
 fn tensor_map(driver: &Driver, tensor: &Tensor) -> Result<sys::CUtensorMap, String> {
     let mut map = sys::CUtensorMap { opaque: [0; 16] };
     let (sizes, strides, box_sizes) = tensor.layout();
+    let dtype = match tensor.dtype {
+        DType::Bf16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        DType::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        DType::F32 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+        DType::F64 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT64,
+    };
     // SAFETY: all pointers are to arrays of the length that 4 dimensions ask for; the tensor's memory is
     // not touched.
     let result = unsafe {
         driver.cuTensorMapEncodeTiled(
             &raw mut map,
-            sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            dtype,
             sizes.len() as u32,
             tensor.start() as *mut c_void,
             sizes.as_ptr(),

@@ -39,7 +39,13 @@ const L4: Device = Device {
 
 #[test]
 fn tensors_have_the_layout_that_one_pass_kernels_read() {
-    let tensor = Tensor::new(1 << 20, [100, 4, 4096], [8, 256]);
+    let wide = Tensor::new(1 << 20, DType::F32, [100, 4, 4096], [8, 256]);
+    let wide_strides = [4 * 16384, 128, 16384];
+    assert_eq!(
+        wide.layout(),
+        ([32, 100, 128, 4], wide_strides, [32, 8, 8, 4])
+    );
+    let tensor = Tensor::new(1 << 20, DType::Bf16, [100, 4, 4096], [8, 256]);
     let strides = |step: u64| [4 * 8192, 128, step * 8192];
     assert_eq!(tensor.start(), 1 << 20);
     assert_eq!(

@@ -15,26 +15,23 @@ use std::process::{Command, Output};
 
 use tuning::FILES;
 
-/// Compiles a check of a kernel of kernels/device in one size.
-fn build(check: &str, file: &str, size_name: &str) -> PathBuf {
-    let file = FILES.iter().find(|known| known.path == file).unwrap();
+/// Compiles a check of a kernel of kernels/device in one size and dtype.
+fn build(check: &str, file: &str, size_name: &str, dtype: &str) -> PathBuf {
+    let mut files = FILES.iter();
+    let file = files.find(|known| known.path == file && known.dtypes.contains(&dtype));
+    let file = file.unwrap();
     let sizes = file.sizes();
     let size = sizes.iter().find(|size| size.name == size_name).unwrap();
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR"))
         .join("emulated")
-        .join(format!("{check}_{size_name}"));
+        .join(format!("{check}_{size_name}_{dtype}"));
     fs::create_dir_all(&folder).unwrap();
     fs::write(folder.join("generated.cuh"), generated::header(file, size)).unwrap();
     let program = folder.join("check");
     let mut compiler = Command::new("c++");
     // Pragmas and attributes of CUDA C++ are unknown.
-    compiler.args([
-        "-std=c++20",
-        "-O1",
-        "-w",
-        "-DSTREAM=bf16",
-        "-DSUFFIX=_emulated",
-    ]);
+    compiler.args(["-std=c++20", "-O1", "-w", "-DSUFFIX=_emulated"]);
+    compiler.arg(format!("-DSTREAM={dtype}"));
     compiler
         .args(["-Itests/emulated", "-Idevice", "-I"])
         .arg(&folder);
@@ -53,9 +50,9 @@ fn run(program: &Path, sizes: [usize; 4], seed: usize, is_spoiled: bool) -> Outp
 }
 
 /// Checks a kernel in some sizes, each with clusters of many sizes whose last block is not full.
-fn check(name: &str, file: &str, sizes: &[(&str, usize)]) {
-    for &(size, channels) in sizes {
-        let program = build(name, file, size);
+fn check(name: &str, file: &str, sizes: &[(&str, usize, &str)]) {
+    for &(size, channels, dtype) in sizes {
+        let program = build(name, file, size, dtype);
         for (seed, (blocks, tokens, clusters)) in
             [(2, 77, 2), (3, 61, 1), (5, 1, 2), (7, 33, 1), (16, 45, 1)]
                 .into_iter()
@@ -81,10 +78,10 @@ fn check(name: &str, file: &str, sizes: &[(&str, usize)]) {
 #[test]
 fn forward() {
     let sizes = [
-        ("w256", 256),
-        ("w512", 512),
-        ("w384k8", 384),
-        ("w256k32", 256),
+        ("w256", 256, "bf16"),
+        ("w512", 512, "bf16"),
+        ("w384k8", 384, "bf16"),
+        ("w256k32", 256, "bf16"),
     ];
     check("forward", "one_pass/one_pass_fwd", &sizes);
 }
@@ -92,10 +89,10 @@ fn forward() {
 #[test]
 fn pre_bwd() {
     let sizes = [
-        ("w256", 256),
-        ("w448", 448),
-        ("w512k8", 512),
-        ("w320k32", 320),
+        ("w256", 256, "bf16"),
+        ("w448", 448, "bf16"),
+        ("w512k8", 512, "bf16"),
+        ("w320k32", 320, "bf16"),
     ];
     check("pre_bwd", "one_pass/pre_bwd_one_pass", &sizes);
 }
@@ -103,10 +100,10 @@ fn pre_bwd() {
 #[test]
 fn post_pre_bwd() {
     let sizes = [
-        ("w256", 256),
-        ("w448", 448),
-        ("w512k8", 512),
-        ("w256k32", 256),
+        ("w256", 256, "bf16"),
+        ("w448", 448, "bf16"),
+        ("w512k8", 512, "bf16"),
+        ("w256k32", 256, "bf16"),
     ];
     check("post_pre_bwd", "one_pass/post_pre_bwd_one_pass", &sizes);
 }

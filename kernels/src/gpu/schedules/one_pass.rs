@@ -13,17 +13,14 @@ use crate::contract::config::Constraint;
 use crate::contract::view::DType;
 use crate::gpu::device::{Device, MAX_CLUSTER, MAX_CLUSTER_BLOCKS};
 use crate::gpu::kernel::Kernel;
-use crate::gpu::launch::{Arg, Launch, Tensor};
+use crate::gpu::launch::{Arg, Launch, Tensor, line};
 use crate::gpu::tuning::{CHANNELS, Size};
 
-/// Streams that the kernels are written for.
+/// Streams of most of the kernels.
 const STREAMS: usize = 4;
 
 /// Columns of phi where H_res has a logit for each element: those that Sinkhorn-Knopp may be for.
 const COLUMNS: usize = STREAMS * (STREAMS + 2);
-
-/// Channels of a line of a box of the copy engine, of which C has whole ones.
-const LINE: usize = 64;
 
 /// Clusters of 1, 2 and so on blocks that run at once on an H200. Geometries are chosen for it, whatever the GPU: the
 /// workspace, and the order of sums, follow from them.
@@ -56,25 +53,26 @@ impl Geometry {
     /// The geometry of a call, where `function` takes it on the GPU. The number of tokens has no say: a token's result
     /// must not depend on it.
     fn of(function: &'static str, call: &CheckedCall, device: &Device) -> Option<Self> {
-        let fits = call.dtype == DType::Bf16 && call.n == STREAMS;
-        let geometry = Self::of_width(function, call.c, call.columns).filter(|_| fits)?;
+        let geometry = Self::of_width(function, call.dtype, [call.n, call.c, call.columns])?;
         device.num_clusters(geometry.cluster, 1).map(|_| geometry)
     }
 
-    /// The geometry of a kernel for C channels and columns of phi: that with the most tokens at once for their work.
-    fn of_width(function: &'static str, c: usize, columns: usize) -> Option<Self> {
-        let sizes = CHANNELS.iter().filter(|size| {
-            size.columns as usize == columns && Kernel::find(function, size, DType::Bf16).is_some()
-        });
-        let all = sizes.filter_map(|size| {
+    /// The geometry of a kernel for n, C and columns of phi: that with the most tokens at once for their work.
+    fn of_width(function: &'static str, dtype: DType, [n, c, columns]: [usize; 3]) -> Option<Self> {
+        let all = CHANNELS.iter().filter_map(|size| {
+            let kernel = Kernel::find(function, size, dtype)?;
             let cluster = c.div_ceil(size.number as usize);
-            let takes = c.is_multiple_of(LINE) && (2..=MAX_CLUSTER).contains(&cluster);
-            takes.then_some(Self {
+            let takes = [size.streams, size.columns] == [n as u32, columns as u32]
+                && c.is_multiple_of(line(dtype))
+                && (2..=MAX_CLUSTER).contains(&cluster);
+            let geometry = Self {
                 size,
                 cluster: cluster as u32,
-            })
+            };
+            takes.then(|| (geometry, kernel))
         });
-        all.min_by_key(|geometry| (geometry.has_much_phi(), geometry.work(function)))
+        all.min_by_key(|(geometry, kernel)| (geometry.has_much_phi(), geometry.work(*kernel)))
+            .map(|(geometry, _)| geometry)
     }
 
     /// Whether phi takes so many registers that some of it has to lie elsewhere: for widths that no other size takes.
@@ -84,8 +82,7 @@ impl Geometry {
 
     /// Work of a kernel for a token, where all clusters have some: larger for fewer clusters, for more channels of a
     /// block, and for a size that leaves some to another kernel.
-    fn work(self, function: &'static str) -> usize {
-        let kernel = Kernel::of(function, self.size, DType::Bf16);
+    fn work(self, kernel: Kernel) -> usize {
         let percent = kernel.find_more("cost").unwrap_or(100);
         let at_once = CLUSTERS_AT_ONCE[self.cluster as usize - 1] as usize;
         (self.channels() + FIXED_WORK) * 10 * percent / at_once
@@ -110,7 +107,12 @@ impl Geometry {
         num_streams: usize,
     ) -> Tensor {
         let dims = [call.tokens, num_streams, call.c];
-        Tensor::new(address, dims, [kernel.tokens(), self.channels()])
+        Tensor::new(
+            address,
+            call.dtype,
+            dims,
+            [kernel.tokens(), self.channels()],
+        )
     }
 
     /// The launch of a kernel whose clusters take tiles in turn.
@@ -125,7 +127,7 @@ impl Geometry {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
     use crate::gpu::device::CLUSTER_SHARED_BYTES;
     use crate::gpu::tuning::{FILES, Target};
@@ -144,10 +146,18 @@ mod tests {
         assert!(num > 20);
     }
 
+    /// The geometry of four streams in bfloat16.
+    pub fn of_width(function: &'static str, c: usize, columns: usize) -> Option<Geometry> {
+        Geometry::of_width(function, DType::Bf16, [STREAMS, c, columns])
+    }
+
+    /// Channels of which C has whole ones.
+    pub const LINE: usize = line(DType::Bf16);
+
     #[test]
     fn widths_of_whole_lines_have_a_geometry() {
         let of = |c, columns| {
-            let found = Geometry::of_width("pre_fwd_one_pass", c, columns)?;
+            let found = of_width("pre_fwd_one_pass", c, columns)?;
             Some((found.channels(), found.cluster))
         };
         for (c, columns, geometry) in [

@@ -196,30 +196,34 @@ struct alignas(64) TensorMap {
   u64 words[16];
 };
 
-// What a map has here: bfloat16 [tokens, streams, hidden], every `step`-th stream from `first` on, in boxes.
+// What a map has here: [tokens, streams, hidden], every `step`-th stream from `first` on, in boxes.
 struct Map {
-  u16* values;
+  void* values;
   int tokens, streams, hidden, first, step;
   int box_tokens, box_channels, box_streams;
+  int element_bytes = sizeof(STREAM);
 
   TensorMap tensor_map() const { return {{reinterpret_cast<u64>(this)}}; }
-  int box_bytes() const { return box_tokens * box_channels * box_streams * 2; }
+  int box_bytes() const { return box_tokens * box_channels * box_streams * element_bytes; }
 };
 
-// Calls `use(value, shared)` for every value of a box, null outside of the tensor, and its place in shared memory.
+// Calls `use(value, place, bytes)` for every value of a box, null outside of the tensor, and its place in shared memory.
 template <class Use>
 void for_box(u32 shared, const Map& map, int token, int box, int stream, Use use) {
   if (shared % 128) emulated::fail("a box that is not aligned");
-  const int boxes = map.box_channels / 64;
+  const int line = 128 / map.element_bytes, boxes = map.box_channels / line;
   for (int i = 0; i < map.box_tokens * map.box_channels * map.box_streams; ++i) {
-    const int c = i % 64, t = i / 64 % map.box_tokens, b = i / 64 / map.box_tokens % boxes;
-    const int s = i / 64 / map.box_tokens / boxes;
-    const u32 line = shared + (i / 64) * 128, place = (line + 2 * c) ^ (line >> 7 & 7) << 4;
-    const int own_stream = map.first + map.step * (stream + s), channel = (box + b) * 64 + c;
+    const int c = i % line, t = i / line % map.box_tokens, b = i / line / map.box_tokens % boxes;
+    const int s = i / line / map.box_tokens / boxes;
+    const u32 start = shared + (i / line) * 128;
+    const u32 place = (start + map.element_bytes * c) ^ (start >> 7 & 7) << 4;
+    const int own_stream = map.first + map.step * (stream + s), channel = (box + b) * line + c;
     const bool is_there =
         token + t < map.tokens && own_stream < map.streams && channel < map.hidden;
     const size_t row = size_t(token + t) * map.streams + own_stream;
-    use(is_there ? map.values + row * map.hidden + channel : nullptr, place);
+    char* values = static_cast<char*>(map.values);
+    const size_t element = row * map.hidden + channel;
+    use(is_there ? values + element * map.element_bytes : nullptr, place, map.element_bytes);
   }
 }
 inline const Map& map_of(const TensorMap& map) {
@@ -229,7 +233,10 @@ inline u64 evict_first() { return 0; }
 inline void copy_in(u32 to, const TensorMap& map, int token, int box, int stream, u32 barrier,
                     u64) {
   for_box(to, map_of(map), token, box, stream,
-          [](const u16* value, u32 place) { write_shared(place, u16(value ? *value : 0)); });
+          [](const void* value, u32 place, int bytes) {
+            char* to = reinterpret_cast<char*>(emulated::at(place, bytes, bytes));
+            value ? memcpy(to, value, bytes) : memset(to, 0, bytes);
+          });
   complete(barrier, map_of(map).box_bytes());
 }
 inline void copy_in(u32 to, const void* from, u32 bytes, u32 barrier) {
@@ -238,8 +245,8 @@ inline void copy_in(u32 to, const void* from, u32 bytes, u32 barrier) {
   complete(barrier, bytes);
 }
 inline void copy_out(const TensorMap& map, int token, int box, int stream, u32 from) {
-  for_box(from, map_of(map), token, box, stream, [](u16* value, u32 place) {
-    if (value) *value = read_shared<u16>(place);
+  for_box(from, map_of(map), token, box, stream, [](void* value, u32 place, int bytes) {
+    if (value) memcpy(value, emulated::at(place, bytes, bytes), bytes);
   });
 }
 inline void prefetch(const TensorMap&) {}

@@ -1,6 +1,6 @@
 //! The schedule of `pre_fwd` and `post_pre_fwd` in one launch (one_pass_fwd.cu).
 
-use super::{Geometry, STREAMS};
+use super::Geometry;
 use crate::contract::check::CheckedCall;
 use crate::contract::table::Call;
 use crate::gpu::device::Device;
@@ -31,7 +31,7 @@ fn launch(call: &CheckedCall, device: &Device) -> Option<Launch> {
     };
     let operand = |name| Arg::Pointer(call.operand_address(name));
     let result = |name| Arg::Pointer(call.result_address(name));
-    let mut args = vec![tensor("x", STREAMS)];
+    let mut args = vec![tensor("x", call.n)];
     if is_post_pre {
         args.extend([tensor("y", 1), operand("h_post"), operand("h_res")]);
     }

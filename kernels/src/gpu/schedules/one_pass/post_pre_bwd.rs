@@ -40,7 +40,7 @@ fn plan(call: &CheckedCall, device: &Device, workspace: &mut dyn Workspace) -> O
     let result = |name| call.result_address(name);
     let vector = |address| Arg::TensorMap(geometry.tensor(call, kernel, address, 1));
     let streams = |address| {
-        let tensor = geometry.tensor(call, kernel, address, STREAMS);
+        let tensor = geometry.tensor(call, kernel, address, call.n);
         [0, 1].map(|first| Arg::TensorMap(tensor.every_second(first)))
     };
     let mut args = streams(operand("x")).to_vec();
@@ -98,6 +98,7 @@ fn phi(call: &CheckedCall, device: &Device, geometry: Geometry, r_dm: u64, d_phi
         let dims = [call.tokens, num_streams, call.c];
         Arg::TensorMap(Tensor::new(
             operand(name),
+            call.dtype,
             dims,
             [kernel.tokens(), channels],
         ))
@@ -107,7 +108,7 @@ fn phi(call: &CheckedCall, device: &Device, geometry: Geometry, r_dm: u64, d_phi
     let most = kernel.more("blocks") * device.num_sms as usize / slices;
     let most = most.clamp(1, geometry.max_clusters());
     let num_sums = most.min(call.tokens.div_ceil(kernel.tokens()));
-    let mut args = vec![tensor("x", STREAMS), tensor("y", 1)];
+    let mut args = vec![tensor("x", call.n), tensor("y", 1)];
     args.extend(["h_post", "h_res"].map(|name| Arg::Pointer(operand(name))));
     args.extend([r_dm, d_phi].map(Arg::Pointer));
     args.extend([call.tokens, call.c].map(|size| Arg::I32(size as i32)));
@@ -170,14 +171,15 @@ mod tests {
     use super::*;
     use crate::contract::view::DType;
     use crate::gpu::device::MAX_CLUSTER;
-    use crate::gpu::schedules::one_pass::{COLUMNS, LINE};
+    use crate::gpu::schedules::one_pass::COLUMNS;
+    use crate::gpu::schedules::one_pass::tests::{LINE, of_width};
     use crate::gpu::tuning::CHANNELS;
 
     const FUNCTION: &str = "post_pre_bwd_one_pass";
 
     /// Channels of a block and blocks of a cluster.
     fn geometry(c: usize, columns: usize) -> Option<(usize, usize)> {
-        let found = Geometry::of_width(FUNCTION, c, columns)?;
+        let found = of_width(FUNCTION, c, columns)?;
         Some((found.channels(), found.cluster as usize))
     }
 

@@ -53,7 +53,7 @@ impl Sums {
     /// Room for the sums of a call.
     pub fn take(call: &CheckedCall, geometry: Geometry, workspace: &mut dyn Workspace) -> Self {
         let gates = 3 * MAX_CLUSTER_BLOCKS as usize * (call.columns + 3);
-        let d_phi = geometry.max_clusters() * STREAMS * call.c * call.columns;
+        let d_phi = geometry.max_clusters() * call.n * call.c * call.columns;
         Self {
             d_z: workspace.take(Part::per_token(call.columns)),
             gates: workspace.take(Part::fixed(gates)),
@@ -89,10 +89,10 @@ pub fn plan(
     let tensor =
         |address, num_streams| Arg::TensorMap(geometry.tensor(call, kernel, address, num_streams));
     let mut args = vec![
-        tensor(x, STREAMS),
+        tensor(x, call.n),
         tensor(d_u, 1),
-        tensor(d_x_in.address, STREAMS),
-        tensor(call.result_address(call.kind.first_result()), STREAMS),
+        tensor(d_x_in.address, call.n),
+        tensor(call.result_address(call.kind.first_result()), call.n),
     ];
     args.extend(["phi", "alpha", "bias", "m", "r"].map(|name| Arg::Pointer(operand(name))));
     args.extend([
@@ -165,7 +165,7 @@ pub fn logits(call: &CheckedCall, sums: &Sums) -> Launch {
 /// The parameters' gradients from the sums of `clusters` for phi and from `rows` for the others.
 pub fn sum_gradients(call: &CheckedCall, sums: &Sums, clusters: u32, rows: u32) -> Launch {
     let kernel = small_kernel("sum_gradients");
-    let size = STREAMS * call.c * call.columns / 4;
+    let size = call.n * call.c * call.columns / 4;
     kernel.launch(
         [size.div_ceil(kernel.threads()) + 1, 1, 1],
         vec![
@@ -185,12 +185,12 @@ pub fn sum_gradients(call: &CheckedCall, sums: &Sums, clusters: u32, rows: u32) 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gpu::schedules::one_pass::LINE;
+    use crate::gpu::schedules::one_pass::tests::{LINE, of_width};
     use crate::gpu::tuning::CHANNELS;
 
     /// Channels of a block and blocks of a cluster.
     fn geometry(c: usize, columns: usize) -> Option<(usize, usize)> {
-        let found = Geometry::of_width("pre_bwd_one_pass", c, columns)?;
+        let found = of_width("pre_bwd_one_pass", c, columns)?;
         let kernel = Kernel::of("pre_bwd_one_pass", found.size, DType::Bf16);
         let found = with_owners(kernel, found, &Device::KINDS[1])?;
         Some((found.channels(), found.cluster as usize))
