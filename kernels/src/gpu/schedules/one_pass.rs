@@ -69,7 +69,7 @@ impl Geometry {
                 size,
                 cluster: cluster as u32,
             };
-            takes.then(|| (geometry, kernel))
+            takes.then_some((geometry, kernel))
         });
         all.min_by_key(|(geometry, kernel)| (geometry.has_much_phi(), geometry.work(*kernel)))
             .map(|(geometry, _)| geometry)
