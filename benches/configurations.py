@@ -155,7 +155,8 @@ class Options:
     seconds: float = float("inf")
     """Seconds after which no other configuration is timed, and the record is written as a part."""
     add: Path | None = None
-    """Record of a part, of the same commit and GPU, whose rows are kept: only others are run."""
+    """Record from the same GPU and versions whose rows are kept, each with its commit. Run are
+    configurations without a row, or those that other options choose."""
     output: Path | None = None
     """Folder for the records, each in <gpu>/; by default benches/results, and none if tiny."""
     commit: str | None = None
@@ -166,31 +167,44 @@ class Options:
     def __post_init__(self) -> None:
         if self.output is None and not self.tiny:
             self.output = Path("benches/results")
+        self.commit = self.commit or common.commit()
 
     @functools.cached_property
     def added(self) -> dict[str, Any]:
         """The record that is added to; without one a record without rows."""
-        return {"rows": []} if self.add is None else json.loads(self.add.read_text())
+        if self.add is None:
+            return {"rows": []}
+        record = json.loads(self.add.read_text())
+        for row in record["rows"]:
+            row.setdefault("commit", record["commit"])
+        return record
 
     def cases(self) -> list[Case]:
-        """The configurations that are chosen, but for those that were run before."""
+        """The configurations that are chosen, or where all are, those that were not run before."""
         allowed = {
             name: getattr(self, name) for name in ("streams", "hidden", "dtype", "constraint")
         }
-        return [
+        found = [
             case
-            for case in (TINY if self.tiny else cases())
+            for case in self.all_cases()
             if all(not some or getattr(case, name) in some for name, some in allowed.items())
             and self.norm in (None, case.norm)
-            and case.key not in {row_key(row) for row in self.added["rows"]}
         ]
+        before = {row_key(row) for row in self.added["rows"]}
+        is_all = len(found) == len(self.all_cases())
+        return [case for case in found if not (is_all and case.key in before)]
+
+    def all_cases(self) -> list[Case]:
+        return TINY if self.tiny else cases()
 
     def is_part(self, rows: list[dict[str, Any]]) -> bool:
         """Whether rows leave out a configuration, or what there is of each."""
-        wanted = {case.key for case in (TINY if self.tiny else cases())}
+        wanted = {case.key: case for case in self.all_cases()}
         names = {*self.what}, {*self.implementations}
         is_all = names == ({*get_args(What)}, {*get_args(Implementation)})
-        return not is_all or {row_key(row) for row in rows} != wanted
+        if not is_all or {row_key(row) for row in rows} != wanted.keys():
+            return True
+        return any(wants_reference(wanted[row_key(row)], row) for row in rows)
 
 
 # ---- programs -----------------------------------------------------------------------------------
@@ -368,7 +382,8 @@ def time_case(case: Case, compiled: Compiled, rate: float, options: Options) -> 
     arguments = compiled.make(jax.random.key(0))
     row: dict[str, Any] = {
         "streams": case.streams, "hidden": case.hidden, "dtype": case.dtype,
-        "constraint": case.constraint, "norm": case.norm, "tokens": case.tokens, "floor_us": {},
+        "constraint": case.constraint, "norm": case.norm, "tokens": case.tokens,
+        "commit": options.commit, "floor_us": {},
     }  # fmt: skip
     if "fused" in options.implementations:
         row["error"] = dict(zip(("streams", "parameters"), compiled.error, strict=True))
@@ -391,6 +406,11 @@ def is_near(row: dict[str, Any]) -> bool:
     """Whether plain JAX is so near to the kernels that the form in the package is timed too."""
     slower = [ratio(row, "plain", "fused", what) for what in ("fwd", "fb")]
     return any(value is not None and value < NEAR for value in slower)
+
+
+def wants_reference(case: Case, row: dict[str, Any]) -> bool:
+    """Whether the form in the package is still to be timed."""
+    return is_near(row) and case.plain_ops is plain and "reference" not in row
 
 
 def described(row: dict[str, Any]) -> str:
@@ -515,54 +535,53 @@ def run_all(options: Options, run: Run) -> dict[str, Any]:
         return row
 
     compiled: dict[Case, Compiled] = {}
-    rows: dict[Case, dict[str, Any]] = {}
+    by_key = {case.key: case for case in options.all_cases()}
+    rows = {by_key[row_key(row)]: row for row in options.added["rows"]}
     chosen = options.cases()
     # Some at a time, so that a run that ends early has rows.
     for first in range(0, len(chosen), CHUNK):
         chunk = [case for case in chosen[first : first + CHUNK] if not is_late(case)]
         compiled |= (ready := run.phase("compilation", compile_one, chunk, None))
         rows |= run.phase("timing", time_one, ready, 1)
-    whats = [what for what in options.what if what != "stack"]
-    near = [case for case, row in rows.items() if is_near(row) and case.plain_ops is plain]
+    near = [case for case, row in rows.items() if wants_reference(case, row) and not is_late(case)]
 
-    def compile_reference(case: Case) -> dict[What, Any]:
-        return {what: compile_program(case, mhc.reference, what) for what in whats}
+    def compile_reference(case: Case) -> tuple[Any, dict[What, Any]]:
+        whats = rows[case]["plain"]
+        programs = {what: compile_program(case, mhc.reference, what) for what in whats}
+        return jax.jit(inputs(case)).lower(jax.random.key(0)).compile(), programs
 
     references = run.phase("compilation of jax_mhc.reference", compile_reference, near, None)
 
     def time_reference(case: Case) -> None:
-        if is_late(case):
-            return
-        arguments = compiled[case].make(jax.random.key(0))
+        make, programs = references[case]
+        arguments = make(jax.random.key(0))
         rows[case]["reference"] = {
             what: time_us(program, arguments, "", options.repeats)[0]
-            for what, program in references[case].items()
+            for what, program in programs.items()
         }
         run.tell(f"{case} {described(rows[case])}")
 
     run.phase("timing of jax_mhc.reference", time_reference, references, 1)
+    found = [rows[case] for case in by_key.values() if case in rows and case not in run.wrong]
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": options.commit or common.commit(),
+        "commit": ", ".join(dict.fromkeys(row["commit"] for row in found)) or options.commit,
         **common.versions(),
         "copy_gb_per_s": rate / 1e3,
         "seconds": run.seconds,
-        "rows": [
-            *options.added["rows"],
-            *(row for case, row in rows.items() if case not in run.late),
-        ],
+        "rows": found,
     }
 
 
 def main(options: Options) -> None:
     # float64 is computed on the CPU.
     jax.config.update("jax_platforms", "cpu" if options.tiny else "cuda,cpu")
-    if not (options.commit or common.commit()):
+    if not options.commit:
         raise SystemExit("expected a git repository, got none; give --commit")
-    if not options.cases():
+    if options.add is None and not options.cases():
         raise SystemExit("configurations.py: expected options that leave some, got none")
     if options.add is not None:
-        here = {"commit": options.commit or common.commit(), "gpu": common.versions()["gpu"]}
+        here = {name: common.versions()[name] for name in ("gpu", "driver", "jax")}
         there = {name: options.added[name] for name in here}
         if here != there:
             raise SystemExit(f"configurations.py: --add: expected a record of {here}, got {there}")

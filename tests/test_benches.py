@@ -100,6 +100,15 @@ def test_configurations(tmp_path):
         assert 0 < row["error"]["streams"] < 4e-3 and row["error"]["parameters"] < 5e-3
     assert path.with_suffix(".md").read_text() in output
 
+    # What is chosen is run again, and the other rows are kept.
+    again = "--commit", "1", "--add", path, "--dtype", "float32", "--constraint", "identity"
+    status, output = python("-m", "benches", "configurations", *options, *again)
+    assert status == 0, output
+    record = json.loads(path.read_text())
+    of = {row["constraint"] for row in record["rows"] if row["commit"] == "1"}
+    assert of == {"identity"} and len(record["rows"]) == len(rows)
+    assert record["commit"] == "0, 1"
+
     # With wrong kernels, or what is left out, the record is another.
     some = *options, "--dtype", "float32", "--what", "fb", "--implementations", "fused"
     wrong = tmp_path / "wrong.py"
