@@ -99,6 +99,7 @@ class Model:
 
 # The model at other widths, with fewer layers where they are larger.
 WIDTHS = {
+    768: Model(hidden=768, heads=12, mlp=2048, batch=16, length=1024),
     1024: Model(hidden=1024, heads=16, mlp=2816, batch=16, length=1024),
     2048: Model(),
     4096: Model(layers=4, hidden=4096, heads=32, mlp=11008),

@@ -73,7 +73,7 @@ class Options:
     """Folder for the records, each in <gpu>/; by default benches/results, and none if tiny."""
     commit: str | None = None
     """Commit to name in the record where there is no repository."""
-    hidden: Literal[1024, 2048, 4096, 8192] = 2048
+    hidden: Literal[768, 1024, 2048, 4096, 8192] = 2048
     """Width of the model, C; wider ones have fewer layers."""
     layers: int | None = None
     """Layers of the model, if not those of the width."""
