@@ -103,7 +103,9 @@ __device__ inline void Block<POST_PRE, NORM>::project(int warp, int lane) const 
     constexpr int kOctets = P::kTokens / 8, kSteps = kBoxes * kOctets;
     // In post_pre the next box is on its way to registers while this one is mixed.
     constexpr bool kAhead = POST_PRE && kSpare;
-    Sums sums[kOctets];
+    // One tile alone has too few sums for the tensor cores' latency, unless mixing is there to fill it.
+    constexpr bool kIsApart = !POST_PRE && kOctets == 1;
+    Sums<kIsApart> sums[kOctets];
     typename TokenProducts<NORM>::type products[kOctets];
     u32 next[N], next_y = 0;
     const auto address = [&](int step) {
