@@ -18,8 +18,11 @@ struct Slice {
   uint4 fragments[kSliceFragments];
 };
 
-// at: this lane's words, columns g, g + 8 and so on of two rows each.
-__device__ inline Slice read_phi(u32 at, u32 row_bytes, u32 stream_bytes) {
+// at: this lane's words, columns g, g + 8 and so on of two rows each. Lanes that lie a multiple of 128 bytes apart read
+// the rows in different order (where rows are not such multiples themselves), for words of the same bank would wait for
+// each other.
+__device__ inline Slice read_phi(u32 at, u32 row_bytes, u32 stream_bytes, int lane) {
+  const bool is_swapped = lane % 4 >= 2;
   u32 high[kSliceFragments][2], low[kSliceFragments][2];
 #pragma unroll
   for (int c = 0; c < kSliceFragments; ++c) {
@@ -27,7 +30,9 @@ __device__ inline Slice read_phi(u32 at, u32 row_bytes, u32 stream_bytes) {
     for (int s = 0; s < 2; ++s) {
       const u32 word = at + s * stream_bytes + 8 * c * 4;
       u32 parts[2];
-      split(read_float(word), read_float(word + row_bytes), parts);
+      const float first = read_float(is_swapped ? word + row_bytes : word);
+      const float second = read_float(is_swapped ? word : word + row_bytes);
+      split(is_swapped ? second : first, is_swapped ? first : second, parts);
       high[c][s] = parts[0];
       low[c][s] = parts[1];
     }
