@@ -76,7 +76,8 @@ __device__ inline int entry_of_g(int i, int j) {
 // Columns of H_res: its entries, the permutations', or none where it is I.
 constexpr int kResColumns = kColumns - 2 * N;
 constexpr bool kHasMatrix = kResColumns == N * N;
-static_assert(kHasMatrix || kResColumns == 0 || kResColumns == kFactorial<N>, "constraints");
+constexpr bool kIsPermuted = kResColumns == kFactorial<N>;
+static_assert(kHasMatrix || kResColumns == 0 || kIsPermuted, "constraints");
 // A fragment of phi of each warp.
 constexpr int kFragmentBytes = 32 * kProjectWarps * 16;
 
@@ -95,12 +96,6 @@ struct Plan {
   static constexpr int kHPost = kTokens * N * N * 4;
   static constexpr int kMixingBytes = POST_PRE ? kHPost + kTokens * N * 4 : 0;
 
-  // Lanes of a token in `finish`, and tokens that it takes at a time. With two lanes Sinkhorn's chain of waits is
-  // shorter, and there are more tokens, for more registers.
-  static constexpr int kFinishLanes = Tuned::other_registers < 80 ? 4 : 2;
-  static constexpr int kBatch = 32 / kFinishLanes;
-  static_assert(kBatch >= kTokens, "one tile at least");
-
   // A row of a token: kColumns sums, the sum of squares, G, and padding to a multiple of 16 bytes. For `finish` r, rho
   // and the token are behind the columns.
   static constexpr int kSquares = 4 * kColumns;
@@ -116,13 +111,28 @@ struct Plan {
   static constexpr int kPartials = 640;  // behind the barriers
   static constexpr int kOwn = kPartials + 2 * kPartialBytes;
   static constexpr int kHPre = kOwn + kStages * kOwnBytes;
-  static constexpr int kFinish = kHPre + kStages * kTokens * N * 4;
-  static constexpr int kMixing = kFinish + 2 * kBatch * kSumsBytes;
-  static constexpr int kWeights = kMixing + kStages * kMixingBytes;  // norm_scale
+  static constexpr int kMixing = kHPre + kStages * kTokens * N * 4;
+  static constexpr int kGates = kMixing + kStages * kMixingBytes;  // alpha, then bias
+  static constexpr int kBias = kGates + 16;
+  static constexpr int kWeights = kBias + (4 * kColumns + 15) / 16 * 16;  // norm_scale
   static constexpr int kWeightBytes = NORM ? SIZE * 4 : 0;
   static constexpr int kFragments = kWeights + kWeightBytes;
-  static constexpr int kStage =
-      (kFragments + kSharedFragments * kFragmentBytes + 1023) / 1024 * 1024;
+  static constexpr int kFinish = kFragments + kSharedFragments * kFragmentBytes;
+
+  // Lanes of a token in `finish`, and tokens that it takes at a time, in each of two batches: the fewer lanes, the more
+  // tokens share Sinkhorn's chain of waits, if there are registers and room for them.
+  static constexpr int kMostBytes = 232448;  // of a block
+  static constexpr int kMostBatch =
+      (kMostBytes - kStages * kStageBytes - kFinish) / (2 * kSumsBytes);
+  static constexpr int kFewest = !kIsPermuted && Tuned::other_registers >= 72 ? 1 : 2;
+  static constexpr int kFinishLanes = kMostBatch >= 32 / kFewest       ? kFewest
+                                      : kMostBatch >= 32 / kFewest / 2 ? 2 * kFewest
+                                                                       : 4 * kFewest;
+  static constexpr int kBatch = 32 / kFinishLanes;
+  static_assert(kBatch >= kTokens, "one tile at least");
+  static_assert(kFinishLanes <= N, "columns of a matrix");
+
+  static constexpr int kStage = (kFinish + 2 * kBatch * kSumsBytes + 1023) / 1024 * 1024;
   static constexpr int kBytes = kStage + kStages * kStageBytes;
 
   // On its way to registers phi lies where the last stages will be, rows of kColumns float32 by stream: all pairs of
@@ -134,7 +144,7 @@ struct Plan {
   static constexpr int kFreeStages = (kPhi - kStage) / kStageBytes;
   static_assert(kPhi >= kStage, "phi lies in stages alone");
   static_assert(kBytes == Tuned::shared_bytes && kThreads == Tuned::threads, "kernels/tuning.rs");
-  static_assert(kBytes <= 232448, "shared memory of a block");
+  static_assert(kBytes <= kMostBytes, "shared memory of a block");
   static_assert(2 * Tuned::project_registers + Tuned::apply_registers + Tuned::other_registers <=
                     512,
                 "registers of a block");
@@ -174,6 +184,12 @@ enum Barrier : u32 {
   kFinishEmpty = 70,   // these have been read; finish
   kPhiFull = 72,       // two streams of phi; the loader, with bytes
   kPhiEmpty = 74,  // phi is in registers, as far as it was in shared memory; the warps of project
+};
+
+// Numbers that go to memory at once.
+template <int V>
+struct alignas(4 * V) Floats {
+  float values[V];
 };
 
 // A token of a batch for `finish`, which `exists` unless it is behind the last one.
@@ -287,7 +303,15 @@ __device__ inline void Block<POST_PRE, NORM>::load_tiles() const {
   int i = 0;
 #pragma unroll 1
   for (; has_tile(i); ++i, ring.next()) {
-    if (i == P::kFreeStages) copy_rest_of_phi();
+    if (i == P::kFreeStages) {
+      // Tiles that phi leaves no room for come as far as the L2 cache meanwhile.
+#pragma unroll 1
+      for (int next = i; next < P::kStages && has_tile(next); ++next) {
+        prefetch(*args.x_map, first_token(next), rank * kBoxes, 0);
+        if constexpr (POST_PRE) prefetch(*args.y_map, first_token(next), rank * kBoxes, 0);
+      }
+      copy_rest_of_phi();
+    }
     wait(barrier(kEmpty, ring.slot), ring.parity ^ 1);
     // X' was written there, and not by the copy engine.
     if constexpr (POST_PRE) fence_for_copies();
@@ -536,8 +560,8 @@ __device__ inline void Block<POST_PRE, NORM>::apply(int thread) const {
 
 // ---- finish ----------------------------------------------------------------------------------------
 
-// What there is of a token besides H_res, by the lanes of it: m four columns at a time, r and rho. The first has h_pre,
-// the second h_post.
+// What there is of a token besides H_res, by the lanes of it in turn: m four columns at a time, r and rho, h_pre and
+// h_post.
 template <bool POST_PRE, bool NORM>
 __device__ inline void Block<POST_PRE, NORM>::store_others(FinishedToken token, int lane) const {
   float4* m = reinterpret_cast<float4*>(args.m + token.token * kColumns);
@@ -550,19 +574,22 @@ __device__ inline void Block<POST_PRE, NORM>::store_others(FinishedToken token, 
     args.r[token.token] = token.r;
     if (NORM) args.rho[token.token] = read_float(token.row + P::kRho);
   }
-  if (lane >= 2) return;
   const Settings& settings = *args.settings;
-  const float scale = lane == 0 ? 1.f : settings.post_scale;
-  const float offset = lane == 0 ? settings.pre_eps : 0.f;
-  float* h = (lane == 0 ? args.h_pre : args.h_post) + token.token * N;
-  float own[N];
-  read_floats(own, token.row + lane * N * 4);
+#pragma unroll 1
+  for (int gate = lane; gate < 2; gate += P::kFinishLanes) {
+    const float alpha = read_float(shared + P::kGates + 4 * gate);
+    float own[N], bias[N];
+    read_floats(own, token.row + gate * N * 4);
+    read_floats(bias, shared + P::kBias + gate * N * 4);
+    const float scale = gate == 0 ? 1.f : settings.post_scale;
+    const float offset = gate == 0 ? settings.pre_eps : 0.f;
 #pragma unroll
-  for (int k = 0; k < N; ++k) {
-    own[k] =
-        scale * sigmoid(args.alpha[lane] * (token.r * own[k]) + args.bias[lane * N + k]) + offset;
+    for (int k = 0; k < N; ++k) {
+      own[k] = scale * sigmoid(alpha * (token.r * own[k]) + bias[k]) + offset;
+    }
+    float* h = (gate == 0 ? args.h_pre : args.h_post) + token.token * N;
+    *reinterpret_cast<float4*>(h) = {own[0], own[1], own[2], own[3]};
   }
-  *reinterpret_cast<float4*>(h) = {own[0], own[1], own[2], own[3]};
 }
 
 // H_res of a token, by kFinishLanes lanes; all lanes of the warp come here. get_token: gives the token, and reads it
@@ -577,11 +604,13 @@ __device__ inline void Block<POST_PRE, NORM>::store_h_res(GetToken get_token) co
   const auto matrix = get_matrix();
   typename Sinkhorn<N, P::kFinishLanes>::Matrix z, h_res;
   const FinishedToken token = get_token();
+  const float alpha = read_float(shared + P::kGates + 4 * 2);
   matrix.for_each([&](int k, int j) {
     z[k][j] = matrix.column(k) == j;
     if constexpr (kHasMatrix) {
       const int c = 2 * N + matrix.at(k, j);
-      z[k][j] = args.alpha[2] * (token.r * read_float(token.row + 4 * c)) + args.bias[c];
+      z[k][j] =
+          alpha * (token.r * read_float(token.row + 4 * c)) + read_float(shared + P::kBias + 4 * c);
     }
     h_res[k][j] = z[k][j];
   });
@@ -591,17 +620,35 @@ __device__ inline void Block<POST_PRE, NORM>::store_h_res(GetToken get_token) co
   const FinishedToken same = get_token();
   if (!same.exists) return;
   float* out = args.h_res + same.token * N * N;
+  // A lane's columns lie side by side, or its rows do.
   const auto same_matrix = get_matrix();
-  matrix.for_each([&](int k, int j) { out[same_matrix.at(k, j)] = h_res[k][j]; });
+  if (settings.row_first) {
+#pragma unroll
+    for (int k = 0; k < matrix.kOwn; ++k) {
+      Floats<N> row;
+#pragma unroll
+      for (int j = 0; j < N; ++j) row.values[j] = h_res[k][j];
+      *reinterpret_cast<Floats<N>*>(out + same_matrix.at(k, 0)) = row;
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      Floats<matrix.kOwn> part;
+#pragma unroll
+      for (int k = 0; k < matrix.kOwn; ++k) part.values[k] = h_res[k][j];
+      *reinterpret_cast<Floats<matrix.kOwn>*>(out + same_matrix.at(0, j)) = part;
+    }
+  }
 }
 
 // The same of constraint `permutations`, by kPermutedLanes lanes, with the logits in place of their sums.
 template <bool POST_PRE, bool NORM>
 __device__ inline void Block<POST_PRE, NORM>::store_permuted(FinishedToken token, int lane) const {
   float* z = static_cast<float*>(__cvta_shared_to_generic(token.row + 4 * 2 * N));
-  Permutations<N>::for_own(lane, [&](int, int p, int) {
-    z[p] = args.alpha[2] * (token.r * z[p]) + args.bias[2 * N + p];
-  });
+  const float alpha = read_float(shared + P::kGates + 4 * 2);
+  const u32 bias = shared + P::kBias + 4 * 2 * N;
+  Permutations<N>::for_own(
+      lane, [&](int, int p, int) { z[p] = alpha * (token.r * z[p]) + read_float(bias + 4 * p); });
   Permutations<N>::forward(z, args.h_res + token.token * N * N, lane, token.exists);
 }
 
@@ -611,6 +658,11 @@ __device__ inline void Block<POST_PRE, NORM>::finish() const {
   if (owned <= 0) return;
   const int total = this->share_of((args.tokens + P::kTokens - 1) / P::kTokens) * owned;
   const int of_batch = P::kBatch / owned * owned;
+  // Nobody else reads these.
+  if (lane_id() < 3) write_float(shared + P::kGates + 4 * lane_id(), args.alpha[lane_id()]);
+  if (lane_id() < kColumns) write_float(shared + P::kBias + 4 * lane_id(), args.bias[lane_id()]);
+  static_assert(kColumns <= 32, "a column a lane");
+  __syncwarp();
   Ring<2> ring;
 #pragma unroll 1
   for (int first = 0; first < total; first += of_batch, ring.next()) {
@@ -625,8 +677,8 @@ __device__ inline void Block<POST_PRE, NORM>::finish() const {
     if (const FinishedToken token = get_token(); token.exists) {
       store_others(token, lane_id() % P::kFinishLanes);
     }
-    if constexpr (kResColumns <= N * N) store_h_res(get_token);
-    if constexpr (kResColumns > N * N) {
+    if constexpr (!kIsPermuted) store_h_res(get_token);
+    if constexpr (kIsPermuted) {
       __syncwarp();
 #pragma unroll 1
       for (int t = lane_id() / kPermutedLanes; t < P::kBatch; t += 32 / kPermutedLanes) {

@@ -24,11 +24,35 @@ static void post_pre() {
    tokens, hidden, own_settings);
 }
 
+// Divides the numbers of each row, or of each column, by their sum and eps.
+static void normalise(double (&m)[N][N], bool rows, double eps) {
+  for (int i = 0; i < N; ++i) {
+    double sum = eps;
+    for (int j = 0; j < N; ++j) sum += rows ? m[i][j] : m[j][i];
+    for (int j = 0; j < N; ++j) (rows ? m[i][j] : m[j][i]) /= sum;
+  }
+}
+
 // H_res of the logits of a token.
 static void mix(const double* z, double (&mixed)[N][N]) {
   for (int i = 0; i < N; ++i) {
     for (int j = 0; j < N; ++j) {
       mixed[i][j] = kColumns == N * (N + 2) ? z[i * N + j] : kColumns == 2 * N && i == j;
+    }
+  }
+  if (own_settings.constraint == Constraint::kBirkhoff) {
+    const double eps = own_settings.sinkhorn_eps;
+    for (auto& row : mixed) {
+      for (double& value : row) value = std::exp(value);
+    }
+    normalise(mixed, own_settings.row_first, 0);
+    for (auto& row : mixed) {
+      for (double& value : row) value += eps;
+    }
+    normalise(mixed, !own_settings.row_first, eps);
+    for (int i = 1; i < own_settings.sinkhorn_iters; ++i) {
+      normalise(mixed, own_settings.row_first, eps);
+      normalise(mixed, !own_settings.row_first, eps);
     }
   }
   if (kColumns <= N * (N + 2)) return;
@@ -46,9 +70,11 @@ int main(int, char** argv) {
   constexpr int K = kColumns;
   tokens = sizes.tokens, hidden = sizes.hidden;
   own_settings = settings();
-  own_settings.constraint = K == 2 * N         ? Constraint::kIdentity
-                            : K == N * (N + 2) ? Constraint::kNone
-                                               : Constraint::kPermutations;
+  own_settings.constraint = K == 2 * N           ? Constraint::kIdentity
+                            : K != N * (N + 2)   ? Constraint::kPermutations
+                            : sizes.seed % 4 < 2 ? Constraint::kBirkhoff
+                                                 : Constraint::kNone;
+  own_settings.row_first = sizes.seed % 2;
   const size_t num = sizes.values();
   u16 *x = streams(num * N), *y = streams(num);
   x_new = guarded<u16>(num * N), u = guarded<u16>(num);

@@ -49,12 +49,13 @@ fn run(program: &Path, sizes: [usize; 4], seed: usize, is_spoiled: bool) -> Outp
     check.output().unwrap()
 }
 
-/// Checks a kernel in some sizes, each with clusters of many sizes whose last block is not full.
-fn check(name: &str, file: &str, sizes: &[(&str, usize, &str)]) {
+/// Checks a kernel in some sizes, each with clusters of many sizes whose last block is not full: two of two blocks have
+/// `most` tokens.
+fn check(name: &str, file: &str, sizes: &[(&str, usize, &str)], most: usize) {
     for &(size, channels, dtype) in sizes {
         let program = build(name, file, size, dtype);
         for (seed, (blocks, tokens, clusters)) in
-            [(2, 77, 2), (3, 61, 1), (5, 1, 2), (7, 33, 1), (16, 45, 1)]
+            [(2, most, 2), (3, 61, 1), (5, 1, 2), (7, 33, 1), (16, 45, 1)]
                 .into_iter()
                 .enumerate()
         {
@@ -83,7 +84,8 @@ fn forward() {
         ("w384k8", 384, "bf16"),
         ("w256k32", 256, "bf16"),
     ];
-    check("forward", "one_pass/one_pass_fwd", &sizes);
+    // The third batch of tokens for `finish` lies where the first one did.
+    check("forward", "one_pass/one_pass_fwd", &sizes, 301);
 }
 
 #[test]
@@ -94,7 +96,7 @@ fn pre_bwd() {
         ("w512k8", 512, "bf16"),
         ("w320k32", 320, "bf16"),
     ];
-    check("pre_bwd", "one_pass/pre_bwd_one_pass", &sizes);
+    check("pre_bwd", "one_pass/pre_bwd_one_pass", &sizes, 77);
 }
 
 #[test]
@@ -105,5 +107,5 @@ fn post_pre_bwd() {
         ("w512k8", 512, "bf16"),
         ("w256k32", 256, "bf16"),
     ];
-    check("post_pre_bwd", "one_pass/post_pre_bwd_one_pass", &sizes);
+    check("post_pre_bwd", "one_pass/post_pre_bwd_one_pass", &sizes, 77);
 }
