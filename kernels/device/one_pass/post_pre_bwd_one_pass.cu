@@ -78,7 +78,8 @@ enum Barrier : u32 {
 // To the owner of a token from each of a block's two warps: <d_u, X[j]>, <d_u, y>.
 constexpr u32 kDotsBytes = 32;
 constexpr u32 kDotsSent = 5 * 4;
-// From the owner to all blocks: r dm as bfloat16, the rest of it as bfloat16, h_pre, -f, the unit of r dm (`half_unit`).
+// From the owner to all blocks: r dm as bfloat16, the rest of it as bfloat16, and in words h_pre, -f, the unit of r dm
+// (`half_unit`).
 // Rows are read as matrices: 16 bytes more keep them apart.
 constexpr u32 kReplyLow = kColumns * 2;
 constexpr u32 kReplyGates = 2 * kReplyLow;
@@ -532,10 +533,10 @@ struct Owner {
 #pragma unroll
       for (u32 octet = 0; octet < kOctets; ++octet)
         write1(at + octet * 16 + e / 2 * 4 + e % 2 * kReplyLow, words[octet]);
-      if (is_pre) write_float(at + kReplyGates + e * 4, s + settings.pre_eps);
+      if (is_pre) write1(at + kReplyGates + e * 4, word_of(s + settings.pre_eps));
       if (e == 0) {
         const float unit = half_unit(max(largest, largest_pre));
-        write_float4(at + kReplyFactor, {-slope * (dm_dot_m + others), unit, 0.f, 0.f});
+        write4(at + kReplyFactor, {word_of(-slope * (dm_dot_m + others)), word_of(unit), 0, 0});
       }
     }
     __syncwarp();
@@ -696,7 +697,7 @@ __device__ inline void stream_dots(const Block& block, int half, int lane) {
 // ---- finisher ---------------------------------------------------------------------------------------
 
 // Tables that the main warps mix by. A lane has a token's row i of H_res (for X'[i]) and column i of H_res_new (for
-// d_X'[i]), as bfloat16 high and low parts in one word. The words of the streams j and j + 2 lie side by side,
+// d_X'[i]), each number in a word. The words of the streams j and j + 2 lie side by side,
 // and so do those of i and i + 2: see `MainWarp::table`.
 struct Tables {
   const Block& block;
@@ -723,15 +724,8 @@ struct Tables {
   }
 
   __device__ static void write(u32 at, const float (&values)[N]) {
-    u32 words[N];
-#pragma unroll
-    for (int k = 0; k < N; ++k) {
-      u32 parts[2];
-      split(values[k], 0.f, parts);
-      words[k] = (parts[0] & 0xffff) | parts[1] << 16;
-    }
-    write2(at, {words[0], words[2]});
-    write2(at + 16, {words[1], words[3]});
+    write2(at, {word_of(values[0]), word_of(values[2])});
+    write2(at + 16, {word_of(values[1]), word_of(values[3])});
   }
 
   __device__ void write(int tile) const {
@@ -740,7 +734,10 @@ struct Tables {
     const u32 tables = block.tables(tile), at = (t * 2 + i % 2) * 32 + i / 2 * 8;
     write(tables + at, row);
     if constexpr (!kIdentity) write(tables + kTableBytes + at, column);
-    if (lane < kTileTokens) write_float4(tables + kHPost + lane * N * 4, h_post);
+    if (lane < kTileTokens) {
+      write4(tables + kHPost + lane * N * 4,
+             {word_of(h_post.x), word_of(h_post.y), word_of(h_post.z), word_of(h_post.w)});
+    }
     __syncwarp();
     if (lane == 0) arrive(block.barrier(kTablesFull, tile % 2));
   }
