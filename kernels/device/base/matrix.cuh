@@ -49,6 +49,13 @@ __device__ inline void split(float a, float b, u32 (&parts)[P]) {
   }
 }
 
+// A number in a word, as two bfloat16 parts.
+__device__ inline u32 word_of(float v) {
+  u32 parts[2];
+  split(v, 0.f, parts);
+  return (parts[0] & 0xffff) | parts[1] << 16;
+}
+
 // Eight values of a stream in parts: parts[p][w] holds values 2w and 2w + 1.
 template <class S>
 __device__ inline void split(const Pack<S, 8>& pack, u32 (&parts)[kStreamParts<S>][4]) {

@@ -15,6 +15,10 @@ constexpr int kUnitStep = kNeighbours ? 16 : 16 * kMainWarps;  // channels
 constexpr int kWarpStep = kNeighbours ? 32 : 16;
 // Units whose X' is there before the replies are: with those of all, 448 channels would take too many registers.
 constexpr int kAhead = Tuned::ahead;
+// Whether d_X'_in of all units is read before any of them is worked on: where there are registers for it.
+constexpr bool kGradientsFirst = kAhead == kUnits && kSumsPhi && !kIdentity;
+// Whether what units share of the replies is read once for all of them: likewise.
+constexpr bool kKeepsReply = kOctets < 4 || kAhead > 1;
 // Where a unit lies, from the address of the warp's first one.
 __device__ inline u32 of_unit(u32 at, u32 unit) {
   return kNeighbours ? at ^ unit * 32 : at + unit * (kUnitStep / kBoxChannels) * kBox;
@@ -34,7 +38,6 @@ struct MainWarp {
   u32 outputs;  // stmatrix addresses of d_X'
   float phi_units[kUnits];
   u32 dm_columns;                       // ldmatrix address within the replies
-  u32 dm_unit;                          // of the token of this lane's column
   u32 table;                            // where the words of this lane lie in a table
   u32 take_high, take_low;              // what makes fragments of them
   float d_phi[N][kUnits][kOctets][4];   // where kSumsPhi
@@ -60,7 +63,6 @@ struct MainWarp {
     outputs = (odd_output ? block.odd_gradient(0) : block.even_gradient(0)) + box +
               swizzled(token, unit ^ odd_output * kOddSwizzle);
     dm_columns = token * kReplyStride + matrix_of_lane / 2 * 16 + matrix_of_lane % 2 * kReplyLow;
-    dm_unit = token_of_column(lane / 4) * kReplyStride + kReplyUnit;
 
     // A fragment that mixes has token g / 2 of stream g % 2 in column g, and in the rows 2q and 2q + 1 two
     // tokens of another stream: at most one of both is the column's, and the rest is zero.
@@ -167,18 +169,22 @@ struct MainWarp {
         {__byte_perm(first, 0, take_low), __byte_perm(second, 0, take_low)});
   }
 
-  // H_post of the tokens q and q + 4.
-  __device__ static void read_h_post(float (&h_post)[2][N], u32 tables, int q) {
+  __device__ static u32 read_h_post(u32 tables, int lane) {
+    return read1(tables + kHPost + token_of_column(lane / 4) * N * 4 + lane % 4 * 4);
+  }
+  // What tokens have four numbers of, of which lane 4 g + q has the q-th of column g's token in a word: two of them
+  // (of stream i and i + 1, say) for the tokens q and q + 4, as the results of products have their columns. A product with
+  // ones brings them there; reading each number would take as many turns of shared memory as 128 bytes.
+  __device__ static void spread(float (&numbers)[4], u32 word, int i, int q) {
+    constexpr u32 kOnes = 0x3f803f80;
 #pragma unroll
-    for (u32 e = 0; e < 2; ++e) {
-      const float4 h = read_float4(tables + kHPost + (q + 4 * e) * N * 4);
-      h_post[e][0] = h.x, h_post[e][1] = h.y, h_post[e][2] = h.z, h_post[e][3] = h.w;
-    }
+    for (float& number : numbers) number = 0.f;
+    mma_k8(numbers, q == i ? kOnes : 0, q == i + 1 ? kOnes : 0, word);
   }
 
   // X' = H_res X + h_post y of a unit as A fragments: channels g and g + 8.
   __device__ void mix_x(u32 (&x_new)[N][2], const u32 (&y)[2], u32 at, const uint4 (&h_res)[2],
-                        const float (&h_post)[2][N]) const {
+                        const float (&h_post)[2][4]) const {
     u32 x[2][4];
     read_streams(x, at);
     float values[N][4];
@@ -191,7 +197,7 @@ struct MainWarp {
 #pragma unroll
         for (u32 v = 0; v < 4; ++v) {
           const float y_v = e ? high_half(y[v / 2]) : low_half(y[v / 2]);
-          values[i + v % 2][v / 2 * 2 + e] = fmaf(h_post[e][i + v % 2], y_v, mixed[v]);
+          values[i + v % 2][v / 2 * 2 + e] = fmaf(h_post[i / 2][v % 2 * 2 + e], y_v, mixed[v]);
         }
       }
     }
@@ -204,10 +210,12 @@ struct MainWarp {
 
   // X' and d_u of some units.
   __device__ void begin(u32 first, u32 last, u32 (&x_new)[kUnits][N][2], u32 (&d_u)[kUnits][2],
-                        u32 tables, u32 stage, int q) const {
+                        u32 tables, u32 stage, int lane) const {
     const uint4 h_res[2] = {read4(tables + table), read4(tables + table + kTableBytes / 2)};
-    float h_post[2][N];
-    read_h_post(h_post, tables, q);
+    float h_post[2][4];
+    const int q = lane % 4;
+    const u32 h_post_word = read_h_post(tables, lane);
+    spread(h_post[0], h_post_word, 0, q), spread(h_post[1], h_post_word, 2, q);
 #pragma unroll
     for (u32 unit = first; unit < last; ++unit) {
       if (!has_unit(unit)) break;
@@ -233,6 +241,22 @@ struct MainWarp {
         TRANSPOSED ? read_transposed(rest, at) : read_matrices(rest, at);
       }
     }
+  }
+
+  // Of a reply r dm in float16, that of a column's token in its unit, and the words of h_pre, and of -f and that unit.
+  struct Reply {
+    u32 half_dm[kOctets], h_pre, factors;
+  };
+  __device__ void read_reply(Reply& reply, u32 replies, int lane) const {
+    const u32 of_token = replies + token_of_column(lane / 4) * kReplyStride;
+    reply.h_pre = read1(of_token + kReplyGates + lane % 4 * 4);
+    reply.factors = read1(of_token + kReplyFactor + lane % 4 * 4);
+    u32 dm[2 * kOctets];
+    read_dm<false>(dm, replies);
+    const float scale = inverse_of_unit(low_half(read1(of_token + kReplyUnit)));
+#pragma unroll
+    for (int octet = 0; octet < kOctets; ++octet)
+      reply.half_dm[octet] = half_pair(dm[2 * octet], dm[2 * octet + 1], scale);
   }
 
   // Adds units of a tile to d_phi = sum over tokens of vec(X')^T (r dm).
@@ -272,15 +296,17 @@ struct MainWarp {
     wait(block.barrier(kTablesFull, tile % 2), tile / 2 % 2);
 
     u32 x_new[kUnits][N][2], d_u[kUnits][2];
-    begin(0, kAhead, x_new, d_u, tables, stage, q);
+    begin(0, kAhead, x_new, d_u, tables, stage, lane);
 
     wait(block.barrier(kGradientFull, slot), rings.slot_parity());
     wait_for_cluster(block.barrier(kRepliesFull, stage), rings.stages.parity);
     const u32 replies = block.reply(stage, 0);
     if constexpr (kSumsPhi) sum_phi(0, kAhead, x_new, replies);
 
+    Reply reply;
+    if constexpr (kKeepsReply) read_reply(reply, replies, lane);
     u32 gradient[kUnits][2][4];
-    if constexpr (kAhead == kUnits && kSumsPhi) {
+    if constexpr (kGradientsFirst) {
 #pragma unroll
       for (u32 unit = 0; unit < kUnits; ++unit) read_gradient(gradient[unit], slot, unit);
     }
@@ -288,24 +314,29 @@ struct MainWarp {
     for (u32 unit = 0; unit < kUnits; ++unit) {
       if (!has_unit(unit)) break;
       if (unit >= kAhead) {
-        begin(unit, unit + 1, x_new, d_u, tables, stage, q);
+        begin(unit, unit + 1, x_new, d_u, tables, stage, lane);
         if constexpr (kSumsPhi) sum_phi(unit, unit + 1, x_new, replies);
       }
-      if constexpr (kAhead < kUnits || !kSumsPhi) read_gradient(gradient[unit], slot, unit);
+      uint4 h_res[2] = {};
+      if constexpr (!kIdentity) {
+#pragma unroll
+        for (u32 e = 0; e < 2; ++e)
+          h_res[e] = read4(tables + kTableBytes + table + e * kTableBytes / 2);
+      }
+      if constexpr (!kKeepsReply) read_reply(reply, replies, lane);
+      // What is spread for a unit is not kept in registers for the next one.
+      for (u32* word : {&reply.h_pre, &reply.factors}) keep(*word);
+      if constexpr (!kGradientsFirst) read_gradient(gradient[unit], slot, unit);
       // d_X'[j] = sum over i of H_res_new[i, j] d_X'_in[i] + h_pre[j] d_u - f X'[j], to which (r dm) phi^T comes below:
       // channel g of the tokens q and q + 4, channel g + 8 of these
-      float values[N][4], units[2];
+      float values[N][4], factors[4];  // -f and the unit of r dm
+      spread(factors, reply.factors, 0, q);
 #pragma unroll
-      for (u32 e = 0; e < 2; ++e) {
-        const u32 reply = block.reply(stage, q + 4 * e);
-        const float4 gates = read_float4(reply + kReplyGates);
-        const float h_pre[N] = {gates.x, gates.y, gates.z, gates.w};
-        const float minus_f = read_float(reply + kReplyFactor);
-        units[e] = phi_units[unit] * read_float(reply + kReplyUnit);
-        uint4 h_res = {};
-        if constexpr (!kIdentity) h_res = read4(tables + kTableBytes + table + e * kTableBytes / 2);
+      for (u32 i = 0; i < N; i += 2) {
+        float h_pre[4];
+        spread(h_pre, reply.h_pre, i, q);
 #pragma unroll
-        for (u32 i = 0; i < N; i += 2) {
+        for (u32 e = 0; e < 2; ++e) {
           float mixed[4] = {};
           if constexpr (kIdentity) {
 #pragma unroll
@@ -314,39 +345,34 @@ struct MainWarp {
               mixed[v] = e ? high_half(pair) : low_half(pair);
             }
           } else {
-            mix(mixed, gradient[unit][e], i ? h_res.z : h_res.x, i ? h_res.w : h_res.y);
+            mix(mixed, gradient[unit][e], i ? h_res[e].z : h_res[e].x, i ? h_res[e].w : h_res[e].y);
           }
 #pragma unroll
           for (u32 v = 0; v < 4; ++v) {
             const u32 d_u_pair = d_u[unit][v / 2], x_pair = x_new[unit][i + v % 2][v / 2];
             const float d_u_v = e ? high_half(d_u_pair) : low_half(d_u_pair);
             const float x_v = e ? high_half(x_pair) : low_half(x_pair);
-            const float collapsed = fmaf(h_pre[i + v % 2], d_u_v, mixed[v]);
-            values[i + v % 2][v / 2 * 2 + e] = fmaf(minus_f, x_v, collapsed);
+            const float collapsed = fmaf(h_pre[v % 2 * 2 + e], d_u_v, mixed[v]);
+            values[i + v % 2][v / 2 * 2 + e] = fmaf(factors[e], x_v, collapsed);
           }
         }
       }
 
       // d_X' += (r dm) phi^T,  d_y = sum over i of h_post[i] d_X'[i]
-      u32 dm[2 * kOctets], half_dm[kOctets];
-      read_dm<false>(dm, replies);
-      const float scale = inverse_of_unit(read_float(replies + dm_unit));
-#pragma unroll
-      for (int octet = 0; octet < kOctets; ++octet)
-        half_dm[octet] = half_pair(dm[2 * octet], dm[2 * octet + 1], scale);
-      float h_post[2][N];
-      read_h_post(h_post, tables, q);
-      float d_y[4] = {};
+      float d_y[4] = {}, h_post[4];
+      const u32 h_post_word = read_h_post(tables, lane);
       u32 rounded[2][4];
 #pragma unroll
       for (int i = 0; i < N; ++i) {
+        if (i % 2 == 0) spread(h_post, h_post_word, i, q);
         float products[4] = {};
         if constexpr (!kHoldsPhi) read_phi(phi_words[i][unit], i, unit, lane);
-        mma_half(products, phi_words[i][unit], half_dm);
+        mma_half(products, phi_words[i][unit], reply.half_dm);
 #pragma unroll
-        for (int v = 0; v < 4; ++v) values[i][v] = fmaf(units[v % 2], products[v], values[i][v]);
-#pragma unroll
-        for (int v = 0; v < 4; ++v) d_y[v] = fmaf(h_post[v % 2][i], values[i][v], d_y[v]);
+        for (int v = 0; v < 4; ++v) {
+          values[i][v] = fmaf(phi_units[unit] * factors[2 + v % 2], products[v], values[i][v]);
+          d_y[v] = fmaf(h_post[i % 2 * 2 + v % 2], values[i][v], d_y[v]);
+        }
         rounded[i / 2][i % 2 * 2] = pair(values[i][0], values[i][1]);
         rounded[i / 2][i % 2 * 2 + 1] = pair(values[i][2], values[i][3]);
       }

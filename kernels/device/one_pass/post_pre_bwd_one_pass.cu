@@ -78,7 +78,8 @@ enum Barrier : u32 {
 // To the owner of a token from each of a block's two warps: <d_u, X[j]>, <d_u, y>.
 constexpr u32 kDotsBytes = 32;
 constexpr u32 kDotsSent = 5 * 4;
-// From the owner to all blocks: r dm as bfloat16, the rest of it as bfloat16, h_pre, -f, the unit of r dm (`half_unit`).
+// From the owner to all blocks: r dm as bfloat16, the rest of it as bfloat16, and in words h_pre, -f, the unit of r dm
+// (`half_unit`).
 // Rows are read as matrices: 16 bytes more keep them apart.
 constexpr u32 kReplyLow = kColumns * 2;
 constexpr u32 kReplyGates = 2 * kReplyLow;
@@ -86,7 +87,7 @@ constexpr u32 kReplyFactor = kReplyGates + N * 4;
 constexpr u32 kReplyUnit = kReplyFactor + 4;
 constexpr u32 kReplyBytes = kReplyFactor + 16;
 constexpr u32 kReplyStride = kReplyBytes + 16;
-// To the owner again: the block's parts of d_H_res and d_h_post, in the order of `sum_entry`.
+// To the owner again: the block's parts of d_H_res and d_h_post, in the order in which `stream_dots` sends them.
 constexpr u32 kSumsBytes = 96;
 // Of a block: what comes in for the tokens that it owns, in the worst case: dots of one token each from 15 blocks,
 // and sums of 8 tokens (see `Block`).
@@ -330,30 +331,32 @@ __device__ inline void input_dots(const Block& block, int half, int lane) {
 
 // ---- owners -----------------------------------------------------------------------------------------
 
-// Where the owner finds (i, j) of d_H_res, and i of d_h_post behind them: see the sends below.
-__device__ inline int sum_entry(int i, int j) {
-  return (i % 2 * 2 + j % 2) * 4 + i / 2 * 2 + j / 2;
-}
-__device__ inline int sum_entry(int i) { return (4 + i % 2) * 4 + i / 2; }
-
-// The tokens of a block: from the dots of d_u to r dm, and the sums of the dots of d_X'.
+// The tokens of a block, those of a tile at once: from the dots of d_u to r dm, and the sums of the dots of d_X'.
 //
 //   d_h_pre[i] += sum over j of H_res[i, j] <d_u, X[j]> + h_post[i] <d_u, y>
 //   d_z         = d_h_pre sigmoid'(z),  dm = alpha d_z,  f = <dm, m> times the slope of r
+//
+// A token has eight lanes. Lane e of them has column e of each octet of phi's columns, and the stream e % 4, of which the
+// lanes of h_pre's columns make use. Where there are fewer tokens than groups of lanes, two or four groups have the
+// same token (copies), and share what is read and sent.
 struct Owner {
+  static constexpr int kAtOnce = 4;
+
   const Block& block;
   const Args& args;
   const Settings& settings;
-  const int which, lane;
-  const int count;            // tokens of a tile that the block owns
-  float alpha;                // of column `lane`
-  float alpha_pre, bias_pre;  // of column lane % 4
-  GateSums sums;
+  const int which;
+  const int lane;
+  const int count;         // tokens of a tile that the block owns
+  const u32 copy;          // which this lane is in
+  const int t;             // which token of those at once
+  float alpha, alpha_res;  // of this lane's column of the first octet, and of those of the others
+  GateSums sums[kOctets];
 
-  // What a token's lanes have, zero behind the last token: of column `lane` m and d_z, of stream lane % 4
-  // the others.
+  // What a token's lanes have, zero where there is none: of their columns m and d_z (but for those of h_pre), of their
+  // stream the others.
   struct Token {
-    float m, r, d_z, d_h_pre, h_post;
+    float m[kOctets], d_z[kOctets], r, d_h_pre, h_post;
     float4 h_res;
   };
 
@@ -364,38 +367,50 @@ struct Owner {
         settings(settings),
         which(which),
         lane(lane),
-        count(block.num_owned()) {
-    alpha_pre = args.alpha[0];
-    alpha = lane >= kColumns ? 0.f : args.alpha[gate_of(lane)];
-    bias_pre = args.bias[lane % N];
+        count(block.num_owned()),
+        copy(lane / 8 & ((1 << copies_shift()) - 1)),
+        t(lane / 8 >> copies_shift()) {
+    const int e = lane % 8;
+    alpha = args.alpha[gate_of(e)];
+    alpha_res = kOctets > 1 ? args.alpha[2] : 0.f;
   }
+
+  // How many copies of a token there are, as a power of two.
+  __device__ u32 copies_shift() const { return count > 2 ? 0 : count == 2 ? 1 : 2; }
 
   // The place in alpha of column c's gate.
   __device__ static int gate_of(int c) { return c < N ? 0 : c < 2 * N ? 1 : 2; }
 
-  // Where one of the block's tokens stands: in which of the tiles of which it owns some, and which of them it is.
+  // Where some of the block's tokens stand: in which of the tiles of which it owns some, and the first of them.
   struct Own {
-    int turn, t;
+    int turn, first;
     // The next of this warp.
     __device__ void advance(int count) {
-      if (++t < count) return;
-      t = 0;
+      first += kAtOnce;
+      if (first < count) return;
+      first = 0;
       turn += kOwnerWarps;
     }
-    __device__ Own before(int turns) const { return {turn - turns, t}; }
+    __device__ Own before(int turns) const { return {turn - turns, first}; }
   };
   __device__ int tile(Own own) const {
     return (own.turn << block.turns_shift) + (block.rank & (block.turns() - 1));
   }
-  __device__ u32 in_tile(Own own) const { return block.first_owned() + own.t; }
+  // Whether this lane has a token of the block; which one of the tile.
+  __device__ bool has_token(Own own) const { return own.first + t < count; }
+  __device__ u32 in_tile(Own own) const { return block.first_owned() + own.first + t; }
 
   __device__ Token load(Own own) const {
     Token token = {};
     const long long at = block.first_token(tile(own)) + in_tile(own);
-    if (tile(own) >= block.num_tiles || at >= args.tokens) return token;
-    const int i = lane % N;
-    if (lane < kColumns) token.m = __ldg(args.m + at * kColumns + lane);
-    if (lane >= N && lane < kColumns) token.d_z = __ldg(args.d_z + at * kColumns + lane);
+    if (!has_token(own) || tile(own) >= block.num_tiles || at >= args.tokens) return token;
+    const int e = lane % 8, i = e % N;
+#pragma unroll
+    for (int octet = 0; octet < kOctets; ++octet) {
+      const long long column = at * kColumns + octet * 8 + e;
+      token.m[octet] = __ldg(args.m + column);
+      if (octet > 0 || e >= N) token.d_z[octet] = __ldg(args.d_z + column);
+    }
     token.r = __ldg(args.r + at);
     token.d_h_pre = __ldg(args.d_h_pre + at * N + i);
     token.h_post = __ldg(args.h_post + at * N + i);
@@ -403,130 +418,184 @@ struct Owner {
     return token;
   }
 
-  // The parts of a reply, of 16 bytes: r dm, the rest of it, h_pre, and what hangs on h_pre's gradient.
-  static constexpr int kParts = kReplyBytes / 16;
-  static constexpr int kLowPart = kReplyLow / 16;
-  // Lanes have a part each, as often as they are enough for.
-  static constexpr int kCopies = 32 / kParts;
-
-  // Part lane % kParts. Of the first of r dm and of the rest, and of the last, the beginning is not there yet.
-  __device__ float4 begin_reply(const Token& token, float dm, float h_pre) const {
-    const int lane = lane_id(), first = lane % (kColumns / 2) * 2, part = lane % kParts;
-    u32 parts[2];
-    split(__shfl_sync(kAllLanes, dm, first), __shfl_sync(kAllLanes, dm, first + 1), parts);
-    float word = 0.f;
-    if (lane < kColumns) {
-      word = __uint_as_float(lane < kColumns / 2 ? parts[0] : parts[1]);
-    } else if (lane < kColumns + N) {
-      word = h_pre;
-    }
-    float reply[4];
+  // The sum over the copies of a token.
+  __device__ float sum_copies(float v) const {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      reply[k] = __shfl_sync(kAllLanes, word, part * 4 % 32 + k);
-      // Where all lanes have a word of r dm.
-      const float gate = kColumns < 32 ? 0.f : __shfl_sync(kAllLanes, h_pre, k);
-      if (part >= 8) reply[k] = part == 8 ? gate : 0.f;
+    for (u32 shift = 0; shift < 2; ++shift) {
+      const float other = __shfl_xor_sync(kAllLanes, v, 8 << shift);
+      v += shift < copies_shift() ? other : 0.f;
     }
-    return {reply[0], reply[1], reply[2], reply[3]};
+    return v;
   }
 
-  // The sum of entry lane % 8 over all that sent.
-  __device__ float sum_dots(u32 slot, int t) const {
+  // What a token's copies read in turn, from this lane's first one on. It is computed anew each time: there are too few
+  // registers to keep it.
+  struct Turn {
+    u32 at, from, step;
+    __device__ Turn(u32 at, u32 copy, u32 copies_shift)
+        : at(at), from(copy), step(1 << copies_shift) {
+      keep(step);
+    }
+    __device__ void next(u32 bytes) {
+      at += step * bytes;
+      from += step;
+    }
+  };
+
+  // Dot e of the token over all that sent.
+  __device__ float sum_dots(u32 slot, Own own) const {
     float sum = 0.f;
-    const u32 lane = lane_id(), first = block.dots(slot, t, lane / 8) + lane % 8 * 4;
+    Turn turn(block.dots(slot, own.first + t, copy) + lane % 8 * 4, copy, copies_shift());
     // Without branches all reads are under way at once; those behind the last block's are for nothing.
 #pragma unroll
-    for (u32 k = 0; k < 8; ++k) {
-      const float v = read_float(first + k * 4 * kDotsBytes);
-      sum += k * 4 + lane / 8 < block.ranks * kDotWarps ? v : 0.f;
+    for (u32 k = 0; k < 8; ++k, turn.next(kDotsBytes)) {
+      const float v = read_float(turn.at);
+      sum += turn.from < block.ranks * kDotWarps ? v : 0.f;
     }
-    sum += __shfl_xor_sync(kAllLanes, sum, 8);
-    return sum + __shfl_xor_sync(kAllLanes, sum, 16);
+    return sum_copies(sum);
   }
 
-  __device__ void reply(Own own, const Token& token) {
+  // A word of r dm: of two neighbouring columns the even lane has the high parts, the odd one the low parts.
+  __device__ u32 word_of_pair(float own) const {
+    const float other = __shfl_xor_sync(kAllLanes, own, 1);
+    const bool odd = lane_id() % 2;
+    u32 parts[2];
+    split(odd ? other : own, odd ? own : other, parts);
+    return odd ? parts[1] : parts[0];
+  }
+
+  // `ahead`: what the tokens' lanes have, and then the next ones'.
+  __device__ void reply(Own own, Own next, Token& ahead) {
+    const Token token = ahead;
     const int tile = this->tile(own);
     const u32 slot = tile % kDotsSlots, dots_full = block.barrier(kDotsFull, slot);
-    if (own.t == 0 && lane == 0) {
+    if (own.first == 0 && lane == 0) {
       arrive_and_expect(dots_full, count * cluster_size() * kDotWarps * kDotsSent);
     }
-    const float m_pre = __shfl_sync(kAllLanes, token.m, lane % N);
-    const float z = alpha_pre * m_pre + bias_pre, s = sigmoid(z);
+    const u32 e = lane_id() % 8;
+    const bool is_pre = e < N;
+    const float z = alpha * token.m[0] + load_single(args.bias + e), s = sigmoid(z);
     const float d_sigmoid = s * sigmoid(-z);
     const float slope = r_slope(settings, token.r, N * block.hidden);
-    const float others = warp_sum(lane < N ? 0.f : alpha * token.d_z * token.m);
-    const float scaled_others = lane < N ? 0.f : token.r * alpha * token.d_z;
-    float4 reply = begin_reply(token, scaled_others, s + settings.pre_eps);
+    // r dm, of which that of h_pre's columns is still zero.
+    float others = 0.f, scaled = 0.f;
+    u32 largest = 0, words[kOctets];
+#pragma unroll
+    for (int octet = kOctets - 1; octet >= 0; --octet) {
+      const float dm = (octet > 0 ? alpha_res : alpha) * token.d_z[octet];
+      others += dm * token.m[octet];
+      scaled = token.r * dm;
+      largest = max(largest, magnitude(scaled));
+      if (octet > 0) words[octet] = word_of_pair(scaled);
+    }
+#pragma unroll
+    for (u32 step = 1; step < 8; step *= 2) {
+      others += __shfl_xor_sync(kAllLanes, others, step);
+      largest = max(largest, __shfl_xor_sync(kAllLanes, largest, step));
+    }
+
+    const bool counts = has_token(own) && copy == 0;
+#pragma unroll
+    for (int octet = 1; octet < kOctets; ++octet) {
+      if (counts) sums[octet].add(token.d_z[octet], token.m[octet]);
+    }
 
     // All this belongs before the wait.
-    pin(d_sigmoid, slope, others, reply.w);
+    pin(d_sigmoid, slope, others, __uint_as_float(largest));
+    // As early as there are registers for it.
+    if constexpr (kOctets < 4) ahead = load(next);
     wait_for_cluster(dots_full, tile / kDotsSlots % 2);
-    const float dot = sum_dots(slot, own.t);
+    const float dot = sum_dots(slot, own);
     // d_h_pre[i] += <d_u, X'[i]>
-    float d_h = token.d_h_pre + token.h_post * __shfl_sync(kAllLanes, dot, N);
-    d_h = fmaf(token.h_res.x, __shfl_sync(kAllLanes, dot, 0), d_h);
-    d_h = fmaf(token.h_res.y, __shfl_sync(kAllLanes, dot, 1), d_h);
-    d_h = fmaf(token.h_res.z, __shfl_sync(kAllLanes, dot, 2), d_h);
-    d_h = fmaf(token.h_res.w, __shfl_sync(kAllLanes, dot, 3), d_h);
-    const float d_z_pre = d_h * d_sigmoid;
+    const u32 of_token = lane_id() & ~7;
+    float d_h = token.d_h_pre + token.h_post * __shfl_sync(kAllLanes, dot, of_token + N);
+    d_h = fmaf(token.h_res.x, __shfl_sync(kAllLanes, dot, of_token), d_h);
+    d_h = fmaf(token.h_res.y, __shfl_sync(kAllLanes, dot, of_token + 1), d_h);
+    d_h = fmaf(token.h_res.z, __shfl_sync(kAllLanes, dot, of_token + 2), d_h);
+    d_h = fmaf(token.h_res.w, __shfl_sync(kAllLanes, dot, of_token + 3), d_h);
+    const float d_z = is_pre ? d_h * d_sigmoid : token.d_z[0];
 
-    const float dm = alpha_pre * d_z_pre;
-    float dm_dot_m = dm * m_pre;
-    dm_dot_m += __shfl_xor_sync(kAllLanes, dm_dot_m, 1);
-    dm_dot_m += __shfl_xor_sync(kAllLanes, dm_dot_m, 2);
-    const float minus_f = -slope * (dm_dot_m + others), scaled = token.r * dm;
-    const u32 largest = max(magnitude(scaled), magnitude(scaled_others));
-    const float unit = half_unit(__reduce_max_sync(kAllLanes, largest));
-    u32 first[2], second[2];
-    split(__shfl_sync(kAllLanes, scaled, 0), __shfl_sync(kAllLanes, scaled, 1), first);
-    split(__shfl_sync(kAllLanes, scaled, 2), __shfl_sync(kAllLanes, scaled, 3), second);
-    const int sender = lane_id(), part = sender % kParts;
-    if (part == 0 || part == kLowPart) {
-      reply.x = __uint_as_float(part ? first[1] : first[0]);
-      reply.y = __uint_as_float(part ? second[1] : second[0]);
-    } else if (part == kParts - 1) {
-      reply.x = minus_f, reply.y = unit;
-    }
-    const u32 stage = tile % kStages;
-    const u32 at = block.reply(stage, in_tile(own)) + part * 16;
-    const u32 barrier = block.barrier(kRepliesFull, stage);
+    const float dm = is_pre ? alpha * d_z : 0.f;
+    float dm_dot_m = dm * token.m[0];
+    if (is_pre) scaled = token.r * dm;
+    u32 largest_pre = magnitude(scaled);
+    words[0] = word_of_pair(scaled);
 #pragma unroll
-    for (u32 to = 0; to < 16; to += kCopies) {
-      const u32 rank = to + sender / kParts;
-      if (sender < kCopies * kParts && rank < block.ranks)
-        send(in_block(at, rank), reply, in_block(barrier, rank));
+    for (u32 step = 1; step < N; step *= 2) {
+      dm_dot_m += __shfl_xor_sync(kAllLanes, dm_dot_m, step);
+      largest_pre = max(largest_pre, __shfl_xor_sync(kAllLanes, largest_pre, step));
     }
 
-    if constexpr (!kSumsPhi) {
-      const int row = block.first_token(tile) + in_tile(own);
-      const bool stores = row < args.tokens && lane < int(kReplyGates / 16);
-      if (stores)
-        static_cast<float4*>(args.for_phi)[size_t(row) * (kReplyGates / 16) + lane] = reply;
+    // The reply is put together where the block's own main warps read it: those of the stage's last tile are done, or
+    // there were no dots of this one.
+    const u32 stage = tile % kStages, at = block.reply(stage, in_tile(own));
+    if (counts) {
+#pragma unroll
+      for (u32 octet = 0; octet < kOctets; ++octet)
+        write1(at + octet * 16 + e / 2 * 4 + e % 2 * kReplyLow, words[octet]);
+      if (is_pre) write1(at + kReplyGates + e * 4, word_of(s + settings.pre_eps));
+      if (e == 0) {
+        const float unit = half_unit(max(largest, largest_pre));
+        write4(at + kReplyFactor, {word_of(-slope * (dm_dot_m + others)), word_of(unit), 0, 0});
+      }
     }
-    sums.add(lane < N ? d_z_pre : token.d_z, token.m);
+    __syncwarp();
+    if (has_token(own)) send_reply(own, at, block.barrier(kRepliesFull, stage));
+    __syncwarp();
+    if (counts) sums[0].add(d_z, token.m[0]);
+    if constexpr (kOctets == 4) ahead = load(next);
   }
 
-  // d_H_res and d_h_post of a token, once all blocks have sent their parts.
+  // To all blocks, and the part of it that phi_bwd reads to memory.
+  __device__ void send_reply(Own own, u32 at, u32 barrier) const {
+    constexpr u32 kParts = kReplyBytes / 16, kDmParts = kReplyGates / 16;
+#pragma unroll
+    for (u32 first = 0; first < kParts; first += 8) {
+      const u32 part = first + lane_id() % 8;
+      if (part >= kParts) break;
+      const float4 v = read_float4(at + part * 16);
+      Turn turn(at + part * 16, copy, copies_shift());
+#pragma unroll
+      for (u32 k = 0; k < 4; ++k, turn.next(0)) {
+        if (turn.from < block.ranks)
+          send(in_block(turn.at, turn.from), v, in_block(barrier, turn.from));
+      }
+      if constexpr (!kSumsPhi) {
+        const long long row = block.first_token(tile(own)) + in_tile(own);
+        if (part < kDmParts && copy == 0 && row < args.tokens)
+          static_cast<float4*>(args.for_phi)[row * kDmParts + part] = v;
+      }
+    }
+  }
+
+  // d_H_res and d_h_post of tokens, once all blocks have sent their parts.
   __device__ void collect(Own own) const {
-    const int lane = lane_id();
     const u32 slots = block.sums_slots(), slot = own.turn & (slots - 1);
     const u32 barrier = block.barrier(kSumsFull, slot);
-    if (own.t == 0 && lane == 0) {
+    if (own.first == 0 && lane_id() == 0) {
       arrive_and_expect(barrier, count * cluster_size() * kSumsBytes);
     }
     wait_for_cluster(barrier, (own.turn & slots) != 0);
-    const long long token = block.first_token(tile(own)) + in_tile(own);
-    const int entry = lane < N * N ? sum_entry(lane / N, lane % N) : sum_entry(lane % N);
-    const u32 first = block.sums(slot, own.t, 0) + entry * 4;
-    float sum = 0.f;
+    // The lanes have every eighth entry of `stream_dots`: (i, j) and (i + 1, j) of d_H_res, and one of d_h_post.
+    const int e = lane_id() % 8;
+    float entries[3] = {};
+    Turn turn(block.sums(slot, own.first + t, copy) + e * 4, copy, copies_shift());
 #pragma unroll
-    for (u32 rank = 0; rank < 16; ++rank) {
-      const float v = read_float(first + rank * kSumsBytes);
-      sum += rank < block.ranks ? v : 0.f;
+    for (u32 k = 0; k < 4; ++k, turn.next(kSumsBytes)) {
+#pragma unroll
+      for (u32 word = 0; word < 3; ++word) {
+        const float v = read_float(turn.at + word * 32);
+        entries[word] += turn.from < block.ranks ? v : 0.f;
+      }
     }
-    if (token < args.tokens && lane < N * N) args.d_h_res[token * N * N + lane] = sum;
-    if (token < args.tokens && lane / N == N) args.d_h_post[token * N + lane % N] = sum;
+#pragma unroll
+    for (float& entry : entries) entry = sum_copies(entry);
+    const long long token = block.first_token(tile(own)) + in_tile(own);
+    if (has_token(own) && copy == 0 && token < args.tokens) {
+      float* const d_h_res = args.d_h_res + token * N * N + e % 4 / 2 * 2 * N + e % 2 * 2 + e / 4;
+      d_h_res[0] = entries[0], d_h_res[N] = entries[1];
+      if (e % 4 < 2) args.d_h_post[token * N + e % 4 * 2 + e / 4] = entries[2];
+    }
     __syncwarp();
   }
 
@@ -540,18 +609,27 @@ struct Owner {
 #pragma unroll 1
     while (tile(next.before(later)) < block.num_tiles) {
       const Own own = next;
-      const Token token = ahead;
       next.advance(count);
-      ahead = load(next);
-      if (tile(own) < block.num_tiles) reply(own, token);
+      if (tile(own) < block.num_tiles) reply(own, next, ahead);
       if (own.turn >= later) collect(own.before(later));
     }
   }
 
   __device__ void run() {
     if (count > 0) own_tokens();
-    // The row of this warp.
-    sums.store(args.gate_sums + (blockIdx.x * kOwnerWarps + which) * (kColumns + 3), lane, gate_of);
+    // Of all tokens, to the row of this warp. Then lane c has column c.
+    GateSums of_column;
+#pragma unroll
+    for (u32 octet = 0; octet < kOctets; ++octet) {
+#pragma unroll
+      for (u32 step = 8; step < 32; step *= 2) {
+        sums[octet].d_z += __shfl_xor_sync(kAllLanes, sums[octet].d_z, step);
+        sums[octet].d_z_m += __shfl_xor_sync(kAllLanes, sums[octet].d_z_m, step);
+      }
+      if (lane_id() / 8 == octet) of_column = sums[octet];
+    }
+    of_column.store(args.gate_sums + (blockIdx.x * kOwnerWarps + which) * (kColumns + 3), lane,
+                    gate_of);
   }
 };
 
@@ -619,7 +697,7 @@ __device__ inline void stream_dots(const Block& block, int half, int lane) {
 // ---- finisher ---------------------------------------------------------------------------------------
 
 // Tables that the main warps mix by. A lane has a token's row i of H_res (for X'[i]) and column i of H_res_new (for
-// d_X'[i]), as bfloat16 high and low parts in one word. The words of the streams j and j + 2 lie side by side,
+// d_X'[i]), each number in a word. The words of the streams j and j + 2 lie side by side,
 // and so do those of i and i + 2: see `MainWarp::table`.
 struct Tables {
   const Block& block;
@@ -646,15 +724,8 @@ struct Tables {
   }
 
   __device__ static void write(u32 at, const float (&values)[N]) {
-    u32 words[N];
-#pragma unroll
-    for (int k = 0; k < N; ++k) {
-      u32 parts[2];
-      split(values[k], 0.f, parts);
-      words[k] = (parts[0] & 0xffff) | parts[1] << 16;
-    }
-    write2(at, {words[0], words[2]});
-    write2(at + 16, {words[1], words[3]});
+    write2(at, {word_of(values[0]), word_of(values[2])});
+    write2(at + 16, {word_of(values[1]), word_of(values[3])});
   }
 
   __device__ void write(int tile) const {
@@ -663,7 +734,10 @@ struct Tables {
     const u32 tables = block.tables(tile), at = (t * 2 + i % 2) * 32 + i / 2 * 8;
     write(tables + at, row);
     if constexpr (!kIdentity) write(tables + kTableBytes + at, column);
-    if (lane < kTileTokens) write_float4(tables + kHPost + lane * N * 4, h_post);
+    if (lane < kTileTokens) {
+      write4(tables + kHPost + lane * N * 4,
+             {word_of(h_post.x), word_of(h_post.y), word_of(h_post.z), word_of(h_post.w)});
+    }
     __syncwarp();
     if (lane == 0) arrive(block.barrier(kTablesFull, tile % 2));
   }
