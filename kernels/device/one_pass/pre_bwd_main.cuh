@@ -64,9 +64,16 @@ __device__ inline u32 phi_of_thread() {
   return shared_address(shared) + kPhi + thread / 32 * kFragmentBytes + thread % 32 * 8;
 }
 
+// From a unit of a warp to that of its next turn.
+constexpr u32 kTurnBytes = kMainWarps / kBoxUnits * kBoxBytes;
+
 // A main warp. Lane 4 g + q has the channels g and g + 8 of a unit, and the tokens 2 q and 2 q + 1.
 template <bool NORM>
 struct Differentiation {
+  // Units at once, for which shared memory is read once for what belongs to tokens, and whether X is read once for d_x
+  // and d_phi: reads of shared memory are what limits main warps.
+  static constexpr int kAtOnce = NORM ? NormTuned::at_once : Tuned::at_once;
+  static constexpr bool kReadsXOnce = NORM ? NormTuned::reads_x_once : Tuned::reads_x_once;
   // Fragments of phi; the others are in shared memory.
   PhiFragment held[kHeld > 0 ? kHeld : 1];
   float d_phi[kSums][kOctets][4];
@@ -80,60 +87,11 @@ struct Differentiation {
   // token on; of phi.
   u32 stage, d_x_in_at, row_replies, own_replies, phi_at;
 
-  // A unit, or two streams of it from `first` on, whose fragments are those from F on. `at`: of this lane's matrix
-  // row in a pair of streams; where only one is read, of a lane whose row is wanted it is in the first.
-  template <int F, int STREAMS>
+  // UNITS units of a warp's turns from TURN on, or two streams of one from `first` on. `at`: of this lane's matrix row in
+  // a pair of streams of the first unit; where only one is read, of a lane whose row is wanted it is in the first.
+  template <int TURN, int UNITS, int STREAMS>
   __device__ void differentiate(u32 at, int first) {
-    // Nothing to do behind the last channel; a branch where there are registers for one.
-    if (NORM && kHoldsDW && !is_there(F / N, hidden)) return;
-    // d_u of channels g and g + 8, and where it is normalised the cotangent of u.
-    u32 d_u[2] = {};
-    float du[2][2];
-    if constexpr (NORM) {
-      // u = sum over i of h_pre[i] X[i],  du = rho w g - f u,  dw = sum over tokens of g rho u
-      u32 x[2][4];
-      read_transposed(x[0], stage + at);
-      read_transposed(x[1], stage + 2 * kPlaneBytes + at);
-      read_transposed(d_u, stage + kDU + at);
-      float d_scale[2] = {};
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int channel = channel_at(F / N) + 8 * c;
-        // Without the branch, nobody reads what becomes of a channel behind the last.
-        const float scale =
-            load_single(norm_scale + (kHoldsDW ? channel : min(channel, hidden - 1)));
-#pragma unroll
-        for (int t = 0; t < 2; ++t) {
-          const auto of = [&](u32 v) { return t == 0 ? low_half(v) : high_half(v); };
-          const float4 h = read_float4(own_replies + t * kReplyRow + kHPre);
-          const uint2 factors = read2(own_replies + t * kReplyRow + kRho);
-          const float rho = __uint_as_float(factors.x), minus_f = __uint_as_float(factors.y),
-                      g = of(d_u[c]);
-          const float u =
-              h.x * of(x[0][c]) + h.y * of(x[0][2 + c]) + h.z * of(x[1][c]) + h.w * of(x[1][2 + c]);
-          d_scale[c] += g * (rho * u);
-          du[c][t] = rho * (scale * g) + minus_f * u;
-        }
-      }
-      const u32 q = lane_id() % 4;
-      float sum = q % 2 ? d_scale[1] : d_scale[0];
-      sum += __shfl_xor_sync(kAllLanes, q % 2 ? d_scale[0] : d_scale[1], 1);
-      sum += __shfl_xor_sync(kAllLanes, sum, 2);
-      constexpr int kTurn = F / N;
-      if constexpr (kHoldsDW) {
-        if (q / 2 == kTurn % 2) d_w[kTurn / 2] += sum;
-      } else if (q < 2 && first == 0 && is_there(kTurn, hidden)) {
-        // The first of two warps that share a unit.
-        *d_w_at(kTurn) += sum;
-      }
-    }
-    const auto cotangent = [&](int c, int t) {
-      if constexpr (NORM) {
-        return du[c][t];
-      } else {
-        return t == 0 ? low_half(d_u[c]) : high_half(d_u[c]);
-      }
-    };
+    const auto pair_at = [&](int k) { return at + k * kTurnBytes; };
     // r dm and the rest of it; and both in one as B of phi dm: k is a column.
     u32 dm[2 * kOctets];
     read_dm<false>(dm);
@@ -143,89 +101,163 @@ struct Differentiation {
 #pragma unroll
     for (int octet = 0; octet < kOctets; ++octet)
       half_dm[octet] = half_pair(dm[octet], dm[kOctets + octet], scale);
-    const float unit_of_phi = read_float(phi_unit());
-    u32 d_x_in[2][4];
-    if constexpr (!NORM) read_transposed(d_u, stage + kDU + at);
-    if constexpr (kMixes) {
-      read_transposed(d_x_in[0], d_x_in_at + at);
-      read_transposed(d_x_in[1], d_x_in_at + 2 * kPlaneBytes + at);
-      // A shared unit: its other warp writes what this one reads.
-      if constexpr (STREAMS < N) wait_for_partner();
+    // d_u of channels g and g + 8, and where it is normalised the cotangent of u.
+    u32 d_u[UNITS][2] = {};
+    float du[UNITS][2][2];
+    if constexpr (NORM) {
+      // u = sum over i of h_pre[i] X[i],  du = rho w g - f u,  dw = sum over tokens of g rho u
+      float4 h[2];
+      uint2 factors[2];
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+        h[t] = read_float4(own_replies + t * kReplyRow + kHPre);
+        factors[t] = read2(own_replies + t * kReplyRow + kRho);
+      }
+#pragma unroll
+      for (int k = 0; k < UNITS; ++k) {
+        u32 x[2][4];
+        read_transposed(x[0], stage + pair_at(k));
+        read_transposed(x[1], stage + 2 * kPlaneBytes + pair_at(k));
+        read_transposed(d_u[k], stage + kDU + pair_at(k));
+        float d_scale[2] = {};
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          // Nobody reads what becomes of a channel behind the last.
+          const float scale =
+              load_single(norm_scale + min(channel_at(TURN + k) + 8 * c, hidden - 1));
+#pragma unroll
+          for (int t = 0; t < 2; ++t) {
+            const auto of = [&](u32 v) { return t == 0 ? low_half(v) : high_half(v); };
+            const float rho = __uint_as_float(factors[t].x),
+                        minus_f = __uint_as_float(factors[t].y), g = of(d_u[k][c]);
+            const float u = h[t].x * of(x[0][c]) + h[t].y * of(x[0][2 + c]) + h[t].z * of(x[1][c]) +
+                            h[t].w * of(x[1][2 + c]);
+            d_scale[c] += g * (rho * u);
+            du[k][c][t] = rho * (scale * g) + minus_f * u;
+          }
+        }
+        const u32 q = lane_id() % 4;
+        float sum = q % 2 ? d_scale[1] : d_scale[0];
+        sum += __shfl_xor_sync(kAllLanes, q % 2 ? d_scale[0] : d_scale[1], 1);
+        sum += __shfl_xor_sync(kAllLanes, sum, 2);
+        const int turn = TURN + k;
+        if constexpr (kHoldsDW) {
+          if (q / 2 == turn % 2) d_w[turn / 2] += sum;
+        } else if (q < 2 && first == 0 && is_there(turn, hidden)) {
+          // The first of two warps that share a unit.
+          *d_w_at(turn) += sum;
+        }
+      }
     }
+    const auto cotangent = [&](int k, int c, int t) {
+      if constexpr (NORM) {
+        return du[k][c][t];
+      } else {
+        return t == 0 ? low_half(d_u[k][c]) : high_half(d_u[k][c]);
+      }
+    };
+    const float unit_of_phi = read_float(phi_unit());
+    // -f and the unit of both products.
+    float minus_f[2], unit[2];
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      const uint2 factors = read2(own_replies + t * kReplyRow + kMinusF);
+      minus_f[t] = __uint_as_float(factors.x), unit[t] = unit_of_phi * __uint_as_float(factors.y);
+    }
+    if constexpr (kReadsXOnce) read_dm<true>(dm);
+    u32 d_x_in[UNITS][2][4], added[UNITS][2];
+#pragma unroll
+    for (int k = 0; k < UNITS; ++k) {
+      if constexpr (!NORM) read_transposed(d_u[k], stage + kDU + pair_at(k));
+      if constexpr (kMixes) {
+        read_transposed(d_x_in[k][0], d_x_in_at + pair_at(k));
+        read_transposed(d_x_in[k][1], d_x_in_at + 2 * kPlaneBytes + pair_at(k));
+      }
+    }
+    // A shared unit: its other warp writes what this one reads.
+    if constexpr (kMixes && STREAMS < N) wait_for_partner();
     // d_x[j] = (r dm) phi^T + h_pre[j] d_u - f X[j] + sum over i of h_res[i, j] d_x_in[i]
-    const u32 first_at = at + first * kPlaneBytes;
     const u32 first_replies = own_replies + first * sizeof(float),
               first_h = own_replies + kHRes + first * 16;
 #pragma unroll
-    for (int s = 0; s < STREAMS; s += 2) {
-      u32 x[4], d_x[4];
-      read_transposed(x, stage + first_at + s * kPlaneBytes);
-      // Streams that are not mixed are read a pair at a time.
-      if constexpr (!kMixes) read_transposed(d_x_in[0], d_x_in_at + first_at + s * kPlaneBytes);
+    for (int j = 0; j < STREAMS; ++j) {
+      const u32 plane = (first + j) * kPlaneBytes;
+      u32 x[UNITS][2];
+      float sums[UNITS][4] = {};
 #pragma unroll
-      for (int j = s; j < s + 2; ++j) {
-        const u32 x0 = x[j % 2 * 2], x1 = x[j % 2 * 2 + 1];
+      for (int k = 0; k < UNITS; ++k) {
+        read_transposed(x[k], stage + pair_at(k) + plane);
+        if constexpr (!kMixes) read_transposed(added[k], d_x_in_at + pair_at(k) + plane);
+        const int f = (TURN + k) * N + j;
         PhiFragment p;
-        if (F + j < kHeld) {
-          p = held[F + j < kHeld ? F + j : 0];
+        if (f < kHeld) {
+          p = held[f < kHeld ? f : 0];
         } else {
-          p.read(phi_at + (F + j - kHeld) * kMainWarps * kFragmentBytes);
+          p.read(phi_at + (f - kHeld) * kMainWarps * kFragmentBytes);
         }
-        float sums[4] = {};
-        mma_half(sums, p.words, half_dm);
+        mma_half(sums[k], p.words, half_dm);
+      }
 #pragma unroll
-        for (int t = 0; t < 2; ++t) {
-          const auto of = [&](u32 v) { return t == 0 ? low_half(v) : high_half(v); };
-          const float h_pre = read_float(first_replies + t * kReplyRow + kHPre + 4 * j);
-          const uint2 factors = read2(own_replies + t * kReplyRow + kMinusF);
-          const float minus_f = __uint_as_float(factors.x),
-                      unit = unit_of_phi * __uint_as_float(factors.y);
-          sums[t] = unit * sums[t] + h_pre * cotangent(0, t) + minus_f * of(x0);
-          sums[2 + t] = unit * sums[2 + t] + h_pre * cotangent(1, t) + minus_f * of(x1);
-          if constexpr (kMixes) {
-            const float4 h = read_float4(first_h + t * kReplyRow + j * 16);
-            const float hs[N] = {h.x, h.y, h.z, h.w};
+      for (int t = 0; t < 2; ++t) {
+        const auto of = [&](u32 v) { return t == 0 ? low_half(v) : high_half(v); };
+        const float h_pre = read_float(first_replies + t * kReplyRow + kHPre + 4 * j);
+        float hs[N];
+        if constexpr (kMixes) read_floats(hs, first_h + t * kReplyRow + j * 16);
 #pragma unroll
-            for (int i = 0; i < N; ++i) {
-              sums[t] += hs[i] * of(d_x_in[i / 2][i % 2 * 2]);
-              sums[2 + t] += hs[i] * of(d_x_in[i / 2][i % 2 * 2 + 1]);
+        for (int k = 0; k < UNITS; ++k) {
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            float& sum = sums[k][2 * c + t];
+            sum = unit[t] * sum + h_pre * cotangent(k, c, t) + minus_f[t] * of(x[k][c]);
+            if constexpr (kMixes) {
+#pragma unroll
+              for (int i = 0; i < N; ++i) sum += hs[i] * of(d_x_in[k][i / 2][i % 2 * 2 + c]);
+            } else {
+              sum += of(added[k][c]);
             }
-          } else {
-            sums[t] += of(d_x_in[0][j % 2 * 2]);
-            sums[2 + t] += of(d_x_in[0][j % 2 * 2 + 1]);
           }
         }
-        d_x[j % 2 * 2] = pair(sums[0], sums[1]);
-        d_x[j % 2 * 2 + 1] = pair(sums[2], sums[3]);
       }
-      write_transposed(d_x_in_at + first_at + s * kPlaneBytes, d_x);
-      // So that the compiler does not begin with the next pair before, for which it would spill registers on sm_100f.
-      if constexpr (NORM && !kHoldsDW) __syncwarp();
+#pragma unroll
+      for (int k = 0; k < UNITS; ++k) {
+        const u32 d_x[2] = {pair(sums[k][0], sums[k][1]), pair(sums[k][2], sums[k][3])};
+        write_transposed(d_x_in_at + pair_at(k) + plane, d_x);
+        if constexpr (kReadsXOnce) add_d_phi((TURN + k) * N + j, x[k], dm);
+      }
+      // So that the compiler does not begin with the next stream before, for which it would spill registers on sm_100f.
+      if constexpr (NORM) __syncwarp();
     }
-    // d_phi = sum over tokens of vec(X)^T (r dm), with r dm as B: k is a token. X is read again, which takes fewer
-    // registers.
-    read_dm<true>(dm);
+    if constexpr (!kReadsXOnce) {
+      // X is read again, which takes fewer registers.
+      read_dm<true>(dm);
 #pragma unroll
-    for (int s = 0; s < STREAMS; s += 2) {
-      u32 x[4];
-      read_transposed(x, stage + first_at + s * kPlaneBytes);
+      for (int k = 0; k < UNITS; ++k) {
 #pragma unroll
-      for (int j = s; j < s + 2; ++j) {
-        const u32 x0 = x[j % 2 * 2], x1 = x[j % 2 * 2 + 1];
-        const auto add = [&](float (&sums)[kOctets][4]) {
-#pragma unroll
-          for (int octet = 0; octet < kOctets; ++octet)
-            mma(sums[octet], x0, x1, x0, x1, {dm[octet], dm[kOctets + octet]});
-        };
-        if (F + j < kSums) {
-          add(d_phi[F + j < kSums ? F + j : 0]);
-        } else {
-          float sums[kOctets][4];
-          read_sums(sums);
-          add(sums);
-          write_sums(sums);
+        for (int s = 0; s < STREAMS; s += 2) {
+          u32 x[4];
+          read_transposed(x, stage + pair_at(k) + (first + s) * kPlaneBytes);
+          const int f = (TURN + k) * N + s;
+          add_d_phi(f, {x[0], x[1]}, dm);
+          add_d_phi(f + 1, {x[2], x[3]}, dm);
         }
       }
+    }
+  }
+
+  // d_phi = sum over tokens of vec(X)^T (r dm), with r dm as B: k is a token. Of fragment f, a constant.
+  __device__ void add_d_phi(int f, const u32 (&x)[2], const u32 (&dm)[2 * kOctets]) {
+    const auto add = [&](float (&sums)[kOctets][4]) {
+#pragma unroll
+      for (int octet = 0; octet < kOctets; ++octet)
+        mma(sums[octet], x[0], x[1], x[0], x[1], {dm[octet], dm[kOctets + octet]});
+    };
+    if (f < kSums) {
+      add(d_phi[f < kSums ? f : 0]);
+    } else {
+      float sums[kOctets][4];
+      read_sums(sums);
+      add(sums);
+      write_sums(sums);
     }
   }
 
@@ -290,10 +322,10 @@ struct Differentiation {
 
   template <int TURN>
   __device__ void take_turns(u32 at) {
-    constexpr u32 kTurnBytes = kMainWarps / kBoxUnits * kBoxBytes;
     if constexpr (TURN < kTurns) {
-      differentiate<TURN * N, N>(at + TURN * kTurnBytes, 0);
-      take_turns<TURN + 1>(at);
+      constexpr int kNow = kTurns - TURN < kAtOnce ? kTurns - TURN : kAtOnce;
+      differentiate<TURN, kNow, N>(at + TURN * kTurnBytes, 0);
+      take_turns<TURN + kNow>(at);
     }
   }
 };
@@ -368,8 +400,8 @@ __device__ inline void differentiate_tiles(const Block& block, const Args& args,
     };
     main.template take_turns<0>(pair_at(warp));
     if constexpr (kShared) {
-      main.template differentiate<kTurns * N, 2>(pair_at(kTurns * kMainWarps + warp / 2),
-                                                 warp % 2 * 2);
+      main.template differentiate<kTurns, 1, 2>(pair_at(kTurns * kMainWarps + warp / 2),
+                                                warp % 2 * 2);
     }
     fence_for_copies();
     __syncwarp();

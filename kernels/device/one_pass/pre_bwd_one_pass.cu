@@ -72,8 +72,9 @@ constexpr bool kHoldsDW = NormTuned::holds_d_w;
 template <bool NORM>
 struct Warps {
   static constexpr int kDot = NORM ? NormTuned::dot_warps : Tuned::dot_warps;
-  static constexpr int kMainRegisters = kDot == 2 ? 216 : 200;
-  static constexpr int kDotRegisters = kDot == 2 ? 72 : 48, kOtherRegisters = kDot == 2 ? 72 : 64;
+  static constexpr int kMainRegisters = kDot == 2 ? (NORM ? 216 : 224) : 200;
+  static constexpr int kDotRegisters = kDot == 2 ? (NORM ? 72 : 56) : 48,
+                       kOtherRegisters = kDot == 2 ? (NORM ? 72 : 56) : 64;
   static constexpr int kLoader = kMainWarps + kDot, kOwner = kLoader + 1;
   // Owners are all that are left in a group: each takes longer for a token than the others for its part of a tile.
   static constexpr int kWarps = kMainWarps + (kDot + 2 + 3) / 4 * 4, kOwners = kWarps - kOwner;
