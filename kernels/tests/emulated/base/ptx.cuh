@@ -253,6 +253,9 @@ inline void copy_part(u32 to, const void* from, bool exists) {
   write4(to, exists ? *static_cast<const uint4*>(from) : uint4{});
 }
 inline void arrive_behind_copies(u32 barrier) { arrive(barrier); }
+inline void commit_async() {}
+template <int PENDING>
+void wait_for_async() {}
 
 // ---- the place of a thread; global memory and registers ------------------------------------------------
 
