@@ -25,9 +25,9 @@ constexpr int kBlocks =
     sizeof(Stream) == 2 && __CUDA_ARCH__ < 1000 ? int(tuning_project_back::blocks) : 1;
 
 // Groups of 16 columns whose products are under way at once; more would take too many registers.
-constexpr int kHexetsAhead = kParts == 1 && EXACT                ? (SIZE + 1) / 2
-                             : SIZE < 10 && __CUDA_ARCH__ < 1000 ? 2
-                                                                 : 1;
+constexpr int kHexetsAhead = kParts == 1 && EXACT                                 ? (SIZE + 1) / 2
+                             : (SIZE < 10 || kParts == 1) && __CUDA_ARCH__ < 1000 ? 2
+                                                                                  : 1;
 
 // ---- phi ----------------------------------------------------------------------------------------
 
