@@ -162,10 +162,11 @@ pub const FILES: &[File] = &[
         row("sinkhorn_fwd", STREAMS, [0, 0, 128, 0], &[]),
         row("sinkhorn_bwd", STREAMS, [0, 0, 128, 0], &[]),
     ] },
-    File { path: "post", dtypes: ALL, target: Target::Every, more: &[], kernels: &[
-        row("post_fwd", STREAMS, [0, 0, 256, 0], &[]),
-        row("mix",      STREAMS, [0, 0, 256, 0], &[]),
-        row("post_bwd", STREAMS, [1, 0, 128, 0], &[]),
+    // `channels` are those of a warp where many bfloat16 streams are mixed on tensor cores.
+    File { path: "post", dtypes: ALL, target: Target::Every, more: &["channels"], kernels: &[
+        row("post_fwd", STREAMS, [0, 0, 256, 0], &[128]),
+        row("mix",      STREAMS, [0, 0, 256, 0], &[128]),
+        row("post_bwd", STREAMS, [1, 0, 128, 0], &[0]),
     ] },
     File { path: "collapse", dtypes: ALL, target: Target::Every, more: &[], kernels: &[
         row("collapse_fwd", STREAMS, [0, 0, 256, 0], &[]),

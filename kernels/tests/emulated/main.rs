@@ -1,4 +1,4 @@
-//! The one-pass kernels without a GPU: their sources as they are, compiled for the CPU with other instructions
+//! Kernels with tensor cores or clusters without a GPU: their sources as they are, compiled for the CPU with other instructions
 //! (base/ptx.cuh), run by an emulator of a cluster (emulator.h) and checked against float64.
 
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
@@ -132,5 +132,54 @@ fn back_streams() {
         }
         let (n, columns, ..) = calls[0];
         assert_spoiled(&run(&program, [64, 9, 1, 0], 0, true, &[n, columns]));
+    }
+}
+
+#[test]
+fn projection() {
+    // n C, tokens, splits of them, chunks of the columns; columns, and whether rows are aligned.
+    for (size, calls) in [
+        ("k80", &[(584, 300, 2, 1, 80, 1)][..]),
+        (
+            "any",
+            &[
+                (200, 77, 2, 1, 35, 1),
+                (72, 17, 1, 3, 288, 1),
+                (90, 33, 1, 1, 15, 0),
+                (61, 270, 2, 1, 63, 0),
+            ],
+        ),
+    ] {
+        let program = build("projection", "two_pass/projection", size);
+        for (seed, &(width, tokens, splits, chunks, columns, is_aligned)) in
+            calls.iter().enumerate()
+        {
+            let call = [width, tokens, splits, chunks];
+            let output = run(&program, call, seed, false, &[columns, is_aligned]);
+            assert!(
+                output.status.success(),
+                "{size} {columns} {call:?}: {output:?}"
+            );
+        }
+        let (.., columns, is_aligned) = calls[0];
+        assert_spoiled(&run(&program, [64, 9, 1, 1], 0, true, &[columns, is_aligned]));
+    }
+}
+
+#[test]
+fn post() {
+    for (size, calls) in [
+        ("n8", &[(8, 200, 5)][..]),
+        ("upto8", &[(5, 72, 3), (7, 130, 3)]),
+        ("any", &[(16, 200, 5), (9, 72, 3), (13, 130, 3)]),
+    ] {
+        let program = build("post", "post", size);
+        for is_mix in [0, 1] {
+            for &(n, hidden, tokens) in calls {
+                let output = run(&program, [hidden, tokens, 1, is_mix], 0, false, &[n]);
+                assert!(output.status.success(), "{n} {hidden}: {output:?}");
+            }
+            assert_spoiled(&run(&program, [64, 3, 1, is_mix], 0, true, &[calls[0].0]));
+        }
     }
 }
