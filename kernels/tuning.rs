@@ -115,13 +115,15 @@ pub const STREAMS: &[Size] = &[
     N2,
     N4,
     N8,
-    bound("upto4", 4),
-    bound("upto8", 8),
+    UP_TO_4,
+    UP_TO_8,
     bound("any", 16),
 ];
 const N2: Size = exact("n2", 2);
 const N4: Size = exact("n4", 4);
 const N8: Size = exact("n8", 8);
+const UP_TO_4: Size = bound("upto4", 4);
+const UP_TO_8: Size = bound("upto8", 8);
 
 /// Columns of phi, in groups of 8.
 pub const OCTETS: &[Size] = &[K8, K24, K32, K80, ANY_OCTETS];
@@ -166,10 +168,11 @@ pub const FILES: &[File] = &[
         row("sinkhorn_fwd", STREAMS, [0, 0, 128, 0], &[]),
         row("sinkhorn_bwd", STREAMS, [0, 0, 128, 0], &[]),
     ] },
-    File { path: "post", dtypes: ALL, target: Target::Every, more: &[], kernels: &[
-        row("post_fwd", STREAMS, [0, 0, 256, 0], &[]),
-        row("mix",      STREAMS, [0, 0, 256, 0], &[]),
-        row("post_bwd", STREAMS, [1, 0, 128, 0], &[]),
+    // `channels` are those of a warp where many bfloat16 streams are mixed on tensor cores.
+    File { path: "post", dtypes: ALL, target: Target::Every, more: &["channels"], kernels: &[
+        row("post_fwd", STREAMS, [0, 0, 256, 0], &[128]),
+        row("mix",      STREAMS, [0, 0, 256, 0], &[128]),
+        row("post_bwd", STREAMS, [1, 0, 128, 0], &[0]),
     ] },
     File { path: "collapse", dtypes: ALL, target: Target::Every, more: &[], kernels: &[
         row("collapse_fwd", STREAMS, [0, 0, 256, 0], &[]),
@@ -208,6 +211,15 @@ pub const FILES: &[File] = &[
         row("d_phi",               FEW,          [16, 4, 256, 0], &[ 0, 64, 10, 2, 0]),
         row("d_phi",               MANY,         [16, 5, 256, 0], &[ 0, 64, 10, 1, 0]),
         row("sum_d_phi",           OCTETS,       [ 0, 0, 256, 0], &[ 0,  0,  0, 0, 0]),
+    ] },
+    // `channels` are those of a row, `hexets` the most groups of 16 columns that a warp has phi of, `blocks` run at once on
+    // a multiprocessor.
+    File { path: "two_pass/back_streams", dtypes: BF16, target: Target::Every,
+           more: &["channels", "hexets", "blocks"], kernels: &[
+        row("project_back_streams", &[N2],      [16, 0, 256, 67_584], &[64, 1, 2]),
+        row("project_back_streams", &[N4],      [16, 0, 256, 68_608], &[64, 2, 2]),
+        row("project_back_streams", &[UP_TO_4], [16, 0, 256, 68_608], &[64, 2, 1]),
+        row("project_back_streams", &[N8, UP_TO_8], [16, 0, 256, 71_680], &[64, 5, 1]),
     ] },
     // Tiles of 16 tokens halve the exchange, where there are registers for two accumulators and each tile is read and
     // projected at once. Stages are as many as shared memory holds. `fragments` of phi lie in shared memory, and

@@ -1,12 +1,121 @@
 // post: X'[i] = sum over j of H_res[i, j] X[j] + h_post[i] y, and its gradients but for X's, which pre's
 // backward makes of that of X' (projection.cu). All sums in float32.
 
+#include "base/matrix.cuh"
 #include "math/post.cuh"
 
 constexpr int N = SIZE;
 constexpr int kThreads = tuning_post_fwd::threads;
 static_assert(kThreads == tuning_mix::threads);
 constexpr int V = kThreadChannels<N>;
+
+// ---- on tensor cores ----------------------------------------------------------------------------
+
+// Many bfloat16 streams are mixed on tensor cores: a warp has some channels of one token, and the weights in two bfloat16
+// parts. An infinity or NaN of a channel stays there.
+constexpr bool kMixesByWarps = N >= 8 && kStreamParts<Stream> == 1;
+// Threads for a token are a warp for so many channels, 64 at a time.
+constexpr int kWarpChannels = tuning_mix::channels;
+static_assert(kWarpChannels == tuning_post_fwd::channels);
+
+// The place of a warp: a token and the first of its channels.
+struct WarpItem {
+  long long token;
+  int first;
+  bool exists;
+
+  __device__ WarpItem(int tokens, int slab, int hidden) {
+    const u32 warps = (hidden + kWarpChannels - 1) / kWarpChannels;
+    const u32 warp = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
+    const int token_of_slab = warp / warps;
+    token = (long long)blockIdx.y * slab + token_of_slab;
+    first = warp % warps * kWarpChannels;
+    exists = token_of_slab < slab && token < tokens;
+  }
+};
+
+// A matrix of weights as A fragments, a row a new stream; of a vector that is added the first column of 8 others. With up
+// to 8 streams these are columns 8 to 15, the rows from 8 on have the lower parts of the others, and one product does.
+struct Weights {
+  u32 upper[4], lower[4], added[2][2];
+
+  // `at(i, j)`, zero where there is none; `more(i)`.
+  template <class At, class More>
+  __device__ Weights(At at, More more) {
+    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const int i = g + r % 2 * 8, j = 2 * q + r / 2 * 8;
+      u32 parts[2] = {};
+      if (i < N && j < N) split(at(i, j), at(i, j + 1), parts);
+      upper[r] = parts[0], lower[r] = parts[1];
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      split(q == 0 && g + r * 8 < N ? more(g + r * 8) : 0.f, 0.f, added[r]);
+    if constexpr (N <= 8) {
+      upper[1] = lower[0];
+      upper[2] = added[0][0], upper[3] = added[0][1];
+    }
+  }
+
+  // Of the streams g and g + 8, channels that B has as columns 2 q and 2 q + 1.
+  __device__ void multiply(float (&mixed)[4], u32 b, u32 later_b, u32 added_b) const {
+    float sums[4] = {};
+    if constexpr (N <= 8) {
+      mma(sums, upper[0], upper[1], upper[2], upper[3], {b, added_b});
+      mixed[0] = sums[0] + sums[2], mixed[1] = sums[1] + sums[3];
+    } else {
+      mma_k8(sums, added[0][1], added[1][1], added_b);
+      mma(sums, lower[0], lower[1], lower[2], lower[3], {b, later_b});
+      mma_k8(sums, added[0][0], added[1][0], added_b);
+      mma(sums, upper[0], upper[1], upper[2], upper[3], {b, later_b});
+#pragma unroll
+      for (int v = 0; v < 4; ++v) mixed[v] = sums[v];
+    }
+  }
+};
+
+// New streams of a warp's channels. `from` and `to` are those of the token and may be the same; `added` may be null.
+template <bool ALIGNED>
+__device__ inline void mix_channels(const Weights& weights, const Stream* from, const Stream* added,
+                                    Stream* to, int first, int n, int hidden) {
+  constexpr int kHalves = N / 8;
+  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+#pragma unroll
+  for (int unit = first; unit < first + kWarpChannels; unit += 64) {
+    if (unit >= hidden) break;
+    // Of the streams 2 q, 2 q + 1, 2 q + 8 and 2 q + 9. Column g of B is channel 8 g + e.
+    Pack<Stream, 8> xs[2 * kHalves], ys = {};
+#pragma unroll
+    for (int k = 0; k < 2 * kHalves; ++k) {
+      const int j = 2 * q + k % 2 + k / 2 * 8;
+      load<ALIGNED>(xs[k], from + (long long)j * hidden, unit + 8 * g, j < n ? hidden : 0);
+    }
+    if (added && q == 0) load<ALIGNED>(ys, added, unit + 8 * g, hidden);
+    float values[kHalves][2][8];  // of the streams g and g + 8, from channel 16 q on
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const auto pair_of = [&](u32 low, u32 high) {
+        return __byte_perm(low, high, e % 2 ? 0x7632 : 0x5410);
+      };
+      float mixed[4];
+      weights.multiply(mixed, pair_of(xs[0].words[e / 2], xs[1].words[e / 2]),
+                       pair_of(xs[2 * kHalves - 2].words[e / 2], xs[2 * kHalves - 1].words[e / 2]),
+                       pair_of(ys.words[e / 2], 0));
+#pragma unroll
+      for (int v = 0; v < 2 * kHalves; ++v) values[v / 2][v % 2][e] = mixed[v];
+    }
+#pragma unroll
+    for (int v = 0; v < 2 * kHalves; ++v) {
+      const int i = g + v / 2 * 8;
+      Pack<Stream, 8> result;
+      result.set(values[v / 2][v % 2]);
+      store<ALIGNED>(result, to + (long long)i * hidden, unit + 16 * q + v % 2 * 8,
+                     i < n ? hidden : 0);
+    }
+  }
+}
 
 // ---- forward ------------------------------------------------------------------------------------
 
@@ -16,6 +125,16 @@ __device__ inline void post_fwd(const Stream* x, const Stream* y, const float* h
                                 const float* h_res, Stream* x_new, int tokens, int slab,
                                 int num_streams, int hidden) {
   const int n = EXACT ? N : num_streams;
+  if constexpr (kMixesByWarps) {
+    const WarpItem item(tokens, slab, hidden);
+    if (!item.exists) return;
+    const long long token = item.token, row = token * n * hidden;
+    const float *own_res = h_res + token * n * n, *own_post = h_post + token * n;
+    const Weights weights([&](int i, int j) { return i < n && j < n ? own_res[i * n + j] : 0.f; },
+                          [&](int i) { return i < n ? own_post[i] : 0.f; });
+    return mix_channels<ALIGNED>(weights, x + row, y + token * hidden, x_new + row, item.first, n,
+                                 hidden);
+  }
   const Item<V, kThreads> item(tokens, slab, hidden);
   if (!item.exists) return;
   const long long token = item.token, row = token * n * hidden;
@@ -44,6 +163,15 @@ template <bool ALIGNED>
 __device__ inline void mix(const Stream* d_x_new, const float* h_res, Stream* d_x, int tokens,
                            int slab, int num_streams, int hidden) {
   const int n = EXACT ? N : num_streams;
+  if constexpr (kMixesByWarps) {
+    const WarpItem item(tokens, slab, hidden);
+    if (!item.exists) return;
+    const long long row = item.token * n * hidden;
+    const float* own_res = h_res + item.token * n * n;
+    const Weights weights([&](int j, int i) { return i < n && j < n ? own_res[i * n + j] : 0.f; },
+                          [](int) { return 0.f; });
+    return mix_channels<ALIGNED>(weights, d_x_new + row, nullptr, d_x + row, item.first, n, hidden);
+  }
   const Item<V, kThreads> item(tokens, slab, hidden);
   if (!item.exists) return;
   const long long token = item.token;

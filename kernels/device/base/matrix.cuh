@@ -91,6 +91,16 @@ __device__ inline float inverse_of_unit(float unit) {
 }
 __device__ inline u32 magnitude(float v) { return __float_as_uint(v) & 0x7fffffff; }
 
+// The unit for some numbers, that of a warp.
+__device__ inline float unit_of(const float* numbers, int count) {
+  u32 largest = 0;
+#pragma unroll 8
+  for (int at = threadIdx.x % 32; at < count; at += 32) {
+    largest = max(largest, magnitude(numbers[at]));
+  }
+  return half_unit(__reduce_max_sync(kAllLanes, largest));
+}
+
 __device__ inline u32 half_pair(float a, float b) { return pair_of((f16*)nullptr, a, b); }
 
 // Of pairs of numbers in two bfloat16 parts.

@@ -13,6 +13,7 @@ constexpr int kChannels = tuning_d_phi::channels;
 // Octets whose sums a warp holds, 16 registers a thread each; beside float32 streams half as many.
 constexpr int kMostOctets = tuning_d_phi::octets / (sizeof(Stream) == 4 ? 2 : 1);
 constexpr int kOctets = EXACT && SIZE < kMostOctets ? SIZE : kMostOctets;
+static_assert(!EXACT || SIZE % kOctets == 0);
 constexpr int kStream = kStreamParts<Stream>;
 constexpr int kWeight = kWeightParts<Stream>;
 // Pairs of channels whose parts are in registers at once.
@@ -53,28 +54,39 @@ struct Sums {
           }
         }
       }
+      // Two octets in turn: one would wait for the last product.
 #pragma unroll
-      for (int octet = 0; octet < kOctets; ++octet) {
-        if ((!EXACT || SIZE % kOctets) && octet >= octets) break;
-        float fresh[kPairs][4] = {};
+      for (int octet = 0; octet < kOctets; octet += 2) {
+        if (!EXACT && octet >= octets) break;
+        // An octet behind the last one repeats that, and nobody stores its sums.
+        const int behind = octet + 1 < (EXACT ? kOctets : octets) ? octet + 1 : octet;
+        float fresh[2][kPairs][4] = {};
 #pragma unroll
         for (int w = kWeight - 1; w >= 0; --w) {
-          const uint2 b = dm[(octet * kWeight + w) * 32 + lane];
+          const uint2 b[2] = {dm[(octet * kWeight + w) * 32 + lane],
+                              dm[(behind * kWeight + w) * 32 + lane]};
 #pragma unroll
           for (int p = kStream - 1; p >= 0; --p) {
             if (!counts<Stream>(p, w)) continue;
 #pragma unroll
-            for (int j = 0; j < kPairs; ++j) {
-              const u32(&x)[4] = a[j][p];
-              mma(kRounded ? fresh[j] : sums[octet][first + j], x[0], x[1], x[2], x[3], b);
+            for (int o = 0; o < 2 && octet + o < kOctets; ++o) {
+#pragma unroll
+              for (int j = 0; j < kPairs; ++j) {
+                const u32(&x)[4] = a[j][p];
+                mma(kRounded ? fresh[o][j] : sums[octet + o][first + j], x[0], x[1], x[2], x[3],
+                    b[o]);
+              }
             }
           }
         }
         if constexpr (kRounded) {
 #pragma unroll
-          for (int j = 0; j < kPairs; ++j) {
+          for (int o = 0; o < 2 && octet + o < kOctets; ++o) {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) sums[octet][first + j][e] += fresh[j][e];
+            for (int j = 0; j < kPairs; ++j) {
+#pragma unroll
+              for (int e = 0; e < 4; ++e) sums[octet + o][first + j][e] += fresh[o][j][e];
+            }
           }
         }
       }
@@ -139,12 +151,16 @@ __device__ inline void d_phi(const Stream* x, Fragments dm, float* partial, int 
     if (k + v >= width) break;
 #pragma unroll
     for (int octet = 0; octet < kOctets; ++octet) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int c = (first_octet + octet) * 8 + 2 * q + e;
-        if (octet < octets && c < dm.num_columns) {
-          out[(long long)(k + v) * dm.num_columns + c] = sums.sums[octet][v / 2][v % 2 * 2 + e];
-        }
+      const int c = (first_octet + octet) * 8 + 2 * q;
+      if (octet >= octets || c >= dm.num_columns) continue;
+      float* to = out + (long long)(k + v) * dm.num_columns + c;
+      const float (&pair)[4] = sums.sums[octet][v / 2];
+      const float2 own = {pair[v % 2 * 2], pair[v % 2 * 2 + 1]};
+      if (dm.num_columns % 2 == 0) {
+        *reinterpret_cast<float2*>(to) = own;
+      } else {
+        to[0] = own.x;
+        if (c + 1 < dm.num_columns) to[1] = own.y;
       }
     }
   }

@@ -25,21 +25,11 @@ constexpr int kBlocks =
     sizeof(Stream) == 2 && __CUDA_ARCH__ < 1000 ? int(tuning_project_back::blocks) : 1;
 
 // Groups of 16 columns whose products are under way at once; more would take too many registers.
-constexpr int kHexetsAhead = kParts == 1 && EXACT                ? (SIZE + 1) / 2
-                             : SIZE < 10 && __CUDA_ARCH__ < 1000 ? 2
-                                                                 : 1;
+constexpr int kHexetsAhead = kParts == 1 && EXACT                                 ? (SIZE + 1) / 2
+                             : (SIZE < 10 || kParts == 1) && __CUDA_ARCH__ < 1000 ? 2
+                                                                                  : 1;
 
 // ---- phi ----------------------------------------------------------------------------------------
-
-// The unit in which the rows of phi fit into float16.
-__device__ inline float unit_of(const float* phi, int rows, int columns) {
-  u32 largest = 0;
-#pragma unroll 8
-  for (int at = threadIdx.x % 32; at < rows * columns; at += 32) {
-    largest = max(largest, magnitude(phi[at]));
-  }
-  return half_unit(__reduce_max_sync(kAllLanes, largest));
-}
 
 // An A fragment of phi in parts: the row k and the next one, columns of one hexet; zero from row `end` on.
 __device__ inline void phi_fragment(uint4 (&parts)[kParts], const float* phi, int k, int end,
@@ -201,7 +191,7 @@ __device__ inline void project_back(const Stream* x, const float* phi, Fragments
   const float phi_unit = kParts > 1
                              ? 1.f
                              : unit_of(stream_phi + (long long)first_channel * dm.num_columns,
-                                       min(hidden - first_channel, kChannels), dm.num_columns);
+                                       min(hidden - first_channel, kChannels) * dm.num_columns);
   const float scale = inverse_of_unit(phi_unit);
   for (int hexet = group; (EXACT || has_phi) && hexet < hexets; hexet += groups) {
 #pragma unroll

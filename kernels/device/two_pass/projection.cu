@@ -207,8 +207,8 @@ KERNEL(project, kThreads, kStream == 1 ? 2 : 1)
 static_assert(kTile == tuning_project_tiled::tokens);
 
 KERNEL(phi_fragments, tuning_phi_fragments::threads)
-(const float* phi, uint2* fragments, int width, int columns, int octets, int chunks) {
-  tiled::phi_fragments(phi, fragments, width, columns, octets, chunks);
+(const float* phi, uint2* fragments, int width, int columns, int octets, int chunks, int aligned) {
+  tiled::phi_fragments(phi, fragments, width, columns, octets, chunks, aligned);
 }
 
 #define PROJECT(name, aligned)                                                              \
@@ -242,14 +242,17 @@ __device__ inline int token_of(int r, int q) { return 2 * q + r % 2 + r / 2 * 8;
 
 #include "two_pass/project_back.cuh"
 
-#define BACK(name, aligned, mixes)                                                                \
-  KERNEL(name, kThreads, back::kBlocks)                                                           \
-  (const Stream* x, const float* phi, u32* rows, int num_columns, const float* h_pre,             \
-   const float2* factors, const Stream* d_u, const Stream* d_x_in, const float* h_res,            \
-   Stream* d_x, int tokens, int n, int hidden, int units, int has_phi, int has_dm) {              \
-    back::project_back<aligned, mixes>(x, phi, {rows, nullptr, num_columns}, h_pre, factors, d_u, \
-                                       d_x_in, h_res, d_x, tokens, n, hidden, units, has_phi,     \
-                                       has_dm);                                                   \
+// Beside bfloat16 streams project_back_streams mixes.
+#define BACK(name, aligned, mixes)                                                             \
+  KERNEL(name, kThreads, back::kBlocks)                                                        \
+  (const Stream* x, const float* phi, u32* rows, int num_columns, const float* h_pre,          \
+   const float2* factors, const Stream* d_u, const Stream* d_x_in, const float* h_res,         \
+   Stream* d_x, int tokens, int n, int hidden, int units, int has_phi, int has_dm) {           \
+    if constexpr (!mixes || back::kParts > 1) {                                                \
+      back::project_back<aligned, mixes>(x, phi, {rows, nullptr, num_columns}, h_pre, factors, \
+                                         d_u, d_x_in, h_res, d_x, tokens, n, hidden, units,    \
+                                         has_phi, has_dm);                                     \
+    }                                                                                          \
   }
 BACK(project_back, true, false)
 BACK(project_back_mixing, true, true)

@@ -15,16 +15,18 @@ struct Rows {
   char* bytes;
 
   // The pieces of a row are in an order that lets the lanes of a warp read from all banks at once: with 32 values those
-  // of 8 tokens, a quarter of a row each, with 64 values those of every second of 8 tokens, an eighth each.
-  __device__ char* piece(int row, int piece) const {
+  // of 8 tokens, a quarter of a row each, or the same quarter of 8 tokens; with 64 values those of every second of 8
+  // tokens, an eighth each.
+  __device__ static int place(int row, int piece) {
     if constexpr (ALIGNED && VALUES == 64) {
       const int pair = row / 2;
       piece ^= sizeof(Stream) == 2 ? pair % 4 * 2 : pair % 2 + pair / 2 % 2 * 4;
-    } else if constexpr (ALIGNED && sizeof(Stream) == 4) {
-      piece ^= row % 2;
+    } else if constexpr (ALIGNED) {
+      piece ^= sizeof(Stream) == 2 ? row / 2 % 4 : row % 2;
     }
-    return bytes + row * kRowBytes + piece * 16;
+    return row * kRowBytes + piece * 16;
   }
+  __device__ char* piece(int row, int piece) const { return bytes + place(row, piece); }
 
   // Values of `token` that lie before the first of a row in its piece.
   __device__ static int shift(const Stream* x, long long token, int width) {

@@ -130,6 +130,10 @@ struct Cluster {
 };
 
 inline Cluster* cluster;
+// Shared memory of blocks that run one at a time and reach it by pointers; null where addresses are enough.
+inline unsigned char* static_memory;
+// The row of blocks that runs, and how many there are.
+inline unsigned row_of_blocks = 0, num_rows = 1;
 inline Thread* current;
 // Whether a thread got on since this was last unset.
 inline bool has_progress;
@@ -187,6 +191,7 @@ inline unsigned char* at(unsigned address, unsigned bytes, unsigned alignment) {
   const bool is_there = rank < cluster->blocks.size() && place >= kFirst &&
                         place + bytes <= kFirst + kSharedBytes && place % alignment == 0;
   if (!is_there) fail("an address outside of shared memory, or not aligned");
+  if (static_memory) return static_memory + (place - kFirst);
   return cluster->blocks[rank].memory.get() + place;
 }
 
@@ -214,6 +219,7 @@ inline void run_cluster(unsigned index, unsigned num_clusters, unsigned ranks, u
     block.rank = t / num_threads;
     block.index = index * ranks + block.rank;
     if (t % num_threads == 0) memset(block.memory.get(), 0xff, kFirst + kSharedBytes);
+    if (static_memory) memset(static_memory, 0xff, kSharedBytes);
     warps[t / 32].block = &block;
     stacks.emplace_back(new char[kStackBytes]);
     uintptr_t top = reinterpret_cast<uintptr_t>(stacks.back().get() + kStackBytes) & ~uintptr_t(15);
@@ -256,16 +262,18 @@ inline void run_cluster(unsigned index, unsigned num_clusters, unsigned ranks, u
 // ---- words of CUDA C++ -----------------------------------------------------------------------------
 
 struct Index {
-  struct {
+  struct Number {
     unsigned (*value)();
     operator unsigned() const { return value(); }
-  } x;
+  } x, y;
 };
 inline const Index threadIdx{{[] { return emulated::current->index; }}};
-inline const Index blockIdx{{[] { return emulated::block().index; }}};
+inline const Index blockIdx{{[] { return emulated::block().index; }},
+                            {[] { return emulated::row_of_blocks; }}};
 inline const Index blockDim{{[] { return emulated::cluster->num_threads; }}};
 inline const Index gridDim{
-    {[] { return emulated::cluster->num_clusters * unsigned(emulated::cluster->blocks.size()); }}};
+    {[] { return emulated::cluster->num_clusters * unsigned(emulated::cluster->blocks.size()); }},
+    {[] { return emulated::num_rows; }}};
 
 inline void __syncwarp() { emulated::exchange(nullptr, 0); }
 inline void __syncthreads() {
@@ -288,8 +296,10 @@ inline unsigned __reduce_max_sync(unsigned, unsigned v) {
   for (int l = 0; l < 32; ++l) most = max(most, values[l][0]);
   return most;
 }
-// Kernels have one array in dynamic shared memory, at its start.
-inline unsigned __cvta_generic_to_shared(const void*) {
-  return emulated::block().rank << 20 | emulated::kFirst;
+// Kernels without pointers have one array in dynamic shared memory, at its start.
+inline unsigned __cvta_generic_to_shared(const void* pointer) {
+  const unsigned start = emulated::block().rank << 20 | emulated::kFirst;
+  if (!emulated::static_memory) return start;
+  return start + unsigned(static_cast<const unsigned char*>(pointer) - emulated::static_memory);
 }
 inline void* __cvta_shared_to_generic(unsigned address) { return emulated::at(address, 1, 1); }

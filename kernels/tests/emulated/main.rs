@@ -1,4 +1,4 @@
-//! The one-pass kernels without a GPU: their sources as they are, compiled for the CPU with other instructions
+//! Kernels with tensor cores or clusters without a GPU: their sources as they are, compiled for the CPU with other instructions
 //! (base/ptx.cuh), run by an emulator of a cluster (emulator.h) and checked against float64.
 
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
@@ -41,12 +41,20 @@ fn build(check: &str, file: &str, size_name: &str, dtype: &str) -> PathBuf {
     program
 }
 
-/// Runs a check: C, tokens, clusters, and whether cotangents are deferred (forward: whether it is post_pre).
-fn run(program: &Path, sizes: [usize; 4], seed: usize, is_spoiled: bool) -> Output {
+/// Runs a check: C, tokens, clusters, and whether cotangents are deferred (forward: whether it is post_pre); then what it
+/// wants besides.
+fn run(program: &Path, sizes: [usize; 4], seed: usize, is_spoiled: bool, more: &[usize]) -> Output {
     let mut check = Command::new(program);
     check.args(sizes.map(|number| number.to_string()));
     check.args([seed, usize::from(is_spoiled)].map(|number| number.to_string()));
+    check.args(more.iter().map(|number| number.to_string()));
     check.output().unwrap()
+}
+
+/// Whether an error is found.
+fn assert_spoiled(output: &Output) {
+    let told = String::from_utf8_lossy(&output.stdout);
+    assert!(told.ends_with("too large an error\n"), "{output:?}");
 }
 
 /// Checks a kernel in some sizes, each with clusters of many sizes whose last block is not full: two of two blocks have
@@ -67,18 +75,13 @@ fn check(name: &str, file: &str, sizes: &[(&str, usize, &str)], most: usize) {
         {
             let hidden = blocks * channels - (seed % 3) * 64;
             let call = [hidden, tokens, clusters, seed % 2];
-            let output = run(&program, call, seed, false);
+            let output = run(&program, call, seed, false, &[]);
             assert!(
                 output.status.success(),
                 "{name} {size} {call:?}: {output:?}"
             );
         }
-        let spoiled = run(&program, [2 * channels, 9, 1, 1], 0, true);
-        let told = String::from_utf8_lossy(&spoiled.stdout);
-        assert!(
-            told.ends_with("too large an error\n"),
-            "{name} {size}: {spoiled:?}"
-        );
+        assert_spoiled(&run(&program, [2 * channels, 9, 1, 1], 0, true, &[]));
     }
 }
 
@@ -114,4 +117,74 @@ fn post_pre_bwd() {
         ("w256k32", 256, "bf16"),
     ];
     check("post_pre_bwd", "one_pass/post_pre_bwd_one_pass", &sizes, 77);
+}
+
+#[test]
+fn back_streams() {
+    // Streams and columns, C, tokens, blocks for a group of channels.
+    for (size, calls) in [
+        ("n2", &[(2, 8, 320, 77, 2), (2, 4, 8, 1, 1)][..]),
+        ("n4", &[(4, 24, 200, 77, 2), (4, 32, 128, 33, 1)]),
+        ("n8", &[(8, 80, 72, 77, 2), (8, 16, 64, 17, 1)]),
+        ("upto4", &[(3, 15, 200, 50, 2), (1, 3, 41, 19, 1), (4, 24, 130, 33, 1)]),
+        ("upto8", &[(5, 35, 136, 50, 2), (7, 63, 61, 19, 1), (8, 80, 65, 33, 1)]),
+    ] {
+        let program = build("back_streams", "two_pass/back_streams", size, "bf16");
+        for (seed, &(n, columns, hidden, tokens, blocks)) in calls.iter().enumerate() {
+            let call = [hidden, tokens, blocks, seed % 2];
+            let output = run(&program, call, seed, false, &[n, columns]);
+            assert!(output.status.success(), "{size} {n} {call:?}: {output:?}");
+        }
+        let (n, columns, ..) = calls[0];
+        assert_spoiled(&run(&program, [64, 9, 1, 0], 0, true, &[n, columns]));
+    }
+}
+
+#[test]
+fn projection() {
+    // n C, tokens, splits of them, chunks of the columns; columns, and whether rows are aligned.
+    for (size, calls) in [
+        ("k80", &[(584, 300, 2, 1, 80, 1)][..]),
+        (
+            "any",
+            &[
+                (200, 77, 2, 1, 35, 1),
+                (72, 17, 1, 3, 288, 1),
+                (90, 33, 1, 1, 15, 0),
+                (61, 270, 2, 1, 63, 0),
+            ],
+        ),
+    ] {
+        let program = build("projection", "two_pass/projection", size, "bf16");
+        for (seed, &(width, tokens, splits, chunks, columns, is_aligned)) in
+            calls.iter().enumerate()
+        {
+            let call = [width, tokens, splits, chunks];
+            let output = run(&program, call, seed, false, &[columns, is_aligned]);
+            assert!(
+                output.status.success(),
+                "{size} {columns} {call:?}: {output:?}"
+            );
+        }
+        let (.., columns, is_aligned) = calls[0];
+        assert_spoiled(&run(&program, [64, 9, 1, 1], 0, true, &[columns, is_aligned]));
+    }
+}
+
+#[test]
+fn post() {
+    for (size, calls) in [
+        ("n8", &[(8, 200, 5)][..]),
+        ("upto8", &[(5, 72, 3), (7, 130, 3)]),
+        ("any", &[(16, 200, 5), (9, 72, 3), (13, 130, 3)]),
+    ] {
+        let program = build("post", "post", size, "bf16");
+        for is_mix in [0, 1] {
+            for &(n, hidden, tokens) in calls {
+                let output = run(&program, [hidden, tokens, 1, is_mix], 0, false, &[n]);
+                assert!(output.status.success(), "{n} {hidden}: {output:?}");
+            }
+            assert_spoiled(&run(&program, [64, 3, 1, is_mix], 0, true, &[calls[0].0]));
+        }
+    }
 }

@@ -5,6 +5,7 @@ use super::Schedule;
 use super::sizes::{self, for_rows, is_aligned};
 use crate::contract::check::CheckedCall;
 use crate::contract::table::Call;
+use crate::contract::view::DType;
 use crate::gpu::kernel::Kernel;
 use crate::gpu::launch::{Arg, Launch};
 
@@ -39,11 +40,25 @@ fn channels_up_to(most: usize, call: &CheckedCall) -> usize {
 
 /// Blocks with a thread for all streams of some channels of a token, and the tokens of a row of them.
 pub fn grid(call: &CheckedCall, kernel: Kernel) -> ([usize; 3], usize) {
-    let threads = call.c.div_ceil(channels(call));
+    grid_of(call, kernel, call.c.div_ceil(channels(call)))
+}
+
+/// The same with so many threads for a token.
+fn grid_of(call: &CheckedCall, kernel: Kernel, threads: usize) -> ([usize; 3], usize) {
     let slab = (SLAB_THREADS / threads).clamp(1, call.tokens.max(1));
     let blocks = (slab * threads).div_ceil(kernel.threads());
     let slabs = call.tokens.div_ceil(slab);
     ([blocks, slabs, 1], slab)
+}
+
+/// The same for kernels that mix streams: many bfloat16 streams have a warp for some channels (`kMixesByWarps`).
+fn mixing_grid(call: &CheckedCall, kernel: Kernel) -> ([usize; 3], usize) {
+    let are_many = sizes::streams_bound(call.n, is_aligned(call.c)) >= 8;
+    if are_many && call.dtype == DType::Bf16 {
+        grid_of(call, kernel, 32 * call.c.div_ceil(kernel.more("channels")))
+    } else {
+        grid(call, kernel)
+    }
 }
 
 /// Threads of a block that has the channels of a token (`kTokenChannels` of math/post.cuh).
@@ -58,7 +73,7 @@ pub fn token_threads(call: &CheckedCall, kernel: Kernel) -> u32 {
 /// X' at `x_new`.
 pub fn forward(call: &CheckedCall, x_new: u64) -> Launch {
     let kernel = kernel(call, ["post_fwd", "post_fwd_unaligned"]);
-    let (grid, slab) = grid(call, kernel);
+    let (grid, slab) = mixing_grid(call, kernel);
     kernel.launch(
         grid,
         vec![
@@ -78,7 +93,7 @@ pub fn forward(call: &CheckedCall, x_new: u64) -> Launch {
 /// H_res^T times the gradient of X' at `d_x_new`, which may lie where d_x goes.
 pub fn mix(call: &CheckedCall, d_x_new: u64, h_res: u64, d_x: u64) -> Launch {
     let kernel = kernel(call, ["mix", "mix_unaligned"]);
-    let (grid, slab) = grid(call, kernel);
+    let (grid, slab) = mixing_grid(call, kernel);
     kernel.launch(
         grid,
         vec![

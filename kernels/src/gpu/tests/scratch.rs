@@ -89,7 +89,7 @@ fn floats(call: &CheckedCall, launch: &Launch) -> Vec<(usize, usize)> {
             (14, blocks * 2 * iters * 32),
         ],
         "sum_gates" => vec![(0, int(3) * (int(4) + 3))],
-        "project_back" | "project_back_mixing" => vec![
+        "project_back" | "project_back_mixing" | "project_back_streams" => vec![
             (0, streams(tokens * n * c)),
             (2, dm[0]),
             (4, tokens * n),

@@ -260,6 +260,18 @@ inline void copy_part(u32 to, const void* from, bool exists) {
   write4(to, exists ? *static_cast<const uint4*>(from) : uint4{});
 }
 inline void arrive_behind_copies(u32 barrier) { arrive(barrier); }
+inline void copy_async(void* to, const void* from, int bytes = 16) {
+  const u64 start = reinterpret_cast<u64>(to) - reinterpret_cast<u64>(emulated::static_memory);
+  if (start + 16 > emulated::kSharedBytes || start % 16 || reinterpret_cast<u64>(from) % 16) {
+    emulated::fail("a copy of 16 bytes");
+  }
+  memset(to, 0, 16);
+  memcpy(to, from, bytes);
+}
+inline void copy_word_async(void* to, const void* from) { memcpy(to, from, 4); }
+inline void commit_async() {}
+template <int PENDING>
+void wait_for_async() {}
 
 // ---- the place of a thread; global memory and registers ------------------------------------------------
 

@@ -1,6 +1,7 @@
 //! Launches of the products with phi (projection.cu).
 
 use crate::contract::check::CheckedCall;
+use crate::contract::config::Constraint;
 use crate::contract::view::DType;
 use crate::gpu::device::{Device, MAX_ROWS, SHARED_BYTES};
 use crate::gpu::kernel::Kernel;
@@ -10,9 +11,10 @@ use crate::gpu::schedules::{DXIn, post};
 use crate::gpu::tuning::{OCTETS, Size};
 use crate::gpu::workspace::{Part, Workspace};
 
-/// Blocks of d_phi's kernel that a large GPU runs at once. A constant, because the order of the sums
-/// follows from it.
-const D_PHI_BLOCKS: usize = 264;
+/// Multiprocessors of a large GPU, and tiles of a call with many tokens, for which the sums of d_phi are cut. Constants,
+/// because the order of the sums follows from them.
+const D_PHI_MULTIPROCESSORS: usize = 132;
+const D_PHI_TILES: usize = 512;
 
 /// How the projection of a call is cut.
 #[derive(Debug, Clone, Copy)]
@@ -152,7 +154,9 @@ impl Projection {
     }
 
     fn d_phi_splits(&self) -> usize {
-        (D_PHI_BLOCKS / self.d_phi_blocks().iter().product::<usize>()).clamp(1, 32)
+        let resident = self.kernel("d_phi").more("blocks") / self.dtype.num_bytes().div_ceil(2);
+        let blocks = self.d_phi_blocks().iter().product();
+        sets_of_tiles(blocks, D_PHI_MULTIPROCESSORS * resident.max(1), D_PHI_TILES).min(32)
     }
 
     /// The sums of `d_phi` over some tokens each.
@@ -260,6 +264,7 @@ fn project_many(
         ]
         .into_iter()
         .chain(sizes)
+        .chain([Arg::I32(i32::from(is_aligned(projection.c)))])
         .collect(),
     );
     let tiles = call.tokens.div_ceil(block_tokens);
@@ -374,7 +379,7 @@ impl Projection {
         blocks.find(|block| block.shared_bytes <= device.max_shared_bytes as usize)
     }
 
-    /// The kernel that mixes a deferred cotangent on its way, and its block. None where there is none, or it does not fit.
+    /// The kernel that mixes a deferred cotangent on its way, and its block. None where it does not fit.
     fn mixing(&self, device: &Device) -> Option<(Kernel, BackBlock)> {
         let kernel = self.kernel("project_back_mixing");
         // An exact size expects the streams that most calls with so many columns have.
@@ -390,6 +395,35 @@ impl Projection {
         };
         Some((kernel, self.mixing_block(kernel, device)?))
     }
+
+    /// The kernel whose blocks have all streams. None where there are too many, or of another dtype.
+    fn streams_kernel(&self) -> Option<Kernel> {
+        if self.dtype != DType::Bf16 {
+            return None;
+        }
+        let function = for_rows(
+            self.c,
+            ["project_back_streams", "project_back_streams_unaligned"],
+        );
+        let size = sizes::streams(self.n, is_aligned(self.c));
+        Kernel::find(function, size, self.dtype)
+            .filter(|kernel| self.hexets() <= kernel.more("hexets"))
+    }
+
+    /// Channels of a block of it: it has eight rows of channels, whatever the number of streams.
+    fn streams_channels(&self, kernel: Kernel) -> usize {
+        let streams = sizes::streams_bound(self.n, is_aligned(self.c));
+        kernel.more("channels") * (8 / streams)
+    }
+}
+
+/// Into how many sets `tiles` are cut, each of them for `blocks` blocks of which `slots` run at once: with few sets
+/// multiprocessors idle at the end, with many their blocks start more often. A start takes as long as a few tiles.
+fn sets_of_tiles(blocks: usize, slots: usize, tiles: usize) -> usize {
+    const START: usize = 4;
+    let most = (8 * slots / blocks).clamp(1, tiles.clamp(1, MAX_ROWS));
+    let time = |sets: usize| (blocks * sets).div_ceil(slots) * (tiles.div_ceil(sets) + START);
+    (1..=most).min_by_key(|&sets| time(sets)).unwrap_or(1)
 }
 
 /// d_x, with the cotangent of the streams that is added to it.
@@ -402,9 +436,17 @@ pub fn project_back(
     d_x_in: DXIn,
 ) -> Vec<Launch> {
     let d_x = call.result_address(call.kind.first_result());
+    // `identity` has nothing to mix.
+    let is_mixed = call.config.constraint != Constraint::Identity;
+    let h_res = d_x_in.h_res.filter(|_| is_mixed);
+    if let (Some(h_res), Some(kernel)) = (h_res, projection.streams_kernel()) {
+        let added = [d_x_in.address, h_res];
+        let launch = all_streams(call, device, projection, kernel, x, factors, added);
+        return vec![launch];
+    }
     // H_res^T is applied on the way where that fits, and beforehand where not.
-    let mixing = d_x_in.h_res.and_then(|_| projection.mixing(device));
-    let mix = (d_x_in.h_res)
+    let mixing = h_res.and_then(|_| projection.mixing(device));
+    let mix = h_res
         .filter(|_| mixing.is_none())
         .map(|h_res| post::mix(call, d_x_in.address, h_res, d_x));
     let added = if mix.is_some() { d_x } else { d_x_in.address };
@@ -425,7 +467,7 @@ pub fn project_back(
     let shared_allows = device.max_shared_bytes as usize / shared_bytes.max(1);
     let slots = device.num_sms as usize * registers_allow.min(shared_allows).max(1);
     let tiles = call.tokens.div_ceil(kernel.tokens() * groups);
-    let sets = (slots / blocks).clamp(1, tiles.clamp(1, MAX_ROWS));
+    let sets = sets_of_tiles(blocks, slots, tiles);
     let args = vec![
         Arg::Pointer(x),
         Arg::Pointer(call.operand_address("phi")),
@@ -435,7 +477,7 @@ pub fn project_back(
         Arg::Pointer(factors.of_tokens),
         Arg::Pointer(factors.d_u),
         Arg::Pointer(added),
-        Arg::Pointer(d_x_in.h_res.unwrap_or(0)),
+        Arg::Pointer(h_res.unwrap_or(0)),
         Arg::Pointer(d_x),
         Arg::I32(call.tokens as i32),
         Arg::I32(projection.n as i32),
@@ -450,6 +492,40 @@ pub fn project_back(
         ..kernel.launch([blocks, sets, 1], args)
     };
     mix.into_iter().chain([back]).collect()
+}
+
+/// d_x by blocks with all streams, from a cotangent and the H_res by which it is deferred.
+fn all_streams(
+    call: &CheckedCall,
+    device: &Device,
+    projection: Projection,
+    kernel: Kernel,
+    x: u64,
+    factors: &Factors,
+    [d_x_in, h_res]: [u64; 2],
+) -> Launch {
+    let groups = projection.c.div_ceil(projection.streams_channels(kernel));
+    let slots = device.num_sms as usize * kernel.more("blocks");
+    let sets = sets_of_tiles(groups, slots, call.tokens.div_ceil(kernel.tokens()));
+    kernel.launch(
+        [groups * sets, 1, 1],
+        vec![
+            Arg::Pointer(x),
+            Arg::Pointer(call.operand_address("phi")),
+            Arg::Pointer(factors.dm[0]),
+            Arg::I32(projection.columns as i32),
+            Arg::Pointer(factors.h_pre),
+            Arg::Pointer(factors.of_tokens),
+            Arg::Pointer(factors.d_u),
+            Arg::Pointer(d_x_in),
+            Arg::Pointer(h_res),
+            Arg::Pointer(call.result_address(call.kind.first_result())),
+            Arg::I32(call.tokens as i32),
+            Arg::I32(projection.n as i32),
+            Arg::I32(projection.c as i32),
+            Arg::I32(groups as i32),
+        ],
+    )
 }
 
 /// d_phi, by way of `partial`.
