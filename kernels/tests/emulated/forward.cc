@@ -1,4 +1,5 @@
-// pre_fwd_one_pass and post_pre_fwd_one_pass on a CPU against float64: the latter where `deferred` is set.
+// The kernels of one_pass_fwd.cu on a CPU against float64: post_pre where `deferred` is set, with a layer norm for some
+// seeds.
 
 #include "check.h"
 #include "one_pass/one_pass_fwd.cu"
@@ -6,16 +7,28 @@
 unsigned char memory[1];
 
 static Map x_map, y_map;
-static const float *phi, *alpha, *bias, *h_post_in, *h_res_in;
+static const float *phi, *alpha, *bias, *h_post_in, *h_res_in, *norm_scale;
 static u16 *x_new, *u;
-static float *h_pre, *h_post, *h_res, *m, *r;
+static float *h_pre, *h_post, *h_res, *m, *r, *rho;
 static int tokens, hidden;
 static Settings own_settings;
+constexpr float kNormScaleEps = 1e-4f;
 
 static void pre() {
   CONCAT(mhc_pre_fwd_one_pass, SUFFIX)
   (x_map.tensor_map(), phi, alpha, bias, reinterpret_cast<Stream*>(u), h_pre, h_post, h_res, m, r,
    tokens, hidden, own_settings);
+}
+static void pre_norm() {
+  CONCAT(mhc_pre_norm_fwd_one_pass, SUFFIX)
+  (x_map.tensor_map(), phi, alpha, bias, norm_scale, reinterpret_cast<Stream*>(u), h_pre, h_post,
+   h_res, m, r, rho, kNormScaleEps, tokens, hidden, own_settings);
+}
+static void post_pre_norm() {
+  CONCAT(mhc_post_pre_norm_fwd_one_pass, SUFFIX)
+  (x_map.tensor_map(), y_map.tensor_map(), h_post_in, h_res_in, phi, alpha, bias, norm_scale,
+   reinterpret_cast<Stream*>(x_new), reinterpret_cast<Stream*>(u), h_pre, h_post, h_res, m, r, rho,
+   kNormScaleEps, tokens, hidden, own_settings);
 }
 static void post_pre() {
   CONCAT(mhc_post_pre_fwd_one_pass, SUFFIX)
@@ -66,7 +79,7 @@ static void mix(const double* z, double (&mixed)[N][N]) {
 
 int main(int, char** argv) {
   const Sizes sizes(argv);
-  const bool is_post_pre = sizes.deferred;
+  const bool is_post_pre = sizes.deferred, has_norm = sizes.seed >= 3;
   constexpr int K = kColumns;
   tokens = sizes.tokens, hidden = sizes.hidden;
   own_settings = settings();
@@ -85,20 +98,23 @@ int main(int, char** argv) {
   h_res_in = floats(size_t(tokens) * N * N, any);
   h_pre = guarded<float>(size_t(tokens) * N), h_post = guarded<float>(size_t(tokens) * N);
   h_res = guarded<float>(size_t(tokens) * N * N), m = guarded<float>(size_t(tokens) * K);
-  r = guarded<float>(tokens);
-  const int box = is_post_pre ? Plan<true, false>::kTokens : Plan<false, false>::kTokens;
+  r = guarded<float>(tokens), rho = guarded<float>(tokens), norm_scale = floats(hidden, any);
+  const int boxes[2][2] = {{Plan<false, false>::kTokens, Plan<false, true>::kTokens},
+                           {Plan<true, false>::kTokens, Plan<true, true>::kTokens}};
+  const int box = boxes[is_post_pre][has_norm];
+  void (*const kernels[2][2])() = {{pre, pre_norm}, {post_pre, post_pre_norm}};
   x_map = {x, tokens, N, hidden, 0, 1, box, SIZE, N};
   y_map = {y, tokens, 1, hidden, 0, 1, box, SIZE, 1};
   for (int c = 0; c < sizes.clusters; ++c) {
     emulated::run_cluster(c, sizes.clusters, sizes.ranks(SIZE), kThreads,
-                          is_post_pre ? post_pre : pre, sizes.seed + c);
+                          kernels[is_post_pre][has_norm], sizes.seed + c);
   }
   sizes.spoil(phi);
 
   Error of_u{"u", kRoundingError}, of_m{"m", kFloatError}, of_r{"r", kFloatError},
-      of_h{"h", kFloatError};
+      of_h{"h", kFloatError}, of_rho{"rho", kFloatError};
   Error of_x_new{"x_new", kRoundingError};
-  of_x_new.add(1, 1);
+  of_x_new.add(1, 1), of_rho.add(1, 1);
   std::vector<double> own(size_t(N) * hidden);
   for (int t = 0; t < tokens; ++t) {
     double squares = 0, z[K], mixed[N][N];
@@ -132,12 +148,19 @@ int main(int, char** argv) {
       of_h.add(h_post[t * N + i], 2 * logistic(z[N + i]));
       for (int j = 0; j < N; ++j) of_h.add(h_res[(t * N + i) * N + j], mixed[i][j]);
     }
+    std::vector<double> sums(hidden);
+    double squares_of_u = 0;
     for (int c = 0; c < hidden; ++c) {
-      double sum = 0;
       for (int i = 0; i < N; ++i) {
-        sum += (logistic(z[i]) + settings().pre_eps) * own[i * hidden + c];
+        sums[c] += (logistic(z[i]) + settings().pre_eps) * own[i * hidden + c];
       }
-      of_u.add(of_bf16(u[size_t(t) * hidden + c]), sum);
+      squares_of_u += sums[c] * sums[c];
+    }
+    const double norm_of_u = 1 / std::sqrt(squares_of_u / hidden + kNormScaleEps);
+    if (has_norm) of_rho.add(rho[t], norm_of_u);
+    for (int c = 0; c < hidden; ++c) {
+      const double scale = has_norm ? norm_of_u * norm_scale[c] : 1;
+      of_u.add(of_bf16(u[size_t(t) * hidden + c]), scale * sums[c]);
     }
   }
 }
