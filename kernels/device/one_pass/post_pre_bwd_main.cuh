@@ -25,8 +25,11 @@ __device__ inline u32 of_unit(u32 at, u32 unit) {
 }
 
 // Fragments of 16 channels and 8 tokens have the channels g and g + 8, and in neighbouring columns the
-// tokens q and q + 4: so those of two products with four tokens each make one for eight.
-__device__ inline u32 token_of_column(u32 column) { return column / 2 + 4 * (column % 2); }
+// tokens q and 4 + (q ^ 2): so those of two products with four tokens each make one for eight. `2`: what lanes have of a
+// table for one product is zero where they have something for the other.
+__device__ inline u32 token_of_column(u32 column) {
+  return column % 2 ? 4 + (column / 2 ^ 2) : column / 2;
+}
 
 struct MainWarp {
   const Block& block;
@@ -37,9 +40,10 @@ struct MainWarp {
   u32 vectors;  // of y and d_u; the first two of the four matrices are y's
   u32 outputs;  // stmatrix addresses of d_X'
   float phi_units[kUnits];
-  u32 dm_columns;                       // ldmatrix address within the replies
-  u32 table;                            // where the words of this lane lie in a table
-  u32 take_high, take_low;              // what makes fragments of them
+  u32 dm_columns;  // ldmatrix address within the replies
+  u32 table;       // where the words of this lane lie in a table
+  u32 take_high[2],
+      take_low[2];  // what makes fragments of them, for the products of either four tokens
   float d_phi[N][kUnits][kOctets][4];   // where kSumsPhi
   u32 phi_words[N][kUnits][kPhiWords];  // where kHoldsPhi; elsewhere of a tile
 
@@ -64,13 +68,17 @@ struct MainWarp {
               swizzled(token, unit ^ odd_output * kOddSwizzle);
     dm_columns = token * kReplyStride + matrix_of_lane / 2 * 16 + matrix_of_lane % 2 * kReplyLow;
 
-    // A fragment that mixes has token g / 2 of stream g % 2 in column g, and in the rows 2q and 2q + 1 two
-    // tokens of another stream: at most one of both is the column's, and the rest is zero.
+    // A fragment that mixes has a token of stream g % 2 in column g, and in the rows 2q and 2q + 1 two tokens of another
+    // stream: at most one of both is the column's, and the rest is zero. Of the tokens 0 to 3 column g has g / 2, of the
+    // others 4 + (g / 2 ^ 2): so a lane has a word of one of the two fragments alone.
     const u32 g = lane / 4, q = lane % 4;
-    table = ((g / 2 * 2 + g % 2) * 2 + q / 2) * 16;
-    const bool has_token = g / 4 == q % 2, upper = g / 2 % 2;
-    take_high = !has_token ? 0x4444 : upper ? 0x1044 : 0x4410;
-    take_low = !has_token ? 0x4444 : upper ? 0x3244 : 0x4432;
+    const u32 which = g / 4 == q % 2 ? 0 : 1, upper = g / 2 % 2;
+    table = Tables::place(which ? 4 + (g / 2 ^ 2) : g / 2, g) + q / 2 * 16;
+#pragma unroll
+    for (u32 e = 0; e < 2; ++e) {
+      take_high[e] = e != which ? 0x4444 : upper ? 0x1044 : 0x4410;
+      take_low[e] = e != which ? 0x4444 : upper ? 0x3244 : 0x4432;
+    }
   }
 
   // phi as fragments, into shared memory and from there into registers if it is kept there. Two units at a
@@ -130,7 +138,8 @@ struct MainWarp {
       }
       if (kHoldsPhi && has_unit(unit)) read_phi(phi_words[i][unit], i, unit, lane);
     }
-    for (u32* number : {&streams, &gradients, &vectors, &table, &take_high, &take_low})
+    for (u32* number : {&streams, &gradients, &vectors, &table, &take_high[0], &take_high[1],
+                        &take_low[0], &take_low[1]})
       keep(*number);
     // The fourth unit takes the last register.
     if constexpr (kUnits < 4) keep(outputs);
@@ -160,30 +169,33 @@ struct MainWarp {
     read_transposed(fragments[1], (at ^ 4 * 16) + 4 * kRowBytes);
   }
 
-  // Mixes four streams of four tokens to the streams i and i + 1: (channel g, i), (g, i + 1), (g + 8, i),
-  // (g + 8, i + 1) of the token q. `first` and `second` are words of a table, for two of the four each.
-  __device__ void mix(float (&mixed)[4], const u32 (&streams)[4], u32 first, u32 second) const {
+  // Mixes four streams of the tokens 0 to 3 (e = 0) or of the others to the streams i and i + 1: (channel g, i), (g, i + 1),
+  // (g + 8, i), (g + 8, i + 1) of the lane's token. `words`: this lane's of a table.
+  __device__ void mix(float (&mixed)[4], const u32 (&streams)[4], uint4 words, u32 i, u32 e) const {
+    const u32 first = i ? words.z : words.x, second = i ? words.w : words.y;
     mma(mixed, streams[0], streams[1], streams[2], streams[3],
-        {__byte_perm(first, 0, take_high), __byte_perm(second, 0, take_high)});
+        {__byte_perm(first, 0, take_high[e]), __byte_perm(second, 0, take_high[e])});
     mma(mixed, streams[0], streams[1], streams[2], streams[3],
-        {__byte_perm(first, 0, take_low), __byte_perm(second, 0, take_low)});
+        {__byte_perm(first, 0, take_low[e]), __byte_perm(second, 0, take_low[e])});
   }
 
   __device__ static u32 read_h_post(u32 tables, int lane) {
     return read1(tables + kHPost + token_of_column(lane / 4) * N * 4 + lane % 4 * 4);
   }
   // What tokens have four numbers of, of which lane 4 g + q has the q-th of column g's token in a word: two of them
-  // (of stream i and i + 1, say) for the tokens q and q + 4, as the results of products have their columns. A product with
+  // (of stream i and i + 1, say) for the lane's two tokens, as the results of products have their columns. A product with
   // ones brings them there; reading each number would take as many turns of shared memory as 128 bytes.
-  __device__ static void spread(float (&numbers)[4], u32 word, int i, int q) {
+  __device__ static void spread(float (&numbers)[4], u32 word, u32 i, u32 q) {
     constexpr u32 kOnes = 0x3f803f80;
+    // Else what follows from q alone is kept for all tiles, in four registers that are not there.
+    if constexpr (!kKeepsReply || kUnits > 3) keep(q);
 #pragma unroll
     for (float& number : numbers) number = 0.f;
     mma_k8(numbers, q == i ? kOnes : 0, q == i + 1 ? kOnes : 0, word);
   }
 
   // X' = H_res X + h_post y of a unit as A fragments: channels g and g + 8.
-  __device__ void mix_x(u32 (&x_new)[N][2], const u32 (&y)[2], u32 at, const uint4 (&h_res)[2],
+  __device__ void mix_x(u32 (&x_new)[N][2], const u32 (&y)[2], u32 at, uint4 h_res,
                         const float (&h_post)[2][4]) const {
     u32 x[2][4];
     read_streams(x, at);
@@ -193,7 +205,7 @@ struct MainWarp {
 #pragma unroll
       for (u32 i = 0; i < N; i += 2) {
         float mixed[4] = {};
-        mix(mixed, x[e], i ? h_res[e].z : h_res[e].x, i ? h_res[e].w : h_res[e].y);
+        mix(mixed, x[e], h_res, i, e);
 #pragma unroll
         for (u32 v = 0; v < 4; ++v) {
           const float y_v = e ? high_half(y[v / 2]) : low_half(y[v / 2]);
@@ -211,7 +223,7 @@ struct MainWarp {
   // X' and d_u of some units.
   __device__ void begin(u32 first, u32 last, u32 (&x_new)[kUnits][N][2], u32 (&d_u)[kUnits][2],
                         u32 tables, u32 stage, int lane) const {
-    const uint4 h_res[2] = {read4(tables + table), read4(tables + table + kTableBytes / 2)};
+    const uint4 h_res = read4(tables + table);
     float h_post[2][4];
     const int q = lane % 4;
     const u32 h_post_word = read_h_post(tables, lane);
@@ -278,7 +290,7 @@ struct MainWarp {
   }
 
   // d_X'_in of a unit, for the products that mix it, or where it is added as it is: two channels of a stream and the
-  // tokens q and q + 4.
+  // lane's tokens.
   __device__ void read_gradient(u32 (&gradient)[2][4], u32 slot, u32 unit) const {
     if constexpr (kIdentity) {
       read_transposed(gradient[0], of_unit(outputs + slot * kPair, unit));
@@ -317,18 +329,14 @@ struct MainWarp {
         begin(unit, unit + 1, x_new, d_u, tables, stage, lane);
         if constexpr (kSumsPhi) sum_phi(unit, unit + 1, x_new, replies);
       }
-      uint4 h_res[2] = {};
-      if constexpr (!kIdentity) {
-#pragma unroll
-        for (u32 e = 0; e < 2; ++e)
-          h_res[e] = read4(tables + kTableBytes + table + e * kTableBytes / 2);
-      }
       if constexpr (!kKeepsReply) read_reply(reply, replies, lane);
-      // What is spread for a unit is not kept in registers for the next one.
-      for (u32* word : {&reply.h_pre, &reply.factors}) keep(*word);
+      uint4 h_res_new = {};
+      if constexpr (!kIdentity) h_res_new = read4(tables + kTableBytes + table);
       if constexpr (!kGradientsFirst) read_gradient(gradient[unit], slot, unit);
+      // What follows from these for a unit is not kept in registers for the next one.
+      for (u32* word : {&reply.h_pre, &reply.factors}) keep(*word);
       // d_X'[j] = sum over i of H_res_new[i, j] d_X'_in[i] + h_pre[j] d_u - f X'[j], to which (r dm) phi^T comes below:
-      // channel g of the tokens q and q + 4, channel g + 8 of these
+      // channel g of the lane's tokens, channel g + 8 of these
       float values[N][4], factors[4];  // -f and the unit of r dm
       spread(factors, reply.factors, 0, q);
 #pragma unroll
@@ -345,7 +353,7 @@ struct MainWarp {
               mixed[v] = e ? high_half(pair) : low_half(pair);
             }
           } else {
-            mix(mixed, gradient[unit][e], i ? h_res[e].z : h_res[e].x, i ? h_res[e].w : h_res[e].y);
+            mix(mixed, gradient[unit][e], h_res_new, i, e);
           }
 #pragma unroll
           for (u32 v = 0; v < 4; ++v) {

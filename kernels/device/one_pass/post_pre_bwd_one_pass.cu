@@ -633,6 +633,59 @@ struct Owner {
   }
 };
 
+// ---- tables of the mixing ------------------------------------------------------------------------------
+
+// Tables that the main warps mix by. A lane has a token's row i of H_res (for X'[i]) and column i of H_res_new (for
+// d_X'[i]), each number in a word. The words of the streams j and j + 2 lie side by side,
+// and so do those of i and i + 2: see `MainWarp::table`.
+struct Tables {
+  const Block& block;
+  const Args& args;
+  const int lane;
+  float row[N], column[N];
+  float4 h_post;
+
+  __device__ void load(int tile) {
+    const int t = lane / N, i = lane % N;
+    const long long token = block.first_token(tile) + t, whole = block.first_token(tile) + lane;
+    const bool exists = tile < block.num_tiles && token < args.tokens;
+    const float4 v =
+        exists ? __ldg(reinterpret_cast<const float4*>(args.h_res) + token * N + i) : float4{};
+    row[0] = v.x, row[1] = v.y, row[2] = v.z, row[3] = v.w;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      column[k] = k == i;
+      if (!kIdentity && args.deferred)
+        column[k] = exists ? __ldg(args.h_res_new + (token * N + k) * N + i) : 0.f;
+    }
+    const bool has_h_post = lane < kTileTokens && tile < block.num_tiles && whole < args.tokens;
+    h_post = has_h_post ? __ldg(reinterpret_cast<const float4*>(args.h_post) + whole) : float4{};
+  }
+
+  // Where the words of a token are that lanes with stream i (modulo 2) of it read. Tokens that are read at once (see
+  // `MainWarp::table`) lie in different banks.
+  __device__ static u32 place(u32 t, u32 i) { return ((t ^ t / 4) * 2 + i % 2) * 32; }
+
+  __device__ static void write(u32 at, const float (&values)[N]) {
+    write2(at, {word_of(values[0]), word_of(values[2])});
+    write2(at + 16, {word_of(values[1]), word_of(values[3])});
+  }
+
+  __device__ void write(int tile) const {
+    if (tile >= block.num_tiles) return;
+    const u32 t = lane / N, i = lane % N;
+    const u32 tables = block.tables(tile), at = place(t, i) + i / 2 * 8;
+    write(tables + at, row);
+    if constexpr (!kIdentity) write(tables + kTableBytes + at, column);
+    if (lane < kTileTokens) {
+      write4(tables + kHPost + lane * N * 4,
+             {word_of(h_post.x), word_of(h_post.y), word_of(h_post.z), word_of(h_post.w)});
+    }
+    __syncwarp();
+    if (lane == 0) arrive(block.barrier(kTablesFull, tile % 2));
+  }
+};
+
 // ---- main warps -------------------------------------------------------------------------------------
 
 #include "one_pass/post_pre_bwd_main.cuh"
@@ -695,53 +748,6 @@ __device__ inline void stream_dots(const Block& block, int half, int lane) {
 }
 
 // ---- finisher ---------------------------------------------------------------------------------------
-
-// Tables that the main warps mix by. A lane has a token's row i of H_res (for X'[i]) and column i of H_res_new (for
-// d_X'[i]), each number in a word. The words of the streams j and j + 2 lie side by side,
-// and so do those of i and i + 2: see `MainWarp::table`.
-struct Tables {
-  const Block& block;
-  const Args& args;
-  const int lane;
-  float row[N], column[N];
-  float4 h_post;
-
-  __device__ void load(int tile) {
-    const int t = lane / N, i = lane % N;
-    const long long token = block.first_token(tile) + t, whole = block.first_token(tile) + lane;
-    const bool exists = tile < block.num_tiles && token < args.tokens;
-    const float4 v =
-        exists ? __ldg(reinterpret_cast<const float4*>(args.h_res) + token * N + i) : float4{};
-    row[0] = v.x, row[1] = v.y, row[2] = v.z, row[3] = v.w;
-#pragma unroll
-    for (int k = 0; k < N; ++k) {
-      column[k] = k == i;
-      if (!kIdentity && args.deferred)
-        column[k] = exists ? __ldg(args.h_res_new + (token * N + k) * N + i) : 0.f;
-    }
-    const bool has_h_post = lane < kTileTokens && tile < block.num_tiles && whole < args.tokens;
-    h_post = has_h_post ? __ldg(reinterpret_cast<const float4*>(args.h_post) + whole) : float4{};
-  }
-
-  __device__ static void write(u32 at, const float (&values)[N]) {
-    write2(at, {word_of(values[0]), word_of(values[2])});
-    write2(at + 16, {word_of(values[1]), word_of(values[3])});
-  }
-
-  __device__ void write(int tile) const {
-    if (tile >= block.num_tiles) return;
-    const u32 t = lane / N, i = lane % N;
-    const u32 tables = block.tables(tile), at = (t * 2 + i % 2) * 32 + i / 2 * 8;
-    write(tables + at, row);
-    if constexpr (!kIdentity) write(tables + kTableBytes + at, column);
-    if (lane < kTileTokens) {
-      write4(tables + kHPost + lane * N * 4,
-             {word_of(h_post.x), word_of(h_post.y), word_of(h_post.z), word_of(h_post.w)});
-    }
-    __syncwarp();
-    if (lane == 0) arrive(block.barrier(kTablesFull, tile % 2));
-  }
-};
 
 // The tables of two tiles are there at once: a finished tile makes room for the one after the next.
 __device__ inline void finish_tiles(const Block& block, const Args& args, const Maps& maps,
