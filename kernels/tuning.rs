@@ -111,14 +111,7 @@ const fn row(
 }
 
 /// Streams: numbers with code of their own, then bounds for the others and for rows that are not aligned.
-pub const STREAMS: &[Size] = &[
-    N2,
-    N4,
-    N8,
-    UP_TO_4,
-    UP_TO_8,
-    bound("any", 16),
-];
+pub const STREAMS: &[Size] = &[N2, N4, N8, UP_TO_4, UP_TO_8, bound("any", 16)];
 const N2: Size = exact("n2", 2);
 const N4: Size = exact("n4", 4);
 const N8: Size = exact("n8", 8);

@@ -192,6 +192,45 @@ def test_products_with_any_number_of_columns(op, dtype, tokens, streams, hidden)
     check(op, Case((tokens,), streams, hidden, 3.0), dtype)
 
 
+@pytest.mark.parametrize("op", ["post_pre", "two_sublayers"])
+@pytest.mark.parametrize(
+    "streams, hidden", [(2, 4096), (2, 4098), (3, 4104), (4, 8328), (4, 4100), (6, 4104), (8, 4104)]
+)
+def test_blocks_with_all_streams(op, streams, hidden):
+    """They go through several tiles of tokens; the last is not full, nor are the last channels."""
+    poison()
+    check(op, Case((517,), streams, hidden, 3.0), "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("streams, hidden", [(2, 1000), (4, 1000), (4, 1001), (8, 1000)])
+def test_nothing_is_mixed_by_the_identity(dtype, streams, hidden):
+    poison()
+    case = Case((517,), streams, hidden, 3.0, variant(constraint="identity"))
+    check("two_sublayers", case, dtype)
+
+
+@pytest.mark.parametrize("op", ["pre", "post", "post_pre", "two_sublayers"])
+@pytest.mark.parametrize(
+    "streams, hidden", [(2, 264), (3, 264), (4, 264), (8, 264), (8, 65), (16, 264)]
+)
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_a_token_keeps_what_is_not_finite(op, streams, hidden, value):
+    """All bits of the other tokens' results and gradients are as without it."""
+    case = Case((53,), streams, hidden, 3.0)
+    operands, cotangents = arrays(op, case, "bfloat16")
+    others = np.arange(53) != 21
+
+    def of_others(x):
+        results = compiled(op, case.config, "fused", operands | {"x": x}, cotangents)
+        outputs, gradients = results
+        batched = {name: gradients[name] for name in gradients if name in OPS[op].batched}
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[others], (outputs, batched))
+
+    spoiled = operands["x"].at[21, streams - 1, hidden // 2].set(value)
+    jax.tree.map(np.testing.assert_array_equal, of_others(spoiled), of_others(operands["x"]))
+
+
 @pytest.mark.parametrize("streams", [12, 14, 16])
 @pytest.mark.parametrize("op", ["pre", "post_pre"])
 def test_many_streams_with_the_columns_of_four(op, streams):

@@ -274,6 +274,96 @@ __device__ inline void post_bwd_one_pass(const Backward& b, int num_streams, int
   }
 }
 
+// For many bfloat16 streams: a warp has some channels of all of them, and the sums are those of tensor cores, rounded
+// every 64 channels.
+template <bool ALIGNED>
+__device__ inline void post_bwd_by_warps(const Backward& b, int n, int hidden) {
+  constexpr int kUnit = 64, kSteps = kUnit / 32;
+  // Columns are the streams of X and, behind them, y.
+  __shared__ float shared[kMaxBackwardWarps][16][18];
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const long long token = blockIdx.x;
+  const auto row = [&](const Stream* streams, int i) {
+    return streams + (token * n + i) * (long long)hidden;
+  };
+  float h[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) h[r] = g + 8 * r < n ? b.h_post[token * n + g + 8 * r] : 0.f;
+
+  float sums[3][4] = {};
+  for (int unit = warp * kUnit; unit < hidden; unit += warps * kUnit) {
+    // Of the streams g and g + 8; y is column g = 0 of B.
+    Pack<Stream, 8> gs[kSteps][2], xs[kSteps][3];
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      const int at = unit + 32 * s + 8 * q;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int i = g + 8 * r, end = i < n ? hidden : 0;
+        load<ALIGNED>(gs[s][r], row(b.d_x_new, i), at, end);
+        load<ALIGNED>(xs[s][r], row(b.x, i), at, end);
+      }
+      load<ALIGNED>(xs[s][2], b.y + token * hidden, at, g == 0 ? hidden : 0);
+    }
+    float products[3][4] = {};
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      const u32(&low)[4] = gs[s][0].words, (&high)[4] = gs[s][1].words;
+#pragma unroll
+      for (int w = 0; w < 4; w += 2) {
+#pragma unroll
+        for (int c = 0; c < 3; ++c) {
+          mma(products[c], low[w], high[w], low[w + 1], high[w + 1],
+              {xs[s][c].words[w], xs[s][c].words[w + 1]});
+        }
+      }
+      // d_y: of 8 channels a lane keeps the one of its g.
+      float values[8];
+#pragma unroll
+      for (int v = 0; v < 8; ++v) values[v] = h[0] * gs[s][0][v] + h[1] * gs[s][1][v];
+#pragma unroll
+      for (int half = 4; half > 0; half /= 2) {
+        const bool upper = g & half;
+#pragma unroll
+        for (int v = 0; v < half; ++v) {
+          const float keep = upper ? values[v + half] : values[v];
+          const float give = upper ? values[v] : values[v + half];
+          values[v] = keep + __shfl_xor_sync(kAllLanes, give, 4 * half);
+        }
+      }
+      const int channel = unit + 32 * s + 8 * q + g;
+      if (channel < hidden) {
+        b.d_y[token * hidden + channel] = Stream{u16(pair_of((Stream*)nullptr, values[0], 0.f))};
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < 3; ++c) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sums[c][e] += products[c][e];
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < 3; ++c) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int column = 8 * c + 2 * q + e % 2;
+      if (column < 18) shared[warp][g + e / 2 * 8][column] = sums[c][e];
+    }
+  }
+  __syncthreads();
+  for (int at = threadIdx.x; at < n * (n + 1); at += blockDim.x) {
+    const int i = at / (n + 1), j = at % (n + 1);
+    float sum = 0.f;
+    for (int w = 0; w < warps; ++w) sum += shared[w][i][j < n ? j : 16];
+    if (j < n) {
+      b.d_h_res[(token * n + i) * n + j] = sum;
+    } else {
+      b.d_h_post[token * n + i] = sum;
+    }
+  }
+}
+
 // For many streams: first the sums, some rows of H_res at a time, then d_y.
 template <bool ALIGNED>
 __device__ inline void post_bwd_by_rows(const Backward& b, int n, int hidden) {
@@ -329,6 +419,8 @@ template <bool ALIGNED>
 __device__ inline void post_bwd(const Backward& b, int n, int hidden) {
   if constexpr (N <= 8) {
     post_bwd_one_pass<ALIGNED>(b, n, hidden);
+  } else if constexpr (kMixesByWarps) {
+    post_bwd_by_warps<ALIGNED>(b, n, hidden);
   } else {
     post_bwd_by_rows<ALIGNED>(b, n, hidden);
   }

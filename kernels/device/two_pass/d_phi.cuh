@@ -18,6 +18,8 @@ constexpr int kStream = kStreamParts<Stream>;
 constexpr int kWeight = kWeightParts<Stream>;
 // Pairs of channels whose parts are in registers at once.
 constexpr int kPairs = kStream == 3 ? 1 : 4;
+// Octets whose products take turns. Later chips' kernels have no registers for two beside float16.
+constexpr int kTurns = kStream == 2 && __CUDA_ARCH__ >= 1000 ? 1 : 2;
 template <bool ALIGNED>
 using Rows = ::Rows<ALIGNED, kTile, kChannels>;
 
@@ -54,9 +56,9 @@ struct Sums {
           }
         }
       }
-      // Two octets in turn: one would wait for the last product.
+      // Some octets in turn: one would wait for the last product.
 #pragma unroll
-      for (int octet = 0; octet < kOctets; octet += 2) {
+      for (int octet = 0; octet < kOctets; octet += kTurns) {
         if (!EXACT && octet >= octets) break;
         // An octet behind the last one repeats that, and nobody stores its sums.
         const int behind = octet + 1 < (EXACT ? kOctets : octets) ? octet + 1 : octet;
@@ -69,7 +71,7 @@ struct Sums {
           for (int p = kStream - 1; p >= 0; --p) {
             if (!counts<Stream>(p, w)) continue;
 #pragma unroll
-            for (int o = 0; o < 2 && octet + o < kOctets; ++o) {
+            for (int o = 0; o < kTurns && octet + o < kOctets; ++o) {
 #pragma unroll
               for (int j = 0; j < kPairs; ++j) {
                 const u32(&x)[4] = a[j][p];
@@ -81,7 +83,7 @@ struct Sums {
         }
         if constexpr (kRounded) {
 #pragma unroll
-          for (int o = 0; o < 2 && octet + o < kOctets; ++o) {
+          for (int o = 0; o < kTurns && octet + o < kOctets; ++o) {
 #pragma unroll
             for (int j = 0; j < kPairs; ++j) {
 #pragma unroll

@@ -23,9 +23,10 @@ using Rows = ::Rows<ALIGNED, kBlockTokens, kValues>;
 // Octets of a block and of a warp, at most. Beside float32 streams so many that shared memory has room for two stages.
 constexpr int kOctets = EXACT || sizeof(Stream) == 2 ? SIZE : SIZE * 2 / 3;
 constexpr int kOwnOctets = (kOctets + 1) / 2;
-// Steps of 16 values whose products are summed in tensor cores: see kRounded in projection.cu. Later chips' kernels have
-// no registers for phi of two.
-constexpr int kSteps = kRounded || __CUDA_ARCH__ >= 1000 ? 1 : 2;
+// Later chips' kernels need more registers.
+constexpr bool kIsLater = __CUDA_ARCH__ >= 1000;
+// Steps of 16 values whose products are summed in tensor cores: see kRounded in projection.cu.
+constexpr int kSteps = kRounded || kIsLater ? 1 : 2;
 static_assert(kTiles % 2 == 0);
 
 // Whether lanes take X in the order of `mma` and not 8 neighbours each: where nothing has to be shifted or cut into parts.
@@ -140,7 +141,7 @@ struct Sums {
                             const int (&shifts)[kTiles][2], int left, int octets, int tiles,
                             int squared_tile) {
     constexpr int kAtOnce = OWN <= 3 && kStream == 1 ? 2 : 1;
-    constexpr int kGroup = kStream == 1 || OWN < 3 ? OWN : 3;
+    constexpr int kMost = kStream == 1 ? OWN : 3, kGroup = OWN < kMost ? OWN : kMost;
     const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
 #pragma unroll
     for (int first = 0; first < 2; first += kSteps) {
@@ -158,7 +159,7 @@ struct Sums {
 #pragma unroll
       for (int tile = 0; tile < kTiles; tile += kAtOnce) {
         // Where this is not asked, the compiler takes registers for the next tile, too.
-        if ((kStream > 1 || !EXACT) && tile >= tiles) break;
+        if ((kStream > 1 || !EXACT || kIsLater) && tile >= tiles) break;
         Left<ALIGNED> left_operands[kAtOnce];
 #pragma unroll
         for (int t = 0; t < kAtOnce; ++t) {
