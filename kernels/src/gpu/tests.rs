@@ -263,7 +263,9 @@ fn deferred_cotangents_are_mixed_on_their_way_where_that_fits() {
         assert!(!mixes(&H100, kind, DType::Bf16, [8, 4096], true));
         assert!(!mixes(&H100, kind, DType::Bf16, [1, 4096], true));
         assert!(!mixes(&H100, kind, DType::F32, [7, 2050], true));
-        assert!(mixes(&L4, kind, DType::Bf16, [8, 4096], true));
+        assert!(!mixes(&L4, kind, DType::Bf16, [8, 4096], true));
+        assert!(mixes(&L4, kind, DType::F16, [8, 4096], true));
+        assert!(mixes(&H100, kind, DType::Bf16, [9, 4096], true));
         assert!(mixes(&H100, kind, DType::F32, [16, 64], true));
         assert!(!mixes(&H100, kind, DType::F32, [16, 64], false));
     }

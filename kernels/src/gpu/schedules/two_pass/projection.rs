@@ -421,6 +421,7 @@ impl Projection {
 /// multiprocessors idle at the end, with many their blocks start more often. A start takes as long as a few tiles.
 fn sets_of_tiles(blocks: usize, slots: usize, tiles: usize) -> usize {
     const START: usize = 4;
+    let slots = slots.max(1);
     let most = (8 * slots / blocks).clamp(1, tiles.clamp(1, MAX_ROWS));
     let time = |sets: usize| (blocks * sets).div_ceil(slots) * (tiles.div_ceil(sets) + START);
     (1..=most).min_by_key(|&sets| time(sets)).unwrap_or(1)
