@@ -94,8 +94,10 @@ fn pre_bwd() {
     let sizes = [
         ("w256", 256),
         ("w448", 448),
+        ("w512", 512),
         ("w512k8", 512),
         ("w320k32", 320),
+        ("w384k32", 384),
     ];
     check("pre_bwd", "one_pass/pre_bwd_one_pass", &sizes);
 }
