@@ -490,8 +490,8 @@ __device__ inline void reply(const Block& block, const Args& args, u32 which, in
   const u32 owners = min(kOwners, partials.slots), step = owners * block.ranks;
   const u32 first = which < owners ? block.rank + which * block.ranks : num_tokens;
   u32 partials_slot = which, parity = 0;
-  // An owner's loads queue behind the copies of tiles. One token ahead, their latency would set its pace.
-  // With the norm and 8 columns two would spill registers.
+  // Tokens whose loads are under way, lest the latency of memory set an owner's pace. With the norm and 8 columns two
+  // would spill registers.
   constexpr u32 kAhead = NORM && !kMixes ? 1 : 2;
   OwnToken ahead[kAhead];
 #pragma unroll
