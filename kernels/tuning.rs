@@ -131,7 +131,7 @@ const K80: Size = exact("k80", 10);
 
 /// Channels of a stream that a block of a cluster owns, and columns of phi.
 pub const CHANNELS: &[Size] = &[
-    W256, W320, W384, W448, W512, W256K8, W384K8, W512K8, W256K32, W320K32, W384K32,
+    W256, W320, W384, W448, W512, W256K8, W384K8, W512K8, W256K32, W320K32, W384K32, W512K32,
 ];
 const W256: Size = channels("w256", 256, 24);
 const W320: Size = channels("w320", 320, 24);
@@ -144,6 +144,7 @@ const W512K8: Size = channels("w512k8", 512, 8);
 const W256K32: Size = channels("w256k32", 256, 32);
 const W320K32: Size = channels("w320k32", 320, 32);
 const W384K32: Size = channels("w384k32", 384, 32);
+const W512K32: Size = channels("w512k32", 512, 32);
 
 /// Channels of a block without a cluster.
 pub const NARROW: &[Size] = &[W128, W128K32];
@@ -261,27 +262,33 @@ pub const FILES: &[File] = &[
     // tokens. A main warp has `held` fragments of phi in registers, `sums` of its sums for d_phi in shared memory, and,
     // where `holds_d_w` is 1, its sums for d_norm_scale in registers. It takes `at_once` units of channels at once, for
     // which it reads coefficients once, and X once for both products where `reads_x_once` is 1: as registers allow.
+    // Where the sums for d_phi would not fit, `sums_phi` is 0, and d_phi computes it; phi is in registers instead.
     // `cost` is in percent, for the choice of a size: at small widths a block with one owner is slower.
     File { path: "one_pass/pre_bwd_one_pass", dtypes: BF16, target: Target::Clusters,
-           more: &["d_x_in_slots", "partials", "held", "dot_warps", "owner_warps", "sums", "holds_d_w", "at_once", "reads_x_once", "cost"], kernels: &[
-        row("pre_bwd_one_pass",      &[W256], [8, 5, 512, 221_104], &[ 5, 52,  4,  4,  3,  0,  1,  2, 0, 100]),
-        row("pre_bwd_one_pass",      &[W320], [8, 3, 384, 207_136], &[ 3, 33,  0,  2,  1,  0,  1,  2, 1, 130]),
-        row("pre_bwd_one_pass",      &[W384], [8, 3, 384, 222_488], &[ 2, 33,  0,  2,  1,  0,  0,  2, 0, 130]),
-        row("pre_bwd_one_pass",      &[W448], [8, 2, 384, 232_440], &[ 2, 24,  0,  2,  1,  1,  0,  1, 0, 130]),
-        row("pre_bwd_one_pass",      &[W256K8],  [8, 6, 512, 229_528], &[ 6, 60,  8,  4,  3,  0,  1,  2, 1, 100]),
-        row("pre_bwd_one_pass",      &[W384K8],  [8, 4, 512, 227_080], &[ 4, 45, 12,  4,  3,  0,  1,  3, 1, 100]),
-        row("pre_bwd_one_pass",      &[W512K8],  [8, 3, 512, 225_568], &[ 3, 33, 16,  4,  3,  0,  1,  4, 1, 100]),
-        row("pre_bwd_one_pass",      &[W256K32], [8, 4, 384, 224_008], &[ 4, 45,  0,  2,  1,  0,  0,  2, 1, 130]),
-        row("pre_bwd_one_pass",      &[W320K32], [8, 3, 384, 224_280], &[ 2, 33,  0,  2,  1,  1,  0,  2, 0, 130]),
-        row("pre_norm_bwd_one_pass", &[W256], [8, 5, 384, 221_104], &[ 5, 52,  4,  2,  1,  0,  1,  1, 1, 100]),
-        row("pre_norm_bwd_one_pass", &[W320], [8, 3, 384, 207_136], &[ 3, 33,  0,  2,  1,  0,  1,  1, 0, 100]),
-        row("pre_norm_bwd_one_pass", &[W384], [8, 3, 384, 222_488], &[ 2, 33,  0,  2,  1,  0,  0,  1, 0, 100]),
-        row("pre_norm_bwd_one_pass", &[W448], [8, 2, 384, 232_440], &[ 2, 24,  0,  2,  1,  1,  0,  1, 0, 100]),
-        row("pre_norm_bwd_one_pass", &[W256K8],  [8, 6, 384, 229_528], &[ 6, 60,  8,  2,  1,  0,  1,  2, 1, 100]),
-        row("pre_norm_bwd_one_pass", &[W384K8],  [8, 4, 384, 227_080], &[ 4, 45, 12,  2,  1,  0,  1,  3, 1, 100]),
-        row("pre_norm_bwd_one_pass", &[W512K8],  [8, 3, 384, 225_568], &[ 3, 33, 16,  2,  1,  0,  1,  4, 1, 100]),
-        row("pre_norm_bwd_one_pass", &[W256K32], [8, 4, 384, 224_008], &[ 4, 45,  0,  2,  1,  0,  0,  2, 0, 100]),
-        row("pre_norm_bwd_one_pass", &[W320K32], [8, 3, 384, 224_280], &[ 2, 33,  0,  2,  1,  1,  0,  1, 0, 100]),
+           more: &["d_x_in_slots", "partials", "held", "dot_warps", "owner_warps", "sums_phi", "sums", "holds_d_w", "at_once", "reads_x_once", "cost"], kernels: &[
+        row("pre_bwd_one_pass",      &[W256], [8, 5, 512, 221_104], &[ 5, 52,  4,  4,  3,  1,  0,  1,  2, 0, 100]),
+        row("pre_bwd_one_pass",      &[W320], [8, 3, 384, 207_136], &[ 3, 33,  0,  2,  1,  1,  0,  1,  2, 1, 130]),
+        row("pre_bwd_one_pass",      &[W384], [8, 3, 384, 222_488], &[ 2, 33,  0,  2,  1,  1,  0,  0,  2, 0, 130]),
+        row("pre_bwd_one_pass",      &[W448], [8, 2, 384, 232_440], &[ 2, 24,  0,  2,  1,  1,  1,  0,  1, 0, 130]),
+        row("pre_bwd_one_pass",      &[W256K8],  [8, 6, 512, 229_528], &[ 6, 60,  8,  4,  3,  1,  0,  1,  2, 1, 100]),
+        row("pre_bwd_one_pass",      &[W384K8],  [8, 4, 512, 227_080], &[ 4, 45, 12,  4,  3,  1,  0,  1,  3, 1, 100]),
+        row("pre_bwd_one_pass",      &[W512K8],  [8, 3, 512, 225_568], &[ 3, 33, 16,  4,  3,  1,  0,  1,  4, 1, 100]),
+        row("pre_bwd_one_pass",      &[W256K32], [8, 4, 384, 224_008], &[ 4, 45,  0,  2,  1,  1,  0,  0,  2, 1, 130]),
+        row("pre_bwd_one_pass",      &[W320K32], [8, 3, 384, 224_280], &[ 2, 33,  0,  2,  1,  1,  1,  0,  2, 0, 130]),
+        row("pre_bwd_one_pass",      &[W512], [8, 3, 384, 228_640], &[ 3, 33, 16,  2,  1,  0,  0,  1,  2, 0, 100]),
+        row("pre_bwd_one_pass",      &[W384K32], [8, 4, 384, 232_200], &[ 4, 45, 12,  2,  1,  0,  0,  1,  2, 0, 100]),
+        row("pre_bwd_one_pass",      &[W512K32], [8, 3, 512, 229_408], &[ 3, 33, 16,  4,  3,  0,  0,  1,  2, 0, 100]),
+        row("pre_norm_bwd_one_pass", &[W256], [8, 5, 384, 221_104], &[ 5, 52,  4,  2,  1,  1,  0,  1,  1, 1, 100]),
+        row("pre_norm_bwd_one_pass", &[W320], [8, 3, 384, 207_136], &[ 3, 33,  0,  2,  1,  1,  0,  1,  1, 0, 100]),
+        row("pre_norm_bwd_one_pass", &[W384], [8, 3, 384, 222_488], &[ 2, 33,  0,  2,  1,  1,  0,  0,  1, 0, 100]),
+        row("pre_norm_bwd_one_pass", &[W448], [8, 2, 384, 232_440], &[ 2, 24,  0,  2,  1,  1,  1,  0,  1, 0, 100]),
+        row("pre_norm_bwd_one_pass", &[W256K8],  [8, 6, 384, 229_528], &[ 6, 60,  8,  2,  1,  1,  0,  1,  2, 1, 100]),
+        row("pre_norm_bwd_one_pass", &[W384K8],  [8, 4, 384, 227_080], &[ 4, 45, 12,  2,  1,  1,  0,  1,  3, 1, 100]),
+        row("pre_norm_bwd_one_pass", &[W512K8],  [8, 3, 384, 225_568], &[ 3, 33, 16,  2,  1,  1,  0,  1,  4, 1, 100]),
+        row("pre_norm_bwd_one_pass", &[W256K32], [8, 4, 384, 224_008], &[ 4, 45,  0,  2,  1,  1,  0,  0,  2, 0, 100]),
+        row("pre_norm_bwd_one_pass", &[W320K32], [8, 3, 384, 224_280], &[ 2, 33,  0,  2,  1,  1,  1,  0,  1, 0, 100]),
+        row("pre_norm_bwd_one_pass", &[W512], [8, 3, 384, 228_640], &[ 3, 33, 16,  2,  1,  0,  0,  1,  2, 0, 100]),
+        row("pre_norm_bwd_one_pass", &[W384K32], [8, 4, 384, 232_200], &[ 4, 45, 12,  2,  1,  0,  0,  1,  2, 0, 100]),
     ] },
     // The sums for d_phi of 256 channels take 96 registers of each thread of the main warps. Those of 320, 384 and 448
     // would take 120, 144 and 168, which the chip has no room for: then `sums_phi` is 0, and phi_bwd computes d_phi.

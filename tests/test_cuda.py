@@ -330,15 +330,31 @@ def test_a_block_finishes_several_batches_of_tokens(op, hidden, settings, norm):
 # block that has few channels, or none (6208 and 6656). A test of schedules/one_pass/pre_bwd.rs has
 # the blocks and clusters that they take.
 WHOLE_BLOCKS = {
-    "birkhoff": (256, 640, 6144, 7168),
+    "birkhoff": (256, 640, 6144, 7168, 8192),
     "identity": (256, 768, 8192),
-    "permutations": (4096, 5120),
+    "permutations": (4096, 5120, 6144, 8192),
 }
 PARTS_OF_BLOCKS = {
-    "birkhoff": (64, 576, 960, 1088, 1856, 1984, 2624, 3136, 3648, 4160, 4224, 5440, 6208, 6656),
+    "birkhoff": (
+        64,
+        576,
+        960,
+        1088,
+        1856,
+        1984,
+        2624,
+        3136,
+        3648,
+        4160,
+        4224,
+        5440,
+        6208,
+        6656,
+        7232,
+    ),
     "none": (1600,),
     "identity": (64, 576, 1088, 1600, 2112, 2624, 3136, 4160, 6208, 6720, 7232, 7744),
-    "permutations": (192, 704, 1344, 1664, 2112, 2624, 2944, 3136, 4544),
+    "permutations": (192, 704, 1344, 1664, 2112, 2624, 2944, 3136, 4544, 5184, 6464),
 }
 
 

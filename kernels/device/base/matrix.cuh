@@ -172,11 +172,17 @@ struct Fragments {
       reinterpret_cast<u16*>(rows)[(row * 4 + row_register) * 2 + c % 2] =
           u16(kRowParts == 1 ? half_pair(value * scale, 0.f) : parts[p]);
     }
-    if (c >= octets() * 8) return;
-    const int column_lane = c % 8 * 4 + t % 8 / 2;
+    if (c < octets() * 8) set_column(token, c, parts);
+  }
+  // The same for d_phi alone: the parts of a value, in the lower halves.
+  template <int P>
+  __device__ void set_column(long long token, int c, const u32 (&parts)[P]) const {
+    const long long tile = token / kTile;
+    const int t = token % kTile;
+    const int lane = c % 8 * 4 + t % 8 / 2;
 #pragma unroll
-    for (int p = 0; p < kColumnParts; ++p) {
-      const long long column = ((tile * octets() + c / 8) * kColumnParts + p) * 32 + column_lane;
+    for (int p = 0; p < P; ++p) {
+      const long long column = ((tile * octets() + c / 8) * P + p) * 32 + lane;
       reinterpret_cast<u16*>(columns)[(column * 2 + t / 8) * 2 + t % 2] = u16(parts[p]);
     }
   }

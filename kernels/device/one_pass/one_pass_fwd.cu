@@ -124,7 +124,8 @@ struct Plan {
   static constexpr int kMostBytes = 232448;  // of a block
   static constexpr int kMostBatch =
       (kMostBytes - kStages * kStageBytes - kFinish) / (2 * kSumsBytes);
-  static constexpr int kFewest = !kIsPermuted && Tuned::other_registers >= 72 ? 1 : 2;
+  static constexpr int kFewest =
+      !POST_PRE && !kIsPermuted && Tuned::other_registers >= 72 ? 1 : 2;
   static constexpr int kFinishLanes = kMostBatch >= 32 / kFewest       ? kFewest
                                       : kMostBatch >= 32 / kFewest / 2 ? 2 * kFewest
                                                                        : 4 * kFewest;
@@ -303,15 +304,7 @@ __device__ inline void Block<POST_PRE, NORM>::load_tiles() const {
   int i = 0;
 #pragma unroll 1
   for (; has_tile(i); ++i, ring.next()) {
-    if (i == P::kFreeStages) {
-      // Tiles that phi leaves no room for come as far as the L2 cache meanwhile.
-#pragma unroll 1
-      for (int next = i; next < P::kStages && has_tile(next); ++next) {
-        prefetch(*args.x_map, first_token(next), rank * kBoxes, 0);
-        if constexpr (POST_PRE) prefetch(*args.y_map, first_token(next), rank * kBoxes, 0);
-      }
-      copy_rest_of_phi();
-    }
+    if (i == P::kFreeStages) copy_rest_of_phi();
     wait(barrier(kEmpty, ring.slot), ring.parity ^ 1);
     // X' was written there, and not by the copy engine.
     if constexpr (POST_PRE) fence_for_copies();

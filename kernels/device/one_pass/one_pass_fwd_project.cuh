@@ -59,7 +59,7 @@ __device__ inline void Block<POST_PRE, NORM>::project(int warp, int lane) const 
       const int slice = kPairs * box + pair;
       // Boxes behind C are of no stream, or of the next.
       slices[slice] = {};
-      if (box < boxes) slices[slice] = read_phi(at, P::kPhiRowBytes, P::kPhiBytes, lane);
+      if (box < boxes) slices[slice] = read_phi(at, P::kPhiRowBytes, P::kPhiBytes);
 #pragma unroll
       for (int f = 0; f < kSliceFragments; ++f) {
         const int fragment = kSliceFragments * slice + f;
@@ -103,9 +103,7 @@ __device__ inline void Block<POST_PRE, NORM>::project(int warp, int lane) const 
     constexpr int kOctets = P::kTokens / 8, kSteps = kBoxes * kOctets;
     // In post_pre the next box is on its way to registers while this one is mixed.
     constexpr bool kAhead = POST_PRE && kSpare;
-    // Sums of 8 tokens are too few to hide the tensor cores' latency, unless there is mixing to do meanwhile.
-    constexpr bool kIsApart = !POST_PRE && kOctets == 1;
-    Sums<kIsApart> sums[kOctets];
+    Sums sums[kOctets];
     typename TokenProducts<NORM>::type products[kOctets];
     u32 next[N], next_y = 0;
     const auto address = [&](int step) {

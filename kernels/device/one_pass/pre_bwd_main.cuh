@@ -1,7 +1,7 @@
 // The main warps of pre_bwd_one_pass.cu, which includes this behind its sizes and its `Block`.
 //
 //   d_x[j] = sum over i of h_res[i, j] d_x_in[i] + h_pre[j] d_u + (r dm) phi^T - f X[j]
-//   d_phi  = sum over tokens of vec(X)^T (r dm)
+//   d_phi  = sum over tokens of vec(X)^T (r dm), where kSumsPhi
 //
 // and with a norm of the layer's input (NORM)
 //
@@ -73,10 +73,11 @@ struct Differentiation {
   // Units at once, for which shared memory is read once for what belongs to tokens, and whether X is read once for d_x
   // and d_phi: reads of shared memory are what limits main warps.
   static constexpr int kAtOnce = NORM ? NormTuned::at_once : Tuned::at_once;
-  static constexpr bool kReadsXOnce = NORM ? NormTuned::reads_x_once : Tuned::reads_x_once;
+  static constexpr bool kReadsXOnce =
+      kSumsPhi && (NORM ? NormTuned::reads_x_once : Tuned::reads_x_once);
   // Fragments of phi; the others are in shared memory.
   PhiFragment held[kHeld > 0 ? kHeld : 1];
-  float d_phi[kSums][kOctets][4];
+  float d_phi[kSumsPhi ? kSums : 1][kOctets][4];
   const float* norm_scale;
   float* d_norm_scale_partials;
   int hidden;
@@ -165,7 +166,7 @@ struct Differentiation {
       minus_f[t] = __uint_as_float(factors.x), unit[t] = unit_of_phi * __uint_as_float(factors.y);
     }
     if constexpr (kReadsXOnce) read_dm<true>(dm);
-    u32 d_x_in[UNITS][2][4], added[UNITS][2];
+    [[maybe_unused]] u32 d_x_in[UNITS][2][4], added[UNITS][2];
 #pragma unroll
     for (int k = 0; k < UNITS; ++k) {
       if constexpr (!NORM) read_transposed(d_u[k], stage + kDU + pair_at(k));
@@ -227,7 +228,7 @@ struct Differentiation {
       // So that the compiler does not begin with the next stream before, for which it would spill registers on sm_100f.
       if constexpr (NORM) __syncwarp();
     }
-    if constexpr (!kReadsXOnce) {
+    if constexpr (kSumsPhi && !kReadsXOnce) {
       // X is read again, which takes fewer registers.
       read_dm<true>(dm);
 #pragma unroll
@@ -335,32 +336,46 @@ __device__ inline void differentiate_tiles(const Block& block, const Args& args,
                                            int lane) {
   const int hidden = args.hidden;
   Differentiation<NORM> main;
-  // All of it at once, before the sums need the registers.
-  float2 values[kFragments][kPhiWords];
+  // All of it at once, before the sums need the registers; without sums phi stays in them, and is loaded twice.
+  constexpr int kAtOnce = kSumsPhi ? kFragments : N;
+  static_assert(kFragments % kAtOnce == 0);
+  float2 values[kAtOnce][kPhiWords];
+  const auto load = [&](int first) {
+#pragma unroll
+    for (int f = first; f < first + kAtOnce; ++f) {
+      const float* at = args.phi + fragment_at(f, hidden);
+      PhiFragment::load(values[f - first], at, is_there(f / N, hidden));
+    }
+  };
   u32 largest = 0;
-  bool exist[kTurns + kShared];
 #pragma unroll
-  for (int turn = 0; turn < kTurns + kShared; ++turn) exist[turn] = is_there(turn, hidden);
+  for (int first = 0; first < kFragments; first += kAtOnce) {
+    load(first);
 #pragma unroll
-  for (int f = 0; f < kFragments; ++f)
-    PhiFragment::load(values[f], args.phi + fragment_at(f, hidden), exist[f / N]);
-#pragma unroll
-  for (int w = 0; w < kFragments * kPhiWords; ++w) {
-    const float2 v = values[w / kPhiWords][w % kPhiWords];
-    largest = max(largest, max(magnitude(v.x), magnitude(v.y)));
+    for (int w = 0; w < kAtOnce * kPhiWords; ++w) {
+      const float2 v = values[w / kPhiWords][w % kPhiWords];
+      largest = max(largest, max(magnitude(v.x), magnitude(v.y)));
+    }
+    // Not to begin with the next before.
+    if (kAtOnce < kFragments) __syncwarp();
   }
   const float unit = half_unit(__reduce_max_sync(kAllLanes, largest)),
               scale = inverse_of_unit(unit);
   write_float(main.phi_unit(), unit);
 #pragma unroll
-  for (int f = 0; f < kFragments; ++f) {
-    PhiFragment fragment;
-    fragment.set(values[f], scale);
-    if (f < kHeld) {
-      main.held[f < kHeld ? f : 0] = fragment;
-    } else {
-      fragment.write(phi_of_thread() + (f - kHeld) * kMainWarps * kFragmentBytes);
+  for (int first = 0; first < kFragments; first += kAtOnce) {
+    if (kAtOnce < kFragments) load(first);
+#pragma unroll
+    for (int f = first; f < first + kAtOnce; ++f) {
+      PhiFragment fragment;
+      fragment.set(values[f - first], scale);
+      if (f < kHeld) {
+        main.held[f < kHeld ? f : 0] = fragment;
+      } else {
+        fragment.write(phi_of_thread() + (f - kHeld) * kMainWarps * kFragmentBytes);
+      }
     }
+    if (kAtOnce < kFragments) __syncwarp();
   }
 #pragma unroll
   for (int e = 0; e < kSums * kOctets * 4; ++e)
@@ -408,14 +423,17 @@ __device__ inline void differentiate_tiles(const Block& block, const Args& args,
     if (lane_id() == 0) arrive(block.barrier(kDone, slot));
   }
 
-  float* partial = args.d_phi_partials + (long long)cluster_id() * N * hidden * kColumns;
-  float last[kOctets][4] = {};
-  if constexpr (kSumsInShared > 0) main.read_sums(last);
+  if constexpr (kSumsPhi) {
+    float* partial =
+        static_cast<float*>(args.d_phi) + (long long)cluster_id() * N * hidden * kColumns;
+    float last[kOctets][4] = {};
+    if constexpr (kSumsInShared > 0) main.read_sums(last);
 #pragma unroll
-  for (int f = 0; f < kFragments; ++f) {
-    if (!is_there(f / N, hidden)) continue;
-    float* out = partial + fragment_at(f, hidden);
-    store_d_phi(out, f < kSums ? main.d_phi[f < kSums ? f : 0] : last);
+    for (int f = 0; f < kFragments; ++f) {
+      if (!is_there(f / N, hidden)) continue;
+      float* out = partial + fragment_at(f, hidden);
+      store_d_phi(out, f < kSums ? main.d_phi[f < kSums ? f : 0] : last);
+    }
   }
   if constexpr (NORM && kHoldsDW) main.write_d_w(lane);
 }

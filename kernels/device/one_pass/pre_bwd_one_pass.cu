@@ -5,14 +5,15 @@
 //               there are no others
 //   dm          = alpha d_z
 //   d_x[j]      = sum over i of h_res[i, j] d_x_in[i] + h_pre[j] d_u + (r dm) phi^T - f X[j]
-//   d_phi       = sum over tokens of vec(X)^T (r dm)
+//   d_phi       = sum over tokens of vec(X)^T (r dm), where main warps have room for these sums (kSumsPhi); elsewhere
+//                 r dm stays in memory, for d_phi of two_pass/d_phi.cuh
 //
 // The tasks of the warps, and the order in which a tile meets them:
 //
 //   loader        X and d_u to a buffer, and d_x_in to another one
 //   dot warps     this block's partials of <d_u, X[i]>, to the block that owns the token; h_res as main warps want it
 //   owner         the sum of these partials; r dm, h_pre and f, to all blocks
-//   main warps    d_x in place of d_x_in, and the sums for d_phi, which stay where they are until the end
+//   main warps    d_x in place of d_x_in, and the sums for d_phi, if any, which stay where they are until the end
 //   loader        d_x to memory
 //
 // X may have more buffers than d_x_in, which is not wanted before the reply is there.
@@ -49,8 +50,10 @@ constexpr bool kMixes = kColumns > 2 * N;
 using Tuned = tuning_pre_bwd_one_pass;
 // Not every size has a kernel with the norm.
 #ifdef HAS_pre_norm_bwd_one_pass
+constexpr bool kHasNorm = true;
 using NormTuned = tuning_pre_norm_bwd_one_pass;
 #else
+constexpr bool kHasNorm = false;
 using NormTuned = Tuned;
 #endif
 // Buffers for X and d_u, and for d_x_in; fragments of phi that a main warp has in registers: the others are in shared
@@ -61,8 +64,11 @@ static_assert(NormTuned::stages == kStages && NormTuned::d_x_in_slots == kDXInSl
               NormTuned::held == kHeld && NormTuned::sums == Tuned::sums);
 // Two buffers are too few to hide how long memory takes. Then a tile goes to the L2 cache before there is room for it.
 constexpr bool kPrefetch = kStages < 3;
-// Fragments of d_phi whose sums a main warp has in shared memory, as 14 do not fit into its registers.
-constexpr int kSumsInShared = Tuned::sums, kSums = kFragments - kSumsInShared;
+// Whether d_phi is summed here; fragments of it whose sums a main warp has in shared memory, as 14 do not fit into its
+// registers, and in registers.
+constexpr bool kSumsPhi = Tuned::sums_phi;
+constexpr int kSumsInShared = Tuned::sums, kSums = kSumsPhi ? kFragments - kSumsInShared : 0;
+static_assert(NormTuned::sums_phi == kSumsPhi);
 
 // Whether main warps have registers for their sums for the gradient of w.
 constexpr bool kHoldsDW = NormTuned::holds_d_w;
@@ -86,7 +92,7 @@ struct Warps {
 // Room for them, and for so many at once.
 constexpr u32 kPartialBytes = 64, kPartialRows = Tuned::partials;
 static_assert(Warps<false>::kPartialBytes <= kPartialBytes &&
-              2 * Warps<true>::kPartialBytes <= kPartialBytes &&
+              (!kHasNorm || 2 * Warps<true>::kPartialBytes <= kPartialBytes) &&
               NormTuned::partials == kPartialRows);
 
 // ---- shared memory ----------------------------------------------------------------------------------
@@ -143,7 +149,9 @@ struct Block : Place<kTileTokens> {
   int num_tiles;  // of this cluster
 
   __device__ Block(const void* memory, int hidden, int tokens) : Place(memory, hidden) {
-    num_tiles = share_of((tokens + int(kTileTokens) - 1) / int(kTileTokens));
+    // r dm is read by the tile of `Fragments`: zeros behind the last token.
+    constexpr int kAtOnce = kSumsPhi ? kTileTokens : kTile;
+    num_tiles = share_of((tokens + kAtOnce - 1) / kAtOnce * (kAtOnce / int(kTileTokens)));
   }
 
   __device__ u32 stage(u32 slot) const {
@@ -191,8 +199,8 @@ struct Args {
   const float *phi, *alpha, *bias, *m, *r, *h_res, *d_h_pre;
   // Of the logits z [tokens, kColumns], of which those of h_pre are not read; without H_res d_h_post [tokens, N].
   const float* d_z;
-  float* d_phi_partials;  // [clusters, n C, kColumns], for sum_gradients
-  float* gate_sums;       // [blocks * owners, kColumns + 3], for sum_gradients
+  void* d_phi;  // [clusters, n C, kColumns], for sum_gradients; or r dm, the columns of `Fragments`
+  float* gate_sums;  // [blocks * owners, kColumns + 3], for sum_gradients
   int tokens, hidden, deferred;
   const Settings& settings;
   // With a layer norm alone.
@@ -423,6 +431,8 @@ __device__ inline float sum_components(float4 v, int lane) {
 struct OwnToken {
   float m, r, rho, given;
 
+  OwnToken() = default;
+
   __device__ OwnToken(const Args& args, long long token, bool exists, int lane) {
     rho = args.rho && exists ? args.rho[token] : 0.f;
     m = exists && lane < kColumns ? args.m[token * kColumns + lane] : 0.f;
@@ -480,9 +490,13 @@ __device__ inline void reply(const Block& block, const Args& args, u32 which, in
   const u32 owners = min(kOwners, partials.slots), step = owners * block.ranks;
   const u32 first = which < owners ? block.rank + which * block.ranks : num_tokens;
   u32 partials_slot = which, parity = 0;
-  OwnToken next = load(first);
-#pragma unroll 1
-  for (u32 i = first; i < num_tokens; i += step) {
+  // Tokens whose loads are under way, lest the latency of memory set an owner's pace. With the norm and 8 columns two
+  // would spill registers.
+  constexpr u32 kAhead = NORM && !kMixes ? 1 : 2;
+  OwnToken ahead[kAhead];
+#pragma unroll
+  for (u32 a = 0; a < kAhead; ++a) ahead[a] = load(first + a * step);
+  const auto take = [&](u32 i, OwnToken& next) {
     const u32 full = block.barrier(kPartialsFull, partials_slot);
     if (lane == 0) {
       // Another owner may still wait for what was in this buffer before.
@@ -490,7 +504,7 @@ __device__ inline void reply(const Block& block, const Args& args, u32 which, in
       arrive_and_expect(full, partials.slot_bytes());
     }
     const OwnToken own = next;
-    next = load(i + step);
+    next = load(i + kAhead * step);
     const float z = alpha * own.m + bias;
     const float h = sigmoid(z);
     const float slope = h * sigmoid(-z);
@@ -527,6 +541,11 @@ __device__ inline void reply(const Block& block, const Args& args, u32 which, in
     const float unit = half_unit(__reduce_max_sync(kAllLanes, magnitude(rdm)));
     u32 rounded[2];
     split(rdm, 0.f, rounded);
+    if (!kSumsPhi && lane < kColumns) {
+      const long long token = block.first_token(i / kTileTokens) + i % kTileTokens;
+      const Fragments r_dm{nullptr, static_cast<u32*>(args.d_phi), kColumns};
+      r_dm.set_column(token, lane, rounded);
+    }
     const u32 both = __byte_perm(rounded[0], rounded[1], 0x5410);
     const u32 left = __shfl_sync(kAllLanes, both, pair);
     const u32 right = __shfl_sync(kAllLanes, both, pair + 1);
@@ -550,6 +569,13 @@ __device__ inline void reply(const Block& block, const Args& args, u32 which, in
     if (partials_slot >= partials.slots) {
       partials_slot -= partials.slots;
       parity ^= 1;
+    }
+  };
+#pragma unroll 1
+  for (u32 i = first; i < num_tokens; i += kAhead * step) {
+#pragma unroll
+    for (u32 a = 0; a < kAhead; ++a) {
+      if (i + a * step < num_tokens) take(i + a * step, ahead[a]);
     }
   }
 
@@ -605,11 +631,11 @@ KERNEL(pre_bwd_one_pass, Warps<false>::kThreads, 1)
 (const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap d_u,
  const __grid_constant__ TensorMap d_x_in, const __grid_constant__ TensorMap d_x, const float* phi,
  const float* alpha, const float* bias, const float* m, const float* r, const float* h_res,
- const float* d_h_pre, const float* d_z, float* d_phi_partials, float* gate_sums, int tokens,
- int hidden, int deferred, Settings settings) {
-  run<false>({x,      d_u,    d_x_in,   d_x,      phi,     alpha,          bias,
-              m,      r,      h_res,    d_h_pre,  d_z,     d_phi_partials, gate_sums,
-              tokens, hidden, deferred, settings, nullptr, nullptr,        nullptr});
+ const float* d_h_pre, const float* d_z, void* d_phi, float* gate_sums, int tokens, int hidden,
+ int deferred, Settings settings) {
+  run<false>({x,      d_u,    d_x_in,   d_x,      phi,     alpha,   bias,
+              m,      r,      h_res,    d_h_pre,  d_z,     d_phi,   gate_sums,
+              tokens, hidden, deferred, settings, nullptr, nullptr, nullptr});
 }
 
 // The same where the layer's input is normalised.
@@ -618,29 +644,11 @@ KERNEL(pre_norm_bwd_one_pass, Warps<true>::kThreads, 1)
 (const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap d_u,
  const __grid_constant__ TensorMap d_x_in, const __grid_constant__ TensorMap d_x, const float* phi,
  const float* alpha, const float* bias, const float* m, const float* r, const float* h_res,
- const float* d_h_pre, const float* d_z, float* d_phi_partials, float* gate_sums, int tokens,
- int hidden, int deferred, Settings settings, const float* norm_scale, const float* rho,
+ const float* d_h_pre, const float* d_z, void* d_phi, float* gate_sums, int tokens, int hidden,
+ int deferred, Settings settings, const float* norm_scale, const float* rho,
  float* d_norm_scale_partials) {
-  run<true>({x,
-             d_u,
-             d_x_in,
-             d_x,
-             phi,
-             alpha,
-             bias,
-             m,
-             r,
-             h_res,
-             d_h_pre,
-             d_z,
-             d_phi_partials,
-             gate_sums,
-             tokens,
-             hidden,
-             deferred,
-             settings,
-             norm_scale,
-             rho,
-             d_norm_scale_partials});
+  run<true>({x,      d_u,    d_x_in,   d_x,      phi,        alpha, bias,
+             m,      r,      h_res,    d_h_pre,  d_z,        d_phi, gate_sums,
+             tokens, hidden, deferred, settings, norm_scale, rho,   d_norm_scale_partials});
 }
 #endif

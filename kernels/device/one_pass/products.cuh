@@ -18,11 +18,8 @@ struct Slice {
   uint4 fragments[kSliceFragments];
 };
 
-// at: this lane's words, columns g, g + 8 and so on of two rows each. Lanes that lie a multiple of 128 bytes apart read
-// the rows in different order (where rows are not such multiples themselves), for words of the same bank would wait for
-// each other.
-__device__ inline Slice read_phi(u32 at, u32 row_bytes, u32 stream_bytes, int lane) {
-  const bool is_swapped = lane % 4 >= 2;
+// at: this lane's words, columns g, g + 8 and so on of two rows each.
+__device__ inline Slice read_phi(u32 at, u32 row_bytes, u32 stream_bytes) {
   u32 high[kSliceFragments][2], low[kSliceFragments][2];
 #pragma unroll
   for (int c = 0; c < kSliceFragments; ++c) {
@@ -30,9 +27,7 @@ __device__ inline Slice read_phi(u32 at, u32 row_bytes, u32 stream_bytes, int la
     for (int s = 0; s < 2; ++s) {
       const u32 word = at + s * stream_bytes + 8 * c * 4;
       u32 parts[2];
-      const float first = read_float(is_swapped ? word + row_bytes : word);
-      const float second = read_float(is_swapped ? word : word + row_bytes);
-      split(is_swapped ? second : first, is_swapped ? first : second, parts);
+      split(read_float(word), read_float(word + row_bytes), parts);
       high[c][s] = parts[0];
       low[c][s] = parts[1];
     }
@@ -52,20 +47,16 @@ __device__ inline Slice read_phi(u32 at, u32 row_bytes, u32 stream_bytes, int la
 
 __device__ inline void mma(float (&d)[4], uint4 a, uint2 b) { mma(d, a.x, a.y, a.z, a.w, b); }
 
-// The products with phi of 8 tokens as the tensor cores leave them: their rows are those of a `Slice`. IS_APART: a product
-// waits for the one before that adds to the same sums, so that low parts have sums of their own: half as long a
-// chain, for more registers.
-template <bool IS_APART>
+// The products with phi of 8 tokens as the tensor cores leave them: their rows are those of a `Slice`.
 struct Sums {
-  static constexpr int kOfSums = IS_APART ? 1 : 2;  // fragments
-  float sums[(kSliceFragments + kOfSums - 1) / kOfSums][4] = {};
+  float sums[(kSliceFragments + 1) / 2][4] = {};
 
   // Those that add to the same sums are apart.
   __device__ void add(const Slice& phi, uint2 x) {
 #pragma unroll
     for (int first = 0; first < 2; ++first) {
 #pragma unroll
-      for (int f = first; f < kSliceFragments; f += 2) mma(sums[f / kOfSums], phi.fragments[f], x);
+      for (int f = first; f < kSliceFragments; f += 2) mma(sums[f / 2], phi.fragments[f], x);
     }
   }
 
@@ -77,9 +68,8 @@ struct Sums {
       const u32 row = at + (2 * q + e) * ROW_BYTES + 4 * g;
 #pragma unroll
       for (int c = 0; c < kSliceFragments; c += 2) {
+        const float upper = sums[c / 2][e], lower = sums[c / 2][2 + e];
         const bool is_pair = c + 1 < kSliceFragments;
-        float upper = sums[c / kOfSums][e], lower = sums[c / kOfSums][2 + e];
-        if (IS_APART && is_pair) upper += sums[c + 1][e], lower += sums[c + 1][2 + e];
         write_float(row + 32 * c, is_pair ? upper : upper + lower);
         if (is_pair) write_float(row + 32 * (c + 1), lower);
       }

@@ -402,13 +402,22 @@ fn pre_takes_every_constraint_back_in_one_pass() {
         assert_eq!(functions(Constraint::Birkhoff, 128, c), once);
         assert_eq!(functions(Constraint::None, 128, c), once);
     }
+    let but_phi = ["logits_bwd", "pre_bwd_one_pass", "d_phi", "sum_gradients"];
+    for c in [7232, 8192] {
+        assert_eq!(functions(Constraint::Birkhoff, 128, c), but_phi);
+        assert_eq!(functions(Constraint::None, 128, c), but_phi);
+    }
+    for c in [5184, 6144, 6208, 8192] {
+        assert_eq!(functions(Constraint::Permutations, 200, c), but_phi);
+    }
     let is_once = |constraint, iters, c| {
         let functions = functions(constraint, iters, c);
         functions.contains(&"pre_bwd_one_pass")
     };
     assert!(!is_once(Constraint::Birkhoff, 129, 4096));
     assert!(!is_once(Constraint::Birkhoff, 20, 4104));
-    assert!(!is_once(Constraint::Permutations, 20, 6144));
+    assert!(!is_once(Constraint::Birkhoff, 20, 8256));
+    assert!(!is_once(Constraint::Permutations, 20, 8256));
 }
 
 #[test]

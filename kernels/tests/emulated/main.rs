@@ -102,8 +102,10 @@ fn pre_bwd() {
     let sizes = [
         ("w256", 256, "bf16"),
         ("w448", 448, "bf16"),
+        ("w512", 512, "bf16"),
         ("w512k8", 512, "bf16"),
         ("w320k32", 320, "bf16"),
+        ("w384k32", 384, "bf16"),
     ];
     check("pre_bwd", "one_pass/pre_bwd_one_pass", &sizes, 77);
 }

@@ -17,6 +17,18 @@ static void body() {
    deferred, settings());
 }
 
+// r dm that the kernel left for d_phi: in fragments of 16 tokens and 8 columns, both parts.
+static double left_r_dm(int token, int column) {
+  const u16* parts = reinterpret_cast<const u16*>(d_phi);
+  const int tile = token / 16, t = token % 16, lane = column % 8 * 4 + t % 8 / 2;
+  double sum = 0;
+  for (int part = 0; part < 2; ++part) {
+    const size_t word = (((tile * (kColumns / 8) + column / 8) * 2 + part) * 32 + lane) * 2 + t / 8;
+    sum += of_bf16(parts[word * 2 + t % 2]);
+  }
+  return sum;
+}
+
 int main(int, char** argv) {
   const Sizes sizes(argv);
   constexpr int K = kColumns, kOwners = Warps<false>::kOwners;
@@ -37,7 +49,9 @@ int main(int, char** argv) {
   constexpr int kGiven = kMixes ? K : N;
   d_z = floats(size_t(tokens) * kGiven,
                [](size_t i) { return kMixes && i % K < N ? NAN : normal(); });
-  d_phi = guarded<float>(clusters * num_phi);
+  // r dm in whole tiles where d_phi is another kernel's.
+  const size_t num_r_dm = size_t(tokens + kTile - 1) / kTile * kTile * K;
+  d_phi = guarded<float>(kSumsPhi ? clusters * num_phi : num_r_dm);
   const int rows = kOwners * ranks * clusters;
   gates = guarded<float>(size_t(rows) * (K + 3));
   const auto map = [&](u16* values, int num_streams) {
@@ -73,6 +87,7 @@ int main(int, char** argv) {
       const double dm = alpha[gate] * own_d_z;
       f += dm * own_m;
       r_dm[k] = r[t] * dm;
+      if (!kSumsPhi) error_of_phi.add(left_r_dm(t, k), r_dm[k]);
       exact_gates[k] += own_d_z;
       exact_gates[K + gate] += own_d_z * own_m;
     }
@@ -93,8 +108,17 @@ int main(int, char** argv) {
       }
     }
   }
-  for (size_t i = 0; i < num_phi; ++i) {
-    error_of_phi.add(sum_of_arrays(d_phi, clusters, num_phi, i), exact_d_phi[i]);
+  if (kSumsPhi) {
+    for (size_t i = 0; i < num_phi; ++i) {
+      error_of_phi.add(sum_of_arrays(d_phi, clusters, num_phi, i), exact_d_phi[i]);
+    }
+  }
+  if (!kSumsPhi) {
+    for (int t = tokens; t < int(num_r_dm) / K; ++t) {
+      for (int k = 0; k < K; ++k) {
+        if (left_r_dm(t, k) != 0) fail("r dm behind the last token");
+      }
+    }
   }
   for (int k = 0; k < K + 3; ++k)
     error_of_gates.add(sum_of_arrays(gates, rows, K + 3, k), exact_gates[k]);

@@ -3,7 +3,7 @@
 //! backward calls with static coefficients.
 
 pub mod pre;
-mod projection;
+pub mod projection;
 
 use super::{DXIn, Schedule};
 use crate::contract::table::Call;

@@ -129,10 +129,12 @@ fn floats(call: &CheckedCall, launch: &Launch) -> Vec<(usize, usize)> {
         "logits_bwd" => vec![(5, tokens * columns)],
         "pre_bwd_one_pass" | "pre_norm_bwd_one_pass" => {
             let clusters = blocks / launch.cluster as usize;
+            let is_summed = launch.kernel.more("sums_phi") > 0;
+            let product = if is_summed { clusters * d_phi } else { dm[1] };
             let common = [
                 (10, tokens * n),
                 (11, tokens * columns),
-                (12, clusters * d_phi),
+                (12, product),
                 (13, launch.kernel.more("owner_warps") * blocks * sums),
             ];
             let norm = function.contains("norm").then_some((20, clusters * c));

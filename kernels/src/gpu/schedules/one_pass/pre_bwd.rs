@@ -1,5 +1,6 @@
-//! The schedule of `pre_bwd` in one pass over the streams (pre_bwd_one_pass.cu), and what post_pre's backward pass
-//! shares with it: its workspace, and the small launches before and after.
+//! The schedule of `pre_bwd` in one pass over the streams (pre_bwd_one_pass.cu), but for d_phi where that has no room
+//! for its sums (two_pass/d_phi.cuh), and what post_pre's backward pass shares with it: its workspace, and the small
+//! launches before and after.
 
 use super::{COLUMNS, Geometry, STREAMS};
 use crate::contract::check::CheckedCall;
@@ -7,13 +8,15 @@ use crate::contract::view::DType;
 use crate::gpu::device::{Device, MAX_CLUSTER, MAX_CLUSTER_BLOCKS};
 use crate::gpu::kernel::Kernel;
 use crate::gpu::launch::{Arg, Launch};
+use crate::gpu::schedules::two_pass::projection::{self, Projection};
 use crate::gpu::schedules::{DXIn, Schedule, norm, sizes};
 use crate::gpu::workspace::{Part, Workspace};
 
 /// The most iterations of Sinkhorn-Knopp whose record fits into shared memory.
 const MAX_SINKHORN_ITERS: usize = 128;
 
-/// The logits' gradients beforehand, then one pass over the streams, then the sums for the parameters.
+/// The logits' gradients beforehand, then one pass over the streams, then the sums for the parameters. Where d_phi is
+/// another kernel's that reads X again.
 pub const PRE_BACKWARD: Schedule = Schedule {
     name: "one pass",
     plan: |call, device, workspace| {
@@ -77,6 +80,11 @@ pub fn plan(
     let kernel = with_norm.or_else(|| find("pre_bwd_one_pass"))?;
     let geometry = with_owners(kernel, geometry, device)?;
     let sums = Sums::take(call, geometry, workspace);
+    let sums_phi = kernel.more("sums_phi") > 0;
+    let projection = Projection::of(call);
+    // For d_phi, as its kernel wants it.
+    let [_, dm] = projection.fragments();
+    let r_dm = if sums_phi { 0 } else { workspace.take(dm) };
     let operand = |name| call.operand_address(name);
     let (d_w, ([d_u, d_h_pre], mut launches)) = if with_norm.is_some() {
         let d_w = workspace.take(norm::sums(call, geometry.max_clusters()));
@@ -99,7 +107,7 @@ pub fn plan(
         Arg::Pointer(d_x_in.h_res.unwrap_or(0)),
         Arg::Pointer(d_h_pre),
         Arg::Pointer(logits.as_ref().map_or(operand("d_h_post"), |_| sums.d_z)),
-        Arg::Pointer(sums.d_phi),
+        Arg::Pointer(if sums_phi { sums.d_phi } else { r_dm }),
         Arg::Pointer(sums.gates),
         Arg::I32(call.tokens as i32),
         Arg::I32(call.c as i32),
@@ -115,7 +123,17 @@ pub fn plan(
     let clusters = blocks / geometry.cluster;
     let rows = kernel.more("owner_warps") as u32 * blocks;
     launches.extend(logits);
-    launches.extend([main, sum_gradients(call, &sums, clusters, rows)]);
+    launches.push(main);
+    let num_sums = if sums_phi {
+        clusters
+    } else {
+        // There is room for its sums where there would be for those of clusters (a test checks that).
+        let launch = projection::d_phi_sums(call, device, projection, x, [0, r_dm], sums.d_phi);
+        let num_sums = launch.grid[1];
+        launches.push(launch);
+        num_sums
+    };
+    launches.push(sum_gradients(call, &sums, num_sums, rows));
     launches.extend(with_norm.map(|_| norm::sum(call, d_w, clusters as usize)));
     Some(launches)
 }
@@ -185,8 +203,11 @@ pub fn sum_gradients(call: &CheckedCall, sums: &Sums, clusters: u32, rows: u32) 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Config;
+    use crate::contract::table::Call;
     use crate::gpu::schedules::one_pass::tests::{LINE, of_width};
     use crate::gpu::tuning::CHANNELS;
+    use crate::gpu::workspace::Problem;
 
     /// Channels of a block and blocks of a cluster.
     fn geometry(c: usize, columns: usize) -> Option<(usize, usize)> {
@@ -198,7 +219,7 @@ mod tests {
 
     #[test]
     fn widths_of_every_constraint_have_a_geometry() {
-        for (columns, widest) in [(2 * STREAMS, 8192), (COLUMNS, 7168), (32, 5120)] {
+        for (columns, widest) in [(2 * STREAMS, 8192), (COLUMNS, 8192), (32, 8192)] {
             for c in (256 + LINE..=widest).step_by(LINE) {
                 let (channels, cluster) = geometry(c, columns).unwrap();
                 assert!(channels * cluster >= c, "{c} {columns}");
@@ -222,6 +243,8 @@ mod tests {
             // Blocks without channels: 14 and 15 of them would do.
             (COLUMNS, 6208, (448, 16)),
             (COLUMNS, 6656, (448, 16)),
+            (COLUMNS, 7232, (512, 15)),
+            (COLUMNS, 7872, (512, 16)),
             (8, 576, (384, 2)),
             (8, 1088, (384, 3)),
             (8, 1600, (512, 4)),
@@ -241,8 +264,37 @@ mod tests {
             (32, 3136, (256, 13)),
             (32, 4544, (320, 15)),
             (32, 5120, (320, 16)),
+            (32, 5184, (384, 14)),
+            (32, 6080, (384, 16)),
+            (32, 6464, (512, 13)),
+            (32, 8192, (512, 16)),
         ] {
             assert_eq!(geometry(c, columns), Some(expected), "{c} {columns}");
+        }
+    }
+
+    #[test]
+    fn sums_for_d_phi_of_another_kernel_have_room() {
+        let config = Config::default();
+        for (columns, widths) in [(COLUMNS, 7232..=8192), (32, 5184..=8192)] {
+            for c in widths.step_by(LINE) {
+                let problem = Problem {
+                    kind: Call::PreBwd,
+                    dtype: DType::Bf16,
+                    n: STREAMS,
+                    c,
+                    columns,
+                    sinkhorn_iters: 0,
+                    norm_width: 0,
+                };
+                let found = of_width("pre_bwd_one_pass", c, columns).unwrap();
+                let kernel = Kernel::of("pre_bwd_one_pass", found.size, DType::Bf16);
+                assert_eq!(kernel.more("sums_phi"), 0, "{c} {columns}");
+                let found = with_owners(kernel, found, &Device::KINDS[1]).unwrap();
+                let room = found.max_clusters() * STREAMS * c * columns;
+                let projection = Projection::of(&problem.call(&config));
+                assert!(projection.d_phi_partial().fixed <= room, "{c} {columns}");
+            }
         }
     }
 

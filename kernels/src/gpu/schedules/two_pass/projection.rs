@@ -529,15 +529,15 @@ fn all_streams(
     )
 }
 
-/// d_phi, by way of `partial`.
-pub fn d_phi(
+/// Sums for d_phi at `partial`, as many as the grid has rows.
+pub fn d_phi_sums(
     call: &CheckedCall,
     device: &Device,
     projection: Projection,
     x: u64,
     dm: [u64; 2],
     partial: u64,
-) -> Vec<Launch> {
+) -> Launch {
     let kernel = projection.kernel_for_rows(["d_phi", "d_phi_unaligned"]);
     let tiles = call.tokens.div_ceil(projection.tile());
     let splits = projection.d_phi_splits().min(tiles.max(1));
@@ -547,9 +547,7 @@ pub fn d_phi(
     let row_bytes = projection.row_bytes(kernel.more("channels"));
     let stage_bytes = rows * row_bytes + projection.octet_bytes() * octets;
     let stages = kernel.stages_within(device, stage_bytes);
-    let size = projection.width() * projection.columns;
-    let sum = projection.kernel("sum_d_phi");
-    let d_phi = Launch {
+    Launch {
         shared_bytes: (stages * stage_bytes) as u32,
         ..kernel.launch(
             [channels * chunks, splits, 1],
@@ -566,15 +564,29 @@ pub fn d_phi(
                 Arg::I32(stages as i32),
             ],
         )
-    };
+    }
+}
+
+/// d_phi, by way of `partial`.
+pub fn d_phi(
+    call: &CheckedCall,
+    device: &Device,
+    projection: Projection,
+    x: u64,
+    dm: [u64; 2],
+    partial: u64,
+) -> Vec<Launch> {
+    let sums = d_phi_sums(call, device, projection, x, dm, partial);
+    let size = projection.width() * projection.columns;
+    let sum = projection.kernel("sum_d_phi");
     let sum = sum.launch(
         [size.div_ceil(sum.threads()), 1, 1],
         vec![
             Arg::Pointer(partial),
             Arg::Pointer(call.result_address("d_phi")),
-            Arg::I32(splits as i32),
+            Arg::I32(sums.grid[1] as i32),
             Arg::I64(size as i64),
         ],
     );
-    vec![d_phi, sum]
+    vec![sums, sum]
 }
