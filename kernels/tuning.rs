@@ -83,6 +83,15 @@ const fn channels(name: &'static str, number: u32, columns: u32) -> Size {
     }
 }
 
+/// The same of two streams, which have 8 columns.
+const fn channels_of_two(name: &'static str, number: u32) -> Size {
+    Size {
+        streams: 2,
+        columns: 8,
+        ..exact(name, number)
+    }
+}
+
 const fn bound(name: &'static str, number: u32) -> Size {
     Size {
         name,
@@ -136,7 +145,8 @@ const K80: Size = exact("k80", 10);
 
 /// Channels of a stream that a block of a cluster owns, and columns of phi.
 pub const CHANNELS: &[Size] = &[
-    W256, W320, W384, W448, W512, W256K8, W384K8, W512K8, W256K32, W320K32, W384K32,
+    W256, W320, W384, W448, W512, W256K8, W384K8, W512K8, W256K32, W320K32, W384K32, N2W512,
+    N2W1024,
 ];
 const W256: Size = channels("w256", 256, 24);
 const W320: Size = channels("w320", 320, 24);
@@ -149,6 +159,8 @@ const W512K8: Size = channels("w512k8", 512, 8);
 const W256K32: Size = channels("w256k32", 256, 32);
 const W320K32: Size = channels("w320k32", 320, 32);
 const W384K32: Size = channels("w384k32", 384, 32);
+const N2W512: Size = channels_of_two("n2w512", 512);
+const N2W1024: Size = channels_of_two("n2w1024", 1024);
 
 /// Channels of a block without a cluster.
 pub const NARROW: &[Size] = &[W128, W128K32];
@@ -251,6 +263,14 @@ pub const FILES: &[File] = &[
         row("post_pre_norm_fwd_one_pass",&[W512K8],  [ 8, 5, 512, 231_424], &[ 0, 176,  80, 80]),
         row("post_pre_norm_fwd_one_pass",&[W256K32], [ 8, 7, 512, 195_584], &[ 0, 200,  56, 56]),
         row("post_pre_norm_fwd_one_pass",&[W384K32], [ 8, 4, 512, 222_208], &[14, 208,  48, 48]),
+        row("pre_fwd_one_pass",          &[N2W512],  [16, 6, 512, 221_184], &[ 0, 168,  96, 80]),
+        row("pre_fwd_one_pass",          &[N2W1024], [ 8, 6, 512, 209_920], &[ 0, 168,  96, 80]),
+        row("pre_norm_fwd_one_pass",     &[N2W512],  [16, 6, 512, 223_232], &[ 0, 168,  96, 80]),
+        row("pre_norm_fwd_one_pass",     &[N2W1024], [ 8, 6, 512, 214_016], &[ 0, 168,  96, 80]),
+        row("post_pre_fwd_one_pass",     &[N2W512],  [ 8, 8, 512, 214_016], &[ 0, 168,  96, 80]),
+        row("post_pre_fwd_one_pass",     &[N2W1024], [ 8, 4, 512, 209_920], &[ 0, 168,  96, 80]),
+        row("post_pre_norm_fwd_one_pass",&[N2W512],  [ 8, 8, 512, 216_064], &[ 0, 168,  96, 80]),
+        row("post_pre_norm_fwd_one_pass",&[N2W1024], [ 8, 4, 512, 214_016], &[ 0, 168,  96, 80]),
     ] },
     // Stages are for X and d_u, `d_x_in_slots` for d_x_in, `partials` for what as many blocks send to the owners of
     // tokens. A main warp has `held` fragments of phi in registers, `sums` of its sums for d_phi in shared memory, and,

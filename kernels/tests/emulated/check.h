@@ -41,6 +41,15 @@ inline u16* streams(size_t num) {
   return values;
 }
 
+inline void round_to(bf16& to, float v) { to.bits = to_bf16(v); }
+inline void round_to(f16& to, float v) { to.bits = to_f16(v); }
+inline void round_to(f32& to, float v) { to = v; }
+inline Stream* random_streams(size_t num) {
+  Stream* values = guarded<Stream>(num);
+  for (size_t i = 0; i < num; ++i) round_to(values[i], normal());
+  return values;
+}
+
 // The sum of an element over arrays of a size that lie behind each other.
 inline double sum_of_arrays(const float* arrays, int num, size_t size, size_t element) {
   double sum = 0;
@@ -69,7 +78,7 @@ struct Error {
 // One rounding to bfloat16, and sums of products in float16 or in bfloat16 parts.
 constexpr double kRoundingError = 1.8e-3, kProductsError = 3e-4, kFloatError = 1e-5;
 
-// A call: the width, tokens, clusters, and whether the cotangent of the streams is deferred; the seed of the order in which
+// A call: the width, tokens, clusters, and whether the cotangent of the streams is deferred, or which kernel it is; the seed of the order in which
 // warps go on; and whether float64 gets another phi than the kernel, which has to be found.
 struct Sizes {
   int hidden, tokens, clusters, deferred;

@@ -41,7 +41,7 @@ fn build(check: &str, file: &str, size_name: &str, dtype: &str) -> PathBuf {
     program
 }
 
-/// Runs a check: C, tokens, clusters, and whether cotangents are deferred (forward: whether it is post_pre).
+/// Runs a check: C, tokens, clusters, and whether cotangents are deferred (forward: which of four kernels it is).
 fn run(program: &Path, sizes: [usize; 4], seed: usize, is_spoiled: bool) -> Output {
     let mut check = Command::new(program);
     check.args(sizes.map(|number| number.to_string()));
@@ -49,8 +49,8 @@ fn run(program: &Path, sizes: [usize; 4], seed: usize, is_spoiled: bool) -> Outp
     check.output().unwrap()
 }
 
-/// Checks a kernel in some sizes, each with clusters of many sizes whose last block is not full.
-fn check(name: &str, file: &str, sizes: &[(&str, usize, &str)]) {
+/// Checks a kernel in some sizes, each with clusters of many sizes whose last block is not full, and of so many kinds.
+fn check(name: &str, file: &str, sizes: &[(&str, usize, &str)], kinds: usize) {
     for &(size, channels, dtype) in sizes {
         let program = build(name, file, size, dtype);
         for (seed, (blocks, tokens, clusters)) in
@@ -59,18 +59,18 @@ fn check(name: &str, file: &str, sizes: &[(&str, usize, &str)]) {
                 .enumerate()
         {
             let hidden = blocks * channels - (seed % 3) * 64;
-            let call = [hidden, tokens, clusters, seed % 2];
+            let call = [hidden, tokens, clusters, seed % kinds];
             let output = run(&program, call, seed, false);
             assert!(
                 output.status.success(),
-                "{name} {size} {call:?}: {output:?}"
+                "{name} {size} {dtype} {call:?}: {output:?}"
             );
         }
         let spoiled = run(&program, [2 * channels, 9, 1, 1], 0, true);
         let told = String::from_utf8_lossy(&spoiled.stdout);
         assert!(
             told.ends_with("too large an error\n"),
-            "{name} {size}: {spoiled:?}"
+            "{name} {size} {dtype}: {spoiled:?}"
         );
     }
 }
@@ -82,8 +82,10 @@ fn forward() {
         ("w512", 512, "bf16"),
         ("w384k8", 384, "bf16"),
         ("w256k32", 256, "bf16"),
+        ("n2w512", 512, "bf16"),
+        ("n2w1024", 1024, "bf16"),
     ];
-    check("forward", "one_pass/one_pass_fwd", &sizes);
+    check("forward", "one_pass/one_pass_fwd", &sizes, 4);
 }
 
 #[test]
@@ -94,7 +96,7 @@ fn pre_bwd() {
         ("w512k8", 512, "bf16"),
         ("w320k32", 320, "bf16"),
     ];
-    check("pre_bwd", "one_pass/pre_bwd_one_pass", &sizes);
+    check("pre_bwd", "one_pass/pre_bwd_one_pass", &sizes, 2);
 }
 
 #[test]
@@ -105,5 +107,5 @@ fn post_pre_bwd() {
         ("w512k8", 512, "bf16"),
         ("w256k32", 256, "bf16"),
     ];
-    check("post_pre_bwd", "one_pass/post_pre_bwd_one_pass", &sizes);
+    check("post_pre_bwd", "one_pass/post_pre_bwd_one_pass", &sizes, 2);
 }
