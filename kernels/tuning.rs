@@ -272,6 +272,18 @@ pub const FILES: &[File] = &[
         row("post_pre_norm_fwd_one_pass",&[N2W512],  [ 8, 8, 512, 216_064], &[ 0, 168,  96, 80]),
         row("post_pre_norm_fwd_one_pass",&[N2W1024], [ 8, 4, 512, 214_016], &[ 0, 168,  96, 80]),
     ] },
+    // phi is cut into parts when it is used, so that it takes as many registers as beside bfloat16.
+    File { path: "one_pass/one_pass_fwd", dtypes: F32, target: Target::Clusters,
+           more: &["fragments", "project_registers", "apply_registers", "other_registers"], kernels: &[
+        row("pre_fwd_one_pass",          &[W256],    [ 8, 6, 512, 225_280], &[ 0, 192,  64, 64]),
+        row("pre_fwd_one_pass",          &[W256K8],  [ 8, 6, 512, 210_944], &[ 0, 168,  96, 80]),
+        row("pre_norm_fwd_one_pass",     &[W256],    [ 8, 5, 512, 202_752], &[ 1, 192,  56, 72]),
+        row("pre_norm_fwd_one_pass",     &[W256K8],  [ 8, 6, 512, 220_160], &[ 0, 168,  96, 80]),
+        row("post_pre_fwd_one_pass",     &[W256],    [ 8, 4, 512, 195_584], &[ 1, 184,  72, 72]),
+        row("post_pre_fwd_one_pass",     &[W256K8],  [ 8, 5, 512, 221_184], &[ 0, 168,  96, 80]),
+        row("post_pre_norm_fwd_one_pass",&[W256],    [ 8, 4, 512, 206_848], &[ 2, 184,  72, 72]),
+        row("post_pre_norm_fwd_one_pass",&[W256K8],  [ 8, 5, 512, 230_400], &[ 0, 168,  96, 80]),
+    ] },
     // Stages are for X and d_u, `d_x_in_slots` for d_x_in, `partials` for what as many blocks send to the owners of
     // tokens. A main warp has `held` fragments of phi in registers, `sums` of its sums for d_phi in shared memory, and,
     // where `holds_d_w` is 1, its sums for d_norm_scale in registers. `cost` is in percent, for the choice of a size:

@@ -43,6 +43,11 @@ WIDTHS = [
     (2, 2048, "birkhoff", "n2w1024_bf16", 2),
     (2, 6080, "none", "n2w1024_bf16", 6),
     (2, 16384, "birkhoff", "n2w1024_bf16", 16),
+    (4, 512, "birkhoff", "w256_f32", 2),
+    (4, 1184, "none", "w256_f32", 5),
+    (4, 4096, "birkhoff", "w256_f32", 16),
+    (4, 864, "identity", "w256k8_f32", 4),
+    (4, 3456, "identity", "w256k8_f32", 14),
 ]
 KINDS = [(op, norm) for op in ("pre", "post_pre") for norm in (False, True)]
 TOKENS = 37

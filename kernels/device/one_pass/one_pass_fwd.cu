@@ -26,6 +26,7 @@
 #include "math/permutations.cuh"
 #include "math/sinkhorn.cuh"
 #include "one_pass/products.cuh"
+#include "one_pass/products_f32.cuh"
 
 constexpr int kProjectWarps = 8;
 constexpr int kApplyWarps = 4;

@@ -76,7 +76,7 @@ __device__ inline void Block<POST_PRE, NORM>::project(int warp, int lane) const 
 
   const int g = lane / 4;
   // Lane l points at the 16 bytes of token l % 8 of stream l / 8.
-  const auto matrices_of = [&](u32 lane, u32 warp) {
+  const auto matrices_of = [&](int lane, int warp) {
     return lane / 8 * P::kStreamBytes + swizzled(lane % 8, warp);
   };
   u32 matrices = matrices_of(lane, warp);
@@ -137,7 +137,11 @@ __device__ inline void Block<POST_PRE, NORM>::project(int warp, int lane) const 
 #pragma unroll
       for (int part = 0; part < kBoxSlices; ++part) {
         const int slice = step / kOctets * kBoxSlices + part;
-        slices[slice].keep_whole();
+#pragma unroll
+        for (int f = 0; f < Phi::kFragments; ++f) {
+          if (Phi::kFragments * slice + f < kInRegisters)
+            Phi::keep_whole(slices[slice].fragments[f]);
+        }
         Phi phi = slices[slice];
 #pragma unroll
         for (int f = 0; f < Phi::kFragments; ++f) {

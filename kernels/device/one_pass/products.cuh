@@ -53,7 +53,7 @@ struct Slice {
     }
     return slice;
   }
-  __device__ void keep_whole() {}
+  __device__ static void keep_whole(uint4&) {}
 };
 
 __device__ inline void mma(float (&d)[4], uint4 a, uint2 b) { mma(d, a.x, a.y, a.z, a.w, b); }

@@ -84,6 +84,8 @@ fn forward() {
         ("w256k32", 256, "bf16"),
         ("n2w512", 512, "bf16"),
         ("n2w1024", 1024, "bf16"),
+        ("w256", 256, "f32"),
+        ("w256k8", 256, "f32"),
     ];
     check("forward", "one_pass/one_pass_fwd", &sizes, 4);
 }

@@ -35,6 +35,11 @@ const CASES: &[([usize; 2], Constraint, &str, u32)] = &[
     ([2, 2048], Constraint::Birkhoff, "n2w1024_bf16", 2),
     ([2, 6080], Constraint::None, "n2w1024_bf16", 6),
     ([2, 16384], Constraint::Birkhoff, "n2w1024_bf16", 16),
+    ([4, 512], Constraint::Birkhoff, "w256_f32", 2),
+    ([4, 1184], Constraint::None, "w256_f32", 5),
+    ([4, 4096], Constraint::Birkhoff, "w256_f32", 16),
+    ([4, 864], Constraint::Identity, "w256k8_f32", 4),
+    ([4, 3456], Constraint::Identity, "w256k8_f32", 14),
 ];
 
 #[test]
