@@ -83,12 +83,11 @@ const fn channels(name: &'static str, number: u32, columns: u32) -> Size {
     }
 }
 
-/// The same of two streams, which have 8 columns.
-const fn channels_of_two(name: &'static str, number: u32) -> Size {
+/// The same of both of two streams, with as many columns as they have where they are mixed.
+const fn two_streams(name: &'static str, number: u32) -> Size {
     Size {
         streams: 2,
-        columns: 8,
-        ..exact(name, number)
+        ..channels(name, number, 8)
     }
 }
 
@@ -159,8 +158,8 @@ const W512K8: Size = channels("w512k8", 512, 8);
 const W256K32: Size = channels("w256k32", 256, 32);
 const W320K32: Size = channels("w320k32", 320, 32);
 const W384K32: Size = channels("w384k32", 384, 32);
-const N2W512: Size = channels_of_two("n2w512", 512);
-const N2W1024: Size = channels_of_two("n2w1024", 1024);
+const N2W512: Size = two_streams("n2w512", 512);
+const N2W1024: Size = two_streams("n2w1024", 1024);
 
 /// Channels of a block without a cluster.
 pub const NARROW: &[Size] = &[W128, W128K32];

@@ -91,7 +91,7 @@ int main(int, char** argv) {
                             : K == N * (N + 2) ? matrix
                                                : Constraint::kPermutations;
   const size_t num = sizes.values();
-  Stream *x = random_streams(num * N), *y = random_streams(num);
+  Stream *x = streams<Stream>(num * N), *y = streams<Stream>(num);
   x_new = guarded<Stream>(num * N), u = guarded<Stream>(num);
   const auto any = [](size_t) { return normal(); };
   phi = floats(size_t(N) * hidden * K, [](size_t) { return .02f * normal(); });
