@@ -83,6 +83,14 @@ const fn channels(name: &'static str, number: u32, columns: u32) -> Size {
     }
 }
 
+/// The same of both of two streams, with as many columns as they have where they are mixed.
+const fn two_streams(name: &'static str, number: u32) -> Size {
+    Size {
+        streams: 2,
+        ..channels(name, number, 8)
+    }
+}
+
 const fn bound(name: &'static str, number: u32) -> Size {
     Size {
         name,
@@ -132,6 +140,7 @@ const K80: Size = exact("k80", 10);
 /// Channels of a stream that a block of a cluster owns, and columns of phi.
 pub const CHANNELS: &[Size] = &[
     W256, W320, W384, W448, W512, W256K8, W384K8, W512K8, W256K32, W320K32, W384K32, W512K32,
+    N2W512, N2W1024,
 ];
 const W256: Size = channels("w256", 256, 24);
 const W320: Size = channels("w320", 320, 24);
@@ -145,6 +154,8 @@ const W256K32: Size = channels("w256k32", 256, 32);
 const W320K32: Size = channels("w320k32", 320, 32);
 const W384K32: Size = channels("w384k32", 384, 32);
 const W512K32: Size = channels("w512k32", 512, 32);
+const N2W512: Size = two_streams("n2w512", 512);
+const N2W1024: Size = two_streams("n2w1024", 1024);
 
 /// Channels of a block without a cluster.
 pub const NARROW: &[Size] = &[W128, W128K32];
@@ -239,24 +250,44 @@ pub const FILES: &[File] = &[
         row("pre_norm_fwd_one_pass",     &[W512K8],  [ 8, 6, 512, 223_232], &[ 0, 168,  88, 88]),
         row("pre_norm_fwd_one_pass",     &[W256K32], [ 8, 8, 512, 185_344], &[ 0, 176,  88, 72]),
         row("pre_norm_fwd_one_pass",     &[W384K32], [ 8, 6, 512, 230_400], &[ 9, 208,  40, 56]),
-        row("post_pre_fwd_one_pass",     &[W256],    [ 8, 8, 512, 206_848], &[ 0, 168,  96, 80]),
+        row("post_pre_fwd_one_pass",     &[W256],    [ 8, 8, 512, 203_776], &[ 0, 168,  96, 80]),
         row("post_pre_fwd_one_pass",     &[W320],    [ 8, 7, 512, 216_064], &[ 0, 192,  72, 56]),
         row("post_pre_fwd_one_pass",     &[W384],    [ 8, 6, 512, 219_136], &[ 0, 208,  48, 48]),
         row("post_pre_fwd_one_pass",     &[W448],    [ 8, 5, 512, 231_424], &[ 5, 208,  48, 48]),
         row("post_pre_fwd_one_pass",     &[W512],    [ 8, 4, 512, 232_448], &[10, 208,  48, 48]),
-        row("post_pre_fwd_one_pass",     &[W384K8],  [ 8, 6, 512, 203_776], &[ 0, 176,  80, 80]),
-        row("post_pre_fwd_one_pass",     &[W512K8],  [ 8, 5, 512, 223_232], &[ 0, 176,  80, 80]),
+        row("post_pre_fwd_one_pass",     &[W384K8],  [ 8, 6, 512, 202_752], &[ 0, 176,  80, 80]),
+        row("post_pre_fwd_one_pass",     &[W512K8],  [ 8, 5, 512, 221_184], &[ 0, 176,  80, 80]),
         row("post_pre_fwd_one_pass",     &[W256K32], [ 8, 8, 512, 212_992], &[ 0, 200,  56, 56]),
         row("post_pre_fwd_one_pass",     &[W384K32], [ 8, 5, 512, 232_448], &[10, 208,  48, 48]),
-        row("post_pre_norm_fwd_one_pass",&[W256],    [ 8, 8, 512, 218_112], &[ 0, 168,  88, 88]),
+        row("post_pre_norm_fwd_one_pass",&[W256],    [ 8, 8, 512, 214_016], &[ 0, 168,  88, 88]),
         row("post_pre_norm_fwd_one_pass",&[W320],    [ 8, 7, 512, 226_304], &[ 0, 208,  48, 48]),
         row("post_pre_norm_fwd_one_pass",&[W384],    [ 8, 6, 512, 232_448], &[ 1, 208,  48, 48]),
         row("post_pre_norm_fwd_one_pass",&[W448],    [ 8, 5, 512, 232_448], &[ 3, 208,  48, 48]),
         row("post_pre_norm_fwd_one_pass",&[W512],    [ 8, 3, 512, 216_064], &[14, 208,  48, 48]),
-        row("post_pre_norm_fwd_one_pass",&[W384K8],  [ 8, 6, 512, 215_040], &[ 0, 176,  80, 80]),
+        row("post_pre_norm_fwd_one_pass",&[W384K8],  [ 8, 6, 512, 211_968], &[ 0, 176,  80, 80]),
         row("post_pre_norm_fwd_one_pass",&[W512K8],  [ 8, 5, 512, 231_424], &[ 0, 176,  80, 80]),
         row("post_pre_norm_fwd_one_pass",&[W256K32], [ 8, 7, 512, 198_656], &[ 0, 200,  56, 56]),
         row("post_pre_norm_fwd_one_pass",&[W384K32], [ 8, 4, 512, 225_280], &[14, 208,  48, 48]),
+        row("pre_fwd_one_pass",          &[N2W512],  [16, 6, 512, 222_208], &[ 0, 168,  96, 80]),
+        row("pre_fwd_one_pass",          &[N2W1024], [ 8, 6, 512, 211_968], &[ 0, 168,  96, 80]),
+        row("pre_norm_fwd_one_pass",     &[N2W512],  [16, 6, 512, 224_256], &[ 0, 168,  96, 80]),
+        row("pre_norm_fwd_one_pass",     &[N2W1024], [ 8, 6, 512, 216_064], &[ 0, 168,  96, 80]),
+        row("post_pre_fwd_one_pass",     &[N2W512],  [ 8, 8, 512, 215_040], &[ 0, 168,  96, 80]),
+        row("post_pre_fwd_one_pass",     &[N2W1024], [ 8, 4, 512, 210_944], &[ 0, 168,  96, 80]),
+        row("post_pre_norm_fwd_one_pass",&[N2W512],  [ 8, 8, 512, 217_088], &[ 0, 168,  96, 80]),
+        row("post_pre_norm_fwd_one_pass",&[N2W1024], [ 8, 4, 512, 215_040], &[ 0, 168,  96, 80]),
+    ] },
+    // phi is cut into parts when it is used, so that it takes as many registers as beside bfloat16.
+    File { path: "one_pass/one_pass_fwd", dtypes: F32, target: Target::Clusters,
+           more: &["fragments", "project_registers", "apply_registers", "other_registers"], kernels: &[
+        row("pre_fwd_one_pass",          &[W256],    [ 8, 6, 512, 227_328], &[ 0, 192,  64, 64]),
+        row("pre_fwd_one_pass",          &[W256K8],  [ 8, 6, 512, 211_968], &[ 0, 168,  96, 80]),
+        row("pre_norm_fwd_one_pass",     &[W256],    [ 8, 5, 512, 209_920], &[ 1, 192,  56, 72]),
+        row("pre_norm_fwd_one_pass",     &[W256K8],  [ 8, 6, 512, 222_208], &[ 0, 168,  96, 80]),
+        row("post_pre_fwd_one_pass",     &[W256],    [ 8, 4, 512, 197_632], &[ 1, 184,  72, 72]),
+        row("post_pre_fwd_one_pass",     &[W256K8],  [ 8, 5, 512, 221_184], &[ 0, 168,  96, 80]),
+        row("post_pre_norm_fwd_one_pass",&[W256],    [ 8, 4, 512, 209_920], &[ 2, 184,  72, 72]),
+        row("post_pre_norm_fwd_one_pass",&[W256K8],  [ 8, 5, 512, 230_400], &[ 0, 168,  96, 80]),
     ] },
     // Stages are for X and d_u, `d_x_in_slots` for d_x_in, `partials` for what as many blocks send to the owners of
     // tokens. A main warp has `held` fragments of phi in registers, `sums` of its sums for d_phi in shared memory, and,

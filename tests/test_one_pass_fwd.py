@@ -15,50 +15,64 @@ from cases import OPS, Case, assert_close, in_float64, leaf_name, make_operands,
 
 pytestmark = pytest.mark.gpu
 
-#: Channels, constraint, and the size and cluster of the kernels that take them on an H200;
-#: kernels/src/gpu/tests/one_pass_fwd.rs plans the same.
+#: Streams and channels, constraint, and the size with its dtype and the cluster of the kernels that
+#: take them on an H200; kernels/src/gpu/tests/one_pass_fwd.rs plans the same.
 WIDTHS = [
-    (512, "none", "w256", 2),
-    (960, "birkhoff", "w320", 3),
-    (768, "birkhoff", "w384", 2),
-    (1600, "birkhoff", "w448", 4),
-    (2304, "birkhoff", "w320", 8),
-    (4608, "birkhoff", "w320", 15),
-    (8128, "birkhoff", "w512", 16),
-    (8192, "none", "w512", 16),
-    (2496, "identity", "w512k8", 5),
-    (3520, "identity", "w512k8", 7),
-    (4608, "identity", "w512k8", 9),
-    (5120, "identity", "w384k8", 14),
-    (7168, "identity", "w512k8", 14),
-    (704, "permutations", "w256k32", 3),
-    (1408, "permutations", "w256k32", 6),
-    (2560, "permutations", "w256k32", 10),
-    (2816, "permutations", "w256k32", 11),
-    (4544, "permutations", "w384k32", 12),
-    (4928, "permutations", "w384k32", 13),
-    (6144, "permutations", "w384k32", 16),
+    (4, 512, "none", "w256_bf16", 2),
+    (4, 960, "birkhoff", "w320_bf16", 3),
+    (4, 768, "birkhoff", "w384_bf16", 2),
+    (4, 1600, "birkhoff", "w448_bf16", 4),
+    (4, 2304, "birkhoff", "w320_bf16", 8),
+    (4, 4608, "birkhoff", "w320_bf16", 15),
+    (4, 8128, "birkhoff", "w512_bf16", 16),
+    (4, 8192, "none", "w512_bf16", 16),
+    (4, 2496, "identity", "w512k8_bf16", 5),
+    (4, 3520, "identity", "w512k8_bf16", 7),
+    (4, 4608, "identity", "w512k8_bf16", 9),
+    (4, 5120, "identity", "w384k8_bf16", 14),
+    (4, 7168, "identity", "w512k8_bf16", 14),
+    (4, 704, "permutations", "w256k32_bf16", 3),
+    (4, 1408, "permutations", "w256k32_bf16", 6),
+    (4, 2560, "permutations", "w256k32_bf16", 10),
+    (4, 2816, "permutations", "w256k32_bf16", 11),
+    (4, 4544, "permutations", "w384k32_bf16", 12),
+    (4, 4928, "permutations", "w384k32_bf16", 13),
+    (4, 6144, "permutations", "w384k32_bf16", 16),
+    (2, 576, "none", "n2w512_bf16", 2),
+    (2, 1472, "birkhoff", "n2w512_bf16", 3),
+    (2, 2048, "birkhoff", "n2w1024_bf16", 2),
+    (2, 6080, "none", "n2w1024_bf16", 6),
+    (2, 16384, "birkhoff", "n2w1024_bf16", 16),
+    (4, 512, "birkhoff", "w256_f32", 2),
+    (4, 1184, "none", "w256_f32", 5),
+    (4, 4096, "birkhoff", "w256_f32", 16),
+    (4, 864, "identity", "w256k8_f32", 4),
+    (4, 3456, "identity", "w256k8_f32", 14),
 ]
 KINDS = [(op, norm) for op in ("pre", "post_pre") for norm in (False, True)]
 TOKENS = 37
 #: Errors of streams and of coefficients, in units of the largest. Those of the seam, which rounds
 #: the new streams before it takes them, are compared with those of streams that are not rounded.
 LIMITS = {"pre": (2**-8, 3e-5), "post_pre": (2**-7, 2e-2)}
+#: The same for float32 streams.
+FLOAT_LIMIT = 1e-5
+DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
 
 
 def cases():
     """The op, the case, and the name and cluster of its kernel."""
-    for hidden, constraint, size, cluster in WIDTHS:
+    for streams, hidden, constraint, size, cluster in WIDTHS:
         for op, norm in KINDS:
             config = variant(constraint=constraint)
-            case = Case((TOKENS,), 4, hidden, 3.0, config, norm=norm)
-            yield op, case, f"mhc_{op}{'_norm' * norm}_fwd_one_pass_{size}_bf16", cluster
+            case = Case((TOKENS,), streams, hidden, 3.0, config, norm=norm)
+            yield op, case, f"mhc_{op}{'_norm' * norm}_fwd_one_pass_{size}", cluster
 
 
-def operands_of(op, case):
+def operands_of(op, case, kernel):
     """Operands with streams that any matrix has mixed, whatever the constraint of the op is."""
-    mixed = make_operands(op, dataclasses.replace(case, config=variant()), jnp.bfloat16)
-    return mixed | {"params": make_operands(op, case, jnp.bfloat16)["params"]}
+    dtype = DTYPES[kernel.rsplit("_", 1)[1]]
+    mixed = make_operands(op, dataclasses.replace(case, config=variant()), dtype)
+    return mixed | {"params": make_operands(op, case, dtype)["params"]}
 
 
 def take(op, operands, tokens):
@@ -78,7 +92,7 @@ def run(op, case, implementation):
 @pytest.mark.parametrize("op, case, kernel, cluster", list(cases()))
 def test_values_that_do_not_depend_on_other_tokens(op, case, kernel, cluster):
     """Against float64; then alone, and many times in a larger batch with a token that is NaN."""
-    operands = operands_of(op, case)
+    operands = operands_of(op, case, kernel)
     kernels = run(op, case, "fused")
     # Memory that XLA hands out next is full of NaN.
     jax.block_until_ready([jnp.full((1 << size,), jnp.nan, jnp.float32) for size in range(8, 26)])
@@ -86,7 +100,10 @@ def test_values_that_do_not_depend_on_other_tokens(op, case, kernel, cluster):
     expected = in_float64(run(op, case, "reference"), operands)
     leaves = zip(jax.tree.leaves_with_path(few), jax.tree.leaves(expected), strict=True)
     for (path, leaf), wanted in leaves:
-        assert_close(leaf, wanted, LIMITS[op][leaf.dtype == np.float32], leaf_name(path))
+        limit = LIMITS[op][leaf.dtype == np.float32]
+        if kernel.endswith("_f32"):
+            limit = FLOAT_LIMIT
+        assert_close(leaf, wanted, limit, leaf_name(path))
 
     def check(tokens, others=None):
         batch = take(op, operands, tokens)
@@ -107,8 +124,8 @@ def test_values_that_do_not_depend_on_other_tokens(op, case, kernel, cluster):
 
 def print_kernels():
     """Runs every case with one token; the log tells its kernels."""
-    for index, (op, case, *_) in enumerate(cases()):
-        operands = take(op, operands_of(op, case), np.array([0]))
+    for index, (op, case, kernel, _) in enumerate(cases()):
+        operands = take(op, operands_of(op, case, kernel), np.array([0]))
         print(f"case={index}", file=sys.stderr, flush=True)
         jax.block_until_ready(run(op, case, "fused")(operands))
 

@@ -62,6 +62,13 @@ __device__ inline void mma_k8(float (&d)[4], u32 a0, u32 a1, u32 b) {
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a0), "r"(a1), "r"(b));
 }
+// The same with 8 columns of A, in tf32: float32 without the last 13 bits.
+__device__ inline void mma_tf32(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b.x), "r"(b.y));
+}
 // The fragments of `mma`.
 __device__ inline void mma_half(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 b) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, "
@@ -144,6 +151,11 @@ __device__ inline void read_transposed(u32 (&m)[2], u32 at) {
 __device__ inline void write_matrices(u32 at, const u32 (&m)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
                "r"(m[0]), "r"(m[1]), "r"(m[2]), "r"(m[3])
+               : "memory");
+}
+__device__ inline void write_matrices(u32 at, const u32 (&m)[2]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(at), "r"(m[0]),
+               "r"(m[1])
                : "memory");
 }
 __device__ inline void write_transposed(u32 at, const u32 (&m)[4]) {
@@ -238,6 +250,14 @@ __device__ inline void send(u32 at, float4 v, u32 barrier) {
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
       "[%5];" ::"r"(at),
       "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
+      : "memory");
+}
+// The same with 8 bytes.
+__device__ inline void send(u32 at, float2 v, u32 barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+          at),
+      "f"(v.x), "f"(v.y), "r"(barrier)
       : "memory");
 }
 // The same with 4 bytes.

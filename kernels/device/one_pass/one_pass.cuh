@@ -19,9 +19,11 @@
 #include "base/matrix.cuh"
 
 constexpr u32 kTileTokens = 8;
-// One row of a copied box, what the copy engine swizzles, and its channels.
+// One row of a copied box, what the copy engine swizzles, and its channels; those of 16 bytes, and of a word.
 constexpr u32 kRowBytes = 128;
 constexpr int kBoxChannels = kRowBytes / sizeof(Stream);
+constexpr int kUnitChannels = 16 / sizeof(Stream);
+constexpr int kWordChannels = 4 / sizeof(Stream);
 
 // ---- shared memory ----------------------------------------------------------------------------------
 
@@ -38,6 +40,10 @@ __device__ inline float read_float(u32 at) { return __uint_as_float(read1(at)); 
 __device__ inline void read_floats(float (&values)[4], u32 at) {
   const float4 v = read_float4(at);
   values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
+}
+__device__ inline void read_floats(float (&values)[2], u32 at) {
+  const uint2 v = read2(at);
+  values[0] = __uint_as_float(v.x), values[1] = __uint_as_float(v.y);
 }
 __device__ inline void write_float4(u32 at, float4 v) {
   write4(at,
@@ -67,6 +73,14 @@ struct Ring {
 };
 
 // ---- clusters ----------------------------------------------------------------------------------------
+
+// A number for each stream to another block, as `send`.
+__device__ inline void send_floats(u32 at, const float (&v)[4], u32 barrier) {
+  send(at, float4{v[0], v[1], v[2], v[3]}, barrier);
+}
+__device__ inline void send_floats(u32 at, const float (&v)[2], u32 barrier) {
+  send(at, float2{v[0], v[1]}, barrier);
+}
 
 // The start of a block, by all threads: its barriers are there. Each waits with `cluster_wait` for those of the others
 // before it sends anything.

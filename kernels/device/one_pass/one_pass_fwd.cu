@@ -1,5 +1,5 @@
-// The forward passes that read the streams once (see one_pass.cuh), for four bfloat16 streams of up to SIZE channels
-// for each block of the cluster:
+// The forward passes that read the streams once (see one_pass.cuh), for bfloat16 or float32 streams
+// of up to SIZE channels for each block of the cluster:
 //
 //   pre_fwd_one_pass   pre: all coefficients and u                                  [14 to 19]
 //   post_pre_fwd_one_pass  post of one sublayer and pre of the next: X' besides
@@ -12,7 +12,7 @@
 //
 //   loader        X (and y, h_post, h_res) from memory
 //   project (8)   the slice of vec(X) phi and of the sum of squares, and of G, with phi in registers all the
-//                 time; in post_pre X' before that, in place of X. Warp w has the 8 channels w of every 64, in
+//                 time; in post_pre X' before that, in place of X. Warp w has the 16 bytes w of every 128, in
 //                 all streams, so that X' goes from its registers to the tensor cores
 //   send          the sum of the 8 warps' partial sums, to the block that owns the token
 //   owner         the sums over the cluster, in the order of its blocks, r and rho of the tokens that this block
@@ -25,7 +25,8 @@
 #include "math/coefficients.cuh"
 #include "math/permutations.cuh"
 #include "math/sinkhorn.cuh"
-#include "one_pass/geometry.cuh"
+#include "one_pass/products.cuh"
+#include "one_pass/products_f32.cuh"
 
 constexpr int kProjectWarps = 8;
 constexpr int kApplyWarps = 4;
@@ -52,11 +53,13 @@ __device__ constexpr int most_own_rows(int tokens) {
   return most;
 }
 
-// 8 channels, what a lane of `apply` takes at once.
-constexpr int kUnits = SIZE / 8;
-// Of phi for a warp: the same 8 channels of two streams.
+// 16 bytes, what a lane of `apply` takes at once.
+constexpr int kUnits = SIZE / kUnitChannels;
+// Pairs of streams, by which phi comes.
 constexpr int kPairs = N / 2;
-constexpr int kSlices = kPairs * kBoxes;
+// Of phi for a warp: a box has so many, which share its streams.
+constexpr int kBoxSlices = N / Slice<Stream>::kStreams;
+constexpr int kSlices = kBoxSlices * kBoxes;
 
 // ---- sizes ------------------------------------------------------------------------------------------
 
@@ -66,13 +69,6 @@ using Tuning = typename Choose<
     typename Choose<NORM, tuning_post_pre_norm_fwd_one_pass, tuning_post_pre_fwd_one_pass>::Type,
     typename Choose<NORM, tuning_pre_norm_fwd_one_pass, tuning_pre_fwd_one_pass>::Type>::Type;
 
-// Entries of G on and above its diagonal: the diagonal, then the others row by row.
-constexpr int kProducts = N * (N + 1) / 2;
-// Which of them is that of two streams.
-__device__ inline int entry_of_g(int i, int j) {
-  const int row = min(i, j), column = max(i, j);
-  return row == column ? row : N - 1 + row * N - row * (row + 1) / 2 + column - row;
-}
 // Columns of H_res: its entries, the permutations', or none where it is I.
 constexpr int kResColumns = kColumns - 2 * N;
 constexpr bool kHasMatrix = kResColumns == N * N;
@@ -88,7 +84,7 @@ struct Plan {
   static constexpr int kTokens = Tuned::tokens;
   static constexpr int kStages = Tuned::stages;
   static constexpr int kSharedFragments = Tuned::fragments;
-  // A stage: X as [stream, box, token, 64 channels], then y alike. Elsewhere its h_res and h_post.
+  // A stage: X as [stream, box, token, 128 bytes], then y alike. Elsewhere its h_res and h_post.
   static constexpr int kBoxBytes = Tile<kTokens>::kBoxBytes;
   static constexpr int kStreamBytes = Tile<kTokens>::kPlaneBytes;
   static constexpr int kY = N * kStreamBytes;
@@ -124,8 +120,8 @@ struct Plan {
   static constexpr int kMostBytes = 232448;  // of a block
   static constexpr int kMostBatch =
       (kMostBytes - kStages * kStageBytes - kFinish) / (2 * kSumsBytes);
-  static constexpr int kFewest =
-      !POST_PRE && !kIsPermuted && Tuned::other_registers >= 72 ? 1 : 2;
+  static constexpr bool kHasRegisters = !POST_PRE && !kIsPermuted && Tuned::other_registers >= 72;
+  static constexpr int kFewest = N == 2 || kHasRegisters ? 1 : 2;
   static constexpr int kFinishLanes = kMostBatch >= 32 / kFewest       ? kFewest
                                       : kMostBatch >= 32 / kFewest / 2 ? 2 * kFewest
                                                                        : 4 * kFewest;
@@ -143,6 +139,7 @@ struct Plan {
   static constexpr int kPhiPairs = kStages * kStageBytes < N * kPhiBytes ? 1 : kPairs;
   static constexpr int kPhi = kBytes - kPhiPairs * 2 * kPhiBytes;
   static constexpr int kFreeStages = (kPhi - kStage) / kStageBytes;
+  static_assert(2 * kPhiPairs % Slice<Stream>::kStreams == 0, "slices are read at once");
   static_assert(kPhi >= kStage, "phi lies in stages alone");
   static_assert(kBytes == Tuned::shared_bytes && kThreads == Tuned::threads, "kernels/tuning.rs");
   static_assert(kBytes <= kMostBytes, "shared memory of a block");
@@ -310,14 +307,24 @@ __device__ inline void Block<POST_PRE, NORM>::load_tiles() const {
     if constexpr (POST_PRE) fence_for_copies();
     const u32 full = barrier(kFull, ring.slot), to = stage(ring.slot);
     const int first = first_token(i), count = min(P::kTokens, args.tokens - first);
-    const int coefficients = POST_PRE ? count * (N * N + N) * 4 : 0;
+    // Bulk copies have 16 bytes or more: half of that is left where two streams have an odd number of tokens.
+    const int copied = N % 4 == 0 ? count : count / 2 * 2;
+    if constexpr (POST_PRE && N % 4 != 0) {
+      for (int k = copied * N; k < count * N; ++k) {
+        const float left = args.h_post_in[size_t(first) * N + k];
+        write_float(mixing(ring.slot) + P::kHPost + 4 * k, left);
+      }
+    }
+    const int coefficients = POST_PRE ? (count * N + copied) * N * 4 : 0;
     arrive_and_expect(full, P::kStageBytes + coefficients);
     copy_in(to, *args.x_map, first, rank * kBoxes, 0, full, policy);
     if constexpr (POST_PRE) {
       copy_in(to + P::kY, *args.y_map, first, rank * kBoxes, 0, full, policy);
       const u32 h_res = mixing(ring.slot);
       copy_in(h_res, args.h_res_in + size_t(first) * N * N, count * N * N * 4, full);
-      copy_in(h_res + P::kHPost, args.h_post_in + size_t(first) * N, count * N * 4, full);
+      if (N % 4 == 0 || copied > 0) {
+        copy_in(h_res + P::kHPost, args.h_post_in + size_t(first) * N, copied * N * 4, full);
+      }
     }
   }
   if (P::kPhiPairs < kPairs && i <= P::kFreeStages) copy_rest_of_phi();
@@ -462,8 +469,7 @@ __device__ inline void Block<POST_PRE, NORM>::reply() const {
       if (is_single || lane / N == t) {
 #pragma unroll 1
         for (u32 block = is_single ? lane : j; block < ranks; block += is_single ? 32 : N) {
-          send(in_block(h_pre_at, block), {h_pre[0], h_pre[1], h_pre[2], h_pre[3]},
-               in_block(h_full, block));
+          send_floats(in_block(h_pre_at, block), h_pre, in_block(h_full, block));
         }
       }
 
@@ -493,11 +499,14 @@ __device__ inline void Block<POST_PRE, NORM>::apply(int thread) const {
   give_registers<P::Tuned::apply_registers>();
   cluster_wait();
   if constexpr (NORM) {
-    // The first halves of all units, then the second ones: without conflicts.
+    // The first four channels of all units, then the second ones: without conflicts.
     const float4* from = reinterpret_cast<const float4*>(args.norm_scale + rank * SIZE);
-    if (thread < this->channels() / 8) {
-      write_float4(shared + P::kWeights + 16 * thread, from[2 * thread]);
-      write_float4(shared + P::kWeights + 16 * (kUnits + thread), from[2 * thread + 1]);
+    if (thread < this->channels() / kUnitChannels) {
+#pragma unroll
+      for (int part = 0; part < kUnitChannels / 4; ++part) {
+        write_float4(shared + P::kWeights + 16 * (part * kUnits + thread),
+                     from[kUnitChannels / 4 * thread + part]);
+      }
     }
     sync_threads<kApplyThreads>(1);
   }
@@ -514,18 +523,18 @@ __device__ inline void Block<POST_PRE, NORM>::apply(int thread) const {
       float h[N];
       read_floats(h, h_pre + t * N * 4);
       const u32 at = stage(ring.slot) + unit / 8 * P::kBoxBytes + swizzled(t, unit % 8);
-      Pack<bf16, 8> x[N];
-      float sums[8] = {};
+      Pack<Stream, kUnitChannels> x[N];
+      float sums[kUnitChannels] = {};
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         const uint4 words = read4(at + j * P::kStreamBytes);
         x[j].words[0] = words.x, x[j].words[1] = words.y, x[j].words[2] = words.z;
         x[j].words[3] = words.w;
 #pragma unroll
-        for (int v = 0; v < 8; ++v) sums[v] += h[j] * x[j][v];
+        for (int v = 0; v < kUnitChannels; ++v) sums[v] += h[j] * x[j][v];
       }
       const long long to = first_token(i) + t;
-      const int channel = rank * SIZE + unit * 8;
+      const int channel = rank * SIZE + unit * kUnitChannels;
       if (to >= args.tokens || channel >= hidden) continue;
       if constexpr (POST_PRE) {
 #pragma unroll
@@ -536,12 +545,12 @@ __device__ inline void Block<POST_PRE, NORM>::apply(int thread) const {
       }
       if constexpr (NORM) {
 #pragma unroll
-        for (int v = 0; v < 8; v += 4) {
+        for (int v = 0; v < kUnitChannels; v += 4) {
           const float4 w = read_float4(shared + P::kWeights + 16 * (v / 4 * kUnits + unit));
           sums[v] *= w.x, sums[v + 1] *= w.y, sums[v + 2] *= w.z, sums[v + 3] *= w.w;
         }
       }
-      Pack<bf16, 8> u;
+      Pack<Stream, kUnitChannels> u;
       u.set(sums);
       write_through(args.u + to * hidden + channel,
                     {u.words[0], u.words[1], u.words[2], u.words[3]});
@@ -581,7 +590,9 @@ __device__ inline void Block<POST_PRE, NORM>::store_others(FinishedToken token, 
       own[k] = scale * sigmoid(alpha * (token.r * own[k]) + bias[k]) + offset;
     }
     float* h = (gate == 0 ? args.h_pre : args.h_post) + token.token * N;
-    *reinterpret_cast<float4*>(h) = {own[0], own[1], own[2], own[3]};
+    Pack<f32, N> all;
+    all.set(own);
+    store<true>(all, h, 0, N);
   }
 }
 

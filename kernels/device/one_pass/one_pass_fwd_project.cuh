@@ -5,34 +5,33 @@
 
 #pragma once
 
-#include "one_pass/products.cuh"
+#include "one_pass/geometry.cuh"
 
 // Row i of H_res, and h_post[i].
 struct MixingRow {
   float h_res[N], h_post;
 };
 
-// X'[i] = h_post[i] y + sum over j of H_res[i, j] X[j], for two channels of a token. row: gives row i.
+// X'[i] = h_post[i] y + sum over j of H_res[i, j] X[j], for a word of channels of a token. row: gives row i.
 template <class Row>
 __device__ inline void mix(u32 (&x)[N], u32 y, Row row) {
-  float values[N + 1][2];
+  using Word = Pack<Stream, kWordChannels>;
+  Word values[N + 1];
 #pragma unroll
-  for (int j = 0; j <= N; ++j) {
-    const u32 word = j < N ? x[j] : y;
-    values[j][0] = wide(bf16{u16(word)});
-    values[j][1] = wide(bf16{u16(word >> 16)});
-  }
+  for (int j = 0; j <= N; ++j) values[j].words[0] = j < N ? x[j] : y;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const MixingRow h = row(i);
-    float sums[2];
+    float sums[kWordChannels];
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
+    for (int e = 0; e < kWordChannels; ++e) {
       sums[e] = h.h_post * values[N][e];
 #pragma unroll
       for (int j = 0; j < N; ++j) sums[e] += h.h_res[j] * values[j][e];
     }
-    x[i] = pair_of((bf16*)nullptr, sums[0], sums[1]);
+    Word mixed;
+    mixed.set(sums);
+    x[i] = mixed.words[0];
   }
 }
 
@@ -41,44 +40,53 @@ __device__ inline void Block<POST_PRE, NORM>::project(int warp, int lane) const 
   take_registers<P::Tuned::project_registers>();
 
   // Fragments that lie in registers.
-  constexpr int kInRegisters = kSliceFragments * kSlices - P::kSharedFragments;
-  Slice slices[kSlices];
+  using Phi = Slice<Stream>;
+  constexpr int kInRegisters = Phi::kFragments * kSlices - P::kSharedFragments;
+  Phi slices[kSlices];
   const auto shared_fragment = [&](int fragment) {
     return shared + P::kFragments + (fragment - kInRegisters) * kFragmentBytes + 16 * thread_id();
   };
   // Whether there are registers left for what can as well be read when it is needed.
   constexpr bool kSpare = P::kSharedFragments == 0, kKeepsHRes = kSpare || !NORM;
-  const u32 own_rows = (8 * warp + 2 * (lane % 4)) * P::kPhiRowBytes + lane / 4 * 4;
+  const int own_channel = kUnitChannels * warp + kWordChannels * (lane % 4);
+  const u32 own_rows = own_channel * P::kPhiRowBytes + lane / 4 * 4;
   const int boxes = this->channels() / kBoxChannels;
 #pragma unroll
-  for (int pair = 0; pair < kPairs; ++pair) {
-    wait(barrier(kPhiFull, pair), 0);
+  for (int part = 0; part < kBoxSlices; ++part) {
+    const int first = part * (Phi::kStreams / 2), last = first + Phi::kStreams / 2 - 1;
+#pragma unroll
+    for (int pair = first; pair <= last; ++pair) wait(barrier(kPhiFull, pair), 0);
 #pragma unroll
     for (int box = 0; box < kBoxes; ++box) {
-      const u32 at = phi_of_pair(pair) + own_rows + box * kBoxChannels * P::kPhiRowBytes;
-      const int slice = kPairs * box + pair;
+      const u32 at = phi_of_pair(first) + own_rows + box * kBoxChannels * P::kPhiRowBytes;
+      const int slice = kBoxSlices * box + part;
       // Boxes behind C are of no stream, or of the next.
       slices[slice] = {};
-      if (box < boxes) slices[slice] = read_phi(at, P::kPhiRowBytes, P::kPhiBytes);
+      if (box < boxes) slices[slice] = Phi::read(at, P::kPhiRowBytes, P::kPhiBytes);
 #pragma unroll
-      for (int f = 0; f < kSliceFragments; ++f) {
-        const int fragment = kSliceFragments * slice + f;
+      for (int f = 0; f < Phi::kFragments; ++f) {
+        const int fragment = Phi::kFragments * slice + f;
         if (fragment >= kInRegisters) write4(shared_fragment(fragment), slices[slice].fragments[f]);
       }
     }
     __syncwarp();
-    if ((pair + 1) % P::kPhiPairs == 0 && lane == 0) arrive(barrier(kPhiEmpty));
+    if ((last + 1) % P::kPhiPairs == 0 && lane == 0) arrive(barrier(kPhiEmpty));
   }
   cluster_wait();
 
   const int g = lane / 4;
-  // Lane l points at the 8 channels of token l % 8 of stream l / 8.
-  const u32 matrices = lane / 8 * P::kStreamBytes + swizzled(lane % 8, warp);
+  // Lane l points at the 16 bytes of token l % 8 of stream l / 8.
+  const auto matrices_of = [&](int lane, int warp) {
+    return lane / 8 * P::kStreamBytes + swizzled(lane % 8, warp);
+  };
+  u32 matrices = matrices_of(lane, warp);
   Ring<P::kStages> ring;
 #pragma unroll 1
   for (int i = 0; has_tile(i); ++i, ring.next()) {
     wait(barrier(kFull, ring.slot), ring.parity);
     const u32 here = stage(ring.slot);
+    // Beside the parts of phi there is no register to keep it.
+    if (sizeof(Stream) == 4) matrices = matrices_of(lane_id(), thread_id() / 32);
     const auto read_h_res = [&](float (&row)[N], int i) {
       read_floats(row, mixing(ring.slot) + (g * N + i) * N * 4);
     };
@@ -103,8 +111,8 @@ __device__ inline void Block<POST_PRE, NORM>::project(int warp, int lane) const 
     constexpr int kOctets = P::kTokens / 8, kSteps = kBoxes * kOctets;
     // In post_pre the next box is on its way to registers while this one is mixed.
     constexpr bool kAhead = POST_PRE && kSpare;
-    Sums sums[kOctets];
-    typename TokenProducts<NORM>::type products[kOctets];
+    Sums<Stream> sums[kOctets];
+    typename Choose<NORM, Products<Stream>, Squares<Stream>>::Type products[kOctets];
     u32 next[N], next_y = 0;
     const auto address = [&](int step) {
       return here + matrices + step / kOctets * P::kBoxBytes + step % kOctets * 8 * kRowBytes;
@@ -127,15 +135,20 @@ __device__ inline void Block<POST_PRE, NORM>::project(int warp, int lane) const 
         write_matrices(address(step), x);
       }
 #pragma unroll
-      for (int pair = 0; pair < kPairs; ++pair) {
-        const int slice = step / kOctets * kPairs + pair;
-        Slice phi = slices[slice];
+      for (int part = 0; part < kBoxSlices; ++part) {
+        const int slice = step / kOctets * kBoxSlices + part;
 #pragma unroll
-        for (int f = 0; f < kSliceFragments; ++f) {
-          const int fragment = kSliceFragments * slice + f;
+        for (int f = 0; f < Phi::kFragments; ++f) {
+          if (Phi::kFragments * slice + f < kInRegisters)
+            Phi::keep_whole(slices[slice].fragments[f]);
+        }
+        Phi phi = slices[slice];
+#pragma unroll
+        for (int f = 0; f < Phi::kFragments; ++f) {
+          const int fragment = Phi::kFragments * slice + f;
           if (fragment >= kInRegisters) phi.fragments[f] = read4(shared_fragment(fragment));
         }
-        sums[step % kOctets].add(phi, {x[2 * pair], x[2 * pair + 1]});
+        sums[step % kOctets].add(phi, x, part * Phi::kStreams);
       }
       if constexpr (!NORM) products[step % kOctets].add(x);
     }

@@ -6,7 +6,7 @@ mod scratch;
 
 use super::device::Device;
 use super::images::{build, check_capability, has_symbol};
-use super::launch::{Arg, Launch, Tensor};
+use super::launch::{Arg, Launch, Tensor, line};
 use super::{Problem, check_device_call, describe_plan, plan, status};
 use crate::contract::check::{CheckedCall, Example};
 use crate::contract::table::Call;
@@ -194,7 +194,8 @@ fn check_launch(launch: &Launch, device: &Device, name: &str) {
             Arg::I64(number) => assert!(*number >= 0, "{name}"),
             Arg::TensorMap(tensor) => {
                 let (sizes, strides, box_sizes) = tensor.layout();
-                assert!(tensor.hidden.is_multiple_of(64), "{name}");
+                let line = line(tensor.dtype);
+                assert!(tensor.hidden.is_multiple_of(line), "{name}");
                 let least = u64::from(!launch.grid.contains(&0));
                 let possible = |size: &u64| (least..=1 << 32).contains(size);
                 assert!(sizes.iter().all(possible), "{name}");

@@ -35,9 +35,13 @@ float* floats(size_t num, Make make) {
   for (size_t i = 0; i < num; ++i) values[i] = make(i);
   return values;
 }
-inline u16* streams(size_t num) {
-  u16* values = guarded<u16>(num);
-  for (size_t i = 0; i < num; ++i) values[i] = to_bf16(normal());
+inline void set(u16& value, float v) { value = to_bf16(v); }
+inline void set(bf16& value, float v) { value.bits = to_bf16(v); }
+inline void set(float& value, float v) { value = v; }
+template <class T = u16>
+T* streams(size_t num) {
+  T* values = guarded<T>(num);
+  for (size_t i = 0; i < num; ++i) set(values[i], normal());
   return values;
 }
 
@@ -69,8 +73,9 @@ struct Error {
 // One rounding to bfloat16, and sums of products in float16 or in bfloat16 parts.
 constexpr double kRoundingError = 1.8e-3, kProductsError = 3e-4, kFloatError = 1e-5;
 
-// A call: the width, tokens, clusters, and whether the cotangent of the streams is deferred; the seed of the order in which
-// warps go on; and whether float64 gets another phi than the kernel, which has to be found.
+// A call: the width, tokens, clusters, and whether the cotangent of the streams is deferred, or which of some kernels it
+// is; the seed of the order in which warps go on; and whether float64 gets another phi than the kernel, which has to be
+// found.
 struct Sizes {
   int hidden, tokens, clusters, deferred;
   unsigned seed;

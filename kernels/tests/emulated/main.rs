@@ -41,7 +41,7 @@ fn build(check: &str, file: &str, size_name: &str, dtype: &str) -> PathBuf {
     program
 }
 
-/// Runs a check: C, tokens, clusters, and whether cotangents are deferred (forward: whether it is post_pre); then what it
+/// Runs a check: C, tokens, clusters, and whether cotangents are deferred (forward: which of four kernels it is); then what it
 /// wants besides.
 fn run(program: &Path, sizes: [usize; 4], seed: usize, is_spoiled: bool, more: &[usize]) -> Output {
     let mut check = Command::new(program);
@@ -57,9 +57,14 @@ fn assert_spoiled(output: &Output) {
     assert!(told.ends_with("too large an error\n"), "{output:?}");
 }
 
-/// Checks a kernel in some sizes, each with clusters of many sizes whose last block is not full: two of two blocks have
-/// `most` tokens.
-fn check(name: &str, file: &str, sizes: &[(&str, usize, &str)], most: usize) {
+/// Checks a kernel in some sizes, each with clusters of many sizes whose last block is not full, and of so many kinds. Two
+/// clusters of two blocks have `most` tokens.
+fn check(
+    name: &str,
+    file: &str,
+    sizes: &[(&str, usize, &str)],
+    [most, kinds]: [usize; 2],
+) {
     for &(size, channels, dtype) in sizes {
         let program = build(name, file, size, dtype);
         for (seed, (blocks, tokens, clusters)) in [
@@ -74,11 +79,11 @@ fn check(name: &str, file: &str, sizes: &[(&str, usize, &str)], most: usize) {
         .enumerate()
         {
             let hidden = blocks * channels - (seed % 3) * 64;
-            let call = [hidden, tokens, clusters, seed % 2];
+            let call = [hidden, tokens, clusters, seed % kinds];
             let output = run(&program, call, seed, false, &[]);
             assert!(
                 output.status.success(),
-                "{name} {size} {call:?}: {output:?}"
+                "{name} {size} {dtype} {call:?}: {output:?}"
             );
         }
         assert_spoiled(&run(&program, [2 * channels, 9, 1, 1], 0, true, &[]));
@@ -92,9 +97,13 @@ fn forward() {
         ("w512", 512, "bf16"),
         ("w384k8", 384, "bf16"),
         ("w256k32", 256, "bf16"),
+        ("n2w512", 512, "bf16"),
+        ("n2w1024", 1024, "bf16"),
+        ("w256", 256, "f32"),
+        ("w256k8", 256, "f32"),
     ];
     // The third batch of tokens for `finish` lies where the first one did.
-    check("forward", "one_pass/one_pass_fwd", &sizes, 301);
+    check("forward", "one_pass/one_pass_fwd", &sizes, [301, 4]);
 }
 
 #[test]
@@ -107,7 +116,7 @@ fn pre_bwd() {
         ("w320k32", 320, "bf16"),
         ("w384k32", 384, "bf16"),
     ];
-    check("pre_bwd", "one_pass/pre_bwd_one_pass", &sizes, 77);
+    check("pre_bwd", "one_pass/pre_bwd_one_pass", &sizes, [77, 2]);
 }
 
 #[test]
@@ -118,7 +127,7 @@ fn post_pre_bwd() {
         ("w512k8", 512, "bf16"),
         ("w256k32", 256, "bf16"),
     ];
-    check("post_pre_bwd", "one_pass/post_pre_bwd_one_pass", &sizes, 77);
+    check("post_pre_bwd", "one_pass/post_pre_bwd_one_pass", &sizes, [77, 2]);
 }
 
 #[test]

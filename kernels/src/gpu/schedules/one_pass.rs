@@ -27,11 +27,11 @@ const COLUMNS: usize = STREAMS * (STREAMS + 2);
 const CLUSTERS_AT_ONCE: [u32; MAX_CLUSTER] =
     [132, 66, 39, 30, 22, 17, 15, 15, 9, 7, 7, 7, 7, 7, 7, 7];
 
-/// The work of a block for each tile beside that for its channels, as channels.
-const FIXED_WORK: usize = 100;
+/// The work of a block for each tile beside that for its channels, in bytes of streams.
+const FIXED_WORK: usize = 800;
 
-/// Numbers of a stream's phi that a block has room for beside all else.
-const MOST_PHI: u32 = 448 * 24;
+/// Numbers of phi that a block has room for beside all else: a word each, in whichever dtype the streams are.
+const MOST_PHI: u32 = 4 * 448 * 24;
 
 // The kernels tell constraints apart by their columns, and of those with n² columns take any but Birkhoff for `none`.
 const _: () = assert!(
@@ -71,21 +71,27 @@ impl Geometry {
             };
             takes.then_some((geometry, kernel))
         });
-        all.min_by_key(|(geometry, kernel)| (geometry.has_much_phi(), geometry.work(*kernel)))
-            .map(|(geometry, _)| geometry)
+        let channel_bytes = n * dtype.num_bytes();
+        all.min_by_key(|(geometry, kernel)| {
+            (
+                geometry.has_much_phi(),
+                geometry.work(*kernel, channel_bytes),
+            )
+        })
+        .map(|(geometry, _)| geometry)
     }
 
     /// Whether phi takes so many registers that some of it has to lie elsewhere: for widths that no other size takes.
     fn has_much_phi(self) -> bool {
-        self.size.number * self.size.columns > MOST_PHI
+        self.size.streams * self.size.number * self.size.columns > MOST_PHI
     }
 
     /// Work of a kernel for a token, where all clusters have some: larger for fewer clusters, for more channels of a
-    /// block, and for a size that leaves some to another kernel.
-    fn work(self, kernel: Kernel) -> usize {
+    /// block, which have so many bytes in all streams, and for a size that leaves some to another kernel.
+    fn work(self, kernel: Kernel, channel_bytes: usize) -> usize {
         let percent = kernel.find_more("cost").unwrap_or(100);
         let at_once = CLUSTERS_AT_ONCE[self.cluster as usize - 1] as usize;
-        (self.channels() + FIXED_WORK) * 10 * percent / at_once
+        (self.channels() * channel_bytes + FIXED_WORK) * 10 * percent / at_once
     }
 
     /// Channels of a stream that a block owns.

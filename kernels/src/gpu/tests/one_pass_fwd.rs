@@ -7,33 +7,46 @@ use crate::contract::table::Call;
 use crate::contract::view::DType;
 use crate::gpu::plan;
 
-/// C, constraint, and the size and cluster of the kernel. `tests/test_one_pass_fwd.py` runs the same cases.
-const CASES: &[(usize, Constraint, &str, u32)] = &[
-    (512, Constraint::None, "w256", 2),
-    (960, Constraint::Birkhoff, "w320", 3),
-    (768, Constraint::Birkhoff, "w384", 2),
-    (1600, Constraint::Birkhoff, "w448", 4),
-    (2304, Constraint::Birkhoff, "w320", 8),
-    (4608, Constraint::Birkhoff, "w320", 15),
-    (8128, Constraint::Birkhoff, "w512", 16),
-    (8192, Constraint::None, "w512", 16),
-    (2496, Constraint::Identity, "w512k8", 5),
-    (1408, Constraint::Permutations, "w256k32", 6),
-    (3520, Constraint::Identity, "w512k8", 7),
-    (4608, Constraint::Identity, "w512k8", 9),
-    (5120, Constraint::Identity, "w384k8", 14),
-    (7168, Constraint::Identity, "w512k8", 14),
-    (704, Constraint::Permutations, "w256k32", 3),
-    (2560, Constraint::Permutations, "w256k32", 10),
-    (2816, Constraint::Permutations, "w256k32", 11),
-    (4928, Constraint::Permutations, "w384k32", 13),
-    (4544, Constraint::Permutations, "w384k32", 12),
-    (6144, Constraint::Permutations, "w384k32", 16),
+/// n and C, constraint, and the size with its dtype and the cluster of the kernel. `tests/test_one_pass_fwd.py` runs the
+/// same cases.
+const CASES: &[([usize; 2], Constraint, &str, u32)] = &[
+    ([4, 512], Constraint::None, "w256_bf16", 2),
+    ([4, 960], Constraint::Birkhoff, "w320_bf16", 3),
+    ([4, 768], Constraint::Birkhoff, "w384_bf16", 2),
+    ([4, 1600], Constraint::Birkhoff, "w448_bf16", 4),
+    ([4, 2304], Constraint::Birkhoff, "w320_bf16", 8),
+    ([4, 4608], Constraint::Birkhoff, "w320_bf16", 15),
+    ([4, 8128], Constraint::Birkhoff, "w512_bf16", 16),
+    ([4, 8192], Constraint::None, "w512_bf16", 16),
+    ([4, 2496], Constraint::Identity, "w512k8_bf16", 5),
+    ([4, 1408], Constraint::Permutations, "w256k32_bf16", 6),
+    ([4, 3520], Constraint::Identity, "w512k8_bf16", 7),
+    ([4, 4608], Constraint::Identity, "w512k8_bf16", 9),
+    ([4, 5120], Constraint::Identity, "w384k8_bf16", 14),
+    ([4, 7168], Constraint::Identity, "w512k8_bf16", 14),
+    ([4, 704], Constraint::Permutations, "w256k32_bf16", 3),
+    ([4, 2560], Constraint::Permutations, "w256k32_bf16", 10),
+    ([4, 2816], Constraint::Permutations, "w256k32_bf16", 11),
+    ([4, 4928], Constraint::Permutations, "w384k32_bf16", 13),
+    ([4, 4544], Constraint::Permutations, "w384k32_bf16", 12),
+    ([4, 6144], Constraint::Permutations, "w384k32_bf16", 16),
+    ([2, 576], Constraint::None, "n2w512_bf16", 2),
+    ([2, 1472], Constraint::Birkhoff, "n2w512_bf16", 3),
+    ([2, 2048], Constraint::Birkhoff, "n2w1024_bf16", 2),
+    ([2, 6080], Constraint::None, "n2w1024_bf16", 6),
+    ([2, 16384], Constraint::Birkhoff, "n2w1024_bf16", 16),
+    ([4, 512], Constraint::Birkhoff, "w256_f32", 2),
+    ([4, 1184], Constraint::None, "w256_f32", 5),
+    ([4, 4096], Constraint::Birkhoff, "w256_f32", 16),
+    ([4, 864], Constraint::Identity, "w256k8_f32", 4),
+    ([4, 3456], Constraint::Identity, "w256k8_f32", 14),
 ];
 
 #[test]
 fn forward_calls_run_one_kernel_of_a_size_for_their_width() {
-    for &(c, constraint, size, cluster) in CASES {
+    for &(sizes, constraint, size, cluster) in CASES {
+        let is_wide = size.ends_with("_f32");
+        let dtype = if is_wide { DType::F32 } else { DType::Bf16 };
         for (kind, has_norm, function) in [
             (Call::PreFwd, false, "pre_fwd_one_pass"),
             (Call::PreFwd, true, "pre_norm_fwd_one_pass"),
@@ -44,7 +57,7 @@ fn forward_calls_run_one_kernel_of_a_size_for_their_width() {
                 constraint,
                 ..Config::default()
             };
-            let example = Example::new(kind, DType::Bf16, 17, [4, c], config);
+            let example = Example::new(kind, dtype, 17, sizes, config);
             let example = if has_norm {
                 example.with_norm()
             } else {
@@ -55,9 +68,10 @@ fn forward_calls_run_one_kernel_of_a_size_for_their_width() {
             let launches = example.check(|call| plan(&call.unwrap(), &H100).unwrap().launches);
             let found: Vec<_> = launches
                 .iter()
-                .map(|launch| (launch.kernel.function, launch.kernel.size, launch.cluster))
+                .map(|launch| (launch.kernel.symbol(), launch.cluster))
                 .collect();
-            assert_eq!(found, [(function, size, cluster)], "{c} {constraint:?}");
+            let wanted = format!("mhc_{function}_{size}");
+            assert_eq!(found, [(wanted, cluster)], "{sizes:?} {constraint:?}");
         }
     }
 }

@@ -54,6 +54,23 @@ inline void mma_k8(float (&d)[4], u32 a0, u32 a1, u32 b) {
   const u32 a[2] = {a0, a1};
   multiply<1>(d, a, &b, of_bf16);
 }
+inline void mma_tf32(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 b) {
+  const u32 own[6] = {a0, a1, a2, a3, b.x, b.y};
+  const auto all = emulated::exchange(own, 6);
+  const int g = emulated::lane() / 4, q = emulated::lane() % 4;
+  const auto wide = [](u32 word) { return double(__uint_as_float(word & 0xffffe000)); };
+  for (int e = 0; e < 4; ++e) {
+    double sum = 0;
+    for (int k = 0; k < 8; ++k) {
+      const u32 left = all[4 * g + k % 4][k / 4 * 2 + e / 2];
+      sum += wide(left) * wide(all[4 * (2 * q + e % 2) + k % 4][4 + k / 4]);
+    }
+    // Tensor cores drop the last bits of a sum: so long sums show here.
+    sum += d[e];
+    d[e] = float(sum);
+    if (std::abs(double(d[e])) > std::abs(sum)) d[e] = std::nextafter(d[e], 0.f);
+  }
+}
 inline void mma_half(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 b) {
   const u32 a[4] = {a0, a1, a2, a3}, both[2] = {b.x, b.y};
   multiply<2>(d, a, both, of_f16);
@@ -116,6 +133,7 @@ inline void read_matrix(u32& m, u32 at) { load_matrices<1, false>(&m, at); }
 inline void read_transposed(u32 (&m)[4], u32 at) { load_matrices<4, true>(m, at); }
 inline void read_transposed(u32 (&m)[2], u32 at) { load_matrices<2, true>(m, at); }
 inline void write_matrices(u32 at, const u32 (&m)[4]) { store_matrices<4, false>(at, m); }
+inline void write_matrices(u32 at, const u32 (&m)[2]) { store_matrices<2, false>(at, m); }
 inline void write_transposed(u32 at, const u32 (&m)[4]) { store_matrices<4, true>(at, m); }
 inline void write_transposed(u32 at, const u32 (&m)[2]) { store_matrices<2, true>(at, m); }
 
@@ -185,6 +203,10 @@ inline void send(u32 at, float4 v, u32 barrier) {
   write_shared(at, v);
   complete(barrier, sizeof v);
 }
+inline void send(u32 at, float2 v, u32 barrier) {
+  write_shared(at, v);
+  complete(barrier, sizeof v);
+}
 inline void send(u32 at, float v, u32 barrier) {
   write_shared(at, v);
   complete(barrier, sizeof v);
@@ -232,11 +254,10 @@ inline const Map& map_of(const TensorMap& map) {
 inline u64 evict_first() { return 0; }
 inline void copy_in(u32 to, const TensorMap& map, int token, int box, int stream, u32 barrier,
                     u64) {
-  for_box(to, map_of(map), token, box, stream,
-          [](const void* value, u32 place, int bytes) {
-            char* to = reinterpret_cast<char*>(emulated::at(place, bytes, bytes));
-            value ? memcpy(to, value, bytes) : memset(to, 0, bytes);
-          });
+  for_box(to, map_of(map), token, box, stream, [](const void* value, u32 place, int bytes) {
+    char* to = reinterpret_cast<char*>(emulated::at(place, bytes, bytes));
+    value ? memcpy(to, value, bytes) : memset(to, 0, bytes);
+  });
   complete(barrier, map_of(map).box_bytes());
 }
 inline void copy_in(u32 to, const void* from, u32 bytes, u32 barrier) {
