@@ -83,6 +83,14 @@ const fn channels(name: &'static str, number: u32, columns: u32) -> Size {
     }
 }
 
+/// The same of both of two streams, with as many columns as they have where they are mixed.
+const fn two_streams(name: &'static str, number: u32) -> Size {
+    Size {
+        streams: 2,
+        ..channels(name, number, 8)
+    }
+}
+
 const fn bound(name: &'static str, number: u32) -> Size {
     Size {
         name,
@@ -136,7 +144,7 @@ const K80: Size = exact("k80", 10);
 
 /// Channels of a stream that a block of a cluster owns, and columns of phi.
 pub const CHANNELS: &[Size] = &[
-    W256, W320, W384, W448, W512, W256K8, W384K8, W512K8, W256K32, W320K32, W384K32,
+    W256, W320, W384, W448, W512, W256K8, W384K8, W512K8, W256K32, W320K32, W384K32, N2W512,
 ];
 const W256: Size = channels("w256", 256, 24);
 const W320: Size = channels("w320", 320, 24);
@@ -149,6 +157,7 @@ const W512K8: Size = channels("w512k8", 512, 8);
 const W256K32: Size = channels("w256k32", 256, 32);
 const W320K32: Size = channels("w320k32", 320, 32);
 const W384K32: Size = channels("w384k32", 384, 32);
+const N2W512: Size = two_streams("n2w512", 512);
 
 /// Channels of a block without a cluster.
 pub const NARROW: &[Size] = &[W128, W128K32];
@@ -266,6 +275,7 @@ pub const FILES: &[File] = &[
         row("pre_bwd_one_pass",      &[W384K8],  [8, 4, 512, 227_080], &[ 4, 45, 12,  4,  3,  0,  1, 100]),
         row("pre_bwd_one_pass",      &[W512K8],  [8, 3, 512, 225_568], &[ 3, 33, 16,  4,  3,  0,  1, 100]),
         row("pre_bwd_one_pass",      &[W256K32], [8, 4, 384, 224_008], &[ 4, 45,  0,  2,  1,  0,  0, 130]),
+        row("pre_bwd_one_pass",      &[N2W512],  [8, 5, 512, 211_888], &[ 5, 52,  8,  4,  3,  0,  1, 100]),
         row("pre_bwd_one_pass",      &[W320K32], [8, 3, 384, 224_280], &[ 2, 33,  0,  2,  1,  1,  0, 130]),
         row("pre_norm_bwd_one_pass", &[W256], [8, 5, 384, 221_104], &[ 5, 52,  4,  2,  1,  0,  1, 100]),
         row("pre_norm_bwd_one_pass", &[W320], [8, 3, 384, 207_136], &[ 3, 33,  0,  2,  1,  0,  1, 100]),
@@ -306,7 +316,7 @@ pub const FILES: &[File] = &[
         row("post_pre_norm_bwd", &[N4], [1, 0, 1024, 0], &[8]),
     ] },
     File { path: "one_pass/logits_bwd", dtypes: F32, target: Target::Clusters, more: &[], kernels: &[
-        row("logits_bwd", &[N4], [16, 0, 32, 0], &[]),
+        row("logits_bwd", &[N2, N4], [16, 0, 32, 0], &[]),
     ] },
     File { path: "one_pass/sum_gradients", dtypes: F32, target: Target::Clusters, more: &[], kernels: &[
         row("sum_gradients", &[N4], [0, 0, 256, 0], &[]),

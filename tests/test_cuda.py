@@ -280,10 +280,17 @@ PARTS_OF_BLOCKS = {
 }
 
 
-def wide_case(constraint, hidden, tokens=None, norm=False):
+# The same of other streams.
+OTHER_STREAMS = (
+    *[(2, "bfloat16", "birkhoff", hidden) for hidden in (1024, 1600, 2048, 4160, 5184, 8192)],
+    *[(2, "bfloat16", "none", hidden) for hidden in (576, 2624, 3136, 6720, 7232)],
+)
+
+
+def wide_case(constraint, hidden, tokens=None, norm=False, streams=4):
     """So many tokens, unless told, that every cluster uses its buffers again."""
-    tokens = (1 << 21) // hidden + 5 if tokens is None else tokens
-    return Case((tokens,), 4, hidden, 3.0, variant(constraint=constraint), norm=norm)
+    tokens = (1 << 23) // (streams * hidden) + 5 if tokens is None else tokens
+    return Case((tokens,), streams, hidden, 3.0, variant(constraint=constraint), norm=norm)
 
 
 def rows(widths):
@@ -303,6 +310,15 @@ def test_clusters_of_every_size(index, row, tokens):
     """With a norm at every second width."""
     poison()
     check("pre", wide_case(*row, tokens, norm=index % 2 == 1), "bfloat16")
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 205, None])
+@pytest.mark.parametrize("streams, dtype, constraint, hidden", OTHER_STREAMS)
+def test_clusters_of_other_streams(streams, dtype, constraint, hidden, tokens):
+    """Cotangents are deferred where there are 205 tokens; there is a norm where there is one."""
+    poison()
+    case = wide_case(constraint, hidden, tokens, norm=tokens == 1, streams=streams)
+    check("two_sublayers" if tokens == 205 else "pre", case, dtype)
 
 
 @pytest.mark.parametrize("norm", [False, True])

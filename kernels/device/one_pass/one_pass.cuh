@@ -39,6 +39,10 @@ __device__ inline void read_floats(float (&values)[4], u32 at) {
   const float4 v = read_float4(at);
   values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
 }
+__device__ inline void read_floats(float (&values)[2], u32 at) {
+  const uint2 v = read2(at);
+  values[0] = __uint_as_float(v.x), values[1] = __uint_as_float(v.y);
+}
 __device__ inline void write_float4(u32 at, float4 v) {
   write4(at,
          {__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w)});

@@ -64,6 +64,9 @@ __device__ inline u32 phi_of_thread() {
   return shared_address(shared) + kPhi + thread / 32 * kFragmentBytes + thread % 32 * 8;
 }
 
+// A row of the transpose of h_res.
+constexpr u32 kHRow = N * sizeof(float);
+
 // A main warp. Lane 4 g + q has the channels g and g + 8 of a unit, and the tokens 2 q and 2 q + 1.
 template <bool NORM>
 struct Differentiation {
@@ -144,18 +147,19 @@ struct Differentiation {
     for (int octet = 0; octet < kOctets; ++octet)
       half_dm[octet] = half_pair(dm[octet], dm[kOctets + octet], scale);
     const float unit_of_phi = read_float(phi_unit());
-    u32 d_x_in[2][4];
+    u32 d_x_in[N / 2][4];
     if constexpr (!NORM) read_transposed(d_u, stage + kDU + at);
     if constexpr (kMixes) {
-      read_transposed(d_x_in[0], d_x_in_at + at);
-      read_transposed(d_x_in[1], d_x_in_at + 2 * kPlaneBytes + at);
+#pragma unroll
+      for (int i = 0; i < N; i += 2)
+        read_transposed(d_x_in[i / 2], d_x_in_at + i * kPlaneBytes + at);
       // A shared unit: its other warp writes what this one reads.
       if constexpr (STREAMS < N) wait_for_partner();
     }
     // d_x[j] = (r dm) phi^T + h_pre[j] d_u - f X[j] + sum over i of h_res[i, j] d_x_in[i]
     const u32 first_at = at + first * kPlaneBytes;
     const u32 first_replies = own_replies + first * sizeof(float),
-              first_h = own_replies + kHRes + first * 16;
+              first_h = own_replies + kHRes + first * kHRow;
 #pragma unroll
     for (int s = 0; s < STREAMS; s += 2) {
       u32 x[4], d_x[4];
@@ -183,8 +187,8 @@ struct Differentiation {
           sums[t] = unit * sums[t] + h_pre * cotangent(0, t) + minus_f * of(x0);
           sums[2 + t] = unit * sums[2 + t] + h_pre * cotangent(1, t) + minus_f * of(x1);
           if constexpr (kMixes) {
-            const float4 h = read_float4(first_h + t * kReplyRow + j * 16);
-            const float hs[N] = {h.x, h.y, h.z, h.w};
+            float hs[N];
+            read_floats(hs, first_h + t * kReplyRow + j * kHRow);
 #pragma unroll
             for (int i = 0; i < N; ++i) {
               sums[t] += hs[i] * of(d_x_in[i / 2][i % 2 * 2]);

@@ -1,4 +1,4 @@
-// The backward pass of pre in one pass over X, d_u and d_x_in, the cotangent of X that it adds to (n = 4):
+// The backward pass of pre in one pass over X, d_u and d_x_in, the cotangent of X that it adds to (n = 2 and 4):
 //
 //   d_h_pre[i] += <d_u, X[i]>
 //   d_z         from d_h_pre; that of the other coefficients is there already (logits_bwd.cu), or from d_h_post where
@@ -39,7 +39,7 @@
 constexpr int kMainWarps = 8;
 constexpr int kUnits = SIZE / 16, kTurns = kUnits / kMainWarps;
 constexpr bool kShared = kUnits % kMainWarps > 0;
-static_assert(kUnits % kMainWarps == 0 || kUnits % kMainWarps * 2 == kMainWarps);
+static_assert(kUnits % kMainWarps == 0 || (kUnits % kMainWarps * 2 == kMainWarps && N == 4));
 // A fragment of phi or d_phi is what a unit has of a stream. Those of a main warp: of its turns, then what it shares.
 constexpr int kFragments = N * kTurns + (kShared ? 2 : 0);
 
@@ -50,8 +50,10 @@ using Tuned = tuning_pre_bwd_one_pass;
 // Not every size has a kernel with the norm.
 #ifdef HAS_pre_norm_bwd_one_pass
 using NormTuned = tuning_pre_norm_bwd_one_pass;
+constexpr bool kHasNorm = true;
 #else
 using NormTuned = Tuned;
+constexpr bool kHasNorm = false;
 #endif
 // Buffers for X and d_u, and for d_x_in; fragments of phi that a main warp has in registers: the others are in shared
 // memory.
@@ -78,14 +80,14 @@ struct Warps {
   // Owners are all that are left in a group: each takes longer for a token than the others for its part of a tile.
   static constexpr int kWarps = kMainWarps + (kDot + 2 + 3) / 4 * 4, kOwners = kWarps - kOwner;
   static constexpr int kThreads = 32 * kWarps;
-  // The partials of the dot products of one token from one block: a float4 a dot warp, and as much again where u is
-  // normalised.
+  // The partials of the dot products of one token from one block: a float4 a dot warp, with zeros for streams that are
+  // not there, and as much again where u is normalised.
   static constexpr u32 kPartialBytes = kDot * 16, kKinds = NORM ? 2 : 1;
 };
 // Room for them, and for so many at once.
 constexpr u32 kPartialBytes = 64, kPartialRows = Tuned::partials;
 static_assert(Warps<false>::kPartialBytes <= kPartialBytes &&
-              2 * Warps<true>::kPartialBytes <= kPartialBytes &&
+              (!kHasNorm || 2 * Warps<true>::kPartialBytes <= kPartialBytes) &&
               NormTuned::partials == kPartialRows);
 
 // ---- shared memory ----------------------------------------------------------------------------------
@@ -100,11 +102,11 @@ constexpr u32 kBoxUnits = kBoxChannels / 16, kUnitBytes = 32;
 constexpr u32 kFragmentBytes = kPhiFragmentBytes, kSumsBytes = 32 * 16 * kOctets;
 constexpr u32 kPhiBytes = kMainWarps * (kFragments - kHeld) * kFragmentBytes;
 // What main warps want to know of a tile, a row a token: r dm, what r dm lost by rounding (bf16), h_pre, -f and the unit
-// of r dm (`half_unit`), rho and -f of the norm of u, all of these from the owner; the transpose of h_res. The padding
-// keeps the rows in different banks.
+// of r dm (`half_unit`), rho and -f of the norm of u, all of these from the owner; the transpose of h_res. An odd number
+// of 16 bytes keeps the rows in different banks.
 constexpr u32 kHPre = 4 * kColumns, kMinusF = kHPre + 16, kUnit = kMinusF + 4, kRho = kUnit + 4;
 constexpr u32 kHRes = kHPre + 32;
-constexpr u32 kReplyRow = kHRes + (kMixes ? N * N * sizeof(float) : 0) + 16;
+constexpr u32 kReplyRow = (kHRes + (kMixes ? N * N * sizeof(float) : 0)) | 16;
 constexpr u32 kRepliesBytes = kTileTokens * kReplyRow;
 // The most tokens whose partials may be there: those of all stages, if a block owns them all.
 constexpr u32 kMaxPartials = kStages * kTileTokens;
@@ -278,15 +280,17 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
   const u32 owner_step = kTileTokens % block.ranks, slot_step = kTileTokens / block.ranks;
   const u32 part = block.rank * Warps<NORM>::kPartialBytes + warp * 16;
 
-  // Neighbours in row j of the transpose.
-  constexpr int kOwn = N * N * int(kTileTokens) / (32 * kWarps);
+  // Neighbours in row j of the transpose; there may be fewer of them than lanes.
+  constexpr int kAll = N * N * int(kTileTokens),
+                kOwn = kAll < 32 * kWarps ? 1 : kAll / (32 * kWarps);
   const int first = (warp * 32 + lane) * kOwn, h_token = first / (N * N), j = first / N % N,
             i = first % N;
+  const bool has_h = 32 * kWarps <= kAll || first < kAll;
   float h[kOwn];
   const auto load_h = [&](int tile) {
     if (!kMixes) return;
     const long long of = block.first_token(tile) + h_token;
-    const bool mixes = deferred && tile < block.num_tiles && of < args.tokens;
+    const bool mixes = deferred && has_h && tile < block.num_tiles && of < args.tokens;
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) {
       h[k] = mixes ? args.h_res[(of * N + i + k) * N + j] : float(i + k == j);
@@ -318,7 +322,7 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
   for (int tile = 0; tile < block.num_tiles; ++tile, ring.next()) {
     wait(block.barrier(kFull, ring.slot), ring.parity);
     const u32 stage = block.stage(ring.slot);
-    float dots[2][4] = {};
+    float dots[N / 2][4] = {};
     // <v, X[i]> and <u, X[i]> of this lane's channels.
     float v_sums[N] = {}, u_sums[N] = {};
     float h_pre[N];
@@ -362,7 +366,7 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
           }
         } else {
 #pragma unroll
-          for (int pair = 0; pair < 2; ++pair) {
+          for (int pair = 0; pair < N / 2; ++pair) {
             u32 x[4];
             read_matrices(x, from + (x_at ^ flip) + 2 * pair * kPlaneBytes);
             mma(dots[pair], x[0], x[1], x[2], x[3], {d_u[0], d_u[1]});
@@ -385,15 +389,21 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
         send(there + partials.kind_bytes, {u_sums[0], u_sums[1], u_sums[2], u_sums[3]}, full);
     } else if (on_diagonal) {
       const bool odd = token % 2;
-      const float4 v = {odd ? dots[0][1] : dots[0][0], odd ? dots[0][3] : dots[0][2],
-                        odd ? dots[1][1] : dots[1][0], odd ? dots[1][3] : dots[1][2]};
-      send(there, v, full);
+      float v[4] = {};
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const float (&pair)[4] = dots[i / 2];
+        v[i] = odd ? pair[i % 2 * 2 + 1] : pair[i % 2 * 2];
+      }
+      send(there, {v[0], v[1], v[2], v[3]}, full);
     }
     if constexpr (kMixes) {
       const u32 at =
           block.replies(ring.slot) + h_token * kReplyRow + kHRes + (j * N + i) * sizeof(float);
 #pragma unroll
-      for (int k = 0; k < kOwn; ++k) write_float(at + k * sizeof(float), h[k]);
+      for (int k = 0; k < kOwn; ++k) {
+        if (has_h) write_float(at + k * sizeof(float), h[k]);
+      }
       load_h(tile + 1);
       __syncwarp();
       if (lane == 0) arrive(block.barrier(kTableFull, ring.slot));

@@ -85,6 +85,7 @@ fn examples() -> Vec<(String, Example)> {
                 (1000, [3, 7]),
                 (8192, [4, 4096]),
                 (1000, [4, 2560]),
+                (1000, [2, 2048]),
                 (16, [8, 100]),
                 (300, [8, 4096]),
                 (5, [16, 8]),
@@ -407,6 +408,33 @@ fn pre_takes_every_constraint_back_in_one_pass() {
     assert!(!is_once(Constraint::Birkhoff, 129, 4096));
     assert!(!is_once(Constraint::Birkhoff, 20, 4104));
     assert!(!is_once(Constraint::Permutations, 20, 6144));
+}
+
+#[test]
+fn pre_takes_two_streams_back_in_one_pass() {
+    let functions = |constraint, with_norm| {
+        let config = Config {
+            constraint,
+            ..Config::default()
+        };
+        let example = Example::new(Call::PreBwd, DType::Bf16, 17, [2, 2048], config);
+        let example = if with_norm {
+            example.with_norm()
+        } else {
+            example
+        };
+        functions_of(example, &H100)
+    };
+    let once = ["logits_bwd", "pre_bwd_one_pass", "sum_gradients"];
+    let norm = ["norm_bwd", "sum_norm_scale"];
+    for constraint in [Constraint::Birkhoff, Constraint::None] {
+        assert_eq!(functions(constraint, false), once);
+        assert_eq!(functions(constraint, true)[..2], norm);
+        assert_eq!(functions(constraint, true)[2..], once);
+    }
+    for constraint in [Constraint::Identity, Constraint::Permutations] {
+        assert!(!functions(constraint, false).contains(&"pre_bwd_one_pass"));
+    }
 }
 
 #[test]

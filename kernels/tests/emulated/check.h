@@ -35,9 +35,13 @@ float* floats(size_t num, Make make) {
   for (size_t i = 0; i < num; ++i) values[i] = make(i);
   return values;
 }
-inline u16* streams(size_t num) {
-  u16* values = guarded<u16>(num);
-  for (size_t i = 0; i < num; ++i) values[i] = to_bf16(normal());
+inline void set(u16& value, float v) { value = to_bf16(v); }
+inline void set(bf16& value, float v) { value.bits = to_bf16(v); }
+inline void set(float& value, float v) { value = v; }
+template <class T = u16>
+T* streams(size_t num) {
+  T* values = guarded<T>(num);
+  for (size_t i = 0; i < num; ++i) set(values[i], normal());
   return values;
 }
 

@@ -93,6 +93,7 @@ fn pre_bwd() {
         ("w448", 448, "bf16"),
         ("w512k8", 512, "bf16"),
         ("w320k32", 320, "bf16"),
+        ("n2w512", 512, "bf16"),
     ];
     check("pre_bwd", "one_pass/pre_bwd_one_pass", &sizes);
 }

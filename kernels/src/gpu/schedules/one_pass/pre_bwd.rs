@@ -1,7 +1,7 @@
 //! The schedule of `pre_bwd` in one pass over the streams (pre_bwd_one_pass.cu), and what post_pre's backward pass
 //! shares with it: its workspace, and the small launches before and after.
 
-use super::{COLUMNS, Geometry, STREAMS};
+use super::{Geometry, STREAMS};
 use crate::contract::check::CheckedCall;
 use crate::contract::view::DType;
 use crate::gpu::device::{Device, MAX_CLUSTER, MAX_CLUSTER_BLOCKS};
@@ -31,7 +31,7 @@ pub fn geometry(function: &'static str, call: &CheckedCall, device: &Device) -> 
 /// Iterations of Sinkhorn-Knopp that a backward pass may want a record of. By the columns: the workspace of a call
 /// follows from them and not from its constraint.
 fn recorded_iters(call: &CheckedCall) -> usize {
-    if call.columns == COLUMNS {
+    if call.columns == call.n * (call.n + 2) {
         call.config.sinkhorn_iters
     } else {
         0
@@ -137,14 +137,9 @@ fn with_owners(kernel: Kernel, geometry: Geometry, device: &Device) -> Option<Ge
     device.num_clusters(cluster, 1).map(|_| geometry)
 }
 
-/// A kernel of four streams that reads numbers of tokens and no streams.
-fn small_kernel(function: &'static str) -> Kernel {
-    Kernel::of(function, sizes::streams(STREAMS, true), DType::F32)
-}
-
 /// The gradients of the logits of h_post, and of H_res where it has any.
 pub fn logits(call: &CheckedCall, sums: &Sums) -> Launch {
-    let kernel = small_kernel("logits_bwd");
+    let kernel = Kernel::of("logits_bwd", sizes::streams(call.n, true), DType::F32);
     let names = ["m", "alpha", "bias", "d_h_post", "d_h_res"];
     let mut args = names
         .map(|name| Arg::Pointer(call.operand_address(name)))
@@ -155,7 +150,7 @@ pub fn logits(call: &CheckedCall, sums: &Sums) -> Launch {
         Arg::I32(call.columns as i32),
         Arg::Settings(call.config.into()),
     ]);
-    let recorded = 2 * recorded_iters(call) * kernel.tokens() * STREAMS;
+    let recorded = 2 * recorded_iters(call) * kernel.tokens() * call.n;
     Launch {
         shared_bytes: (recorded * size_of::<f32>()) as u32,
         ..kernel.launch([call.tokens.div_ceil(kernel.tokens()), 1, 1], args)
@@ -164,7 +159,8 @@ pub fn logits(call: &CheckedCall, sums: &Sums) -> Launch {
 
 /// The parameters' gradients from the sums of `clusters` for phi and from `rows` for the others.
 pub fn sum_gradients(call: &CheckedCall, sums: &Sums, clusters: u32, rows: u32) -> Launch {
-    let kernel = small_kernel("sum_gradients");
+    // The same for any number of streams.
+    let kernel = Kernel::of("sum_gradients", sizes::streams(STREAMS, true), DType::F32);
     let size = call.n * call.c * call.columns / 4;
     kernel.launch(
         [size.div_ceil(kernel.threads()) + 1, 1, 1],
@@ -185,15 +181,34 @@ pub fn sum_gradients(call: &CheckedCall, sums: &Sums, clusters: u32, rows: u32) 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gpu::schedules::one_pass::tests::{LINE, of_width};
+    use crate::gpu::schedules::one_pass::COLUMNS;
+    use crate::gpu::schedules::one_pass::tests::LINE;
     use crate::gpu::tuning::CHANNELS;
 
     /// Channels of a block and blocks of a cluster.
-    fn geometry(c: usize, columns: usize) -> Option<(usize, usize)> {
-        let found = of_width("pre_bwd_one_pass", c, columns)?;
-        let kernel = Kernel::of("pre_bwd_one_pass", found.size, DType::Bf16);
+    fn geometry_of(dtype: DType, sizes: [usize; 3]) -> Option<(usize, usize)> {
+        let found = Geometry::of_width("pre_bwd_one_pass", dtype, sizes)?;
+        let kernel = Kernel::of("pre_bwd_one_pass", found.size, dtype);
         let found = with_owners(kernel, found, &Device::KINDS[1])?;
         Some((found.channels(), found.cluster as usize))
+    }
+
+    /// The same for four streams in bfloat16.
+    fn geometry(c: usize, columns: usize) -> Option<(usize, usize)> {
+        geometry_of(DType::Bf16, [STREAMS, c, columns])
+    }
+
+    #[test]
+    fn two_streams_have_a_geometry() {
+        let geometry = |c, columns| geometry_of(DType::Bf16, [2, c, columns]);
+        for c in (512 + LINE..=8192).step_by(LINE) {
+            assert_eq!(geometry(c, 8), Some((512, c.div_ceil(512))));
+        }
+        assert_eq!(geometry(512, 8), None);
+        assert_eq!(geometry(8192 + LINE, 8), None);
+        // Those of `identity` and `permutations`.
+        assert_eq!(geometry(2048, 4), None);
+        assert_eq!(geometry(2048, 6), None);
     }
 
     #[test]
