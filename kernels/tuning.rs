@@ -287,6 +287,12 @@ pub const FILES: &[File] = &[
         row("pre_norm_bwd_one_pass", &[W256K32], [8, 4, 384, 224_008], &[ 4, 45,  0,  2,  1,  0,  0, 100]),
         row("pre_norm_bwd_one_pass", &[W320K32], [8, 3, 384, 224_280], &[ 2, 33,  0,  2,  1,  1,  0, 100]),
     ] },
+    // Two tiles of float32 streams are as large as four of bfloat16.
+    File { path: "one_pass/pre_bwd_one_pass", dtypes: F32, target: Target::Clusters,
+           more: &["d_x_in_slots", "partials", "held", "dot_warps", "owner_warps", "sums", "holds_d_w", "cost"], kernels: &[
+        row("pre_bwd_one_pass",      &[W256], [8, 3, 384, 231_672], &[ 2, 33,  5,  2,  1,  0,  0, 100]),
+        row("pre_bwd_one_pass",      &[W256K8], [8, 3, 384, 224_512], &[ 3, 33,  8,  2,  1,  0,  0, 100]),
+    ] },
     // The sums for d_phi of 256 channels take 96 registers of each thread of the main warps. Those of 320, 384 and 448
     // would take 120, 144 and 168, which the chip has no room for: then `sums_phi` is 0, and phi_bwd computes d_phi.
     // Main warps read `ahead` units of channels ahead. `cost` is in percent, for the choice of a size: up to C =

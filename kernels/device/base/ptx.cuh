@@ -62,6 +62,13 @@ __device__ inline void mma_k8(float (&d)[4], u32 a0, u32 a1, u32 b) {
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a0), "r"(a1), "r"(b));
 }
+// The same with 8 columns of A, in tf32: float32 without the last 13 bits.
+__device__ inline void mma_tf32(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b.x), "r"(b.y));
+}
 // The fragments of `mma`.
 __device__ inline void mma_half(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 b) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, "
@@ -403,6 +410,7 @@ __device__ inline void give_registers() {
 }
 // Makes the compiler keep a number that it would compute anew for every tile.
 __device__ inline void keep(u32& number) { asm volatile("" : "+r"(number)); }
+__device__ inline void keep(float& number) { asm volatile("" : "+f"(number)); }
 // Makes the compiler have the values here.
 __device__ inline void pin(float a, float b, float c, float d) {
   asm volatile("" ::"f"(a), "f"(b), "f"(c), "f"(d));

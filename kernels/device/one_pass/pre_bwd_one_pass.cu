@@ -70,12 +70,14 @@ constexpr int kSumsInShared = Tuned::sums, kSums = kFragments - kSumsInShared;
 constexpr bool kHoldsDW = NormTuned::holds_d_w;
 
 // Registers go from warps to warps by groups of four warps. Two dot warps take longer than four, but leave more
-// registers to the main warps.
+// registers to the main warps: most of all where these have 24 columns of phi and of the sums for d_phi in float32.
+constexpr bool kIsFloat32 = sizeof(Stream) == 4, kHoldsMost = kIsFloat32 && kMixes;
 template <bool NORM>
 struct Warps {
   static constexpr int kDot = NORM ? NormTuned::dot_warps : Tuned::dot_warps;
-  static constexpr int kMainRegisters = kDot == 2 ? 216 : 200;
-  static constexpr int kDotRegisters = kDot == 2 ? 72 : 48, kOtherRegisters = kDot == 2 ? 72 : 64;
+  static constexpr int kMainRegisters = kDot == 4 ? 200 : kHoldsMost ? 224 : 216;
+  static constexpr int kOtherRegisters = kDot == 4 ? 64 : kHoldsMost ? 56 : 72;
+  static constexpr int kDotRegisters = kDot == 4 ? 48 : kOtherRegisters;
   static constexpr int kLoader = kMainWarps + kDot, kOwner = kLoader + 1;
   // Owners are all that are left in a group: each takes longer for a token than the others for its part of a tile.
   static constexpr int kWarps = kMainWarps + (kDot + 2 + 3) / 4 * 4, kOwners = kWarps - kOwner;
@@ -85,7 +87,8 @@ struct Warps {
   static constexpr u32 kPartialBytes = kDot * 16, kKinds = NORM ? 2 : 1;
 };
 // Room for them, and for so many at once.
-constexpr u32 kPartialBytes = 64, kPartialRows = Tuned::partials;
+constexpr u32 kPartialBytes = kIsFloat32 ? Warps<false>::kPartialBytes : 64,
+              kPartialRows = Tuned::partials;
 static_assert(Warps<false>::kPartialBytes <= kPartialBytes &&
               (!kHasNorm || 2 * Warps<true>::kPartialBytes <= kPartialBytes) &&
               NormTuned::partials == kPartialRows);
@@ -97,13 +100,14 @@ constexpr u32 kPlaneBytes = Tile<kTileTokens>::kPlaneBytes;
 constexpr u32 kBoxBytes = Tile<kTileTokens>::kBoxBytes;
 constexpr u32 kDU = N * kPlaneBytes, kStageBytes = kDU + kPlaneBytes;
 constexpr u32 kDXInBytes = N * kPlaneBytes;
-constexpr u32 kBoxUnits = kBoxChannels / 16, kUnitBytes = 32;
-// Of one fragment of phi (f16), and of d_phi.
-constexpr u32 kFragmentBytes = kPhiFragmentBytes, kSumsBytes = 32 * 16 * kOctets;
+constexpr u32 kBoxUnits = kBoxChannels / 16, kUnitBytes = 16 * sizeof(Stream);
+// Of one fragment of phi (f16, beside float32 streams f32), and of d_phi.
+constexpr u32 kFragmentBytes = kPhiFragmentBytes * (kIsFloat32 ? 2 : 1),
+              kSumsBytes = 32 * 16 * kOctets;
 constexpr u32 kPhiBytes = kMainWarps * (kFragments - kHeld) * kFragmentBytes;
-// What main warps want to know of a tile, a row a token: r dm, what r dm lost by rounding (bf16), h_pre, -f and the unit
-// of r dm (`half_unit`), rho and -f of the norm of u, all of these from the owner; the transpose of h_res. An odd number
-// of 16 bytes keeps the rows in different banks.
+// What main warps want to know of a tile, a row a token: r dm and what r dm lost by rounding (bf16, or r dm in float32),
+// h_pre, -f and the unit of r dm (`half_unit`), rho and -f of the norm of u, all of these from the owner; h_res (beside
+// bf16 its transpose). An odd number of 16 bytes keeps the rows in different banks.
 constexpr u32 kHPre = 4 * kColumns, kMinusF = kHPre + 16, kUnit = kMinusF + 4, kRho = kUnit + 4;
 constexpr u32 kHRes = kHPre + 32;
 constexpr u32 kReplyRow = (kHRes + (kMixes ? N * N * sizeof(float) : 0)) | 16;
@@ -128,7 +132,7 @@ constexpr u32 kPartialsFull =
     kTableFull + 8 * kStages;  // all blocks' partials for a token; the owner, with bytes
 constexpr u32 kDXInFull = kPartialsFull + 8 * kMaxPartials;  // d_x_in; the loader, with bytes
 constexpr u32 kPhiRead = kDXInFull + 8 * kDXInSlots;  // phi is where it stays; the main warps
-// Of phi in a main warp's fragments (`half_unit`).
+// Of phi in a main warp's fragments (`half_unit`); beside float32 streams the tiles of a main warp.
 constexpr u32 kPhiUnits = kPhiRead + 8;
 constexpr u32 kSharedBytes = kPhiUnits + kMainWarps * sizeof(float);
 static_assert(kSharedBytes == Tuned::shared_bytes && kSharedBytes == NormTuned::shared_bytes);
@@ -260,6 +264,31 @@ __device__ inline void load_tiles(const Block& block, const Args& args) {
 
 // ---- dot warps --------------------------------------------------------------------------------------
 
+// <d_u, X[i]> of token lane / 4 in float32 streams, of the boxes of a warp; the same in four neighbouring lanes.
+template <int WARPS>
+__device__ inline void multiply_boxes(float (&dots)[4], u32 stage, int warp) {
+  // Neighbouring rows begin in different halves, for all banks to be read at once. Asked for again for each tile.
+  const u32 lane = lane_id(), row = lane / 4, at = swizzled(row, lane % 4 + row % 2 * 4);
+#pragma unroll 1
+  for (int box = 0; box < kBoxes / WARPS; ++box) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const u32 from = stage + (box * WARPS + warp) * kBoxBytes + (at ^ half * 64);
+      float d_u[4];
+      read_floats(d_u, from + kDU);
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        float x[4];
+        read_floats(x, from + i * kPlaneBytes);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) dots[i] += d_u[e] * x[e];
+      }
+    }
+  }
+#pragma unroll
+  for (float& dot : dots) dot = sum_of_four(dot);
+}
+
 // <d_u, X[i]> is the diagonal of the product of both tiles. A dot warp has some units of every box, and h_res of some
 // tokens: its transpose, or the unit matrix where d_x_in is not deferred.
 template <bool NORM>
@@ -273,14 +302,14 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
   const u32 d_u_at = kDU + swizzled(row, 2 * first_unit + matrix % 2);
   // The token whose diagonal element this lane has, if any.
   const u32 token = lane / 4;
-  const bool on_diagonal = token / 2 == lane % 4;
+  const bool on_diagonal = kIsFloat32 ? lane % 4 == 0 : token / 2 == lane % 4;
   // Its owner and the buffer there.
   const PartialsRing<NORM> partials(block);
   u32 owner = token % block.ranks, slot = token / block.ranks;
   const u32 owner_step = kTileTokens % block.ranks, slot_step = kTileTokens / block.ranks;
   const u32 part = block.rank * Warps<NORM>::kPartialBytes + warp * 16;
 
-  // Neighbours in row j of the transpose; there may be fewer of them than lanes.
+  // Neighbours in row j of h_res or its transpose; there may be fewer of them than lanes.
   constexpr int kAll = N * N * int(kTileTokens),
                 kOwn = kAll < 32 * kWarps ? 1 : kAll / (32 * kWarps);
   const int first = (warp * 32 + lane) * kOwn, h_token = first / (N * N), j = first / N % N,
@@ -293,7 +322,8 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
     const bool mixes = deferred && has_h && tile < block.num_tiles && of < args.tokens;
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) {
-      h[k] = mixes ? args.h_res[(of * N + i + k) * N + j] : float(i + k == j);
+      const int row = kIsFloat32 ? j : i + k, column = kIsFloat32 ? i + k : j;
+      h[k] = mixes ? args.h_res[(of * N + row) * N + column] : float(row == column);
     }
   };
   load_h(0);
@@ -332,8 +362,10 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
 #pragma unroll
       for (int i = 0; i < N; ++i) h_pre[i] = __shfl_sync(kAllLanes, own, i, N);
     }
+    float v[4] = {};
+    if constexpr (kIsFloat32) multiply_boxes<kWarps>(v, stage, warp);
 #pragma unroll
-    for (int box = 0; box < kBoxes; ++box) {
+    for (int box = 0; box < (kIsFloat32 ? 0 : kBoxes); ++box) {
 #pragma unroll
       for (int unit = 0; unit < kBoxUnits / kWarps; ++unit) {
         // Swizzling is an exclusive or.
@@ -389,9 +421,8 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
         send(there + partials.kind_bytes, {u_sums[0], u_sums[1], u_sums[2], u_sums[3]}, full);
     } else if (on_diagonal) {
       const bool odd = token % 2;
-      float v[4] = {};
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
+      for (int i = 0; i < (kIsFloat32 ? 0 : N); ++i) {
         const float (&pair)[4] = dots[i / 2];
         v[i] = odd ? pair[i % 2 * 2 + 1] : pair[i % 2 * 2];
       }
@@ -443,7 +474,7 @@ struct OwnToken {
   }
 };
 
-// The words of a reply: pairs of columns of r dm, then those of what they lost, then others.
+// The words of a reply: pairs of columns of r dm, then those of what they lost, or columns in float32; then others.
 constexpr int kPairs = kColumns / 2, kMoreWords = 8;
 static_assert(kColumns % kMoreWords == 0);
 
@@ -533,14 +564,18 @@ __device__ inline void reply(const Block& block, const Args& args, u32 which, in
 
     // r dm and what it lost by rounding, in one word, then as pairs of columns.
     const float rdm = own.r * dm;
-    const float unit = half_unit(__reduce_max_sync(kAllLanes, magnitude(rdm)));
-    u32 rounded[2];
-    split(rdm, 0.f, rounded);
-    const u32 both = __byte_perm(rounded[0], rounded[1], 0x5410);
-    const u32 left = __shfl_sync(kAllLanes, both, pair);
-    const u32 right = __shfl_sync(kAllLanes, both, pair + 1);
-    const bool is_high = lane / kPairs % 2 == 0;
-    const u32 word = __byte_perm(left, right, is_high ? 0x5410 : 0x7632);
+    float unit = 1.f;
+    u32 word = __float_as_uint(rdm);
+    if constexpr (!kIsFloat32) {
+      unit = half_unit(__reduce_max_sync(kAllLanes, magnitude(rdm)));
+      u32 rounded[2];
+      split(rdm, 0.f, rounded);
+      const u32 both = __byte_perm(rounded[0], rounded[1], 0x5410);
+      const u32 left = __shfl_sync(kAllLanes, both, pair);
+      const u32 right = __shfl_sync(kAllLanes, both, pair + 1);
+      const bool is_high = lane / kPairs % 2 == 0;
+      word = __byte_perm(left, right, is_high ? 0x5410 : 0x7632);
+    }
     const int at = lane % kMoreWords;
     float more = at < 4 ? h_pre : at == 4 ? -f : unit;
     if (NORM && at >= 6) more = at == 6 ? own.rho : -f_of_u;
@@ -568,7 +603,13 @@ __device__ inline void reply(const Block& block, const Args& args, u32 which, in
 
 // ---- main warps -------------------------------------------------------------------------------------
 
+// 1 for f32; any other name is unknown and so 0.
+#define IS_FLOAT32_f32 1
+#if CONCAT(IS_FLOAT32_, STREAM)
+#include "one_pass/pre_bwd_main_f32.cuh"
+#else
 #include "one_pass/pre_bwd_main.cuh"
+#endif
 
 // ---- kernel -----------------------------------------------------------------------------------------
 

@@ -331,9 +331,15 @@ fn post_pre_reads_the_streams_once_where_a_kernel_does() {
     ];
     assert_eq!(functions(&B200, DType::Bf16, 4096), pre_once);
     assert_eq!(functions(&B200, DType::Bf16, 2560), pre_once);
+    for c in [288, 2080, 4096] {
+        assert_eq!(functions(&H100, DType::F32, c), pre_once);
+    }
     for (device, dtype, c) in [
         (L4, DType::Bf16, 4096),
-        (H100, DType::F32, 4096),
+        (L4, DType::F32, 4096),
+        (H100, DType::F16, 4096),
+        (H100, DType::F32, 4128),
+        (H100, DType::F32, 2064),
         (H100, DType::Bf16, 4100),
     ] {
         let functions = functions(&device, dtype, c);
@@ -411,13 +417,13 @@ fn pre_takes_every_constraint_back_in_one_pass() {
 }
 
 #[test]
-fn pre_takes_two_streams_back_in_one_pass() {
-    let functions = |constraint, with_norm| {
+fn pre_takes_two_streams_and_float32_back_in_one_pass() {
+    let functions = |dtype, n, constraint, with_norm| {
         let config = Config {
             constraint,
             ..Config::default()
         };
-        let example = Example::new(Call::PreBwd, DType::Bf16, 17, [2, 2048], config);
+        let example = Example::new(Call::PreBwd, dtype, 17, [n, 2048], config);
         let example = if with_norm {
             example.with_norm()
         } else {
@@ -427,13 +433,24 @@ fn pre_takes_two_streams_back_in_one_pass() {
     };
     let once = ["logits_bwd", "pre_bwd_one_pass", "sum_gradients"];
     let norm = ["norm_bwd", "sum_norm_scale"];
-    for constraint in [Constraint::Birkhoff, Constraint::None] {
-        assert_eq!(functions(constraint, false), once);
-        assert_eq!(functions(constraint, true)[..2], norm);
-        assert_eq!(functions(constraint, true)[2..], once);
+    for (dtype, n) in [(DType::Bf16, 2), (DType::F32, 4)] {
+        for constraint in [Constraint::Birkhoff, Constraint::None] {
+            assert_eq!(functions(dtype, n, constraint, false), once);
+            let with_norm = functions(dtype, n, constraint, true);
+            assert_eq!(with_norm[..2], norm);
+            assert_eq!(with_norm[2..], once);
+        }
     }
-    for constraint in [Constraint::Identity, Constraint::Permutations] {
-        assert!(!functions(constraint, false).contains(&"pre_bwd_one_pass"));
+    let identity = functions(DType::F32, 4, Constraint::Identity, false);
+    assert_eq!(identity, ["pre_bwd_one_pass", "sum_gradients"]);
+    for (dtype, n, constraint) in [
+        (DType::Bf16, 2, Constraint::Identity),
+        (DType::Bf16, 2, Constraint::Permutations),
+        (DType::F32, 4, Constraint::Permutations),
+        (DType::F32, 2, Constraint::Birkhoff),
+    ] {
+        let functions = functions(dtype, n, constraint, false);
+        assert!(!functions.contains(&"pre_bwd_one_pass"));
     }
 }
 

@@ -94,6 +94,8 @@ fn pre_bwd() {
         ("w512k8", 512, "bf16"),
         ("w320k32", 320, "bf16"),
         ("n2w512", 512, "bf16"),
+        ("w256", 256, "f32"),
+        ("w256k8", 256, "f32"),
     ];
     check("pre_bwd", "one_pass/pre_bwd_one_pass", &sizes);
 }

@@ -50,7 +50,9 @@ int main(int, char** argv) {
   sizes.spoil(phi);
 
   std::vector<double> exact_d_phi(num_phi), exact_gates(K + 3);
-  Error error{"d_x", kRoundingError}, error_of_phi{"d_phi", kProductsError},
+  constexpr bool kIsRounded = sizeof(Stream) == 2;
+  Error error{"d_x", kIsRounded ? kRoundingError : kFloat32Error},
+      error_of_phi{"d_phi", kIsRounded ? kProductsError : kFloat32Error},
       error_of_gates{"gates", kFloatError};
   for (int t = 0; t < tokens; ++t) {
     const auto x_at = [&](int j, int c) {

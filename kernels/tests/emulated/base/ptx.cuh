@@ -54,6 +54,20 @@ inline void mma_k8(float (&d)[4], u32 a0, u32 a1, u32 b) {
   const u32 a[2] = {a0, a1};
   multiply<1>(d, a, &b, of_bf16);
 }
+inline void mma_tf32(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 b) {
+  const u32 own[6] = {a0, a1, a2, a3, b.x, b.y};
+  const auto all = emulated::exchange(own, 6);
+  const int g = emulated::lane() / 4, q = emulated::lane() % 4;
+  const auto wide = [](u32 word) { return double(__uint_as_float(word & 0xffffe000)); };
+  for (int e = 0; e < 4; ++e) {
+    double sum = 0;
+    for (int k = 0; k < 8; ++k) {
+      const u32 left = all[4 * g + k % 4][k / 4 * 2 + e / 2];
+      sum += wide(left) * wide(all[4 * (2 * q + e % 2) + k % 4][4 + k / 4]);
+    }
+    d[e] = float(d[e] + sum);
+  }
+}
 inline void mma_half(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 b) {
   const u32 a[4] = {a0, a1, a2, a3}, both[2] = {b.x, b.y};
   multiply<2>(d, a, both, of_f16);
@@ -275,4 +289,5 @@ void take_registers() {}
 template <int COUNT>
 void give_registers() {}
 inline void keep(u32&) {}
+inline void keep(float&) {}
 inline void pin(float, float, float, float) {}

@@ -181,6 +181,7 @@ pub fn sum_gradients(call: &CheckedCall, sums: &Sums, clusters: u32, rows: u32) 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gpu::launch::line;
     use crate::gpu::schedules::one_pass::COLUMNS;
     use crate::gpu::schedules::one_pass::tests::LINE;
     use crate::gpu::tuning::CHANNELS;
@@ -196,6 +197,20 @@ mod tests {
     /// The same for four streams in bfloat16.
     fn geometry(c: usize, columns: usize) -> Option<(usize, usize)> {
         geometry_of(DType::Bf16, [STREAMS, c, columns])
+    }
+
+    #[test]
+    fn float32_streams_have_a_geometry() {
+        let line = line(DType::F32);
+        for columns in [2 * STREAMS, COLUMNS] {
+            let geometry = |c| geometry_of(DType::F32, [STREAMS, c, columns]);
+            for c in (256 + line..=4096).step_by(line) {
+                assert_eq!(geometry(c), Some((256, c.div_ceil(256))));
+            }
+            assert_eq!(geometry(256), None);
+            assert_eq!(geometry(4096 + line), None);
+            assert_eq!(geometry(2048 + line / 2), None);
+        }
     }
 
     #[test]
@@ -263,8 +278,10 @@ mod tests {
 
     #[test]
     fn owners_have_room_for_what_all_blocks_send() {
-        for size in CHANNELS {
-            let Some(kernel) = Kernel::find("pre_bwd_one_pass", size, DType::Bf16) else {
+        let dtypes = [DType::Bf16, DType::F32].into_iter();
+        let all = dtypes.flat_map(|dtype| CHANNELS.iter().map(move |size| (size, dtype)));
+        for (size, dtype) in all {
+            let Some(kernel) = Kernel::find("pre_bwd_one_pass", size, dtype) else {
                 continue;
             };
             for cluster in 1..=MAX_CLUSTER {
