@@ -309,6 +309,7 @@ pub const FILES: &[File] = &[
         row("pre_bwd_one_pass",      &[W512], [8, 3, 384, 228_640], &[ 3, 33, 16,  2,  1,  0,  0,  1,  2, 0, 100]),
         row("pre_bwd_one_pass",      &[W384K32], [8, 4, 384, 232_200], &[ 4, 45, 12,  2,  1,  0,  0,  1,  2, 0, 100]),
         row("pre_bwd_one_pass",      &[W512K32], [8, 3, 512, 229_408], &[ 3, 33, 16,  4,  3,  0,  0,  1,  2, 0, 100]),
+        row("pre_bwd_one_pass",      &[N2W512],  [8, 5, 512, 211_888], &[ 5, 52,  8,  4,  3,  1,  0,  1,  4, 1, 100]),
         row("pre_norm_bwd_one_pass", &[W256], [8, 5, 384, 221_104], &[ 5, 52,  4,  2,  1,  1,  0,  1,  1, 1, 100]),
         row("pre_norm_bwd_one_pass", &[W320], [8, 3, 384, 207_136], &[ 3, 33,  0,  2,  1,  1,  0,  1,  1, 0, 100]),
         row("pre_norm_bwd_one_pass", &[W384], [8, 3, 384, 222_488], &[ 2, 33,  0,  2,  1,  1,  0,  0,  1, 0, 100]),
@@ -320,6 +321,12 @@ pub const FILES: &[File] = &[
         row("pre_norm_bwd_one_pass", &[W320K32], [8, 3, 384, 224_280], &[ 2, 33,  0,  2,  1,  1,  1,  0,  1, 0, 100]),
         row("pre_norm_bwd_one_pass", &[W512], [8, 3, 384, 228_640], &[ 3, 33, 16,  2,  1,  0,  0,  1,  2, 0, 100]),
         row("pre_norm_bwd_one_pass", &[W384K32], [8, 4, 384, 232_200], &[ 4, 45, 12,  2,  1,  0,  0,  1,  2, 0, 100]),
+    ] },
+    // Two tiles of float32 streams are as large as four of bfloat16.
+    File { path: "one_pass/pre_bwd_one_pass", dtypes: F32, target: Target::Clusters,
+           more: &["d_x_in_slots", "partials", "held", "dot_warps", "owner_warps", "sums_phi", "sums", "holds_d_w", "at_once", "reads_x_once", "cost"], kernels: &[
+        row("pre_bwd_one_pass",      &[W256], [8, 3, 384, 231_672], &[ 2, 33,  5,  2,  1,  1,  0,  0,  1, 0, 100]),
+        row("pre_bwd_one_pass",      &[W256K8], [8, 3, 384, 224_512], &[ 3, 33,  8,  2,  1,  1,  0,  0,  1, 0, 100]),
     ] },
     // The sums for d_phi of 256 channels take 96 registers of each thread of the main warps. Those of 320, 384 and 448
     // would take 120, 144 and 168, which the chip has no room for: then `sums_phi` is 0, and phi_bwd computes d_phi.
@@ -350,7 +357,7 @@ pub const FILES: &[File] = &[
         row("post_pre_norm_bwd", &[N4], [1, 0, 1024, 0], &[8]),
     ] },
     File { path: "one_pass/logits_bwd", dtypes: F32, target: Target::Clusters, more: &[], kernels: &[
-        row("logits_bwd", &[N4], [16, 0, 32, 0], &[]),
+        row("logits_bwd", &[N2, N4], [16, 0, 32, 0], &[]),
     ] },
     File { path: "one_pass/sum_gradients", dtypes: F32, target: Target::Clusters, more: &[], kernels: &[
         row("sum_gradients", &[N4], [0, 0, 256, 0], &[]),

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from cases import (
     DTYPES,
+    ERROR_RATIO,
     FLOAT64,
     KERNELS,
+    LEAST_ERROR,
     OPS,
     PERMUTED,
     WIDEST,
@@ -68,6 +70,7 @@ def dtypes_of(op):
 # The same where a cluster of blocks shares the width, with 256 channels each and with more.
 SHARED_CASE = Case((2053,), 4, 1024, 3.0)
 WIDE_CASE = Case((2053,), 4, 1280, 3.0)
+TWO_STREAMS_CASE = Case((2053,), 2, 2048, 3.0)
 STATIC_CASE = Case((2053,), 4, 1032, 3.0, static=True)
 
 OP_DTYPES = [(op, dtype) for op in (*KERNELS, "two_sublayers") for dtype in dtypes_of(op)]
@@ -358,10 +361,20 @@ PARTS_OF_BLOCKS = {
 }
 
 
-def wide_case(constraint, hidden, tokens=None, norm=False):
+# The same of other streams.
+OTHER_STREAMS = (
+    *[(2, "bfloat16", "birkhoff", hidden) for hidden in (1024, 1600, 2048, 4160, 5184, 8192)],
+    *[(2, "bfloat16", "none", hidden) for hidden in (576, 2624, 3136, 6720, 7232)],
+    *[(4, "float32", "birkhoff", hidden) for hidden in (1024, 2048, 2592, 3360, 4096)],
+    *[(4, "float32", "none", hidden) for hidden in (288, 608, 1312)],
+    *[(4, "float32", "identity", hidden) for hidden in (544, 2048, 3616)],
+)
+
+
+def wide_case(constraint, hidden, tokens=None, norm=False, streams=4):
     """So many tokens, unless told, that every cluster uses its buffers again."""
-    tokens = (1 << 21) // hidden + 5 if tokens is None else tokens
-    return Case((tokens,), 4, hidden, 3.0, variant(constraint=constraint), norm=norm)
+    tokens = (1 << 23) // (streams * hidden) + 5 if tokens is None else tokens
+    return Case((tokens,), streams, hidden, 3.0, variant(constraint=constraint), norm=norm)
 
 
 def rows(widths):
@@ -383,12 +396,29 @@ def test_clusters_of_every_size(index, row, tokens):
     check("pre", wide_case(*row, tokens, norm=index % 2 == 1), "bfloat16")
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 205, None])
+@pytest.mark.parametrize("streams, dtype, constraint, hidden", OTHER_STREAMS)
+def test_clusters_of_other_streams(streams, dtype, constraint, hidden, tokens):
+    """Cotangents are deferred where there are 205 tokens; there is a norm where there is one."""
+    poison()
+    case = wide_case(constraint, hidden, tokens, norm=tokens == 1, streams=streams)
+    check("two_sublayers" if tokens == 205 else "pre", case, dtype)
+
+
+OWNED = (
+    *[(4, "bfloat16", *row) for row in (*rows(WHOLE_BLOCKS), ("birkhoff", 6656))],
+    (2, "bfloat16", "birkhoff", 2624),
+    (4, "float32", "birkhoff", 2592),
+    (4, "float32", "identity", 2048),
+)
+
+
 @pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("constraint, hidden", [*rows(WHOLE_BLOCKS), ("birkhoff", 6656)])
-def test_d_x_of_a_token_does_not_depend_on_the_others(constraint, hidden, norm):
+@pytest.mark.parametrize("streams, dtype, constraint, hidden", OWNED)
+def test_d_x_of_a_token_does_not_depend_on_the_others(streams, dtype, constraint, hidden, norm):
     """Bit for bit, though another block may own the token then."""
-    case = wide_case(constraint, hidden, 2053, norm=norm)
-    operands, cotangents = arrays("pre", case, "bfloat16")
+    case = wide_case(constraint, hidden, 2053, norm=norm, streams=streams)
+    operands, cotangents = arrays("pre", case, dtype)
 
     def d_x(x, cotangents):
         return compiled("pre", case.config, "fused", operands | {"x": x}, cotangents)[1]["x"]
@@ -429,6 +459,30 @@ def test_a_wide_layer(dtype):
         assert found <= largest, (name, found)
 
 
+@pytest.mark.parametrize("constraint", ["birkhoff", "identity"])
+@pytest.mark.parametrize("tokens, hidden", [(205, 1024), (4099, 2080), (1021, 4096)])
+def test_float32_streams_that_are_read_once_err_no_more_than_plain_jax(tokens, hidden, constraint):
+    """The gradients that tensor cores make, in the Euclidean norm."""
+    case = Case((tokens,), 4, hidden, config=variant(constraint=constraint))
+    operands, cotangents = arrays("pre", case, "float32")
+    wanted = jax.tree.leaves(exact("pre", case.config, operands, cotangents)[1])
+
+    def errors(implementation):
+        gradients = compiled("pre", case.config, implementation, operands, cotangents)[1]
+        return {
+            leaf_name(path): np.linalg.norm(np.asarray(leaf, np.float64) - expected)
+            / np.linalg.norm(expected)
+            for (path, leaf), expected in zip(
+                jax.tree.leaves_with_path(gradients), wanted, strict=True
+            )
+        }
+
+    plain, fused = errors("reference"), errors("fused")
+    for name in ("x", "params.phi"):
+        most = max(ERROR_RATIO * plain[name], LEAST_ERROR["float32"])
+        assert fused[name] <= most, (name, fused[name], plain[name])
+
+
 # ---- bits ---------------------------------------------------------------------------------------
 
 
@@ -443,6 +497,8 @@ MANY_COLUMNS = [Case((2053,), 8, 264, 3.0), Case((1025,), 16, 40, 3.0)]
 OP_DTYPE_CASES = [
     *[(op, dtype, CASE) for op, dtype in OP_DTYPES],
     *[(op, "bfloat16", SHARED_CASE) for op in ("pre", "post_pre", "two_sublayers")],
+    ("pre", "float32", SHARED_CASE),
+    ("pre", "bfloat16", TWO_STREAMS_CASE),
     ("post_pre", "bfloat16", WIDE_CASE),
     *[(op, "bfloat16", STATIC_CASE) for op in ("post_pre", "two_sublayers")],
     *[("post_pre", dtype, case) for dtype in ("bfloat16", "float32") for case in MANY_COLUMNS],

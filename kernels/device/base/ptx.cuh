@@ -423,6 +423,7 @@ __device__ inline void give_registers() {
 }
 // Makes the compiler keep a number that it would compute anew for every tile.
 __device__ inline void keep(u32& number) { asm volatile("" : "+r"(number)); }
+__device__ inline void keep(float& number) { asm volatile("" : "+f"(number)); }
 // Makes the compiler have the values here.
 __device__ inline void pin(float a, float b, float c, float d) {
   asm volatile("" ::"f"(a), "f"(b), "f"(c), "f"(d));

@@ -67,6 +67,9 @@ __device__ inline u32 phi_of_thread() {
 // From a unit of a warp to that of its next turn.
 constexpr u32 kTurnBytes = kMainWarps / kBoxUnits * kBoxBytes;
 
+// A row of the transpose of h_res.
+constexpr u32 kHRow = N * sizeof(float);
+
 // A main warp. Lane 4 g + q has the channels g and g + 8 of a unit, and the tokens 2 q and 2 q + 1.
 template <bool NORM>
 struct Differentiation {
@@ -166,20 +169,21 @@ struct Differentiation {
       minus_f[t] = __uint_as_float(factors.x), unit[t] = unit_of_phi * __uint_as_float(factors.y);
     }
     if constexpr (kReadsXOnce) read_dm<true>(dm);
-    [[maybe_unused]] u32 d_x_in[UNITS][2][4], added[UNITS][2];
+    [[maybe_unused]] u32 d_x_in[UNITS][N / 2][4], added[UNITS][2];
 #pragma unroll
     for (int k = 0; k < UNITS; ++k) {
       if constexpr (!NORM) read_transposed(d_u[k], stage + kDU + pair_at(k));
       if constexpr (kMixes) {
-        read_transposed(d_x_in[k][0], d_x_in_at + pair_at(k));
-        read_transposed(d_x_in[k][1], d_x_in_at + 2 * kPlaneBytes + pair_at(k));
+#pragma unroll
+        for (int i = 0; i < N; i += 2)
+          read_transposed(d_x_in[k][i / 2], d_x_in_at + i * kPlaneBytes + pair_at(k));
       }
     }
     // A shared unit: its other warp writes what this one reads.
     if constexpr (kMixes && STREAMS < N) wait_for_partner();
     // d_x[j] = (r dm) phi^T + h_pre[j] d_u - f X[j] + sum over i of h_res[i, j] d_x_in[i]
     const u32 first_replies = own_replies + first * sizeof(float),
-              first_h = own_replies + kHRes + first * 16;
+              first_h = own_replies + kHRes + first * kHRow;
 #pragma unroll
     for (int j = 0; j < STREAMS; ++j) {
       const u32 plane = (first + j) * kPlaneBytes;
@@ -203,7 +207,7 @@ struct Differentiation {
         const auto of = [&](u32 v) { return t == 0 ? low_half(v) : high_half(v); };
         const float h_pre = read_float(first_replies + t * kReplyRow + kHPre + 4 * j);
         float hs[N];
-        if constexpr (kMixes) read_floats(hs, first_h + t * kReplyRow + j * 16);
+        if constexpr (kMixes) read_floats(hs, first_h + t * kReplyRow + j * kHRow);
 #pragma unroll
         for (int k = 0; k < UNITS; ++k) {
 #pragma unroll

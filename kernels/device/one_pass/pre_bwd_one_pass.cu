@@ -1,4 +1,4 @@
-// The backward pass of pre in one pass over X, d_u and d_x_in, the cotangent of X that it adds to (n = 4):
+// The backward pass of pre in one pass over X, d_u and d_x_in, the cotangent of X that it adds to (n = 2 and 4):
 //
 //   d_h_pre[i] += <d_u, X[i]>
 //   d_z         from d_h_pre; that of the other coefficients is there already (logits_bwd.cu), or from d_h_post where
@@ -40,7 +40,7 @@
 constexpr int kMainWarps = 8;
 constexpr int kUnits = SIZE / 16, kTurns = kUnits / kMainWarps;
 constexpr bool kShared = kUnits % kMainWarps > 0;
-static_assert(kUnits % kMainWarps == 0 || kUnits % kMainWarps * 2 == kMainWarps);
+static_assert(kUnits % kMainWarps == 0 || (kUnits % kMainWarps * 2 == kMainWarps && N == 4));
 // A fragment of phi or d_phi is what a unit has of a stream. Those of a main warp: of its turns, then what it shares.
 constexpr int kFragments = N * kTurns + (kShared ? 2 : 0);
 
@@ -74,23 +74,26 @@ static_assert(NormTuned::sums_phi == kSumsPhi);
 constexpr bool kHoldsDW = NormTuned::holds_d_w;
 
 // Registers go from warps to warps by groups of four warps. Two dot warps take longer than four, but leave more
-// registers to the main warps.
+// registers to the main warps: most of all where these have 24 columns of phi and of the sums for d_phi in float32.
+constexpr bool kIsFloat32 = sizeof(Stream) == 4;
 template <bool NORM>
 struct Warps {
   static constexpr int kDot = NORM ? NormTuned::dot_warps : Tuned::dot_warps;
-  static constexpr int kMainRegisters = kDot == 2 ? (NORM ? 216 : 224) : 200;
-  static constexpr int kDotRegisters = kDot == 2 ? (NORM ? 72 : 56) : 48,
-                       kOtherRegisters = kDot == 2 ? (NORM ? 72 : 56) : 64;
+  static constexpr bool kLent = !NORM && (kMixes || !kIsFloat32);
+  static constexpr int kMainRegisters = kDot == 4 ? 200 : kLent ? 224 : 216;
+  static constexpr int kOtherRegisters = kDot == 4 ? 64 : kLent ? 56 : 72;
+  static constexpr int kDotRegisters = kDot == 4 ? 48 : kOtherRegisters;
   static constexpr int kLoader = kMainWarps + kDot, kOwner = kLoader + 1;
   // Owners are all that are left in a group: each takes longer for a token than the others for its part of a tile.
   static constexpr int kWarps = kMainWarps + (kDot + 2 + 3) / 4 * 4, kOwners = kWarps - kOwner;
   static constexpr int kThreads = 32 * kWarps;
-  // The partials of the dot products of one token from one block: a float4 a dot warp, and as much again where u is
-  // normalised.
+  // The partials of the dot products of one token from one block: a float4 a dot warp, with zeros for streams that are
+  // not there, and as much again where u is normalised.
   static constexpr u32 kPartialBytes = kDot * 16, kKinds = NORM ? 2 : 1;
 };
 // Room for them, and for so many at once.
-constexpr u32 kPartialBytes = 64, kPartialRows = Tuned::partials;
+constexpr u32 kPartialBytes = kIsFloat32 ? Warps<false>::kPartialBytes : 64,
+              kPartialRows = Tuned::partials;
 static_assert(Warps<false>::kPartialBytes <= kPartialBytes &&
               (!kHasNorm || 2 * Warps<true>::kPartialBytes <= kPartialBytes) &&
               NormTuned::partials == kPartialRows);
@@ -102,16 +105,17 @@ constexpr u32 kPlaneBytes = Tile<kTileTokens>::kPlaneBytes;
 constexpr u32 kBoxBytes = Tile<kTileTokens>::kBoxBytes;
 constexpr u32 kDU = N * kPlaneBytes, kStageBytes = kDU + kPlaneBytes;
 constexpr u32 kDXInBytes = N * kPlaneBytes;
-constexpr u32 kBoxUnits = kBoxChannels / 16, kUnitBytes = 32;
-// Of one fragment of phi (f16), and of d_phi.
-constexpr u32 kFragmentBytes = kPhiFragmentBytes, kSumsBytes = 32 * 16 * kOctets;
+constexpr u32 kBoxUnits = kBoxChannels / 16, kUnitBytes = 16 * sizeof(Stream);
+// Of one fragment of phi (f16, beside float32 streams f32), and of d_phi.
+constexpr u32 kFragmentBytes = kPhiFragmentBytes * (kIsFloat32 ? 2 : 1),
+              kSumsBytes = 32 * 16 * kOctets;
 constexpr u32 kPhiBytes = kMainWarps * (kFragments - kHeld) * kFragmentBytes;
-// What main warps want to know of a tile, a row a token: r dm, what r dm lost by rounding (bf16), h_pre, -f and the unit
-// of r dm (`half_unit`), rho and -f of the norm of u, all of these from the owner; the transpose of h_res. The padding
-// keeps the rows in different banks.
+// What main warps want to know of a tile, a row a token: r dm and what r dm lost by rounding (bf16, or r dm in float32),
+// h_pre, -f and the unit of r dm (`half_unit`), rho and -f of the norm of u, all of these from the owner; h_res (beside
+// bf16 its transpose). An odd number of 16 bytes keeps the rows in different banks.
 constexpr u32 kHPre = 4 * kColumns, kMinusF = kHPre + 16, kUnit = kMinusF + 4, kRho = kUnit + 4;
 constexpr u32 kHRes = kHPre + 32;
-constexpr u32 kReplyRow = kHRes + (kMixes ? N * N * sizeof(float) : 0) + 16;
+constexpr u32 kReplyRow = (kHRes + (kMixes ? N * N * sizeof(float) : 0)) | 16;
 constexpr u32 kRepliesBytes = kTileTokens * kReplyRow;
 // The most tokens whose partials may be there: those of all stages, if a block owns them all.
 constexpr u32 kMaxPartials = kStages * kTileTokens;
@@ -133,7 +137,7 @@ constexpr u32 kPartialsFull =
     kTableFull + 8 * kStages;  // all blocks' partials for a token; the owner, with bytes
 constexpr u32 kDXInFull = kPartialsFull + 8 * kMaxPartials;  // d_x_in; the loader, with bytes
 constexpr u32 kPhiRead = kDXInFull + 8 * kDXInSlots;  // phi is where it stays; the main warps
-// Of phi in a main warp's fragments (`half_unit`).
+// Of phi in a main warp's fragments (`half_unit`); beside float32 streams the tiles of a main warp.
 constexpr u32 kPhiUnits = kPhiRead + 8;
 constexpr u32 kSharedBytes = kPhiUnits + kMainWarps * sizeof(float);
 static_assert(kSharedBytes == Tuned::shared_bytes && kSharedBytes == NormTuned::shared_bytes);
@@ -267,6 +271,31 @@ __device__ inline void load_tiles(const Block& block, const Args& args) {
 
 // ---- dot warps --------------------------------------------------------------------------------------
 
+// <d_u, X[i]> of token lane / 4 in float32 streams, of the boxes of a warp; the same in four neighbouring lanes.
+template <int WARPS>
+__device__ inline void multiply_boxes(float (&dots)[4], u32 stage, int warp) {
+  // Neighbouring rows begin in different halves, for all banks to be read at once. Asked for again for each tile.
+  const u32 lane = lane_id(), row = lane / 4, at = swizzled(row, lane % 4 + row % 2 * 4);
+#pragma unroll 1
+  for (int box = 0; box < kBoxes / WARPS; ++box) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const u32 from = stage + (box * WARPS + warp) * kBoxBytes + (at ^ half * 64);
+      float d_u[4];
+      read_floats(d_u, from + kDU);
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        float x[4];
+        read_floats(x, from + i * kPlaneBytes);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) dots[i] += d_u[e] * x[e];
+      }
+    }
+  }
+#pragma unroll
+  for (float& dot : dots) dot = sum_of_four(dot);
+}
+
 // <d_u, X[i]> is the diagonal of the product of both tiles. A dot warp has some units of every box, and h_res of some
 // tokens: its transpose, or the unit matrix where d_x_in is not deferred.
 template <bool NORM>
@@ -280,25 +309,28 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
   const u32 d_u_at = kDU + swizzled(row, 2 * first_unit + matrix % 2);
   // The token whose diagonal element this lane has, if any.
   const u32 token = lane / 4;
-  const bool on_diagonal = token / 2 == lane % 4;
+  const bool on_diagonal = kIsFloat32 ? lane % 4 == 0 : token / 2 == lane % 4;
   // Its owner and the buffer there.
   const PartialsRing<NORM> partials(block);
   u32 owner = token % block.ranks, slot = token / block.ranks;
   const u32 owner_step = kTileTokens % block.ranks, slot_step = kTileTokens / block.ranks;
   const u32 part = block.rank * Warps<NORM>::kPartialBytes + warp * 16;
 
-  // Neighbours in row j of the transpose.
-  constexpr int kOwn = N * N * int(kTileTokens) / (32 * kWarps);
+  // Neighbours in row j of h_res or its transpose; there may be fewer of them than lanes.
+  constexpr int kAll = N * N * int(kTileTokens),
+                kOwn = kAll < 32 * kWarps ? 1 : kAll / (32 * kWarps);
   const int first = (warp * 32 + lane) * kOwn, h_token = first / (N * N), j = first / N % N,
             i = first % N;
+  const bool has_h = 32 * kWarps <= kAll || first < kAll;
   float h[kOwn];
   const auto load_h = [&](int tile) {
     if (!kMixes) return;
     const long long of = block.first_token(tile) + h_token;
-    const bool mixes = deferred && tile < block.num_tiles && of < args.tokens;
+    const bool mixes = deferred && has_h && tile < block.num_tiles && of < args.tokens;
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) {
-      h[k] = mixes ? args.h_res[(of * N + i + k) * N + j] : float(i + k == j);
+      const int row = kIsFloat32 ? j : i + k, column = kIsFloat32 ? i + k : j;
+      h[k] = mixes ? args.h_res[(of * N + row) * N + column] : float(row == column);
     }
   };
   load_h(0);
@@ -327,7 +359,7 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
   for (int tile = 0; tile < block.num_tiles; ++tile, ring.next()) {
     wait(block.barrier(kFull, ring.slot), ring.parity);
     const u32 stage = block.stage(ring.slot);
-    float dots[2][4] = {};
+    float dots[N / 2][4] = {};
     // <v, X[i]> and <u, X[i]> of this lane's channels.
     float v_sums[N] = {}, u_sums[N] = {};
     float h_pre[N];
@@ -337,8 +369,10 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
 #pragma unroll
       for (int i = 0; i < N; ++i) h_pre[i] = __shfl_sync(kAllLanes, own, i, N);
     }
+    float v[4] = {};
+    if constexpr (kIsFloat32) multiply_boxes<kWarps>(v, stage, warp);
 #pragma unroll
-    for (int box = 0; box < kBoxes; ++box) {
+    for (int box = 0; box < (kIsFloat32 ? 0 : kBoxes); ++box) {
 #pragma unroll
       for (int unit = 0; unit < kBoxUnits / kWarps; ++unit) {
         // Swizzling is an exclusive or.
@@ -371,7 +405,7 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
           }
         } else {
 #pragma unroll
-          for (int pair = 0; pair < 2; ++pair) {
+          for (int pair = 0; pair < N / 2; ++pair) {
             u32 x[4];
             read_matrices(x, from + (x_at ^ flip) + 2 * pair * kPlaneBytes);
             mma(dots[pair], x[0], x[1], x[2], x[3], {d_u[0], d_u[1]});
@@ -394,15 +428,20 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
         send(there + partials.kind_bytes, {u_sums[0], u_sums[1], u_sums[2], u_sums[3]}, full);
     } else if (on_diagonal) {
       const bool odd = token % 2;
-      const float4 v = {odd ? dots[0][1] : dots[0][0], odd ? dots[0][3] : dots[0][2],
-                        odd ? dots[1][1] : dots[1][0], odd ? dots[1][3] : dots[1][2]};
-      send(there, v, full);
+#pragma unroll
+      for (int i = 0; i < (kIsFloat32 ? 0 : N); ++i) {
+        const float (&pair)[4] = dots[i / 2];
+        v[i] = odd ? pair[i % 2 * 2 + 1] : pair[i % 2 * 2];
+      }
+      send(there, {v[0], v[1], v[2], v[3]}, full);
     }
     if constexpr (kMixes) {
       const u32 at =
           block.replies(ring.slot) + h_token * kReplyRow + kHRes + (j * N + i) * sizeof(float);
 #pragma unroll
-      for (int k = 0; k < kOwn; ++k) write_float(at + k * sizeof(float), h[k]);
+      for (int k = 0; k < kOwn; ++k) {
+        if (has_h) write_float(at + k * sizeof(float), h[k]);
+      }
       load_h(tile + 1);
       __syncwarp();
       if (lane == 0) arrive(block.barrier(kTableFull, ring.slot));
@@ -444,7 +483,7 @@ struct OwnToken {
   }
 };
 
-// The words of a reply: pairs of columns of r dm, then those of what they lost, then others.
+// The words of a reply: pairs of columns of r dm, then those of what they lost, or columns in float32; then others.
 constexpr int kPairs = kColumns / 2, kMoreWords = 8;
 static_assert(kColumns % kMoreWords == 0);
 
@@ -538,19 +577,23 @@ __device__ inline void reply(const Block& block, const Args& args, u32 which, in
 
     // r dm and what it lost by rounding, in one word, then as pairs of columns.
     const float rdm = own.r * dm;
-    const float unit = half_unit(__reduce_max_sync(kAllLanes, magnitude(rdm)));
-    u32 rounded[2];
-    split(rdm, 0.f, rounded);
-    if (!kSumsPhi && lane < kColumns) {
-      const long long token = block.first_token(i / kTileTokens) + i % kTileTokens;
-      const Fragments r_dm{nullptr, static_cast<u32*>(args.d_phi), kColumns};
-      r_dm.set_column(token, lane, rounded);
+    float unit = 1.f;
+    u32 word = __float_as_uint(rdm);
+    if constexpr (!kIsFloat32) {
+      unit = half_unit(__reduce_max_sync(kAllLanes, magnitude(rdm)));
+      u32 rounded[2];
+      split(rdm, 0.f, rounded);
+      if (!kSumsPhi && lane < kColumns) {
+        const long long token = block.first_token(i / kTileTokens) + i % kTileTokens;
+        const Fragments r_dm{nullptr, static_cast<u32*>(args.d_phi), kColumns};
+        r_dm.set_column(token, lane, rounded);
+      }
+      const u32 both = __byte_perm(rounded[0], rounded[1], 0x5410);
+      const u32 left = __shfl_sync(kAllLanes, both, pair);
+      const u32 right = __shfl_sync(kAllLanes, both, pair + 1);
+      const bool is_high = lane / kPairs % 2 == 0;
+      word = __byte_perm(left, right, is_high ? 0x5410 : 0x7632);
     }
-    const u32 both = __byte_perm(rounded[0], rounded[1], 0x5410);
-    const u32 left = __shfl_sync(kAllLanes, both, pair);
-    const u32 right = __shfl_sync(kAllLanes, both, pair + 1);
-    const bool is_high = lane / kPairs % 2 == 0;
-    const u32 word = __byte_perm(left, right, is_high ? 0x5410 : 0x7632);
     const int at = lane % kMoreWords;
     float more = at < 4 ? h_pre : at == 4 ? -f : unit;
     if (NORM && at >= 6) more = at == 6 ? own.rho : -f_of_u;
@@ -585,7 +628,13 @@ __device__ inline void reply(const Block& block, const Args& args, u32 which, in
 
 // ---- main warps -------------------------------------------------------------------------------------
 
+// 1 for f32; any other name is unknown and so 0.
+#define IS_FLOAT32_f32 1
+#if CONCAT(IS_FLOAT32_, STREAM)
+#include "one_pass/pre_bwd_main_f32.cuh"
+#else
 #include "one_pass/pre_bwd_main.cuh"
+#endif
 
 // ---- kernel -----------------------------------------------------------------------------------------
 

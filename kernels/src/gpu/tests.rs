@@ -85,6 +85,7 @@ fn examples() -> Vec<(String, Example)> {
                 (1000, [3, 7]),
                 (8192, [4, 4096]),
                 (1000, [4, 2560]),
+                (1000, [2, 2048]),
                 (16, [8, 100]),
                 (300, [8, 4096]),
                 (5, [16, 8]),
@@ -333,9 +334,15 @@ fn post_pre_reads_the_streams_once_where_a_kernel_does() {
     ];
     assert_eq!(functions(&B200, DType::Bf16, 4096), pre_once);
     assert_eq!(functions(&B200, DType::Bf16, 2560), pre_once);
+    for c in [288, 2080, 4096] {
+        assert_eq!(functions(&H100, DType::F32, c), pre_once);
+    }
     for (device, dtype, c) in [
         (L4, DType::Bf16, 4096),
-        (H100, DType::F32, 4096),
+        (L4, DType::F32, 4096),
+        (H100, DType::F16, 4096),
+        (H100, DType::F32, 4128),
+        (H100, DType::F32, 2064),
         (H100, DType::Bf16, 4100),
     ] {
         let functions = functions(&device, dtype, c);
@@ -419,6 +426,44 @@ fn pre_takes_every_constraint_back_in_one_pass() {
     assert!(!is_once(Constraint::Birkhoff, 20, 4104));
     assert!(!is_once(Constraint::Birkhoff, 20, 8256));
     assert!(!is_once(Constraint::Permutations, 20, 8256));
+}
+
+#[test]
+fn pre_takes_two_streams_and_float32_back_in_one_pass() {
+    let functions = |dtype, n, constraint, with_norm| {
+        let config = Config {
+            constraint,
+            ..Config::default()
+        };
+        let example = Example::new(Call::PreBwd, dtype, 17, [n, 2048], config);
+        let example = if with_norm {
+            example.with_norm()
+        } else {
+            example
+        };
+        functions_of(example, &H100)
+    };
+    let once = ["logits_bwd", "pre_bwd_one_pass", "sum_gradients"];
+    let norm = ["norm_bwd", "sum_norm_scale"];
+    for (dtype, n) in [(DType::Bf16, 2), (DType::F32, 4)] {
+        for constraint in [Constraint::Birkhoff, Constraint::None] {
+            assert_eq!(functions(dtype, n, constraint, false), once);
+            let with_norm = functions(dtype, n, constraint, true);
+            assert_eq!(with_norm[..2], norm);
+            assert_eq!(with_norm[2..], once);
+        }
+    }
+    let identity = functions(DType::F32, 4, Constraint::Identity, false);
+    assert_eq!(identity, ["pre_bwd_one_pass", "sum_gradients"]);
+    for (dtype, n, constraint) in [
+        (DType::Bf16, 2, Constraint::Identity),
+        (DType::Bf16, 2, Constraint::Permutations),
+        (DType::F32, 4, Constraint::Permutations),
+        (DType::F32, 2, Constraint::Birkhoff),
+    ] {
+        let functions = functions(dtype, n, constraint, false);
+        assert!(!functions.contains(&"pre_bwd_one_pass"));
+    }
 }
 
 #[test]

@@ -70,8 +70,9 @@ struct Error {
     if (!(error <= limit)) fail("too large an error");
   }
 };
-// One rounding to bfloat16, and sums of products in float16 or in bfloat16 parts.
+// One rounding to bfloat16, and sums of products in float16 or in bfloat16 parts; everything in float32.
 constexpr double kRoundingError = 1.8e-3, kProductsError = 3e-4, kFloatError = 1e-5;
+constexpr double kFloat32Error = 3e-7;
 
 // A call: the width, tokens, clusters, and whether the cotangent of the streams is deferred, or which of some kernels it
 // is; the seed of the order in which warps go on; and whether float64 gets another phi than the kernel, which has to be

@@ -59,12 +59,7 @@ fn assert_spoiled(output: &Output) {
 
 /// Checks a kernel in some sizes, each with clusters of many sizes whose last block is not full, and of so many kinds. Two
 /// clusters of two blocks have `most` tokens.
-fn check(
-    name: &str,
-    file: &str,
-    sizes: &[(&str, usize, &str)],
-    [most, kinds]: [usize; 2],
-) {
+fn check(name: &str, file: &str, sizes: &[(&str, usize, &str)], [most, kinds]: [usize; 2]) {
     for &(size, channels, dtype) in sizes {
         let program = build(name, file, size, dtype);
         for (seed, (blocks, tokens, clusters)) in [
@@ -115,6 +110,9 @@ fn pre_bwd() {
         ("w512k8", 512, "bf16"),
         ("w320k32", 320, "bf16"),
         ("w384k32", 384, "bf16"),
+        ("n2w512", 512, "bf16"),
+        ("w256", 256, "f32"),
+        ("w256k8", 256, "f32"),
     ];
     check("pre_bwd", "one_pass/pre_bwd_one_pass", &sizes, [77, 2]);
 }
@@ -127,7 +125,12 @@ fn post_pre_bwd() {
         ("w512k8", 512, "bf16"),
         ("w256k32", 256, "bf16"),
     ];
-    check("post_pre_bwd", "one_pass/post_pre_bwd_one_pass", &sizes, [77, 2]);
+    check(
+        "post_pre_bwd",
+        "one_pass/post_pre_bwd_one_pass",
+        &sizes,
+        [77, 2],
+    );
 }
 
 #[test]

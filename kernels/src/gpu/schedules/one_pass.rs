@@ -20,6 +20,7 @@ use crate::gpu::tuning::{CHANNELS, Size};
 const STREAMS: usize = 4;
 
 /// Columns of phi where H_res has a logit for each element: those that Sinkhorn-Knopp may be for.
+#[cfg(test)]
 const COLUMNS: usize = STREAMS * (STREAMS + 2);
 
 /// Clusters of 1, 2 and so on blocks that run at once on an H200. Geometries are chosen for it, whatever the GPU: the

@@ -63,10 +63,14 @@ impl Random {
         let is_once = self.below(3) == 0;
         let dtype = match kind {
             Call::SinkhornFwd | Call::SinkhornBwd => DType::F32,
-            _ if is_once => DType::Bf16,
+            _ if is_once => self.of(&[DType::Bf16, DType::F32]),
             _ => self.of(&[DType::F32, DType::Bf16, DType::F16]),
         };
-        let n = if is_once { 4 } else { 1 + self.below(16) };
+        let n = if is_once {
+            self.of(&[2, 4])
+        } else {
+            1 + self.below(16)
+        };
         let c = match self.below(4) {
             _ if is_once => self.of(&[1024, 2560, 3072, 4096, 7168]),
             0 => 8 * (1 + self.up_to(27)),

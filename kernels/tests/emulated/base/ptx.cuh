@@ -308,4 +308,5 @@ void take_registers() {}
 template <int COUNT>
 void give_registers() {}
 inline void keep(u32&) {}
+inline void keep(float&) {}
 inline void pin(float, float, float, float) {}
