@@ -120,7 +120,8 @@ struct Plan {
   static constexpr int kMostBytes = 232448;  // of a block
   static constexpr int kMostBatch =
       (kMostBytes - kStages * kStageBytes - kFinish) / (2 * kSumsBytes);
-  static constexpr bool kHasRegisters = !POST_PRE && !kIsPermuted && Tuned::other_registers >= 72;
+  static constexpr bool kHasRegisters =
+      !POST_PRE && !kIsPermuted && sizeof(Stream) == 2 && Tuned::other_registers >= 72;
   static constexpr int kFewest = N == 2 || kHasRegisters ? 1 : 2;
   static constexpr int kFinishLanes = kMostBatch >= 32 / kFewest       ? kFewest
                                       : kMostBatch >= 32 / kFewest / 2 ? 2 * kFewest
