@@ -529,13 +529,9 @@ __device__ inline void reply(const Block& block, const Args& args, u32 which, in
   const u32 owners = min(kOwners, partials.slots), step = owners * block.ranks;
   const u32 first = which < owners ? block.rank + which * block.ranks : num_tokens;
   u32 partials_slot = which, parity = 0;
-  // Tokens whose loads are under way, lest the latency of memory set an owner's pace. With the norm and 8 columns two
-  // would spill registers.
-  constexpr u32 kAhead = NORM && !kMixes ? 1 : 2;
-  OwnToken ahead[kAhead];
-#pragma unroll
-  for (u32 a = 0; a < kAhead; ++a) ahead[a] = load(first + a * step);
-  const auto take = [&](u32 i, OwnToken& next) {
+  OwnToken next = load(first);
+#pragma unroll 1
+  for (u32 i = first; i < num_tokens; i += step) {
     const u32 full = block.barrier(kPartialsFull, partials_slot);
     if (lane == 0) {
       // Another owner may still wait for what was in this buffer before.
@@ -543,7 +539,7 @@ __device__ inline void reply(const Block& block, const Args& args, u32 which, in
       arrive_and_expect(full, partials.slot_bytes());
     }
     const OwnToken own = next;
-    next = load(i + kAhead * step);
+    next = load(i + step);
     const float z = alpha * own.m + bias;
     const float h = sigmoid(z);
     const float slope = h * sigmoid(-z);
@@ -612,13 +608,6 @@ __device__ inline void reply(const Block& block, const Args& args, u32 which, in
     if (partials_slot >= partials.slots) {
       partials_slot -= partials.slots;
       parity ^= 1;
-    }
-  };
-#pragma unroll 1
-  for (u32 i = first; i < num_tokens; i += kAhead * step) {
-#pragma unroll
-    for (u32 a = 0; a < kAhead; ++a) {
-      if (i + a * step < num_tokens) take(i + a * step, ahead[a]);
     }
   }
 

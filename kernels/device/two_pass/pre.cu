@@ -169,7 +169,7 @@ __device__ inline void collapse_bwd(const Stream* row, const Stream* d_u, float 
 constexpr int kFewBlocks = sizeof(Stream) == 4 || (N == 4 && __CUDA_ARCH__ >= 1200) ? 3
                            : N == 2                                                 ? 5
                                                                                     : 4;
-constexpr int kBackwardBlocks = N <= 4 ? kFewBlocks : 1;
+constexpr int kBackwardBlocks = N <= 4 ? kFewBlocks : N <= 8 ? 3 : 2;
 
 // Cotangents of coefficients that a head does not have are null. gate_sums: [blocks, num + 3]. history:
 // 2 * iters * 32 floats a block, in shared memory where it is null.

@@ -28,7 +28,7 @@ fn plan(call: &CheckedCall, device: &Device, workspace: &mut dyn Workspace) -> O
         return None;
     }
     let sums_phi = kernel.more("sums_phi") > 0;
-    let sums = Sums::take(call, geometry, workspace);
+    let sums = Sums::take(call, geometry, 0, workspace);
     // As many numbers a token as phi has columns, each in two halves of a float.
     let r_dm = if sums_phi {
         0
