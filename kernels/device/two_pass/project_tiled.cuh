@@ -224,8 +224,11 @@ __device__ inline void project(const Stream* x, const uint2* phi, float* partial
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int chunk = blockIdx.x % chunks, first_token = blockIdx.x / chunks * kBlockTokens;
   const int first_row = warp % kRowWarps * kTiles * kTile, half = warp / kRowWarps;
-  const int first_octet = half * ((octets + 1) / 2);
-  const int own = EXACT && kOctets % 2 == 0 ? kOwnOctets : half ? octets / 2 : (octets + 1) / 2;
+  // Both halves have the octet where there is one: each has its tiles' squares to sum up besides.
+  const int first_octet = octets > 1 ? half * ((octets + 1) / 2) : 0;
+  const int own = EXACT && kOctets % 2 == 0 ? kOwnOctets
+                  : half && octets > 1      ? octets / 2
+                                            : (octets + 1) / 2;
   const int warp_tokens = tokens - first_token - first_row;
   const int tiles = warp_tokens <= 0 ? 0 : (warp_tokens + kTile - 1) / kTile;
   const int squared_tile = chunk == 0 ? half : -1;
