@@ -156,7 +156,8 @@ class Options:
     """Seconds after which no other configuration is timed, and the record is written as a part."""
     add: Path | None = None
     """Record from the same GPU and versions whose rows are kept, each with its commit. Run are
-    configurations without a row, or those that other options choose."""
+    configurations without a row, or those that other options choose. Implementations that are not
+    chosen keep their times."""
     output: Path | None = None
     """Folder for the records, each in <gpu>/; by default benches/results, and none if tiny."""
     commit: str | None = None
@@ -200,11 +201,9 @@ class Options:
     def is_part(self, rows: list[dict[str, Any]]) -> bool:
         """Whether rows leave out a configuration, or what there is of each."""
         wanted = {case.key: case for case in self.all_cases()}
-        names = {*self.what}, {*self.implementations}
-        is_all = names == ({*get_args(What)}, {*get_args(Implementation)})
-        if not is_all or {row_key(row) for row in rows} != wanted.keys():
+        if {row_key(row) for row in rows} != wanted.keys():
             return True
-        return any(wants_reference(wanted[row_key(row)], row) for row in rows)
+        return any(is_row_part(wanted[row_key(row)], row) for row in rows)
 
 
 # ---- programs -----------------------------------------------------------------------------------
@@ -304,6 +303,10 @@ class Compiled:
     error: tuple[float, float]
 
 
+def has_program(case: Case, implementation: Implementation, what: What) -> bool:
+    return what != "stack" or (implementation == "fused" and case.constraint != "head")
+
+
 def compile_program(case: Case, ops: Any, what: What) -> Any:
     lowered = jax.jit(program(case, ops, what), donate_argnums=4).lower(*shapes(case))
     return lowered.compile()
@@ -316,7 +319,7 @@ def compile_case(case: Case, options: Options) -> Compiled:
         (name, what): compile_program(case, ops[name], what)
         for name in options.implementations
         for what in options.what
-        if what != "stack" or (name == "fused" and case.constraint != "head")
+        if has_program(case, name, what)
     }
     make = jax.jit(inputs(case)).lower(jax.random.key(0)).compile()
     error = errors(case) if "fused" in options.implementations else (0.0, 0.0)
@@ -411,6 +414,16 @@ def is_near(row: dict[str, Any]) -> bool:
 def wants_reference(case: Case, row: dict[str, Any]) -> bool:
     """Whether the form in the package is still to be timed."""
     return is_near(row) and case.plain_ops is plain and "reference" not in row
+
+
+def is_row_part(case: Case, row: dict[str, Any]) -> bool:
+    """Whether a row leaves out something."""
+    whats = {
+        implementation: {what for what in get_args(What) if has_program(case, implementation, what)}
+        for implementation in get_args(Implementation)
+    }
+    is_whole = all(row.get(name, {}).keys() == of for name, of in whats.items())
+    return not is_whole or wants_reference(case, row)
 
 
 def described(row: dict[str, Any]) -> str:
@@ -531,6 +544,10 @@ def run_all(options: Options, run: Run) -> dict[str, Any]:
         if is_late(case):
             return {}
         row = time_case(case, compiled[case], rate, options)
+        # Implementations that are not chosen keep their times: plain JAX is that of every commit.
+        others = {"fused", "plain", "reference"} - {*options.implementations}
+        before = rows.get(case, {})
+        row |= {name: before[name] for name in others & before.keys()}
         run.tell(f"{case} {described(row)}")
         return row
 

@@ -102,11 +102,15 @@ def test_configurations(tmp_path):
 
     # What is chosen is run again, and the other rows are kept.
     again = "--commit", "1", "--add", path, "--dtype", "float32", "--constraint", "identity"
-    status, output = python("-m", "benches", "configurations", *options, *again)
+    status, output = python(
+        "-m", "benches", "configurations", *options, *again, "--implementations", "fused"
+    )
     assert status == 0, output
     record = json.loads(path.read_text())
-    of = {row["constraint"] for row in record["rows"] if row["commit"] == "1"}
-    assert of == {"identity"} and len(record["rows"]) == len(rows)
+    (new,) = (row for row in record["rows"] if row["commit"] == "1")
+    (old,) = (row for row in rows if row["constraint"] == "identity")
+    assert new["constraint"] == "identity" and len(record["rows"]) == len(rows)
+    assert new["plain"] == old["plain"] and new["fused"] != old["fused"]
     assert record["commit"] == "0, 1"
 
     # With wrong kernels, or what is left out, the record is another.
