@@ -1,5 +1,6 @@
 """Tests that need an NVIDIA GPU. All others run there too: pytest --platform=gpu."""
 
+import dataclasses
 import functools
 import hashlib
 import os
@@ -213,7 +214,7 @@ def test_nothing_is_mixed_by_the_identity(dtype, streams, hidden):
     check("two_sublayers", case, dtype)
 
 
-@pytest.mark.parametrize("op", ["pre", "two_sublayers"])
+@pytest.mark.parametrize("op", ["pre", "post", "post_pre", "two_sublayers"])
 @pytest.mark.parametrize(
     "streams, hidden", [(2, 264), (3, 264), (4, 264), (8, 264), (8, 65), (16, 264)]
 )
@@ -224,14 +225,20 @@ def test_a_token_keeps_what_is_not_finite(op, streams, hidden, value):
     operands, cotangents = arrays(op, case, "bfloat16")
     others = np.arange(53) != 21
 
-    def of_others(x):
-        results = compiled(op, case.config, "fused", operands | {"x": x}, cotangents)
-        outputs, gradients = results
+    def of_others(operands):
+        outputs, gradients = compiled(op, case.config, "fused", operands, cotangents)
         batched = {name: gradients[name] for name in gradients if name in OPS[op].batched}
         return jax.tree.map(lambda leaf: np.asarray(leaf)[others], (outputs, batched))
 
-    spoiled = operands["x"].at[21, streams - 1, hidden // 2].set(value)
-    jax.tree.map(np.testing.assert_array_equal, of_others(spoiled), of_others(operands["x"]))
+    def spoil(x):
+        return x.at[21, streams - 1, hidden // 2].set(value)
+
+    if "x" in operands:
+        spoiled = operands | {"x": spoil(operands["x"])}
+    else:
+        ctx = operands["ctx"]
+        spoiled = operands | {"ctx": dataclasses.replace(ctx, x=spoil(ctx.x))}
+    jax.tree.map(np.testing.assert_array_equal, of_others(spoiled), of_others(operands))
 
 
 @pytest.mark.parametrize("streams", [12, 14, 16])
