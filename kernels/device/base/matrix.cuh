@@ -174,7 +174,7 @@ struct Fragments {
     }
     if (c < octets() * 8) set_column(token, c, parts);
   }
-  // The same for d_phi alone: the parts of a value, in the lower halves.
+  // A value of `columns` alone, for d_phi: its parts, in the lower halves.
   template <int P>
   __device__ void set_column(long long token, int c, const u32 (&parts)[P]) const {
     const long long tile = token / kTile;

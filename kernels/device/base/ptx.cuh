@@ -29,7 +29,7 @@ __device__ inline float approximate_reciprocal(float v) {
   asm("rcp.approx.f32 %0, %1;" : "=f"(result) : "f"(v));
   return result;
 }
-// The same, with zero for what is no normal number.
+// An approximate reciprocal, zero for what is no normal number.
 __device__ inline float approximate_reciprocal_of_normal(float v) {
   float result;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
@@ -55,14 +55,14 @@ __device__ inline void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b.x), "r"(b.y));
 }
-// The same with 8 columns of A, and with two values of a stream in a word.
+// Products with 8 columns of A, two values of a stream in a word.
 __device__ inline void mma_k8(float (&d)[4], u32 a0, u32 a1, u32 b) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a0), "r"(a1), "r"(b));
 }
-// The same with 8 columns of A, in tf32: float32 without the last 13 bits.
+// Products with 8 columns of A in tf32: float32 without the last 13 bits.
 __device__ inline void mma_tf32(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 b) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
@@ -207,7 +207,7 @@ __device__ inline void wait(u32 barrier, u32 parity) {
       "r"(parity)
       : "memory");
 }
-// The same where what is waited for was written by other blocks of the cluster.
+// A wait for what other blocks of the cluster have written.
 __device__ inline void wait_for_cluster(u32 barrier, u32 parity) {
   asm volatile(
       "{\n"
@@ -238,7 +238,7 @@ __device__ inline void cluster_arrive() {
 __device__ inline void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// The same place in the shared memory of block `rank`.
+// A place of this block's shared memory in that of block `rank`.
 __device__ inline u32 in_block(u32 at, u32 rank) {
   u32 there;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
@@ -252,7 +252,7 @@ __device__ inline void send(u32 at, float4 v, u32 barrier) {
       "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
       : "memory");
 }
-// The same with 8 bytes.
+// A send of 8 bytes.
 __device__ inline void send(u32 at, float2 v, u32 barrier) {
   asm volatile(
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
@@ -260,7 +260,7 @@ __device__ inline void send(u32 at, float2 v, u32 barrier) {
       "f"(v.x), "f"(v.y), "r"(barrier)
       : "memory");
 }
-// The same with 4 bytes.
+// A send of 4 bytes.
 __device__ inline void send(u32 at, float v, u32 barrier) {
   asm volatile(
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(at), "f"(v),
