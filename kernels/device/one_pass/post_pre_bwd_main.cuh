@@ -40,14 +40,14 @@ struct MainWarp {
   u32 phi_words[N][kUnits][kPhiWords];  // where kHoldsPhi; elsewhere of a tile
 
   __device__ MainWarp(const Block& block, int warp, int lane)
-      : block(block), has_last_unit(kLastUnits == kMainWarps || warp < kLastUnits), mixing(lane) {
+      : block(block), has_last_unit(kLastUnits == kMainWarps || warp < kLastUnits) {
     const u32 row = lane % 8, matrix_of_lane = lane / 8;
     const u32 first_channel = warp * kWarpStep, box = first_channel / kBoxChannels * kBox;
     const u32 first_unit = first_channel % kBoxChannels / 8;  // 16 bytes are 8 channels
     phi = block.shared + kPhi + first_channel / 16 * N * kPhiBytes;
 
     // Matrices go over the channels first.
-    const Mixing<N>::Row own(lane);
+    const Mixing<N>::Row own(lane, row);
     const u32 odd = own.stream % 2, unit = first_unit + matrix_of_lane % 2;
     const u32 in_half =
         own.stream / 2 * kPlane + box + swizzled(own.token, unit ^ odd * kOddSwizzle);
@@ -60,6 +60,7 @@ struct MainWarp {
     outputs = (odd_output ? block.odd_gradient(0) : block.even_gradient(0)) + box +
               swizzled(token, unit ^ odd_output * kOddSwizzle);
     dm_columns = token * kReplyStride + matrix_of_lane / 2 * 16 + matrix_of_lane % 2 * kReplyLow;
+    mixing.init(lane);
   }
 
   // phi as fragments, into shared memory and from there into registers if it is kept there. Two units at a

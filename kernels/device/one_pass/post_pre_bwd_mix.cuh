@@ -133,7 +133,7 @@ struct Mixing<4> {
   // A fragment that mixes has a token of stream g % 2 in column g, and in the rows 2q and 2q + 1 two tokens of another
   // stream: at most one of both is the column's, and the rest is zero. Of the tokens 0 to 3 column g has g / 2, of the
   // others 4 + (g / 2 ^ 2): so a lane has a word of one of the two fragments alone.
-  __device__ explicit Mixing(int lane) {
+  __device__ void init(int lane) {
     const u32 g = lane / 4, q = lane % 4;
     const u32 which = g / 4 == q % 2 ? 0 : 1, upper = g / 2 % 2;
     table = Tables<4>::place(which ? 4 + (g / 2 ^ 2) : g / 2, g) + q / 2 * 16;
@@ -151,8 +151,10 @@ struct Mixing<4> {
   // Rows (k) are stream * 4 + token % 4.
   struct Row {
     u32 stream, token;
-    __device__ explicit Row(u32 lane)
-        : stream((lane / 16 * 8 + lane % 8) / 4), token((lane / 16 * 8 + lane % 8) % 4) {}
+    __device__ Row(int lane, u32 row) {
+      const u32 k = lane / 16 * 8 + row;
+      stream = k / 4, token = k % 4;
+    }
   };
   // Of the tokens 0 to 3 and 4 to 7.
   __device__ static void read_streams(u32 (&fragments)[2][4], u32 at) {
@@ -179,13 +181,13 @@ struct Mixing<2> {
     float of[2][4];
   };
 
-  __device__ explicit Mixing(int) {}
+  __device__ void init(int) {}
   __device__ void keep_all() {}
 
   // As the results have their columns.
   struct Row {
     u32 stream, token;
-    __device__ explicit Row(u32 lane) : stream(lane / 16), token(token_of_column(lane % 8)) {}
+    __device__ Row(int lane, u32 row) : stream(lane / 16), token(token_of_column(row)) {}
   };
   __device__ static void read_streams(u32 (&fragments)[1][4], u32 at) {
     read_transposed(fragments[0], at);

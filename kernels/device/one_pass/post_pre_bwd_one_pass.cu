@@ -314,12 +314,12 @@ __device__ inline void input_dots(const Block& block, int half, int lane) {
     float x01[4] = {}, x23[4] = {}, y[4] = {};  // of two streams x23 is zero
 #pragma unroll
     for (u32 step = 0; step < SIZE / 2 / 16; ++step) {
-      const u32 at = step / kSteps * kBox, unit = step % kSteps * 2;
-      const u32 from = (x_first + slot * kHalf + at) ^ unit * 16;
+      const u32 at = slot * kHalf + step / kSteps * kBox, unit = step % kSteps * 2;
+      const u32 from = (x_first + at) ^ unit * 16;
       u32 a[4], b[4], v[4];  // v: y, d_u
       read_matrices(a, from);
       if constexpr (N > 2) read_matrices(b, from + kPlane);
-      read_matrices(v, (v_first + slot * kPair + at) ^ unit * 16);
+      read_matrices(v, (v_first + at + slot * (kPair - kHalf)) ^ unit * 16);
       mma(x01, a[0], a[1], a[2], a[3], {v[2], v[3]});
       if constexpr (N > 2) mma(x23, b[0], b[1], b[2], b[3], {v[2], v[3]});
       mma(y, v[0], v[0], v[1], v[1], {v[2], v[3]});
@@ -331,11 +331,10 @@ __device__ inline void input_dots(const Block& block, int half, int lane) {
       const u32 rank = owner.rank(block, tile), dots_slot = tile % kDotsSlots;
       const u32 to = in_block(block.dots(dots_slot, owner.t, block.rank * kDotWarps + half), rank);
       const u32 barrier = in_block(block.barrier(kDotsFull, dots_slot), rank);
-      float third = b ? x23[1] : x23[0];
-      const float of_y = b ? y[1] : y[0];
-      if constexpr (N == 2) third = of_y;
-      send(to, {b ? x01[1] : x01[0], b ? x01[3] : x01[2], third, b ? x23[3] : x23[2]}, barrier);
-      if constexpr (N > 2) send(to + 16, of_y, barrier);
+      if constexpr (N == 2) x23[0] = y[0], x23[1] = y[1];
+      send(to, {b ? x01[1] : x01[0], b ? x01[3] : x01[2], b ? x23[1] : x23[0], b ? x23[3] : x23[2]},
+           barrier);
+      if constexpr (N > 2) send(to + 16, b ? y[1] : y[0], barrier);
     }
     __syncwarp();
   }
@@ -355,18 +354,18 @@ __device__ inline void load_floats(float (&values)[2], const float* from) {
 
 // What lane e of a token has of the sums of `StreamDots`, to the token's results: of four streams (i, j) and (i + 1, j)
 // of d_H_res, and one of d_h_post; of two streams one of either.
-__device__ inline void store_sums(float* d_h_res, float* d_h_post, int e,
+__device__ inline void store_sums(const Args& args, long long token, int e,
                                   const float (&entries)[3]) {
-  float* const first = d_h_res + e % 4 / 2 * 2 * N + e % 2 * 2 + e / 4;
-  first[0] = entries[0], first[N] = entries[1];
-  if (e % 4 < 2) d_h_post[e % 4 * 2 + e / 4] = entries[2];
+  float* const d_h_res = args.d_h_res + token * N * N + e % 4 / 2 * 2 * N + e % 2 * 2 + e / 4;
+  d_h_res[0] = entries[0], d_h_res[N] = entries[1];
+  if (e % 4 < 2) args.d_h_post[token * N + e % 4 * 2 + e / 4] = entries[2];
 }
-__device__ inline void store_sums(float* d_h_res, float* d_h_post, int e,
+__device__ inline void store_sums(const Args& args, long long token, int e,
                                   const float (&entries)[1]) {
   if (e < N * N) {
-    d_h_res[e] = entries[0];
+    args.d_h_res[token * N * N + e] = entries[0];
   } else if (e < N * N + N) {
-    d_h_post[e - N * N] = entries[0];
+    args.d_h_post[token * N + e - N * N] = entries[0];
   }
 }
 
@@ -635,7 +634,7 @@ struct Owner {
     for (float& entry : entries) entry = sum_copies(entry);
     const long long token = block.first_token(tile(own)) + in_tile(own);
     if (has_token(own) && copy == 0 && token < args.tokens) {
-      store_sums(args.d_h_res + token * N * N, args.d_h_post + token * N, e, entries);
+      store_sums(args, token, e, entries);
     }
     __syncwarp();
   }
@@ -685,35 +684,25 @@ struct Owner {
 template <int STREAMS>
 struct StreamDots;
 
-// This lane's row of the streams of X and of d_X': of all of them in a plane's first box.
-struct StreamRow {
-  u32 token, swizzle, x, gradient;
-  __device__ StreamRow(const Block& block, int half, u32 row) {
-    const u32 odd = row / 4;
-    token = 4 * half + row % 4, swizzle = token ^ odd * kOddSwizzle;
-    x = (odd ? block.odd(0) : block.even(0)) + token * kRowBytes;
-    gradient = (odd ? block.odd_gradient(0) : block.even_gradient(0)) + token * kRowBytes;
-  }
-};
-
 // Of four streams d_X' are the rows.
 template <>
 struct StreamDots<4> {
-  const u32 lane;
+  struct Sums {
+    float x01[4], x23[4], y[4];
+  };
   u32 x_first, gradient_first, y_first;
-  float x01[4], x23[4], y[4];
 
-  __device__ StreamDots(const Block& block, int half, u32 lane) : lane(lane) {
-    const u32 matrix = lane / 8;
-    const StreamRow row(block, half, lane % 8);
-    x_first = row.x + matrix / 2 * kPlane + (matrix % 2 ^ row.swizzle) * 16;
-    gradient_first = row.gradient + matrix % 2 * kPlane + (matrix / 2 ^ row.swizzle) * 16;
-    y_first = block.vectors(0) + row.token * kRowBytes + (matrix ^ row.token) * 16;
+  __device__ StreamDots(const Block& block, int half, int lane) {
+    const u32 row = lane % 8, matrix = lane / 8, odd = row / 4, token = 4 * half + row % 4;
+    const u32 swizzle = token ^ odd * kOddSwizzle;
+    x_first = (odd ? block.odd(0) : block.even(0)) + matrix / 2 * kPlane + token * kRowBytes +
+              (matrix % 2 ^ swizzle) * 16;
+    gradient_first = (odd ? block.odd_gradient(0) : block.even_gradient(0)) + matrix % 2 * kPlane +
+                     token * kRowBytes + (matrix / 2 ^ swizzle) * 16;
+    y_first = block.vectors(0) + token * kRowBytes + (matrix ^ token) * 16;
   }
 
-  __device__ void sum(u32 stage, u32 slot) {
-#pragma unroll
-    for (int v = 0; v < 4; ++v) x01[v] = x23[v] = y[v] = 0.f;
+  __device__ void add(Sums& sums, u32 stage, u32 slot) const {
     const u32 streams = x_first + stage * kHalf, vectors = y_first + stage * kPair;
     const u32 gradients = gradient_first + slot * kHalf;
 #pragma unroll 2
@@ -727,16 +716,16 @@ struct StreamDots<4> {
           u32 a[4], x[4];
           read_matrices(a, (gradients + at) ^ (unit + 2 * h) * 16);
           read_matrices(x, (streams + at) ^ (unit + 2 * h) * 16);
-          mma(x01, a[0], a[1], a[2], a[3], {x[0], x[1]});
-          mma(x23, a[0], a[1], a[2], a[3], {x[2], x[3]});
-          mma(y, a[0], a[1], a[2], a[3], {y_part[2 * h], y_part[2 * h + 1]});
+          mma(sums.x01, a[0], a[1], a[2], a[3], {x[0], x[1]});
+          mma(sums.x23, a[0], a[1], a[2], a[3], {x[2], x[3]});
+          mma(sums.y, a[0], a[1], a[2], a[3], {y_part[2 * h], y_part[2 * h + 1]});
         }
       }
     }
   }
 
-  __device__ void send_to(u32 to, u32 barrier) const {
-    const u32 g = lane / 4, q = lane % 4;
+  __device__ static void send_to(u32 to, u32 barrier, const Sums& sums, u32 g, u32 q) {
+    const auto& [x01, x23, y] = sums;
     const bool b = g % 2;
     send(to + (g / 4 * 2 + q / 2) * 16,
          {b ? x01[1] : x01[0], b ? x23[1] : x23[0], b ? x01[3] : x01[2], b ? x23[3] : x23[2]},
@@ -750,67 +739,67 @@ struct StreamDots<4> {
 // Of two streams X and y are the rows, y twice, and d_X' the columns: one product has all.
 template <>
 struct StreamDots<2> {
-  const u32 lane;
+  struct Sums {
+    float even[4], odd[4];  // two chains of products, as each waits for the one before
+  };
   u32 source_first, source_step, gradient_first;
-  float sums[4];
 
-  __device__ StreamDots(const Block& block, int half, u32 lane) : lane(lane) {
-    const u32 matrix = lane / 8, is_y = matrix % 2;
-    const StreamRow row(block, half, lane % 8);
-    source_first = is_y ? block.vectors(0) + row.token * kRowBytes : row.x;
-    source_first += (matrix / 2 ^ (is_y ? row.token : row.swizzle)) * 16;
+  __device__ StreamDots(const Block& block, int half, int lane) {
+    const u32 row = lane % 8, matrix = lane / 8, odd = row / 4, token = 4 * half + row % 4;
+    const u32 swizzle = token ^ odd * kOddSwizzle, is_y = matrix % 2;
+    const u32 x = odd ? block.odd(0) : block.even(0);
+    source_first = (is_y ? block.vectors(0) : x) + token * kRowBytes +
+                   (matrix / 2 ^ (is_y ? token : swizzle)) * 16;
     source_step = is_y ? kPair : kHalf;
-    gradient_first = row.gradient + (matrix ^ row.swizzle) * 16;
+    gradient_first = (odd ? block.odd_gradient(0) : block.even_gradient(0)) + token * kRowBytes +
+                     (matrix ^ swizzle) * 16;
   }
 
-  __device__ void sum(u32 stage, u32 slot) {
-    // Two chains of products, which wait for each other.
-    float of[2][4] = {};
+  __device__ void add(Sums& sums, u32 stage, u32 slot) const {
     const u32 sources = source_first + stage * source_step;
     const u32 gradients = gradient_first + slot * kHalf;
 #pragma unroll 4
     for (u32 at = 0; at < SIZE / kBoxChannels * kBox; at += kBox) {
 #pragma unroll
       for (u32 unit = 0; unit < 8; unit += 4) {
-        u32 d_x[4];
+        u32 d_x[4], a[4], b[4];
         read_matrices(d_x, (gradients + at) ^ unit * 16);
-#pragma unroll
-        for (u32 h = 0; h < 2; ++h) {
-          u32 a[4];
-          read_matrices(a, (sources + at) ^ (unit + 2 * h) * 16);
-          mma(of[h], a[0], a[1], a[2], a[3], {d_x[2 * h], d_x[2 * h + 1]});
-        }
+        read_matrices(a, (sources + at) ^ unit * 16);
+        read_matrices(b, (sources + at) ^ (unit + 2) * 16);
+        mma(sums.even, a[0], a[1], a[2], a[3], {d_x[0], d_x[1]});
+        mma(sums.odd, b[0], b[1], b[2], b[3], {d_x[2], d_x[3]});
       }
     }
-#pragma unroll
-    for (int v = 0; v < 4; ++v) sums[v] = of[0][v] + of[1][v];
   }
 
   // d_H_res[i, j] at 2 i + j, then d_h_post.
-  __device__ void send_to(u32 to, u32 barrier) const {
-    const u32 g = lane / 4, q = lane % 4, i = q / 2, j = g / 4;
-    const bool b = g % 2;
-    send(to + (2 * i + j) * 4, b ? sums[1] : sums[0], barrier);
-    if (j == 0) send(to + (4 + i) * 4, b ? sums[3] : sums[2], barrier);
+  __device__ static void send_to(u32 to, u32 barrier, const Sums& sums, u32 g, u32 q) {
+    const u32 i = q / 2, j = g / 4, b = g % 2;
+    float all[4];
+#pragma unroll
+    for (int v = 0; v < 4; ++v) all[v] = sums.even[v] + sums.odd[v];
+    send(to + (2 * i + j) * 4, b ? all[1] : all[0], barrier);
+    if (j == 0) send(to + (4 + i) * 4, b ? all[3] : all[2], barrier);
   }
 };
 
 __device__ inline void stream_dots(const Block& block, int half, int lane) {
+  const StreamDots<N> dots(block, half, lane);
   const u32 g = lane / 4, q = lane % 4;
   const Addressee owner(block, 4 * half + g % 4);
-  StreamDots<N> dots(block, half, lane);
   Rings rings;
   for (int tile = 0; tile < block.num_tiles; ++tile, rings.next()) {
     const u32 stage = rings.stages.slot;
     wait(block.barrier(kDone, stage), rings.stages.parity);
-    dots.sum(stage, rings.slot());
+    StreamDots<N>::Sums sums = {};
+    dots.add(sums, stage, rings.slot());
     __syncwarp();
     if (lane == 0) arrive(block.barrier(kEmpty, stage));
     if (g % 4 / 2 == q % 2) {
       const u32 rank = owner.rank(block, tile);
       const u32 sums_slot = (tile >> block.turns_shift) & (block.sums_slots() - 1);
       const u32 to = in_block(block.sums(sums_slot, owner.t, block.rank), rank);
-      dots.send_to(to, in_block(block.barrier(kSumsFull, sums_slot), rank));
+      dots.send_to(to, in_block(block.barrier(kSumsFull, sums_slot), rank), sums, g, q);
     }
     __syncwarp();
   }
