@@ -346,6 +346,7 @@ pub const FILES: &[File] = &[
         row("post_pre_bwd_one_pass", &[W256K32], [8, 5, 512, 211_456], &[4, 2, 0, 2, 100]),
         row("post_pre_bwd_one_pass", &[W320K32], [8, 4, 512, 223_744], &[4, 2, 0, 1, 100]),
         row("post_pre_bwd_one_pass", &[W384K32], [8, 3, 512, 202_240], &[3, 2, 0, 2, 100]),
+        row("post_pre_bwd_one_pass", &[N2W512],  [8, 5, 512, 221_696], &[3, 2, 1, 4, 100]),
     ] },
     // `blocks` run at once on a multiprocessor.
     File { path: "one_pass/phi_bwd", dtypes: BF16, target: Target::Hopper, more: &["blocks"], kernels: &[
@@ -354,7 +355,7 @@ pub const FILES: &[File] = &[
     ] },
     // `channels` are those of a thread.
     File { path: "one_pass/post_pre_norm_bwd", dtypes: BF16, target: Target::Hopper, more: &["channels"], kernels: &[
-        row("post_pre_norm_bwd", &[N4], [1, 0, 1024, 0], &[8]),
+        row("post_pre_norm_bwd", &[N2, N4], [1, 0, 1024, 0], &[8]),
     ] },
     File { path: "one_pass/logits_bwd", dtypes: F32, target: Target::Clusters, more: &[], kernels: &[
         row("logits_bwd", &[N2, N4], [16, 0, 32, 0], &[]),

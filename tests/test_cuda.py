@@ -216,7 +216,7 @@ def test_nothing_is_mixed_by_the_identity(dtype, streams, hidden):
 
 @pytest.mark.parametrize("op", ["pre", "post", "post_pre", "two_sublayers"])
 @pytest.mark.parametrize(
-    "streams, hidden", [(2, 264), (3, 264), (4, 264), (8, 264), (8, 65), (16, 264)]
+    "streams, hidden", [(2, 264), (2, 576), (3, 264), (4, 264), (8, 264), (8, 65), (16, 264)]
 )
 @pytest.mark.parametrize("value", [np.inf, np.nan])
 def test_a_token_keeps_what_is_not_finite(op, streams, hidden, value):
@@ -505,7 +505,7 @@ OP_DTYPE_CASES = [
     *[(op, dtype, CASE) for op, dtype in OP_DTYPES],
     *[(op, "bfloat16", SHARED_CASE) for op in ("pre", "post_pre", "two_sublayers")],
     ("pre", "float32", SHARED_CASE),
-    ("pre", "bfloat16", TWO_STREAMS_CASE),
+    *[(op, "bfloat16", TWO_STREAMS_CASE) for op in ("pre", "post_pre", "two_sublayers")],
     ("post_pre", "bfloat16", WIDE_CASE),
     *[(op, "bfloat16", STATIC_CASE) for op in ("post_pre", "two_sublayers")],
     *[("post_pre", dtype, case) for dtype in ("bfloat16", "float32") for case in MANY_COLUMNS],

@@ -12,6 +12,8 @@ import pytest
 from cases import PERMUTED, Case, compiled, variant
 from test_cuda import arrays, check, digest, poison, run
 
+from jax_mhc.presets import PAPER
+
 pytestmark = pytest.mark.gpu
 
 IDENTITY = variant(constraint="identity")
@@ -27,6 +29,11 @@ GEOMETRIES = {
     7168: (448, 16), 7232: (512, 15), 8192: (512, 16),
 }  # fmt: skip
 
+# Of two streams: all sizes of clusters of blocks with 512 channels.
+TWO_STREAMS = (
+    576, 1472, 2048, 2304, 2752, 3136, 4096, 4160, 5120, 5568, 5952, 6208, 7168, 7232, 8192,
+)  # fmt: skip
+
 # The same with fewer and with more columns of phi.
 OTHER_WIDTHS = (64, 448, 640, 1280, 2560, 3072, 4096, 5952, 6144)
 
@@ -37,6 +44,21 @@ def test_clusters_of_every_size(hidden, tokens):
     """Whatever was in the memory of results and workspaces."""
     poison()
     check("post_pre", Case((tokens,), 4, hidden, 3.0), "bfloat16")
+
+
+@pytest.mark.parametrize("hidden", TWO_STREAMS)
+@pytest.mark.parametrize("tokens", [1, 37])
+def test_clusters_of_two_streams(hidden, tokens):
+    poison()
+    check("post_pre", Case((tokens,), 2, hidden, 3.0), "bfloat16")
+
+
+@pytest.mark.parametrize("hidden", [576, 2048, 4160, 8192])
+@pytest.mark.parametrize("config", [PAPER, NONE, variant(sinkhorn_iters=1)])
+@pytest.mark.parametrize("norm", [False, True])
+def test_other_settings_of_two_streams(hidden, config, norm):
+    poison()
+    check("two_sublayers", Case((37,), 2, hidden, config=config, norm=norm), "bfloat16")
 
 
 @pytest.mark.parametrize("hidden", [448, 1280, 2304, 4160, 8192])
@@ -77,7 +99,10 @@ def test_a_norm_scale_with_zeros(config):
     check("post_pre", Case((37,), 4, 1280, config=config, norm=True), "bfloat16", with_zeros)
 
 
-MANY = [Case((2053,), 4, hidden, 3.0) for hidden in (640, 1280, 2560, 8192)]
+MANY = [
+    *[Case((2053,), 4, hidden, 3.0) for hidden in (640, 1280, 2560, 8192)],
+    *[Case((4099,), 2, hidden, 3.0) for hidden in (576, 1472, 2048, 4160, 8192)],
+]
 
 
 @pytest.mark.parametrize("case", MANY, ids=str)
@@ -91,10 +116,13 @@ def test_many_tokens(case):
     assert len(digests) == 1
 
 
-@pytest.mark.parametrize("hidden", [640, 2304, 4160, 8192])
-def test_an_infinity_stays_with_the_tokens_of_its_four(hidden):
-    """Other tokens have the bits that they have without it."""
-    case = Case((37,), 4, hidden, 3.0)
+@pytest.mark.parametrize(
+    "streams, hidden",
+    [*[(4, hidden) for hidden in (640, 2304, 4160, 8192)], (2, 576), (2, 4160), (2, 8192)],
+)
+def test_an_infinity_stays_with_the_tokens_of_its_four(streams, hidden):
+    """Other tokens have the bits that they have without it; of two streams all other tokens."""
+    case, near = Case((37,), streams, hidden, 3.0), 4 if streams == 4 else 1
     operands, cotangents = arrays("post_pre", case, "bfloat16")
     wild = operands | {"y": operands["y"].at[9, 5].set(jnp.inf)}
 
@@ -102,7 +130,7 @@ def test_an_infinity_stays_with_the_tokens_of_its_four(hidden):
         found = compiled("post_pre", case.config, "fused", operands, cotangents)[1]
         return found["y"], found["ctx"]
 
-    others = np.array([token for token in range(37) if token // 4 != 9 // 4])
+    others = np.array([token for token in range(37) if token // near != 9 // near])
     jax.tree.map(
         lambda a, b: np.testing.assert_array_equal(a[others], b[others]),
         gradients(wild),
@@ -115,6 +143,8 @@ def run_all():
     jax.config.update("jax_enable_x64", True)
     for hidden in GEOMETRIES:
         run("post_pre", Case((37,), 4, hidden), "bfloat16")
+    for hidden in TWO_STREAMS:
+        run("post_pre", Case((37,), 2, hidden), "bfloat16")
 
 
 def test_the_kernels_are_those_of_their_width():
@@ -126,9 +156,10 @@ def test_the_kernels_are_those_of_their_width():
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    pattern = r'kernel="mhc_post_pre_bwd_one_pass_w(\d+)_bf16".*cluster=(\d+)'
-    found = [tuple(map(int, pair)) for pair in re.findall(pattern, done.stderr)]
-    assert found == list(GEOMETRIES.values())
+    pattern = r'kernel="mhc_post_pre_bwd_one_pass_(\w+)_bf16".*cluster=(\d+)'
+    found = [(size, int(blocks)) for size, blocks in re.findall(pattern, done.stderr)]
+    of_four = [(f"w{channels}", blocks) for channels, blocks in GEOMETRIES.values()]
+    assert found == [*of_four, *[("n2w512", -(-hidden // 512)) for hidden in TWO_STREAMS]]
 
 
 if __name__ == "__main__":

@@ -7,43 +7,35 @@
 
 #pragma once
 
+#include "one_pass/post_pre_bwd_mix.cuh"
+
 // The units of a warp are two neighbours, or every eighth of the block's. In the latter case half of the warps may have
 // one less than the others.
 constexpr bool kNeighbours = kUnits == 2;
 constexpr int kLastUnits = SIZE / 16 - (kUnits - 1) * kMainWarps;
 constexpr int kUnitStep = kNeighbours ? 16 : 16 * kMainWarps;  // channels
 constexpr int kWarpStep = kNeighbours ? 32 : 16;
-// Units whose X' is there before the replies are: with those of all, 448 channels would take too many registers.
-constexpr int kAhead = Tuned::ahead;
 // Whether d_X'_in of all units is read before any of them is worked on: where there are registers for it.
 constexpr bool kGradientsFirst = kAhead == kUnits && kSumsPhi && !kIdentity;
-// Whether what units share of the replies is read once for all of them: likewise.
-constexpr bool kKeepsReply = kOctets < 4 || kAhead > 1;
+// Whether units read tables and use words of replies anew: there are registers for two streams' numbers.
+constexpr bool kReadsAnew = N > 2;
 // Where a unit lies, from the address of the warp's first one.
 __device__ inline u32 of_unit(u32 at, u32 unit) {
   return kNeighbours ? at ^ unit * 32 : at + unit * (kUnitStep / kBoxChannels) * kBox;
-}
-
-// Fragments of 16 channels and 8 tokens have the channels g and g + 8, and in neighbouring columns the
-// tokens q and 4 + (q ^ 2): so those of two products with four tokens each make one for eight. `2`: what lanes have of a
-// table for one product is zero where they have something for the other.
-__device__ inline u32 token_of_column(u32 column) {
-  return column % 2 ? 4 + (column / 2 ^ 2) : column / 2;
 }
 
 struct MainWarp {
   const Block& block;
   const bool has_last_unit;
   u32 phi;      // this lane's fragment of the first unit
-  u32 streams;  // ldmatrix addresses of the tokens 0 to 3, in the first stage and in the first slot
+  u32 streams;  // ldmatrix addresses of what is mixed, in the first stage and in the first slot
   u32 gradients;
   u32 vectors;  // of y and d_u; the first two of the four matrices are y's
   u32 outputs;  // stmatrix addresses of d_X'
   float phi_units[kUnits];
   u32 dm_columns;  // ldmatrix address within the replies
-  u32 table;       // where the words of this lane lie in a table
-  u32 take_high[2],
-      take_low[2];  // what makes fragments of them, for the products of either four tokens
+  Mixing<N> mixing;
+  using Weights = Mixing<N>::Weights;
   float d_phi[N][kUnits][kOctets][4];   // where kSumsPhi
   u32 phi_words[N][kUnits][kPhiWords];  // where kHoldsPhi; elsewhere of a tile
 
@@ -54,12 +46,13 @@ struct MainWarp {
     const u32 first_unit = first_channel % kBoxChannels / 8;  // 16 bytes are 8 channels
     phi = block.shared + kPhi + first_channel / 16 * N * kPhiBytes;
 
-    // Rows (k) are stream * 4 + token % 4; matrices go over the channels first.
-    const u32 k = lane / 16 * 8 + row, stream = k / 4, odd = stream % 2;
-    const u32 unit = first_unit + matrix_of_lane % 2;
-    const u32 in_pair = stream / 2 * kPlane + box + swizzled(k % 4, unit ^ odd * kOddSwizzle);
-    streams = (odd ? block.odd(0) : block.even(0)) + in_pair;
-    gradients = (odd ? block.odd_gradient(0) : block.even_gradient(0)) + in_pair;
+    // Matrices go over the channels first.
+    const Mixing<N>::Row own(lane, row);
+    const u32 odd = own.stream % 2, unit = first_unit + matrix_of_lane % 2;
+    const u32 in_half =
+        own.stream / 2 * kPlane + box + swizzled(own.token, unit ^ odd * kOddSwizzle);
+    streams = (odd ? block.odd(0) : block.even(0)) + in_half;
+    gradients = (odd ? block.odd_gradient(0) : block.even_gradient(0)) + in_half;
 
     const u32 token = token_of_column(row);
     vectors = block.vectors(0) + matrix_of_lane / 2 * kPlane + box + swizzled(token, unit);
@@ -67,18 +60,7 @@ struct MainWarp {
     outputs = (odd_output ? block.odd_gradient(0) : block.even_gradient(0)) + box +
               swizzled(token, unit ^ odd_output * kOddSwizzle);
     dm_columns = token * kReplyStride + matrix_of_lane / 2 * 16 + matrix_of_lane % 2 * kReplyLow;
-
-    // A fragment that mixes has a token of stream g % 2 in column g, and in the rows 2q and 2q + 1 two tokens of another
-    // stream: at most one of both is the column's, and the rest is zero. Of the tokens 0 to 3 column g has g / 2, of the
-    // others 4 + (g / 2 ^ 2): so a lane has a word of one of the two fragments alone.
-    const u32 g = lane / 4, q = lane % 4;
-    const u32 which = g / 4 == q % 2 ? 0 : 1, upper = g / 2 % 2;
-    table = Tables::place(which ? 4 + (g / 2 ^ 2) : g / 2, g) + q / 2 * 16;
-#pragma unroll
-    for (u32 e = 0; e < 2; ++e) {
-      take_high[e] = e != which ? 0x4444 : upper ? 0x1044 : 0x4410;
-      take_low[e] = e != which ? 0x4444 : upper ? 0x3244 : 0x4432;
-    }
+    mixing.init(lane);
   }
 
   // phi as fragments, into shared memory and from there into registers if it is kept there. Two units at a
@@ -138,9 +120,8 @@ struct MainWarp {
       }
       if (kHoldsPhi && has_unit(unit)) read_phi(phi_words[i][unit], i, unit, lane);
     }
-    for (u32* number : {&streams, &gradients, &vectors, &table, &take_high[0], &take_high[1],
-                        &take_low[0], &take_low[1]})
-      keep(*number);
+    for (u32* number : {&streams, &gradients, &vectors}) keep(*number);
+    mixing.keep_all();
     // The fourth unit takes the last register.
     if constexpr (kUnits < 4) keep(outputs);
   }
@@ -163,49 +144,22 @@ struct MainWarp {
     return unit + 1 < kUnits || (unit + 1 == kUnits && has_last_unit);
   }
 
-  // Four streams of the tokens 0 to 3 and 4 to 7.
-  __device__ static void read_streams(u32 (&fragments)[2][4], u32 at) {
-    read_transposed(fragments[0], at);
-    read_transposed(fragments[1], (at ^ 4 * 16) + 4 * kRowBytes);
-  }
-
-  // Mixes four streams of the tokens 0 to 3 (e = 0) or of the others to the streams i and i + 1: (channel g, i), (g, i + 1),
-  // (g + 8, i), (g + 8, i + 1) of the lane's token. `words`: this lane's of a table.
-  __device__ void mix(float (&mixed)[4], const u32 (&streams)[4], uint4 words, u32 i, u32 e) const {
-    const u32 first = i ? words.z : words.x, second = i ? words.w : words.y;
-    mma(mixed, streams[0], streams[1], streams[2], streams[3],
-        {__byte_perm(first, 0, take_high[e]), __byte_perm(second, 0, take_high[e])});
-    mma(mixed, streams[0], streams[1], streams[2], streams[3],
-        {__byte_perm(first, 0, take_low[e]), __byte_perm(second, 0, take_low[e])});
-  }
-
   __device__ static u32 read_h_post(u32 tables, int lane) {
-    return read1(tables + kHPost + token_of_column(lane / 4) * N * 4 + lane % 4 * 4);
-  }
-  // What tokens have four numbers of, of which lane 4 g + q has the q-th of column g's token in a word: two of them
-  // (of stream i and i + 1, say) for the lane's two tokens, as the results of products have their columns. A product with
-  // ones brings them there; reading each number would take as many turns of shared memory as 128 bytes.
-  __device__ static void spread(float (&numbers)[4], u32 word, u32 i, u32 q) {
-    constexpr u32 kOnes = 0x3f803f80;
-    // Else what follows from q alone is kept for all tiles, in four registers that are not there.
-    if constexpr (!kKeepsReply || kUnits > 3) keep(q);
-#pragma unroll
-    for (float& number : numbers) number = 0.f;
-    mma_k8(numbers, q == i ? kOnes : 0, q == i + 1 ? kOnes : 0, word);
+    return word_to_spread(tables + kHPost, kHPostBytes, lane);
   }
 
   // X' = H_res X + h_post y of a unit as A fragments: channels g and g + 8.
-  __device__ void mix_x(u32 (&x_new)[N][2], const u32 (&y)[2], u32 at, uint4 h_res,
-                        const float (&h_post)[2][4]) const {
-    u32 x[2][4];
-    read_streams(x, at);
+  __device__ void mix_x(u32 (&x_new)[N][2], const u32 (&y)[2], u32 at, const Weights& h_res,
+                        const float (&h_post)[N / 2][4]) const {
+    u32 x[N / 2][4];
+    Mixing<N>::read_streams(x, at);
     float values[N][4];
 #pragma unroll
     for (u32 e = 0; e < 2; ++e) {
 #pragma unroll
       for (u32 i = 0; i < N; i += 2) {
         float mixed[4] = {};
-        mix(mixed, x[e], h_res, i, e);
+        mixing.mix(mixed, x, h_res, i, e);
 #pragma unroll
         for (u32 v = 0; v < 4; ++v) {
           const float y_v = e ? high_half(y[v / 2]) : low_half(y[v / 2]);
@@ -223,11 +177,12 @@ struct MainWarp {
   // X' and d_u of some units.
   __device__ void begin(u32 first, u32 last, u32 (&x_new)[kUnits][N][2], u32 (&d_u)[kUnits][2],
                         u32 tables, u32 stage, int lane) const {
-    const uint4 h_res = read4(tables + table);
-    float h_post[2][4];
+    const Weights h_res = mixing.read(tables, lane);
+    float h_post[N / 2][4];
     const int q = lane % 4;
     const u32 h_post_word = read_h_post(tables, lane);
-    spread(h_post[0], h_post_word, 0, q), spread(h_post[1], h_post_word, 2, q);
+#pragma unroll
+    for (u32 i = 0; i < N; i += 2) spread(h_post[i / 2], h_post_word, i, q);
 #pragma unroll
     for (u32 unit = first; unit < last; ++unit) {
       if (!has_unit(unit)) break;
@@ -235,7 +190,7 @@ struct MainWarp {
       read_transposed(y_and_d_u, of_unit(vectors + stage * kPair, unit));
       const u32 y[2] = {y_and_d_u[0], y_and_d_u[1]};
       d_u[unit][0] = y_and_d_u[2], d_u[unit][1] = y_and_d_u[3];
-      mix_x(x_new[unit], y, of_unit(streams + stage * kPair, unit), h_res, h_post);
+      mix_x(x_new[unit], y, of_unit(streams + stage * kHalf, unit), h_res, h_post);
     }
   }
 
@@ -262,7 +217,7 @@ struct MainWarp {
   __device__ void read_reply(Reply& reply, u32 replies, int lane) const {
     const u32 of_token = replies + token_of_column(lane / 4) * kReplyStride;
     reply.h_pre = read1(of_token + kReplyGates + lane % 4 * 4);
-    reply.factors = read1(of_token + kReplyFactor + lane % 4 * 4);
+    reply.factors = read1(of_token + kReplyFactor / 16 * 16 + lane % 4 * 4);
     u32 dm[2 * kOctets];
     read_dm<false>(dm, replies);
     const float scale = inverse_of_unit(low_half(read1(of_token + kReplyUnit)));
@@ -291,12 +246,13 @@ struct MainWarp {
 
   // d_X'_in of a unit, for the products that mix it, or where it is added as it is: two channels of a stream and the
   // lane's tokens.
-  __device__ void read_gradient(u32 (&gradient)[2][4], u32 slot, u32 unit) const {
+  __device__ void read_gradient(u32 (&gradient)[N / 2][4], u32 slot, u32 unit) const {
     if constexpr (kIdentity) {
-      read_transposed(gradient[0], of_unit(outputs + slot * kPair, unit));
-      read_transposed(gradient[1], of_unit(outputs + slot * kPair + kPlane, unit));
+#pragma unroll
+      for (int half = 0; half < N / 2; ++half)
+        read_transposed(gradient[half], of_unit(outputs + slot * kHalf + half * kPlane, unit));
     } else {
-      read_streams(gradient, of_unit(gradients + slot * kPair, unit));
+      Mixing<N>::read_streams(gradient, of_unit(gradients + slot * kHalf, unit));
     }
   }
 
@@ -317,10 +273,16 @@ struct MainWarp {
 
     Reply reply;
     if constexpr (kKeepsReply) read_reply(reply, replies, lane);
-    u32 gradient[kUnits][2][4];
+    u32 gradient[kUnits][N / 2][4];
     if constexpr (kGradientsFirst) {
 #pragma unroll
       for (u32 unit = 0; unit < kUnits; ++unit) read_gradient(gradient[unit], slot, unit);
+    }
+    Weights h_res_new = {};
+    u32 h_post_word = 0;
+    if constexpr (!kReadsAnew) {
+      h_res_new = mixing.read(tables + kTableBytes, lane);
+      h_post_word = read_h_post(tables, lane);
     }
 #pragma unroll
     for (u32 unit = 0; unit < kUnits; ++unit) {
@@ -330,15 +292,15 @@ struct MainWarp {
         if constexpr (kSumsPhi) sum_phi(unit, unit + 1, x_new, replies);
       }
       if constexpr (!kKeepsReply) read_reply(reply, replies, lane);
-      uint4 h_res_new = {};
-      if constexpr (!kIdentity) h_res_new = read4(tables + kTableBytes + table);
+      if constexpr (kReadsAnew && !kIdentity) h_res_new = mixing.read(tables + kTableBytes, lane);
       if constexpr (!kGradientsFirst) read_gradient(gradient[unit], slot, unit);
       // What follows from these for a unit is not kept in registers for the next one.
-      for (u32* word : {&reply.h_pre, &reply.factors}) keep(*word);
+      if constexpr (kReadsAnew)
+        for (u32* word : {&reply.h_pre, &reply.factors}) keep(*word);
       // d_X'[j] = sum over i of H_res_new[i, j] d_X'_in[i] + h_pre[j] d_u - f X'[j], to which (r dm) phi^T comes below:
       // channel g of the lane's tokens, channel g + 8 of these
       float values[N][4], factors[4];  // -f and the unit of r dm
-      spread(factors, reply.factors, 0, q);
+      spread(factors, reply.factors, kReplyFactor % 16 / 4, q);
 #pragma unroll
       for (u32 i = 0; i < N; i += 2) {
         float h_pre[4];
@@ -353,7 +315,7 @@ struct MainWarp {
               mixed[v] = e ? high_half(pair) : low_half(pair);
             }
           } else {
-            mix(mixed, gradient[unit][e], h_res_new, i, e);
+            mixing.mix(mixed, gradient[unit], h_res_new, i, e);
           }
 #pragma unroll
           for (u32 v = 0; v < 4; ++v) {
@@ -368,8 +330,8 @@ struct MainWarp {
 
       // d_X' += (r dm) phi^T,  d_y = sum over i of h_post[i] d_X'[i]
       float d_y[4] = {}, h_post[4];
-      const u32 h_post_word = read_h_post(tables, lane);
-      u32 rounded[2][4];
+      if constexpr (kReadsAnew) h_post_word = read_h_post(tables, lane);
+      u32 rounded[N / 2][4];
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         if (i % 2 == 0) spread(h_post, h_post_word, i, q);
@@ -384,8 +346,9 @@ struct MainWarp {
         rounded[i / 2][i % 2 * 2] = pair(values[i][0], values[i][1]);
         rounded[i / 2][i % 2 * 2 + 1] = pair(values[i][2], values[i][3]);
       }
-      write_transposed(of_unit(outputs + slot * kPair, unit), rounded[0]);
-      write_transposed(of_unit(outputs + kPlane + slot * kPair, unit), rounded[1]);
+#pragma unroll
+      for (int half = 0; half < N / 2; ++half)
+        write_transposed(of_unit(outputs + half * kPlane + slot * kHalf, unit), rounded[half]);
       const u32 rounded_d_y[2] = {pair(d_y[0], d_y[1]), pair(d_y[2], d_y[3])};
       write_transposed(of_unit(vectors + kPlane + stage * kPair, unit), rounded_d_y);
     }

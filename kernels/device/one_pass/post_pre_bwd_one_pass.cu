@@ -1,4 +1,5 @@
-// The backward pass of post_pre in one pass over X, y, d_u and d_X'_in, the cotangent of X' that it adds to (n = 4):
+// The backward pass of post_pre in one pass over X, y, d_u and d_X'_in, the cotangent of X' that it adds to (n = 2 and
+// 4):
 //
 //   X'          = H_res X + h_post y, again
 //   d_h_pre[i] += <d_u, X'[i]>, from <d_u, X[j]> and <d_u, y>
@@ -22,8 +23,9 @@
 // Shared memory is the limit: its bandwidth by the main warps, its size by what is on the way. Hence fragments
 // that are read once, tables without their zeros, and stages that are used in place.
 //
-// The products that mix streams take four tokens at once and multiply those of the other three by zero: an
-// infinity or NaN in the streams of a token, or in their cotangents, reaches the gradients of its neighbours.
+// The products that mix four streams take four tokens at once and multiply those of the other three by zero: an
+// infinity or NaN in the streams of a token, or in their cotangents, reaches the gradients of its neighbours. Two
+// streams are mixed without such products, and a token keeps it to itself.
 
 #include "math/coefficients.cuh"
 #include "one_pass/geometry.cuh"
@@ -38,6 +40,7 @@ constexpr int kGradients =
 static_assert(kGradients <= kStages, "");
 // H_res_new is I: the gradients of the streams are added as they are.
 constexpr bool kIdentity = kColumns == 2 * N;
+static_assert(N == 4 || (N == 2 && kColumns == N * (N + 2)), "");
 // Where the sums for d_phi have no room, phi_bwd.cu computes d_phi, from r dm and another pass over X and y.
 constexpr bool kSumsPhi = Tuned::sums_phi;
 
@@ -75,29 +78,31 @@ enum Barrier : u32 {
   kNumBarriers,
 };
 
-// To the owner of a token from each of a block's two warps: <d_u, X[j]>, <d_u, y>.
-constexpr u32 kDotsBytes = 32;
-constexpr u32 kDotsSent = 5 * 4;
+// To the owner of a token from each of a block's two warps: <d_u, X[j]>, <d_u, y>, and zero beside those of two streams.
+constexpr u32 kDotsBytes = N == 4 ? 32 : 16;
+constexpr u32 kDotsSent = N == 4 ? 5 * 4 : 4 * 4;
 // From the owner to all blocks: r dm as bfloat16, the rest of it as bfloat16, and in words h_pre, -f, the unit of r dm
 // (`half_unit`).
-// Rows are read as matrices: 16 bytes more keep them apart.
+// Rows are read as matrices: an odd number of 16 bytes keeps them apart.
 constexpr u32 kReplyLow = kColumns * 2;
 constexpr u32 kReplyGates = 2 * kReplyLow;
 constexpr u32 kReplyFactor = kReplyGates + N * 4;
 constexpr u32 kReplyUnit = kReplyFactor + 4;
-constexpr u32 kReplyBytes = kReplyFactor + 16;
-constexpr u32 kReplyStride = kReplyBytes + 16;
-// To the owner again: the block's parts of d_H_res and d_h_post, in the order in which `stream_dots` sends them.
-constexpr u32 kSumsBytes = 96;
+constexpr u32 kReplyBytes = (kReplyUnit + 4 + 15) / 16 * 16;
+constexpr u32 kReplyStride = kReplyBytes | 16;
+// To the owner again: the block's parts of d_H_res and d_h_post, in the order in which `StreamDots` sends them.
+constexpr u32 kSumsBytes = N == 4 ? 96 : 32;
+constexpr u32 kSumsSent = N == 4 ? kSumsBytes : (N * N + N) * 4;
 // Of a block: what comes in for the tokens that it owns, in the worst case: dots of one token each from 15 blocks,
 // and sums of 8 tokens (see `Block`).
 constexpr u32 kDotsRing = kDotsSlots * 15 * kDotWarps * kDotsBytes;
 constexpr u32 kSumsRing = 8 * kTileTokens * kSumsBytes;
 
-// Of a tile H_res and the transposed H_res_new for the products that mix (`Tables`), and h_post.
+// Of a tile H_res and the transposed H_res_new (`Tables`), and h_post, with zeros for streams that are not there.
 constexpr u32 kTableBytes = kTileTokens * N * N * 4;
 constexpr u32 kHPost = (kIdentity ? 1 : 2) * kTableBytes;
-constexpr u32 kTablesBytes = kHPost + kTileTokens * N * 4;
+constexpr u32 kHPostBytes = 16;
+constexpr u32 kTablesBytes = kHPost + kTileTokens * kHPostBytes;
 
 // A main warp has units of 16 channels of all streams.
 constexpr int kUnits = (SIZE / 16 + kMainWarps - 1) / kMainWarps;
@@ -105,15 +110,20 @@ constexpr int kUnits = (SIZE / 16 + kMainWarps - 1) / kMainWarps;
 // to the stages; or else it lies there.
 constexpr int kSumsOfWarp = kSumsPhi ? kUnits * N * kOctets * 4 : 0;
 constexpr bool kHoldsPhi = kSumsOfWarp + kUnits * N * kPhiWords <= 96;
+// Units whose X' is there before the replies are: with those of all, 448 channels would take too many registers.
+constexpr int kAhead = Tuned::ahead;
+// Whether what units share of the replies is read once for all of them: where there are registers for it.
+constexpr bool kKeepsReply = kOctets < 4 || kAhead > 1;
 // phi of 16 channels of a stream, and of all channels of the block.
 constexpr u32 kPhiBytes = kPhiFragmentBytes;
 constexpr u32 kAllPhiBytes = SIZE / 16 * N * kPhiBytes;
 
 constexpr u32 kBox = Tile<kTileTokens>::kBoxBytes;
 constexpr u32 kPlane = Tile<kTileTokens>::kPlaneBytes;
-// What is copied at once: two planes, in a stage of the streams 0 and 2 of X, of y and d_u, and of the streams 1 and 3;
-// in a slot of the same of d_X'_in. Main warps read two neighbouring streams at once: half a swizzled box between them
-// keeps those in different banks.
+// What is copied at once: in a stage half of the streams of X, those with an even or those with an odd number, and y and
+// d_u, a pair; in a slot the same half of d_X'_in. Two neighbouring streams are read at once: half a swizzled box between
+// them keeps those in different banks.
+constexpr u32 kHalf = N / 2 * kPlane;
 constexpr u32 kPair = 2 * kPlane;
 constexpr u32 kOddShift = 512;
 constexpr u32 kOddSwizzle = kOddShift / kRowBytes;
@@ -124,11 +134,11 @@ constexpr u32 kSums = kReplies + kStages * kTileTokens * kReplyStride;
 constexpr u32 kTableSlots = kSums + kSumsRing;
 constexpr u32 kAfterTables = kTableSlots + 2 * kTablesBytes;
 constexpr u32 kEven = (kAfterTables + (kHoldsPhi ? 0 : kAllPhiBytes) + 1023) / 1024 * 1024;
-constexpr u32 kVectors = kEven + kStages * kPair;
+constexpr u32 kVectors = kEven + kStages * kHalf;
 constexpr u32 kEvenGradient = kVectors + kStages * kPair;
-constexpr u32 kOddGradient = kEvenGradient + kGradients * kPair + kOddShift;
-constexpr u32 kOdd = kOddGradient + kGradients * kPair;
-constexpr u32 kSharedBytes = kOdd + kStages * kPair;
+constexpr u32 kOddGradient = kEvenGradient + kGradients * kHalf + kOddShift;
+constexpr u32 kOdd = kOddGradient + kGradients * kHalf;
+constexpr u32 kSharedBytes = kOdd + kStages * kHalf;
 // On its way to registers phi lies where nothing of the first stage does.
 constexpr u32 kPhi = kHoldsPhi ? kVectors + kPair : kAfterTables;
 static_assert(!kHoldsPhi || kPhi + kAllPhiBytes <= kOdd, "");
@@ -191,12 +201,12 @@ struct Block : Place<kTileTokens> {
     init_barrier(barrier(kPhiThere, 0), kMainWarps);
     publish_barriers();
   }
-  // Of a stage: the streams 0 and 2, 1 and 3; y, and d_u behind it. Of a slot: the same streams.
-  __device__ u32 even(u32 stage) const { return shared + kEven + stage * kPair; }
-  __device__ u32 odd(u32 stage) const { return shared + kOdd + stage * kPair; }
+  // Of a stage: the even and the odd streams; y, and d_u behind it. Of a slot: the same streams.
+  __device__ u32 even(u32 stage) const { return shared + kEven + stage * kHalf; }
+  __device__ u32 odd(u32 stage) const { return shared + kOdd + stage * kHalf; }
   __device__ u32 vectors(u32 stage) const { return shared + kVectors + stage * kPair; }
-  __device__ u32 even_gradient(u32 slot) const { return shared + kEvenGradient + slot * kPair; }
-  __device__ u32 odd_gradient(u32 slot) const { return shared + kOddGradient + slot * kPair; }
+  __device__ u32 even_gradient(u32 slot) const { return shared + kEvenGradient + slot * kHalf; }
+  __device__ u32 odd_gradient(u32 slot) const { return shared + kOddGradient + slot * kHalf; }
   __device__ u32 tables(int tile) const { return shared + kTableSlots + tile % 2 * kTablesBytes; }
   __device__ u32 reply(u32 slot, u32 token) const {
     return shared + kReplies + (slot * kTileTokens + token) * kReplyStride;
@@ -261,7 +271,7 @@ __device__ inline void load_tiles(const Block& block, const Maps& maps) {
     wait(block.barrier(kEmpty, stage), ring.parity ^ 1);
     if (exists) {
       const u32 full = block.barrier(kInputFull, stage);
-      arrive_and_expect(full, 3 * kPair);
+      arrive_and_expect(full, 2 * kHalf + kPair);
       copy_in(block.even(stage), maps.x_even, token, box, 0, full, policy);
       copy_in(block.odd(stage), maps.x_odd, token, box, 0, full, policy);
       copy_in(block.vectors(stage), maps.y, token, box, 0, full, policy);
@@ -272,7 +282,7 @@ __device__ inline void load_tiles(const Block& block, const Maps& maps) {
     if (tile >= kSlotsLater) {
       const int earlier = block.first_token(tile - kSlotsLater);
       const u32 full = block.barrier(kGradientFull, slots.slot);
-      arrive_and_expect(full, 2 * kPair);
+      arrive_and_expect(full, 2 * kHalf);
       const u32 even = block.even_gradient(slots.slot), odd = block.odd_gradient(slots.slot);
       copy_in(even, maps.d_x_new_in_even, earlier, box, 0, full, policy);
       copy_in(odd, maps.d_x_new_in_odd, earlier, box, 0, full, policy);
@@ -301,17 +311,17 @@ __device__ inline void input_dots(const Block& block, int half, int lane) {
   for (int tile = 0; tile < block.num_tiles; ++tile, ring.next()) {
     const u32 slot = ring.slot;
     wait(block.barrier(kInputFull, slot), ring.parity);
-    float x01[4] = {}, x23[4] = {}, y[4] = {};
+    float x01[4] = {}, x23[4] = {}, y[4] = {};  // of two streams x23 is zero
 #pragma unroll
     for (u32 step = 0; step < SIZE / 2 / 16; ++step) {
-      const u32 at = slot * kPair + step / kSteps * kBox, unit = step % kSteps * 2;
+      const u32 at = slot * kHalf + step / kSteps * kBox, unit = step % kSteps * 2;
       const u32 from = (x_first + at) ^ unit * 16;
       u32 a[4], b[4], v[4];  // v: y, d_u
       read_matrices(a, from);
-      read_matrices(b, from + kPlane);
-      read_matrices(v, (v_first + at) ^ unit * 16);
+      if constexpr (N > 2) read_matrices(b, from + kPlane);
+      read_matrices(v, (v_first + at + slot * (kPair - kHalf)) ^ unit * 16);
       mma(x01, a[0], a[1], a[2], a[3], {v[2], v[3]});
-      mma(x23, b[0], b[1], b[2], b[3], {v[2], v[3]});
+      if constexpr (N > 2) mma(x23, b[0], b[1], b[2], b[3], {v[2], v[3]});
       mma(y, v[0], v[0], v[1], v[1], {v[2], v[3]});
     }
     // The owner has read what was here before once its reply is there.
@@ -321,9 +331,10 @@ __device__ inline void input_dots(const Block& block, int half, int lane) {
       const u32 rank = owner.rank(block, tile), dots_slot = tile % kDotsSlots;
       const u32 to = in_block(block.dots(dots_slot, owner.t, block.rank * kDotWarps + half), rank);
       const u32 barrier = in_block(block.barrier(kDotsFull, dots_slot), rank);
+      if constexpr (N == 2) x23[0] = y[0], x23[1] = y[1];
       send(to, {b ? x01[1] : x01[0], b ? x01[3] : x01[2], b ? x23[1] : x23[0], b ? x23[3] : x23[2]},
            barrier);
-      send(to + 16, b ? y[1] : y[0], barrier);
+      if constexpr (N > 2) send(to + 16, b ? y[1] : y[0], barrier);
     }
     __syncwarp();
   }
@@ -331,12 +342,39 @@ __device__ inline void input_dots(const Block& block, int half, int lane) {
 
 // ---- owners -----------------------------------------------------------------------------------------
 
+// A row of H_res.
+__device__ inline void load_floats(float (&values)[4], const float* from) {
+  const float4 v = __ldg(reinterpret_cast<const float4*>(from));
+  values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
+}
+__device__ inline void load_floats(float (&values)[2], const float* from) {
+  const float2 v = __ldg(reinterpret_cast<const float2*>(from));
+  values[0] = v.x, values[1] = v.y;
+}
+
+// What lane e of a token has of the sums of `StreamDots`, to the token's results: of four streams (i, j) and (i + 1, j)
+// of d_H_res, and one of d_h_post; of two streams one of either.
+__device__ inline void store_sums(const Args& args, long long token, int e,
+                                  const float (&entries)[3]) {
+  float* const d_h_res = args.d_h_res + token * N * N + e % 4 / 2 * 2 * N + e % 2 * 2 + e / 4;
+  d_h_res[0] = entries[0], d_h_res[N] = entries[1];
+  if (e % 4 < 2) args.d_h_post[token * N + e % 4 * 2 + e / 4] = entries[2];
+}
+__device__ inline void store_sums(const Args& args, long long token, int e,
+                                  const float (&entries)[1]) {
+  if (e < N * N) {
+    args.d_h_res[token * N * N + e] = entries[0];
+  } else if (e < N * N + N) {
+    args.d_h_post[token * N + e - N * N] = entries[0];
+  }
+}
+
 // The tokens of a block, those of a tile at once: from the dots of d_u to r dm, and the sums of the dots of d_X'.
 //
 //   d_h_pre[i] += sum over j of H_res[i, j] <d_u, X[j]> + h_post[i] <d_u, y>
 //   d_z         = d_h_pre sigmoid'(z),  dm = alpha d_z,  f = <dm, m> times the slope of r
 //
-// A token has eight lanes. Lane e of them has column e of each octet of phi's columns, and the stream e % 4, of which the
+// A token has eight lanes. Lane e of them has column e of each octet of phi's columns, and the stream e % N, of which the
 // lanes of h_pre's columns make use. Where there are fewer tokens than groups of lanes, two or four groups have the
 // same token (copies), and share what is read and sent.
 struct Owner {
@@ -356,8 +394,7 @@ struct Owner {
   // What a token's lanes have, zero where there is none: of their columns m and d_z (but for those of h_pre), of their
   // stream the others.
   struct Token {
-    float m[kOctets], d_z[kOctets], r, d_h_pre, h_post;
-    float4 h_res;
+    float m[kOctets], d_z[kOctets], r, d_h_pre, h_post, h_res[N];
   };
 
   __device__ Owner(const Block& block, const Args& args, const Settings& settings, int which,
@@ -414,7 +451,7 @@ struct Owner {
     token.r = __ldg(args.r + at);
     token.d_h_pre = __ldg(args.d_h_pre + at * N + i);
     token.h_post = __ldg(args.h_post + at * N + i);
-    token.h_res = __ldg(reinterpret_cast<const float4*>(args.h_res) + at * N + i);
+    load_floats(token.h_res, args.h_res + (at * N + i) * N);
     return token;
   }
 
@@ -445,7 +482,8 @@ struct Owner {
   // Dot e of the token over all that sent.
   __device__ float sum_dots(u32 slot, Own own) const {
     float sum = 0.f;
-    Turn turn(block.dots(slot, own.first + t, copy) + lane % 8 * 4, copy, copies_shift());
+    constexpr int kWords = kDotsBytes / 4;  // lanes behind these have the same again
+    Turn turn(block.dots(slot, own.first + t, copy) + lane % kWords * 4, copy, copies_shift());
     // Without branches all reads are under way at once; those behind the last block's are for nothing.
 #pragma unroll
     for (u32 k = 0; k < 8; ++k, turn.next(kDotsBytes)) {
@@ -509,10 +547,9 @@ struct Owner {
     // d_h_pre[i] += <d_u, X'[i]>
     const u32 of_token = lane_id() & ~7;
     float d_h = token.d_h_pre + token.h_post * __shfl_sync(kAllLanes, dot, of_token + N);
-    d_h = fmaf(token.h_res.x, __shfl_sync(kAllLanes, dot, of_token), d_h);
-    d_h = fmaf(token.h_res.y, __shfl_sync(kAllLanes, dot, of_token + 1), d_h);
-    d_h = fmaf(token.h_res.z, __shfl_sync(kAllLanes, dot, of_token + 2), d_h);
-    d_h = fmaf(token.h_res.w, __shfl_sync(kAllLanes, dot, of_token + 3), d_h);
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+      d_h = fmaf(token.h_res[j], __shfl_sync(kAllLanes, dot, of_token + j), d_h);
     const float d_z = is_pre ? d_h * d_sigmoid : token.d_z[0];
 
     const float dm = is_pre ? alpha * d_z : 0.f;
@@ -536,7 +573,12 @@ struct Owner {
       if (is_pre) write1(at + kReplyGates + e * 4, word_of(s + settings.pre_eps));
       if (e == 0) {
         const float unit = half_unit(max(largest, largest_pre));
-        write4(at + kReplyFactor, {word_of(-slope * (dm_dot_m + others)), word_of(unit), 0, 0});
+        const u32 factor = word_of(-slope * (dm_dot_m + others));
+        if constexpr (N == 4) {
+          write4(at + kReplyFactor, {factor, word_of(unit), 0, 0});
+        } else {
+          write2(at + kReplyFactor, {factor, word_of(unit)});
+        }
       }
     }
     __syncwarp();
@@ -573,17 +615,17 @@ struct Owner {
     const u32 slots = block.sums_slots(), slot = own.turn & (slots - 1);
     const u32 barrier = block.barrier(kSumsFull, slot);
     if (own.first == 0 && lane_id() == 0) {
-      arrive_and_expect(barrier, count * cluster_size() * kSumsBytes);
+      arrive_and_expect(barrier, count * cluster_size() * kSumsSent);
     }
     wait_for_cluster(barrier, (own.turn & slots) != 0);
-    // The lanes have every eighth entry of `stream_dots`: (i, j) and (i + 1, j) of d_H_res, and one of d_h_post.
+    // The lanes have every eighth entry of `StreamDots`.
     const int e = lane_id() % 8;
-    float entries[3] = {};
+    float entries[kSumsBytes / 32] = {};
     Turn turn(block.sums(slot, own.first + t, copy) + e * 4, copy, copies_shift());
 #pragma unroll
     for (u32 k = 0; k < 4; ++k, turn.next(kSumsBytes)) {
 #pragma unroll
-      for (u32 word = 0; word < 3; ++word) {
+      for (u32 word = 0; word < kSumsBytes / 32; ++word) {
         const float v = read_float(turn.at + word * 32);
         entries[word] += turn.from < block.ranks ? v : 0.f;
       }
@@ -592,9 +634,7 @@ struct Owner {
     for (float& entry : entries) entry = sum_copies(entry);
     const long long token = block.first_token(tile(own)) + in_tile(own);
     if (has_token(own) && copy == 0 && token < args.tokens) {
-      float* const d_h_res = args.d_h_res + token * N * N + e % 4 / 2 * 2 * N + e % 2 * 2 + e / 4;
-      d_h_res[0] = entries[0], d_h_res[N] = entries[1];
-      if (e % 4 < 2) args.d_h_post[token * N + e % 4 * 2 + e / 4] = entries[2];
+      store_sums(args, token, e, entries);
     }
     __syncwarp();
   }
@@ -633,84 +673,38 @@ struct Owner {
   }
 };
 
-// ---- tables of the mixing ------------------------------------------------------------------------------
-
-// Tables that the main warps mix by. A lane has a token's row i of H_res (for X'[i]) and column i of H_res_new (for
-// d_X'[i]), each number in a word. The words of the streams j and j + 2 lie side by side,
-// and so do those of i and i + 2: see `MainWarp::table`.
-struct Tables {
-  const Block& block;
-  const Args& args;
-  const int lane;
-  float row[N], column[N];
-  float4 h_post;
-
-  __device__ void load(int tile) {
-    const int t = lane / N, i = lane % N;
-    const long long token = block.first_token(tile) + t, whole = block.first_token(tile) + lane;
-    const bool exists = tile < block.num_tiles && token < args.tokens;
-    const float4 v =
-        exists ? __ldg(reinterpret_cast<const float4*>(args.h_res) + token * N + i) : float4{};
-    row[0] = v.x, row[1] = v.y, row[2] = v.z, row[3] = v.w;
-#pragma unroll
-    for (int k = 0; k < N; ++k) {
-      column[k] = k == i;
-      if (!kIdentity && args.deferred)
-        column[k] = exists ? __ldg(args.h_res_new + (token * N + k) * N + i) : 0.f;
-    }
-    const bool has_h_post = lane < kTileTokens && tile < block.num_tiles && whole < args.tokens;
-    h_post = has_h_post ? __ldg(reinterpret_cast<const float4*>(args.h_post) + whole) : float4{};
-  }
-
-  // Where the words of a token are that lanes with stream i (modulo 2) of it read. Tokens that are read at once (see
-  // `MainWarp::table`) lie in different banks.
-  __device__ static u32 place(u32 t, u32 i) { return ((t ^ t / 4) * 2 + i % 2) * 32; }
-
-  __device__ static void write(u32 at, const float (&values)[N]) {
-    write2(at, {word_of(values[0]), word_of(values[2])});
-    write2(at + 16, {word_of(values[1]), word_of(values[3])});
-  }
-
-  __device__ void write(int tile) const {
-    if (tile >= block.num_tiles) return;
-    const u32 t = lane / N, i = lane % N;
-    const u32 tables = block.tables(tile), at = place(t, i) + i / 2 * 8;
-    write(tables + at, row);
-    if constexpr (!kIdentity) write(tables + kTableBytes + at, column);
-    if (lane < kTileTokens) {
-      write4(tables + kHPost + lane * N * 4,
-             {word_of(h_post.x), word_of(h_post.y), word_of(h_post.z), word_of(h_post.w)});
-    }
-    __syncwarp();
-    if (lane == 0) arrive(block.barrier(kTablesFull, tile % 2));
-  }
-};
-
-// ---- main warps -------------------------------------------------------------------------------------
+// ---- tables of the mixing, main warps ------------------------------------------------------------------
 
 #include "one_pass/post_pre_bwd_main.cuh"
 
 // ---- stream dots ------------------------------------------------------------------------------------
 
-// d_X' [X, y]^T of four tokens. Rows and columns of the products are stream * 4 + token, and only entries with
-// the same token in both are wanted.
-__device__ inline void stream_dots(const Block& block, int half, int lane) {
-  const u32 row = lane % 8, matrix = lane / 8, odd = row / 4, token = 4 * half + row % 4;
-  const u32 swizzle = token ^ odd * kOddSwizzle;
-  const u32 x_first = (odd ? block.odd(0) : block.even(0)) + matrix / 2 * kPlane +
-                      token * kRowBytes + (matrix % 2 ^ swizzle) * 16;
-  const u32 gradient_first = (odd ? block.odd_gradient(0) : block.even_gradient(0)) +
-                             matrix % 2 * kPlane + token * kRowBytes + (matrix / 2 ^ swizzle) * 16;
-  const u32 y_first = block.vectors(0) + token * kRowBytes + (matrix ^ token) * 16;
-  const u32 g = lane / 4, q = lane % 4;
-  const Addressee owner(block, 4 * half + g % 4);
-  Rings rings;
-  for (int tile = 0; tile < block.num_tiles; ++tile, rings.next()) {
-    const u32 stage = rings.stages.slot;
-    wait(block.barrier(kDone, stage), rings.stages.parity);
-    float x01[4] = {}, x23[4] = {}, y[4] = {};
-    const u32 streams = x_first + stage * kPair, vectors = y_first + stage * kPair;
-    const u32 gradients = gradient_first + rings.slot() * kPair;
+// d_X' [X, y]^T of four tokens, by one warp. Rows and columns of the products are stream * 4 + token, and only entries
+// with the same token in both are wanted: those of lanes with g % 4 / 2 == q % 2, where g % 2 says which of two.
+template <int STREAMS>
+struct StreamDots;
+
+// Of four streams d_X' are the rows.
+template <>
+struct StreamDots<4> {
+  struct Sums {
+    float x01[4], x23[4], y[4];
+  };
+  u32 x_first, gradient_first, y_first;
+
+  __device__ StreamDots(const Block& block, int half, int lane) {
+    const u32 row = lane % 8, matrix = lane / 8, odd = row / 4, token = 4 * half + row % 4;
+    const u32 swizzle = token ^ odd * kOddSwizzle;
+    x_first = (odd ? block.odd(0) : block.even(0)) + matrix / 2 * kPlane + token * kRowBytes +
+              (matrix % 2 ^ swizzle) * 16;
+    gradient_first = (odd ? block.odd_gradient(0) : block.even_gradient(0)) + matrix % 2 * kPlane +
+                     token * kRowBytes + (matrix / 2 ^ swizzle) * 16;
+    y_first = block.vectors(0) + token * kRowBytes + (matrix ^ token) * 16;
+  }
+
+  __device__ void add(Sums& sums, u32 stage, u32 slot) const {
+    const u32 streams = x_first + stage * kHalf, vectors = y_first + stage * kPair;
+    const u32 gradients = gradient_first + slot * kHalf;
 #pragma unroll 2
     for (u32 at = 0; at < SIZE / kBoxChannels * kBox; at += kBox) {
 #pragma unroll
@@ -722,26 +716,90 @@ __device__ inline void stream_dots(const Block& block, int half, int lane) {
           u32 a[4], x[4];
           read_matrices(a, (gradients + at) ^ (unit + 2 * h) * 16);
           read_matrices(x, (streams + at) ^ (unit + 2 * h) * 16);
-          mma(x01, a[0], a[1], a[2], a[3], {x[0], x[1]});
-          mma(x23, a[0], a[1], a[2], a[3], {x[2], x[3]});
-          mma(y, a[0], a[1], a[2], a[3], {y_part[2 * h], y_part[2 * h + 1]});
+          mma(sums.x01, a[0], a[1], a[2], a[3], {x[0], x[1]});
+          mma(sums.x23, a[0], a[1], a[2], a[3], {x[2], x[3]});
+          mma(sums.y, a[0], a[1], a[2], a[3], {y_part[2 * h], y_part[2 * h + 1]});
         }
       }
     }
+  }
+
+  __device__ static void send_to(u32 to, u32 barrier, const Sums& sums, u32 g, u32 q) {
+    const auto& [x01, x23, y] = sums;
+    const bool b = g % 2;
+    send(to + (g / 4 * 2 + q / 2) * 16,
+         {b ? x01[1] : x01[0], b ? x23[1] : x23[0], b ? x01[3] : x01[2], b ? x23[3] : x23[2]},
+         barrier);
+    if (q < 2) {
+      send(to + (4 + g / 4) * 16, {b ? y[1] : y[0], b ? y[3] : y[2], 0.f, 0.f}, barrier);
+    }
+  }
+};
+
+// Of two streams X and y are the rows, y twice, and d_X' the columns: one product has all.
+template <>
+struct StreamDots<2> {
+  struct Sums {
+    float even[4], odd[4];  // two chains of products, as each waits for the one before
+  };
+  u32 source_first, source_step, gradient_first;
+
+  __device__ StreamDots(const Block& block, int half, int lane) {
+    const u32 row = lane % 8, matrix = lane / 8, odd = row / 4, token = 4 * half + row % 4;
+    const u32 swizzle = token ^ odd * kOddSwizzle, is_y = matrix % 2;
+    const u32 x = odd ? block.odd(0) : block.even(0);
+    source_first = (is_y ? block.vectors(0) : x) + token * kRowBytes +
+                   (matrix / 2 ^ (is_y ? token : swizzle)) * 16;
+    source_step = is_y ? kPair : kHalf;
+    gradient_first = (odd ? block.odd_gradient(0) : block.even_gradient(0)) + token * kRowBytes +
+                     (matrix ^ swizzle) * 16;
+  }
+
+  __device__ void add(Sums& sums, u32 stage, u32 slot) const {
+    const u32 sources = source_first + stage * source_step;
+    const u32 gradients = gradient_first + slot * kHalf;
+#pragma unroll 4
+    for (u32 at = 0; at < SIZE / kBoxChannels * kBox; at += kBox) {
+#pragma unroll
+      for (u32 unit = 0; unit < 8; unit += 4) {
+        u32 d_x[4], a[4], b[4];
+        read_matrices(d_x, (gradients + at) ^ unit * 16);
+        read_matrices(a, (sources + at) ^ unit * 16);
+        read_matrices(b, (sources + at) ^ (unit + 2) * 16);
+        mma(sums.even, a[0], a[1], a[2], a[3], {d_x[0], d_x[1]});
+        mma(sums.odd, b[0], b[1], b[2], b[3], {d_x[2], d_x[3]});
+      }
+    }
+  }
+
+  // d_H_res[i, j] at 2 i + j, then d_h_post.
+  __device__ static void send_to(u32 to, u32 barrier, const Sums& sums, u32 g, u32 q) {
+    const u32 i = q / 2, j = g / 4, b = g % 2;
+    float all[4];
+#pragma unroll
+    for (int v = 0; v < 4; ++v) all[v] = sums.even[v] + sums.odd[v];
+    send(to + (2 * i + j) * 4, b ? all[1] : all[0], barrier);
+    if (j == 0) send(to + (4 + i) * 4, b ? all[3] : all[2], barrier);
+  }
+};
+
+__device__ inline void stream_dots(const Block& block, int half, int lane) {
+  const StreamDots<N> dots(block, half, lane);
+  const u32 g = lane / 4, q = lane % 4;
+  const Addressee owner(block, 4 * half + g % 4);
+  Rings rings;
+  for (int tile = 0; tile < block.num_tiles; ++tile, rings.next()) {
+    const u32 stage = rings.stages.slot;
+    wait(block.barrier(kDone, stage), rings.stages.parity);
+    StreamDots<N>::Sums sums = {};
+    dots.add(sums, stage, rings.slot());
     __syncwarp();
     if (lane == 0) arrive(block.barrier(kEmpty, stage));
     if (g % 4 / 2 == q % 2) {
-      const bool b = g % 2;
       const u32 rank = owner.rank(block, tile);
       const u32 sums_slot = (tile >> block.turns_shift) & (block.sums_slots() - 1);
       const u32 to = in_block(block.sums(sums_slot, owner.t, block.rank), rank);
-      const u32 barrier = in_block(block.barrier(kSumsFull, sums_slot), rank);
-      send(to + (g / 4 * 2 + q / 2) * 16,
-           {b ? x01[1] : x01[0], b ? x23[1] : x23[0], b ? x01[3] : x01[2], b ? x23[3] : x23[2]},
-           barrier);
-      if (q < 2) {
-        send(to + (4 + g / 4) * 16, {b ? y[1] : y[0], b ? y[3] : y[2], 0.f, 0.f}, barrier);
-      }
+      dots.send_to(to, in_block(block.barrier(kSumsFull, sums_slot), rank), sums, g, q);
     }
     __syncwarp();
   }
@@ -753,7 +811,7 @@ __device__ inline void stream_dots(const Block& block, int half, int lane) {
 __device__ inline void finish_tiles(const Block& block, const Args& args, const Maps& maps,
                                     int lane) {
   const int box = block.first_box();
-  Tables tables{block, args, lane};
+  Tables<N> tables{block, args, lane};
   for (int tile = 0; tile < 2; ++tile) {
     tables.load(tile);
     tables.write(tile);

@@ -351,6 +351,43 @@ fn post_pre_reads_the_streams_once_where_a_kernel_does() {
 }
 
 #[test]
+fn post_pre_takes_two_streams_back_in_one_pass() {
+    let functions = |device: &Device, constraint, c, with_norm| {
+        let config = Config {
+            constraint,
+            ..Config::default()
+        };
+        let example = Example::new(Call::PostPreBwd, DType::Bf16, 17, [2, c], config);
+        let example = if with_norm {
+            example.with_norm()
+        } else {
+            example
+        };
+        functions_of(example, device)
+    };
+    let once = ["logits_bwd", "post_pre_bwd_one_pass", "sum_gradients"];
+    let norm = ["post_pre_norm_bwd", "sum_norm_scale"];
+    for c in [576, 2048, 8192] {
+        for constraint in [Constraint::Birkhoff, Constraint::None] {
+            assert_eq!(functions(&H100, constraint, c, false), once);
+            let with_norm = functions(&H100, constraint, c, true);
+            assert_eq!(with_norm[..2], norm);
+            assert_eq!(with_norm[2..], once);
+        }
+    }
+    for (device, constraint, c) in [
+        (&B200, Constraint::Birkhoff, 2048),
+        (&H100, Constraint::Birkhoff, 512),
+        (&H100, Constraint::Birkhoff, 8256),
+        (&H100, Constraint::Identity, 2048),
+        (&H100, Constraint::Permutations, 2048),
+    ] {
+        let functions = functions(device, constraint, c, false);
+        assert!(!functions.contains(&"post_pre_bwd_one_pass"));
+    }
+}
+
+#[test]
 fn static_coefficients_have_the_streams_read_once_on_every_gpu() {
     let sums = ["sum_static", "pre_bwd", "sum_gates"];
     for device in [H100, B200, L4] {

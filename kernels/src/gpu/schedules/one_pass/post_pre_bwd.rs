@@ -1,8 +1,8 @@
 //! The schedule of `post_pre_bwd` in one pass over the streams (post_pre_bwd_one_pass.cu), but for d_phi where that
 //! has no room for it (phi_bwd.cu), and for the norm of the layer's input (post_pre_norm_bwd.cu).
 
+use super::Geometry;
 use super::pre_bwd::{self, Sums};
-use super::{Geometry, STREAMS};
 use crate::contract::check::CheckedCall;
 use crate::gpu::device::Device;
 use crate::gpu::kernel::Kernel;
@@ -125,7 +125,7 @@ fn norm_backward(call: &CheckedCall, workspace: &mut dyn Workspace) -> (u64, Vec
     let d_w = workspace.take(norm::sums(call, norm::MAX_BLOCKS));
     let kernel = Kernel::of(
         "post_pre_norm_bwd",
-        sizes::streams(STREAMS, true),
+        sizes::streams(call.n, true),
         call.dtype,
     );
     let most = if call.c < WIDE {
@@ -171,8 +171,8 @@ mod tests {
     use super::*;
     use crate::contract::view::DType;
     use crate::gpu::device::MAX_CLUSTER;
-    use crate::gpu::schedules::one_pass::COLUMNS;
     use crate::gpu::schedules::one_pass::tests::{LINE, of_width};
+    use crate::gpu::schedules::one_pass::{COLUMNS, STREAMS};
     use crate::gpu::tuning::CHANNELS;
 
     const FUNCTION: &str = "post_pre_bwd_one_pass";
@@ -223,6 +223,22 @@ mod tests {
             let has = NARROW.iter().any(|narrow| narrow.columns == size.columns);
             assert!(has || !leaves, "{size:?}");
         }
+    }
+
+    #[test]
+    fn two_streams_have_a_geometry() {
+        let geometry = |c, columns| {
+            let found = Geometry::of_width(FUNCTION, DType::Bf16, [2, c, columns])?;
+            Some((found.channels(), found.cluster as usize))
+        };
+        for c in (512 + LINE..=8192).step_by(LINE) {
+            assert_eq!(geometry(c, 8), Some((512, c.div_ceil(512))));
+        }
+        assert_eq!(geometry(512, 8), None);
+        assert_eq!(geometry(8192 + LINE, 8), None);
+        // Those of `identity` and `permutations`.
+        assert_eq!(geometry(2048, 4), None);
+        assert_eq!(geometry(2048, 6), None);
     }
 
     #[test]
