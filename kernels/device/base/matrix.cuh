@@ -102,6 +102,11 @@ __device__ inline float unit_of(const float* numbers, int count) {
 }
 
 __device__ inline u32 half_pair(float a, float b) { return pair_of((f16*)nullptr, a, b); }
+// The same as `split` in two parts of float16: 22 bits of each.
+__device__ inline void split_halves(float a, float b, u32 (&parts)[2]) {
+  parts[0] = half_pair(a, b);
+  parts[1] = half_pair(a - wide(f16{u16(parts[0])}), b - wide(f16{u16(parts[0] >> 16)}));
+}
 
 // Of pairs of numbers in two bfloat16 parts.
 __device__ inline u32 half_pair(u32 high, u32 low, float scale) {
@@ -127,6 +132,17 @@ __device__ inline void mma_half(float (&d)[4], const u32 (&a)[WORDS], const u32 
     const u32 own_a[2] = {a[WORDS - 2], a[WORDS - 1]}, own_b[1] = {b[OCTETS - 1]};
     mma_half(d, own_a, own_b);
   }
+}
+
+// ---- products of 16-bit streams as they are -----------------------------------------------------------
+
+template <class S>
+__device__ inline void mma_of(float (&d)[4], uint4 a, uint2 b) {
+  mma(d, a.x, a.y, a.z, a.w, b);
+}
+template <>
+__device__ inline void mma_of<f16>(float (&d)[4], uint4 a, uint2 b) {
+  mma_half(d, a.x, a.y, a.z, a.w, b);
 }
 
 // ---- the gradient of m, handed from pre's backward to the two products ----------------------------
