@@ -165,6 +165,7 @@ const W128K32: Size = channels("w128k32", 128, 32);
 const ALL: &[&str] = &["bf16", "f16", "f32"];
 const HALVES: &[&str] = &["bf16", "f16"];
 const BF16: &[&str] = &["bf16"];
+const F16: &[&str] = &["f16"];
 const F32: &[&str] = &["f32"];
 
 /// Every compiled kernel.
@@ -326,6 +327,18 @@ pub const FILES: &[File] = &[
         row("pre_norm_bwd_one_pass", &[W320K32], [8, 3, 384, 224_280], &[ 2, 33,  0,  2,  1,  1,  1,  0,  1, 0, 100]),
         row("pre_norm_bwd_one_pass", &[W512], [8, 3, 384, 228_640], &[ 3, 33, 16,  2,  1,  0,  0,  1,  2, 0, 100]),
         row("pre_norm_bwd_one_pass", &[W384K32], [8, 4, 384, 232_200], &[ 4, 45, 12,  2,  1,  0,  0,  1,  2, 0, 100]),
+    ] },
+    // The streams' parts for d_phi and those of r dm take registers, so that some have fewer units at once.
+    File { path: "one_pass/pre_bwd_one_pass", dtypes: F16, target: Target::Clusters,
+           more: &["d_x_in_slots", "partials", "held", "dot_warps", "owner_warps", "sums_phi", "sums", "holds_d_w", "at_once", "reads_x_once", "cost"], kernels: &[
+        row("pre_bwd_one_pass",      &[W256], [8, 5, 512, 221_104], &[ 5, 52,  4,  4,  3,  1,  0,  1,  2, 0, 100]),
+        row("pre_bwd_one_pass",      &[W384], [8, 3, 384, 222_488], &[ 2, 33,  0,  2,  1,  1,  0,  0,  1, 0, 130]),
+        row("pre_bwd_one_pass",      &[W512K8],  [8, 3, 512, 225_568], &[ 3, 33, 16,  4,  3,  1,  0,  1,  4, 1, 100]),
+        row("pre_bwd_one_pass",      &[W512], [8, 3, 384, 228_640], &[ 3, 33, 16,  2,  1,  0,  0,  1,  2, 0, 100]),
+        row("pre_norm_bwd_one_pass", &[W256], [8, 5, 384, 221_104], &[ 5, 52,  4,  2,  1,  1,  0,  1,  1, 1, 100]),
+        row("pre_norm_bwd_one_pass", &[W384], [8, 3, 384, 222_488], &[ 2, 33,  0,  2,  1,  1,  0,  0,  1, 0, 100]),
+        row("pre_norm_bwd_one_pass", &[W512K8],  [8, 3, 384, 225_568], &[ 3, 33, 16,  2,  1,  1,  0,  1,  4, 1, 100]),
+        row("pre_norm_bwd_one_pass", &[W512], [8, 3, 384, 228_640], &[ 3, 33, 16,  2,  1,  0,  0,  1,  2, 0, 100]),
     ] },
     // Two tiles of float32 streams are as large as four of bfloat16.
     File { path: "one_pass/pre_bwd_one_pass", dtypes: F32, target: Target::Clusters,
