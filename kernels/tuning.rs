@@ -5,7 +5,7 @@
 //! with a member for each number.
 
 /// A file of kernels/device, compiled for every size of its kernels, every dtype and every architecture of its target.
-/// A file has a second row where kernels of other dtypes are tuned otherwise.
+/// A file has another row where kernels of other dtypes have other sizes, or are tuned otherwise.
 pub struct File {
     /// Path in kernels/device without its ending.
     pub path: &'static str,
@@ -163,7 +163,9 @@ const W128: Size = channels("w128", 128, 24);
 const W128K32: Size = channels("w128k32", 128, 32);
 
 const ALL: &[&str] = &["bf16", "f16", "f32"];
+const HALVES: &[&str] = &["bf16", "f16"];
 const BF16: &[&str] = &["bf16"];
+const F16: &[&str] = &["f16"];
 const F32: &[&str] = &["f32"];
 
 /// Every compiled kernel.
@@ -230,42 +232,46 @@ pub const FILES: &[File] = &[
     // projected at once. Stages are as many as shared memory holds. `fragments` of phi lie in shared memory, and
     // registers are such that nothing spills; with 80 `other_registers` Sinkhorn has two lanes a matrix. Of what these
     // leave open it is what was fastest on an H200, as far as there are 24 columns and 256 to 448 channels.
-    File { path: "one_pass/one_pass_fwd", dtypes: BF16, target: Target::Clusters,
+    File { path: "one_pass/one_pass_fwd", dtypes: HALVES, target: Target::Clusters,
            more: &["fragments", "project_registers", "apply_registers", "other_registers"], kernels: &[
         row("pre_fwd_one_pass",          &[W256],    [16, 5, 512, 219_136], &[ 0, 168,  96, 80]),
-        row("pre_fwd_one_pass",          &[W320],    [ 8, 8, 512, 201_728], &[ 0, 168, 104, 72]),
         row("pre_fwd_one_pass",          &[W384],    [ 8, 7, 512, 204_800], &[ 0, 200,  56, 56]),
-        row("pre_fwd_one_pass",          &[W448],    [ 8, 6, 512, 202_752], &[ 0, 208,  40, 56]),
         row("pre_fwd_one_pass",          &[W512],    [ 8, 5, 512, 212_992], &[ 5, 208,  40, 56]),
-        row("pre_fwd_one_pass",          &[W384K8],  [ 8, 8, 512, 214_016], &[ 0, 168,  88, 88]),
         row("pre_fwd_one_pass",          &[W512K8],  [ 8, 6, 512, 211_968], &[ 0, 168,  88, 88]),
+        row("pre_norm_fwd_one_pass",     &[W256],    [16, 5, 512, 230_400], &[ 0, 176,  80, 80]),
+        row("pre_norm_fwd_one_pass",     &[W384],    [ 8, 7, 512, 215_040], &[ 0, 208,  48, 48]),
+        row("pre_norm_fwd_one_pass",     &[W512],    [ 8, 5, 512, 232_448], &[ 8, 208,  40, 56]),
+        row("pre_norm_fwd_one_pass",     &[W512K8],  [ 8, 6, 512, 223_232], &[ 0, 168,  88, 88]),
+        row("post_pre_fwd_one_pass",     &[W256],    [ 8, 8, 512, 203_776], &[ 0, 168,  96, 80]),
+        row("post_pre_fwd_one_pass",     &[W384],    [ 8, 6, 512, 219_136], &[ 0, 208,  48, 48]),
+        row("post_pre_fwd_one_pass",     &[W512],    [ 8, 4, 512, 232_448], &[10, 208,  48, 48]),
+        row("post_pre_fwd_one_pass",     &[W512K8],  [ 8, 5, 512, 221_184], &[ 0, 176,  80, 80]),
+        row("post_pre_norm_fwd_one_pass",&[W256],    [ 8, 8, 512, 214_016], &[ 0, 168,  88, 88]),
+        row("post_pre_norm_fwd_one_pass",&[W384],    [ 8, 6, 512, 232_448], &[ 1, 208,  48, 48]),
+        row("post_pre_norm_fwd_one_pass",&[W512],    [ 8, 3, 512, 216_064], &[14, 208,  48, 48]),
+        row("post_pre_norm_fwd_one_pass",&[W512K8],  [ 8, 5, 512, 231_424], &[ 0, 176,  80, 80]),
+    ] },
+    // Beside float16 streams a larger size takes the place of these: each costs the build some time.
+    File { path: "one_pass/one_pass_fwd", dtypes: BF16, target: Target::Clusters,
+           more: &["fragments", "project_registers", "apply_registers", "other_registers"], kernels: &[
+        row("pre_fwd_one_pass",          &[W320],    [ 8, 8, 512, 201_728], &[ 0, 168, 104, 72]),
+        row("pre_fwd_one_pass",          &[W448],    [ 8, 6, 512, 202_752], &[ 0, 208,  40, 56]),
+        row("pre_fwd_one_pass",          &[W384K8],  [ 8, 8, 512, 214_016], &[ 0, 168,  88, 88]),
         row("pre_fwd_one_pass",          &[W256K32], [16, 5, 512, 229_376], &[ 0, 192,  64, 64]),
         row("pre_fwd_one_pass",          &[W384K32], [ 8, 6, 512, 210_944], &[ 6, 208,  40, 56]),
-        row("pre_norm_fwd_one_pass",     &[W256],    [16, 5, 512, 230_400], &[ 0, 176,  80, 80]),
         row("pre_norm_fwd_one_pass",     &[W320],    [ 8, 8, 512, 212_992], &[ 0, 176,  88, 72]),
-        row("pre_norm_fwd_one_pass",     &[W384],    [ 8, 7, 512, 215_040], &[ 0, 208,  48, 48]),
         row("pre_norm_fwd_one_pass",     &[W448],    [ 8, 6, 512, 225_280], &[ 3, 208,  40,  56]),
-        row("pre_norm_fwd_one_pass",     &[W512],    [ 8, 5, 512, 232_448], &[ 8, 208,  40, 56]),
         row("pre_norm_fwd_one_pass",     &[W384K8],  [ 8, 7, 512, 199_680], &[ 0, 168,  88, 88]),
-        row("pre_norm_fwd_one_pass",     &[W512K8],  [ 8, 6, 512, 223_232], &[ 0, 168,  88, 88]),
         row("pre_norm_fwd_one_pass",     &[W256K32], [ 8, 8, 512, 185_344], &[ 0, 176,  88, 72]),
         row("pre_norm_fwd_one_pass",     &[W384K32], [ 8, 6, 512, 230_400], &[ 9, 208,  40, 56]),
-        row("post_pre_fwd_one_pass",     &[W256],    [ 8, 8, 512, 203_776], &[ 0, 168,  96, 80]),
         row("post_pre_fwd_one_pass",     &[W320],    [ 8, 7, 512, 216_064], &[ 0, 192,  72, 56]),
-        row("post_pre_fwd_one_pass",     &[W384],    [ 8, 6, 512, 219_136], &[ 0, 208,  48, 48]),
         row("post_pre_fwd_one_pass",     &[W448],    [ 8, 5, 512, 231_424], &[ 5, 208,  48, 48]),
-        row("post_pre_fwd_one_pass",     &[W512],    [ 8, 4, 512, 232_448], &[10, 208,  48, 48]),
         row("post_pre_fwd_one_pass",     &[W384K8],  [ 8, 6, 512, 202_752], &[ 0, 176,  80, 80]),
-        row("post_pre_fwd_one_pass",     &[W512K8],  [ 8, 5, 512, 221_184], &[ 0, 176,  80, 80]),
         row("post_pre_fwd_one_pass",     &[W256K32], [ 8, 8, 512, 212_992], &[ 0, 200,  56, 56]),
         row("post_pre_fwd_one_pass",     &[W384K32], [ 8, 5, 512, 232_448], &[10, 208,  48, 48]),
-        row("post_pre_norm_fwd_one_pass",&[W256],    [ 8, 8, 512, 214_016], &[ 0, 168,  88, 88]),
         row("post_pre_norm_fwd_one_pass",&[W320],    [ 8, 7, 512, 226_304], &[ 0, 208,  48, 48]),
-        row("post_pre_norm_fwd_one_pass",&[W384],    [ 8, 6, 512, 232_448], &[ 1, 208,  48, 48]),
         row("post_pre_norm_fwd_one_pass",&[W448],    [ 8, 5, 512, 232_448], &[ 3, 208,  48, 48]),
-        row("post_pre_norm_fwd_one_pass",&[W512],    [ 8, 3, 512, 216_064], &[14, 208,  48, 48]),
         row("post_pre_norm_fwd_one_pass",&[W384K8],  [ 8, 6, 512, 211_968], &[ 0, 176,  80, 80]),
-        row("post_pre_norm_fwd_one_pass",&[W512K8],  [ 8, 5, 512, 231_424], &[ 0, 176,  80, 80]),
         row("post_pre_norm_fwd_one_pass",&[W256K32], [ 8, 7, 512, 198_656], &[ 0, 200,  56, 56]),
         row("post_pre_norm_fwd_one_pass",&[W384K32], [ 8, 4, 512, 225_280], &[14, 208,  48, 48]),
         row("pre_fwd_one_pass",          &[N2W512],  [16, 6, 512, 222_208], &[ 0, 168,  96, 80]),
@@ -321,6 +327,18 @@ pub const FILES: &[File] = &[
         row("pre_norm_bwd_one_pass", &[W320K32], [8, 3, 384, 224_280], &[ 2, 33,  0,  2,  1,  1,  1,  0,  1, 0, 100]),
         row("pre_norm_bwd_one_pass", &[W512], [8, 3, 384, 228_640], &[ 3, 33, 16,  2,  1,  0,  0,  1,  2, 0, 100]),
         row("pre_norm_bwd_one_pass", &[W384K32], [8, 4, 384, 232_200], &[ 4, 45, 12,  2,  1,  0,  0,  1,  2, 0, 100]),
+    ] },
+    // The streams' parts for d_phi and those of r dm take registers, so that some have fewer units at once.
+    File { path: "one_pass/pre_bwd_one_pass", dtypes: F16, target: Target::Clusters,
+           more: &["d_x_in_slots", "partials", "held", "dot_warps", "owner_warps", "sums_phi", "sums", "holds_d_w", "at_once", "reads_x_once", "cost"], kernels: &[
+        row("pre_bwd_one_pass",      &[W256], [8, 5, 512, 221_104], &[ 5, 52,  4,  4,  3,  1,  0,  1,  2, 0, 100]),
+        row("pre_bwd_one_pass",      &[W384], [8, 3, 384, 222_488], &[ 2, 33,  0,  2,  1,  1,  0,  0,  1, 0, 130]),
+        row("pre_bwd_one_pass",      &[W512K8],  [8, 3, 512, 225_568], &[ 3, 33, 16,  4,  3,  1,  0,  1,  4, 1, 100]),
+        row("pre_bwd_one_pass",      &[W512], [8, 3, 384, 228_640], &[ 3, 33, 16,  2,  1,  0,  0,  1,  2, 0, 100]),
+        row("pre_norm_bwd_one_pass", &[W256], [8, 5, 384, 221_104], &[ 5, 52,  4,  2,  1,  1,  0,  1,  1, 1, 100]),
+        row("pre_norm_bwd_one_pass", &[W384], [8, 3, 384, 222_488], &[ 2, 33,  0,  2,  1,  1,  0,  0,  1, 0, 100]),
+        row("pre_norm_bwd_one_pass", &[W512K8],  [8, 3, 384, 225_568], &[ 3, 33, 16,  2,  1,  1,  0,  1,  4, 1, 100]),
+        row("pre_norm_bwd_one_pass", &[W512], [8, 3, 384, 228_640], &[ 3, 33, 16,  2,  1,  0,  0,  1,  2, 0, 100]),
     ] },
     // Two tiles of float32 streams are as large as four of bfloat16.
     File { path: "one_pass/pre_bwd_one_pass", dtypes: F32, target: Target::Clusters,

@@ -372,6 +372,8 @@ PARTS_OF_BLOCKS = {
 OTHER_STREAMS = (
     *[(2, "bfloat16", "birkhoff", hidden) for hidden in (1024, 1600, 2048, 4160, 5184, 8192)],
     *[(2, "bfloat16", "none", hidden) for hidden in (576, 2624, 3136, 6720, 7232)],
+    *[(4, "float16", "birkhoff", hidden) for hidden in (1024, 2624, 4096, 5440, 7232, 8192)],
+    *[(4, "float16", *row) for row in (("none", 576), ("identity", 576), ("identity", 4096))],
     *[(4, "float32", "birkhoff", hidden) for hidden in (1024, 2048, 2592, 3360, 4096)],
     *[(4, "float32", "none", hidden) for hidden in (288, 608, 1312)],
     *[(4, "float32", "identity", hidden) for hidden in (544, 2048, 3616)],
@@ -415,6 +417,8 @@ def test_clusters_of_other_streams(streams, dtype, constraint, hidden, tokens):
 OWNED = (
     *[(4, "bfloat16", *row) for row in (*rows(WHOLE_BLOCKS), ("birkhoff", 6656))],
     (2, "bfloat16", "birkhoff", 2624),
+    *[(4, "float16", "birkhoff", hidden) for hidden in (2624, 4096, 8192)],
+    (4, "float16", "identity", 2048),
     (4, "float32", "birkhoff", 2592),
     (4, "float32", "identity", 2048),
 )
@@ -467,11 +471,17 @@ def test_a_wide_layer(dtype):
 
 
 @pytest.mark.parametrize("constraint", ["birkhoff", "identity"])
-@pytest.mark.parametrize("tokens, hidden", [(205, 1024), (4099, 2080), (1021, 4096)])
-def test_float32_streams_that_are_read_once_err_no_more_than_plain_jax(tokens, hidden, constraint):
+@pytest.mark.parametrize(
+    "dtype, tokens, hidden",
+    [
+        ("float32", 205, 1024), ("float32", 4099, 2080), ("float32", 1021, 4096),
+        ("float16", 205, 1024), ("float16", 4099, 2624), ("float16", 1021, 4096),
+    ],
+)  # fmt: skip
+def test_streams_that_are_read_once_err_no_more_than_plain_jax(dtype, tokens, hidden, constraint):
     """The gradients that tensor cores make, in the Euclidean norm."""
     case = Case((tokens,), 4, hidden, config=variant(constraint=constraint))
-    operands, cotangents = arrays("pre", case, "float32")
+    operands, cotangents = arrays("pre", case, dtype)
     wanted = jax.tree.leaves(exact("pre", case.config, operands, cotangents)[1])
 
     def errors(implementation):
@@ -486,7 +496,7 @@ def test_float32_streams_that_are_read_once_err_no_more_than_plain_jax(tokens, h
 
     plain, fused = errors("reference"), errors("fused")
     for name in ("x", "params.phi"):
-        most = max(ERROR_RATIO * plain[name], LEAST_ERROR["float32"])
+        most = max(ERROR_RATIO * plain[name], LEAST_ERROR[dtype])
         assert fused[name] <= most, (name, fused[name], plain[name])
 
 
@@ -504,7 +514,7 @@ MANY_COLUMNS = [Case((2053,), 8, 264, 3.0), Case((1025,), 16, 40, 3.0)]
 OP_DTYPE_CASES = [
     *[(op, dtype, CASE) for op, dtype in OP_DTYPES],
     *[(op, "bfloat16", SHARED_CASE) for op in ("pre", "post_pre", "two_sublayers")],
-    ("pre", "float32", SHARED_CASE),
+    *[("pre", dtype, SHARED_CASE) for dtype in ("float16", "float32")],
     *[(op, "bfloat16", TWO_STREAMS_CASE) for op in ("pre", "post_pre", "two_sublayers")],
     ("post_pre", "bfloat16", WIDE_CASE),
     *[(op, "bfloat16", STATIC_CASE) for op in ("post_pre", "two_sublayers")],

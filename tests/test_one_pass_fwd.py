@@ -43,6 +43,12 @@ WIDTHS = [
     (2, 2048, "birkhoff", "n2w1024_bf16", 2),
     (2, 6080, "none", "n2w1024_bf16", 6),
     (2, 16384, "birkhoff", "n2w1024_bf16", 16),
+    (4, 512, "birkhoff", "w256_f16", 2),
+    (4, 2624, "none", "w384_f16", 7),
+    (4, 4096, "birkhoff", "w256_f16", 16),
+    (4, 7168, "none", "w512_f16", 14),
+    (4, 8128, "birkhoff", "w512_f16", 16),
+    (4, 1088, "identity", "w512k8_f16", 3),
     (4, 512, "birkhoff", "w256_f32", 2),
     (4, 1184, "none", "w256_f32", 5),
     (4, 4096, "birkhoff", "w256_f32", 16),
@@ -54,9 +60,10 @@ TOKENS = 37
 #: Errors of streams and of coefficients, in units of the largest. Those of the seam, which rounds
 #: the new streams before it takes them, are compared with those of streams that are not rounded.
 LIMITS = {"pre": (2**-8, 3e-5), "post_pre": (2**-7, 2e-2)}
-#: The same for float32 streams.
+#: The same for float16 streams, which round by an eighth of that, and for float32 streams.
+HALF_LIMITS = {"pre": (2**-11, 1e-5), "post_pre": (2**-10, 2.5e-3)}
 FLOAT_LIMIT = 1e-5
-DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
+DTYPES = {"bf16": jnp.bfloat16, "f16": jnp.float16, "f32": jnp.float32}
 
 
 def cases():
@@ -100,9 +107,8 @@ def test_values_that_do_not_depend_on_other_tokens(op, case, kernel, cluster):
     expected = in_float64(run(op, case, "reference"), operands)
     leaves = zip(jax.tree.leaves_with_path(few), jax.tree.leaves(expected), strict=True)
     for (path, leaf), wanted in leaves:
-        limit = LIMITS[op][leaf.dtype == np.float32]
-        if kernel.endswith("_f32"):
-            limit = FLOAT_LIMIT
+        limits = (HALF_LIMITS if kernel.endswith("_f16") else LIMITS)[op]
+        limit = FLOAT_LIMIT if kernel.endswith("_f32") else limits[leaf.dtype == np.float32]
         assert_close(leaf, wanted, limit, leaf_name(path))
 
     def check(tokens, others=None):

@@ -102,12 +102,28 @@ __device__ inline float unit_of(const float* numbers, int count) {
 }
 
 __device__ inline u32 half_pair(float a, float b) { return pair_of((f16*)nullptr, a, b); }
+// The same as `split` in parts of float16: two have 22 bits of a number.
+template <int P>
+__device__ inline void split_halves(float a, float b, u32 (&parts)[P]) {
+#pragma unroll
+  for (int p = 0; p < P; ++p) {
+    parts[p] = half_pair(a, b);
+    a -= wide(f16{u16(parts[p])});
+    b -= wide(f16{u16(parts[p] >> 16)});
+  }
+}
 
-// Of pairs of numbers in two bfloat16 parts.
-__device__ inline u32 half_pair(u32 high, u32 low, float scale) {
+// The same of pairs of numbers in two bfloat16 parts, and in one part.
+template <int P>
+__device__ inline void split_halves(u32 high, u32 low, float scale, u32 (&parts)[P]) {
   const float a = __uint_as_float(high << 16) + __uint_as_float(low << 16);
   const float b = __uint_as_float(high & 0xffff0000) + __uint_as_float(low & 0xffff0000);
-  return half_pair(a * scale, b * scale);
+  split_halves(a * scale, b * scale, parts);
+}
+__device__ inline u32 half_pair(u32 high, u32 low, float scale) {
+  u32 parts[1];
+  split_halves(high, low, scale, parts);
+  return parts[0];
 }
 
 __device__ inline void mma_half(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
@@ -127,6 +143,27 @@ __device__ inline void mma_half(float (&d)[4], const u32 (&a)[WORDS], const u32 
     const u32 own_a[2] = {a[WORDS - 2], a[WORDS - 1]}, own_b[1] = {b[OCTETS - 1]};
     mma_half(d, own_a, own_b);
   }
+}
+
+// ---- 16-bit streams as they are ------------------------------------------------------------------------
+
+// The values of a word.
+template <class S>
+__device__ inline float low_of(u32 pair) {
+  return Pack<S, 2>{{pair}}[0];
+}
+template <class S>
+__device__ inline float high_of(u32 pair) {
+  return Pack<S, 2>{{pair}}[1];
+}
+
+template <class S>
+__device__ inline void mma_of(float (&d)[4], uint4 a, uint2 b) {
+  mma(d, a.x, a.y, a.z, a.w, b);
+}
+template <>
+__device__ inline void mma_of<f16>(float (&d)[4], uint4 a, uint2 b) {
+  mma_half(d, a.x, a.y, a.z, a.w, b);
 }
 
 // ---- the gradient of m, handed from pre's backward to the two products ----------------------------

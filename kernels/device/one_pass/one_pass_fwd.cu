@@ -1,5 +1,5 @@
-// The forward passes that read the streams once (see one_pass.cuh), for bfloat16 or float32 streams
-// of up to SIZE channels for each block of the cluster:
+// The forward passes that read the streams once (see one_pass.cuh), of up to SIZE channels for each
+// block of the cluster:
 //
 //   pre_fwd_one_pass   pre: all coefficients and u                                  [14 to 19]
 //   post_pre_fwd_one_pass  post of one sublayer and pre of the next: X' besides

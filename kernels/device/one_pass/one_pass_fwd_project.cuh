@@ -43,8 +43,25 @@ __device__ inline void Block<POST_PRE, NORM>::project(int warp, int lane) const 
   using Phi = Slice<Stream>;
   constexpr int kInRegisters = Phi::kFragments * kSlices - P::kSharedFragments;
   Phi slices[kSlices];
+  Units<Stream> units;
   const auto shared_fragment = [&](int fragment) {
     return shared + P::kFragments + (fragment - kInRegisters) * kFragmentBytes + 16 * thread_id();
+  };
+  const auto write_shared_fragments = [&](int slice) {
+#pragma unroll
+    for (int f = 0; f < Phi::kFragments; ++f) {
+      const int fragment = Phi::kFragments * slice + f;
+      if (fragment >= kInRegisters) write4(shared_fragment(fragment), slices[slice].fragments[f]);
+    }
+  };
+  const auto whole_slice = [&](int slice) {
+    Phi phi = slices[slice];
+#pragma unroll
+    for (int f = 0; f < Phi::kFragments; ++f) {
+      const int fragment = Phi::kFragments * slice + f;
+      if (fragment >= kInRegisters) phi.fragments[f] = read4(shared_fragment(fragment));
+    }
+    return phi;
   };
   // Whether there are registers left for what can as well be read when it is needed.
   constexpr bool kSpare = P::kSharedFragments == 0, kKeepsHRes = kSpare || !NORM;
@@ -63,14 +80,20 @@ __device__ inline void Block<POST_PRE, NORM>::project(int warp, int lane) const 
       // Boxes behind C are of no stream, or of the next.
       slices[slice] = {};
       if (box < boxes) slices[slice] = Phi::read(at, P::kPhiRowBytes, P::kPhiBytes);
-#pragma unroll
-      for (int f = 0; f < Phi::kFragments; ++f) {
-        const int fragment = Phi::kFragments * slice + f;
-        if (fragment >= kInRegisters) write4(shared_fragment(fragment), slices[slice].fragments[f]);
-      }
+      units.add(slices[slice]);
+      write_shared_fragments(slice);
     }
     __syncwarp();
     if ((last + 1) % P::kPhiPairs == 0 && lane == 0) arrive(barrier(kPhiEmpty));
+  }
+  if constexpr (!Units<Stream>::kAreOne) {
+    units.find();
+#pragma unroll
+    for (int slice = 0; slice < kSlices; ++slice) {
+      slices[slice] = whole_slice(slice);
+      units.cut(slices[slice]);
+      write_shared_fragments(slice);
+    }
   }
   cluster_wait();
 
@@ -142,13 +165,7 @@ __device__ inline void Block<POST_PRE, NORM>::project(int warp, int lane) const 
           if (Phi::kFragments * slice + f < kInRegisters)
             Phi::keep_whole(slices[slice].fragments[f]);
         }
-        Phi phi = slices[slice];
-#pragma unroll
-        for (int f = 0; f < Phi::kFragments; ++f) {
-          const int fragment = Phi::kFragments * slice + f;
-          if (fragment >= kInRegisters) phi.fragments[f] = read4(shared_fragment(fragment));
-        }
-        sums[step % kOctets].add(phi, x, part * Phi::kStreams);
+        sums[step % kOctets].add(whole_slice(slice), x, part * Phi::kStreams);
       }
       if constexpr (!NORM) products[step % kOctets].add(x);
     }
@@ -158,7 +175,7 @@ __device__ inline void Block<POST_PRE, NORM>::project(int warp, int lane) const 
         shared + P::kPartials + slot * P::kPartialBytes + warp * P::kTokens * P::kSumsBytes;
 #pragma unroll
     for (int octet = 0; octet < kOctets; ++octet) {
-      sums[octet].template store<P::kSumsBytes>(own_sums + 8 * octet * P::kSumsBytes, lane);
+      sums[octet].template store<P::kSumsBytes>(own_sums + 8 * octet * P::kSumsBytes, lane, units);
     }
     if constexpr (NORM) {
       // Afterwards, for it takes many registers.

@@ -67,6 +67,10 @@ __device__ inline u32 phi_of_thread() {
 // From a unit of a warp to that of its next turn.
 constexpr u32 kTurnBytes = kMainWarps / kBoxUnits * kBoxBytes;
 
+// Parts of r dm in the products with phi, which has one. Beside float16 streams two leave phi's rounding alone, which is
+// no larger than that of their cotangents.
+constexpr int kDmParts = kStreamParts<Stream>;
+
 // A row of the transpose of h_res.
 constexpr u32 kHRow = N * sizeof(float);
 
@@ -101,10 +105,14 @@ struct Differentiation {
     read_dm<false>(dm);
     const u32 column_replies = own_replies + (lane_id() / 4 - lane_id() % 4 * 2) * kReplyRow;
     const float scale = inverse_of_unit(read_float(column_replies + kUnit));
-    u32 half_dm[kOctets];
+    u32 half_dm[kDmParts][kOctets];
 #pragma unroll
-    for (int octet = 0; octet < kOctets; ++octet)
-      half_dm[octet] = half_pair(dm[octet], dm[kOctets + octet], scale);
+    for (int octet = 0; octet < kOctets; ++octet) {
+      u32 parts[kDmParts];
+      split_halves(dm[octet], dm[kOctets + octet], scale, parts);
+#pragma unroll
+      for (int p = 0; p < kDmParts; ++p) half_dm[p][octet] = parts[p];
+    }
     // d_u of channels g and g + 8, and where it is normalised the cotangent of u.
     u32 d_u[UNITS][2] = {};
     float du[UNITS][2][2];
@@ -131,7 +139,7 @@ struct Differentiation {
               load_single(norm_scale + min(channel_at(TURN + k) + 8 * c, hidden - 1));
 #pragma unroll
           for (int t = 0; t < 2; ++t) {
-            const auto of = [&](u32 v) { return t == 0 ? low_half(v) : high_half(v); };
+            const auto of = [&](u32 v) { return t == 0 ? low_of<Stream>(v) : high_of<Stream>(v); };
             const float rho = __uint_as_float(factors[t].x),
                         minus_f = __uint_as_float(factors[t].y), g = of(d_u[k][c]);
             const float u = h[t].x * of(x[0][c]) + h[t].y * of(x[0][2 + c]) + h[t].z * of(x[1][c]) +
@@ -157,7 +165,7 @@ struct Differentiation {
       if constexpr (NORM) {
         return du[k][c][t];
       } else {
-        return t == 0 ? low_half(d_u[k][c]) : high_half(d_u[k][c]);
+        return t == 0 ? low_of<Stream>(d_u[k][c]) : high_of<Stream>(d_u[k][c]);
       }
     };
     const float unit_of_phi = read_float(phi_unit());
@@ -194,17 +202,18 @@ struct Differentiation {
         read_transposed(x[k], stage + pair_at(k) + plane);
         if constexpr (!kMixes) read_transposed(added[k], d_x_in_at + pair_at(k) + plane);
         const int f = (TURN + k) * N + j;
-        PhiFragment p;
+        PhiFragment phi;
         if (f < kHeld) {
-          p = held[f < kHeld ? f : 0];
+          phi = held[f < kHeld ? f : 0];
         } else {
-          p.read(phi_at + (f - kHeld) * kMainWarps * kFragmentBytes);
+          phi.read(phi_at + (f - kHeld) * kMainWarps * kFragmentBytes);
         }
-        mma_half(sums[k], p.words, half_dm);
+#pragma unroll
+        for (int p = kDmParts - 1; p >= 0; --p) mma_half(sums[k], phi.words, half_dm[p]);
       }
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
-        const auto of = [&](u32 v) { return t == 0 ? low_half(v) : high_half(v); };
+        const auto of = [&](u32 v) { return t == 0 ? low_of<Stream>(v) : high_of<Stream>(v); };
         const float h_pre = read_float(first_replies + t * kReplyRow + kHPre + 4 * j);
         float hs[N];
         if constexpr (kMixes) read_floats(hs, first_h + t * kReplyRow + j * kHRow);
@@ -225,7 +234,10 @@ struct Differentiation {
       }
 #pragma unroll
       for (int k = 0; k < UNITS; ++k) {
-        const u32 d_x[2] = {pair(sums[k][0], sums[k][1]), pair(sums[k][2], sums[k][3])};
+        u32 d_x[2];
+#pragma unroll
+        for (int c = 0; c < 2; ++c)
+          d_x[c] = pair_of((Stream*)nullptr, sums[k][2 * c], sums[k][2 * c + 1]);
         write_transposed(d_x_in_at + pair_at(k) + plane, d_x);
         if constexpr (kReadsXOnce) add_d_phi((TURN + k) * N + j, x[k], dm);
       }
@@ -249,12 +261,28 @@ struct Differentiation {
     }
   }
 
-  // d_phi = sum over tokens of vec(X)^T (r dm), with r dm as B: k is a token. Of fragment f, a constant.
+  // d_phi = sum over tokens of vec(X)^T (r dm), with r dm as B: k is a token. Of fragment f, a constant. Units of r dm
+  // would have to be the same for all tokens, so that float16 streams are cut into parts of bfloat16 here, and lose none
+  // of their bits.
   __device__ void add_d_phi(int f, const u32 (&x)[2], const u32 (&dm)[2 * kOctets]) {
+    constexpr int kParts = kStreamParts<Stream>;
+    u32 parts[2][kParts];
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      if constexpr (kParts == 1) {
+        parts[c][0] = x[c];
+      } else {
+        split(low_of<Stream>(x[c]), high_of<Stream>(x[c]), parts[c]);
+      }
+    }
     const auto add = [&](float (&sums)[kOctets][4]) {
 #pragma unroll
-      for (int octet = 0; octet < kOctets; ++octet)
-        mma(sums[octet], x[0], x[1], x[0], x[1], {dm[octet], dm[kOctets + octet]});
+      for (int p = kParts - 1; p >= 0; --p) {
+        const u32 first = parts[0][p], second = parts[1][p];
+#pragma unroll
+        for (int octet = 0; octet < kOctets; ++octet)
+          mma(sums[octet], first, second, first, second, {dm[octet], dm[kOctets + octet]});
+      }
     };
     if (f < kSums) {
       add(d_phi[f < kSums ? f : 0]);

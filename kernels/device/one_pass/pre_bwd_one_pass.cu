@@ -371,7 +371,9 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
     }
     float v[4] = {};
     if constexpr (kIsFloat32) multiply_boxes<kWarps>(v, stage, warp);
-#pragma unroll
+    // Beside float16 streams, which take longer to widen, there are no registers for all at once.
+    constexpr int kBoxesAtOnce = NORM && kStreamParts<Stream> == 2 ? 2 : kBoxes;
+#pragma unroll kBoxesAtOnce
     for (int box = 0; box < (kIsFloat32 ? 0 : kBoxes); ++box) {
 #pragma unroll
       for (int unit = 0; unit < kBoxUnits / kWarps; ++unit) {
@@ -390,7 +392,9 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
             const float2 scale = w[half];
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-              const auto of = [&](u32 v) { return e == 0 ? low_half(v) : high_half(v); };
+              const auto of = [&](u32 v) {
+                return e == 0 ? low_of<Stream>(v) : high_of<Stream>(v);
+              };
               const float v = (e == 0 ? scale.x : scale.y) * of(d_u[half]);
               float u = 0.f;
 #pragma unroll
@@ -408,7 +412,7 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
           for (int pair = 0; pair < N / 2; ++pair) {
             u32 x[4];
             read_matrices(x, from + (x_at ^ flip) + 2 * pair * kPlaneBytes);
-            mma(dots[pair], x[0], x[1], x[2], x[3], {d_u[0], d_u[1]});
+            mma_of<Stream>(dots[pair], {x[0], x[1], x[2], x[3]}, {d_u[0], d_u[1]});
           }
         }
       }

@@ -19,9 +19,22 @@ __device__ constexpr int entry_of_g(int i, int j) {
   return row == column ? row : N - 1 + row * N - row * (row + 1) / 2 + column - row;
 }
 
+// In what units the columns g, g + 8 and so on of a lane are, where all of phi has to be known before it is cut: each
+// column of a warp has its own, from its slices that have been added. Beside bfloat16 and float32 streams units are 1.
+template <class S>
+struct Units {
+  static constexpr bool kAreOne = true;
+
+  template <class Phi>
+  __device__ void add(const Phi&) {}
+  __device__ void find() {}
+  template <class Phi>
+  __device__ void cut(const Phi&) const {}
+};
+
 // A fragments of phi transposed, with phi = high + low, for 16 rows of phi: 8 channels of two streams. Groups of 8
 // columns come in pairs, a fragment for their high parts and one for their low ones; a group that is left has a
-// fragment for both.
+// fragment for both. Before phi is cut its numbers lie there, in place of the parts of two the first and the second.
 template <class S>
 struct Slice {
   static constexpr int kStreams = 2, kFragments = kColumnGroups;
@@ -29,34 +42,95 @@ struct Slice {
 
   // at: this lane's words, columns g, g + 8 and so on of two rows each.
   __device__ static Slice read(u32 at, u32 row_bytes, u32 stream_bytes) {
-    u32 high[kFragments][2], low[kFragments][2];
+    u32 words[kFragments][4];
 #pragma unroll
     for (int c = 0; c < kFragments; ++c) {
+      const bool is_left = c % 2 == 0 && c + 1 == kFragments;
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
-        const u32 word = at + s * stream_bytes + 8 * c * 4;
-        u32 parts[2];
-        split(read_float(word), read_float(word + row_bytes), parts);
-        high[c][s] = parts[0];
-        low[c][s] = parts[1];
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+          u32& word = words[is_left ? c : c / 2 * 2 + row][2 * s + (is_left ? row : c % 2)];
+          word = read1(at + s * stream_bytes + 8 * c * 4 + row * row_bytes);
+        }
       }
     }
     Slice slice;
 #pragma unroll
-    for (int c = 0; c < kFragments; c += 2) {
-      if (c + 1 < kFragments) {
-        slice.fragments[c] = {high[c][0], high[c + 1][0], high[c][1], high[c + 1][1]};
-        slice.fragments[c + 1] = {low[c][0], low[c + 1][0], low[c][1], low[c + 1][1]};
-      } else {
-        slice.fragments[c] = {high[c][0], low[c][0], high[c][1], low[c][1]};
-      }
+    for (int f = 0; f < kFragments; ++f)
+      slice.fragments[f] = {words[f][0], words[f][1], words[f][2], words[f][3]};
+    if constexpr (Units<S>::kAreOne) {
+      slice.for_pairs([](u32& a, u32& b, int) {
+        u32 parts[2];
+        split(__uint_as_float(a), __uint_as_float(b), parts);
+        a = parts[0], b = parts[1];
+      });
     }
     return slice;
+  }
+  // Calls `use(a, b, c)` for two numbers of a column of group c, which its parts take the place of.
+  template <class Use>
+  __device__ void for_pairs(Use use) {
+#pragma unroll
+    for (int c = 0; c < kFragments; c += 2) {
+      uint4& first = fragments[c];
+      if (c + 1 < kFragments) {
+        uint4& second = fragments[c + 1 < kFragments ? c + 1 : c];
+        use(first.x, second.x, c), use(first.y, second.y, c + 1);
+        use(first.z, second.z, c), use(first.w, second.w, c + 1);
+      } else {
+        use(first.x, first.y, c), use(first.z, first.w, c);
+      }
+    }
   }
   __device__ static void keep_whole(uint4&) {}
 };
 
-__device__ inline void mma(float (&d)[4], uint4 a, uint2 b) { mma(d, a.x, a.y, a.z, a.w, b); }
+// float16 has too little range for the parts of phi: the unit of a column is a power of two, by its largest number
+// (`half_unit`). The streams themselves are one part.
+template <>
+struct Units<f16> {
+  static constexpr bool kAreOne = false;
+  u32 largest[kColumnGroups] = {};  // magnitudes of this lane's numbers, until units are found
+  u32 exponents = 0;                // a byte each
+  static_assert(kColumnGroups <= 4, "bytes of a word");
+
+  __device__ void add(Slice<f16>& phi) {
+    phi.for_pairs([&](u32& a, u32& b, int c) {
+      largest[c] = max(largest[c], max(a & 0x7fffffff, b & 0x7fffffff));
+    });
+  }
+  __device__ void find() {
+#pragma unroll
+    for (int c = 0; c < kColumnGroups; ++c) {
+      u32 most = largest[c];
+      most = max(most, __shfl_xor_sync(kAllLanes, most, 1));
+      most = max(most, __shfl_xor_sync(kAllLanes, most, 2));
+      exponents |= __float_as_uint(half_unit(most)) >> 23 << 8 * c;
+    }
+  }
+  __device__ float operator[](int c) const {
+    return __uint_as_float((exponents >> 8 * c & 255) << 23);
+  }
+  __device__ void cut(Slice<f16>& phi) const {
+    phi.for_pairs([&](u32& a, u32& b, int c) {
+      const float scale = inverse_of_unit((*this)[c]);
+      u32 parts[2];
+      split_halves(__uint_as_float(a) * scale, __uint_as_float(b) * scale, parts);
+      a = parts[0], b = parts[1];
+    });
+  }
+};
+
+// A sum of products with a column of group c in these units.
+template <class S>
+__device__ inline float times_unit(float sum, const Units<S>& units, int c) {
+  if constexpr (Units<S>::kAreOne) {
+    return sum;
+  } else {
+    return sum * units[c];
+  }
+}
 
 // The products with phi of 8 tokens as the tensor cores leave them: their rows are those of a `Slice`.
 template <class S>
@@ -69,23 +143,23 @@ struct Sums {
     for (int part = 0; part < 2; ++part) {
 #pragma unroll
       for (int f = part; f < kColumnGroups; f += 2) {
-        mma(sums[f / 2], phi.fragments[f], {x[first], x[first + 1]});
+        mma_of<S>(sums[f / 2], phi.fragments[f], {x[first], x[first + 1]});
       }
     }
   }
 
-  template <int ROW_BYTES>
-  __device__ void store(u32 at, int lane) const {
+  template <int ROW_BYTES, class T>
+  __device__ void store(u32 at, int lane, const Units<T>& units) const {
     const int g = lane / 4, q = lane % 4;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const u32 row = at + (2 * q + e) * ROW_BYTES + 4 * g;
 #pragma unroll
       for (int c = 0; c < kColumnGroups; c += 2) {
-        const float upper = sums[c / 2][e], lower = sums[c / 2][2 + e];
         const bool is_pair = c + 1 < kColumnGroups;
-        write_float(row + 32 * c, is_pair ? upper : upper + lower);
-        if (is_pair) write_float(row + 32 * (c + 1), lower);
+        const float upper = sums[c / 2][e], lower = sums[c / 2][2 + e];
+        write_float(row + 32 * c, times_unit(is_pair ? upper : upper + lower, units, c));
+        if (is_pair) write_float(row + 32 * (c + 1), times_unit(lower, units, c + 1));
       }
     }
   }
@@ -98,7 +172,9 @@ struct Squares {
 
   __device__ void add(const u32 (&x)[N]) {
 #pragma unroll
-    for (int j = 0; j < N; j += 2) mma(sums, {x[j], 0, x[j + 1], 0}, {x[j], x[j + 1]});
+    for (int j = 0; j < N; j += 2) {
+      mma_of<S>(sums, {x[j], 0, x[j + 1], 0}, {x[j], x[j + 1]});
+    }
   }
 
   template <int ROW_BYTES>
@@ -134,7 +210,7 @@ struct Products {
 #pragma unroll
     for (int n = 0; n < All::kNum; ++n) {
       const int i = All::kAll[n][0], j = All::kAll[n][1], k = All::kAll[n][2];
-      mma(sums[n], {x[i], x[j], y[i], y[j]}, {x[k], y[k]});
+      mma_of<S>(sums[n], {x[i], x[j], y[i], y[j]}, {x[k], y[k]});
     }
   }
 

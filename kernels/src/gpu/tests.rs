@@ -337,10 +337,13 @@ fn post_pre_reads_the_streams_once_where_a_kernel_does() {
     for c in [288, 2080, 4096] {
         assert_eq!(functions(&H100, DType::F32, c), pre_once);
     }
+    for c in [512, 4096, 6144] {
+        assert_eq!(functions(&H100, DType::F16, c), pre_once);
+    }
     for (device, dtype, c) in [
         (L4, DType::Bf16, 4096),
         (L4, DType::F32, 4096),
-        (H100, DType::F16, 4096),
+        (H100, DType::F16, 4100),
         (H100, DType::F32, 4128),
         (H100, DType::F32, 2064),
         (H100, DType::Bf16, 4100),

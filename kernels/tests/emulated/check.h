@@ -37,6 +37,7 @@ float* floats(size_t num, Make make) {
 }
 inline void set(u16& value, float v) { value = to_bf16(v); }
 inline void set(bf16& value, float v) { value.bits = to_bf16(v); }
+inline void set(f16& value, float v) { value.bits = to_f16(v); }
 inline void set(float& value, float v) { value = v; }
 template <class T = u16>
 T* streams(size_t num) {
@@ -70,9 +71,14 @@ struct Error {
     if (!(error <= limit)) fail("too large an error");
   }
 };
-// One rounding to bfloat16, and sums of products in float16 or in bfloat16 parts; everything in float32.
-constexpr double kRoundingError = 1.8e-3, kProductsError = 3e-4, kFloatError = 1e-5;
+// One rounding to bfloat16 or to float16, and sums of products in float16 or in bfloat16 parts; everything in float32.
+constexpr double kRoundingError = 1.8e-3, kHalfRoundingError = kRoundingError / 8;
+constexpr double kProductsError = 3e-4, kFloatError = 1e-5;
 constexpr double kFloat32Error = 3e-7;
+// The one of three for the dtype of the streams.
+constexpr double of_stream(double of_bf16, double of_f16, double of_f32) {
+  return std::is_same_v<STREAM, float> ? of_f32 : std::is_same_v<STREAM, f16> ? of_f16 : of_bf16;
+}
 
 // A call: the width, tokens, clusters, and whether the cotangent of the streams is deferred, or which of some kernels it
 // is; the seed of the order in which warps go on; and whether float64 gets another phi than the kernel, which has to be

@@ -94,7 +94,9 @@ int main(int, char** argv) {
   Stream *x = streams<Stream>(num * N), *y = streams<Stream>(num);
   x_new = guarded<Stream>(num * N), u = guarded<Stream>(num);
   const auto any = [](size_t) { return normal(); };
-  phi = floats(size_t(N) * hidden * K, [](size_t) { return .02f * normal(); });
+  // Some columns are small beside the others.
+  const auto scale_of = [](int k) { return k % 4 == 3 ? 0x1p-20f : 1.f; };
+  phi = floats(size_t(N) * hidden * K, [&](size_t i) { return .02f * scale_of(i % K) * normal(); });
   alpha = floats(3, [](size_t i) { return .3f + .1f * i; });
   bias = floats(K, any), h_post_in = floats(size_t(tokens) * N, any);
   h_res_in = floats(size_t(tokens) * N * N, any);
@@ -114,9 +116,8 @@ int main(int, char** argv) {
   }
   sizes.spoil(phi);
 
-  constexpr bool kIsFloat = sizeof(Stream) == 4;
-  constexpr double kStreamError = kIsFloat ? 1e-6 : kRoundingError;
-  constexpr double kSumsError = kIsFloat ? 2e-6 : kFloatError;
+  constexpr double kStreamError = of_stream(kRoundingError, kHalfRoundingError, 1e-6);
+  constexpr double kSumsError = of_stream(kFloatError, 1e-6, 2e-6);
   Error of_u{"u", kStreamError}, of_x_new{"x_new", kStreamError}, of_m{"m", kSumsError};
   Error of_r{"r", kSumsError}, of_h{"h", kSumsError}, of_rho{"rho", kSumsError};
   of_x_new.add(1, 1), of_rho.add(1, 1);
@@ -144,7 +145,7 @@ int main(int, char** argv) {
     for (int k = 0; k < K; ++k) {
       double sum = 0;
       for (int i = 0; i < N * hidden; ++i) sum += own[i] * phi[size_t(i) * K + k];
-      of_m.add(m[t * K + k], norm * sum);
+      of_m.add(m[t * K + k] / scale_of(k), norm * sum / scale_of(k));
       z[k] = double(alpha[(k >= N) + (k >= 2 * N)]) * norm * sum + bias[k];
     }
     mix(z + 2 * N, mixed);

@@ -17,11 +17,11 @@ use tuning::FILES;
 
 /// Compiles a check of a kernel of kernels/device in one size and dtype.
 fn build(check: &str, file: &str, size_name: &str, dtype: &str) -> PathBuf {
-    let mut files = FILES.iter();
-    let file = files.find(|known| known.path == file && known.dtypes.contains(&dtype));
-    let file = file.unwrap();
-    let sizes = file.sizes();
-    let size = sizes.iter().find(|size| size.name == size_name).unwrap();
+    let rows = FILES
+        .iter()
+        .filter(|row| row.path == file && row.dtypes.contains(&dtype));
+    let mut sizes = rows.flat_map(|row| row.sizes().into_iter().map(move |size| (row, size)));
+    let (file, size) = sizes.find(|(_, size)| size.name == size_name).unwrap();
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR"))
         .join("emulated")
         .join(format!("{check}_{size_name}_{dtype}"));
@@ -94,6 +94,9 @@ fn forward() {
         ("w256k32", 256, "bf16"),
         ("n2w512", 512, "bf16"),
         ("n2w1024", 1024, "bf16"),
+        ("w256", 256, "f16"),
+        ("w512", 512, "f16"),
+        ("w512k8", 512, "f16"),
         ("w256", 256, "f32"),
         ("w256k8", 256, "f32"),
     ];
@@ -111,6 +114,9 @@ fn pre_bwd() {
         ("w320k32", 320, "bf16"),
         ("w384k32", 384, "bf16"),
         ("n2w512", 512, "bf16"),
+        ("w256", 256, "f16"),
+        ("w512", 512, "f16"),
+        ("w512k8", 512, "f16"),
         ("w256", 256, "f32"),
         ("w256k8", 256, "f32"),
     ];

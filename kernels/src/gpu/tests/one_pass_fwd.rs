@@ -35,6 +35,12 @@ const CASES: &[([usize; 2], Constraint, &str, u32)] = &[
     ([2, 2048], Constraint::Birkhoff, "n2w1024_bf16", 2),
     ([2, 6080], Constraint::None, "n2w1024_bf16", 6),
     ([2, 16384], Constraint::Birkhoff, "n2w1024_bf16", 16),
+    ([4, 512], Constraint::Birkhoff, "w256_f16", 2),
+    ([4, 2624], Constraint::None, "w384_f16", 7),
+    ([4, 4096], Constraint::Birkhoff, "w256_f16", 16),
+    ([4, 7168], Constraint::None, "w512_f16", 14),
+    ([4, 8128], Constraint::Birkhoff, "w512_f16", 16),
+    ([4, 1088], Constraint::Identity, "w512k8_f16", 3),
     ([4, 512], Constraint::Birkhoff, "w256_f32", 2),
     ([4, 1184], Constraint::None, "w256_f32", 5),
     ([4, 4096], Constraint::Birkhoff, "w256_f32", 16),
@@ -45,8 +51,9 @@ const CASES: &[([usize; 2], Constraint, &str, u32)] = &[
 #[test]
 fn forward_calls_run_one_kernel_of_a_size_for_their_width() {
     for &(sizes, constraint, size, cluster) in CASES {
-        let is_wide = size.ends_with("_f32");
-        let dtype = if is_wide { DType::F32 } else { DType::Bf16 };
+        let mut dtypes = DType::ALL.into_iter();
+        let dtype = dtypes.find(|dtype| size.ends_with(&format!("_{}", dtype.short_name())));
+        let dtype = dtype.unwrap();
         for (kind, has_norm, function) in [
             (Call::PreFwd, false, "pre_fwd_one_pass"),
             (Call::PreFwd, true, "pre_norm_fwd_one_pass"),

@@ -63,7 +63,6 @@ impl Random {
         let is_once = self.below(3) == 0;
         let dtype = match kind {
             Call::SinkhornFwd | Call::SinkhornBwd => DType::F32,
-            _ if is_once => self.of(&[DType::Bf16, DType::F32]),
             _ => self.of(&[DType::F32, DType::Bf16, DType::F16]),
         };
         let n = if is_once {

@@ -245,6 +245,31 @@ mod tests {
     }
 
     #[test]
+    fn float16_streams_have_a_geometry() {
+        let geometry = |c, columns| geometry_of(DType::F16, [STREAMS, c, columns]);
+        for c in (512 + LINE..=8192).step_by(LINE) {
+            let (channels, cluster) = geometry(c, COLUMNS).unwrap();
+            assert!(channels * cluster >= c, "{c}");
+            assert_eq!(geometry(c, 8), Some((512, c.div_ceil(512))));
+        }
+        assert_eq!(geometry(512, 8), None);
+        assert_eq!(geometry(256, COLUMNS), None);
+        assert_eq!(geometry(1024, 32), None);
+        // Those that tests on a GPU have (tests/test_cuda.py).
+        for (c, expected) in [
+            (576, (256, 3)),
+            (1024, (256, 4)),
+            (2624, (384, 7)),
+            (4096, (256, 16)),
+            (5440, (384, 15)),
+            (7232, (512, 15)),
+            (8192, (512, 16)),
+        ] {
+            assert_eq!(geometry(c, COLUMNS), Some(expected), "{c}");
+        }
+    }
+
+    #[test]
     fn two_streams_have_a_geometry() {
         let geometry = |c, columns| geometry_of(DType::Bf16, [2, c, columns]);
         for c in (512 + LINE..=8192).step_by(LINE) {
@@ -315,7 +340,7 @@ mod tests {
 
     #[test]
     fn owners_have_room_for_what_all_blocks_send() {
-        let dtypes = [DType::Bf16, DType::F32].into_iter();
+        let dtypes = [DType::Bf16, DType::F16, DType::F32].into_iter();
         let all = dtypes.flat_map(|dtype| CHANNELS.iter().map(move |size| (size, dtype)));
         for (size, dtype) in all {
             let Some(kernel) = Kernel::find("pre_bwd_one_pass", size, dtype) else {
