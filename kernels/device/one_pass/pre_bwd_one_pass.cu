@@ -274,7 +274,9 @@ __device__ inline void load_tiles(const Block& block, const Args& args) {
 // <d_u, X[i]> of token lane / 4 in float32 streams, of the boxes of a warp; the same in four neighbouring lanes.
 template <int WARPS>
 __device__ inline void multiply_boxes(float (&dots)[4], u32 stage, int warp) {
-  // Neighbouring rows begin in different halves, for all banks to be read at once. Asked for again for each tile.
+  // Neighbouring rows begin in different halves, for all banks to be read at once. The halves have sums of their own,
+  // which are the same in either order. The place is asked for again for each tile.
+  float halves[2][N] = {};
   const u32 lane = lane_id(), row = lane / 4, at = swizzled(row, lane % 4 + row % 2 * 4);
 #pragma unroll 1
   for (int box = 0; box < kBoxes / WARPS; ++box) {
@@ -288,12 +290,12 @@ __device__ inline void multiply_boxes(float (&dots)[4], u32 stage, int warp) {
         float x[4];
         read_floats(x, from + i * kPlaneBytes);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) dots[i] += d_u[e] * x[e];
+        for (int e = 0; e < 4; ++e) halves[half][i] += d_u[e] * x[e];
       }
     }
   }
 #pragma unroll
-  for (float& dot : dots) dot = sum_of_four(dot);
+  for (int i = 0; i < N; ++i) dots[i] = sum_of_four(halves[0][i] + halves[1][i]);
 }
 
 // <d_u, X[i]> is the diagonal of the product of both tiles. A dot warp has some units of every box, and h_res of some
