@@ -551,6 +551,10 @@ struct Owner {
     for (int j = 0; j < N; ++j)
       d_h = fmaf(token.h_res[j], __shfl_sync(kAllLanes, dot, of_token + j), d_h);
     const float d_z = is_pre ? d_h * d_sigmoid : token.d_z[0];
+    // Chosen here, and added once the reply is on its way: ptxas of CUDA 12 chose it there by a register that lanes without
+    // a part of the reply had not set (256 channels and 8 columns).
+    float counted = counts ? d_z : 0.f;
+    keep(counted);
 
     const float dm = is_pre ? alpha * d_z : 0.f;
     float dm_dot_m = dm * token.m[0];
@@ -584,7 +588,7 @@ struct Owner {
     __syncwarp();
     if (has_token(own)) send_reply(own, at, block.barrier(kRepliesFull, stage));
     __syncwarp();
-    if (counts) sums[0].add(d_z, token.m[0]);
+    sums[0].add(counted, token.m[0]);
     if constexpr (kOctets == 4) ahead = load(next);
   }
 
