@@ -119,12 +119,14 @@ const fn row(
 }
 
 /// Streams: numbers with code of their own, then bounds for the others and for rows that are not aligned.
-pub const STREAMS: &[Size] = &[N2, N4, N8, UP_TO_4, UP_TO_8, bound("any", 16)];
+pub const STREAMS: &[Size] = &[N2, N4, N8, UP_TO_4, UP_TO_8, ANY];
+const BOUNDS: &[Size] = &[UP_TO_4, UP_TO_8, ANY];
 const N2: Size = exact("n2", 2);
 const N4: Size = exact("n4", 4);
 const N8: Size = exact("n8", 8);
 const UP_TO_4: Size = bound("upto4", 4);
 const UP_TO_8: Size = bound("upto8", 8);
+const ANY: Size = bound("any", 16);
 
 /// Columns of phi, in groups of 8.
 pub const OCTETS: &[Size] = &[K8, K24, K32, K80, ANY_OCTETS];
@@ -196,11 +198,13 @@ pub const FILES: &[File] = &[
         row("pre_bwd",   STREAMS, [8, 0, 288, 0], &[]),
         row("sum_gates", STREAMS, [0, 0,  32, 0], &[]),
     ] },
-    // `channels` are those of a block.
-    File { path: "two_pass/norm", dtypes: ALL, target: Target::Every, more: &["channels"], kernels: &[
-        row("norm_fwd",       STREAMS, [1, 0, 256, 0], &[0]),
-        row("norm_bwd",       STREAMS, [1, 0, 256, 0], &[0]),
-        row("sum_norm_scale", STREAMS, [0, 0, 256, 0], &[32]),
+    // `channels` are those of a block; `bytes` those that a thread has of a stream.
+    File { path: "two_pass/norm", dtypes: ALL, target: Target::Every, more: &["channels", "bytes"], kernels: &[
+        row("norm_fwd",       STREAMS,   [1, 0,  256, 0], &[ 0,  0]),
+        row("norm_bwd",       BOUNDS,    [1, 0,  256, 0], &[ 0,  0]),
+        row("norm_bwd_once",  &[N2, N4], [1, 0, 1024, 0], &[ 0, 16]),
+        row("norm_bwd_once",  &[N8],     [1, 0, 1024, 0], &[ 0,  8]),
+        row("sum_norm_scale", STREAMS,   [0, 0,  256, 0], &[32,  0]),
     ] },
     // `tiles` are those that a block has at once, `channels` and `octets` those of a warp, `blocks` run at once on a
     // multiprocessor with 16-bit streams. `streams` are what warps that mix them expect; 0 for any number.

@@ -303,6 +303,22 @@ def test_a_norm_at_widths_that_clusters_of_blocks_share(op, hidden, tokens):
     check(op, Case((tokens,), 4, hidden, 3.0, norm=True), "bfloat16")
 
 
+# Streams, channels and dtype: of a row a thread has a part, the last warp has few of them, or a row
+# has more parts than a block has threads.
+NORM_ROWS = [
+    (2, 8, "float32"), (2, 8192, "bfloat16"), (4, 264, "float16"), (4, 1000, "bfloat16"),
+    (4, 4096, "float32"), (4, 8200, "bfloat16"), (8, 520, "float32"), (8, 1032, "bfloat16"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", [1, 1061])
+@pytest.mark.parametrize("streams, hidden, dtype", NORM_ROWS)
+def test_a_norm_beforehand(streams, hidden, dtype, tokens):
+    """With fewer and with more tokens than the norm's backward pass has blocks."""
+    poison()
+    check("pre", Case((tokens,), streams, hidden, 3.0, norm=True), dtype)
+
+
 @pytest.mark.parametrize("op", ["pre", "post_pre"])
 @pytest.mark.parametrize("hidden", [512, 2560, 264])
 def test_a_norm_scale_with_zeros(op, hidden):

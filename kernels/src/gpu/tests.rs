@@ -484,7 +484,7 @@ fn pre_takes_two_streams_and_float32_back_in_one_pass() {
         functions_of(example, &H100)
     };
     let once = ["logits_bwd", "pre_bwd_one_pass", "sum_gradients"];
-    let norm = ["norm_bwd", "sum_norm_scale"];
+    let norm = ["norm_bwd_once", "sum_norm_scale"];
     for (dtype, n) in [(DType::Bf16, 2), (DType::F32, 4)] {
         for constraint in [Constraint::Birkhoff, Constraint::None] {
             assert_eq!(functions(dtype, n, constraint, false), once);
@@ -515,8 +515,14 @@ fn the_norm_is_in_the_kernels_that_read_the_streams_once() {
     let pre = ["project", "pre_fwd", "norm_fwd"];
     assert_eq!(functions(&L4, Call::PreFwd, 4096), pre);
     assert_eq!(functions(&L4, Call::PostPreFwd, 4096)[1..], pre);
-    let before = ["norm_bwd", "sum_norm_scale"];
-    assert_eq!(functions(&L4, Call::PreBwd, 4096)[..2], before);
+    for (c, function) in [
+        (4096, "norm_bwd_once"),
+        (8200, "norm_bwd"),
+        (4095, "norm_bwd"),
+    ] {
+        let before = [function, "sum_norm_scale"];
+        assert_eq!(functions(&L4, Call::PreBwd, c)[..2], before);
+    }
     for c in [4096, 2560, 6144, 7168] {
         assert_eq!(functions(&H100, Call::PreFwd, c), ["pre_norm_fwd_one_pass"]);
         assert_eq!(

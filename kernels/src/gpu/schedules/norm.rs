@@ -1,16 +1,25 @@
 //! Launches around those of pre and of post_pre where the layer's input is normalised (norm.cu).
 
-use super::sizes::kernel;
+use super::sizes::{self, find_kernel, kernel};
 use crate::contract::check::CheckedCall;
+use crate::gpu::kernel::Kernel;
 use crate::gpu::launch::{Arg, Launch};
+use crate::gpu::tuning::STREAMS;
 use crate::gpu::workspace::{Part, Workspace};
 
-/// Blocks of a backward pass, each with a sum over its tokens; a number that no GPU has a say in.
-pub const MAX_BLOCKS: usize = 512;
+/// The most blocks of a backward pass, each with a sum over its tokens, and the channels of the tokens that they have at
+/// once: as many as an H200 has threads for, 8 channels each. Numbers that no GPU has a say in.
+const MAX_BLOCKS: usize = 1056;
+const MAX_CHANNELS: usize = 132 * 1024 * 8;
 
 /// du, in the dtype of the streams, which a backward pass keeps in the workspace.
 pub fn d_u(call: &CheckedCall) -> Part {
     Part::bytes_per_token(call.norm_width * call.dtype.num_bytes())
+}
+
+/// Blocks of a backward pass for any number of tokens.
+pub fn max_blocks(call: &CheckedCall) -> usize {
+    (MAX_CHANNELS / call.c.max(1)).clamp(1, MAX_BLOCKS)
 }
 
 /// Sums of `rows` blocks or clusters for the gradient of norm_scale.
@@ -47,9 +56,13 @@ pub fn backward(
         let given = ["d_u", "d_h_pre"].map(|name| call.operand_address(name));
         return (given, vec![]);
     }
-    let [d_sum, d_w, d_h_pre] = [d_u(call), sums(call, MAX_BLOCKS), Part::per_token(call.n)]
-        .map(|part| workspace.take(part));
-    let blocks = call.tokens.min(MAX_BLOCKS);
+    let [d_sum, d_w, d_h_pre] = [
+        d_u(call),
+        sums(call, max_blocks(call)),
+        Part::per_token(call.n),
+    ]
+    .map(|part| workspace.take(part));
+    let blocks = call.tokens.min(max_blocks(call));
     let mut args = vec![Arg::Pointer(x)];
     let names = ["alpha", "bias", "m", "norm_scale", "rho", "d_u", "d_h_pre"];
     args.extend(names.map(|name| Arg::Pointer(call.operand_address(name))));
@@ -63,11 +76,23 @@ pub fn backward(
         Arg::Layout(call.layout.into()),
         Arg::Settings(call.config.into()),
     ]);
-    let launches = vec![
-        kernel(call, "norm_bwd").launch([blocks, 1, 1], args),
-        sum(call, d_w, blocks),
-    ];
+    let launches = vec![backward_launch(call, blocks, args), sum(call, d_w, blocks)];
     ([d_sum, d_h_pre], launches)
+}
+
+/// The launch with a thread for every part of a row, where the row has so few.
+fn backward_launch(call: &CheckedCall, blocks: usize, args: Vec<Arg>) -> Launch {
+    let once = find_kernel(call, "norm_bwd_once").and_then(|kernel| {
+        let parts = (call.c * call.dtype.num_bytes()).div_ceil(kernel.more("bytes"));
+        (parts <= kernel.threads()).then(|| Launch {
+            block: parts.next_multiple_of(32) as u32,
+            ..kernel.launch([blocks, 1, 1], args.clone())
+        })
+    });
+    once.unwrap_or_else(|| {
+        let size = sizes::bound_of(STREAMS, call.n);
+        Kernel::of("norm_bwd", size, call.dtype).launch([blocks, 1, 1], args)
+    })
 }
 
 /// The gradient of norm_scale from `rows` sums at `d_w`.

@@ -118,7 +118,7 @@ fn floats(call: &CheckedCall, launch: &Launch) -> Vec<(usize, usize)> {
             (6, blocks * n * n),
         ],
         "norm_fwd" => vec![(0, streams(tokens * n * c))],
-        "norm_bwd" => vec![
+        "norm_bwd" | "norm_bwd_once" => vec![
             (0, streams(tokens * n * c)),
             (8, streams(tokens * c)),
             (9, blocks * c),

@@ -11,9 +11,6 @@ use crate::gpu::schedules::{Schedule, norm, sizes};
 use crate::gpu::tuning::NARROW;
 use crate::gpu::workspace::{Part, Workspace};
 
-/// Channels from which on blocks with the norm are so large that half as many fill a GPU.
-const WIDE: usize = 2049;
-
 /// The logits' gradients beforehand, then X' and its gradient in one pass, then the sums for the parameters.
 pub const POST_PRE_BACKWARD: Schedule = Schedule {
     name: "one pass",
@@ -122,18 +119,13 @@ fn norm_backward(call: &CheckedCall, workspace: &mut dyn Workspace) -> (u64, Vec
         return (call.operand_address("d_u"), vec![]);
     }
     let d_u = workspace.take(norm::d_u(call));
-    let d_w = workspace.take(norm::sums(call, norm::MAX_BLOCKS));
+    let d_w = workspace.take(norm::sums(call, norm::max_blocks(call)));
     let kernel = Kernel::of(
         "post_pre_norm_bwd",
         sizes::streams(call.n, true),
         call.dtype,
     );
-    let most = if call.c < WIDE {
-        norm::MAX_BLOCKS
-    } else {
-        norm::MAX_BLOCKS / 2
-    };
-    let blocks = call.tokens.min(most);
+    let blocks = call.tokens.min(norm::max_blocks(call));
     let names = [
         "x",
         "y",
