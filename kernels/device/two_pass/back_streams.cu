@@ -54,17 +54,56 @@ struct Operands {
   __device__ static int stream(int row) { return row % N; }
   __device__ static int first(int row, int block) { return block + row / N * kChannels; }
   __device__ int end(int row) const { return EXACT || stream(row) < n ? hidden : 0; }
+};
 
-  // 8 channels of `streams` of a token, from `at` on. Behind the last channel of an exact size they are others:
-  // nobody needs what comes of them.
-  template <bool ALIGNED>
-  __device__ void load(Pack<Stream, 8>& pack, const Stream* streams, int stream, int at,
-                       int end) const {
-    if constexpr (EXACT) {
-      ::load<true>(pack, streams + (stream * hidden + min(at, hidden - 8)), 0, 1);
-    } else {
-      ::load<ALIGNED>(pack, streams + stream * hidden, at, end);
+// PIECES of 8 channels of a stream on their way to registers.
+template <bool ALIGNED, int PIECES>
+struct Part {
+  Pack<Stream, 8> packs[PIECES];
+
+  // From `at` on in the row at `row` of a token, from which on there are so many values. Behind the last channel of an
+  // exact size they are others: nobody needs what comes of them. The result is for `get`.
+  __device__ u32 load(const Stream* token, long long, int row, int at, int end) {
+#pragma unroll
+    for (int p = 0; p < PIECES; ++p, at += 8) {
+      if constexpr (EXACT) {
+        ::load<true>(packs[p], token + (row + min(at, end - 8)), 0, 1);
+      } else {
+        ::load<true>(packs[p], token + row, at, end);
+      }
     }
+    return 0;
+  }
+  __device__ Pack<Stream, 8> get(int piece, u32, int) const { return packs[piece]; }
+};
+// Where rows are not aligned it is the 16-byte words that they lie in, without a branch, so that all are on their way at
+// once, and the byte of these where the channels begin.
+template <int PIECES>
+struct Part<false, PIECES> {
+  uint4 words[PIECES + 1];
+
+  __device__ u32 load(const Stream* token, long long num, int row, int at, int) {
+    const u64 first = u64(token + (row + at)), last = u64(token + num) - 1;
+#pragma unroll
+    for (int w = 0; w <= PIECES; ++w) {
+      words[w] = *reinterpret_cast<const uint4*>(min(first + 16 * w, last) & ~u64(15));
+    }
+    return first % 16;
+  }
+  // Zeros behind so many channels.
+  __device__ Pack<Stream, 8> get(int piece, u32 shift, int channels) const {
+    const uint4 &low = words[piece], &high = words[piece + 1];
+    u32 window[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    Pack<Stream, 8> pack;
+    shift_words(pack.words, window, shift);
+    if (channels < 8) {
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const int left = channels - 2 * w;
+        pack.words[w] = left > 1 ? pack.words[w] : left == 1 ? pack.words[w] & 0xffff : 0;
+      }
+    }
+    return pack;
   }
 };
 
@@ -72,27 +111,33 @@ struct Operands {
 // X 16 channels of the row g, from 16 q on; in this row the weights of the former.
 template <bool ALIGNED>
 struct Inputs {
-  Pack<Stream, 8> d_x_ins[2], d_u, xs[2];
+  Part<ALIGNED, 1> d_x_ins[2], d_u;
+  Part<ALIGNED, 2> x;
   float h_res[2], h_pre;
+  u32 shifts;  // 8 bits each of d_x_ins, d_u and x
 
   __device__ void load(const Operands& from, int any_token, int block) {
     const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     const long long token = min(any_token, from.tokens - 1), start = token * from.n * from.hidden;
+    const long long num = (from.tokens - token) * from.n * from.hidden;
     const float* h_of_token = from.h_res + token * from.n * from.n + from.stream(g);
+    shifts = x.load(from.x + start, num, from.stream(g) * from.hidden,
+                    from.first(g, block) + 16 * q, from.end(g))
+             << 24;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = 2 * q + r;
-      from.load<ALIGNED>(d_x_ins[r], from.d_x_in + start, from.stream(row),
-                         from.first(row, block) + 8 * g, from.end(row));
-      from.load<ALIGNED>(xs[r], from.x + start, from.stream(g),
-                         from.first(g, block) + 16 * q + 8 * r, from.end(g));
+      shifts |= d_x_ins[r].load(from.d_x_in + start, num, from.stream(row) * from.hidden,
+                                from.first(row, block) + 8 * g, from.end(row))
+                << 8 * r;
       const bool is_there = from.end(g) > 0 && from.end(row) > 0 && row / N == g / N;
       h_res[r] = is_there ? h_of_token[from.stream(row) * from.n] : 0.f;
     }
     d_u = {};
     if (q < kSets) {
-      from.load<ALIGNED>(d_u, from.d_u + token * from.hidden, 0, block + q * kChannels + 8 * g,
-                         from.hidden);
+      shifts |= d_u.load(from.d_u + token * from.hidden, num / from.n, 0,
+                         block + q * kChannels + 8 * g, from.hidden)
+                << 16;
     }
     h_pre = from.end(g) > 0 ? from.h_pre[token * from.n + from.stream(g)] : 0.f;
   }
@@ -106,6 +151,13 @@ struct Inputs {
     u32 h[2], own_h_pre[2];
     split(h_res[0], h_res[1], h);
     split(g / N == q ? h_pre : 0.f, 0.f, own_h_pre);
+    const auto get_in = [&](int r) {
+      const int row = 2 * q + r, channels = to.end(row) - to.first(row, block) - 8 * g;
+      return d_x_ins[r].get(0, shifts >> 8 * r & 15, channels);
+    };
+    const Pack<Stream, 8> first_in = get_in(0), second_in = get_in(1);
+    const Pack<Stream, 8> own_d_u =
+        d_u.get(0, shifts >> 16 & 15, to.hidden - block - q * kChannels - 8 * g);
     float values[2][8];
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
@@ -114,15 +166,16 @@ struct Inputs {
       };
       float mixed[4] = {};
       mma(mixed, h[0], h[1], own_h_pre[0], own_h_pre[1],
-          {pair_of_rows(d_x_ins[0].words[e / 2], d_x_ins[1].words[e / 2]),
-           pair_of_rows(d_u.words[e / 2], 0)});
+          {pair_of_rows(first_in.words[e / 2], second_in.words[e / 2]),
+           pair_of_rows(own_d_u.words[e / 2], 0)});
 #pragma unroll
       for (int r = 0; r < 2; ++r) values[r][e] = mixed[r] + mixed[2 + r];
     }
-    if (to.end(g) == 0 || tile * kTile + token >= to.tokens) return;
-    Stream* row = to.d_x + ((tile * kTile + token) * (long long)to.n + to.stream(g)) * to.hidden;
+    if (tile * kTile + token >= to.tokens || (ALIGNED && to.end(g) == 0)) return;
+    Pack<Stream, 8> results[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
+      const Pack<Stream, 8> own_x = x.get(r, shifts >> 24, 8);
 #pragma unroll
       for (int p = 0; p < 2; ++p) {
         const uint4 four = read4(products + place_of(token, g, 4 * q + 2 * r + p));
@@ -131,12 +184,34 @@ struct Inputs {
         for (int e = 0; e < 4; ++e) {
           float& value = values[r][4 * p + e];
           value += factors.y * __uint_as_float(words[e]);
-          value -= factors.x * xs[r][4 * p + e];
+          value -= factors.x * own_x[4 * p + e];
         }
       }
-      Pack<Stream, 8> result;
-      result.set(values[r]);
-      store<ALIGNED>(result, row, to.first(g, block) + 16 * q + 8 * r, to.end(g));
+      results[r].set(values[r]);
+      if (ALIGNED) {
+        Stream* row =
+            to.d_x + ((tile * kTile + token) * (long long)to.n + to.stream(g)) * to.hidden;
+        store<true>(results[r], row, to.first(g, block) + 16 * q + 8 * r, to.end(g));
+      }
+    }
+    if constexpr (!ALIGNED) {
+      // Neighbouring lanes store neighbouring channels: the token's products make room for them.
+      const u32 place = products + token * kTokenBytes;
+      Stream* const start = to.d_x + (tile * kTile + token) * (long long)to.n * to.hidden;
+      __syncwarp();
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const u32(&words)[4] = results[r].words;
+        write4(place + g * 128 + ((2 * q + r) ^ g) * 16, {words[0], words[1], words[2], words[3]});
+      }
+      __syncwarp();
+#pragma unroll 1
+      for (int row = 0; row < kRows; ++row) {
+        Pack<Stream, 2> pair;
+        pair.words[0] = read1(place + row * 128 + (lane / 4 ^ row) * 16 + lane % 4 * 4);
+        store<false>(pair, start + to.stream(row) * to.hidden, to.first(row, block) + 2 * lane,
+                     to.end(row));
+      }
     }
   }
 };
@@ -234,9 +309,11 @@ __device__ inline void project_back(const Operands& operands, const float* phi, 
   if (tile >= tiles) return;
   copy_dm(tile, 0);
   copy_dm(tile + step, 1);
-  Inputs<ALIGNED> inputs[kWarpTokens];
+  // As many tokens are on their way as there are registers for.
+  constexpr int kAhead = ALIGNED || N <= 4 ? kWarpTokens : 1;
+  Inputs<ALIGNED> inputs[kAhead];
 #pragma unroll
-  for (int t = 0; t < kWarpTokens; ++t) {
+  for (int t = 0; t < kAhead; ++t) {
     inputs[t].load(operands, tile * kTile + own_token + t, block);
   }
   Phi own_phi;
@@ -252,15 +329,18 @@ __device__ inline void project_back(const Operands& operands, const float* phi, 
     copy_dm(tile + 2 * step, buffer);
 #pragma unroll
     for (int t = 0; t < kWarpTokens; ++t) {
-      inputs[t].finish(operands, products_at(buffer), own_token + t, tile, block);
-      const int next = tile + step;
-      if (next < tiles) inputs[t].load(operands, next * kTile + own_token + t, block);
+      Inputs<ALIGNED>& own = inputs[t % kAhead];
+      own.finish(operands, products_at(buffer), own_token + t, tile, block);
+      const int next = tile + (t + kAhead) / kWarpTokens * step;
+      const int next_token = own_token + (t + kAhead) % kWarpTokens;
+      if (next < tiles) own.load(operands, next * kTile + next_token, block);
     }
   }
 }
 
-// Blocks at once on a multiprocessor. Earlier chips' kernels need more registers than there are for two.
-constexpr int kBlocks = __CUDA_ARCH__ >= 900 ? int(tuning_project_back_streams::blocks) : 1;
+// Blocks at once on a multiprocessor. Other chips' kernels need more registers than there are for two.
+constexpr bool kHasRegisters = __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200;
+constexpr int kBlocks = kHasRegisters ? int(tuning_project_back_streams::blocks) : 1;
 
 #define BACK(name, aligned)                                                               \
   KERNEL(name, kThreads, kBlocks)                                                         \
