@@ -135,7 +135,7 @@ __device__ inline void backward(const Backward& b, const Settings& settings) {
     }
     dots.add(own_dots, turn);
     // The cotangent of the lane's logit: that of h_pre is over d, until d is there.
-    float m, d_z;
+    float m = 0.f, d_z = 0.f;
     if (makes) {
       const u32 numbers = tiles.numbers(slot, token);
       const auto of_token = [&](int i) { return read_float(numbers + i * 4); };

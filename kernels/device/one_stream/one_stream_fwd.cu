@@ -110,7 +110,7 @@ __device__ inline void forward(const Forward& f, const Settings& settings) {
       tiles.fetch(tile + (kStages - 1) * gridDim.x, free, number);
     }
 
-    float m, r, z, s, h_pre, rho;
+    float m = 0.f, r = 0.f, z = 0.f, s = 0.f, h_pre = 0.f, rho = 0.f;
     if (makes) {
       const float sum = partials.total(0);
       const float squares = __shfl_sync(kAllLanes, sum, lane | kMostColumns * Sums::kLanes);
