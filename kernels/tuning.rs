@@ -159,6 +159,9 @@ const W512K32: Size = channels("w512k32", 512, 32);
 const N2W512: Size = two_streams("n2w512", 512);
 const N2W1024: Size = two_streams("n2w1024", 1024);
 
+/// The one of the kernels whose blocks have whole tokens.
+pub const ONE: Size = exact("n1", 1);
+
 /// Channels of a block without a cluster.
 pub const NARROW: &[Size] = &[W128, W128K32];
 const W128: Size = channels("w128", 128, 24);
@@ -369,6 +372,20 @@ pub const FILES: &[File] = &[
         row("post_pre_bwd_one_pass", &[W320K32], [8, 4, 512, 223_744], &[4, 2, 0, 1, 100]),
         row("post_pre_bwd_one_pass", &[W384K32], [8, 3, 512, 202_240], &[3, 2, 0, 2, 100]),
         row("post_pre_bwd_one_pass", &[N2W512],  [8, 5, 512, 221_696], &[3, 2, 1, 4, 100]),
+    ] },
+    // `threads` are those of a multiprocessor, too, whose blocks have so many together.
+    File { path: "one_stream/one_stream_fwd", dtypes: ALL, target: Target::Clusters, more: &[], kernels: &[
+        row("pre_fwd_one_stream",      &[ONE], [4, 3, 1024, 0], &[]),
+        row("post_pre_fwd_one_stream", &[ONE], [2, 3, 1024, 0], &[]),
+    ] },
+    // `wide_tokens` and `wide_stages` where a thread has two sets of channels, and phi is in shared memory.
+    File { path: "one_stream/one_stream_bwd", dtypes: ALL, target: Target::Clusters,
+           more: &["wide_tokens", "wide_stages"], kernels: &[
+        row("pre_bwd_one_stream",      &[ONE], [2, 4, 512, 0], &[1, 2]),
+        row("post_pre_bwd_one_stream", &[ONE], [2, 3, 512, 0], &[1, 2]),
+    ] },
+    File { path: "one_stream/sum_one_stream", dtypes: F32, target: Target::Clusters, more: &[], kernels: &[
+        row("sum_one_stream", &[ONE], [0, 0, 512, 0], &[]),
     ] },
     // `blocks` run at once on a multiprocessor.
     File { path: "one_pass/phi_bwd", dtypes: BF16, target: Target::Hopper, more: &["blocks"], kernels: &[

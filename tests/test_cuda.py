@@ -72,6 +72,7 @@ def dtypes_of(op):
 SHARED_CASE = Case((2053,), 4, 1024, 3.0)
 WIDE_CASE = Case((2053,), 4, 1280, 3.0)
 TWO_STREAMS_CASE = Case((2053,), 2, 2048, 3.0)
+ONE_STREAM_CASE = Case((2053,), 1, 2048, 3.0)
 STATIC_CASE = Case((2053,), 4, 1032, 3.0, static=True)
 
 OP_DTYPES = [(op, dtype) for op in (*KERNELS, "two_sublayers") for dtype in dtypes_of(op)]
@@ -216,7 +217,8 @@ def test_nothing_is_mixed_by_the_identity(dtype, streams, hidden):
 
 @pytest.mark.parametrize("op", ["pre", "post", "post_pre", "two_sublayers"])
 @pytest.mark.parametrize(
-    "streams, hidden", [(2, 264), (2, 576), (3, 264), (4, 264), (8, 264), (8, 65), (16, 264)]
+    "streams, hidden",
+    [(1, 1000), (1, 4104), (2, 264), (2, 576), (3, 264), (4, 264), (8, 264), (8, 65), (16, 264)],
 )
 @pytest.mark.parametrize("value", [np.inf, np.nan])
 def test_a_token_keeps_what_is_not_finite(op, streams, hidden, value):
@@ -430,7 +432,42 @@ def test_clusters_of_other_streams(streams, dtype, constraint, hidden, tokens):
     check("two_sublayers" if tokens == 205 else "pre", case, dtype)
 
 
+# One stream, whose tokens a block has whole: in threads with one set of channels or with two, with
+# warps that have few channels, and of every constraint.
+ONE_STREAM = (
+    ("bfloat16", "birkhoff", 256),
+    ("bfloat16", "none", 1000),
+    ("bfloat16", "permutations", 2048),
+    ("bfloat16", "identity", 2568),
+    ("bfloat16", "birkhoff", 4096),
+    ("bfloat16", "none", 8192),
+    ("float16", "birkhoff", 264),
+    ("float16", "identity", 5128),
+    ("float32", "none", 1028),
+    ("float32", "permutations", 2052),
+    ("float32", "birkhoff", 4096),
+)
+
+
+@pytest.mark.parametrize(
+    "op, tokens",
+    [
+        ("post_pre", 0), ("pre", 1), ("post_pre", 1), ("two_sublayers", 205),
+        ("pre", None), ("post_pre", None),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype, constraint, hidden", ONE_STREAM)
+def test_blocks_with_whole_tokens(dtype, constraint, hidden, op, tokens):
+    """With a norm where there is one token; so many, unless told, that slots are used again."""
+    poison()
+    config, norm = variant(constraint=constraint), tokens == 1
+    tokens = (1 << 24) // hidden + 5 if tokens is None else tokens
+    check(op, Case((tokens,), 1, hidden, 3.0, config, norm=norm), dtype)
+
+
 OWNED = (
+    (1, "bfloat16", "birkhoff", 2568),
+    (1, "float32", "none", 1028),
     *[(4, "bfloat16", *row) for row in (*rows(WHOLE_BLOCKS), ("birkhoff", 6656))],
     (2, "bfloat16", "birkhoff", 2624),
     *[(4, "float16", "birkhoff", hidden) for hidden in (2624, 4096, 8192)],
@@ -488,15 +525,18 @@ def test_a_wide_layer(dtype):
 
 @pytest.mark.parametrize("constraint", ["birkhoff", "identity"])
 @pytest.mark.parametrize(
-    "dtype, tokens, hidden",
+    "streams, dtype, tokens, hidden",
     [
-        ("float32", 205, 1024), ("float32", 4099, 2080), ("float32", 1021, 4096),
-        ("float16", 205, 1024), ("float16", 4099, 2624), ("float16", 1021, 4096),
+        (4, "float32", 205, 1024), (4, "float32", 4099, 2080), (4, "float32", 1021, 4096),
+        (4, "float16", 205, 1024), (4, "float16", 4099, 2624), (4, "float16", 1021, 4096),
+        (1, "float32", 4099, 2052), (1, "float16", 4099, 5128),
     ],
 )  # fmt: skip
-def test_streams_that_are_read_once_err_no_more_than_plain_jax(dtype, tokens, hidden, constraint):
-    """The gradients that tensor cores make, in the Euclidean norm."""
-    case = Case((tokens,), 4, hidden, config=variant(constraint=constraint))
+def test_streams_that_are_read_once_err_no_more_than_plain_jax(
+    streams, dtype, tokens, hidden, constraint
+):
+    """The gradients of the streams and of phi, in the Euclidean norm."""
+    case = Case((tokens,), streams, hidden, config=variant(constraint=constraint))
     operands, cotangents = arrays("pre", case, dtype)
     wanted = jax.tree.leaves(exact("pre", case.config, operands, cotangents)[1])
 
@@ -532,6 +572,7 @@ OP_DTYPE_CASES = [
     *[(op, "bfloat16", SHARED_CASE) for op in ("pre", "post_pre", "two_sublayers")],
     *[("pre", dtype, SHARED_CASE) for dtype in ("float16", "float32")],
     *[(op, "bfloat16", TWO_STREAMS_CASE) for op in ("pre", "post_pre", "two_sublayers")],
+    *[(op, "bfloat16", ONE_STREAM_CASE) for op in ("pre", "post_pre", "two_sublayers")],
     ("post_pre", "bfloat16", WIDE_CASE),
     *[(op, "bfloat16", STATIC_CASE) for op in ("post_pre", "two_sublayers")],
     *[("post_pre", dtype, case) for dtype in ("bfloat16", "float32") for case in MANY_COLUMNS],

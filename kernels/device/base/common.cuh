@@ -203,8 +203,8 @@ __device__ inline float warp_sum(float v) {
 }
 
 // One step of `warp_sums`: of 2 * HALF values a lane keeps the half that its bit says.
-template <int HALF>
-__device__ inline void halve(float (&values)[32], int lane) {
+template <int HALF, int NUM>
+__device__ inline void halve(float (&values)[NUM], int lane) {
   const bool upper = lane & HALF;
 #pragma unroll
   for (int v = 0; v < HALF; ++v) {

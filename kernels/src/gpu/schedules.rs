@@ -3,6 +3,7 @@
 mod collapse;
 mod norm;
 mod one_pass;
+mod one_stream;
 mod post;
 mod post_pre;
 mod sinkhorn;
@@ -28,20 +29,24 @@ pub struct Schedule {
 /// The schedules of a call. The first that takes it runs; the last takes every call.
 pub fn schedules(kind: Call) -> &'static [Schedule] {
     match kind {
-        Call::PreFwd => &[one_pass::FORWARD, two_pass::FORWARD],
+        Call::PreFwd => &[one_stream::FORWARD, one_pass::FORWARD, two_pass::FORWARD],
         Call::PreBwd => &[
             static_coefficients::PRE_BACKWARD,
+            one_stream::PRE_BACKWARD,
             one_pass::PRE_BACKWARD,
             two_pass::BACKWARD,
         ],
         Call::PostPreFwd => &[
             static_coefficients::POST_PRE_FORWARD,
+            one_stream::FORWARD,
             one_pass::FORWARD,
             post_pre::FORWARD,
         ],
         Call::PostPreBwd => &[
             static_coefficients::POST_PRE_BACKWARD,
             post_pre::STATIC_BACKWARD,
+            one_stream::POST_PRE_BACKWARD,
+            post_pre::ONE_STREAM_BACKWARD,
             one_pass::POST_PRE_BACKWARD,
             post_pre::ONE_PASS_BACKWARD,
             post_pre::TWO_PASS_BACKWARD,

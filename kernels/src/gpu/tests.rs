@@ -86,6 +86,7 @@ fn examples() -> Vec<(String, Example)> {
                 (8192, [4, 4096]),
                 (1000, [4, 2560]),
                 (1000, [2, 2048]),
+                (1000, [1, 2048]),
                 (16, [8, 100]),
                 (300, [8, 4096]),
                 (5, [16, 8]),
@@ -503,6 +504,64 @@ fn pre_takes_two_streams_and_float32_back_in_one_pass() {
     ] {
         let functions = functions(dtype, n, constraint, false);
         assert!(!functions.contains(&"pre_bwd_one_pass"));
+    }
+}
+
+#[test]
+fn one_stream_is_read_once_by_blocks_that_have_whole_tokens() {
+    let functions = |device: &Device, kind, dtype, sizes, constraint, with_norm| {
+        let config = Config {
+            constraint,
+            sinkhorn_iters: 200,
+            ..Config::default()
+        };
+        let example = Example::new(kind, dtype, 17, sizes, config);
+        let example = if with_norm {
+            example.with_norm()
+        } else {
+            example
+        };
+        functions_of(example, device)
+    };
+    for device in [H100, B200] {
+        for (dtype, c) in [
+            (DType::Bf16, 256),
+            (DType::Bf16, 8192),
+            (DType::F16, 1000),
+            (DType::F32, 4092),
+        ] {
+            for &constraint in Constraint::ALL {
+                let with_norm =
+                    |kind, norm| functions(&device, kind, dtype, [1, c], constraint, norm);
+                for norm in [false, true] {
+                    assert_eq!(with_norm(Call::PreFwd, norm), ["pre_fwd_one_stream"]);
+                    let seam = with_norm(Call::PostPreFwd, norm);
+                    assert_eq!(seam, ["post_pre_fwd_one_stream"]);
+                }
+                let pre = ["pre_bwd_one_stream", "sum_one_stream"];
+                assert_eq!(with_norm(Call::PreBwd, false), pre);
+                let before = with_norm(Call::PreBwd, true);
+                assert_eq!(before[..2], ["norm_bwd", "sum_norm_scale"]);
+                assert_eq!(before[2..], pre);
+                let seam = ["post_pre_bwd_one_stream", "sum_one_stream"];
+                assert_eq!(with_norm(Call::PostPreBwd, false), seam);
+                let around = with_norm(Call::PostPreBwd, true);
+                assert!(around[0].starts_with("post_fwd") && around[3..5] == pre);
+            }
+        }
+    }
+    for (device, dtype, sizes) in [
+        (L4, DType::Bf16, [1, 2048]),
+        (H100, DType::Bf16, [1, 248]),
+        (H100, DType::Bf16, [1, 1004]),
+        (H100, DType::Bf16, [1, 8200]),
+        (H100, DType::F32, [1, 4100]),
+        (H100, DType::Bf16, [2, 2048]),
+    ] {
+        for kind in [Call::PreFwd, Call::PreBwd, Call::HeadFwd, Call::PostPreBwd] {
+            let functions = functions(&device, kind, dtype, sizes, Constraint::Birkhoff, false);
+            assert!(!functions.iter().any(|name| name.ends_with("one_stream")));
+        }
     }
 }
 

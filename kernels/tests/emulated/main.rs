@@ -140,6 +140,52 @@ fn post_pre_bwd() {
     );
 }
 
+/// Checks kernels of one stream: C, tokens, blocks, which of them it is; constraint, iterations and threads.
+fn check_one_stream(name: &str, file: &str, calls: &[([usize; 4], [usize; 3])]) {
+    for dtype in ["bf16", "f32"] {
+        let program = build(name, file, "n1", dtype);
+        for (seed, (call, settings)) in calls.iter().enumerate() {
+            let output = run(&program, *call, seed, false, settings);
+            assert!(
+                output.status.success(),
+                "{dtype} {call:?} {settings:?}: {output:?}"
+            );
+        }
+        let (call, settings) = calls[0];
+        assert_spoiled(&run(&program, call, 0, true, &settings));
+    }
+}
+
+#[test]
+fn one_stream_fwd() {
+    // Of a constraint's numbers, 0 is Birkhoff, 1 none, 2 identity and 3 permutations.
+    let calls = [
+        ([1000, 77, 2, 0], [0, 3, 256]),
+        ([264, 53, 1, 1], [0, 3, 96]),
+        ([2056, 31, 2, 1], [1, 3, 544]),
+        ([2056, 1, 1, 2], [2, 3, 544]),
+        ([520, 11, 3, 3], [3, 3, 160]),
+        ([264, 25, 2, 0], [0, 0, 96]),
+        ([4096, 9, 1, 3], [0, 3, 1024]),
+    ];
+    check_one_stream("one_stream_fwd", "one_stream/one_stream_fwd", &calls);
+}
+
+#[test]
+fn one_stream_bwd() {
+    let calls = [
+        ([520, 77, 2, 1], [0, 3, 160]),
+        ([1000, 53, 2, 3], [1, 3, 256]),
+        ([264, 31, 2, 0], [2, 3, 96]),
+        ([520, 45, 1, 2], [3, 3, 160]),
+        ([264, 45, 2, 3], [0, 0, 96]),
+        // Two sets of channels a thread.
+        ([2056, 31, 2, 1], [1, 3, 288]),
+        ([2056, 31, 3, 3], [0, 3, 288]),
+    ];
+    check_one_stream("one_stream_bwd", "one_stream/one_stream_bwd", &calls);
+}
+
 #[test]
 fn back_streams() {
     // Streams and columns, C, tokens, blocks for a group of channels.

@@ -2,7 +2,7 @@
 
 use super::one_pass::pre_bwd;
 use super::two_pass::pre;
-use super::{DXIn, Schedule, post, static_coefficients};
+use super::{DXIn, Schedule, one_stream, post, static_coefficients};
 use crate::contract::check::CheckedCall;
 use crate::gpu::device::Device;
 use crate::gpu::launch::Launch;
@@ -25,6 +25,12 @@ pub const STATIC_BACKWARD: Schedule = Schedule {
     plan: |call, device, workspace| {
         backward(call, device, workspace, static_coefficients::pre_backward)
     },
+};
+
+/// X' again, then pre's backward pass of one stream, and post's.
+pub const ONE_STREAM_BACKWARD: Schedule = Schedule {
+    name: "post again, pre of one stream, post",
+    plan: |call, device, workspace| backward(call, device, workspace, one_stream::pre_backward),
 };
 
 /// X' again, then pre's backward pass in one pass over it, and post's.

@@ -66,7 +66,7 @@ impl Random {
             _ => self.of(&[DType::F32, DType::Bf16, DType::F16]),
         };
         let n = if is_once {
-            self.of(&[2, 4])
+            self.of(&[1, 2, 4])
         } else {
             1 + self.below(16)
         };

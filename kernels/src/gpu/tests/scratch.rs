@@ -154,6 +154,15 @@ fn floats(call: &CheckedCall, launch: &Launch) -> Vec<(usize, usize)> {
                 (22, 2 * blocks * sums),
             ]
         }
+        "pre_bwd_one_stream" => vec![
+            (0, streams(tokens * c)),
+            (1, streams(tokens * c)),
+            (9, tokens),
+            (13, blocks * d_phi),
+            (14, blocks * sums),
+        ],
+        "post_pre_bwd_one_stream" => vec![(19, blocks * d_phi), (20, blocks * sums)],
+        "sum_one_stream" => vec![(0, int(5) * int(6)), (1, int(5) * sums)],
         "phi_bwd" => vec![(4, tokens * columns), (5, rows * d_phi)],
         "sum_gradients" => vec![(0, 4 * int(5) * int(7)), (1, int(6) * sums)],
         "sinkhorn_bwd" => vec![(3, blocks * 2 * iters * launch.block as usize)],
