@@ -11,8 +11,8 @@ use crate::gpu::schedules::{Schedule, norm, sizes};
 use crate::gpu::tuning::NARROW;
 use crate::gpu::workspace::{Part, Workspace};
 
-/// Channels from which on blocks with the norm are so large that half as many fill a GPU.
-const WIDE: usize = 2049;
+/// Threads from which on blocks with the norm are so large that half as many fill a GPU.
+const WIDE: usize = 257;
 
 /// The logits' gradients beforehand, then X' and its gradient in one pass, then the sums for the parameters.
 pub const POST_PRE_BACKWARD: Schedule = Schedule {
@@ -128,7 +128,8 @@ fn norm_backward(call: &CheckedCall, workspace: &mut dyn Workspace) -> (u64, Vec
         sizes::streams(call.n, true),
         call.dtype,
     );
-    let most = if call.c < WIDE {
+    let threads = (call.c / kernel.more("channels")).next_multiple_of(32);
+    let most = if threads < WIDE {
         norm::MAX_BLOCKS
     } else {
         norm::MAX_BLOCKS / 2
@@ -158,7 +159,6 @@ fn norm_backward(call: &CheckedCall, workspace: &mut dyn Workspace) -> (u64, Vec
         Arg::I32(call.columns as i32),
         Arg::Settings(call.config.into()),
     ]);
-    let threads = (call.c / kernel.more("channels")).next_multiple_of(32);
     let main = Launch {
         block: threads as u32,
         ..kernel.launch([blocks, 1, 1], args)
@@ -171,6 +171,7 @@ mod tests {
     use super::*;
     use crate::contract::view::DType;
     use crate::gpu::device::MAX_CLUSTER;
+    use crate::gpu::launch::line;
     use crate::gpu::schedules::one_pass::tests::{LINE, of_width};
     use crate::gpu::schedules::one_pass::{COLUMNS, STREAMS};
     use crate::gpu::tuning::CHANNELS;
@@ -239,6 +240,26 @@ mod tests {
         // Those of `identity` and `permutations`.
         assert_eq!(geometry(2048, 4), None);
         assert_eq!(geometry(2048, 6), None);
+    }
+
+    #[test]
+    fn float32_streams_have_a_geometry() {
+        let line = line(DType::F32);
+        for columns in [2 * STREAMS, COLUMNS] {
+            let geometry = |c| {
+                let found = Geometry::of_width(FUNCTION, DType::F32, [STREAMS, c, columns])?;
+                Some((found.channels(), found.cluster as usize))
+            };
+            for c in (256 + line..=4096).step_by(line) {
+                assert_eq!(geometry(c), Some((256, c.div_ceil(256))));
+            }
+            assert_eq!(geometry(256), None);
+            assert_eq!(geometry(4096 + line), None);
+        }
+        assert_eq!(
+            Geometry::of_width(FUNCTION, DType::F32, [2, 2048, 8]).map(|found| found.cluster),
+            None
+        );
     }
 
     #[test]
