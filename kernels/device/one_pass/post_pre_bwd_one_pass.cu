@@ -25,7 +25,7 @@
 //
 // The products that mix four streams take four tokens at once and multiply those of the other three by zero: an
 // infinity or NaN in the streams of a token, or in their cotangents, reaches the gradients of its neighbours. Two
-// streams are mixed without such products, and a token keeps it to itself.
+// streams, and those in float32, are mixed without such products, and a token keeps it to itself.
 
 #include "math/coefficients.cuh"
 #include "one_pass/geometry.cuh"
