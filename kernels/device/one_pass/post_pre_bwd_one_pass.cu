@@ -536,6 +536,7 @@ struct Owner {
   __device__ static u32 word_of_other(float v) {
     return kIsFloat32 ? __float_as_uint(v) : word_of(v);
   }
+  __device__ static u32 word_of_unit(float unit) { return kIsFloat32 ? 0 : word_of(unit); }
 
   // `ahead`: what the tokens' lanes have, and then the next ones'.
   __device__ void reply(Own own, Own next, Token& ahead) {
@@ -610,9 +611,9 @@ struct Owner {
         const float unit = half_unit(max(largest, largest_pre));
         const u32 factor = word_of_other(-slope * (dm_dot_m + others));
         if constexpr (N == 4) {
-          write4(at + kReplyFactor, {factor, word_of(unit), 0, 0});
+          write4(at + kReplyFactor, {factor, word_of_unit(unit), 0, 0});
         } else {
-          write2(at + kReplyFactor, {factor, word_of(unit)});
+          write2(at + kReplyFactor, {factor, word_of_unit(unit)});
         }
       }
     }
