@@ -24,20 +24,15 @@ struct Factor {
   Parts first, second;
 };
 
-// sums += a b, with the parts of A as rows g and g + 8 by the k of `Factor`: (g, 2 q), (g + 8, 2 q), (g, 2 q + 1),
-// (g + 8, 2 q + 1).
-__device__ inline void add_product_of(float (&sums)[4], Parts a0, Parts a1, Parts a2, Parts a3,
-                                      const Factor& b) {
+// sums += a b, with A as rows g and g + 8 by the k of `Factor`: {(g, 2 q), (g, 2 q + 1), (g + 8, 2 q), (g + 8, 2 q + 1)}.
+__device__ inline void add_product(float (&sums)[4], const float (&a)[4], const Factor& b) {
+  const Parts a0(a[0]), a1(a[2]), a2(a[1]), a3(a[3]);
   float d[4] = {};
   mma_tf32(d, a0.low, a1.low, a2.low, a3.low, {b.first.high, b.second.high});
   mma_tf32(d, a0.high, a1.high, a2.high, a3.high, {b.first.low, b.second.low});
   mma_tf32(d, a0.high, a1.high, a2.high, a3.high, {b.first.high, b.second.high});
 #pragma unroll
   for (int e = 0; e < 4; ++e) sums[e] += d[e];
-}
-// The same with A row by row: {(g, 2 q), (g, 2 q + 1), (g + 8, 2 q), (g + 8, 2 q + 1)}.
-__device__ inline void add_product(float (&sums)[4], const float (&a)[4], const Factor& b) {
-  add_product_of(sums, Parts(a[0]), Parts(a[2]), Parts(a[1]), Parts(a[3]), b);
 }
 
 // What a lane has of 16 channels of a stream in phi: the columns 2 q and 2 q + 1 of every octet, of its first channel and

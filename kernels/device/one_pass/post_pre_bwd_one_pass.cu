@@ -87,7 +87,7 @@ constexpr int kDotParts = kIsFloat32 ? 1 : kDotWarps;
 constexpr u32 kDotsBytes = N == 4 ? 32 : 16;
 constexpr u32 kDotsSent = N == 4 ? 5 * 4 : 4 * 4;
 // From the owner to all blocks: r dm as bfloat16, the rest of it as bfloat16, and in words h_pre, -f, the unit of r dm
-// (`half_unit`). Beside float32 streams all numbers are float32, r dm in the room of both of its parts, without a unit.
+// (`half_unit`). Beside float32 streams all numbers are float32, r dm in the room of both of its parts.
 // Rows are read as matrices: an odd number of 16 bytes keeps them apart.
 constexpr u32 kReplyLow = kColumns * 2;
 constexpr u32 kReplyGates = 2 * kReplyLow;
@@ -101,7 +101,8 @@ constexpr u32 kSumsSent = N == 4 && !kIsFloat32 ? kSumsBytes : (N * N + N) * 4;
 // Of a block: what comes in for the tokens that it owns, in the worst case: dots of one token each from 15 blocks,
 // and sums of 8 tokens (see `Block`).
 constexpr u32 kDotsRing = kDotsSlots * 15 * kDotParts * kDotsBytes;
-constexpr u32 kSumsRing = 8 * kTileTokens * kSumsBytes;
+constexpr u32 kSumsSlots = kStages > 2 ? 8 : 4;
+constexpr u32 kSumsRing = kSumsSlots * kTileTokens * kSumsBytes;
 
 // Of a tile H_res and the transposed H_res_new (`Tables`), and h_post, with zeros for streams that are not there.
 constexpr u32 kTableBytes = kTileTokens * N * N * 4;
@@ -120,19 +121,18 @@ constexpr int kUnits = (SIZE / 16 + kMainWarps - 1) / kMainWarps;
 // to the stages; or else it lies there.
 constexpr int kSumsOfWarp = kSumsPhi ? kUnits * N * kOctets * 4 : 0;
 constexpr bool kHoldsPhi = !kIsFloat32 && kSumsOfWarp + kUnits * N * kPhiWords <= 96;
-// Beside float32 streams they have as many octets of columns of phi, each of 16 channels of a stream, as 144 registers have
-// room for; the others lie in shared memory.
-constexpr int kPhiOctets = kUnits * N * kOctets, kMostHeld = (144 - kSumsOfWarp) / 4;
-constexpr int kHeld = kMostHeld < kPhiOctets ? kMostHeld : kPhiOctets;
+// Beside float32 streams they have as many pairs of words of its float16 parts as 134 registers have room for.
+constexpr int kPhiPairs = 2 * kUnits * N * kOctets, kMostHeld = (134 - kSumsOfWarp) / 2;
+constexpr int kHeld = kMostHeld < kPhiPairs ? kMostHeld : kPhiPairs;
 // Units whose X' is there before the replies are: with those of all, 448 channels would take too many registers.
 constexpr int kAhead = Tuned::ahead;
 // Whether what units share of the replies is read once for all of them: where there are registers for it.
 constexpr bool kKeepsReply = kOctets < 4 || kAhead > 1;
 // phi of 16 channels of a stream, and of all channels of the block.
 constexpr u32 kPhiBytes = kPhiFragmentBytes;
-constexpr u32 kPhiOctetBytes = 32 * 4 * 4;
+constexpr u32 kPhiPairBytes = kMainWarps * 32 * 8;  // of all main warps
 constexpr u32 kAllPhiBytes =
-    kIsFloat32 ? kMainWarps * (kPhiOctets - kHeld) * kPhiOctetBytes : SIZE / 16 * N * kPhiBytes;
+    kIsFloat32 ? (kPhiPairs - kHeld) * kPhiPairBytes : SIZE / 16 * N * kPhiBytes;
 
 constexpr u32 kBox = Tile<kTileTokens>::kBoxBytes;
 constexpr u32 kPlane = Tile<kTileTokens>::kPlaneBytes;
@@ -144,8 +144,8 @@ constexpr u32 kPair = 2 * kPlane;
 constexpr u32 kOddShift = kIsFloat32 ? 0 : 512;
 constexpr u32 kOddSwizzle = kOddShift / kRowBytes;
 
-// Behind the barriers the number of tiles, for each main warp beside float32 streams.
-constexpr u32 kTilesOfWarps = 448;
+// Behind the barriers two numbers of each main warp, beside float32 streams.
+constexpr u32 kOfMainWarps = 448;
 constexpr u32 kDots = 512;
 constexpr u32 kReplies = kDots + kDotsRing;
 constexpr u32 kSums = kReplies + kStages * kTileTokens * kReplyStride;
@@ -161,7 +161,7 @@ constexpr u32 kSharedBytes = kOdd + kStages * kHalf;
 constexpr u32 kPhi = kHoldsPhi ? kVectors + kPair : kAfterTables;
 static_assert(!kHoldsPhi || kPhi + kAllPhiBytes <= kOdd, "");
 static_assert(kSharedBytes == Tuned::shared_bytes && kThreads == Tuned::threads, "");
-static_assert(8 * kNumBarriers <= kTilesOfWarps && kTilesOfWarps + 4 * kMainWarps <= kDots, "");
+static_assert(8 * kNumBarriers <= kOfMainWarps && kOfMainWarps + 8 * kMainWarps <= kDots, "");
 
 // ---- what all warps know ----------------------------------------------------------------------------
 
@@ -235,7 +235,9 @@ struct Block : Place<kTileTokens> {
     const u32 row = ((slot >> turns_shift) * share + t) * ranks * kDotParts + from;
     return shared + kDots + row * kDotsBytes;
   }
-  __device__ u32 sums_slots() const { return share * cluster_size() > kTileTokens ? 4 : 8; }
+  __device__ u32 sums_slots() const {
+    return share * cluster_size() > kTileTokens ? kSumsSlots / 2 : kSumsSlots;
+  }
   __device__ u32 sums(u32 slot, u32 t, u32 from) const {
     return shared + kSums + ((slot * share + t) * ranks + from) * kSumsBytes;
   }
@@ -536,7 +538,6 @@ struct Owner {
   __device__ static u32 word_of_other(float v) {
     return kIsFloat32 ? __float_as_uint(v) : word_of(v);
   }
-  __device__ static u32 word_of_unit(float unit) { return kIsFloat32 ? 0 : word_of(unit); }
 
   // `ahead`: what the tokens' lanes have, and then the next ones'.
   __device__ void reply(Own own, Own next, Token& ahead) {
@@ -611,9 +612,9 @@ struct Owner {
         const float unit = half_unit(max(largest, largest_pre));
         const u32 factor = word_of_other(-slope * (dm_dot_m + others));
         if constexpr (N == 4) {
-          write4(at + kReplyFactor, {factor, word_of_unit(unit), 0, 0});
+          write4(at + kReplyFactor, {factor, word_of_other(unit), 0, 0});
         } else {
-          write2(at + kReplyFactor, {factor, word_of_unit(unit)});
+          write2(at + kReplyFactor, {factor, word_of_other(unit)});
         }
       }
     }
