@@ -373,6 +373,12 @@ pub const FILES: &[File] = &[
         row("post_pre_bwd_one_pass", &[W384K32], [8, 3, 512, 202_240], &[3, 2, 0, 2, 100]),
         row("post_pre_bwd_one_pass", &[N2W512],  [8, 5, 512, 221_696], &[3, 2, 1, 4, 100]),
     ] },
+    // Two tiles of float32 streams are as large as four of bfloat16.
+    File { path: "one_pass/post_pre_bwd_one_pass", dtypes: F32, target: Target::Hopper,
+           more: &["gradients", "owner_warps", "sums_phi", "ahead", "cost"], kernels: &[
+        row("post_pre_bwd_one_pass", &[W256],   [8, 2, 384, 232_448], &[2, 1, 1, 2, 100]),
+        row("post_pre_bwd_one_pass", &[W256K8], [8, 3, 384, 225_280], &[2, 1, 1, 2, 100]),
+    ] },
     // `threads` are those of a multiprocessor, too, whose blocks have so many together.
     File { path: "one_stream/one_stream_fwd", dtypes: ALL, target: Target::Clusters, more: &[], kernels: &[
         row("pre_fwd_one_stream",      &[ONE], [4, 3, 1024, 0], &[]),
@@ -395,6 +401,9 @@ pub const FILES: &[File] = &[
     // `channels` are those of a thread.
     File { path: "one_pass/post_pre_norm_bwd", dtypes: BF16, target: Target::Hopper, more: &["channels"], kernels: &[
         row("post_pre_norm_bwd", &[N2, N4], [1, 0, 1024, 0], &[8]),
+    ] },
+    File { path: "one_pass/post_pre_norm_bwd", dtypes: F32, target: Target::Hopper, more: &["channels"], kernels: &[
+        row("post_pre_norm_bwd", &[N4], [1, 0, 1024, 0], &[4]),
     ] },
     File { path: "one_pass/logits_bwd", dtypes: F32, target: Target::Clusters, more: &[], kernels: &[
         row("logits_bwd", &[N2, N4], [16, 0, 32, 0], &[]),

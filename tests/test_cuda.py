@@ -535,13 +535,18 @@ def test_a_wide_layer(dtype):
 def test_streams_that_are_read_once_err_no_more_than_plain_jax(
     streams, dtype, tokens, hidden, constraint
 ):
-    """The gradients of the streams and of phi, in the Euclidean norm."""
+    """The gradients that tensor cores make, or one stream's."""
     case = Case((tokens,), streams, hidden, config=variant(constraint=constraint))
-    operands, cotangents = arrays("pre", case, dtype)
-    wanted = jax.tree.leaves(exact("pre", case.config, operands, cotangents)[1])
+    check_beside_plain_jax("pre", case, dtype, ("x", "params.phi"))
+
+
+def check_beside_plain_jax(op, case, dtype, names):
+    """Errors of gradients in the Euclidean norm."""
+    operands, cotangents = arrays(op, case, dtype)
+    wanted = jax.tree.leaves(exact(op, case.config, operands, cotangents)[1])
 
     def errors(implementation):
-        gradients = compiled("pre", case.config, implementation, operands, cotangents)[1]
+        gradients = compiled(op, case.config, implementation, operands, cotangents)[1]
         return {
             leaf_name(path): np.linalg.norm(np.asarray(leaf, np.float64) - expected)
             / np.linalg.norm(expected)
@@ -551,7 +556,7 @@ def test_streams_that_are_read_once_err_no_more_than_plain_jax(
         }
 
     plain, fused = errors("reference"), errors("fused")
-    for name in ("x", "params.phi"):
+    for name in names:
         most = max(ERROR_RATIO * plain[name], LEAST_ERROR[dtype])
         assert fused[name] <= most, (name, fused[name], plain[name])
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import PERMUTED, Case, compiled, variant
-from test_cuda import arrays, check, digest, poison, run
+from test_cuda import arrays, check, check_beside_plain_jax, digest, poison, run
 
 from jax_mhc.presets import PAPER
 
@@ -32,6 +32,11 @@ GEOMETRIES = {
 # Of two streams: all sizes of clusters of blocks with 512 channels.
 TWO_STREAMS = (
     576, 1472, 2048, 2304, 2752, 3136, 4096, 4160, 5120, 5568, 5952, 6208, 7168, 7232, 8192,
+)  # fmt: skip
+
+# Of four float32 streams: all sizes of clusters of blocks with 256 channels.
+FLOAT32 = (
+    288, 544, 1024, 1280, 1504, 1792, 2048, 2304, 2560, 2784, 3072, 3296, 3584, 3808, 4096,
 )  # fmt: skip
 
 # The same with fewer and with more columns of phi.
@@ -59,6 +64,45 @@ def test_clusters_of_two_streams(hidden, tokens):
 def test_other_settings_of_two_streams(hidden, config, norm):
     poison()
     check("two_sublayers", Case((37,), 2, hidden, config=config, norm=norm), "bfloat16")
+
+
+@pytest.mark.parametrize("hidden", FLOAT32)
+@pytest.mark.parametrize("tokens", [1, 37])
+def test_clusters_of_float32_streams(hidden, tokens):
+    poison()
+    check("post_pre", Case((tokens,), 4, hidden, 3.0), "float32")
+
+
+@pytest.mark.parametrize("hidden", [544, 2048, 4096])
+@pytest.mark.parametrize("config", [PAPER, NONE, IDENTITY, variant(sinkhorn_iters=1)])
+@pytest.mark.parametrize("norm", [False, True])
+def test_other_settings_of_float32_streams(hidden, config, norm):
+    poison()
+    check("two_sublayers", Case((37,), 4, hidden, config=config, norm=norm), "float32")
+
+
+@pytest.mark.parametrize("config", [PAPER, IDENTITY])
+@pytest.mark.parametrize("tokens, hidden", [(205, 1024), (4099, 2080), (1021, 4096)])
+def test_float32_streams_err_no_more_than_plain_jax(tokens, hidden, config):
+    names = ("y", "ctx.x", "ctx.h_post", "ctx.h_res", "params.phi")
+    case = Case((tokens,), 4, hidden, config=config)
+    check_beside_plain_jax("post_pre", case, "float32", names)
+
+
+@pytest.mark.parametrize("hidden", [544, 1024, 4096])
+def test_gradients_of_a_token_do_not_depend_on_the_tokens_behind_it(hidden):
+    case = Case((1031,), 4, hidden, 3.0)
+    operands, cotangents = arrays("post_pre", case, "float32")
+
+    def gradients(tokens):
+        first = {
+            name: jax.tree.map(lambda leaf: leaf[:tokens], operands[name]) for name in ("y", "ctx")
+        }
+        own = jax.tree.map(lambda leaf: leaf[:tokens], cotangents)
+        found = compiled("post_pre", case.config, "fused", operands | first, own)[1]
+        return jax.tree.map(lambda leaf: leaf[:37], (found["y"], found["ctx"]))
+
+    jax.tree.map(np.testing.assert_array_equal, gradients(37), gradients(1031))
 
 
 @pytest.mark.parametrize("hidden", [448, 1280, 2304, 4160, 8192])
@@ -100,30 +144,36 @@ def test_a_norm_scale_with_zeros(config):
 
 
 MANY = [
-    *[Case((2053,), 4, hidden, 3.0) for hidden in (640, 1280, 2560, 8192)],
-    *[Case((4099,), 2, hidden, 3.0) for hidden in (576, 1472, 2048, 4160, 8192)],
+    *[("bfloat16", Case((2053,), 4, hidden, 3.0)) for hidden in (640, 1280, 2560, 8192)],
+    *[("bfloat16", Case((4099,), 2, hidden, 3.0)) for hidden in (576, 1472, 2048, 4160, 8192)],
+    *[("float32", Case((2053,), 4, hidden, 3.0)) for hidden in (544, 1280, 2048, 4096)],
+    ("float32", Case((2053,), 4, 2048, 3.0, IDENTITY)),
 ]
 
 
-@pytest.mark.parametrize("case", MANY, ids=str)
-def test_many_tokens(case):
+@pytest.mark.parametrize("dtype, case", MANY, ids=str)
+def test_many_tokens(dtype, case):
     """Tiles for all clusters, several times, and the same bits in every run."""
-    check("post_pre", case, "bfloat16")
+    check("post_pre", case, dtype)
     digests = set()
     for _ in range(5):
         poison()
-        digests.add(digest(run("post_pre", case, "bfloat16")))
+        digests.add(digest(run("post_pre", case, dtype)))
     assert len(digests) == 1
 
 
 @pytest.mark.parametrize(
-    "streams, hidden",
-    [*[(4, hidden) for hidden in (640, 2304, 4160, 8192)], (2, 576), (2, 4160), (2, 8192)],
+    "dtype, streams, hidden",
+    [
+        *[("bfloat16", 4, hidden) for hidden in (640, 2304, 4160, 8192)],
+        *[("bfloat16", 2, hidden) for hidden in (576, 4160, 8192)],
+        *[("float32", 4, hidden) for hidden in (544, 2048, 4096)],
+    ],
 )
-def test_an_infinity_stays_with_the_tokens_of_its_four(streams, hidden):
-    """Other tokens have the bits that they have without it; of two streams all other tokens."""
-    case, near = Case((37,), streams, hidden, 3.0), 4 if streams == 4 else 1
-    operands, cotangents = arrays("post_pre", case, "bfloat16")
+def test_an_infinity_stays_with_the_tokens_of_its_four(dtype, streams, hidden):
+    """Other tokens have the bits that they have without it; all others where none are mixed."""
+    case, near = Case((37,), streams, hidden, 3.0), 4 if (dtype, streams) == ("bfloat16", 4) else 1
+    operands, cotangents = arrays("post_pre", case, dtype)
     wild = operands | {"y": operands["y"].at[9, 5].set(jnp.inf)}
 
     def gradients(operands):
@@ -145,6 +195,9 @@ def run_all():
         run("post_pre", Case((37,), 4, hidden), "bfloat16")
     for hidden in TWO_STREAMS:
         run("post_pre", Case((37,), 2, hidden), "bfloat16")
+    for config in (PAPER, IDENTITY):
+        for hidden in FLOAT32:
+            run("post_pre", Case((37,), 4, hidden, config=config), "float32")
 
 
 def test_the_kernels_are_those_of_their_width():
@@ -156,10 +209,14 @@ def test_the_kernels_are_those_of_their_width():
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    pattern = r'kernel="mhc_post_pre_bwd_one_pass_(\w+)_bf16".*cluster=(\d+)'
+    pattern = r'kernel="mhc_post_pre_bwd_one_pass_(\w+)".*cluster=(\d+)'
     found = [(size, int(blocks)) for size, blocks in re.findall(pattern, done.stderr)]
-    of_four = [(f"w{channels}", blocks) for channels, blocks in GEOMETRIES.values()]
-    assert found == [*of_four, *[("n2w512", -(-hidden // 512)) for hidden in TWO_STREAMS]]
+    of_four = [(f"w{channels}_bf16", blocks) for channels, blocks in GEOMETRIES.values()]
+    of_two = [("n2w512_bf16", -(-hidden // 512)) for hidden in TWO_STREAMS]
+    of_float32 = [
+        (size, -(-hidden // 256)) for size in ("w256_f32", "w256k8_f32") for hidden in FLOAT32
+    ]
+    assert found == [*of_four, *of_two, *of_float32]
 
 
 if __name__ == "__main__":

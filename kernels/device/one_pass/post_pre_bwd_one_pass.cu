@@ -25,7 +25,7 @@
 //
 // The products that mix four streams take four tokens at once and multiply those of the other three by zero: an
 // infinity or NaN in the streams of a token, or in their cotangents, reaches the gradients of its neighbours. Two
-// streams are mixed without such products, and a token keeps it to itself.
+// streams, and those in float32, are mixed without such products, and a token keeps it to itself.
 
 #include "math/coefficients.cuh"
 #include "one_pass/geometry.cuh"
@@ -44,17 +44,20 @@ static_assert(N == 4 || (N == 2 && kColumns == N * (N + 2)), "");
 // Where the sums for d_phi have no room, phi_bwd.cu computes d_phi, from r dm and another pass over X and y.
 constexpr bool kSumsPhi = Tuned::sums_phi;
 
-// Warps and their tasks.
+constexpr bool kIsFloat32 = sizeof(Stream) == 4;
+
+// Warps and their tasks. Beside float32 streams the same warps have both kinds of dots, and the loader is the finisher, too
+// (post_pre_bwd_others_f32.cuh).
 constexpr int kMainWarps = 8;
 constexpr int kDotWarps = 2;
 constexpr int kInputDots = kMainWarps;
-constexpr int kStreamDots = kInputDots + kDotWarps;
+constexpr int kStreamDots = kInputDots + (kIsFloat32 ? 0 : kDotWarps);
 constexpr int kLoader = kStreamDots + kDotWarps;
-constexpr int kFinisher = kLoader + 1;
-constexpr int kFirstOwner = kLoader + 2;
+constexpr int kFinisher = kLoader + (kIsFloat32 ? 0 : 1);
+constexpr int kFirstOwner = kFinisher + 1;
 constexpr int kOwnerWarps = Tuned::owner_warps;
 constexpr int kThreads = 32 * (kFirstOwner + kOwnerWarps);
-constexpr int kMainRegisters = 184;
+constexpr int kMainRegisters = kIsFloat32 ? 216 : 184;
 constexpr int kOtherRegisters = 72;
 
 // ---- shared memory ----------------------------------------------------------------------------------
@@ -78,11 +81,13 @@ enum Barrier : u32 {
   kNumBarriers,
 };
 
-// To the owner of a token from each of a block's two warps: <d_u, X[j]>, <d_u, y>, and zero beside those of two streams.
+// To the owner of a token from each of a block's warps that has some of its channels: <d_u, X[j]>, <d_u, y>, and zero
+// beside those of two streams.
+constexpr int kDotParts = kIsFloat32 ? 1 : kDotWarps;
 constexpr u32 kDotsBytes = N == 4 ? 32 : 16;
 constexpr u32 kDotsSent = N == 4 ? 5 * 4 : 4 * 4;
 // From the owner to all blocks: r dm as bfloat16, the rest of it as bfloat16, and in words h_pre, -f, the unit of r dm
-// (`half_unit`).
+// (`half_unit`). Beside float32 streams all numbers are float32, r dm in the room of both of its parts.
 // Rows are read as matrices: an odd number of 16 bytes keeps them apart.
 constexpr u32 kReplyLow = kColumns * 2;
 constexpr u32 kReplyGates = 2 * kReplyLow;
@@ -92,31 +97,42 @@ constexpr u32 kReplyBytes = (kReplyUnit + 4 + 15) / 16 * 16;
 constexpr u32 kReplyStride = kReplyBytes | 16;
 // To the owner again: the block's parts of d_H_res and d_h_post, in the order in which `StreamDots` sends them.
 constexpr u32 kSumsBytes = N == 4 ? 96 : 32;
-constexpr u32 kSumsSent = N == 4 ? kSumsBytes : (N * N + N) * 4;
+constexpr u32 kSumsSent = N == 4 && !kIsFloat32 ? kSumsBytes : (N * N + N) * 4;
 // Of a block: what comes in for the tokens that it owns, in the worst case: dots of one token each from 15 blocks,
 // and sums of 8 tokens (see `Block`).
-constexpr u32 kDotsRing = kDotsSlots * 15 * kDotWarps * kDotsBytes;
-constexpr u32 kSumsRing = 8 * kTileTokens * kSumsBytes;
+constexpr u32 kDotsRing = kDotsSlots * 15 * kDotParts * kDotsBytes;
+constexpr u32 kSumsSlots = kStages > 2 ? 8 : 4;
+constexpr u32 kSumsRing = kSumsSlots * kTileTokens * kSumsBytes;
 
 // Of a tile H_res and the transposed H_res_new (`Tables`), and h_post, with zeros for streams that are not there.
 constexpr u32 kTableBytes = kTileTokens * N * N * 4;
 constexpr u32 kHPost = (kIdentity ? 1 : 2) * kTableBytes;
 constexpr u32 kHPostBytes = 16;
-constexpr u32 kTablesBytes = kHPost + kTileTokens * kHPostBytes;
+// Beside float32 streams a row a token: H_res transposed, H_res_new, h_post. The rows of every second token are in different
+// banks.
+constexpr u32 kTableNew = N * N * 4, kTableHPost = (kIdentity ? 1 : 2) * kTableNew;
+constexpr u32 kTableRow = kTableHPost + 16;
+constexpr u32 kTablesBytes =
+    kIsFloat32 ? kTileTokens * kTableRow : kHPost + kTileTokens * kHPostBytes;
 
 // A main warp has units of 16 channels of all streams.
 constexpr int kUnits = (SIZE / 16 + kMainWarps - 1) / kMainWarps;
 // The main warps have phi in registers, at most 96 of them together with the sums for d_phi, which leaves shared memory
 // to the stages; or else it lies there.
 constexpr int kSumsOfWarp = kSumsPhi ? kUnits * N * kOctets * 4 : 0;
-constexpr bool kHoldsPhi = kSumsOfWarp + kUnits * N * kPhiWords <= 96;
+constexpr bool kHoldsPhi = !kIsFloat32 && kSumsOfWarp + kUnits * N * kPhiWords <= 96;
+// Beside float32 streams they have as many pairs of words of its float16 parts as 134 registers have room for.
+constexpr int kPhiPairs = 2 * kUnits * N * kOctets, kMostHeld = (134 - kSumsOfWarp) / 2;
+constexpr int kHeld = kMostHeld < kPhiPairs ? kMostHeld : kPhiPairs;
 // Units whose X' is there before the replies are: with those of all, 448 channels would take too many registers.
 constexpr int kAhead = Tuned::ahead;
 // Whether what units share of the replies is read once for all of them: where there are registers for it.
 constexpr bool kKeepsReply = kOctets < 4 || kAhead > 1;
 // phi of 16 channels of a stream, and of all channels of the block.
 constexpr u32 kPhiBytes = kPhiFragmentBytes;
-constexpr u32 kAllPhiBytes = SIZE / 16 * N * kPhiBytes;
+constexpr u32 kPhiPairBytes = kMainWarps * 32 * 8;  // of all main warps
+constexpr u32 kAllPhiBytes =
+    kIsFloat32 ? (kPhiPairs - kHeld) * kPhiPairBytes : SIZE / 16 * N * kPhiBytes;
 
 constexpr u32 kBox = Tile<kTileTokens>::kBoxBytes;
 constexpr u32 kPlane = Tile<kTileTokens>::kPlaneBytes;
@@ -125,9 +141,11 @@ constexpr u32 kPlane = Tile<kTileTokens>::kPlaneBytes;
 // them keeps those in different banks.
 constexpr u32 kHalf = N / 2 * kPlane;
 constexpr u32 kPair = 2 * kPlane;
-constexpr u32 kOddShift = 512;
+constexpr u32 kOddShift = kIsFloat32 ? 0 : 512;
 constexpr u32 kOddSwizzle = kOddShift / kRowBytes;
 
+// Behind the barriers two numbers of each main warp, beside float32 streams.
+constexpr u32 kOfMainWarps = 448;
 constexpr u32 kDots = 512;
 constexpr u32 kReplies = kDots + kDotsRing;
 constexpr u32 kSums = kReplies + kStages * kTileTokens * kReplyStride;
@@ -143,7 +161,7 @@ constexpr u32 kSharedBytes = kOdd + kStages * kHalf;
 constexpr u32 kPhi = kHoldsPhi ? kVectors + kPair : kAfterTables;
 static_assert(!kHoldsPhi || kPhi + kAllPhiBytes <= kOdd, "");
 static_assert(kSharedBytes == Tuned::shared_bytes && kThreads == Tuned::threads, "");
-static_assert(8 * kNumBarriers <= kDots, "");
+static_assert(8 * kNumBarriers <= kOfMainWarps && kOfMainWarps + 8 * kMainWarps <= kDots, "");
 
 // ---- what all warps know ----------------------------------------------------------------------------
 
@@ -214,10 +232,12 @@ struct Block : Place<kTileTokens> {
 
   // At the owner, of its token t: what comes from a warp of a block, and from a block.
   __device__ u32 dots(u32 slot, u32 t, u32 from) const {
-    const u32 row = ((slot >> turns_shift) * share + t) * ranks * kDotWarps + from;
+    const u32 row = ((slot >> turns_shift) * share + t) * ranks * kDotParts + from;
     return shared + kDots + row * kDotsBytes;
   }
-  __device__ u32 sums_slots() const { return share * cluster_size() > kTileTokens ? 4 : 8; }
+  __device__ u32 sums_slots() const {
+    return share * cluster_size() > kTileTokens ? kSumsSlots / 2 : kSumsSlots;
+  }
   __device__ u32 sums(u32 slot, u32 t, u32 from) const {
     return shared + kSums + ((slot * share + t) * ranks + from) * kSumsBytes;
   }
@@ -353,9 +373,14 @@ __device__ inline void load_floats(float (&values)[2], const float* from) {
 }
 
 // What lane e of a token has of the sums of `StreamDots`, to the token's results: of four streams (i, j) and (i + 1, j)
-// of d_H_res, and one of d_h_post; of two streams one of either.
+// of d_H_res, and one of d_h_post; of two streams one of either. Beside float32 streams sums are in the order of the results.
 __device__ inline void store_sums(const Args& args, long long token, int e,
                                   const float (&entries)[3]) {
+  if constexpr (kIsFloat32) {
+    args.d_h_res[token * N * N + e] = entries[0], args.d_h_res[token * N * N + 8 + e] = entries[1];
+    if (e < N) args.d_h_post[token * N + e] = entries[2];
+    return;
+  }
   float* const d_h_res = args.d_h_res + token * N * N + e % 4 / 2 * 2 * N + e % 2 * 2 + e / 4;
   d_h_res[0] = entries[0], d_h_res[N] = entries[1];
   if (e % 4 < 2) args.d_h_post[token * N + e % 4 * 2 + e / 4] = entries[2];
@@ -486,20 +511,32 @@ struct Owner {
     Turn turn(block.dots(slot, own.first + t, copy) + lane % kWords * 4, copy, copies_shift());
     // Without branches all reads are under way at once; those behind the last block's are for nothing.
 #pragma unroll
-    for (u32 k = 0; k < 8; ++k, turn.next(kDotsBytes)) {
+    for (u32 k = 0; k < 4 * kDotParts; ++k, turn.next(kDotsBytes)) {
       const float v = read_float(turn.at);
-      sum += turn.from < block.ranks * kDotWarps ? v : 0.f;
+      sum += turn.from < block.ranks * kDotParts ? v : 0.f;
     }
     return sum_copies(sum);
   }
 
-  // A word of r dm: of two neighbouring columns the even lane has the high parts, the odd one the low parts.
+  // A word of r dm: of two neighbouring columns the even lane has the high parts, the odd one the low parts. Beside float32
+  // streams that of the lane's column.
   __device__ u32 word_of_pair(float own) const {
+    if constexpr (kIsFloat32) return __float_as_uint(own);
     const float other = __shfl_xor_sync(kAllLanes, own, 1);
     const bool odd = lane_id() % 2;
     u32 parts[2];
     split(odd ? other : own, odd ? own : other, parts);
     return odd ? parts[1] : parts[0];
+  }
+
+  // Where that word of octet 0 is in a reply, and how far from it that of the next one.
+  static constexpr u32 kNextOctet = kIsFloat32 ? 32 : 16;
+  __device__ static u32 place_of_word(u32 e) {
+    return kIsFloat32 ? e * 4 : e / 2 * 4 + e % 2 * kReplyLow;
+  }
+  // Other numbers of a reply.
+  __device__ static u32 word_of_other(float v) {
+    return kIsFloat32 ? __float_as_uint(v) : word_of(v);
   }
 
   // `ahead`: what the tokens' lanes have, and then the next ones'.
@@ -508,7 +545,7 @@ struct Owner {
     const int tile = this->tile(own);
     const u32 slot = tile % kDotsSlots, dots_full = block.barrier(kDotsFull, slot);
     if (own.first == 0 && lane == 0) {
-      arrive_and_expect(dots_full, count * cluster_size() * kDotWarps * kDotsSent);
+      arrive_and_expect(dots_full, count * cluster_size() * kDotParts * kDotsSent);
     }
     const u32 e = lane_id() % 8;
     const bool is_pre = e < N;
@@ -573,15 +610,15 @@ struct Owner {
     if (counts) {
 #pragma unroll
       for (u32 octet = 0; octet < kOctets; ++octet)
-        write1(at + octet * 16 + e / 2 * 4 + e % 2 * kReplyLow, words[octet]);
-      if (is_pre) write1(at + kReplyGates + e * 4, word_of(s + settings.pre_eps));
+        write1(at + octet * kNextOctet + place_of_word(e), words[octet]);
+      if (is_pre) write1(at + kReplyGates + e * 4, word_of_other(s + settings.pre_eps));
       if (e == 0) {
         const float unit = half_unit(max(largest, largest_pre));
-        const u32 factor = word_of(-slope * (dm_dot_m + others));
+        const u32 factor = word_of_other(-slope * (dm_dot_m + others));
         if constexpr (N == 4) {
-          write4(at + kReplyFactor, {factor, word_of(unit), 0, 0});
+          write4(at + kReplyFactor, {factor, word_of_other(unit), 0, 0});
         } else {
-          write2(at + kReplyFactor, {factor, word_of(unit)});
+          write2(at + kReplyFactor, {factor, word_of_other(unit)});
         }
       }
     }
@@ -679,6 +716,13 @@ struct Owner {
 
 // ---- tables of the mixing, main warps ------------------------------------------------------------------
 
+// 1 for f32; any other name is unknown and so 0.
+#define IS_FLOAT32_f32 1
+#define IS_FLOAT32 CONCAT(IS_FLOAT32_, STREAM)
+#if IS_FLOAT32
+#include "one_pass/post_pre_bwd_main_f32.cuh"
+#include "one_pass/post_pre_bwd_others_f32.cuh"
+#else
 #include "one_pass/post_pre_bwd_main.cuh"
 
 // ---- stream dots ------------------------------------------------------------------------------------
@@ -842,6 +886,7 @@ __device__ inline void finish_tiles(const Block& block, const Args& args, const 
   }
   if (lane == 0) finish_copies();
 }
+#endif
 
 // ---- kernel -----------------------------------------------------------------------------------------
 
@@ -873,6 +918,15 @@ KERNEL(post_pre_bwd_one_pass, kThreads, 1)
     give_registers<kOtherRegisters>();
     cluster_wait();
     const Block block(memory, hidden, tokens);
+#if IS_FLOAT32
+    if (warp < kLoader) {
+      dot_warps(block, warp - kInputDots, lane);
+    } else if (warp == kLoader) {
+      move_tiles(block, args, maps, lane);
+    } else {
+      Owner(block, args, settings, warp - kFirstOwner, lane).run();
+    }
+#else
     if (warp < kStreamDots) {
       input_dots(block, warp - kInputDots, lane);
     } else if (warp < kLoader) {
@@ -884,6 +938,7 @@ KERNEL(post_pre_bwd_one_pass, kThreads, 1)
     } else {
       Owner(block, args, settings, warp - kFirstOwner, lane).run();
     }
+#endif
   }
   end_cluster();
 }

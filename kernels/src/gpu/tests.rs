@@ -336,7 +336,8 @@ fn post_pre_reads_the_streams_once_where_a_kernel_does() {
     assert_eq!(functions(&B200, DType::Bf16, 4096), pre_once);
     assert_eq!(functions(&B200, DType::Bf16, 2560), pre_once);
     for c in [288, 2080, 4096] {
-        assert_eq!(functions(&H100, DType::F32, c), pre_once);
+        assert_eq!(functions(&H100, DType::F32, c), once);
+        assert_eq!(functions(&B200, DType::F32, c), pre_once);
     }
     for c in [512, 4096, 6144] {
         assert_eq!(functions(&H100, DType::F16, c), pre_once);

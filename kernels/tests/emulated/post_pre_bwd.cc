@@ -25,10 +25,12 @@ int main(int, char** argv) {
   const int ranks = sizes.ranks(SIZE), clusters = sizes.clusters;
   tokens = sizes.tokens, hidden = sizes.hidden, deferred = sizes.deferred;
   const size_t num = sizes.values(), num_phi = size_t(N) * hidden * K;
-  u16 *x = streams(num * N), *y = streams(num), *d_u = streams(num), *d_x_in = streams(num * N);
-  u16 *d_x = guarded<u16>(num * N), *d_y = guarded<u16>(num);
+  Stream *x = streams<Stream>(num * N), *y = streams<Stream>(num), *d_u = streams<Stream>(num);
+  Stream *d_x_in = streams<Stream>(num * N), *d_x = guarded<Stream>(num * N);
+  Stream* d_y = guarded<Stream>(num);
   const auto any = [](size_t) { return normal(); };
-  phi = floats(num_phi, [](size_t) { return .02f * normal(); });
+  // Beside float32 streams so large that the rounding of its products shows.
+  phi = floats(num_phi, [](size_t) { return float(of_stream(.02, .02, 1)) * normal(); });
   alpha = floats(3, [](size_t i) { return .3f + .1f * i; });
   bias = floats(K, any), m = floats(size_t(tokens) * K, any);
   r = floats(tokens, [](size_t) { return 1.f + .3f * std::tanh(normal()); });
@@ -45,7 +47,7 @@ int main(int, char** argv) {
   float* sums = kSumsPhi ? guarded<float>(clusters * num_phi) : nullptr;
   u16* parts = kSumsPhi ? nullptr : guarded<u16>(size_t(tokens) * 2 * K);
   for_phi = kSumsPhi ? static_cast<void*>(sums) : parts;
-  const auto map = [&](u16* values, int num_streams, int first, int step) {
+  const auto map = [&](Stream* values, int num_streams, int first, int step) {
     const int in_box = (num_streams - first + step - 1) / step;
     return Map{values, tokens, num_streams, hidden, first, step, int(kTileTokens), SIZE, in_box};
   };
@@ -60,15 +62,16 @@ int main(int, char** argv) {
   sizes.spoil(phi);
 
   std::vector<double> exact_d_phi(num_phi), exact_gates(K + 3), own(size_t(N) * hidden), d(own);
-  Error of_d_x{"d_x", kRoundingError}, of_d_y{"d_y", kRoundingError},
-      of_h{"d_h", 2 * kRoundingError};
-  Error of_phi{"d_phi or r_dm", kProductsError}, of_gates{"gates", kFloatError};
+  const auto limit = [](double of_bf16) { return of_stream(of_bf16, of_bf16, kFloat32Error); };
+  Error of_d_x{"d_x", limit(kRoundingError)}, of_d_y{"d_y", limit(kRoundingError)},
+      of_h{"d_h", limit(2 * kRoundingError)};
+  Error of_phi{"d_phi or r_dm", limit(kProductsError)}, of_gates{"gates", kFloatError};
   for (int t = 0; t < tokens; ++t) {
-    const auto at = [&](const u16* values, int j, int c) {
-      return double(of_bf16(values[(size_t(t) * N + j) * hidden + c]));
+    const auto at = [&](const Stream* values, int j, int c) {
+      return double(wide(values[(size_t(t) * N + j) * hidden + c]));
     };
-    const auto vector_at = [&](const u16* values, int c) {
-      return double(of_bf16(values[size_t(t) * hidden + c]));
+    const auto vector_at = [&](const Stream* values, int c) {
+      return double(wide(values[size_t(t) * hidden + c]));
     };
     double dots[N] = {}, h_pre[N], r_dm[K], f = 0;
     for (int i = 0; i < N; ++i) {
@@ -77,7 +80,9 @@ int main(int, char** argv) {
         for (int j = 0; j < N; ++j) value += double(h_res[(t * N + i) * N + j]) * at(x, j, c);
         dots[i] += vector_at(d_u, c) * value;
         // As the forward pass rounds it.
-        own[i * hidden + c] = of_bf16(to_bf16(float(value)));
+        Stream rounded;
+        set(rounded, float(value));
+        own[i * hidden + c] = wide(rounded);
       }
     }
     for (int k = 0; k < K; ++k) {

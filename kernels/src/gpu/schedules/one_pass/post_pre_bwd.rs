@@ -150,7 +150,6 @@ fn norm_backward(call: &CheckedCall, workspace: &mut dyn Workspace) -> (u64, Vec
         Arg::I32(call.columns as i32),
         Arg::Settings(call.config.into()),
     ]);
-    let threads = (call.c / kernel.more("channels")).next_multiple_of(32);
     let main = Launch {
         block: threads as u32,
         ..kernel.launch([blocks, 1, 1], args)
@@ -163,6 +162,7 @@ mod tests {
     use super::*;
     use crate::contract::view::DType;
     use crate::gpu::device::MAX_CLUSTER;
+    use crate::gpu::launch::line;
     use crate::gpu::schedules::one_pass::tests::{LINE, of_width};
     use crate::gpu::schedules::one_pass::{COLUMNS, STREAMS};
     use crate::gpu::tuning::CHANNELS;
@@ -231,6 +231,26 @@ mod tests {
         // Those of `identity` and `permutations`.
         assert_eq!(geometry(2048, 4), None);
         assert_eq!(geometry(2048, 6), None);
+    }
+
+    #[test]
+    fn float32_streams_have_a_geometry() {
+        let line = line(DType::F32);
+        for columns in [2 * STREAMS, COLUMNS] {
+            let geometry = |c| {
+                let found = Geometry::of_width(FUNCTION, DType::F32, [STREAMS, c, columns])?;
+                Some((found.channels(), found.cluster as usize))
+            };
+            for c in (256 + line..=4096).step_by(line) {
+                assert_eq!(geometry(c), Some((256, c.div_ceil(256))));
+            }
+            assert_eq!(geometry(256), None);
+            assert_eq!(geometry(4096 + line), None);
+        }
+        assert_eq!(
+            Geometry::of_width(FUNCTION, DType::F32, [2, 2048, 8]).map(|found| found.cluster),
+            None
+        );
     }
 
     #[test]
