@@ -131,6 +131,9 @@ fn post_pre_bwd() {
         ("w512k8", 512, "bf16"),
         ("w256k32", 256, "bf16"),
         ("n2w512", 512, "bf16"),
+        ("w256", 256, "f16"),
+        ("w448", 448, "f16"),
+        ("w512k8", 512, "f16"),
     ];
     check(
         "post_pre_bwd",
@@ -138,6 +141,12 @@ fn post_pre_bwd() {
         &sizes,
         [77, 2],
     );
+}
+
+#[test]
+fn phi_bwd() {
+    let sizes = [("w128", 128, "bf16"), ("w128", 128, "f16")];
+    check("phi_bwd", "one_pass/phi_bwd", &sizes, [77, 2]);
 }
 
 #[test]
