@@ -23,12 +23,6 @@ __device__ inline u32 pair_of(f16*, float a, float b) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(b), "f"(a));
   return word;
 }
-// a - b of two values each in float16.
-__device__ inline u32 half_difference(u32 a, u32 b) {
-  u32 word;
-  asm("sub.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
-  return word;
-}
 // To a unit in the last place or so.
 __device__ inline float approximate_reciprocal(float v) {
   float result;

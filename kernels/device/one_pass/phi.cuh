@@ -38,6 +38,26 @@ __device__ inline void add_product(float (&sums)[4], const u32 (&phi)[kPhiWords]
   for (int p = kDmParts - 1; p >= 0; --p) mma_half(sums, phi, half_dm[p]);
 }
 
+// Adds x^T (r dm) of 8 tokens, with r dm in two bfloat16 parts of each octet of columns, to sums for d_phi of the channels
+// g and g + 8. octet_of(part): which octet a part is of. Units of r dm would have to be the same for all tokens: so float16
+// has no range for it, but tf32 has, with all bits of float16 and of a part.
+template <class OctetOf>
+__device__ inline void add_columns(float (&sums)[kOctets][4], const u32 (&x)[2],
+                                   const u32 (&dm)[2 * kOctets], OctetOf octet_of) {
+  const auto first = [](u32 pair) { return __float_as_uint(low_of<Stream>(pair)); };
+  const auto second = [](u32 pair) { return __float_as_uint(high_of<Stream>(pair)); };
+#pragma unroll
+  for (int part = 0; part < 2 * kOctets; ++part) {
+    float (&own)[4] = sums[octet_of(part)];
+    if constexpr (kStreamParts<Stream> == 1) {
+      mma_k8(own, x[0], x[1], dm[part]);
+    } else {
+      mma_tf32(own, first(x[0]), first(x[1]), second(x[0]), second(x[1]),
+               {__float_as_uint(low_half(dm[part])), __float_as_uint(high_half(dm[part]))});
+    }
+  }
+}
+
 // d_phi = sum over tokens of vec(X)^T (r dm): the sums of a fragment that a lane has, to its places,
 // of which the first is the pair q of columns at `out`; the second channel is APART channels from the first.
 template <int APART = 8>

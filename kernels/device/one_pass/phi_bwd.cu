@@ -1,6 +1,6 @@
 // d_phi of post_pre's backward pass, where post_pre_bwd_one_pass.cu has no room for these sums and leaves r dm (n = 4):
 //
-//   X'     = H_res X + h_post y
+//   X'     = H_res X + h_post y, as the forward pass rounds it
 //   d_phi  = sum over tokens of vec(X')^T (r dm)
 //
 // A block has SIZE channels of all streams, as far as there are so many, and every gridDim.y-th tile of tokens. One warp
@@ -91,12 +91,9 @@ __device__ inline void load_tiles(const Stages& stages, const TensorMap& x, cons
 
 // ---- main warps -------------------------------------------------------------------------------------
 
-// Parts of X' in bfloat16: one is as the forward pass rounds it, two have more bits than float16.
-constexpr int kParts = kStreamParts<Stream>;
-
 // X' of two channels and two neighbouring tokens, as A fragments: x[j] and y are channel g and channel g + 8, each
 // with both tokens in a word. The order of the sums is that of the forward pass.
-__device__ inline void mix(u32 (&x_new)[2][kParts], const u32 (&x)[N][2], const u32 (&y)[2],
+__device__ inline void mix(u32 (&x_new)[2], const u32 (&x)[N][2], const u32 (&y)[2],
                            const float (&h_res)[2][N], float2 h_post) {
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
@@ -106,7 +103,7 @@ __device__ inline void mix(u32 (&x_new)[2][kParts], const u32 (&x)[N][2], const 
       sums[0] += h_res[0][j] * low_of<Stream>(x[j][c]);
       sums[1] += h_res[1][j] * high_of<Stream>(x[j][c]);
     }
-    split(sums[0], sums[1], x_new[c]);
+    x_new[c] = pair_of((Stream*)nullptr, sums[0], sums[1]);
   }
 }
 
@@ -154,16 +151,9 @@ __device__ inline void sum_tiles(const Stages& stages, const Operands& to, int w
         for (u32 t = 0; t < 2; ++t) read_floats(h_res[t], mixing + t * kMixingStride + i * 16);
 #pragma unroll
         for (u32 unit = 0; unit < kUnits; ++unit) {
-          u32 x_new[2][kParts];
+          u32 x_new[2];
           mix(x_new, x[unit], y[unit], h_res, {h_post[0][i], h_post[1][i]});
-          float (&sums)[kOctets][4] = d_phi[unit][i];
-#pragma unroll
-          for (int part = 0; part < 2 * kOctets; ++part) {
-            float (&own)[4] = sums[part % kOctets];
-            mma_k8(own, x_new[0][0], x_new[1][0], dm[part]);
-            // But for the product of both low parts.
-            if (kParts > 1 && part < kOctets) mma_k8(own, x_new[0][1], x_new[1][1], dm[part]);
-          }
+          add_columns(d_phi[unit][i], x_new, dm, [](int part) { return part % kOctets; });
         }
       }
     }

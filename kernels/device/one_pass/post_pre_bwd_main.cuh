@@ -26,39 +26,12 @@ __device__ inline u32 of_unit(u32 at, u32 unit) {
 
 __device__ inline u32 stream_pair(float a, float b) { return pair_of((Stream*)nullptr, a, b); }
 
-// A pair of a stream's values as A of the products for d_phi. Units of r dm would have to be the same for all tokens, so
-// that these are in bfloat16: float16 has two parts of it, its first 8 bits and its last 3, which lose nothing.
-__device__ inline void split_stream(u32 pair, u32 (&parts)[kStreamParts<Stream>]) {
-  if constexpr (kStreamParts<Stream> == 1) {
-    parts[0] = pair;
-  } else {
-    // Not from the float32 that others make of the pair, which would have to be kept for them.
-    const u32 high = pair & 0xfff8fff8, low = half_difference(pair, high);
-    constexpr u32 kUpperHalves = 0x7632;
-    parts[0] = __byte_perm(__float_as_uint(low_of<Stream>(high)),
-                           __float_as_uint(high_of<Stream>(high)), kUpperHalves);
-    parts[1] = __byte_perm(__float_as_uint(low_of<Stream>(low)),
-                           __float_as_uint(high_of<Stream>(low)), kUpperHalves);
-  }
-}
-
-// Adds x^T (r dm) of 8 tokens to the sums for d_phi of 16 channels; dm has the high and the low parts of each octet.
-__device__ inline void add_products(float (&sums)[kOctets][4], const u32 (&x)[2],
-                                    const u32 (&dm)[2 * kOctets]) {
-  u32 first[kStreamParts<Stream>], second[kStreamParts<Stream>];
-  split_stream(x[0], first), split_stream(x[1], second);
-#pragma unroll
-  for (int octet = 0; octet < kOctets; ++octet) {
-    float (&own)[4] = sums[octet];
-    if constexpr (kStreamParts<Stream> == 1) {
-      mma_k8(own, first[0], second[0], dm[2 * octet]);
-      mma_k8(own, first[0], second[0], dm[2 * octet + 1]);
-    } else {
-      // Without the product of both low parts, 2^-18 of the whole.
-      mma_k8(own, first[1], second[1], dm[2 * octet]);
-      mma(own, first[0], second[0], first[0], second[0], {dm[2 * octet], dm[2 * octet + 1]});
-    }
-  }
+// Whether d_phi takes X' from words whose halves are swapped. From the words themselves the compiler would keep what
+// follows until it is wanted again, and there are too few registers.
+constexpr bool kSwaps = kStreamParts<Stream> == 2 && kOctets > 1;
+__device__ inline void swap_halves(u32& word) {
+  word = __byte_perm(word, 0, 0x1032);
+  keep(word);
 }
 
 struct MainWarp {
@@ -269,12 +242,17 @@ struct MainWarp {
     // Rows 8 to 15 of the tokens are the same again, for the low parts.
     u32 dm[2 * kOctets];
     read_dm<true>(dm, replies);
+    if constexpr (kSwaps)
+      for (u32& word : dm) swap_halves(word);
 #pragma unroll
     for (u32 unit = first; unit < last; ++unit) {
       if (!has_unit(unit)) break;
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        add_products(d_phi[i][unit], x_new[unit][i], dm);
+        u32 x[2] = {x_new[unit][i][0], x_new[unit][i][1]};
+        if constexpr (kSwaps)
+          for (u32& word : x) swap_halves(word);
+        add_columns(d_phi[i][unit], x, dm, [](int part) { return part / 2; });
       }
     }
   }

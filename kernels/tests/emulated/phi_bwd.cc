@@ -61,7 +61,9 @@ int main(int, char** argv) {
           value += double(h_res[(t * N + i) * N + j]) * wide(x[(size_t(t) * N + j) * hidden + c]);
         }
         // As the forward pass rounds it.
-        if (kParts == 1) value = of_bf16(to_bf16(float(value)));
+        Stream rounded;
+        set(rounded, float(value));
+        value = wide(rounded);
         for (int k = 0; k < K; ++k) {
           const double own = double(of_bf16(r_dm[place(t, k, 0)])) + of_bf16(r_dm[place(t, k, 1)]);
           exact[(size_t(i) * hidden + c) * K + k] += value * own;

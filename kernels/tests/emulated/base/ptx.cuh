@@ -20,10 +20,6 @@ inline u16 to_f16(float v) { return bits<u16>(_Float16(v)); }
 inline float wide(f16 v) { return of_f16(v.bits); }
 inline u32 pair_of(bf16*, float a, float b) { return to_bf16(a) | u32(to_bf16(b)) << 16; }
 inline u32 pair_of(f16*, float a, float b) { return to_f16(a) | u32(to_f16(b)) << 16; }
-inline u32 half_difference(u32 a, u32 b) {
-  const auto of = [](u32 a, u32 b) { return to_f16(of_f16(u16(a)) - of_f16(u16(b))); };
-  return of(a, b) | u32(of(a >> 16, b >> 16)) << 16;
-}
 inline float approximate_reciprocal(float v) { return 1.f / v; }
 inline float approximate_reciprocal_of_normal(float v) { return 1.f / v; }
 inline float approximate_root(float v) { return sqrtf(v); }
