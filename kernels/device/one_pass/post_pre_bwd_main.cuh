@@ -19,6 +19,9 @@ constexpr int kWarpStep = kNeighbours ? 32 : 16;
 constexpr bool kGradientsFirst = kAhead == kUnits && kSumsPhi && !kIdentity;
 // Whether units read tables and use words of replies anew: there are registers for two streams' numbers.
 constexpr bool kReadsAnew = N > 2;
+// Whether they read the words from shared memory, too: or else the compiler sees that the same follows from them, and keeps
+// it.
+constexpr bool kReadsWordsAnew = kHasUnits && kAhead < 2 && kKeepsReply;
 // Where a unit lies, from the address of the warp's first one.
 __device__ inline u32 of_unit(u32 at, u32 unit) {
   return kNeighbours ? at ^ unit * 32 : at + unit * (kUnitStep / kBoxChannels) * kBox;
@@ -130,7 +133,11 @@ struct MainWarp {
       }
       if (kHoldsPhi && has_unit(unit)) read_phi(phi_words[i][unit], i, unit, lane);
     }
-    for (u32* number : {&streams, &gradients, &vectors}) keep(*number);
+    if constexpr (kReadsWordsAnew) {
+      keep(streams);  // for the others there are no registers
+    } else {
+      for (u32* number : {&streams, &gradients, &vectors}) keep(*number);
+    }
     mixing.keep_all();
     // The fourth unit takes the last register.
     if constexpr (kUnits < 4) keep(outputs);
@@ -225,10 +232,14 @@ struct MainWarp {
     HalfDm half_dm;
     u32 h_pre, factors;
   };
-  __device__ void read_reply(Reply& reply, u32 replies, int lane) const {
+  __device__ void read_words(Reply& reply, u32 replies, int lane) const {
     const u32 of_token = replies + token_of_column(lane / 4) * kReplyStride;
     reply.h_pre = read1(of_token + kReplyGates + lane % 4 * 4);
     reply.factors = read1(of_token + kReplyFactor / 16 * 16 + lane % 4 * 4);
+  }
+  __device__ void read_reply(Reply& reply, u32 replies, int lane) const {
+    const u32 of_token = replies + token_of_column(lane / 4) * kReplyStride;
+    read_words(reply, replies, lane);
     u32 dm[2 * kOctets];
     read_dm<false>(dm, replies);
     const float scale = inverse_of_unit(low_half(read1(of_token + kReplyUnit)));
@@ -305,6 +316,7 @@ struct MainWarp {
         if constexpr (kSumsPhi) sum_phi(unit, unit + 1, x_new, replies);
       }
       if constexpr (!kKeepsReply) read_reply(reply, replies, lane);
+      if constexpr (kReadsWordsAnew) read_words(reply, replies, lane);
       if constexpr (kReadsAnew && !kIdentity) h_res_new = mixing.read(tables, 1, lane);
       if constexpr (!kGradientsFirst) read_gradient(gradient[unit], slot, unit);
       // What follows from these for a unit is not kept in registers for the next one.

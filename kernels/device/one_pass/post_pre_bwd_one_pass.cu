@@ -118,7 +118,7 @@ constexpr bool kHoldsPhi = kSumsOfWarp + kUnits * N * kPhiWords <= 96;
 // Units whose X' is there before the replies are: with those of all, 448 channels would take too many registers.
 constexpr int kAhead = Tuned::ahead;
 // Whether what units share of the replies is read once for all of them: where there are registers for it.
-constexpr bool kKeepsReply = kOctets < (kHasUnits ? 2 : 4) || kAhead > 1;
+constexpr bool kKeepsReply = kOctets < 4 || kAhead > 1;
 // phi of 16 channels of a stream, and of all channels of the block.
 constexpr u32 kPhiBytes = kPhiFragmentBytes;
 constexpr u32 kAllPhiBytes = SIZE / 16 * N * kPhiBytes;
