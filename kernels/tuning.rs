@@ -373,6 +373,18 @@ pub const FILES: &[File] = &[
         row("post_pre_bwd_one_pass", &[W384K32], [8, 3, 512, 202_240], &[3, 2, 0, 2, 100]),
         row("post_pre_bwd_one_pass", &[N2W512],  [8, 5, 512, 221_696], &[3, 2, 1, 4, 100]),
     ] },
+    // Beside float16 streams units of a token's matrices take some bytes more.
+    File { path: "one_pass/post_pre_bwd_one_pass", dtypes: F16, target: Target::Hopper,
+           more: &["gradients", "owner_warps", "sums_phi", "ahead", "cost"], kernels: &[
+        row("post_pre_bwd_one_pass", &[W256],   [8, 4, 512, 231_936], &[4, 2, 1, 2, 100]),
+        row("post_pre_bwd_one_pass", &[W320],   [8, 4, 512, 223_744], &[4, 2, 0, 1, 160]),
+        row("post_pre_bwd_one_pass", &[W384],   [8, 3, 512, 201_216], &[3, 2, 0, 2, 200]),
+        row("post_pre_bwd_one_pass", &[W448],   [8, 3, 512, 231_936], &[3, 2, 0, 1, 200]),
+        row("post_pre_bwd_one_pass", &[W512],   [8, 3, 512, 229_888], &[2, 2, 0, 1, 200]),
+        row("post_pre_bwd_one_pass", &[W256K8], [8, 5, 512, 206_336], &[4, 2, 1, 2, 100]),
+        row("post_pre_bwd_one_pass", &[W384K8], [8, 4, 512, 212_480], &[2, 2, 1, 3, 100]),
+        row("post_pre_bwd_one_pass", &[W512K8], [8, 3, 512, 227_840], &[2, 2, 1, 1, 100]),
+    ] },
     // Two tiles of float32 streams are as large as four of bfloat16.
     File { path: "one_pass/post_pre_bwd_one_pass", dtypes: F32, target: Target::Hopper,
            more: &["gradients", "owner_warps", "sums_phi", "ahead", "cost"], kernels: &[
@@ -394,13 +406,18 @@ pub const FILES: &[File] = &[
         row("sum_one_stream", &[ONE], [0, 0, 512, 0], &[]),
     ] },
     // `blocks` run at once on a multiprocessor.
-    File { path: "one_pass/phi_bwd", dtypes: BF16, target: Target::Hopper, more: &["blocks"], kernels: &[
+    File { path: "one_pass/phi_bwd", dtypes: HALVES, target: Target::Hopper, more: &["blocks"], kernels: &[
         row("phi_bwd", &[W128],    [16, 4, 256, 95_232], &[2]),
+    ] },
+    File { path: "one_pass/phi_bwd", dtypes: BF16, target: Target::Hopper, more: &["blocks"], kernels: &[
         row("phi_bwd", &[W128K32], [16, 4, 256, 99_328], &[2]),
     ] },
     // `channels` are those of a thread.
+    File { path: "one_pass/post_pre_norm_bwd", dtypes: HALVES, target: Target::Hopper, more: &["channels"], kernels: &[
+        row("post_pre_norm_bwd", &[N4], [1, 0, 1024, 0], &[8]),
+    ] },
     File { path: "one_pass/post_pre_norm_bwd", dtypes: BF16, target: Target::Hopper, more: &["channels"], kernels: &[
-        row("post_pre_norm_bwd", &[N2, N4], [1, 0, 1024, 0], &[8]),
+        row("post_pre_norm_bwd", &[N2], [1, 0, 1024, 0], &[8]),
     ] },
     File { path: "one_pass/post_pre_norm_bwd", dtypes: F32, target: Target::Hopper, more: &["channels"], kernels: &[
         row("post_pre_norm_bwd", &[N4], [1, 0, 1024, 0], &[4]),

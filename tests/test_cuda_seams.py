@@ -38,6 +38,8 @@ TWO_STREAMS = (
 FLOAT32 = (
     288, 544, 1024, 1280, 1504, 1792, 2048, 2304, 2560, 2784, 3072, 3296, 3584, 3808, 4096,
 )  # fmt: skip
+# Of four float16 streams: every size of blocks, which are those of bfloat16.
+HALF_WIDTHS = (448, 1024, 2560, 2752, 4096, 4160, 5952, 7168, 7232, 8192)
 
 # The same with fewer and with more columns of phi.
 OTHER_WIDTHS = (64, 448, 640, 1280, 2560, 3072, 4096, 5952, 6144)
@@ -56,6 +58,24 @@ def test_clusters_of_every_size(hidden, tokens):
 def test_clusters_of_two_streams(hidden, tokens):
     poison()
     check("post_pre", Case((tokens,), 2, hidden, 3.0), "bfloat16")
+
+
+@pytest.mark.parametrize("hidden", HALF_WIDTHS)
+@pytest.mark.parametrize("tokens", [1, 37])
+@pytest.mark.parametrize("config", [PAPER, NONE, IDENTITY])
+def test_clusters_of_float16_streams(hidden, tokens, config):
+    """Cotangents are deferred where there are 37 tokens; there is a norm where there is one."""
+    poison()
+    case = Case((tokens,), 4, hidden, 3.0, config, norm=tokens == 1)
+    check("post_pre" if tokens == 1 else "two_sublayers", case, "float16")
+
+
+@pytest.mark.parametrize("config", [PAPER, NONE, IDENTITY])
+@pytest.mark.parametrize("tokens, hidden", [(205, 1024), (4099, 2560), (1021, 4096), (517, 7168)])
+def test_float16_streams_err_no_more_than_plain_jax(tokens, hidden, config):
+    case = Case((tokens,), 4, hidden, config=config)
+    names = ("y", "ctx.x", "ctx.h_post", "ctx.h_res", "params.phi")
+    check_beside_plain_jax("post_pre", case, "float16", names)
 
 
 @pytest.mark.parametrize("hidden", [576, 2048, 4160, 8192])
@@ -132,27 +152,31 @@ def test_a_norm(hidden):
     check("post_pre", Case((37,), 4, hidden, 3.0, norm=True), "bfloat16")
 
 
-@pytest.mark.parametrize("config", [IDENTITY, PERMUTED])
-def test_a_norm_scale_with_zeros(config):
+@pytest.mark.parametrize(
+    "config, dtype", [(IDENTITY, "bfloat16"), (PERMUTED, "bfloat16"), (PAPER, "float16")]
+)
+def test_a_norm_scale_with_zeros(config, dtype):
     """Where the normalised input is zero, the input is summed up again, by other columns of m."""
 
     def with_zeros(operands):
         kept = np.arange(1280) % 5 > 0
         return operands | {"norm_scale": jnp.where(kept, operands["norm_scale"], 0)}
 
-    check("post_pre", Case((37,), 4, 1280, config=config, norm=True), "bfloat16", with_zeros)
+    check("post_pre", Case((37,), 4, 1280, config=config, norm=True), dtype, with_zeros)
 
 
 MANY = [
-    *[("bfloat16", Case((2053,), 4, hidden, 3.0)) for hidden in (640, 1280, 2560, 8192)],
-    *[("bfloat16", Case((4099,), 2, hidden, 3.0)) for hidden in (576, 1472, 2048, 4160, 8192)],
-    *[("float32", Case((2053,), 4, hidden, 3.0)) for hidden in (544, 1280, 2048, 4096)],
-    ("float32", Case((2053,), 4, 2048, 3.0, IDENTITY)),
+    *[(Case((2053,), 4, hidden, 3.0), "bfloat16") for hidden in (640, 1280, 2560, 8192)],
+    *[(Case((4099,), 2, hidden, 3.0), "bfloat16") for hidden in (576, 1472, 2048, 4160, 8192)],
+    *[(Case((2053,), 4, hidden, 3.0), "float16") for hidden in (1280, 2560, 8192)],
+    *[(Case((2053,), 4, hidden, 3.0, IDENTITY), "float16") for hidden in (640, 4096, 5952)],
+    *[(Case((2053,), 4, hidden, 3.0), "float32") for hidden in (544, 1280, 2048, 4096)],
+    (Case((2053,), 4, 2048, 3.0, IDENTITY), "float32"),
 ]
 
 
-@pytest.mark.parametrize("dtype, case", MANY, ids=str)
-def test_many_tokens(dtype, case):
+@pytest.mark.parametrize("case, dtype", MANY, ids=str)
+def test_many_tokens(case, dtype):
     """Tiles for all clusters, several times, and the same bits in every run."""
     check("post_pre", case, dtype)
     digests = set()
@@ -163,16 +187,44 @@ def test_many_tokens(dtype, case):
 
 
 @pytest.mark.parametrize(
+    "hidden, config",
+    [(1280, PAPER), (2560, PAPER), (4096, PAPER), (8192, PAPER), (2048, IDENTITY)],
+)
+def test_gradients_of_float16_tokens_do_not_depend_on_the_others(hidden, config):
+    """Bit for bit, though another block may own the token then, in another place of its tile."""
+    case = Case((2053,), 4, hidden, 3.0, config)
+    operands, cotangents = arrays("post_pre", case, "float16")
+
+    def gradients(tokens):
+        own, of_own = jax.tree.map(
+            lambda leaf: leaf[tokens],
+            ({name: operands[name] for name in ("y", "ctx")}, cotangents),
+        )
+        found = compiled("post_pre", config, "fused", operands | own, of_own)[1]
+        return found["y"], found["ctx"]
+
+    everything = gradients(slice(None))
+    for tokens in (slice(1000, 1001), slice(1003, 1040)):
+        jax.tree.map(
+            lambda part, whole, at=tokens: np.testing.assert_array_equal(part, whole[at]),
+            gradients(tokens),
+            everything,
+        )
+
+
+@pytest.mark.parametrize(
     "dtype, streams, hidden",
     [
         *[("bfloat16", 4, hidden) for hidden in (640, 2304, 4160, 8192)],
         *[("bfloat16", 2, hidden) for hidden in (576, 4160, 8192)],
+        *[("float16", 4, hidden) for hidden in (640, 7168)],
         *[("float32", 4, hidden) for hidden in (544, 2048, 4096)],
     ],
 )
 def test_an_infinity_stays_with_the_tokens_of_its_four(dtype, streams, hidden):
     """Other tokens have the bits that they have without it; all others where none are mixed."""
-    case, near = Case((37,), streams, hidden, 3.0), 4 if (dtype, streams) == ("bfloat16", 4) else 1
+    are_four = streams == 4 and dtype != "float32"
+    case, near = Case((37,), streams, hidden, 3.0), 4 if are_four else 1
     operands, cotangents = arrays("post_pre", case, dtype)
     wild = operands | {"y": operands["y"].at[9, 5].set(jnp.inf)}
 
@@ -198,6 +250,8 @@ def run_all():
     for config in (PAPER, IDENTITY):
         for hidden in FLOAT32:
             run("post_pre", Case((37,), 4, hidden, config=config), "float32")
+    for hidden in HALF_WIDTHS:
+        run("post_pre", Case((37,), 4, hidden), "float16")
 
 
 def test_the_kernels_are_those_of_their_width():
@@ -211,12 +265,13 @@ def test_the_kernels_are_those_of_their_width():
     assert done.returncode == 0, done.stderr[-2000:]
     pattern = r'kernel="mhc_post_pre_bwd_one_pass_(\w+)".*cluster=(\d+)'
     found = [(size, int(blocks)) for size, blocks in re.findall(pattern, done.stderr)]
-    of_four = [(f"w{channels}_bf16", blocks) for channels, blocks in GEOMETRIES.values()]
-    of_two = [("n2w512_bf16", -(-hidden // 512)) for hidden in TWO_STREAMS]
-    of_float32 = [
-        (size, -(-hidden // 256)) for size in ("w256_f32", "w256k8_f32") for hidden in FLOAT32
-    ]
-    assert found == [*of_four, *of_two, *of_float32]
+    expected = [(f"w{channels}_bf16", blocks) for channels, blocks in GEOMETRIES.values()]
+    expected += [("n2w512_bf16", -(-hidden // 512)) for hidden in TWO_STREAMS]
+    for size in ("w256_f32", "w256k8_f32"):
+        expected += [(size, -(-hidden // 256)) for hidden in FLOAT32]
+    of_half = [GEOMETRIES[hidden] for hidden in HALF_WIDTHS]
+    expected += [(f"w{channels}_f16", blocks) for channels, blocks in of_half]
+    assert found == expected
 
 
 if __name__ == "__main__":

@@ -49,11 +49,15 @@ __device__ inline void split(float a, float b, u32 (&parts)[P]) {
   }
 }
 
+// The first number of both parts, in one word.
+__device__ inline u32 first_of(const u32 (&parts)[2]) {
+  return (parts[0] & 0xffff) | parts[1] << 16;
+}
 // A number in a word, as two bfloat16 parts.
 __device__ inline u32 word_of(float v) {
   u32 parts[2];
   split(v, 0.f, parts);
-  return (parts[0] & 0xffff) | parts[1] << 16;
+  return first_of(parts);
 }
 
 // Eight values of a stream in parts: parts[p][w] holds values 2w and 2w + 1.
@@ -112,6 +116,12 @@ __device__ inline void split_halves(float a, float b, u32 (&parts)[P]) {
     b -= wide(f16{u16(parts[p] >> 16)});
   }
 }
+// The same as `word_of`.
+__device__ inline u32 half_word_of(float v) {
+  u32 parts[2];
+  split_halves(v, 0.f, parts);
+  return first_of(parts);
+}
 
 // The same of pairs of numbers in two bfloat16 parts, and in one part.
 template <int P>
@@ -155,6 +165,16 @@ __device__ inline float low_of(u32 pair) {
 template <class S>
 __device__ inline float high_of(u32 pair) {
   return Pack<S, 2>{{pair}}[1];
+}
+
+// In these words, or the compiler takes more registers.
+template <>
+__device__ inline float low_of<bf16>(u32 pair) {
+  return low_half(pair);
+}
+template <>
+__device__ inline float high_of<bf16>(u32 pair) {
+  return high_half(pair);
 }
 
 template <class S>

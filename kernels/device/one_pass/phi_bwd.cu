@@ -97,13 +97,13 @@ __device__ inline void mix(u32 (&x_new)[2], const u32 (&x)[N][2], const u32 (&y)
                            const float (&h_res)[2][N], float2 h_post) {
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
-    float sums[2] = {h_post.x * low_half(y[c]), h_post.y * high_half(y[c])};
+    float sums[2] = {h_post.x * low_of<Stream>(y[c]), h_post.y * high_of<Stream>(y[c])};
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      sums[0] += h_res[0][j] * low_half(x[j][c]);
-      sums[1] += h_res[1][j] * high_half(x[j][c]);
+      sums[0] += h_res[0][j] * low_of<Stream>(x[j][c]);
+      sums[1] += h_res[1][j] * high_of<Stream>(x[j][c]);
     }
-    x_new[c] = pair(sums[0], sums[1]);
+    x_new[c] = pair_of((Stream*)nullptr, sums[0], sums[1]);
   }
 }
 
@@ -153,10 +153,7 @@ __device__ inline void sum_tiles(const Stages& stages, const Operands& to, int w
         for (u32 unit = 0; unit < kUnits; ++unit) {
           u32 x_new[2];
           mix(x_new, x[unit], y[unit], h_res, {h_post[0][i], h_post[1][i]});
-          float (&sums)[kOctets][4] = d_phi[unit][i];
-#pragma unroll
-          for (int part = 0; part < 2 * kOctets; ++part)
-            mma_k8(sums[part % kOctets], x_new[0], x_new[1], dm[part]);
+          add_columns(d_phi[unit][i], x_new, dm, [](int part) { return part % kOctets; });
         }
       }
     }

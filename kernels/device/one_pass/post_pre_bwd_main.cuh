@@ -19,9 +19,22 @@ constexpr int kWarpStep = kNeighbours ? 32 : 16;
 constexpr bool kGradientsFirst = kAhead == kUnits && kSumsPhi && !kIdentity;
 // Whether units read tables and use words of replies anew: there are registers for two streams' numbers.
 constexpr bool kReadsAnew = N > 2;
+// Whether they read the words from shared memory, too: or else the compiler sees that the same follows from them, and keeps
+// it.
+constexpr bool kReadsWordsAnew = kHasUnits && kAhead < 2 && kKeepsReply;
 // Where a unit lies, from the address of the warp's first one.
 __device__ inline u32 of_unit(u32 at, u32 unit) {
   return kNeighbours ? at ^ unit * 32 : at + unit * (kUnitStep / kBoxChannels) * kBox;
+}
+
+__device__ inline u32 stream_pair(float a, float b) { return pair_of((Stream*)nullptr, a, b); }
+
+// Whether d_phi takes X' from words whose halves are swapped. From the words themselves the compiler would keep what
+// follows until it is wanted again, and there are too few registers.
+constexpr bool kSwaps = kStreamParts<Stream> == 2 && kOctets > 1;
+__device__ inline void swap_halves(u32& word) {
+  word = __byte_perm(word, 0, 0x1032);
+  keep(word);
 }
 
 struct MainWarp {
@@ -120,7 +133,11 @@ struct MainWarp {
       }
       if (kHoldsPhi && has_unit(unit)) read_phi(phi_words[i][unit], i, unit, lane);
     }
-    for (u32* number : {&streams, &gradients, &vectors}) keep(*number);
+    if constexpr (kReadsWordsAnew) {
+      keep(streams);  // for the others there are no registers
+    } else {
+      for (u32* number : {&streams, &gradients, &vectors}) keep(*number);
+    }
     mixing.keep_all();
     // The fourth unit takes the last register.
     if constexpr (kUnits < 4) keep(outputs);
@@ -162,22 +179,22 @@ struct MainWarp {
         mixing.mix(mixed, x, h_res, i, e);
 #pragma unroll
         for (u32 v = 0; v < 4; ++v) {
-          const float y_v = e ? high_half(y[v / 2]) : low_half(y[v / 2]);
+          const float y_v = e ? high_of<Stream>(y[v / 2]) : low_of<Stream>(y[v / 2]);
           values[i + v % 2][v / 2 * 2 + e] = fmaf(h_post[i / 2][v % 2 * 2 + e], y_v, mixed[v]);
         }
       }
     }
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      x_new[i][0] = pair(values[i][0], values[i][1]);
-      x_new[i][1] = pair(values[i][2], values[i][3]);
+      x_new[i][0] = stream_pair(values[i][0], values[i][1]);
+      x_new[i][1] = stream_pair(values[i][2], values[i][3]);
     }
   }
 
   // X' and d_u of some units.
   __device__ void begin(u32 first, u32 last, u32 (&x_new)[kUnits][N][2], u32 (&d_u)[kUnits][2],
                         u32 tables, u32 stage, int lane) const {
-    const Weights h_res = mixing.read(tables, lane);
+    const Weights h_res = mixing.read(tables, 0, lane);
     float h_post[N / 2][4];
     const int q = lane % 4;
     const u32 h_post_word = read_h_post(tables, lane);
@@ -212,18 +229,23 @@ struct MainWarp {
 
   // Of a reply r dm in float16, that of a column's token in its unit, and the words of h_pre, and of -f and that unit.
   struct Reply {
-    u32 half_dm[kOctets], h_pre, factors;
+    HalfDm half_dm;
+    u32 h_pre, factors;
   };
-  __device__ void read_reply(Reply& reply, u32 replies, int lane) const {
+  __device__ void read_words(Reply& reply, u32 replies, int lane) const {
     const u32 of_token = replies + token_of_column(lane / 4) * kReplyStride;
     reply.h_pre = read1(of_token + kReplyGates + lane % 4 * 4);
     reply.factors = read1(of_token + kReplyFactor / 16 * 16 + lane % 4 * 4);
+  }
+  __device__ void read_reply(Reply& reply, u32 replies, int lane) const {
+    const u32 of_token = replies + token_of_column(lane / 4) * kReplyStride;
+    read_words(reply, replies, lane);
     u32 dm[2 * kOctets];
     read_dm<false>(dm, replies);
     const float scale = inverse_of_unit(low_half(read1(of_token + kReplyUnit)));
 #pragma unroll
     for (int octet = 0; octet < kOctets; ++octet)
-      reply.half_dm[octet] = half_pair(dm[2 * octet], dm[2 * octet + 1], scale);
+      set_octet(reply.half_dm, octet, dm[2 * octet], dm[2 * octet + 1], scale);
   }
 
   // Adds units of a tile to d_phi = sum over tokens of vec(X')^T (r dm).
@@ -231,15 +253,17 @@ struct MainWarp {
     // Rows 8 to 15 of the tokens are the same again, for the low parts.
     u32 dm[2 * kOctets];
     read_dm<true>(dm, replies);
+    if constexpr (kSwaps)
+      for (u32& word : dm) swap_halves(word);
 #pragma unroll
     for (u32 unit = first; unit < last; ++unit) {
       if (!has_unit(unit)) break;
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        const u32 a0 = x_new[unit][i][0], a1 = x_new[unit][i][1];
-#pragma unroll
-        for (int part = 0; part < 2 * kOctets; ++part)
-          mma_k8(d_phi[i][unit][part / 2], a0, a1, dm[part]);
+        u32 x[2] = {x_new[unit][i][0], x_new[unit][i][1]};
+        if constexpr (kSwaps)
+          for (u32& word : x) swap_halves(word);
+        add_columns(d_phi[i][unit], x, dm, [](int part) { return part / 2; });
       }
     }
   }
@@ -281,7 +305,7 @@ struct MainWarp {
     Weights h_res_new = {};
     u32 h_post_word = 0;
     if constexpr (!kReadsAnew) {
-      h_res_new = mixing.read(tables + kTableBytes, lane);
+      h_res_new = mixing.read(tables, 1, lane);
       h_post_word = read_h_post(tables, lane);
     }
 #pragma unroll
@@ -292,7 +316,8 @@ struct MainWarp {
         if constexpr (kSumsPhi) sum_phi(unit, unit + 1, x_new, replies);
       }
       if constexpr (!kKeepsReply) read_reply(reply, replies, lane);
-      if constexpr (kReadsAnew && !kIdentity) h_res_new = mixing.read(tables + kTableBytes, lane);
+      if constexpr (kReadsWordsAnew) read_words(reply, replies, lane);
+      if constexpr (kReadsAnew && !kIdentity) h_res_new = mixing.read(tables, 1, lane);
       if constexpr (!kGradientsFirst) read_gradient(gradient[unit], slot, unit);
       // What follows from these for a unit is not kept in registers for the next one.
       if constexpr (kReadsAnew)
@@ -312,7 +337,7 @@ struct MainWarp {
 #pragma unroll
             for (u32 v = 0; v < 4; ++v) {
               const u32 pair = gradient[unit][i / 2][v % 2 * 2 + v / 2];
-              mixed[v] = e ? high_half(pair) : low_half(pair);
+              mixed[v] = e ? high_of<Stream>(pair) : low_of<Stream>(pair);
             }
           } else {
             mixing.mix(mixed, gradient[unit], h_res_new, i, e);
@@ -320,8 +345,8 @@ struct MainWarp {
 #pragma unroll
           for (u32 v = 0; v < 4; ++v) {
             const u32 d_u_pair = d_u[unit][v / 2], x_pair = x_new[unit][i + v % 2][v / 2];
-            const float d_u_v = e ? high_half(d_u_pair) : low_half(d_u_pair);
-            const float x_v = e ? high_half(x_pair) : low_half(x_pair);
+            const float d_u_v = e ? high_of<Stream>(d_u_pair) : low_of<Stream>(d_u_pair);
+            const float x_v = e ? high_of<Stream>(x_pair) : low_of<Stream>(x_pair);
             const float collapsed = fmaf(h_pre[v % 2 * 2 + e], d_u_v, mixed[v]);
             values[i + v % 2][v / 2 * 2 + e] = fmaf(factors[e], x_v, collapsed);
           }
@@ -337,19 +362,19 @@ struct MainWarp {
         if (i % 2 == 0) spread(h_post, h_post_word, i, q);
         float products[4] = {};
         if constexpr (!kHoldsPhi) read_phi(phi_words[i][unit], i, unit, lane);
-        mma_half(products, phi_words[i][unit], reply.half_dm);
+        add_product(products, phi_words[i][unit], reply.half_dm);
 #pragma unroll
         for (int v = 0; v < 4; ++v) {
           values[i][v] = fmaf(phi_units[unit] * factors[2 + v % 2], products[v], values[i][v]);
           d_y[v] = fmaf(h_post[i % 2 * 2 + v % 2], values[i][v], d_y[v]);
         }
-        rounded[i / 2][i % 2 * 2] = pair(values[i][0], values[i][1]);
-        rounded[i / 2][i % 2 * 2 + 1] = pair(values[i][2], values[i][3]);
+        rounded[i / 2][i % 2 * 2] = stream_pair(values[i][0], values[i][1]);
+        rounded[i / 2][i % 2 * 2 + 1] = stream_pair(values[i][2], values[i][3]);
       }
 #pragma unroll
       for (int half = 0; half < N / 2; ++half)
         write_transposed(of_unit(outputs + half * kPlane + slot * kHalf, unit), rounded[half]);
-      const u32 rounded_d_y[2] = {pair(d_y[0], d_y[1]), pair(d_y[2], d_y[3])};
+      const u32 rounded_d_y[2] = {stream_pair(d_y[0], d_y[1]), stream_pair(d_y[2], d_y[3])};
       write_transposed(of_unit(vectors + kPlane + stage * kPair, unit), rounded_d_y);
     }
     fence_for_copies();

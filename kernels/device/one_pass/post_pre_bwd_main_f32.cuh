@@ -76,13 +76,13 @@ struct HalfPhi {
 __device__ constexpr int place_of(int f, int p) { return (kOctets - 1 - p) * kFragments + f; }
 
 // r dm of a token in such parts, as B of the products: two neighbouring columns of each octet.
-struct HalfDm {
+struct DmParts {
   u32 large[kOctets], small[kOctets];
 };
 
 // d = the product of both. Tensor cores drop the last bits of a sum instead of rounding it: so the large parts of two
 // octets have sums of their own, and small parts come first.
-__device__ inline void multiply(float (&d)[4], const u32 (&phi)[kOctets][4], const HalfDm& dm) {
+__device__ inline void multiply(float (&d)[4], const u32 (&phi)[kOctets][4], const DmParts& dm) {
 #pragma unroll
   for (float& sum : d) sum = 0.f;
   if constexpr (kOctets > 1) {
@@ -282,8 +282,8 @@ struct MainWarp {
   }
 
   // r dm of token g.
-  __device__ HalfDm dm_of_row(u32 replies) const {
-    HalfDm dm;
+  __device__ DmParts dm_of_row(u32 replies) const {
+    DmParts dm;
     const u32 lane = lane_id(), of_token = replies + lane / 4 * kReplyStride;
     const float scale = inverse_of_unit(read_float(of_token + kReplyUnit));
 #pragma unroll
@@ -299,7 +299,7 @@ struct MainWarp {
 
   // d_X' += (r dm) phi^T from fragment FIRST to the end of its unit, with r dm as B: k is a column.
   template <int FIRST>
-  __device__ bool add_products(Numbers& sums, const HalfDm& dm, u32 own_replies, int tile) const {
+  __device__ bool add_products(Numbers& sums, const DmParts& dm, u32 own_replies, int tile) const {
     const float phi_unit = read_float(phi_unit_at(block));
     float units[2];
 #pragma unroll
@@ -394,7 +394,7 @@ __device__ inline void main_warps(const Block& block, const Args& args, int warp
     const u32 slot = tile % kGradients, own_replies = self.own_replies(stage);
     self.mix_gradients(numbers, stage, slot, tile, own_replies);
     if (is_never(tile)) break;
-    const HalfDm dm = self.dm_of_row(block.reply(stage, 0));
+    const DmParts dm = self.dm_of_row(block.reply(stage, 0));
     if (!self.add_products<0>(numbers, dm, own_replies, tile)) break;
     self.write<0>(numbers, stage, slot, tile);
     if (!self.add_products<N>(numbers, dm, own_replies, tile)) break;

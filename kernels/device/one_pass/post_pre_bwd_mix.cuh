@@ -22,9 +22,9 @@ __device__ inline void spread(float (&numbers)[4], u32 word, u32 i, u32 q) {
   for (float& number : numbers) number = 0.f;
   mma_k8(numbers, q == i ? kOnes : 0, q == i + 1 ? kOnes : 0, word);
 }
-// This lane's word of tokens with four each, one behind the other.
+// This lane's word of tokens with four each, or two that each of two lanes gets, one behind the other.
 __device__ inline u32 word_to_spread(u32 first, u32 token_bytes, int lane) {
-  return read1(first + token_of_column(lane / 4) * token_bytes + lane % 4 * 4);
+  return read1(first + token_of_column(lane / 4) * token_bytes + lane % (token_bytes / 4) * 4);
 }
 
 // ---- tables --------------------------------------------------------------------------------------------
@@ -64,17 +64,35 @@ struct Tables<4> {
   // `Mixing::table`) lie in different banks.
   __device__ static u32 place(u32 t, u32 i) { return ((t ^ t / 4) * 2 + i % 2) * 32; }
 
-  __device__ static void write(u32 at, const float (&values)[4]) {
-    write2(at, {word_of(values[0]), word_of(values[2])});
-    write2(at + 16, {word_of(values[1]), word_of(values[3])});
+  // A lane's numbers of a token's matrix, in the unit that is returned.
+  __device__ static float write(u32 at, const float (&values)[4]) {
+    if constexpr (kHasUnits) {
+      u32 largest = 0;
+#pragma unroll
+      for (float v : values) largest = max(largest, magnitude(v));
+#pragma unroll
+      for (u32 step = 1; step < 4; step *= 2)
+        largest = max(largest, __shfl_xor_sync(kAllLanes, largest, step));
+      const float unit = half_unit(largest), scale = inverse_of_unit(unit);
+      write2(at, {half_word_of(values[0] * scale), half_word_of(values[2] * scale)});
+      write2(at + 16, {half_word_of(values[1] * scale), half_word_of(values[3] * scale)});
+      return unit;
+    } else {
+      write2(at, {word_of(values[0]), word_of(values[2])});
+      write2(at + 16, {word_of(values[1]), word_of(values[3])});
+      return 1.f;
+    }
   }
 
   __device__ void write(int tile) const {
     if (tile >= block.num_tiles) return;
     const u32 t = lane / 4, i = lane % 4;
     const u32 tables = block.tables(tile), at = place(t, i) + i / 2 * 8;
-    write(tables + at, row);
-    if constexpr (!kIdentity) write(tables + kTableBytes + at, column);
+    const float unit = write(tables + at, row);
+    float unit_new = 1.f;
+    if constexpr (!kIdentity) unit_new = write(tables + kTableBytes + at, column);
+    if (kHasUnits && i == 0)
+      write2(tables + kTableUnits + t * kTableUnitsBytes, {word_of(unit), word_of(unit_new)});
     if (lane < kTileTokens) {
       write4(tables + kHPost + lane * kHPostBytes,
              {word_of(h_post.x), word_of(h_post.y), word_of(h_post.z), word_of(h_post.w)});
@@ -117,14 +135,18 @@ struct Tables<2> {
 
 // ---- mixing --------------------------------------------------------------------------------------------
 
-// What main warps mix streams with. Results are (channel g, i), (g, i + 1), (g + 8, i), (g + 8, i + 1) of one of the
-// lane's two tokens, the first (e = 0) or the second, for the streams i and i + 1.
+// What main warps mix streams with, by H_res (`which` = 0) or the transposed H_res_new. Results are (channel g, i),
+// (g, i + 1), (g + 8, i), (g + 8, i + 1) of one of the lane's two tokens, the first (e = 0) or the second, for the streams
+// i and i + 1.
 template <int STREAMS>
 struct Mixing;
 
 template <>
 struct Mixing<4> {
-  using Weights = uint4;  // this lane's words of a table
+  struct Weights {
+    uint4 words;     // this lane's, of a table
+    float units[2];  // where there are some, those of the lane's tokens
+  };
 
   u32 table;  // where these lie
   u32 take_high[2],
@@ -161,16 +183,30 @@ struct Mixing<4> {
     read_transposed(fragments[0], at);
     read_transposed(fragments[1], (at ^ 4 * 16) + 4 * kRowBytes);
   }
-  __device__ Weights read(u32 at, int) const { return read4(at + table); }
+  __device__ Weights read(u32 tables, u32 which, int lane) const {
+    Weights weights;
+    weights.words = read4(tables + which * kTableBytes + table);
+    if constexpr (kHasUnits) {
+      float units[4];
+      spread(units, word_to_spread(tables + kTableUnits, kTableUnitsBytes, lane), which, lane % 4);
+      weights.units[0] = units[0], weights.units[1] = units[1];
+    }
+    return weights;
+  }
 
-  __device__ void mix(float (&mixed)[4], const u32 (&streams)[2][4], Weights words, u32 i,
+  __device__ void mix(float (&mixed)[4], const u32 (&streams)[2][4], const Weights& weights, u32 i,
                       u32 e) const {
     const u32(&own)[4] = streams[e];
+    const uint4 words = weights.words;
     const u32 first = i ? words.z : words.x, second = i ? words.w : words.y;
-    mma(mixed, own[0], own[1], own[2], own[3],
-        {__byte_perm(first, 0, take_high[e]), __byte_perm(second, 0, take_high[e])});
-    mma(mixed, own[0], own[1], own[2], own[3],
-        {__byte_perm(first, 0, take_low[e]), __byte_perm(second, 0, take_low[e])});
+    mma_of<Stream>(mixed, {own[0], own[1], own[2], own[3]},
+                   {__byte_perm(first, 0, take_high[e]), __byte_perm(second, 0, take_high[e])});
+    mma_of<Stream>(mixed, {own[0], own[1], own[2], own[3]},
+                   {__byte_perm(first, 0, take_low[e]), __byte_perm(second, 0, take_low[e])});
+    if constexpr (kHasUnits) {
+#pragma unroll
+      for (float& v : mixed) v *= weights.units[e];
+    }
   }
 };
 
@@ -192,9 +228,9 @@ struct Mixing<2> {
   __device__ static void read_streams(u32 (&fragments)[1][4], u32 at) {
     read_transposed(fragments[0], at);
   }
-  __device__ Weights read(u32 at, int lane) const {
+  __device__ Weights read(u32 tables, u32 which, int lane) const {
     Weights weights;
-    const u32 word = word_to_spread(at, 16, lane);
+    const u32 word = word_to_spread(tables + which * kTableBytes, 16, lane);
     spread(weights.of[0], word, 0, lane % 4), spread(weights.of[1], word, 2, lane % 4);
     return weights;
   }
@@ -205,8 +241,8 @@ struct Mixing<2> {
     for (u32 v = 0; v < 4; ++v) {
       const float (&own)[4] = weights.of[v % 2];
       const u32 pair0 = streams[0][v / 2], pair1 = streams[0][2 + v / 2];
-      const float x0 = e ? high_half(pair0) : low_half(pair0);
-      const float x1 = e ? high_half(pair1) : low_half(pair1);
+      const float x0 = e ? high_of<Stream>(pair0) : low_of<Stream>(pair0);
+      const float x1 = e ? high_of<Stream>(pair1) : low_of<Stream>(pair1);
       mixed[v] = fmaf(own[2 + e], x1, own[e] * x0);
     }
   }

@@ -104,7 +104,10 @@ constexpr u32 kDotsRing = kDotsSlots * 15 * kDotParts * kDotsBytes;
 constexpr u32 kSumsSlots = kStages > 2 ? 8 : 4;
 constexpr u32 kSumsRing = kSumsSlots * kTileTokens * kSumsBytes;
 
-// Of a tile H_res and the transposed H_res_new (`Tables`), and h_post, with zeros for streams that are not there.
+// Of a tile H_res and the transposed H_res_new (`Tables`), h_post, with zeros for streams that are not there, and the units
+// of each token's matrices. Beside four float16 streams these are float16, too, whose range is too small without units:
+// powers of two, by the largest number (`half_unit`).
+constexpr bool kHasUnits = N > 2 && kStreamParts<Stream> == 2;
 constexpr u32 kTableBytes = kTileTokens * N * N * 4;
 constexpr u32 kHPost = (kIdentity ? 1 : 2) * kTableBytes;
 constexpr u32 kHPostBytes = 16;
@@ -112,8 +115,11 @@ constexpr u32 kHPostBytes = 16;
 // banks.
 constexpr u32 kTableNew = N * N * 4, kTableHPost = (kIdentity ? 1 : 2) * kTableNew;
 constexpr u32 kTableRow = kTableHPost + 16;
-constexpr u32 kTablesBytes =
-    kIsFloat32 ? kTileTokens * kTableRow : kHPost + kTileTokens * kHPostBytes;
+constexpr u32 kTableUnits = kHPost + kTileTokens * kHPostBytes;
+constexpr u32 kTableUnitsBytes = 8;
+constexpr u32 kTablesBytes = kIsFloat32
+                                 ? kTileTokens * kTableRow
+                                 : kTableUnits + (kHasUnits ? kTileTokens * kTableUnitsBytes : 0);
 
 // A main warp has units of 16 channels of all streams.
 constexpr int kUnits = (SIZE / 16 + kMainWarps - 1) / kMainWarps;
@@ -340,9 +346,9 @@ __device__ inline void input_dots(const Block& block, int half, int lane) {
       read_matrices(a, from);
       if constexpr (N > 2) read_matrices(b, from + kPlane);
       read_matrices(v, (v_first + at + slot * (kPair - kHalf)) ^ unit * 16);
-      mma(x01, a[0], a[1], a[2], a[3], {v[2], v[3]});
-      if constexpr (N > 2) mma(x23, b[0], b[1], b[2], b[3], {v[2], v[3]});
-      mma(y, v[0], v[0], v[1], v[1], {v[2], v[3]});
+      mma_of<Stream>(x01, {a[0], a[1], a[2], a[3]}, {v[2], v[3]});
+      if constexpr (N > 2) mma_of<Stream>(x23, {b[0], b[1], b[2], b[3]}, {v[2], v[3]});
+      mma_of<Stream>(y, {v[0], v[0], v[1], v[1]}, {v[2], v[3]});
     }
     // The owner has read what was here before once its reply is there.
     if (tile >= kStages) wait_for_cluster(block.barrier(kRepliesFull, slot), ring.parity ^ 1);
@@ -764,9 +770,9 @@ struct StreamDots<4> {
           u32 a[4], x[4];
           read_matrices(a, (gradients + at) ^ (unit + 2 * h) * 16);
           read_matrices(x, (streams + at) ^ (unit + 2 * h) * 16);
-          mma(sums.x01, a[0], a[1], a[2], a[3], {x[0], x[1]});
-          mma(sums.x23, a[0], a[1], a[2], a[3], {x[2], x[3]});
-          mma(sums.y, a[0], a[1], a[2], a[3], {y_part[2 * h], y_part[2 * h + 1]});
+          mma_of<Stream>(sums.x01, {a[0], a[1], a[2], a[3]}, {x[0], x[1]});
+          mma_of<Stream>(sums.x23, {a[0], a[1], a[2], a[3]}, {x[2], x[3]});
+          mma_of<Stream>(sums.y, {a[0], a[1], a[2], a[3]}, {y_part[2 * h], y_part[2 * h + 1]});
         }
       }
     }
@@ -814,8 +820,8 @@ struct StreamDots<2> {
         read_matrices(d_x, (gradients + at) ^ unit * 16);
         read_matrices(a, (sources + at) ^ unit * 16);
         read_matrices(b, (sources + at) ^ (unit + 2) * 16);
-        mma(sums.even, a[0], a[1], a[2], a[3], {d_x[0], d_x[1]});
-        mma(sums.odd, b[0], b[1], b[2], b[3], {d_x[2], d_x[3]});
+        mma_of<Stream>(sums.even, {a[0], a[1], a[2], a[3]}, {d_x[0], d_x[1]});
+        mma_of<Stream>(sums.odd, {b[0], b[1], b[2], b[3]}, {d_x[2], d_x[3]});
       }
     }
   }

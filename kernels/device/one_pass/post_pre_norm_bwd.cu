@@ -12,8 +12,12 @@
 constexpr int N = SIZE;
 constexpr int kMaxThreads = tuning_post_pre_norm_bwd::threads;
 constexpr int kV = tuning_post_pre_norm_bwd::channels;
-// What is divided by must leave room for the digits of the quotient.
+// What is divided by must leave room for the digits of the quotient; beside float16, whose numbers have fewer digits below
+// 2^-14, those of the dividend must be there.
+template <class S>
 constexpr float kSmallest = 1e-30f;
+template <>
+constexpr float kSmallest<f16> = 0x1p-13f;
 
 // u again.
 struct Streams {
@@ -55,7 +59,7 @@ KERNEL(post_pre_norm_bwd, kMaxThreads)
 #pragma unroll
   for (int v = 0; v < kV; ++v) {
     const float w = at < hidden ? norm_scale[at + v] : 1.f;
-    over_w[v] = fabsf(w) < kSmallest ? 0.f : reciprocal(w);
+    over_w[v] = fabsf(w) < kSmallest<Stream> ? 0.f : reciprocal(w);
     lost |= over_w[v] == 0.f;
     own_d_w[v] = 0.f;
   }

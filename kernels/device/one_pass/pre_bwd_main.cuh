@@ -67,10 +67,6 @@ __device__ inline u32 phi_of_thread() {
 // From a unit of a warp to that of its next turn.
 constexpr u32 kTurnBytes = kMainWarps / kBoxUnits * kBoxBytes;
 
-// Parts of r dm in the products with phi, which has one. Beside float16 streams two leave phi's rounding alone, which is
-// no larger than that of their cotangents.
-constexpr int kDmParts = kStreamParts<Stream>;
-
 // A row of the transpose of h_res.
 constexpr u32 kHRow = N * sizeof(float);
 
@@ -105,14 +101,10 @@ struct Differentiation {
     read_dm<false>(dm);
     const u32 column_replies = own_replies + (lane_id() / 4 - lane_id() % 4 * 2) * kReplyRow;
     const float scale = inverse_of_unit(read_float(column_replies + kUnit));
-    u32 half_dm[kDmParts][kOctets];
+    HalfDm half_dm;
 #pragma unroll
-    for (int octet = 0; octet < kOctets; ++octet) {
-      u32 parts[kDmParts];
-      split_halves(dm[octet], dm[kOctets + octet], scale, parts);
-#pragma unroll
-      for (int p = 0; p < kDmParts; ++p) half_dm[p][octet] = parts[p];
-    }
+    for (int octet = 0; octet < kOctets; ++octet)
+      set_octet(half_dm, octet, dm[octet], dm[kOctets + octet], scale);
     // d_u of channels g and g + 8, and where it is normalised the cotangent of u.
     u32 d_u[UNITS][2] = {};
     float du[UNITS][2][2];
@@ -208,8 +200,7 @@ struct Differentiation {
         } else {
           phi.read(phi_at + (f - kHeld) * kMainWarps * kFragmentBytes);
         }
-#pragma unroll
-        for (int p = kDmParts - 1; p >= 0; --p) mma_half(sums[k], phi.words, half_dm[p]);
+        add_product(sums[k], phi.words, half_dm);
       }
 #pragma unroll
       for (int t = 0; t < 2; ++t) {

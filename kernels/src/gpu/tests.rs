@@ -316,6 +316,7 @@ fn post_pre_reads_the_streams_once_where_a_kernel_does() {
     let once = ["logits_bwd", "post_pre_bwd_one_pass", "sum_gradients"];
     for c in [320, 640, 1024, 2304, 4096] {
         assert_eq!(functions(&H100, DType::Bf16, c), once);
+        assert_eq!(functions(&H100, DType::F16, c), once);
     }
     let but_phi = [
         "logits_bwd",
@@ -325,6 +326,7 @@ fn post_pre_reads_the_streams_once_where_a_kernel_does() {
     ];
     for c in [4160, 6144, 7168] {
         assert_eq!(functions(&H100, DType::Bf16, c), but_phi);
+        assert_eq!(functions(&H100, DType::F16, c), but_phi);
     }
     let pre_once = [
         "post_fwd",
@@ -340,7 +342,7 @@ fn post_pre_reads_the_streams_once_where_a_kernel_does() {
         assert_eq!(functions(&B200, DType::F32, c), pre_once);
     }
     for c in [512, 4096, 6144] {
-        assert_eq!(functions(&H100, DType::F16, c), pre_once);
+        assert_eq!(functions(&B200, DType::F16, c), pre_once);
     }
     for (device, dtype, c) in [
         (L4, DType::Bf16, 4096),

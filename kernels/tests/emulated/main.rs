@@ -133,6 +133,9 @@ fn post_pre_bwd() {
         ("n2w512", 512, "bf16"),
         ("w256", 256, "f32"),
         ("w256k8", 256, "f32"),
+        ("w256", 256, "f16"),
+        ("w320", 320, "f16"),
+        ("w256k8", 256, "f16"),
     ];
     check(
         "post_pre_bwd",
@@ -186,6 +189,12 @@ fn one_stream_bwd() {
         ([2056, 31, 3, 3], [0, 3, 288]),
     ];
     check_one_stream("one_stream_bwd", "one_stream/one_stream_bwd", &calls);
+}
+
+#[test]
+fn phi_bwd() {
+    let sizes = [("w128", 128, "bf16"), ("w128", 128, "f16")];
+    check("phi_bwd", "one_pass/phi_bwd", &sizes, [77, 2]);
 }
 
 #[test]

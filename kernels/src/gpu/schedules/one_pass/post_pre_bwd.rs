@@ -210,10 +210,29 @@ mod tests {
         }
         // A size for every number of columns for which d_phi is another kernel's.
         for size in CHANNELS {
-            let leaves = Kernel::find(FUNCTION, size, DType::Bf16)
-                .is_some_and(|kernel| kernel.more("sums_phi") == 0);
-            let has = NARROW.iter().any(|narrow| narrow.columns == size.columns);
-            assert!(has || !leaves, "{size:?}");
+            for dtype in [DType::Bf16, DType::F16] {
+                let leaves = Kernel::find(FUNCTION, size, dtype)
+                    .is_some_and(|kernel| kernel.more("sums_phi") == 0);
+                let mut narrow = NARROW
+                    .iter()
+                    .filter(|narrow| narrow.columns == size.columns);
+                let has = narrow.any(|narrow| Kernel::find("phi_bwd", narrow, dtype).is_some());
+                assert!(has || !leaves, "{size:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn float16_streams_have_the_geometries_of_bfloat16() {
+        let of = |c, columns| {
+            let found = Geometry::of_width(FUNCTION, DType::F16, [STREAMS, c, columns])?;
+            Some((found.channels(), found.cluster as usize))
+        };
+        for c in (LINE..=8192 + LINE).step_by(LINE) {
+            for columns in [2 * STREAMS, COLUMNS] {
+                assert_eq!(of(c, columns), geometry(c, columns), "{c} {columns}");
+            }
+            assert_eq!(of(c, 32), None);
         }
     }
 
