@@ -633,8 +633,7 @@ struct Owner {
       sums[octet].sum_tokens();
       if (lane_id() / 8 == octet) of_column = sums[octet];
     }
-    of_column.store(args.gate_sums + (blockIdx.x * kOwnerWarps + which) * (kColumns + 3),
-                    lane);
+    of_column.store(args.gate_sums + (blockIdx.x * kOwnerWarps + which) * (kColumns + 3), lane);
   }
 };
 

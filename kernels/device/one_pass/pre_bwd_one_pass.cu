@@ -80,9 +80,10 @@ template <bool NORM>
 struct Warps {
   static constexpr int kDot = NORM ? NormTuned::dot_warps : Tuned::dot_warps;
   static constexpr bool kLent = !NORM && (kMixes || !kIsFloat32);
-  static constexpr int kMainRegisters = kDot == 4 ? 200 : kLent ? 224 : 216;
-  static constexpr int kOtherRegisters = kDot == 4 ? 64 : kLent ? 56 : 72;
-  static constexpr int kDotRegisters = kDot == 4 ? 48 : kOtherRegisters;
+  static constexpr bool kLentByFour = kOctets == 4 && Tuned::sums_phi;
+  static constexpr int kMainRegisters = kDot == 4 ? kLentByFour ? 208 : 200 : kLent ? 224 : 216;
+  static constexpr int kOtherRegisters = kDot == 4 ? kLentByFour ? 56 : 64 : kLent ? 56 : 72;
+  static constexpr int kDotRegisters = kDot == 4 ? kOtherRegisters - 16 : kOtherRegisters;
   static constexpr int kLoader = kMainWarps + kDot, kOwner = kLoader + 1;
   // Owners are all that are left in a group: each takes longer for a token than the others for its part of a tile.
   static constexpr int kWarps = kMainWarps + (kDot + 2 + 3) / 4 * 4, kOwners = kWarps - kOwner;
@@ -478,7 +479,7 @@ struct Owner {
   // Of a reply.
   static constexpr u32 kParts = kHRes / 16;
   // Whether what is known of the next tokens comes behind the reply: there are too few registers for it before.
-  static constexpr bool kLoadsLate = kOctets == 4 || Warps<NORM>::kOtherRegisters < 64;
+  static constexpr bool kLoadsLate = kOctets == 4 || Warps<NORM>::kOtherRegisters < 72;
 
   // Where the tokens of some of a block's turns lie: in a row of `tokens_of_turn` tokens of the cluster, `first` of them
   // before the block's first one, whose partials have a buffer that was used `uses` times.
@@ -490,7 +491,7 @@ struct Owner {
   const Args& args;
   const int lane;
   const PartialsRing<NORM> partials;
-  const u32 owners;  // that take turns
+  const u32 owners;        // that take turns
   float alpha, alpha_res;  // of this lane's column of the first octet, and of those of the others
   GateSums sums[kOctets];
 
@@ -508,18 +509,19 @@ struct Owner {
 
   // A block never owns more tokens of a turn than a warp has at once. The order in which copies share sums depends on
   // the number of blocks alone, lest results depend on the other tokens.
-  __device__ u32 tokens_of_turn() const { return block.ranks == 1 ? 4 : max(kTileTokens, block.ranks); }
+  __device__ u32 tokens_of_turn() const {
+    return block.ranks == 1 ? 4 : max(kTileTokens, block.ranks);
+  }
   __device__ u32 copies_shift() const { return block.ranks < 4 ? 0 : block.ranks < 8 ? 1 : 2; }
-  __device__ u32 copy() const { return lane / 8 & ((1 << copies_shift()) - 1); }
+  __device__ u32 copy() const { return lane_id() / 8 & ((1 << copies_shift()) - 1); }
   // Which of the tokens at once this lane has, and its place among the cluster's; whether there is one.
-  __device__ u32 which() const { return lane / 8 >> copies_shift(); }
+  __device__ u32 which() const { return lane_id() / 8 >> copies_shift(); }
   __device__ u32 token_of(const Turns& turns) const {
     return turns.begin + turns.first + which() * block.ranks;
   }
   __device__ u32 num_tokens() const { return block.num_tiles * kTileTokens; }
   __device__ bool has_token(const Turns& turns) const {
-    return turns.first + which() * block.ranks < tokens_of_turn() &&
-           token_of(turns) < num_tokens();
+    return turns.first + which() * block.ranks < tokens_of_turn() && token_of(turns) < num_tokens();
   }
 
   // The first turn of an owner.
@@ -565,7 +567,7 @@ struct Owner {
     // As many as a lane may have.
 #pragma unroll
     for (u32 k = 0; k < kDot / 2; ++k) {
-      const u32 p = lane % lanes + k * lanes;
+      const u32 p = lane_id() % lanes + k * lanes;
       if (!exists || p >= num_partials) continue;
       const float4 part = read_float4(from + p * 16);
       v = {v.x + part.x, v.y + part.y, v.z + part.z, v.w + part.w};
@@ -686,8 +688,8 @@ struct Owner {
     if (counts) {
 #pragma unroll
       for (u32 octet = 0; octet < kOctets; ++octet) {
-        const u32 place = kIsFloat32 ? octet * 32 + e * 4
-                                     : octet * 16 + e / 2 * 4 + e % 2 * (2 * kColumns);
+        const u32 place =
+            kIsFloat32 ? octet * 32 + e * 4 : octet * 16 + e / 2 * 4 + e % 2 * (2 * kColumns);
         write1(at + place, words[octet]);
       }
       if (e < 4) write_float(at + kHPre + e * 4, h_pre);
@@ -708,7 +710,7 @@ struct Owner {
   __device__ void send_reply(u32 at, u32 full) const {
 #pragma unroll
     for (u32 first = 0; first < kParts; first += 8) {
-      const u32 part = first + lane % 8;
+      const u32 part = first + lane_id() % 8;
       if (part >= kParts) break;
       const float4 v = read_float4(at + part * 16);
       Turn turn(at + part * 16, copy(), copies_shift());
@@ -762,18 +764,18 @@ __device__ inline void run(const Args args) {
   if (warp < kMainWarps) {
     take_registers<Roles::kMainRegisters>();
     const Block block(shared, args.hidden, args.tokens);
-    differentiate_tiles<NORM>(block, args, warp, lane);
+    differentiate_tiles<NORM>(block, args, warp, lane_id());
   } else {
     // The dot warps may be a group of their own.
     if (Roles::kDot % 4 == 0 && warp < Roles::kLoader) {
       give_registers<Roles::kDotRegisters>();
       const Block block(shared, args.hidden, args.tokens);
-      multiply_tiles<NORM>(block, args, args.deferred, warp - kMainWarps, lane);
+      multiply_tiles<NORM>(block, args, args.deferred, warp - kMainWarps, lane_id());
     } else {
       give_registers<Roles::kOtherRegisters>();
       const Block block(shared, args.hidden, args.tokens);
       if (warp < Roles::kLoader) {
-        multiply_tiles<NORM>(block, args, args.deferred, warp - kMainWarps, lane);
+        multiply_tiles<NORM>(block, args, args.deferred, warp - kMainWarps, lane_id());
       } else {
         cluster_wait();
       }
