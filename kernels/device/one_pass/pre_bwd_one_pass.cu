@@ -764,7 +764,7 @@ __device__ inline void run(const Args args) {
   if (warp < kMainWarps) {
     take_registers<Roles::kMainRegisters>();
     const Block block(shared, args.hidden, args.tokens);
-    differentiate_tiles<NORM>(block, args, warp, lane_id());
+    differentiate_tiles<NORM>(block, args, warp, lane);
   } else {
     // The dot warps may be a group of their own.
     if (Roles::kDot % 4 == 0 && warp < Roles::kLoader) {
