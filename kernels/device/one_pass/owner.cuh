@@ -1,9 +1,40 @@
-// A task of the owner of a token in the backward one-pass kernels: the sums over its tokens for the gradients of the
-// gates.
+// What the owners of tokens in the backward one-pass kernels share: how a warp takes several tokens of a tile at once,
+// and the sums over its tokens for the gradients of the gates.
+//
+// A token has eight lanes. Lane e of them has column e of each octet of phi's columns, and the stream e % N, of which the
+// lanes of h_pre's columns make use. Where a block owns fewer tokens of a tile than a warp has groups of lanes, two or
+// four groups have the same token (copies), and share what is read and sent.
 
 #pragma once
 
-#include "one_pass/geometry.cuh"
+#include "one_pass/phi.cuh"
+
+// Copies of a token are 2^shift. The sum over them.
+__device__ inline float sum_copies(float v, u32 copies_shift) {
+#pragma unroll
+  for (u32 shift = 0; shift < 2; ++shift) {
+    const float other = __shfl_xor_sync(kAllLanes, v, 8 << shift);
+    v += shift < copies_shift ? other : 0.f;
+  }
+  return v;
+}
+
+// What a token's copies read or send in turn, from this lane's first one on. It is computed anew each time: there are
+// too few registers to keep it.
+struct Turn {
+  u32 at, from, step;
+  __device__ Turn(u32 at, u32 copy, u32 copies_shift)
+      : at(at), from(copy), step(1 << copies_shift) {
+    keep(step);
+  }
+  __device__ void next(u32 bytes) {
+    at += step * bytes;
+    from += step;
+  }
+};
+
+// The place in alpha of column c's gate.
+__device__ inline int gate_of(int c) { return c < N ? 0 : c < 2 * N ? 1 : 2; }
 
 // Sums over the tokens of a warp for the gradients of alpha and bias; lane c has column c.
 struct GateSums {
@@ -13,12 +44,18 @@ struct GateSums {
     d_z += token_d_z;
     d_z_m += token_d_z * m;
   }
-  // The row [kColumns + 3] of this warp, for sum_gradients. gate_of(lane): the place in alpha of the lane's gate. A
-  // kernel brings its own expression of it: in another's words its registers are allotted anew, and on sm_100f spill.
+  // Over the tokens that the warp has at once.
+  __device__ void sum_tokens() {
+#pragma unroll
+    for (u32 step = 8; step < 32; step *= 2) {
+      d_z += __shfl_xor_sync(kAllLanes, d_z, step);
+      d_z_m += __shfl_xor_sync(kAllLanes, d_z_m, step);
+    }
+  }
+  // The row [kColumns + 3] of this warp, for sum_gradients.
   //
   //   d_bias[c] = sum of d_z[c],  d_alpha[gate] = sum of d_z[c] m[c] over the columns of the gate
-  template <class Gate>
-  __device__ void store(float* row, int lane, Gate gate_of) const {
+  __device__ void store(float* row, int lane) const {
     if (lane < kColumns) row[lane] = d_z;
 #pragma unroll
     for (int gate = 0; gate < 3; ++gate) {

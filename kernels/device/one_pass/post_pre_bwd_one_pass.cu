@@ -404,10 +404,6 @@ __device__ inline void store_sums(const Args& args, long long token, int e,
 //
 //   d_h_pre[i] += sum over j of H_res[i, j] <d_u, X[j]> + h_post[i] <d_u, y>
 //   d_z         = d_h_pre sigmoid'(z),  dm = alpha d_z,  f = <dm, m> times the slope of r
-//
-// A token has eight lanes. Lane e of them has column e of each octet of phi's columns, and the stream e % N, of which the
-// lanes of h_pre's columns make use. Where there are fewer tokens than groups of lanes, two or four groups have the
-// same token (copies), and share what is read and sent.
 struct Owner {
   static constexpr int kAtOnce = 4;
 
@@ -446,9 +442,6 @@ struct Owner {
   // How many copies of a token there are, as a power of two.
   __device__ u32 copies_shift() const { return count > 2 ? 0 : count == 2 ? 1 : 2; }
 
-  // The place in alpha of column c's gate.
-  __device__ static int gate_of(int c) { return c < N ? 0 : c < 2 * N ? 1 : 2; }
-
   // Where some of the block's tokens stand: in which of the tiles of which it owns some, and the first of them.
   struct Own {
     int turn, first;
@@ -486,30 +479,6 @@ struct Owner {
     return token;
   }
 
-  // The sum over the copies of a token.
-  __device__ float sum_copies(float v) const {
-#pragma unroll
-    for (u32 shift = 0; shift < 2; ++shift) {
-      const float other = __shfl_xor_sync(kAllLanes, v, 8 << shift);
-      v += shift < copies_shift() ? other : 0.f;
-    }
-    return v;
-  }
-
-  // What a token's copies read in turn, from this lane's first one on. It is computed anew each time: there are too few
-  // registers to keep it.
-  struct Turn {
-    u32 at, from, step;
-    __device__ Turn(u32 at, u32 copy, u32 copies_shift)
-        : at(at), from(copy), step(1 << copies_shift) {
-      keep(step);
-    }
-    __device__ void next(u32 bytes) {
-      at += step * bytes;
-      from += step;
-    }
-  };
-
   // Dot e of the token over all that sent.
   __device__ float sum_dots(u32 slot, Own own) const {
     float sum = 0.f;
@@ -521,7 +490,7 @@ struct Owner {
       const float v = read_float(turn.at);
       sum += turn.from < block.ranks * kDotParts ? v : 0.f;
     }
-    return sum_copies(sum);
+    return sum_copies(sum, copies_shift());
   }
 
   // A word of r dm: of two neighbouring columns the even lane has the high parts, the odd one the low parts. Beside float32
@@ -678,7 +647,7 @@ struct Owner {
       }
     }
 #pragma unroll
-    for (float& entry : entries) entry = sum_copies(entry);
+    for (float& entry : entries) entry = sum_copies(entry, copies_shift());
     const long long token = block.first_token(tile(own)) + in_tile(own);
     if (has_token(own) && copy == 0 && token < args.tokens) {
       store_sums(args, token, e, entries);
@@ -708,15 +677,10 @@ struct Owner {
     GateSums of_column;
 #pragma unroll
     for (u32 octet = 0; octet < kOctets; ++octet) {
-#pragma unroll
-      for (u32 step = 8; step < 32; step *= 2) {
-        sums[octet].d_z += __shfl_xor_sync(kAllLanes, sums[octet].d_z, step);
-        sums[octet].d_z_m += __shfl_xor_sync(kAllLanes, sums[octet].d_z_m, step);
-      }
+      sums[octet].sum_tokens();
       if (lane_id() / 8 == octet) of_column = sums[octet];
     }
-    of_column.store(args.gate_sums + (blockIdx.x * kOwnerWarps + which) * (kColumns + 3), lane,
-                    gate_of);
+    of_column.store(args.gate_sums + (blockIdx.x * kOwnerWarps + which) * (kColumns + 3), lane);
   }
 };
 

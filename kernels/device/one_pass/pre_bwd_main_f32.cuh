@@ -153,7 +153,7 @@ __device__ inline void differentiate_tiles(const Block& block, const Args& args,
   }
   write1(num_tiles_at(), block.num_tiles);
   __syncwarp();
-  if (lane == 0) arrive(block.barrier(kPhiRead, 0));
+  if (lane_id() == 0) arrive(block.barrier(kPhiRead, 0));
   cluster_wait();
 
 #pragma unroll 1

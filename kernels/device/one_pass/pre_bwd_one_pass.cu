@@ -80,9 +80,10 @@ template <bool NORM>
 struct Warps {
   static constexpr int kDot = NORM ? NormTuned::dot_warps : Tuned::dot_warps;
   static constexpr bool kLent = !NORM && (kMixes || !kIsFloat32);
-  static constexpr int kMainRegisters = kDot == 4 ? 200 : kLent ? 224 : 216;
-  static constexpr int kOtherRegisters = kDot == 4 ? 64 : kLent ? 56 : 72;
-  static constexpr int kDotRegisters = kDot == 4 ? 48 : kOtherRegisters;
+  static constexpr bool kLentByFour = kOctets == 4 && Tuned::sums_phi;
+  static constexpr int kMainRegisters = kDot == 4 ? kLentByFour ? 208 : 200 : kLent ? 224 : 216;
+  static constexpr int kOtherRegisters = kDot == 4 ? kLentByFour ? 56 : 64 : kLent ? 56 : 72;
+  static constexpr int kDotRegisters = kDot == 4 ? kOtherRegisters - 16 : kOtherRegisters;
   static constexpr int kLoader = kMainWarps + kDot, kOwner = kLoader + 1;
   // Owners are all that are left in a group: each takes longer for a token than the others for its part of a tile.
   static constexpr int kWarps = kMainWarps + (kDot + 2 + 3) / 4 * 4, kOwners = kWarps - kOwner;
@@ -458,168 +459,287 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
   }
 }
 
-// ---- owner ------------------------------------------------------------------------------------------
+// ---- owners -----------------------------------------------------------------------------------------
 
-// A sum of float4 over the lanes: x in the lanes 0 to 7, y in 8 to 15 and so on.
-__device__ inline float sum_components(float4 v, int lane) {
-  const bool upper = lane & 16, odd = lane & 8;
-  float a = upper ? v.z : v.x, b = upper ? v.w : v.y;
-  a += __shfl_xor_sync(kAllLanes, upper ? v.x : v.z, 16);
-  b += __shfl_xor_sync(kAllLanes, upper ? v.y : v.w, 16);
-  float sum = (odd ? b : a) + __shfl_xor_sync(kAllLanes, odd ? a : b, 8);
-#pragma unroll
-  for (int step = 4; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-  return sum;
-}
-
-// What is known of a token beforehand; lane c has column c.
+// What a token's lanes have beforehand, zero where there is none: of their columns m and d_z (but for those of h_pre),
+// or without H_res d_h_post; of their stream d_h_pre.
 struct OwnToken {
-  float m, r, rho, given;
-
-  OwnToken() = default;
-
-  __device__ OwnToken(const Args& args, long long token, bool exists, int lane) {
-    rho = args.rho && exists ? args.rho[token] : 0.f;
-    m = exists && lane < kColumns ? args.m[token * kColumns + lane] : 0.f;
-    r = exists ? args.r[token] : 0.f;
-    given = 0.f;
-    if (exists && lane < N) given = args.d_h_pre[token * N + lane];
-    if (exists && lane >= N && lane < kColumns)
-      given = kMixes ? args.d_z[token * kColumns + lane] : args.d_z[token * N + lane - N];
-  }
+  float m[kOctets], d_z[kOctets], d_h_pre, r, rho;
 };
 
-// The words of a reply: pairs of columns of r dm, then those of what they lost, or columns in float32; then others.
-constexpr int kPairs = kColumns / 2, kMoreWords = 8;
-static_assert(kColumns % kMoreWords == 0);
-
-// CHUNKS of 4 words to all blocks of a cluster; lane w has word w.
-template <int CHUNKS>
-__device__ inline void send_words(const Block& block, u32 word, u32 to, u32 full, int lane) {
-  const int chunk = lane % CHUNKS;
-  float words[4];
-#pragma unroll
-  for (int w = 0; w < 4; ++w) {
-    words[w] = __uint_as_float(__shfl_sync(kAllLanes, word, chunk * 4 + w));
-  }
-#pragma unroll 1
-  for (u32 other = lane / CHUNKS; other < block.ranks; other += 32 / CHUNKS) {
-    send(in_block(to + chunk * 16, other), {words[0], words[1], words[2], words[3]},
-         in_block(full, other));
-  }
-}
-
-// From the partials of a token to its reply, and the sums of the gates:
+// The tokens of a block, those of a tile at once (owner.cuh): from the partials of a token to its reply, and the sums of
+// the gates.
 //
 //   d_h_pre[i] += <d_u, X[i]>
 //   d_z         = d_h_pre sigmoid'(z),  dm = alpha d_z,  f = <dm, m> times the slope of r
 //
-// The owners of a block take its tokens in turn.
+// The owners of a block take its tiles in turn, which are those that it owns tokens of. In larger clusters than a tile
+// has tokens it has one of as many tokens as blocks.
 template <bool NORM>
-__device__ inline void reply(const Block& block, const Args& args, u32 which, int lane) {
-  const int gate = (lane >= N) + (lane >= 2 * N);
-  const float alpha = lane < kColumns ? args.alpha[gate] : 0.f;
-  const float bias = lane < (kMixes ? N : kColumns) ? args.bias[lane] : 0.f;
-  const float over_hidden = reciprocal(args.hidden);
-  const int pair = lane % kPairs * 2;
-  GateSums sums;
+struct Owner {
+  static constexpr int kDot = Warps<NORM>::kDot;
+  // Of a reply.
+  static constexpr u32 kParts = kHRes / 16;
+  // Whether what is known of the next tokens comes behind the reply: there are too few registers for it before.
+  static constexpr bool kLoadsLate = kOctets == 4 || Warps<NORM>::kOtherRegisters < 72;
 
-  const u32 num_tokens = block.num_tiles * kTileTokens;
-  const auto load = [&](u32 i) {
-    const long long token = block.first_token(i / kTileTokens) + i % kTileTokens;
-    return OwnToken(args, token, i < num_tokens && token < args.tokens, lane);
+  // Where the tokens of some of a block's turns lie: in a row of `tokens_of_turn` tokens of the cluster, `first` of them
+  // before the block's first one, whose partials have a buffer that was used `uses` times.
+  struct Turns {
+    u32 begin, first, slot, uses;
   };
-  const PartialsRing<NORM> partials(block);
+
+  const Block& block;
+  const Args& args;
+  const int lane;
+  const PartialsRing<NORM> partials;
+  const u32 owners;        // that take turns
+  float alpha, alpha_res;  // of this lane's column of the first octet, and of those of the others
+  GateSums sums[kOctets];
+
   // With fewer buffers than owners one of them could be two uses of a buffer ahead of another.
-  constexpr u32 kOwners = Warps<NORM>::kOwners;
-  const u32 owners = min(kOwners, partials.slots), step = owners * block.ranks;
-  const u32 first = which < owners ? block.rank + which * block.ranks : num_tokens;
-  u32 partials_slot = which, parity = 0;
-  OwnToken next = load(first);
-#pragma unroll 1
-  for (u32 i = first; i < num_tokens; i += step) {
+  static_assert(Warps<NORM>::kOwners <= kStages);
+  __device__ Owner(const Block& block, const Args& args, int lane)
+      : block(block),
+        args(args),
+        lane(lane),
+        partials(block),
+        owners(min(Warps<NORM>::kOwners, partials.slots)) {
+    alpha = args.alpha[gate_of(lane % 8)];
+    alpha_res = kOctets > 1 ? args.alpha[2] : 0.f;
+  }
+
+  // A block never owns more tokens of a turn than a warp has at once. The order in which copies share sums depends on
+  // the number of blocks alone, lest results depend on the other tokens.
+  __device__ u32 tokens_of_turn() const {
+    return block.ranks == 1 ? 4 : max(kTileTokens, block.ranks);
+  }
+  __device__ u32 copies_shift() const { return block.ranks < 4 ? 0 : block.ranks < 8 ? 1 : 2; }
+  __device__ u32 copy() const { return lane_id() / 8 & ((1 << copies_shift()) - 1); }
+  // Which of the tokens at once this lane has, and its place among the cluster's; whether there is one.
+  __device__ u32 which() const { return lane_id() / 8 >> copies_shift(); }
+  __device__ u32 token_of(const Turns& turns) const {
+    return turns.begin + turns.first + which() * block.ranks;
+  }
+  __device__ u32 num_tokens() const { return block.num_tiles * kTileTokens; }
+  __device__ bool has_token(const Turns& turns) const {
+    return turns.first + which() * block.ranks < tokens_of_turn() && token_of(turns) < num_tokens();
+  }
+
+  // The first turn of an owner.
+  __device__ Turns turn_of(u32 owner) const {
+    const u32 begin = owner < owners ? owner * tokens_of_turn() : num_tokens();
+    const u32 over = begin % block.ranks;
+    const u32 first = block.rank < over ? block.rank + block.ranks - over : block.rank - over;
+    return {begin, first, (begin + first) / block.ranks, 0};
+  }
+  // That owner's next one.
+  __device__ void advance(Turns& turns) const {
+    const u32 step = owners * tokens_of_turn(), over = step % block.ranks;
+    turns.begin += step;
+    turns.slot += step / block.ranks;
+    if (turns.first < over) turns.first += block.ranks, ++turns.slot;
+    turns.first -= over;
+    if (turns.slot >= partials.slots) turns.slot -= partials.slots, ++turns.uses;
+  }
+
+  __device__ OwnToken load(const Turns& turns) const {
+    OwnToken token = {};
+    const u32 i = token_of(turns);
+    const long long at = block.first_token(i / kTileTokens) + i % kTileTokens;
+    if (!has_token(turns) || at >= args.tokens) return token;
+    const int e = lane_id() % 8;
+#pragma unroll
+    for (int octet = 0; octet < kOctets; ++octet) {
+      const long long column = at * kColumns + octet * 8 + e;
+      token.m[octet] = __ldg(args.m + column);
+      if (octet > 0 || e >= N)
+        token.d_z[octet] = __ldg(args.d_z + (kMixes ? column : at * N + e - N));
+    }
+    token.d_h_pre = __ldg(args.d_h_pre + at * N + e % N);
+    token.r = __ldg(args.r + at);
+    if (NORM) token.rho = __ldg(args.rho + at);
+    return token;
+  }
+
+  // The sum over all that sent of the kind's numbers of a token at `from`, of stream e % N.
+  __device__ float sum_partials(u32 from, bool exists) const {
+    const u32 lanes = 8 << copies_shift(), num_partials = block.ranks * kDot;
+    float4 v = {};
+    // As many as a lane may have.
+#pragma unroll
+    for (u32 k = 0; k < kDot / 2; ++k) {
+      const u32 p = lane_id() % lanes + k * lanes;
+      if (!exists || p >= num_partials) continue;
+      const float4 part = read_float4(from + p * 16);
+      v = {v.x + part.x, v.y + part.y, v.z + part.z, v.w + part.w};
+    }
+    // Of eight lanes two get one of the four numbers.
+    const bool upper = lane & 4, odd = lane & 2;
+    float a = upper ? v.z : v.x, b = upper ? v.w : v.y;
+    a += __shfl_xor_sync(kAllLanes, upper ? v.x : v.z, 4);
+    b += __shfl_xor_sync(kAllLanes, upper ? v.y : v.w, 4);
+    float sum = (odd ? b : a) + __shfl_xor_sync(kAllLanes, odd ? a : b, 2);
+    sum += __shfl_xor_sync(kAllLanes, sum, 1);
+    sum = sum_copies(sum, copies_shift());
+    return of_stream(sum, 2);
+  }
+  // What the lane e % N of a token has, or that of e % N times `step`.
+  __device__ float of_stream(float v, int step = 1) const {
+    return __shfl_sync(kAllLanes, v, (lane & ~7) + lane % N * step);
+  }
+
+  // What a reply has in the place of a column of r dm: in float32 itself; else the even one of two neighbouring lanes
+  // has the high parts of both, the odd one the low parts. Parts for d_phi of another kernel go to memory.
+  __device__ u32 word_of_column(float rdm, int column, long long token, bool counts) const {
+    if constexpr (kIsFloat32) return __float_as_uint(rdm);
+    u32 parts[2];
+    split(rdm, 0.f, parts);
+    if constexpr (!kSumsPhi) {
+      const Fragments r_dm{nullptr, static_cast<u32*>(args.d_phi), kColumns};
+      if (counts) r_dm.set_column(token, column, parts);
+    }
+    const u32 both = __byte_perm(parts[0], parts[1], 0x5410);
+    const u32 other = __shfl_xor_sync(kAllLanes, both, 1);
+    return lane % 2 ? __byte_perm(other, both, 0x7632) : __byte_perm(both, other, 0x5410);
+  }
+
+  // `ahead`: what the tokens' lanes have, and then the next ones'.
+  __device__ void reply(Turns& turns, OwnToken& ahead) {
+    const OwnToken token = ahead;
+    const int e = lane_id() % 8;
+    const bool is_pre = e < N, exists = has_token(turns), counts = exists && copy() == 0;
+    // One past the last where there is no token.
+    const u32 i = exists ? token_of(turns) : num_tokens();
+    const bool is_again = turns.slot + which() >= partials.slots;
+    const u32 partials_slot = turns.slot + which() - (is_again ? partials.slots : 0);
+    const u32 uses = turns.uses + is_again;
     const u32 full = block.barrier(kPartialsFull, partials_slot);
-    if (lane == 0) {
+    if (counts && e == 0) {
       // Another owner may still wait for what was in this buffer before.
-      if (kOwners > 1 && i / block.ranks >= partials.slots) wait_for_cluster(full, parity ^ 1);
+      if (Warps<NORM>::kOwners > 1 && uses > 0) wait_for_cluster(full, (uses & 1) ^ 1);
       arrive_and_expect(full, partials.slot_bytes());
     }
-    const OwnToken own = next;
-    next = load(i + step);
-    const float z = alpha * own.m + bias;
-    const float h = sigmoid(z);
-    const float slope = h * sigmoid(-z);
-    const float of_r = r_slope(args.settings, own.r, N * args.hidden);
+    __syncwarp();
+    advance(turns);
+    if constexpr (!kLoadsLate) ahead = load(turns);
 
-    wait_for_cluster(full, parity);
-    // Of stream lane % N.
-    const auto sum_partials = [&](u32 kind) {
-      float4 dots = {};
-      const int num_partials = block.ranks * Warps<NORM>::kDot;
-#pragma unroll 1
-      for (int p = lane; p < num_partials; p += 32) {
-        const float4 v =
-            read_float4(partials.at(block, partials_slot) + kind * partials.kind_bytes + p * 16);
-        dots = {dots.x + v.x, dots.y + v.y, dots.z + v.z, dots.w + v.w};
+    const float z = alpha * token.m[0] + load_single(args.bias + e), h = sigmoid(z);
+    const float d_sigmoid = h * sigmoid(-z);
+    const float h_pre = of_stream(h + args.settings.pre_eps);
+    const float slope = r_slope(args.settings, token.r, N * args.hidden);
+    // r dm, of which that of h_pre's columns is still zero.
+    const long long row = block.first_token(i / kTileTokens) + i % kTileTokens;
+    const float d_z_post =
+        kMixes ? token.d_z[0] : token.d_z[0] * args.settings.post_scale * d_sigmoid;
+    float others = 0.f, rdm = 0.f;
+    u32 largest = 0, words[kOctets];
+#pragma unroll
+    for (int octet = kOctets - 1; octet >= 0; --octet) {
+      const float dm = octet > 0 ? alpha_res * token.d_z[octet] : is_pre ? 0.f : alpha * d_z_post;
+      others += dm * token.m[octet];
+      rdm = token.r * dm;
+      largest = max(largest, magnitude(rdm));
+      if (octet > 0) {
+        words[octet] = word_of_column(rdm, octet * 8 + e, row, counts);
+        if (counts) {
+          // alpha has one gate for all of these columns.
+          sums[octet].d_z += token.d_z[octet];
+          sums[1].d_z_m += token.d_z[octet] * token.m[octet];
+        }
       }
-      return __shfl_sync(kAllLanes, sum_components(dots, lane), lane % N * 8);
-    };
-    const float h_pre = __shfl_sync(kAllLanes, h + args.settings.pre_eps, lane % N);
-    float dot = sum_partials(0), f_of_u = 0.f;
+    }
+#pragma unroll
+    for (u32 step = 1; step < 8; step *= 2) {
+      others += __shfl_xor_sync(kAllLanes, others, step);
+      largest = max(largest, __shfl_xor_sync(kAllLanes, largest, step));
+    }
+    // All this belongs before the wait.
+    pin(d_sigmoid, slope, others, __uint_as_float(largest));
+
+    if (exists) wait_for_cluster(full, uses & 1);
+    __syncwarp();
+    const u32 from = partials.at(block, partials_slot);
+    float dot = sum_partials(from, exists), f_of_u = 0.f;
     if constexpr (NORM) {
       // <v, u>, then <du, X[i]>
-      f_of_u = own.rho * own.rho * own.rho * (sum_of_four(h_pre * dot) * over_hidden);
-      dot = own.rho * dot - f_of_u * sum_partials(1);
+      float dot_of_u = h_pre * dot;
+#pragma unroll
+      for (u32 step = 1; step < N; step *= 2)
+        dot_of_u += __shfl_xor_sync(kAllLanes, dot_of_u, step);
+      const float rho = token.rho;
+      f_of_u = rho * rho * rho * (dot_of_u * reciprocal(args.hidden));
+      dot = rho * dot - f_of_u * sum_partials(from + partials.kind_bytes, exists);
     }
-    const float of_post = kMixes ? own.given : own.given * args.settings.post_scale * slope;
-    const float d_z = lane < N ? (dot + own.given) * slope : of_post;
-    const float dm = alpha * d_z;
-    const float f = of_r * warp_sum(dm * own.m);
-    sums.add(d_z, own.m);
+    const float d_z = is_pre ? (dot + token.d_h_pre) * d_sigmoid : d_z_post;
+    const float dm = is_pre ? alpha * d_z : 0.f;
+    float dm_dot_m = dm * token.m[0];
+    if (is_pre) rdm = token.r * dm;
+    u32 largest_pre = magnitude(rdm);
+    words[0] = word_of_column(rdm, e, row, counts);
+#pragma unroll
+    for (u32 step = 1; step < N; step *= 2) {
+      dm_dot_m += __shfl_xor_sync(kAllLanes, dm_dot_m, step);
+      largest_pre = max(largest_pre, __shfl_xor_sync(kAllLanes, largest_pre, step));
+    }
 
-    // r dm and what it lost by rounding, in one word, then as pairs of columns.
-    const float rdm = own.r * dm;
-    float unit = 1.f;
-    u32 word = __float_as_uint(rdm);
-    if constexpr (!kIsFloat32) {
-      unit = half_unit(__reduce_max_sync(kAllLanes, magnitude(rdm)));
-      u32 rounded[2];
-      split(rdm, 0.f, rounded);
-      if (!kSumsPhi && lane < kColumns) {
-        const long long token = block.first_token(i / kTileTokens) + i % kTileTokens;
-        const Fragments r_dm{nullptr, static_cast<u32*>(args.d_phi), kColumns};
-        r_dm.set_column(token, lane, rounded);
+    // The reply is put together where the block's own main warps read it: those of the stage's last tile are done, or
+    // there were no dots of this one. The replies' ring is that of the tiles.
+    const u32 stage = i / kTileTokens % kStages;
+    const u32 at = block.replies(stage) + i % kTileTokens * kReplyRow;
+    if (counts) {
+#pragma unroll
+      for (u32 octet = 0; octet < kOctets; ++octet) {
+        const u32 place =
+            kIsFloat32 ? octet * 32 + e * 4 : octet * 16 + e / 2 * 4 + e % 2 * (2 * kColumns);
+        write1(at + place, words[octet]);
       }
-      const u32 both = __byte_perm(rounded[0], rounded[1], 0x5410);
-      const u32 left = __shfl_sync(kAllLanes, both, pair);
-      const u32 right = __shfl_sync(kAllLanes, both, pair + 1);
-      const bool is_high = lane / kPairs % 2 == 0;
-      word = __byte_perm(left, right, is_high ? 0x5410 : 0x7632);
+      if (e < 4) write_float(at + kHPre + e * 4, h_pre);
+      if (e == 0) {
+        const float f = slope * (dm_dot_m + others);
+        const float unit = kIsFloat32 ? 1.f : half_unit(max(largest, largest_pre));
+        write_float4(at + kMinusF, {-f, unit, token.rho, -f_of_u});
+      }
     }
-    const int at = lane % kMoreWords;
-    float more = at < 4 ? h_pre : at == 4 ? -f : unit;
-    if (NORM && at >= 6) more = at == 6 ? own.rho : -f_of_u;
-    // The replies' ring is that of the tiles.
-    const u32 slot = i / kTileTokens % kStages;
-    const u32 to = block.replies(slot) + i % kTileTokens * kReplyRow;
-    const u32 there = block.barrier(kReplyFull, slot);
-    if constexpr (kColumns + kMoreWords <= 32) {
-      const u32 either = lane < kColumns ? word : __float_as_uint(more);
-      send_words<(kColumns + kMoreWords) / 4>(block, either, to, there, lane);
-    } else {
-      send_words<kColumns / 4>(block, word, to, there, lane);
-      send_words<kMoreWords / 4>(block, __float_as_uint(more), to + 4 * kColumns, there, lane);
-    }
-    partials_slot += owners;
-    if (partials_slot >= partials.slots) {
-      partials_slot -= partials.slots;
-      parity ^= 1;
+    __syncwarp();
+    if (exists) send_reply(at, block.barrier(kReplyFull, stage));
+    __syncwarp();
+    if (counts) sums[0].add(d_z, token.m[0]);
+    if constexpr (kLoadsLate) ahead = load(turns);
+  }
+
+  // To all blocks.
+  __device__ void send_reply(u32 at, u32 full) const {
+#pragma unroll
+    for (u32 first = 0; first < kParts; first += 8) {
+      const u32 part = first + lane_id() % 8;
+      if (part >= kParts) break;
+      const float4 v = read_float4(at + part * 16);
+      Turn turn(at + part * 16, copy(), copies_shift());
+#pragma unroll
+      for (u32 k = 0; k < 4; ++k, turn.next(0)) {
+        if (turn.from < block.ranks)
+          send(in_block(turn.at, turn.from), v, in_block(full, turn.from));
+      }
     }
   }
 
-  sums.store(args.gate_sums + (blockIdx.x * (long long)kOwners + which) * (kColumns + 3), lane,
-             [&](int) { return gate; });
-}
+  __device__ void run(u32 owner) {
+    Turns turns = turn_of(owner);
+    OwnToken ahead = load(turns);
+#pragma unroll 1
+    while (turns.begin < num_tokens()) reply(turns, ahead);
+    // Of all tokens, to the row of this warp. Then lane c has column c.
+    GateSums of_column;
+#pragma unroll
+    for (u32 octet = 0; octet < kOctets; ++octet) {
+      sums[octet].sum_tokens();
+      if (lane_id() / 8 == octet) of_column = sums[octet];
+    }
+    const long long row = blockIdx.x * (long long)Warps<NORM>::kOwners + owner;
+    of_column.store(args.gate_sums + row * (kColumns + 3), lane);
+  }
+};
 
 // ---- main warps -------------------------------------------------------------------------------------
 
@@ -652,17 +772,17 @@ __device__ inline void run(const Args args) {
     if (Roles::kDot % 4 == 0 && warp < Roles::kLoader) {
       give_registers<Roles::kDotRegisters>();
       const Block block(shared, args.hidden, args.tokens);
-      multiply_tiles<NORM>(block, args, args.deferred, warp - kMainWarps, lane);
+      multiply_tiles<NORM>(block, args, args.deferred, warp - kMainWarps, lane_id());
     } else {
       give_registers<Roles::kOtherRegisters>();
       const Block block(shared, args.hidden, args.tokens);
       if (warp < Roles::kLoader) {
-        multiply_tiles<NORM>(block, args, args.deferred, warp - kMainWarps, lane);
+        multiply_tiles<NORM>(block, args, args.deferred, warp - kMainWarps, lane_id());
       } else {
         cluster_wait();
       }
       if (warp >= Roles::kOwner) {
-        reply<NORM>(block, args, warp - Roles::kOwner, lane);
+        Owner<NORM>(block, args, lane).run(warp - Roles::kOwner);
       } else if (warp == Roles::kLoader && lane == 0) {
         load_tiles(block, args);
       }

@@ -1,4 +1,4 @@
-// pre_bwd_one_pass on a CPU against float64.
+// pre_bwd_one_pass on a CPU against float64, and with the norm of the layer's input where the size has that.
 
 #include "check.h"
 #include "one_pass/pre_bwd_one_pass.cu"
@@ -6,8 +6,8 @@
 unsigned char shared[1];
 
 static Map x_map, d_u_map, d_x_in_map, d_x_map;
-static const float *phi, *alpha, *bias, *m, *r, *h_res, *d_h_pre, *d_z;
-static float *d_phi, *gates;
+static const float *phi, *alpha, *bias, *m, *r, *h_res, *d_h_pre, *d_z, *norm_scale, *rho;
+static float *d_phi, *gates, *d_norm_scale;
 static int tokens, hidden, deferred;
 
 static void body() {
@@ -16,6 +16,16 @@ static void body() {
    alpha, bias, m, r, deferred ? h_res : nullptr, d_h_pre, d_z, d_phi, gates, tokens, hidden,
    deferred, settings());
 }
+#ifdef HAS_pre_norm_bwd_one_pass
+static void norm_body() {
+  CONCAT(mhc_pre_norm_bwd_one_pass, SUFFIX)
+  (x_map.tensor_map(), d_u_map.tensor_map(), d_x_in_map.tensor_map(), d_x_map.tensor_map(), phi,
+   alpha, bias, m, r, deferred ? h_res : nullptr, d_h_pre, d_z, d_phi, gates, tokens, hidden,
+   deferred, settings(), norm_scale, rho, d_norm_scale);
+}
+#else
+constexpr auto norm_body = body;
+#endif
 
 // r dm that the kernel left for d_phi: in fragments of 16 tokens and 8 columns, both parts.
 static double left_r_dm(int token, int column) {
@@ -31,9 +41,10 @@ static double left_r_dm(int token, int column) {
 
 int main(int, char** argv) {
   const Sizes sizes(argv);
-  constexpr int K = kColumns, kOwners = Warps<false>::kOwners;
+  constexpr int K = kColumns;
   const int ranks = sizes.ranks(SIZE), clusters = sizes.clusters;
-  tokens = sizes.tokens, hidden = sizes.hidden, deferred = sizes.deferred;
+  tokens = sizes.tokens, hidden = sizes.hidden, deferred = sizes.deferred % 2;
+  const bool norm = kHasNorm && sizes.deferred / 2;
   const size_t num = sizes.values(), num_phi = size_t(N) * hidden * K;
   Stream *x = streams<Stream>(num * N), *d_u = streams<Stream>(num);
   Stream *d_x_in = streams<Stream>(num * N), *d_x = guarded<Stream>(num * N);
@@ -53,14 +64,32 @@ int main(int, char** argv) {
   // r dm in whole tiles where d_phi is another kernel's.
   const size_t num_r_dm = size_t(tokens + kTile - 1) / kTile * kTile * K;
   d_phi = guarded<float>(kSumsPhi ? clusters * num_phi : num_r_dm);
-  const int rows = kOwners * ranks * clusters;
+  const int rows = (norm ? Warps<true>::kOwners : Warps<false>::kOwners) * ranks * clusters;
   gates = guarded<float>(size_t(rows) * (K + 3));
+  norm_scale = floats(hidden, [](size_t) { return 1.f + .3f * normal(); });
+  d_norm_scale = guarded<float>(size_t(clusters) * hidden);
+  // Of u, with as much of it as h_pre says.
+  const auto h_pre_of = [&](int token, int j) {
+    return logistic(double(alpha[0]) * m[token * K + j] + bias[j]) + settings().pre_eps;
+  };
+  const auto u_of = [&](int token, int c) {
+    double u = 0;
+    for (int j = 0; j < N; ++j)
+      u += h_pre_of(token, j) * wide(x[(size_t(token) * N + j) * hidden + c]);
+    return u;
+  };
+  rho = floats(tokens, [&](size_t token) {
+    double squares = 0;
+    for (int c = 0; c < hidden; ++c) squares += u_of(token, c) * u_of(token, c);
+    return 1 / std::sqrt(squares / hidden + 1e-6);
+  });
   const auto map = [&](Stream* values, int num_streams) {
     return Map{values, tokens, num_streams, hidden, 0, 1, int(kTileTokens), SIZE, num_streams};
   };
   x_map = map(x, N), d_u_map = map(d_u, 1), d_x_in_map = map(d_x_in, N), d_x_map = map(d_x, N);
   for (int c = 0; c < clusters; ++c) {
-    emulated::run_cluster(c, clusters, ranks, Warps<false>::kThreads, body, sizes.seed + c);
+    const int threads = norm ? Warps<true>::kThreads : Warps<false>::kThreads;
+    emulated::run_cluster(c, clusters, ranks, threads, norm ? norm_body : body, sizes.seed + c);
   }
   sizes.spoil(phi);
 
@@ -69,11 +98,26 @@ int main(int, char** argv) {
   Error error{"d_x", of_stream(kRoundingError, 3.1e-4, kFloat32Error)},
       error_of_phi{"d_phi", of_stream(kProductsError, kFloatError, kFloat32Error)},
       error_of_gates{"gates", kFloatError};
+  std::vector<double> exact_d_norm_scale(hidden);
   for (int t = 0; t < tokens; ++t) {
     const auto x_at = [&](int j, int c) {
       return double(wide(x[(size_t(t) * N + j) * hidden + c]));
     };
-    const auto d_u_at = [&](int c) { return double(wide(d_u[size_t(t) * hidden + c])); };
+    // The cotangent of u.
+    std::vector<double> own_d_u(hidden);
+    for (int c = 0; c < hidden; ++c) own_d_u[c] = wide(d_u[size_t(t) * hidden + c]);
+    if (norm) {
+      double dot = 0;
+      for (int c = 0; c < hidden; ++c) {
+        const double u = u_of(t, c);
+        exact_d_norm_scale[c] += own_d_u[c] * rho[t] * u;
+        dot += norm_scale[c] * own_d_u[c] * u;
+      }
+      const double of_u = double(rho[t]) * rho[t] * rho[t] * dot / hidden;
+      for (int c = 0; c < hidden; ++c)
+        own_d_u[c] = rho[t] * (norm_scale[c] * own_d_u[c]) - of_u * u_of(t, c);
+    }
+    const auto d_u_at = [&](int c) { return own_d_u[c]; };
     double dots[N] = {}, h_pre[N], r_dm[K], f = 0;
     for (int j = 0; j < N; ++j) {
       for (int c = 0; c < hidden; ++c) dots[j] += d_u_at(c) * x_at(j, c);
@@ -125,4 +169,8 @@ int main(int, char** argv) {
   }
   for (int k = 0; k < K + 3; ++k)
     error_of_gates.add(sum_of_arrays(gates, rows, K + 3, k), exact_gates[k]);
+  Error error_of_scale{"d_norm_scale", kFloatError};
+  if (!norm) error_of_scale.add(1, 1);
+  for (int c = 0; norm && c < hidden; ++c)
+    error_of_scale.add(sum_of_arrays(d_norm_scale, clusters, hidden, c), exact_d_norm_scale[c]);
 }

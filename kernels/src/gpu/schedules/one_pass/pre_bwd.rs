@@ -80,11 +80,8 @@ pub fn plan(
 ) -> Option<Vec<Launch>> {
     let geometry = geometry("pre_bwd_one_pass", call, device)?;
     let find = |function| Kernel::find(function, geometry.size, call.dtype);
-    // Where no kernel takes the norm of the layer's input back, too, that is done beforehand. So it is where a block
-    // owns more than a token of a tile: its one owner would be slower than to read the streams again.
-    let is_wide = |kernel: &Kernel| geometry.cluster as usize >= kernel.tokens();
+    // Where no kernel takes the norm of the layer's input back, too, that is done beforehand.
     let with_norm = find("pre_norm_bwd_one_pass").filter(|_| call.norm_width > 0);
-    let with_norm = with_norm.filter(is_wide);
     let kernel = with_norm.or_else(|| find("pre_bwd_one_pass"))?;
     let geometry = with_owners(kernel, geometry, device)?;
     let sums_phi = kernel.more("sums_phi") > 0;
