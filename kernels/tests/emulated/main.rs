@@ -206,6 +206,37 @@ fn projection() {
 }
 
 #[test]
+fn warpgroups() {
+    // n C, tokens, splits of them, blocks; columns.
+    for (size, calls) in [
+        (
+            "k80",
+            &[(640, 600, 2, 5, 80), (320, 77, 4, 1, 35), (64, 1, 1, 2, 63)][..],
+        ),
+        (
+            "k144",
+            &[
+                (448, 300, 1, 3, 288),
+                (320, 130, 4, 7, 143),
+                (64, 1, 1, 1, 99),
+            ],
+        ),
+    ] {
+        let program = build("warpgroups", "two_pass/warpgroups", size, "bf16");
+        for (seed, &(width, tokens, splits, blocks, columns)) in calls.iter().enumerate() {
+            let call = [width, tokens, splits, blocks];
+            let output = run(&program, call, seed, false, &[columns]);
+            assert!(
+                output.status.success(),
+                "{size} {columns} {call:?}: {output:?}"
+            );
+        }
+        let columns = calls[0].4;
+        assert_spoiled(&run(&program, [64, 9, 1, 1], 0, true, &[columns]));
+    }
+}
+
+#[test]
 fn post() {
     for (size, calls) in [
         ("n8", &[(8, 200, 9)][..]),

@@ -1,0 +1,176 @@
+//! Launches of the products with many columns of phi on chips whose warpgroups multiply (warpgroups.cu).
+
+use super::projection::sets_of_tiles;
+use crate::contract::check::CheckedCall;
+use crate::contract::view::DType;
+use crate::gpu::device::{CLUSTER_SHARED_BYTES, Device};
+use crate::gpu::kernel::Kernel;
+use crate::gpu::launch::{Arg, Launch, Tensor, line};
+use crate::gpu::tuning::{Size, WARPGROUP_OCTETS};
+use crate::gpu::workspace::{Part, TILE, Workspace};
+
+/// Values of a line, a step of the sums.
+const LINE: usize = 64;
+
+/// Multiprocessors of a large GPU, and lines of a call with many tokens, for which sums are cut. Constants, because the
+/// order of the sums follows from them.
+const MULTIPROCESSORS: usize = 132;
+const LINES: usize = 128;
+
+/// More columns than the kernels have that keep phi on the chip.
+const LEAST_COLUMNS: usize = 33;
+
+/// Products by warpgroups.
+#[derive(Debug, Clone, Copy)]
+pub struct Warpgroups {
+    dtype: DType,
+    n: usize,
+    width: usize,
+    columns: usize,
+    size: &'static Size,
+}
+
+impl Warpgroups {
+    /// Those of a call, where there are kernels for it on the GPU.
+    pub fn of(call: &CheckedCall, device: &Device) -> Option<Self> {
+        let octets = call.columns.div_ceil(8) as u32;
+        let mut fitting = (WARPGROUP_OCTETS.iter()).filter(|size| size.number >= octets);
+        let size = fitting.next().or(WARPGROUP_OCTETS.last())?;
+        let kernel = Kernel::find("project_lines", size, call.dtype)?;
+        let width = call.n * call.c;
+        let fits = width.is_multiple_of(line(call.dtype)) && call.columns >= LEAST_COLUMNS;
+        let has_room = device.max_shared_bytes >= CLUSTER_SHARED_BYTES;
+        (fits && has_room && kernel.is_for(device)).then_some(Self {
+            dtype: call.dtype,
+            n: call.n,
+            width,
+            columns: call.columns,
+            size,
+        })
+    }
+
+    fn kernel(&self, function: &'static str) -> Kernel {
+        Kernel::of(function, self.size, self.dtype)
+    }
+
+    /// Columns of a block, and how many blocks have all of them.
+    fn chunks(&self) -> [usize; 2] {
+        let columns = self.size.number as usize * 8;
+        [columns, self.columns.div_ceil(columns)]
+    }
+
+    /// Floats of both parts of all columns for a line.
+    fn line_floats(&self) -> usize {
+        let [columns, chunks] = self.chunks();
+        columns * chunks * LINE
+    }
+
+    /// Values of a token whose products one block sums: as many slices as C has times 512 values, so that there is a
+    /// block for every multiprocessor where X has 2^27 values, whatever C is.
+    pub fn slice(&self) -> usize {
+        512 * self.n.min(8)
+    }
+
+    /// Splits of the tokens, for sums of d_phi.
+    pub fn d_phi_splits(&self) -> usize {
+        let blocks = self.channel_blocks() * self.chunks()[1];
+        sets_of_tiles(blocks, MULTIPROCESSORS, LINES).min(32)
+    }
+
+    fn channel_blocks(&self) -> usize {
+        let kernel = self.kernel("d_phi_lines");
+        self.width.div_ceil(kernel.more("channels"))
+    }
+
+    /// A persistent grid for so many units of work.
+    fn launch(kernel: Kernel, device: &Device, units: usize, args: Vec<Arg>) -> Launch {
+        let blocks = units.min(device.num_sms as usize);
+        kernel.launch([blocks, 1, 1], args)
+    }
+
+    /// X as boxes of one line, or of several, of so many tokens.
+    fn tensor(&self, call: &CheckedCall, x: u64, box_dims: [usize; 2]) -> Arg {
+        let dims = [call.tokens, 1, self.width];
+        Arg::TensorMap(Tensor::new(x, call.dtype, dims, box_dims))
+    }
+
+    /// `partial` from x.
+    pub fn project(
+        &self,
+        call: &CheckedCall,
+        device: &Device,
+        workspace: &mut dyn Workspace,
+        x: u64,
+        partial: u64,
+    ) -> Vec<Launch> {
+        let [columns, chunks] = self.chunks();
+        let lines = workspace.take(Part::fixed(self.width / LINE * self.line_floats()));
+        let sizes = [self.width, self.columns].map(|number| Arg::I32(number as i32));
+        let phi = self.kernel("phi_lines");
+        let threads = self.width / 8 * chunks * columns;
+        let mut args = vec![
+            Arg::Pointer(call.operand_address("phi")),
+            Arg::Pointer(lines),
+        ];
+        args.extend(sizes.clone());
+        args.push(Arg::I32(chunks as i32));
+        let cut_phi = phi.launch([threads.div_ceil(phi.threads()), 1, 1], args);
+
+        let kernel = self.kernel("project_lines");
+        let slices = self.width.div_ceil(self.slice());
+        let block_tokens = kernel.tokens() * kernel.more("tiles");
+        let units = call.tokens.div_ceil(block_tokens) * slices * chunks;
+        let mut args = vec![
+            self.tensor(call, x, [block_tokens, LINE]),
+            Arg::Pointer(lines),
+            Arg::Pointer(partial),
+            Arg::I32(call.tokens as i32),
+        ];
+        args.extend(sizes);
+        args.extend([self.slice(), chunks].map(|number| Arg::I32(number as i32)));
+        vec![cut_phi, Self::launch(kernel, device, units, args)]
+    }
+
+    /// Sums for d_phi of some tokens each, as many as are told, and before that r dm as their kernel wants it.
+    pub fn d_phi_sums(
+        &self,
+        call: &CheckedCall,
+        device: &Device,
+        workspace: &mut dyn Workspace,
+        [x, dm]: [u64; 2],
+        partial: u64,
+    ) -> (Vec<Launch>, usize) {
+        let [columns, chunks] = self.chunks();
+        let per_token = self.line_floats() / LINE;
+        let lines = workspace.take(Part {
+            per_token,
+            fixed: per_token * (LINE - TILE),
+        });
+        let groups = call.tokens.div_ceil(LINE);
+        let splits = self.d_phi_splits().min(groups);
+        let cut = self.kernel("r_dm_lines");
+        let threads = groups * chunks * 2 * columns * (LINE / TILE);
+        let args = vec![
+            Arg::Pointer(dm),
+            Arg::Pointer(lines),
+            Arg::I32(call.tokens as i32),
+            Arg::I32(self.columns as i32),
+            Arg::I32(chunks as i32),
+        ];
+        let cut_dm = cut.launch([threads.div_ceil(cut.threads()), 1, 1], args);
+
+        let kernel = self.kernel("d_phi_lines");
+        let units = self.channel_blocks() * splits * chunks;
+        let mut args = vec![
+            self.tensor(call, x, [LINE, kernel.more("channels")]),
+            Arg::Pointer(lines),
+            Arg::Pointer(partial),
+        ];
+        let sizes = [call.tokens, self.width, self.columns, splits, chunks];
+        args.extend(sizes.map(|number| Arg::I32(number as i32)));
+        (
+            vec![cut_dm, Self::launch(kernel, device, units, args)],
+            splits,
+        )
+    }
+}
