@@ -242,6 +242,10 @@ pub const FILES: &[File] = &[
         row("project_back_streams", &[UP_TO_4], [16, 0, 256, 68_608], &[64, 2, 1]),
         row("project_back_streams", &[N8, UP_TO_8], [16, 0, 256, 71_680], &[64, 5, 1]),
     ] },
+    File { path: "two_pass/back_stages", dtypes: BF16, target: Target::Clusters,
+           more: &["channels", "hexets", "blocks"], kernels: &[
+        row("project_back_stages", &[N8, UP_TO_8], [16, 4, 512, 216_064], &[64, 5, 1]),
+    ] },
     // Tiles of 16 tokens halve the exchange, where there are registers for two accumulators and each tile is read and
     // projected at once. Stages are as many as shared memory holds. `fragments` of phi lie in shared memory, and
     // registers are such that nothing spills; with 80 `other_registers` Sinkhorn has two lanes a matrix. Of what these

@@ -345,6 +345,27 @@ fn warpgroups_multiply_many_columns_where_there_are_lines() {
 }
 
 #[test]
+fn blocks_of_all_streams_have_stages_where_there_is_memory() {
+    let has_stages = |device: &Device, dtype, n, c| {
+        let config = Config {
+            deferred: true,
+            ..Config::default()
+        };
+        let example = Example::new(Call::PreBwd, dtype, 17, [n, c], config);
+        functions_of(example, device).contains(&"project_back_stages")
+    };
+    for (n, c) in [(8, 2048), (8, 72), (5, 4096)] {
+        assert!(has_stages(&H100, DType::Bf16, n, c));
+        assert!(has_stages(&B200, DType::Bf16, n, c));
+        assert!(!has_stages(&L4, DType::Bf16, n, c));
+        assert!(!has_stages(&H100, DType::F16, n, c));
+    }
+    for (n, c) in [(8, 2050), (4, 16384), (9, 2048)] {
+        assert!(!has_stages(&H100, DType::Bf16, n, c));
+    }
+}
+
+#[test]
 fn post_pre_reads_the_streams_once_where_a_kernel_does() {
     let functions = |device: &Device, dtype, c| {
         let example = Example::new(Call::PostPreBwd, dtype, 17, [4, c], Config::default());

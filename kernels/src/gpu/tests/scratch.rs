@@ -107,13 +107,15 @@ fn floats(call: &CheckedCall, launch: &Launch) -> Vec<(usize, usize)> {
             (14, blocks * 2 * iters * 32),
         ],
         "sum_gates" => vec![(0, int(3) * (int(4) + 3))],
-        "project_back" | "project_back_mixing" | "project_back_streams" => vec![
-            (0, streams(tokens * n * c)),
-            (2, dm[0]),
-            (4, tokens * n),
-            (5, 2 * tokens),
-            (6, streams(tokens * c)),
-        ],
+        "project_back" | "project_back_mixing" | "project_back_streams" | "project_back_stages" => {
+            vec![
+                (0, streams(tokens * n * c)),
+                (2, dm[0]),
+                (4, tokens * n),
+                (5, 2 * tokens),
+                (6, streams(tokens * c)),
+            ]
+        }
         "d_phi" => vec![
             (0, streams(tokens * n * c)),
             (1, dm[0]),

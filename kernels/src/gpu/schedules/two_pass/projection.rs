@@ -413,17 +413,19 @@ impl Projection {
         Some((kernel, self.mixing_block(kernel, device)?))
     }
 
-    /// The kernel whose blocks have all streams. None where there are too many, or of another dtype.
-    fn streams_kernel(&self) -> Option<Kernel> {
-        if self.dtype != DType::Bf16 {
-            return None;
-        }
+    /// The kernel whose blocks have all streams: the faster one where there is memory for its stages. None where there
+    /// are too many, or of another dtype.
+    fn streams_kernel(&self, device: &Device) -> Option<Kernel> {
+        let size = sizes::streams(self.n, is_aligned(self.c));
+        let has_stages = is_aligned(self.c) && device.num_clusters(1, 1).is_some();
+        let staged = Kernel::find("project_back_stages", size, self.dtype);
         let function = for_rows(
             self.c,
             ["project_back_streams", "project_back_streams_unaligned"],
         );
-        let size = sizes::streams(self.n, is_aligned(self.c));
-        Kernel::find(function, size, self.dtype)
+        staged
+            .filter(|_| has_stages)
+            .or_else(|| Kernel::find(function, size, self.dtype))
             .filter(|kernel| self.hexets() <= kernel.more("hexets"))
     }
 
@@ -457,7 +459,7 @@ pub fn project_back(
     // `identity` has nothing to mix.
     let is_mixed = call.config.constraint != Constraint::Identity;
     let h_res = d_x_in.h_res.filter(|_| is_mixed);
-    if let (Some(h_res), Some(kernel)) = (h_res, projection.streams_kernel()) {
+    if let (Some(h_res), Some(kernel)) = (h_res, projection.streams_kernel(device)) {
         let added = [d_x_in.address, h_res];
         let launch = all_streams(call, device, projection, kernel, x, factors, added);
         return vec![launch];

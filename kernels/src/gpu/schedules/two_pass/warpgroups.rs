@@ -3,7 +3,7 @@
 use super::projection::sets_of_tiles;
 use crate::contract::check::CheckedCall;
 use crate::contract::view::DType;
-use crate::gpu::device::{CLUSTER_SHARED_BYTES, Device};
+use crate::gpu::device::Device;
 use crate::gpu::kernel::Kernel;
 use crate::gpu::launch::{Arg, Launch, Tensor, line};
 use crate::gpu::tuning::{Size, WARPGROUP_OCTETS};
@@ -39,7 +39,7 @@ impl Warpgroups {
         let kernel = Kernel::find("project_lines", size, call.dtype)?;
         let width = call.n * call.c;
         let fits = width.is_multiple_of(line(call.dtype)) && call.columns >= LEAST_COLUMNS;
-        let has_room = device.max_shared_bytes >= CLUSTER_SHARED_BYTES;
+        let has_room = device.num_clusters(1, 1).is_some();
         (fits && has_room && kernel.is_for(device)).then_some(Self {
             dtype: call.dtype,
             n: call.n,
