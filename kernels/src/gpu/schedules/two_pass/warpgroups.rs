@@ -112,7 +112,7 @@ impl Warpgroups {
             Arg::Pointer(call.operand_address("phi")),
             Arg::Pointer(lines),
         ];
-        args.extend(sizes.clone());
+        args.extend(sizes);
         args.push(Arg::I32(chunks as i32));
         let cut_phi = phi.launch([threads.div_ceil(phi.threads()), 1, 1], args);
 
