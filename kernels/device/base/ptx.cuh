@@ -325,6 +325,11 @@ __device__ inline void send(u32 at, float4 v, u32 barrier) {
       "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
       : "memory");
 }
+// An arrival at a barrier of another block, by an address from `in_block`, after this thread's own before it.
+__device__ inline void arrive_in_block(u32 barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
+               : "memory");
+}
 // A send of 8 bytes.
 __device__ inline void send(u32 at, float2 v, u32 barrier) {
   asm volatile(
@@ -396,6 +401,14 @@ __device__ inline void copy_in(u32 to, const void* from, u32 bytes, u32 barrier)
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
           "r"(to),
       "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+// The same to both blocks of a cluster of two, to the same place and for the same barrier of each.
+__device__ inline void copy_to_both(u32 to, const void* from, u32 bytes, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "h"(u16(3))
       : "memory");
 }
 // A map itself, for the first copy not to wait for it.

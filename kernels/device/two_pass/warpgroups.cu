@@ -6,10 +6,11 @@
 //   r_dm_lines     r dm in two parts, as lines of 64 tokens
 //   d_phi_lines    sums over some tokens of vec(X)^T (r dm)
 //
-// Blocks are persistent, and have a ring of stages. A stage has 64 values of the sum, of as many tokens or channels as the
-// warpgroups have rows, 64 each. So phi and r dm come from the L2 cache once for all rows of a block. Its
-// first thread asks for the next stage as soon as everybody has gone through the one before this: a warp for that alone
-// would leave the others too few registers.
+// Clusters of two blocks are persistent, and have a ring of stages. A stage has 64 values of the sum, of as many tokens or
+// channels as the warpgroups have rows, 64 each. Phi and r dm are the same for both blocks: each copies one part of them to
+// both, so that they come from the L2 cache once for all rows of a cluster. The first thread of a block asks for the
+// next stage as soon as everybody has gone through the one before this: a warp for that alone would leave the
+// others too few registers.
 
 #include "one_pass/one_pass.cuh"
 
@@ -25,6 +26,9 @@ constexpr u32 kPartBytes = kColumns * kRowBytes, kRightBytes = kParts * kPartByt
 static_assert(kPartBytes % 1024 == 0);
 // 16 bytes of a line.
 constexpr int kUnits = 8;
+// Blocks of a cluster, which bring each other a part of the right factor each.
+constexpr int kBlocks = 2;
+static_assert(kBlocks == kParts);
 
 // Where the unit of a line lies in the lines of a chunk.
 __device__ inline long long place_of(long long lines, int part, int column, int unit) {
@@ -103,43 +107,49 @@ struct StagesOf {
     if (threadIdx.x == 0) {
       for (int slot = 0; slot < kNum; ++slot) {
         init_barrier(full(slot), 1);
-        init_barrier(empty(slot), kWarps);
+        init_barrier(empty(slot), kBlocks * kWarps);
       }
       publish_barriers();
     }
-    __syncthreads();
+    start_cluster();
+    cluster_wait();
   }
 
-  // By the first thread: a box of X, whose first token and 64 channels are given, and lines.
-  __device__ void fill(Place& place, const TensorMap& x, int token, int box,
-                       const uint4* lines) const {
-    wait(empty(place.slot), place.parity ^ 1);
+  // By the first thread: a box of X, whose first token and 64 channels are given, and this block's part of the lines for both
+  // blocks, once both have gone through what was there.
+  __device__ void fill(Place& place, const TensorMap& x, int token, int box, const uint4* lines,
+                       u32 rank) const {
+    wait_for_cluster(empty(place.slot), place.parity ^ 1);
     arrive_and_expect(full(place.slot), kBytes);
     copy_in(left(place), x, token, box, 0, full(place.slot), evict_first());
-    copy_in(right(place), lines, kRightBytes, full(place.slot));
+    copy_to_both(right(place) + rank * kPartBytes, lines + rank * (kPartBytes / 16), kPartBytes,
+                 full(place.slot));
     place.next();
   }
-  // By all threads.
+  // By all threads. What the other block sends counts for this block's barrier, too.
   __device__ void await(const Place& place) const { wait(full(place.slot), place.parity); }
-  __device__ void release(Place& place) const {
+  __device__ void release(Place& place, u32 rank) const {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) arrive(empty(place.slot));
+    if (threadIdx.x % 32 == 0) {
+      arrive(empty(place.slot));
+      arrive_in_block(in_block(empty(place.slot), rank ^ 1));
+    }
     place.next();
   }
 };
 
-// The steps of a block, each a stage, one after the other: those from first_of(unit) to end_of(unit) of every unit that the
-// block takes in turn.
+// The steps of a cluster, each a stage, one after the other: those from first_of(unit) to end_of(unit) of every unit that it
+// takes in turn.
 template <class First, class End>
 struct Steps {
   First first_of;
   End end_of;
-  int units, unit = blockIdx.x, at = first_of(unit);
+  int units, unit = cluster_id(), at = first_of(unit);
 
   // Whether there is a step: this one.
   __device__ bool find() {
     while (unit < units && at >= end_of(unit)) {
-      unit += gridDim.x;
+      unit += num_clusters();
       at = first_of(unit);
     }
     return unit < units;
@@ -215,15 +225,17 @@ KERNEL(project_lines, tuning_project_lines::threads, 1)
  int columns, int slice, int chunks) {
   using namespace forward;
   const Stages stages;
+  const int rank = cluster_rank();
   stages.start();
   const int slices = (width + slice - 1) / slice, blocks = width / kLine;
-  const int units = (tokens + kTokens - 1) / kTokens * slices * chunks;
+  constexpr int kPair = kBlocks * kTokens;
+  const int units = (tokens + kPair - 1) / kPair * slices * chunks;
   Stages::Place place;
 
   // Chunks have the same X, slices neighbouring values of it.
   const auto chunk_of = [&](int unit) { return unit % chunks; };
   const auto slice_of = [&](int unit) { return unit / chunks % slices; };
-  const auto token_of = [&](int unit) { return unit / chunks / slices * kTokens; };
+  const auto token_of = [&](int unit) { return unit / chunks / slices * kPair + rank * kTokens; };
   const auto first_of = [&](int unit) { return slice_of(unit) * (slice / kLine); };
   const auto end_of = [&](int unit) { return min(first_of(unit) + slice / kLine, blocks); };
 
@@ -233,19 +245,19 @@ KERNEL(project_lines, tuning_project_lines::threads, 1)
     if (threadIdx.x > 0 || !ahead.find()) return;
     const long long block = ahead.at++;
     stages.fill(place_ahead, x, token_of(ahead.unit), int(block),
-                phi + (chunk_of(ahead.unit) * (long long)blocks + block) * kRightLines);
+                phi + (chunk_of(ahead.unit) * (long long)blocks + block) * kRightLines, rank);
   };
   for (int i = 0; i < Stages::kNum - 1; ++i) load();
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int row_length = (columns + 7) / 8 * 8 + 2;
-  for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
+  for (int unit = cluster_id(); unit < units; unit += num_clusters()) {
     const int chunk = chunk_of(unit);
     Sums sums;
     for (int block = first_of(unit); block < end_of(unit); ++block) {
       stages.await(place);
       sums.add_stage(stages, place, warp * 16, chunk == 0);
-      stages.release(place);
+      stages.release(place, rank);
       load();
     }
 #pragma unroll
@@ -267,6 +279,7 @@ KERNEL(project_lines, tuning_project_lines::threads, 1)
       if (chunk == 0 && q == 0) out[row_length - 2] = square;
     }
   }
+  end_cluster();
 }
 
 // ---- d_phi_lines ------------------------------------------------------------------------------------
@@ -306,15 +319,19 @@ KERNEL(d_phi_lines, tuning_d_phi_lines::threads, 1)
  int columns, int splits, int chunks) {
   using namespace gradient;
   const Stages stages;
+  const int rank = cluster_rank();
   stages.start();
   const int groups = (tokens + kLine - 1) / kLine, groups_of_split = (groups + splits - 1) / splits;
-  const int units = (width + kChannels - 1) / kChannels * splits * chunks;
+  constexpr int kPair = kBlocks * kChannels;
+  const int units = (width + kPair - 1) / kPair * splits * chunks;
   Stages::Place place;
 
   // Chunks have the same X.
   const auto chunk_of = [&](int unit) { return unit % chunks; };
   const auto split_of = [&](int unit) { return unit / chunks % splits; };
-  const auto channel_of = [&](int unit) { return unit / chunks / splits * kChannels; };
+  const auto channel_of = [&](int unit) {
+    return unit / chunks / splits * kPair + rank * kChannels;
+  };
   const auto first_of = [&](int unit) { return split_of(unit) * groups_of_split; };
   const auto end_of = [&](int unit) { return min(first_of(unit) + groups_of_split, groups); };
 
@@ -324,18 +341,18 @@ KERNEL(d_phi_lines, tuning_d_phi_lines::threads, 1)
     if (threadIdx.x > 0 || !ahead.find()) return;
     const long long group = ahead.at++;
     stages.fill(place_ahead, x, int(group) * kLine, channel_of(ahead.unit) / kLine,
-                r_dm + (group * chunks + chunk_of(ahead.unit)) * kRightLines);
+                r_dm + (group * chunks + chunk_of(ahead.unit)) * kRightLines, rank);
   };
   for (int i = 0; i < Stages::kNum - 1; ++i) load();
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
+  for (int unit = cluster_id(); unit < units; unit += num_clusters()) {
     float sums[kSums] = {};
     for (int group = first_of(unit); group < end_of(unit); ++group) {
       stages.await(place);
       add_stage(sums, stages.left(place) + warp / 4 * (kRows * kRowBytes), stages.right(place),
                 group > first_of(unit));
-      stages.release(place);
+      stages.release(place, rank);
       load();
     }
     float* out = partial + (long long)split_of(unit) * width * columns;
@@ -362,4 +379,5 @@ KERNEL(d_phi_lines, tuning_d_phi_lines::threads, 1)
       }
     }
   }
+  end_cluster();
 }

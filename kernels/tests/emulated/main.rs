@@ -225,7 +225,7 @@ fn projection() {
 
 #[test]
 fn warpgroups() {
-    // n C, tokens, splits of them, blocks; columns.
+    // n C, tokens, splits of them, clusters; columns.
     for (size, calls) in [
         (
             "k80",
@@ -234,15 +234,15 @@ fn warpgroups() {
         (
             "k144",
             &[
-                (448, 300, 1, 3, 288),
-                (320, 130, 4, 7, 143),
+                (1088, 600, 1, 3, 288),
+                (320, 130, 4, 2, 143),
                 (64, 1, 1, 1, 99),
             ],
         ),
     ] {
         let program = build("warpgroups", "two_pass/warpgroups", size, "bf16");
-        for (seed, &(width, tokens, splits, blocks, columns)) in calls.iter().enumerate() {
-            let call = [width, tokens, splits, blocks];
+        for (seed, &(width, tokens, splits, clusters, columns)) in calls.iter().enumerate() {
+            let call = [width, tokens, splits, clusters];
             let output = run(&program, call, seed, false, &[columns]);
             assert!(
                 output.status.success(),

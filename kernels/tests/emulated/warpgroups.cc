@@ -24,11 +24,11 @@ static void sum_d_phi() {
    chunks);
 }
 
-// n C, tokens, splits of them, blocks; the seed; whether float64 gets another phi; then the columns.
+// n C, tokens, splits of them, clusters; the seed; whether float64 gets another phi; then the columns.
 int main(int, char** argv) {
   const Sizes sizes(argv);
   width = sizes.hidden, tokens = sizes.tokens, splits = sizes.clusters, columns = atoi(argv[7]);
-  const int blocks = sizes.deferred;
+  const int clusters = sizes.deferred;
   chunks = ceiling(columns, kColumns), slice = 128;
   make_operands(sizes, slice, splits);
   x_of_tokens = {(void*)x, tokens, 1, width, 0, 1, forward::kTokens, kLine, 1};
@@ -39,13 +39,18 @@ int main(int, char** argv) {
   const int of_width = width / kLine, of_tokens = ceiling(tokens, kLine);
   phi_of_lines = lines(of_width), r_dm_of_lines = lines(of_tokens);
 
-  const auto run = [&](int threads, int num, void (*body)()) {
-    run_blocks(nullptr, threads, num, 1, body, sizes.seed);
+  const auto run = [&](int num, void (*body)()) {
+    run_blocks(nullptr, 256, ceiling(num, 256), 1, body, sizes.seed);
   };
-  run(256, ceiling(of_width * chunks * kUnits * kColumns, 256), cut_phi);
-  run(tuning_project_lines::threads, blocks, project);
-  run(256, ceiling(of_tokens * chunks * kParts * kColumns * 4, 256), cut_r_dm);
-  run(tuning_d_phi_lines::threads, blocks, sum_d_phi);
+  const auto run_pairs = [&](int threads, void (*body)()) {
+    for (int c = 0; c < clusters; ++c) {
+      emulated::run_cluster(c, clusters, kBlocks, threads, body, sizes.seed + c);
+    }
+  };
+  run(of_width * chunks * kUnits * kColumns, cut_phi);
+  run_pairs(tuning_project_lines::threads, project);
+  run(of_tokens * chunks * kParts * kColumns * 4, cut_r_dm);
+  run_pairs(tuning_d_phi_lines::threads, sum_d_phi);
   sizes.spoil(phi);
   check_products();
   check_d_phi(splits);

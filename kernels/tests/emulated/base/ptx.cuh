@@ -245,6 +245,7 @@ inline void cluster_wait() {
   emulated::has_progress = true;
 }
 inline u32 in_block(u32 at, u32 rank) { return (at & 0xfffff) | rank << 20; }
+inline void arrive_in_block(u32 at) { arrive(at); }
 inline void send(u32 at, float4 v, u32 barrier) {
   write_shared(at, v);
   complete(barrier, sizeof v);
@@ -310,6 +311,10 @@ inline void copy_in(u32 to, const void* from, u32 bytes, u32 barrier) {
   if (bytes == 0 || bytes % 16 || reinterpret_cast<u64>(from) % 16) emulated::fail("a bulk copy");
   memcpy(emulated::at(to, bytes, 16), from, bytes);
   complete(barrier, bytes);
+}
+inline void copy_to_both(u32 to, const void* from, u32 bytes, u32 barrier) {
+  if (cluster_size() != 2) emulated::fail("a copy to both blocks of a cluster");
+  for (u32 rank : {0, 1}) copy_in(in_block(to, rank), from, bytes, in_block(barrier, rank));
 }
 inline void copy_out(const TensorMap& map, int token, int box, int stream, u32 from) {
   for_box(from, map_of(map), token, box, stream, [](void* value, u32 place, int bytes) {

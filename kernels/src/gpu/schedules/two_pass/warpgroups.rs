@@ -9,12 +9,15 @@ use crate::gpu::launch::{Arg, Launch, Tensor, line};
 use crate::gpu::tuning::{Size, WARPGROUP_OCTETS};
 use crate::gpu::workspace::{Part, TILE, Workspace};
 
+/// Blocks of a cluster.
+const CLUSTER: u32 = 2;
+
 /// Values of a line, a step of the sums.
 const LINE: usize = 64;
 
-/// Multiprocessors of a large GPU, and lines of a call with many tokens, for which sums are cut. Constants, because the
+/// Clusters that run at once on a large GPU, and lines of a call with many tokens, for which sums are cut. Constants, because the
 /// order of the sums follows from them.
-const MULTIPROCESSORS: usize = 132;
+const CLUSTERS_AT_ONCE: usize = 66;
 const LINES: usize = 128;
 
 /// More columns than the kernels have that keep phi on the chip.
@@ -39,7 +42,7 @@ impl Warpgroups {
         let kernel = Kernel::find("project_lines", size, call.dtype)?;
         let width = call.n * call.c;
         let fits = width.is_multiple_of(line(call.dtype)) && call.columns >= LEAST_COLUMNS;
-        let has_room = device.num_clusters(1, 1).is_some();
+        let has_room = device.num_clusters(CLUSTER, 1).is_some();
         (fits && has_room && kernel.is_for(device)).then_some(Self {
             dtype: call.dtype,
             n: call.n,
@@ -73,19 +76,23 @@ impl Warpgroups {
 
     /// Splits of the tokens, for sums of d_phi.
     pub fn d_phi_splits(&self) -> usize {
-        let blocks = self.channel_blocks() * self.chunks()[1];
-        sets_of_tiles(blocks, MULTIPROCESSORS, LINES).min(32)
+        let clusters = self.channel_clusters() * self.chunks()[1];
+        sets_of_tiles(clusters, CLUSTERS_AT_ONCE, LINES).min(32)
     }
 
-    fn channel_blocks(&self) -> usize {
-        let kernel = self.kernel("d_phi_lines");
-        self.width.div_ceil(kernel.more("channels"))
+    /// Clusters for all channels of d_phi.
+    fn channel_clusters(&self) -> usize {
+        let channels = CLUSTER as usize * self.kernel("d_phi_lines").more("channels");
+        self.width.div_ceil(channels)
     }
 
-    /// A persistent grid for so many units of work.
+    /// Persistent clusters for so many units of work of a cluster.
     fn launch(kernel: Kernel, device: &Device, units: usize, args: Vec<Arg>) -> Launch {
-        let blocks = units.min(device.num_sms as usize);
-        kernel.launch([blocks, 1, 1], args)
+        let clusters = device.num_clusters(CLUSTER, units).unwrap_or(0);
+        Launch {
+            cluster: CLUSTER,
+            ..kernel.launch([(clusters * CLUSTER) as usize, 1, 1], args)
+        }
     }
 
     /// X as boxes of one line, or of several, of so many tokens.
@@ -119,7 +126,8 @@ impl Warpgroups {
         let kernel = self.kernel("project_lines");
         let slices = self.width.div_ceil(self.slice());
         let block_tokens = kernel.tokens() * kernel.more("tiles");
-        let units = call.tokens.div_ceil(block_tokens) * slices * chunks;
+        let cluster_tokens = CLUSTER as usize * block_tokens;
+        let units = call.tokens.div_ceil(cluster_tokens) * slices * chunks;
         let mut args = vec![
             self.tensor(call, x, [block_tokens, LINE]),
             Arg::Pointer(lines),
@@ -160,7 +168,7 @@ impl Warpgroups {
         let cut_dm = cut.launch([threads.div_ceil(cut.threads()), 1, 1], args);
 
         let kernel = self.kernel("d_phi_lines");
-        let units = self.channel_blocks() * splits * chunks;
+        let units = self.channel_clusters() * splits * chunks;
         let mut args = vec![
             self.tensor(call, x, [LINE, kernel.more("channels")]),
             Arg::Pointer(lines),
