@@ -140,6 +140,8 @@ const K80: Size = exact("k80", 10);
 /// Columns that a block of warpgroups has at once.
 pub const WARPGROUP_OCTETS: &[Size] = &[K80, K144];
 const K144: Size = exact("k144", 18);
+/// The most columns.
+pub const K288: Size = exact("k288", 36);
 
 /// Channels of a stream that a block of a cluster owns, and columns of phi.
 pub const CHANNELS: &[Size] = &[
@@ -241,6 +243,11 @@ pub const FILES: &[File] = &[
         row("project_back_streams", &[N4],      [16, 0, 256, 68_608], &[64, 2, 2]),
         row("project_back_streams", &[UP_TO_4], [16, 0, 256, 68_608], &[64, 2, 1]),
         row("project_back_streams", &[N8, UP_TO_8], [16, 0, 256, 71_680], &[64, 5, 1]),
+    ] },
+    // A block has phi of `channels`.
+    File { path: "two_pass/back_lines", dtypes: BF16, target: Target::Hopper, more: &["channels"], kernels: &[
+        row("phi_back_lines",     &[K288], [ 0, 0, 256, 0], &[0]),
+        row("project_back_lines", &[K288], [16, 0, 256, 163_968], &[256]),
     ] },
     File { path: "two_pass/back_stages", dtypes: BF16, target: Target::Clusters,
            more: &["channels", "hexets", "blocks"], kernels: &[

@@ -230,7 +230,8 @@ def test_nothing_is_mixed_by_the_identity(dtype, streams, hidden):
 
 @pytest.mark.parametrize("op", ["pre", "post", "post_pre", "two_sublayers"])
 @pytest.mark.parametrize(
-    "streams, hidden", [(2, 264), (2, 576), (3, 264), (4, 264), (8, 264), (8, 65), (16, 264)]
+    "streams, hidden",
+    [(2, 264), (2, 576), (3, 264), (4, 264), (8, 264), (8, 65), (16, 264), (16, 64)],
 )
 @pytest.mark.parametrize("value", [np.inf, np.nan])
 def test_a_token_keeps_what_is_not_finite(op, streams, hidden, value):
@@ -523,7 +524,7 @@ def poison():
 
 
 # Columns of phi that a block passes by its tokens, and that it has in chunks.
-MANY_COLUMNS = [Case((2053,), 8, 264, 3.0), Case((1025,), 16, 40, 3.0)]
+MANY_COLUMNS = [Case((2053,), 8, 264, 3.0), Case((1025,), 16, 40, 3.0), Case((1025,), 9, 64, 3.0)]
 
 OP_DTYPE_CASES = [
     *[(op, dtype, CASE) for op, dtype in OP_DTYPES],

@@ -119,34 +119,48 @@ __device__ inline void finish_products() {
   SUMS_4(d, i), SUMS_4(d, i + 4), SUMS_4(d, i + 8), SUMS_4(d, i + 12), SUMS_4(d, i + 16), \
       SUMS_4(d, i + 20), SUMS_4(d, i + 24), SUMS_4(d, i + 28)
 #define SUMS_40(d, i) SUMS_32(d, i), SUMS_4(d, i + 32), SUMS_4(d, i + 36)
-// An instruction for 64 rows, so many columns, and operands; the last one says whether it adds.
-#define PRODUCT(columns, operands, adds)                                                           \
+// An instruction for 64 rows, so many columns, factors of a dtype, and operands; the last one says whether it adds.
+#define PRODUCT(columns, dtype, operands, adds)                                                    \
   "{\n.reg .pred adds;\nsetp.ne.b32 adds, " adds ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns \
-  "k16.f32.bf16.bf16 " operands ";\n}"
+  "k16.f32." dtype "." dtype " " operands ";\n}"
 
 // d = a b, or d += a b: a warp has 16 of the 64 rows, in the fragments of base/matrix.cuh, as many of d as there are octets of
 // columns; the lines have the columns of b as rows.
 __device__ inline void multiply(float (&d)[40], const u32 (&a)[4], u64 lines, bool adds) {
-  asm volatile(PRODUCT("80", "{" NUMBERS_40 "}, {%40, %41, %42, %43}, %44, adds, 1, 1, 0", "%45")
-               : SUMS_40(d, 0)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(lines), "r"(int(adds)));
+  asm volatile(
+      PRODUCT("80", "bf16", "{" NUMBERS_40 "}, {%40, %41, %42, %43}, %44, adds, 1, 1, 0", "%45")
+      : SUMS_40(d, 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(lines), "r"(int(adds)));
 }
 __device__ inline void multiply(float (&d)[72], const u32 (&a)[4], u64 lines, bool adds) {
   asm volatile(
-      PRODUCT("144", "{" NUMBERS_70 ", %70, %71}, {%72, %73, %74, %75}, %76, adds, 1, 1, 0", "%77")
+      PRODUCT("144", "bf16", "{" NUMBERS_70 ", %70, %71}, {%72, %73, %74, %75}, %76, adds, 1, 1, 0",
+              "%77")
       : SUMS_32(d, 0), SUMS_40(d, 32)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(lines), "r"(int(adds)));
 }
-// The same with transposed lines of a.
+// The same in float16.
+__device__ inline void multiply_half(float (&d)[32], const u32 (&a)[4], u64 lines, bool adds) {
+  asm volatile(PRODUCT("64", "f16",
+                       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " TEN("1") ", " TEN(
+                           "2") ", %30, %31}, "
+                                "{%32, %33, %34, %35}, %36, adds, 1, 1, 0",
+                       "%37")
+               : SUMS_32(d, 0)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(lines), "r"(int(adds)));
+}
+// Products of bfloat16 with transposed lines of a.
 __device__ inline void multiply(float (&d)[72], u64 transposed, u64 lines, bool adds) {
-  asm volatile(PRODUCT("144", "{" NUMBERS_70 ", %70, %71}, %72, %73, adds, 1, 1, 1, 0", "%74")
-               : SUMS_32(d, 0), SUMS_40(d, 32)
-               : "l"(transposed), "l"(lines), "r"(int(adds)));
+  asm volatile(
+      PRODUCT("144", "bf16", "{" NUMBERS_70 ", %70, %71}, %72, %73, adds, 1, 1, 1, 0", "%74")
+      : SUMS_32(d, 0), SUMS_40(d, 32)
+      : "l"(transposed), "l"(lines), "r"(int(adds)));
 }
 __device__ inline void multiply(float (&d)[80], u64 transposed, u64 lines, bool adds) {
-  asm volatile(PRODUCT("160", "{" NUMBERS_70 ", " TEN("7") "}, %80, %81, adds, 1, 1, 1, 0", "%82")
-               : SUMS_40(d, 0), SUMS_40(d, 40)
-               : "l"(transposed), "l"(lines), "r"(int(adds)));
+  asm volatile(
+      PRODUCT("160", "bf16", "{" NUMBERS_70 ", " TEN("7") "}, %80, %81, adds, 1, 1, 1, 0", "%82")
+      : SUMS_40(d, 0), SUMS_40(d, 40)
+      : "l"(transposed), "l"(lines), "r"(int(adds)));
 }
 
 #undef TEN

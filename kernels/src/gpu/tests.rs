@@ -321,6 +321,8 @@ fn warpgroups_multiply_many_columns_where_there_are_lines() {
         let backward = functions(&H100, Call::PreBwd, DType::Bf16, sizes);
         let expected = ["r_dm_lines", "d_phi_lines"];
         assert!(backward.windows(2).any(|two| two == expected), "{sizes:?}");
+        let back = backward.contains(&"project_back_lines");
+        assert_eq!(back, sizes[0] > 8 && sizes[1] % 64 == 0, "{sizes:?}");
         for device in [B200, L4] {
             assert!(!multiply(&functions(
                 &device,

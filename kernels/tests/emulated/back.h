@@ -1,27 +1,25 @@
-// What the checks of kernels that make d_x of all streams share: their operands, and what float64 says.
+// What the checks of kernels that make d_x share: their operands, and what float64 says. `kMixes` is whether d_x_in is
+// deferred.
 
 #pragma once
 
 #include "check.h"
 
-uint4 shared[1];
-
 static Stream *x, *d_u, *d_x_in, *d_x;
 static const float *phi, *h_pre, *h_res;
 static u32* rows;
 static float2* factors;
-static int tokens, n, hidden, columns, groups;
+static int tokens, n, hidden, columns;
 
-// The kernel.
-static void back();
+// The kernels.
+static void run(const Sizes& sizes);
 
-// C, tokens, blocks for a group of channels, and whether d_x_in and d_x lie in one place; the seed; whether float64 gets
+// C, tokens, blocks that share the tokens, and whether d_x_in and d_x lie in one place; the seed; whether float64 gets
 // another phi; then n and the columns of phi.
 int main(int, char** argv) {
   const Sizes sizes(argv);
   tokens = sizes.tokens, hidden = sizes.hidden;
   n = atoi(argv[7]), columns = atoi(argv[8]);
-  groups = (hidden + kSets * kChannels - 1) / (kSets * kChannels);
   const auto any = [](size_t) { return normal(); };
   const size_t num = sizes.values();
   x = reinterpret_cast<Stream*>(streams(num * n)), d_u = reinterpret_cast<Stream*>(streams(num));
@@ -46,9 +44,7 @@ int main(int, char** argv) {
       dm.set<Stream>(t, c, value, 1 / unit);
     }
   }
-  for (int c = 0; c < sizes.clusters * groups; ++c) {
-    emulated::run_cluster(c, sizes.clusters * groups, 1, kThreads, back, sizes.seed + c);
-  }
+  run(sizes);
   sizes.spoil(phi);
 
   Error of_d_x{"d_x", kRoundingError};
@@ -58,7 +54,8 @@ int main(int, char** argv) {
         const size_t at = (size_t(t) * n + j) * hidden + c;
         double sum = double(h_pre[t * n + j]) * wide(d_u[size_t(t) * hidden + c]) -
                      double(factors[t].x) * wide(x[at]);
-        for (int i = 0; i < n; ++i) {
+        if (!kMixes) sum += wide(deferred[at]);
+        for (int i = 0; kMixes && i < n; ++i) {
           sum +=
               double(h_res[(t * n + i) * n + j]) * wide(deferred[(size_t(t) * n + i) * hidden + c]);
         }

@@ -2,7 +2,7 @@
 
 #include "two_pass/back_stages.cu"
 
-#include "back.h"
+#include "back_mixing.h"
 
 static void back() {
   CONCAT(mhc_project_back_stages, SUFFIX)

@@ -2,7 +2,7 @@
 
 #include "two_pass/back_streams.cu"
 
-#include "back.h"
+#include "back_mixing.h"
 
 static void back() {
 #if EXACT

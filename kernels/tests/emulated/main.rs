@@ -144,7 +144,7 @@ fn post_pre_bwd() {
 fn back_streams() {
     // Streams and columns, C, tokens, blocks for a group of channels.
     type Calls = &'static [(usize, usize, usize, usize, usize)];
-    let all: [(&str, &str, Calls); 7] = [
+    let all: [(&str, &str, Calls); 8] = [
         ("streams", "n2", &[(2, 8, 320, 77, 2), (2, 4, 8, 1, 1)]),
         ("streams", "n4", &[(4, 24, 200, 77, 2), (4, 32, 128, 33, 1)]),
         ("streams", "n8", &[(8, 80, 72, 77, 2), (8, 16, 64, 17, 1)]),
@@ -167,6 +167,15 @@ fn back_streams() {
             "stages",
             "upto8",
             &[(5, 35, 136, 50, 2), (7, 63, 200, 120, 1), (6, 48, 64, 1, 1)],
+        ),
+        (
+            "lines",
+            "k288",
+            &[
+                (16, 288, 64, 77, 1),
+                (9, 99, 64, 300, 2),
+                (12, 168, 128, 1, 1),
+            ],
         ),
     ];
     for (kind, size, calls) in all {

@@ -107,6 +107,16 @@ fn floats(call: &CheckedCall, launch: &Launch) -> Vec<(usize, usize)> {
             (14, blocks * 2 * iters * 32),
         ],
         "sum_gates" => vec![(0, int(3) * (int(4) + 3))],
+        "phi_back_lines" => vec![(1, n * c * 160), (2, n * c / 8)],
+        "project_back_lines" => vec![
+            (0, streams(tokens * n * c)),
+            (1, n * c * 160),
+            (2, n * c / 8),
+            (3, dm[0]),
+            (5, tokens * n),
+            (6, 2 * tokens),
+            (7, streams(tokens * c)),
+        ],
         "project_back" | "project_back_mixing" | "project_back_streams" | "project_back_stages" => {
             vec![
                 (0, streams(tokens * n * c)),

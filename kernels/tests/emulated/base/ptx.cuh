@@ -146,41 +146,52 @@ inline void commit_products() {}
 inline void finish_products() {}
 
 // A value of the lines, each 1024 bytes behind those 8 before it.
-inline float of_lines(u64 lines, int line, int value) {
+inline u16 of_lines(u64 lines, int line, int value) {
   u32 at = u32(lines & 0x3fff) * 16 + line / 8 * 1024 + line % 8 * 128 + 2 * value;
   at ^= at >> 3 & 0x70;
   u16 v;
   memcpy(&v, emulated::at(emulated::block().rank << 20 | at, 2, 2), 2);
-  return of_bf16(v);
+  return v;
 }
 // Calls `left(row, k)` for the two rows of a lane.
-template <int SUMS, class Left>
-void multiply_lines(float (&d)[SUMS], u64 lines, bool adds, Left left) {
+template <int SUMS, class Left, class Wide>
+void multiply_lines(float (&d)[SUMS], u64 lines, bool adds, Left left, Wide wide) {
   const int g = emulated::lane() / 4, q = emulated::lane() % 4;
   for (int s = 0; s < SUMS; ++s) {
     const int row = g + s % 4 / 2 * 8, column = s / 4 * 8 + 2 * q + s % 2;
     double sum = 0;
-    for (int k = 0; k < 16; ++k) sum += double(left(row, k)) * of_lines(lines, column, k);
+    for (int k = 0; k < 16; ++k) {
+      sum += double(wide(left(row, k))) * double(wide(of_lines(lines, column, k)));
+    }
     d[s] = float((adds ? d[s] : 0.f) + sum);
   }
 }
-template <int SUMS>
-void multiply(float (&d)[SUMS], const u32 (&a)[4], u64 lines, bool adds) {
+template <int SUMS, class Wide>
+void multiply_fragments(float (&d)[SUMS], const u32 (&a)[4], u64 lines, bool adds, Wide wide) {
   const auto all = emulated::exchange(a, 4);
-  float own[2][16];
+  u16 own[2][16];
   for (int h = 0; h < 2; ++h) {
     for (int k = 0; k < 16; ++k) {
       const u32 word = all[emulated::lane() / 4 * 4 + k % 8 / 2][k / 8 * 2 + h];
-      own[h][k] = of_bf16(u16(word >> k % 2 * 16));
+      own[h][k] = u16(word >> k % 2 * 16);
     }
   }
-  multiply_lines(d, lines, adds, [&](int row, int k) { return own[row / 8][k]; });
+  const auto left = [&](int row, int k) { return own[row / 8][k]; };
+  multiply_lines(d, lines, adds, left, wide);
+}
+template <int SUMS>
+void multiply(float (&d)[SUMS], const u32 (&a)[4], u64 lines, bool adds) {
+  multiply_fragments(d, a, lines, adds, of_bf16);
+}
+template <int SUMS>
+void multiply_half(float (&d)[SUMS], const u32 (&a)[4], u64 lines, bool adds) {
+  multiply_fragments(d, a, lines, adds, of_f16);
 }
 template <int SUMS>
 void multiply(float (&d)[SUMS], u64 transposed, u64 lines, bool adds) {
   const int first = emulated::current->index / 32 % 4 * 16;
-  multiply_lines(d, lines, adds,
-                 [&](int row, int k) { return of_lines(transposed, k, first + row); });
+  const auto left = [&](int row, int k) { return of_lines(transposed, k, first + row); };
+  multiply_lines(d, lines, adds, left, of_bf16);
 }
 
 // ---- barriers ----------------------------------------------------------------------------------------

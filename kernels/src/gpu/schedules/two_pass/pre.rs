@@ -107,7 +107,7 @@ pub fn backward(
     };
     launches.push(logits.launch);
     launches.extend(projection::project_back(
-        call, device, projection, x, &factors, d_x_in,
+        call, device, workspace, projection, x, &factors, d_x_in,
     ));
     launches.extend(projection::d_phi(
         call, device, workspace, projection, x, dm,

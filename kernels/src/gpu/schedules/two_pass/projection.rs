@@ -450,6 +450,7 @@ pub fn sets_of_tiles(blocks: usize, slots: usize, tiles: usize) -> usize {
 pub fn project_back(
     call: &CheckedCall,
     device: &Device,
+    workspace: &mut dyn Workspace,
     projection: Projection,
     x: u64,
     factors: &Factors,
@@ -470,6 +471,13 @@ pub fn project_back(
         .filter(|_| mixing.is_none())
         .map(|h_res| post::mix(call, d_x_in.address, h_res, d_x));
     let added = if mix.is_some() { d_x } else { d_x_in.address };
+    let by_warpgroups = projection
+        .warpgroups
+        .filter(|_| mixing.is_none())
+        .and_then(|own| own.project_back(call, device, workspace, x, factors, added));
+    if let Some(launches) = by_warpgroups {
+        return mix.into_iter().chain(launches).collect();
+    }
     let (kernel, block) = mixing.unwrap_or_else(|| {
         let kernel = projection.kernel_for_rows(["project_back", "project_back_unaligned"]);
         (kernel, projection.adding_block(kernel, device))

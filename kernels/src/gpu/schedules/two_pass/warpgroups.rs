@@ -1,12 +1,12 @@
 //! Launches of the products with many columns of phi on chips whose warpgroups multiply (warpgroups.cu).
 
-use super::projection::sets_of_tiles;
+use super::projection::{Factors, sets_of_tiles};
 use crate::contract::check::CheckedCall;
 use crate::contract::view::DType;
 use crate::gpu::device::Device;
 use crate::gpu::kernel::Kernel;
 use crate::gpu::launch::{Arg, Launch, Tensor, line};
-use crate::gpu::tuning::{Size, WARPGROUP_OCTETS};
+use crate::gpu::tuning::{K288, Size, WARPGROUP_OCTETS};
 use crate::gpu::workspace::{Part, TILE, Workspace};
 
 /// Blocks of a cluster.
@@ -180,5 +180,52 @@ impl Warpgroups {
             vec![cut_dm, Self::launch(kernel, device, units, args)],
             splits,
         )
+    }
+
+    /// d_x, to which a cotangent at `added` is added as it is, unless that is 0. None where there are so few columns that
+    /// other kernels mix on their way, or no whole groups of channels.
+    pub fn project_back(
+        &self,
+        call: &CheckedCall,
+        device: &Device,
+        workspace: &mut dyn Workspace,
+        x: u64,
+        factors: &Factors,
+        added: u64,
+    ) -> Option<Vec<Launch>> {
+        let kernel = Kernel::find("project_back_lines", &K288, self.dtype)?;
+        if self.size.number < WARPGROUP_OCTETS[1].number || !call.c.is_multiple_of(LINE) {
+            return None;
+        }
+        let columns = (K288.number as usize * 8).next_multiple_of(LINE);
+        let halves = Part::fixed(self.width * columns / 2);
+        let [lines, units] = [halves, Part::fixed(self.width / 8)].map(|part| workspace.take(part));
+        let phi = Kernel::of("phi_back_lines", &K288, self.dtype);
+        let args = vec![
+            Arg::Pointer(call.operand_address("phi")),
+            Arg::Pointer(lines),
+            Arg::Pointer(units),
+            Arg::I32(self.width as i32),
+            Arg::I32(self.columns as i32),
+        ];
+        let octets_of_block = phi.threads() / 32;
+        let cut_phi = phi.launch([(self.width / 8).div_ceil(octets_of_block), 1, 1], args);
+
+        let blocks = self.width.div_ceil(kernel.more("channels"));
+        let tiles = call.tokens.div_ceil(LINE * kernel.threads() / 128);
+        let sets = sets_of_tiles(blocks, device.num_sms as usize, tiles);
+        let mut args = vec![
+            Arg::Pointer(x),
+            Arg::Pointer(lines),
+            Arg::Pointer(units),
+            Arg::Pointer(factors.dm[0]),
+            Arg::I32(self.columns as i32),
+        ];
+        let d_x = call.result_address(call.kind.first_result());
+        let streams = [factors.h_pre, factors.of_tokens, factors.d_u, added, d_x];
+        args.extend(streams.map(Arg::Pointer));
+        args.extend([call.tokens, self.n, call.c].map(|number| Arg::I32(number as i32)));
+        let back = kernel.launch([blocks, if tiles > 0 { sets } else { 0 }, 1], args);
+        Some(vec![cut_phi, back])
     }
 }

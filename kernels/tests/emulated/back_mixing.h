@@ -1,0 +1,20 @@
+// What the checks of kernels that mix all streams share besides.
+
+#pragma once
+
+uint4 shared[1];
+constexpr bool kMixes = true;
+
+#include "back.h"
+
+static int groups;
+
+// The kernel.
+static void back();
+
+static void run(const Sizes& sizes) {
+  groups = (hidden + kSets * kChannels - 1) / (kSets * kChannels);
+  for (int c = 0; c < sizes.clusters * groups; ++c) {
+    emulated::run_cluster(c, sizes.clusters * groups, 1, kThreads, back, sizes.seed + c);
+  }
+}
