@@ -124,8 +124,8 @@ __device__ inline void finish_products() {
   "{\n.reg .pred adds;\nsetp.ne.b32 adds, " adds ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns \
   "k16.f32." dtype "." dtype " " operands ";\n}"
 
-// d = a b, or d += a b: a warp has 16 of the 64 rows, in the fragments of base/matrix.cuh, as many of d as there are octets of
-// columns; the lines have the columns of b as rows.
+// d = a b, or d += a b: a warp has 16 of the 64 rows, in the fragments of base/matrix.cuh, as many of d as there are
+// octets of columns; the lines have the columns of b as rows.
 __device__ inline void multiply(float (&d)[40], const u32 (&a)[4], u64 lines, bool adds) {
   asm volatile(
       PRODUCT("80", "bf16", "{" NUMBERS_40 "}, {%40, %41, %42, %43}, %44, adds, 1, 1, 0", "%45")

@@ -1,5 +1,6 @@
-// d_x as project_back_streams makes it, for 5 to 8 streams where a block has shared memory for several tiles: so twice as many
-// warps need no registers for what is on its way, and products of the next tile are made beside this one's results.
+// d_x as project_back_streams makes it, for 5 to 8 streams where a block has shared memory for several tiles: so twice as
+// many warps need no registers for what is on its way, and products of the next tile are made beside this one's
+// results.
 
 #include "two_pass/back_streams.cuh"
 

@@ -21,8 +21,8 @@ static_assert(kRows % N == 0);
 // Rows whose products are in registers at once.
 constexpr int kRowsAtOnce = 4;
 
-// Column i of a token's products is the octet of channels in_place(i): a lane has neighbouring columns, and four lanes store
-// neighbouring octets at once where that takes no more registers than there are.
+// Column i of a token's products is the octet of channels in_place(i): a lane has neighbouring columns, and four lanes
+// store neighbouring octets at once where that takes no more registers than there are.
 constexpr bool kIsSpread = kSets == 1;
 __device__ inline int in_place(int i) { return kIsSpread ? i / 2 + i % 2 * 4 : i; }
 
@@ -79,8 +79,8 @@ struct Weights {
   }
 };
 
-// The values of a token: of the octet in place g the rows 2 q and 2 q + 1 of d_x_in, and d_u of set q; of the row g of X the
-// octets in the places 2 q and 2 q + 1.
+// The values of a token: of the octet in place g the rows 2 q and 2 q + 1 of d_x_in, and d_u of set q; of the row g of X
+// the octets in the places 2 q and 2 q + 1.
 struct Values {
   Pack<Stream, 8> d_x_ins[2], d_u, xs[2];
 

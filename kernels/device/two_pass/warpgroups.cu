@@ -115,8 +115,8 @@ struct StagesOf {
     cluster_wait();
   }
 
-  // By the first thread: a box of X, whose first token and 64 channels are given, and this block's part of the lines for both
-  // blocks, once both have gone through what was there.
+  // By the first thread: a box of X, whose first token and 64 channels are given, and this block's part of the lines for
+  // both blocks, once both have gone through what was there.
   __device__ void fill(Place& place, const TensorMap& x, int token, int box, const uint4* lines,
                        u32 rank) const {
     wait_for_cluster(empty(place.slot), place.parity ^ 1);
@@ -138,8 +138,8 @@ struct StagesOf {
   }
 };
 
-// The steps of a cluster, each a stage, one after the other: those from first_of(unit) to end_of(unit) of every unit that it
-// takes in turn.
+// The steps of a cluster, each a stage, one after the other: those from first_of(unit) to end_of(unit) of every unit that
+// it takes in turn.
 template <class First, class End>
 struct Steps {
   First first_of;

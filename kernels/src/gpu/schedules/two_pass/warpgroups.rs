@@ -15,8 +15,8 @@ const CLUSTER: u32 = 2;
 /// Values of a line, a step of the sums.
 const LINE: usize = 64;
 
-/// Clusters that run at once on a large GPU, and lines of a call with many tokens, for which sums are cut. Constants, because the
-/// order of the sums follows from them.
+/// Clusters that run at once on a large GPU, and lines of a call with many tokens, for which sums are cut. Constants,
+/// because the order of the sums follows from them.
 const CLUSTERS_AT_ONCE: usize = 66;
 const LINES: usize = 128;
 
