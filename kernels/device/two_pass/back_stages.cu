@@ -1,8 +1,110 @@
 // d_x as project_back_streams makes it, for 5 to 8 streams where a block has shared memory for several tiles: so twice as
 // many warps need no registers for what is on its way, and products of the next tile are made beside this one's
-// results.
+// results. H_res is mixed on tensor cores, a token at a time, in two bfloat16 parts.
 
-#include "two_pass/back_streams.cuh"
+#include "base/matrix.cuh"
+
+// A row is a stream, or none behind the last one.
+constexpr int kRows = 8;
+constexpr int kChannels = 64;
+static_assert(SIZE == kRows);
+
+// Column i of a token's products is the octet of channels in_place(i): a lane has neighbouring columns, and four lanes
+// store neighbouring octets at once.
+__device__ inline int in_place(int i) { return i / 2 + i % 2 * 4; }
+
+// Products of a tile in shared memory: [token][row][64 channels], whose 16-byte pieces are in an order that lets lanes
+// write and read all banks at once. Here the place of the four channels `piece` of a row.
+constexpr u32 kTokenBytes = kRows * kChannels * 4 + 32;
+constexpr u32 kProducts = kTile * kTokenBytes;
+__device__ inline u32 place_of(int token, int row, int piece) {
+  return token * kTokenBytes + row * kChannels * 4 + (piece ^ row % 2) * 16;
+}
+
+struct Operands {
+  const Stream *x, *d_u, *d_x_in;
+  const float *h_pre, *h_res;
+  const float2* factors;
+  Stream* d_x;
+  int tokens, n, hidden;
+
+  // Of a row of the block whose first channel is given: the stream, the first channel, and where the channels end.
+  __device__ static int stream(int row) { return row; }
+  __device__ static int first(int, int block) { return block; }
+  __device__ int end(int row) const { return EXACT || row < n ? hidden : 0; }
+};
+
+// The weights of a token: those of a lane's rows 2 q and 2 q + 1 in its row g, and h_pre of this.
+struct Weights {
+  float h_res[2], h_pre;
+
+  __device__ void load(const Operands& from, int any_token) {
+    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    const long long token = min(any_token, from.tokens - 1);
+    const float* h_of_token = from.h_res + token * from.n * from.n + g;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = 2 * q + r;
+      const bool is_there = from.end(g) > 0 && from.end(row) > 0;
+      h_res[r] = is_there ? h_of_token[row * from.n] : 0.f;
+    }
+    h_pre = from.end(g) > 0 ? from.h_pre[token * from.n + g] : 0.f;
+  }
+};
+
+// The values of a token: of the octet in place g the rows 2 q and 2 q + 1 of d_x_in, and, where q is 0, d_u; of the row g
+// of X the octets in the places 2 q and 2 q + 1.
+struct Values {
+  Pack<Stream, 8> d_x_ins[2], d_u, xs[2];
+
+  // Stores d_x of the row g; `products` is the address of the tile's, of which this is `token`.
+  __device__ void finish(const Operands& to, const Weights& weights, float2 factors, u32 products,
+                         int token, int tile, int block) const {
+    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    // H_res^T and h_pre: the rows g of A are their upper parts, the rows g + 8 their lower ones. Column g of B is
+    // channel e of the octet in place g.
+    u32 h[2], own_h_pre[2];
+    split(weights.h_res[0], weights.h_res[1], h);
+    split(q == 0 ? weights.h_pre : 0.f, 0.f, own_h_pre);
+    float values[2][8];
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const auto pair_of_rows = [&](u32 low, u32 high) {
+        return __byte_perm(low, high, e % 2 ? 0x7632 : 0x5410);
+      };
+      float mixed[4] = {};
+      mma(mixed, h[0], h[1], own_h_pre[0], own_h_pre[1],
+          {pair_of_rows(d_x_ins[0].words[e / 2], d_x_ins[1].words[e / 2]),
+           pair_of_rows(d_u.words[e / 2], 0)});
+#pragma unroll
+      for (int r = 0; r < 2; ++r) values[r][e] = mixed[r] + mixed[2 + r];
+    }
+    if (to.end(g) == 0 || tile * kTile + token >= to.tokens) return;
+    Stream* row = to.d_x + ((tile * kTile + token) * (long long)to.n + g) * to.hidden;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int octet = in_place(2 * q + r);
+#pragma unroll
+      for (int p = 0; p < 2; ++p) {
+        const uint4 four = read4(products + place_of(token, g, 2 * octet + p));
+        const u32 words[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          float& value = values[r][4 * p + e];
+          value += factors.y * __uint_as_float(words[e]);
+          value -= factors.x * xs[r][4 * p + e];
+        }
+      }
+      Pack<Stream, 8> result;
+      result.set(values[r]);
+      store<true>(result, row, block + 8 * octet, to.end(g));
+    }
+  }
+};
+
+#include "two_pass/back_phi.cuh"
+
+// ---- shared memory ------------------------------------------------------------------------------
 
 constexpr int kThreads = tuning_project_back_stages::threads;
 constexpr int kHexets = tuning_project_back_stages::hexets;
@@ -10,7 +112,7 @@ constexpr int kStages = tuning_project_back_stages::stages;
 // Rows of an octet of channels whose phi a warp has.
 constexpr int kOwnRows = kRows * 8 / (kThreads / 32);
 static_assert(kTile == tuning_project_back_stages::tokens && kThreads == kTile * 32);
-static_assert(kSets == 1 && kChannels == tuning_project_back_stages::channels);
+static_assert(kChannels == tuning_project_back_stages::channels);
 
 // Shared memory: stages, each X and d_x_in of a tile as [token][row], and d_u, in lines of 64 channels, and r dm as it is
 // in memory; then products of two tiles.
@@ -28,13 +130,13 @@ __device__ inline u32 line_place(int token, int row, int octet) {
 __device__ inline void copy_tile(const Operands& from, Fragments dm, u32 stage, int tile,
                                  int block) {
   const int octet = threadIdx.x % 8, row = threadIdx.x / 8 % kRows;
-  const int channel = block + 8 * octet, stream = from.stream(row);
+  const int channel = block + 8 * octet;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int token = threadIdx.x / 64 + 8 * half;
     const bool exists = channel < from.end(row) && tile * kTile + token < from.tokens;
     const long long at =
-        exists ? ((tile * kTile + token) * (long long)from.n + stream) * from.hidden + channel : 0;
+        exists ? ((tile * kTile + token) * (long long)from.n + row) * from.hidden + channel : 0;
     const u32 to = stage + line_place(token, row, octet);
     copy_part(to, from.x + at, exists);
     copy_part(to + kX, from.d_x_in + at, exists);
@@ -71,11 +173,11 @@ KERNEL(project_back_stages, kThreads, 1)
  const float2* factors, const Stream* d_u, const Stream* d_x_in, const float* h_res, Stream* d_x,
  int tokens, int n, int hidden, int groups) {
   extern __shared__ uint4 shared[];
-  const Operands operands = {x,       d_u, d_x_in, h_pre,         h_res,
-                             factors, d_x, tokens, EXACT ? N : n, hidden};
+  const Operands operands = {
+      x, d_u, d_x_in, h_pre, h_res, factors, d_x, tokens, EXACT ? kRows : n, hidden};
   const Fragments dm{rows, nullptr, num_columns};
   const u32 memory = u32(__cvta_generic_to_shared(shared));
-  const int warp = threadIdx.x / 32, octet = warp % 8, first_row = warp / 8 * kOwnRows;
+  const int warp = threadIdx.x / 32;
   const int block = blockIdx.x % groups * kChannels;
   const int tiles = (tokens + kTile - 1) / kTile, step = gridDim.x / groups;
   const int hexets = dm.hexets();
@@ -93,12 +195,12 @@ KERNEL(project_back_stages, kThreads, 1)
   for (int i = 0; i < kStages - 1; ++i) copy(tile + i * step, i);
   const auto factors_of = [&](int tile) { return factors[min(tile * kTile + warp, tokens - 1)]; };
   Weights weights;
-  weights.load(operands, tile * kTile + warp, block);
+  weights.load(operands, tile * kTile + warp);
   float2 own_factors = factors_of(tile);
-  Phi<kOwnRows, kHexets> own_phi;
-  own_phi.load(operands, phi, num_columns, block, first_row, octet);
+  PhiOf<kOwnRows, kHexets> own_phi;
+  own_phi.load(operands, phi, num_columns, block);
   const auto multiply = [&](int slot, int buffer) {
-    own_phi.multiply(stage_at(slot) + 2 * kX + kDU, hexets, products_at(buffer), first_row, octet);
+    own_phi.multiply(stage_at(slot) + 2 * kX + kDU, hexets, products_at(buffer));
   };
   wait_for_async<kStages - 2>();
   __syncthreads();  // the first tile is there
@@ -111,12 +213,12 @@ KERNEL(project_back_stages, kThreads, 1)
     copy(tile + (kStages - 1) * step, (slot + kStages - 1) % kStages);
     const int next = min(tile + step, tiles - 1), next_slot = (slot + 1) % kStages;
     Weights next_weights;
-    next_weights.load(operands, next * kTile + warp, block);
+    next_weights.load(operands, next * kTile + warp);
     const float2 next_factors = factors_of(next);
     if (tile + step < tiles) multiply(next_slot, buffer ^ 1);
     Values values;
     read_values(values, stage_at(slot), warp);
-    values.finish<true>(operands, weights, own_factors, products_at(buffer), warp, tile, block);
+    values.finish(operands, weights, own_factors, products_at(buffer), warp, tile, block);
     weights = next_weights, own_factors = next_factors, slot = next_slot;
   }
 }

@@ -1,50 +1,149 @@
-// d_x with a cotangent that is deferred, of all streams at once: beside bfloat16 streams, of which there are up to 8. What
-// the two tokens of a warp need of the next tile is on its way to registers meanwhile.
+// d_x with a cotangent that is deferred, of all streams at once: beside bfloat16 streams, of which there are up to 8.
+//
+//   d_x = H_res^T d_x_in + h_pre d_u + (r dm) phi^T - f X
+//
+// A block has 8 rows of 64 channels: those of 8 streams, or of fewer in several sets of channels. It goes through tiles of
+// 16 tokens. First a warp multiplies r dm of all of them by phi of 8 channels of each row, which stays in registers; then
+// it has two tokens alone, and all rows of them. Shared memory hands the products over. What a warp needs of its next
+// two tokens is on its way to registers meanwhile.
+//
+// H_res is mixed on tensor cores, a token at a time, in two bfloat16 parts. Rows of several sets are multiplied by each
+// other's zeros: an infinity or NaN of a token stays in the token, but may get to another channel of it.
 
-#include "two_pass/back_streams.cuh"
+#include "base/matrix.cuh"
 
+constexpr int N = SIZE;
 constexpr int kThreads = tuning_project_back_streams::threads;
 constexpr int kWarps = kThreads / 32;
+constexpr int kRows = 8;
+constexpr int kSets = kRows / N;
+constexpr int kChannels = tuning_project_back_streams::channels;
 constexpr int kHexets = tuning_project_back_streams::hexets;
 constexpr int kWarpTokens = kTile / kWarps;
 static_assert(kTile == tuning_project_back_streams::tokens);
-static_assert(kWarps * 8 == kChannels && kChannels == tuning_project_back_streams::channels);
+static_assert(kWarps * 8 == kChannels && kChannels == 64 && kRows % N == 0);
 
-// Shared memory: products of two tiles, and r dm of two as it is in memory.
+// ---- shared memory ------------------------------------------------------------------------------
+
+// Two tiles: products as [token][row][64 channels], whose 16-byte pieces are in an order that lets lanes write and read
+// all banks at once; r dm as it is in memory.
+constexpr u32 kTokenBytes = kRows * kChannels * 4 + 32;
+constexpr u32 kProducts = kTile * kTokenBytes;
 constexpr u32 kDm = kHexets * 32 * 16;
 constexpr u32 kSharedBytes = 2 * (kProducts + kDm);
 static_assert(kSharedBytes == tuning_project_back_streams::shared_bytes);
 
-// What a lane has of a token.
+// Of the four channels `piece` of a row.
+__device__ inline u32 place_of(int token, int row, int piece) {
+  return token * kTokenBytes + row * kChannels * 4 + (piece ^ piece / 8 ^ row % 2 * 2) * 16;
+}
+
+// ---- operands -----------------------------------------------------------------------------------
+
+struct Operands {
+  const Stream *x, *d_u, *d_x_in;
+  const float *h_pre, *h_res;
+  const float2* factors;
+  Stream* d_x;
+  int tokens, n, hidden;
+
+  // Of a row of the block whose first channel is given: the stream, the first channel, and where the channels end; a
+  // row without a stream has none.
+  __device__ static int stream(int row) { return row % N; }
+  __device__ static int first(int row, int block) { return block + row / N * kChannels; }
+  __device__ int end(int row) const { return EXACT || stream(row) < n ? hidden : 0; }
+
+  // 8 channels of `streams` of a token, from `at` on. Behind the last channel of an exact size they are others:
+  // nobody needs what comes of them.
+  template <bool ALIGNED>
+  __device__ void load(Pack<Stream, 8>& pack, const Stream* streams, int stream, int at,
+                       int end) const {
+    if constexpr (EXACT) {
+      ::load<true>(pack, streams + (stream * hidden + min(at, hidden - 8)), 0, 1);
+    } else {
+      ::load<ALIGNED>(pack, streams + stream * hidden, at, end);
+    }
+  }
+};
+
+// What a lane has of a token: of d_x_in 8 channels of the rows 2 q and 2 q + 1, from 8 g on, and of d_u those of set q; of
+// X 16 channels of the row g, from 16 q on; in this row the weights of the former.
 template <bool ALIGNED>
 struct Inputs {
-  Values values;
-  Weights weights;
+  Pack<Stream, 8> d_x_ins[2], d_u, xs[2];
+  float h_res[2], h_pre;
 
   __device__ void load(const Operands& from, int any_token, int block) {
-    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4, octet = in_place(g);
+    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     const long long token = min(any_token, from.tokens - 1), start = token * from.n * from.hidden;
+    const float* h_of_token = from.h_res + token * from.n * from.n + from.stream(g);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = 2 * q + r;
-      from.load<ALIGNED>(values.d_x_ins[r], from.d_x_in + start, from.stream(row),
-                         from.first(row, block) + 8 * octet, from.end(row));
-      from.load<ALIGNED>(values.xs[r], from.x + start, from.stream(g),
-                         from.first(g, block) + 8 * in_place(2 * q + r), from.end(g));
+      from.load<ALIGNED>(d_x_ins[r], from.d_x_in + start, from.stream(row),
+                         from.first(row, block) + 8 * g, from.end(row));
+      from.load<ALIGNED>(xs[r], from.x + start, from.stream(g),
+                         from.first(g, block) + 16 * q + 8 * r, from.end(g));
+      const bool is_there = from.end(g) > 0 && from.end(row) > 0 && row / N == g / N;
+      h_res[r] = is_there ? h_of_token[from.stream(row) * from.n] : 0.f;
     }
-    values.d_u = {};
+    d_u = {};
     if (q < kSets) {
-      from.load<ALIGNED>(values.d_u, from.d_u + token * from.hidden, 0,
-                         block + q * kChannels + 8 * octet, from.hidden);
+      from.load<ALIGNED>(d_u, from.d_u + token * from.hidden, 0, block + q * kChannels + 8 * g,
+                         from.hidden);
     }
-    weights.load(from, any_token, block);
+    h_pre = from.end(g) > 0 ? from.h_pre[token * from.n + from.stream(g)] : 0.f;
   }
 
+  // Stores d_x of the row g; `products` is the address of the tile's, of which this is `token`.
   __device__ void finish(const Operands& to, u32 products, int token, int tile, int block) const {
+    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     const float2 factors = to.factors[min(tile * kTile + token, to.tokens - 1)];
-    values.finish<ALIGNED>(to, weights, factors, products, token, tile, block);
+    // H_res^T and h_pre: the rows g of A are their upper parts, the rows g + 8 their lower ones. Column g of B is
+    // channel 8 g + e.
+    u32 h[2], own_h_pre[2];
+    split(h_res[0], h_res[1], h);
+    split(g / N == q ? h_pre : 0.f, 0.f, own_h_pre);
+    float values[2][8];
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const auto pair_of_rows = [&](u32 low, u32 high) {
+        return __byte_perm(low, high, e % 2 ? 0x7632 : 0x5410);
+      };
+      float mixed[4] = {};
+      mma(mixed, h[0], h[1], own_h_pre[0], own_h_pre[1],
+          {pair_of_rows(d_x_ins[0].words[e / 2], d_x_ins[1].words[e / 2]),
+           pair_of_rows(d_u.words[e / 2], 0)});
+#pragma unroll
+      for (int r = 0; r < 2; ++r) values[r][e] = mixed[r] + mixed[2 + r];
+    }
+    if (to.end(g) == 0 || tile * kTile + token >= to.tokens) return;
+    Stream* row = to.d_x + ((tile * kTile + token) * (long long)to.n + to.stream(g)) * to.hidden;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int p = 0; p < 2; ++p) {
+        const uint4 four = read4(products + place_of(token, g, 4 * q + 2 * r + p));
+        const u32 words[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          float& value = values[r][4 * p + e];
+          value += factors.y * __uint_as_float(words[e]);
+          value -= factors.x * xs[r][4 * p + e];
+        }
+      }
+      Pack<Stream, 8> result;
+      result.set(values[r]);
+      store<ALIGNED>(result, row, to.first(g, block) + 16 * q + 8 * r, to.end(g));
+    }
   }
 };
+
+// ---- the product with phi -----------------------------------------------------------------------
+
+#include "two_pass/back_phi.cuh"
+
+using Phi = PhiOf<kRows, kHexets>;
 
 // ---- project_back_streams -----------------------------------------------------------------------
 
@@ -80,13 +179,13 @@ __device__ inline void project_back(const Operands& operands, const float* phi, 
   for (int t = 0; t < kWarpTokens; ++t) {
     inputs[t].load(operands, tile * kTile + own_token + t, block);
   }
-  Phi<kRows, kHexets> own_phi;
-  own_phi.load(operands, phi, dm.num_columns, block, 0, warp);
+  Phi own_phi;
+  own_phi.load(operands, phi, dm.num_columns, block);
   wait_for_async<1>();
   __syncthreads();  // r dm of the first tile is there
 
   for (; tile < tiles; tile += step, buffer ^= 1) {
-    own_phi.multiply(dm_at(buffer), hexets, products_at(buffer), 0, warp);
+    own_phi.multiply(dm_at(buffer), hexets, products_at(buffer));
     wait_for_async<0>();
     // The products are there, and r dm of the next tile. Nobody needs this tile's any more, or the products before.
     __syncthreads();

@@ -1,4 +1,5 @@
-// What the checks of kernels that mix all streams share besides.
+// What the checks of kernels that mix all streams share besides. `kBlockChannels` are the channels of a stream that a
+// block has.
 
 #pragma once
 
@@ -13,7 +14,7 @@ static int groups;
 static void back();
 
 static void run(const Sizes& sizes) {
-  groups = (hidden + kSets * kChannels - 1) / (kSets * kChannels);
+  groups = (hidden + kBlockChannels - 1) / kBlockChannels;
   for (int c = 0; c < sizes.clusters * groups; ++c) {
     emulated::run_cluster(c, sizes.clusters * groups, 1, kThreads, back, sizes.seed + c);
   }

@@ -2,6 +2,8 @@
 
 #include "two_pass/back_stages.cu"
 
+constexpr int kBlockChannels = kChannels;
+
 #include "back_mixing.h"
 
 static void back() {

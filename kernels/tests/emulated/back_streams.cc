@@ -2,6 +2,8 @@
 
 #include "two_pass/back_streams.cu"
 
+constexpr int kBlockChannels = kSets * kChannels;
+
 #include "back_mixing.h"
 
 static void back() {
