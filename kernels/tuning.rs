@@ -139,6 +139,12 @@ const K24: Size = exact("k24", 3);
 const K32: Size = exact("k32", 4);
 const K80: Size = exact("k80", 10);
 
+/// Columns that a block of warpgroups has at once.
+pub const WARPGROUP_OCTETS: &[Size] = &[K80, K144];
+const K144: Size = exact("k144", 18);
+/// The most columns.
+pub const K288: Size = exact("k288", 36);
+
 /// Channels of a stream that a block of a cluster owns, and columns of phi.
 pub const CHANNELS: &[Size] = &[
     W256, W320, W384, W448, W512, W256K8, W384K8, W512K8, W256K32, W320K32, W384K32, W512K32,
@@ -226,6 +232,16 @@ pub const FILES: &[File] = &[
         row("d_phi",               MANY,         [16, 5, 256, 0], &[ 0, 64, 10, 1, 0]),
         row("sum_d_phi",           OCTETS,       [ 0, 0, 256, 0], &[ 0,  0,  0, 0, 0]),
     ] },
+    // A block has `channels` at once, and a stage `tiles` of tokens. Stages are as many as shared memory holds.
+    File { path: "two_pass/warpgroups", dtypes: BF16, target: Target::Hopper,
+           more: &["tiles", "channels"], kernels: &[
+        row("phi_lines",     WARPGROUP_OCTETS, [ 0, 0, 256, 0], &[ 0, 0]),
+        row("r_dm_lines",    WARPGROUP_OCTETS, [ 0, 0, 256, 0], &[ 0, 0]),
+        row("project_lines", &[K80],  [16, 4, 512, 213_056], &[16, 0]),
+        row("project_lines", &[K144], [16, 4, 256, 213_056], &[ 8, 0]),
+        row("d_phi_lines",   &[K80],  [16, 4, 512, 213_056], &[ 4, 256]),
+        row("d_phi_lines",   &[K144], [16, 3, 512, 208_944], &[ 4, 256]),
+    ] },
     // `channels` are those of a row, `hexets` the most groups of 16 columns that a warp has phi of, `blocks` run at once on
     // a multiprocessor.
     File { path: "two_pass/back_streams", dtypes: BF16, target: Target::Every,
@@ -234,6 +250,15 @@ pub const FILES: &[File] = &[
         row("project_back_streams", &[N4],      [16, 0, 256, 68_608], &[64, 2, 2]),
         row("project_back_streams", &[UP_TO_4], [16, 0, 256, 68_608], &[64, 2, 1]),
         row("project_back_streams", &[N8, UP_TO_8], [16, 0, 256, 71_680], &[64, 5, 1]),
+    ] },
+    // A block has phi of `channels`.
+    File { path: "two_pass/back_lines", dtypes: BF16, target: Target::Hopper, more: &["channels"], kernels: &[
+        row("phi_back_lines",     &[K288], [ 0, 0, 256, 0], &[0]),
+        row("project_back_lines", &[K288], [16, 0, 256, 163_968], &[256]),
+    ] },
+    File { path: "two_pass/back_stages", dtypes: BF16, target: Target::Clusters,
+           more: &["channels", "hexets", "blocks"], kernels: &[
+        row("project_back_stages", &[N8, UP_TO_8], [16, 4, 512, 216_064], &[64, 5, 1]),
     ] },
     // Tiles of 16 tokens halve the exchange, where there are registers for two accumulators and each tile is read and
     // projected at once. Stages are as many as shared memory holds. `fragments` of phi lie in shared memory, and

@@ -197,6 +197,26 @@ def test_products_with_any_number_of_columns(op, dtype, tokens, streams, hidden)
     check(op, Case((tokens,), streams, hidden, 3.0), dtype)
 
 
+@pytest.mark.parametrize(
+    "tokens, streams, hidden",
+    [(34013, 8, 64), (8581, 16, 40), (300, 8, 4608), (300, 16, 2112), (517, 6, 2048)],
+)
+def test_warpgroups_take_several_parts_of_a_product_in_turn(tokens, streams, hidden):
+    """More than a GPU has multiprocessors: of the forward product, or else of that for d_phi.
+
+    Over many tokens a gradient of alpha may nearly cancel.
+    """
+    poison()
+    case = Case((tokens,), streams, hidden, 3.0)
+    check("post_pre", case, "bfloat16", with_gradients=tokens < 1000)
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_warpgroups_keep_in_a_token_what_is_not_finite(value):
+    """On their way back, too, which is theirs for more streams with whole lines of channels."""
+    test_a_token_keeps_what_is_not_finite("two_sublayers", 16, 64, value)
+
+
 @pytest.mark.parametrize("op", ["post_pre", "two_sublayers"])
 @pytest.mark.parametrize(
     "streams, hidden", [(2, 4096), (2, 4098), (3, 4104), (4, 8328), (4, 4100), (6, 4104), (8, 4104)]
@@ -570,7 +590,7 @@ def poison():
 
 
 # Columns of phi that a block passes by its tokens, and that it has in chunks.
-MANY_COLUMNS = [Case((2053,), 8, 264, 3.0), Case((1025,), 16, 40, 3.0)]
+MANY_COLUMNS = [Case((2053,), 8, 264, 3.0), Case((1025,), 16, 40, 3.0), Case((1025,), 9, 64, 3.0)]
 
 OP_DTYPE_CASES = [
     *[(op, dtype, CASE) for op, dtype in OP_DTYPES],

@@ -84,6 +84,93 @@ __device__ inline void mma_half(float (&d)[4], const u32 (&a)[2], const u32 (&b)
       : "r"(a[0]), "r"(a[1]), "r"(b[0]));
 }
 
+// ---- products of warpgroups ------------------------------------------------------------------------
+
+// Four warps, the first of which has a number that is a multiple of four, multiply together and wait later. Such a product
+// reads shared memory by lines of 128 bytes, swizzled as the copy engine does it, groups of 8 of which lie behind each
+// other, from a multiple of 1024 bytes on. `lines_at` names some (a matrix descriptor): rows of 64 neighbours of the sum,
+// of which a product takes the 16 from this place on; `transposed_lines_at` names 16 lines of 64 rows each.
+__device__ inline u64 lines_at(u32 at) {
+  constexpr u64 kGroup = 1024 / 16, kSwizzle = 1;
+  return (at & 0x3ffff) >> 4 | u64(1) << 16 | kGroup << 32 | kSwizzle << 62;
+}
+__device__ inline u64 transposed_lines_at(u32 at) {
+  constexpr u64 kGroup = 1024 / 16, kSwizzle = 1;
+  return (at & 0x3ffff) >> 4 | kGroup << 16 | kGroup << 32 | kSwizzle << 62;
+}
+// Before products, and where registers of theirs have been written since the last ones.
+__device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// The end of a group: all products since the last one.
+__device__ inline void commit_products() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// Until all groups are over.
+__device__ inline void finish_products() {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
+
+// Numbers of operands of an instruction, and a product's sums as the first of them.
+#define TEN(t) \
+  "%" t "0, %" t "1, %" t "2, %" t "3, %" t "4, %" t "5, %" t "6, %" t "7, %" t "8, %" t "9"
+#define NUMBERS_40 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " TEN("1") ", " TEN("2") ", " TEN("3")
+#define NUMBERS_70 NUMBERS_40 ", " TEN("4") ", " TEN("5") ", " TEN("6")
+#define SUMS_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define SUMS_32(d, i)                                                                     \
+  SUMS_4(d, i), SUMS_4(d, i + 4), SUMS_4(d, i + 8), SUMS_4(d, i + 12), SUMS_4(d, i + 16), \
+      SUMS_4(d, i + 20), SUMS_4(d, i + 24), SUMS_4(d, i + 28)
+#define SUMS_40(d, i) SUMS_32(d, i), SUMS_4(d, i + 32), SUMS_4(d, i + 36)
+// An instruction for 64 rows, so many columns, factors of a dtype, and operands; the last one says whether it adds.
+#define PRODUCT(columns, dtype, operands, adds)                                                    \
+  "{\n.reg .pred adds;\nsetp.ne.b32 adds, " adds ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns \
+  "k16.f32." dtype "." dtype " " operands ";\n}"
+
+// d = a b, or d += a b: a warp has 16 of the 64 rows, in the fragments of base/matrix.cuh, as many of d as there are
+// octets of columns; the lines have the columns of b as rows.
+__device__ inline void multiply(float (&d)[40], const u32 (&a)[4], u64 lines, bool adds) {
+  asm volatile(
+      PRODUCT("80", "bf16", "{" NUMBERS_40 "}, {%40, %41, %42, %43}, %44, adds, 1, 1, 0", "%45")
+      : SUMS_40(d, 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(lines), "r"(int(adds)));
+}
+__device__ inline void multiply(float (&d)[72], const u32 (&a)[4], u64 lines, bool adds) {
+  asm volatile(
+      PRODUCT("144", "bf16", "{" NUMBERS_70 ", %70, %71}, {%72, %73, %74, %75}, %76, adds, 1, 1, 0",
+              "%77")
+      : SUMS_32(d, 0), SUMS_40(d, 32)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(lines), "r"(int(adds)));
+}
+// The same in float16.
+__device__ inline void multiply_half(float (&d)[32], const u32 (&a)[4], u64 lines, bool adds) {
+  asm volatile(PRODUCT("64", "f16",
+                       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " TEN("1") ", " TEN(
+                           "2") ", %30, %31}, "
+                                "{%32, %33, %34, %35}, %36, adds, 1, 1, 0",
+                       "%37")
+               : SUMS_32(d, 0)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(lines), "r"(int(adds)));
+}
+// Products of bfloat16 with transposed lines of a.
+__device__ inline void multiply(float (&d)[72], u64 transposed, u64 lines, bool adds) {
+  asm volatile(
+      PRODUCT("144", "bf16", "{" NUMBERS_70 ", %70, %71}, %72, %73, adds, 1, 1, 1, 0", "%74")
+      : SUMS_32(d, 0), SUMS_40(d, 32)
+      : "l"(transposed), "l"(lines), "r"(int(adds)));
+}
+__device__ inline void multiply(float (&d)[80], u64 transposed, u64 lines, bool adds) {
+  asm volatile(
+      PRODUCT("160", "bf16", "{" NUMBERS_70 ", " TEN("7") "}, %80, %81, adds, 1, 1, 1, 0", "%82")
+      : SUMS_40(d, 0), SUMS_40(d, 40)
+      : "l"(transposed), "l"(lines), "r"(int(adds)));
+}
+
+#undef TEN
+#undef NUMBERS_40
+#undef NUMBERS_70
+#undef SUMS_4
+#undef SUMS_32
+#undef SUMS_40
+#undef PRODUCT
+
 // ---- shared memory ---------------------------------------------------------------------------------
 
 __device__ inline uint4 read4(u32 at) {
@@ -252,6 +339,11 @@ __device__ inline void send(u32 at, float4 v, u32 barrier) {
       "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
       : "memory");
 }
+// An arrival at a barrier of another block, by an address from `in_block`, after this thread's own before it.
+__device__ inline void arrive_in_block(u32 barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
+               : "memory");
+}
 // A send of 8 bytes.
 __device__ inline void send(u32 at, float2 v, u32 barrier) {
   asm volatile(
@@ -323,6 +415,14 @@ __device__ inline void copy_in(u32 to, const void* from, u32 bytes, u32 barrier)
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
           "r"(to),
       "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+// The same to both blocks of a cluster of two, to the same place and for the same barrier of each.
+__device__ inline void copy_to_both(u32 to, const void* from, u32 bytes, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "h"(u16(3))
       : "memory");
 }
 // A map itself, for the first copy not to wait for it.

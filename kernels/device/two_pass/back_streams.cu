@@ -22,8 +22,6 @@ constexpr int kHexets = tuning_project_back_streams::hexets;
 constexpr int kWarpTokens = kTile / kWarps;
 static_assert(kTile == tuning_project_back_streams::tokens);
 static_assert(kWarps * 8 == kChannels && kChannels == 64 && kRows % N == 0);
-// Rows whose products are in registers at once.
-constexpr int kRowsAtOnce = 4;
 
 // ---- shared memory ------------------------------------------------------------------------------
 
@@ -218,67 +216,9 @@ struct Inputs {
 
 // ---- the product with phi -----------------------------------------------------------------------
 
-// phi of 8 channels of each row, as B fragments of float16 in `unit`: column g is channel g.
-struct Phi {
-  uint2 fragments[kRows][kHexets];
-  float unit;
+#include "two_pass/back_phi.cuh"
 
-  __device__ void load(const Operands& from, const float* phi, int columns, int block) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    unit = 0.f;
-#pragma unroll 1
-    for (int row = 0; row < kRows; ++row) {
-      const int first = from.first(row, block) + 8 * warp;
-      const float* rows = phi + ((long long)from.stream(row) * from.hidden + first) * columns;
-      unit = fmaxf(unit, unit_of(rows, min(from.end(row) - first, 8) * columns));
-    }
-    const float scale = inverse_of_unit(unit);
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      const int channel = from.first(row, block) + 8 * warp + g;
-      const float* own = phi + ((long long)from.stream(row) * from.hidden + channel) * columns;
-      const int end = channel < from.end(row) ? columns : 0;
-#pragma unroll
-      for (int hexet = 0; hexet < kHexets; ++hexet) {
-        u32 words[2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int c = hexet * 16 + half * 8 + 2 * q;
-          const float a = c < end ? own[c] : 0.f, b = c + 1 < end ? own[c + 1] : 0.f;
-          words[half] = half_pair(a * scale, b * scale);
-        }
-        fragments[row][hexet] = {words[0], words[1]};
-      }
-    }
-  }
-
-  // r dm of a tile, at an address, times phi.
-  __device__ void multiply(u32 dm, int hexets, u32 products) const {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-#pragma unroll
-    for (int first = 0; first < kRows; first += kRowsAtOnce) {
-      float sums[kRowsAtOnce][4] = {};
-#pragma unroll
-      for (int hexet = 0; hexet < kHexets; ++hexet) {
-        if (hexet >= hexets) break;
-        const uint4 a = read4(dm + (hexet * 32 + lane) * 16);
-#pragma unroll
-        for (int r = 0; r < kRowsAtOnce; ++r) {
-          mma_half(sums[r], a.x, a.y, a.z, a.w, fragments[first + r][hexet]);
-        }
-      }
-#pragma unroll
-      for (int r = 0; r < kRowsAtOnce; ++r) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          write2(products + place_of(g + 8 * half, first + r, 2 * warp + q / 2) + q % 2 * 8,
-                 {__float_as_uint(unit * sums[r][2 * half]),
-                  __float_as_uint(unit * sums[r][2 * half + 1])});
-        }
-      }
-    }
-  }
-};
+using Phi = PhiOf<kRows, kHexets>;
 
 // ---- project_back_streams -----------------------------------------------------------------------
 

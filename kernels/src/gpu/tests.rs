@@ -89,6 +89,8 @@ fn examples() -> Vec<(String, Example)> {
                 (1000, [1, 2048]),
                 (16, [8, 100]),
                 (300, [8, 4096]),
+                (700, [5, 320]),
+                (900, [16, 2048]),
                 (5, [16, 8]),
             ] {
                 // The divisors of many iterations lie in the workspace and not in shared memory.
@@ -304,6 +306,65 @@ fn any_number_of_streams_has_kernels_for_about_as_many() {
         };
         let expected = [project, vec![("pre_fwd", streams)]].concat();
         assert_eq!(sizes(n, c), expected, "{n} {c}");
+    }
+}
+
+#[test]
+fn warpgroups_multiply_many_columns_where_there_are_lines() {
+    let functions = |device: &Device, kind, dtype, [n, c]: [usize; 2]| {
+        let example = Example::new(kind, dtype, 17, [n, c], Config::default());
+        functions_of(example, device)
+    };
+    let multiply = |functions: &[&str]| functions.iter().any(|name| name.ends_with("_lines"));
+    for sizes in [[8, 2048], [8, 72], [5, 64], [7, 4096], [16, 2048], [16, 4]] {
+        let forward = functions(&H100, Call::PreFwd, DType::Bf16, sizes);
+        assert_eq!(forward, ["phi_lines", "project_lines", "pre_fwd"]);
+        let backward = functions(&H100, Call::PreBwd, DType::Bf16, sizes);
+        let expected = ["r_dm_lines", "d_phi_lines"];
+        assert!(backward.windows(2).any(|two| two == expected), "{sizes:?}");
+        let back = backward.contains(&"project_back_lines");
+        assert_eq!(back, sizes[0] > 8 && sizes[1] % 64 == 0, "{sizes:?}");
+        for device in [B200, L4] {
+            assert!(!multiply(&functions(
+                &device,
+                Call::PreFwd,
+                DType::Bf16,
+                sizes
+            )));
+        }
+        for dtype in [DType::F16, DType::F32] {
+            assert!(!multiply(&functions(&H100, Call::PreBwd, dtype, sizes)));
+        }
+    }
+    // n C that are no whole lines, few columns, and the kernel that takes four streams back for all but d_phi.
+    for sizes in [[7, 8], [8, 4], [3, 64], [4, 8192]] {
+        assert!(!multiply(&functions(
+            &H100,
+            Call::PreBwd,
+            DType::Bf16,
+            sizes
+        )));
+    }
+}
+
+#[test]
+fn blocks_of_all_streams_have_stages_where_there_is_memory() {
+    let has_stages = |device: &Device, dtype, n, c| {
+        let config = Config {
+            deferred: true,
+            ..Config::default()
+        };
+        let example = Example::new(Call::PreBwd, dtype, 17, [n, c], config);
+        functions_of(example, device).contains(&"project_back_stages")
+    };
+    for (n, c) in [(8, 2048), (8, 72), (5, 4096)] {
+        assert!(has_stages(&H100, DType::Bf16, n, c));
+        assert!(has_stages(&B200, DType::Bf16, n, c));
+        assert!(!has_stages(&L4, DType::Bf16, n, c));
+        assert!(!has_stages(&H100, DType::F16, n, c));
+    }
+    for (n, c) in [(8, 2050), (4, 16384), (9, 2048)] {
+        assert!(!has_stages(&H100, DType::Bf16, n, c));
     }
 }
 

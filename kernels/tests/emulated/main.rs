@@ -200,24 +200,51 @@ fn phi_bwd() {
 #[test]
 fn back_streams() {
     // Streams and columns, C, tokens, blocks for a group of channels.
-    for (size, calls) in [
-        ("n2", &[(2, 8, 320, 77, 2), (2, 4, 8, 1, 1)][..]),
-        ("n4", &[(4, 24, 200, 77, 2), (4, 32, 128, 33, 1)]),
-        ("n8", &[(8, 80, 72, 77, 2), (8, 16, 64, 17, 1)]),
+    type Calls = &'static [(usize, usize, usize, usize, usize)];
+    let all: [(&str, &str, Calls); 8] = [
+        ("streams", "n2", &[(2, 8, 320, 77, 2), (2, 4, 8, 1, 1)]),
+        ("streams", "n4", &[(4, 24, 200, 77, 2), (4, 32, 128, 33, 1)]),
+        ("streams", "n8", &[(8, 80, 72, 77, 2), (8, 16, 64, 17, 1)]),
         (
+            "streams",
             "upto4",
             &[(3, 15, 200, 50, 2), (1, 3, 41, 19, 1), (4, 24, 130, 33, 1)],
         ),
         (
+            "streams",
             "upto8",
             &[(5, 35, 136, 50, 2), (7, 63, 61, 19, 1), (8, 80, 65, 33, 1)],
         ),
-    ] {
-        let program = build("back_streams", "two_pass/back_streams", size, "bf16");
+        (
+            "stages",
+            "n8",
+            &[(8, 80, 72, 77, 2), (8, 16, 64, 17, 1), (8, 80, 200, 133, 1)],
+        ),
+        (
+            "stages",
+            "upto8",
+            &[(5, 35, 136, 50, 2), (7, 63, 200, 120, 1), (6, 48, 64, 1, 1)],
+        ),
+        (
+            "lines",
+            "k288",
+            &[
+                (16, 288, 64, 77, 1),
+                (9, 99, 64, 300, 2),
+                (12, 168, 128, 1, 1),
+            ],
+        ),
+    ];
+    for (kind, size, calls) in all {
+        let check = format!("back_{kind}");
+        let program = build(&check, &format!("two_pass/{check}"), size, "bf16");
         for (seed, &(n, columns, hidden, tokens, blocks)) in calls.iter().enumerate() {
             let call = [hidden, tokens, blocks, seed % 2];
             let output = run(&program, call, seed, false, &[n, columns]);
-            assert!(output.status.success(), "{size} {n} {call:?}: {output:?}");
+            assert!(
+                output.status.success(),
+                "{kind} {size} {n} {call:?}: {output:?}"
+            );
         }
         let (n, columns, ..) = calls[0];
         assert_spoiled(&run(&program, [64, 9, 1, 0], 0, true, &[n, columns]));
@@ -259,6 +286,37 @@ fn projection() {
             true,
             &[columns, is_aligned],
         ));
+    }
+}
+
+#[test]
+fn warpgroups() {
+    // n C, tokens, splits of them, clusters; columns.
+    for (size, calls) in [
+        (
+            "k80",
+            &[(640, 600, 2, 5, 80), (320, 77, 4, 1, 35), (64, 1, 1, 2, 63)][..],
+        ),
+        (
+            "k144",
+            &[
+                (640, 300, 1, 3, 288),
+                (320, 130, 4, 2, 143),
+                (64, 1, 1, 1, 99),
+            ],
+        ),
+    ] {
+        let program = build("warpgroups", "two_pass/warpgroups", size, "bf16");
+        for (seed, &(width, tokens, splits, clusters, columns)) in calls.iter().enumerate() {
+            let call = [width, tokens, splits, clusters];
+            let output = run(&program, call, seed, false, &[columns]);
+            assert!(
+                output.status.success(),
+                "{size} {columns} {call:?}: {output:?}"
+            );
+        }
+        let columns = calls[0].4;
+        assert_spoiled(&run(&program, [64, 9, 1, 1], 0, true, &[columns]));
     }
 }
 

@@ -4,6 +4,7 @@
 
 pub mod pre;
 pub mod projection;
+mod warpgroups;
 
 use super::{DXIn, Schedule};
 use crate::contract::table::Call;

@@ -50,6 +50,10 @@ fn floats(call: &CheckedCall, launch: &Launch) -> Vec<(usize, usize)> {
     let sums = columns + 3;
     let iters = call.config.sinkhorn_iters;
     let d_phi = n * c * columns;
+    let padded_columns = || match columns {
+        ..=80 => 80,
+        columns => columns.next_multiple_of(144),
+    };
     let function = launch.kernel.function;
     match function.strip_suffix("_unaligned").unwrap_or(function) {
         "project" => vec![(2, partial(blocks))],
@@ -65,6 +69,20 @@ fn floats(call: &CheckedCall, launch: &Launch) -> Vec<(usize, usize)> {
                 (2, partial((n * c).div_ceil(int(6)))),
             ]
         }
+        // Two bytes for each part of a number, of which there are two.
+        "phi_lines" => vec![(1, n * c * padded_columns())],
+        "project_lines" => vec![
+            (1, n * c * padded_columns()),
+            (2, partial((n * c).div_ceil(int(6)))),
+        ],
+        "r_dm_lines" => vec![
+            (0, dm[1]),
+            (1, tokens.next_multiple_of(64) * padded_columns()),
+        ],
+        "d_phi_lines" => vec![
+            (1, tokens.next_multiple_of(64) * padded_columns()),
+            (2, int(6) * d_phi),
+        ],
         "pre_fwd" => {
             let tokens = int(11);
             let coefficients = [(6, tokens * n), (7, tokens * n), (8, tokens * n * n)];
@@ -89,13 +107,25 @@ fn floats(call: &CheckedCall, launch: &Launch) -> Vec<(usize, usize)> {
             (14, blocks * 2 * iters * 32),
         ],
         "sum_gates" => vec![(0, int(3) * (int(4) + 3))],
-        "project_back" | "project_back_mixing" | "project_back_streams" => vec![
+        "phi_back_lines" => vec![(1, n * c * 160), (2, n * c / 8)],
+        "project_back_lines" => vec![
             (0, streams(tokens * n * c)),
-            (2, dm[0]),
-            (4, tokens * n),
-            (5, 2 * tokens),
-            (6, streams(tokens * c)),
+            (1, n * c * 160),
+            (2, n * c / 8),
+            (3, dm[0]),
+            (5, tokens * n),
+            (6, 2 * tokens),
+            (7, streams(tokens * c)),
         ],
+        "project_back" | "project_back_mixing" | "project_back_streams" | "project_back_stages" => {
+            vec![
+                (0, streams(tokens * n * c)),
+                (2, dm[0]),
+                (4, tokens * n),
+                (5, 2 * tokens),
+                (6, streams(tokens * c)),
+            ]
+        }
         "d_phi" => vec![
             (0, streams(tokens * n * c)),
             (1, dm[0]),

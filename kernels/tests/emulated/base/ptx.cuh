@@ -137,6 +137,63 @@ inline void write_matrices(u32 at, const u32 (&m)[2]) { store_matrices<2, false>
 inline void write_transposed(u32 at, const u32 (&m)[4]) { store_matrices<4, true>(at, m); }
 inline void write_transposed(u32 at, const u32 (&m)[2]) { store_matrices<2, true>(at, m); }
 
+// ---- products of warpgroups --------------------------------------------------------------------------
+
+inline u64 lines_at(u32 at) { return u64(1) << 62 | u64(64) << 32 | (at & 0x3ffff) >> 4; }
+inline u64 transposed_lines_at(u32 at) { return lines_at(at) | u64(64) << 16; }
+inline void begin_products() {}
+inline void commit_products() {}
+inline void finish_products() {}
+
+// A value of the lines, each 1024 bytes behind those 8 before it.
+inline u16 of_lines(u64 lines, int line, int value) {
+  u32 at = u32(lines & 0x3fff) * 16 + line / 8 * 1024 + line % 8 * 128 + 2 * value;
+  at ^= at >> 3 & 0x70;
+  u16 v;
+  memcpy(&v, emulated::at(emulated::block().rank << 20 | at, 2, 2), 2);
+  return v;
+}
+// Calls `left(row, k)` for the two rows of a lane.
+template <int SUMS, class Left, class Wide>
+void multiply_lines(float (&d)[SUMS], u64 lines, bool adds, Left left, Wide wide) {
+  const int g = emulated::lane() / 4, q = emulated::lane() % 4;
+  for (int s = 0; s < SUMS; ++s) {
+    const int row = g + s % 4 / 2 * 8, column = s / 4 * 8 + 2 * q + s % 2;
+    double sum = 0;
+    for (int k = 0; k < 16; ++k) {
+      sum += double(wide(left(row, k))) * double(wide(of_lines(lines, column, k)));
+    }
+    d[s] = float((adds ? d[s] : 0.f) + sum);
+  }
+}
+template <int SUMS, class Wide>
+void multiply_fragments(float (&d)[SUMS], const u32 (&a)[4], u64 lines, bool adds, Wide wide) {
+  const auto all = emulated::exchange(a, 4);
+  u16 own[2][16];
+  for (int h = 0; h < 2; ++h) {
+    for (int k = 0; k < 16; ++k) {
+      const u32 word = all[emulated::lane() / 4 * 4 + k % 8 / 2][k / 8 * 2 + h];
+      own[h][k] = u16(word >> k % 2 * 16);
+    }
+  }
+  const auto left = [&](int row, int k) { return own[row / 8][k]; };
+  multiply_lines(d, lines, adds, left, wide);
+}
+template <int SUMS>
+void multiply(float (&d)[SUMS], const u32 (&a)[4], u64 lines, bool adds) {
+  multiply_fragments(d, a, lines, adds, of_bf16);
+}
+template <int SUMS>
+void multiply_half(float (&d)[SUMS], const u32 (&a)[4], u64 lines, bool adds) {
+  multiply_fragments(d, a, lines, adds, of_f16);
+}
+template <int SUMS>
+void multiply(float (&d)[SUMS], u64 transposed, u64 lines, bool adds) {
+  const int first = emulated::current->index / 32 % 4 * 16;
+  const auto left = [&](int row, int k) { return of_lines(transposed, k, first + row); };
+  multiply_lines(d, lines, adds, left, of_bf16);
+}
+
 // ---- barriers ----------------------------------------------------------------------------------------
 
 inline void sync_threads(int number, int count) {
@@ -199,6 +256,7 @@ inline void cluster_wait() {
   emulated::has_progress = true;
 }
 inline u32 in_block(u32 at, u32 rank) { return (at & 0xfffff) | rank << 20; }
+inline void arrive_in_block(u32 at) { arrive(at); }
 inline void send(u32 at, float4 v, u32 barrier) {
   write_shared(at, v);
   complete(barrier, sizeof v);
@@ -264,6 +322,10 @@ inline void copy_in(u32 to, const void* from, u32 bytes, u32 barrier) {
   if (bytes == 0 || bytes % 16 || reinterpret_cast<u64>(from) % 16) emulated::fail("a bulk copy");
   memcpy(emulated::at(to, bytes, 16), from, bytes);
   complete(barrier, bytes);
+}
+inline void copy_to_both(u32 to, const void* from, u32 bytes, u32 barrier) {
+  if (cluster_size() != 2) emulated::fail("a copy to both blocks of a cluster");
+  for (u32 rank : {0, 1}) copy_in(in_block(to, rank), from, bytes, in_block(barrier, rank));
 }
 inline void copy_out(const TensorMap& map, int token, int box, int stream, u32 from) {
   for_box(from, map_of(map), token, box, stream, [](void* value, u32 place, int bytes) {

@@ -85,7 +85,7 @@ pub fn plan(
     let kernel = with_norm.or_else(|| find("pre_bwd_one_pass"))?;
     let geometry = with_owners(kernel, geometry, device)?;
     let sums_phi = kernel.more("sums_phi") > 0;
-    let projection = Projection::of(call);
+    let projection = Projection::of(call, device);
     let least = if sums_phi {
         0
     } else {

@@ -26,7 +26,7 @@ pub fn forward(
     workspace: &mut dyn Workspace,
     x: u64,
 ) -> Vec<Launch> {
-    let projection = Projection::of(call);
+    let projection = Projection::of(call, device);
     let partial = workspace.take(projection.partial());
     let names = ["u", "h_pre", "h_post", "h_res", "m", "r"];
     let results = names.map(|name| call.result_address(name));
@@ -85,7 +85,7 @@ pub fn backward(
         return None;
     }
     let ([d_u, d_h_pre], mut launches) = norm::backward(call, workspace, x);
-    let projection = Projection::of(call);
+    let projection = Projection::of(call, device);
     let dm = projection.fragments().map(|part| workspace.take(part));
     let tokens = Cotangents {
         tokens: call.tokens,
@@ -98,7 +98,6 @@ pub fn backward(
         ],
     };
     let logits = logits_bwd(call, workspace, x, &tokens, dm, Part::per_token);
-    let d_phi = workspace.take(projection.d_phi_partial());
     // d_x_in may lie where d_x does, and x never does: the products are free to run in this order.
     let factors = Factors {
         dm,
@@ -108,9 +107,11 @@ pub fn backward(
     };
     launches.push(logits.launch);
     launches.extend(projection::project_back(
-        call, device, projection, x, &factors, d_x_in,
+        call, device, workspace, projection, x, &factors, d_x_in,
     ));
-    launches.extend(projection::d_phi(call, device, projection, x, dm, d_phi));
+    launches.extend(projection::d_phi(
+        call, device, workspace, projection, x, dm,
+    ));
     launches.push(logits.sum);
     Some(launches)
 }

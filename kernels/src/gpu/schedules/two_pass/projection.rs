@@ -1,5 +1,6 @@
 //! Launches of the products with phi (projection.cu).
 
+use super::warpgroups::Warpgroups;
 use crate::contract::check::CheckedCall;
 use crate::contract::config::Constraint;
 use crate::contract::view::DType;
@@ -23,16 +24,19 @@ pub struct Projection {
     n: usize,
     c: usize,
     columns: usize,
+    /// Where warpgroups multiply.
+    warpgroups: Option<Warpgroups>,
 }
 
 impl Projection {
-    /// The projection of a call.
-    pub fn of(call: &CheckedCall) -> Self {
+    /// The projection of a call on a GPU.
+    pub fn of(call: &CheckedCall, device: &Device) -> Self {
         Self {
             dtype: call.dtype,
             n: call.n,
             c: call.c,
             columns: call.columns,
+            warpgroups: Warpgroups::of(call, device),
         }
     }
 
@@ -94,6 +98,9 @@ impl Projection {
     /// Values of a token whose products one block sums. Follows from the projection alone, as the order of
     /// the sums does.
     fn slice(&self) -> usize {
+        if let Some(warpgroups) = self.warpgroups {
+            return warpgroups.slice();
+        }
         match self.octets() {
             _ if self.project_few().is_some() => self.stage().0,
             // Long slices leave few partial sums, short ones work for many multiprocessors.
@@ -154,14 +161,21 @@ impl Projection {
     }
 
     fn d_phi_splits(&self) -> usize {
+        if let Some(warpgroups) = self.warpgroups {
+            return warpgroups.d_phi_splits();
+        }
         let resident = self.kernel("d_phi").more("blocks") / self.dtype.num_bytes().div_ceil(2);
         let blocks = self.d_phi_blocks().iter().product();
         sets_of_tiles(blocks, D_PHI_MULTIPROCESSORS * resident.max(1), D_PHI_TILES).min(32)
     }
 
-    /// The sums of `d_phi` over some tokens each.
+    /// The sums of `d_phi` over some tokens each; nothing where warpgroups have one, which is d_phi.
     pub fn d_phi_partial(&self) -> Part {
-        Part::fixed(self.d_phi_splits() * self.width() * self.columns)
+        let splits = match self.d_phi_splits() {
+            1 if self.warpgroups.is_some() => 0,
+            splits => splits,
+        };
+        Part::fixed(splits * self.width() * self.columns)
     }
 }
 
@@ -181,6 +195,9 @@ pub fn project(
 ) -> Vec<Launch> {
     if projection.columns == 0 {
         return Vec::new();
+    }
+    if let Some(warpgroups) = projection.warpgroups {
+        return warpgroups.project(call, device, workspace, x, partial);
     }
     match projection.project_few() {
         Some(kernel) => vec![project_few(call, device, projection, kernel, x, partial)],
@@ -396,17 +413,19 @@ impl Projection {
         Some((kernel, self.mixing_block(kernel, device)?))
     }
 
-    /// The kernel whose blocks have all streams. None where there are too many, or of another dtype.
-    fn streams_kernel(&self) -> Option<Kernel> {
-        if self.dtype != DType::Bf16 {
-            return None;
-        }
+    /// The kernel whose blocks have all streams: the faster one where there is memory for its stages. None where there
+    /// are too many, or of another dtype.
+    fn streams_kernel(&self, device: &Device) -> Option<Kernel> {
+        let size = sizes::streams(self.n, is_aligned(self.c));
+        let has_stages = is_aligned(self.c) && device.num_clusters(1, 1).is_some();
+        let staged = Kernel::find("project_back_stages", size, self.dtype);
         let function = for_rows(
             self.c,
             ["project_back_streams", "project_back_streams_unaligned"],
         );
-        let size = sizes::streams(self.n, is_aligned(self.c));
-        Kernel::find(function, size, self.dtype)
+        staged
+            .filter(|_| has_stages)
+            .or_else(|| Kernel::find(function, size, self.dtype))
             .filter(|kernel| self.hexets() <= kernel.more("hexets"))
     }
 
@@ -419,7 +438,7 @@ impl Projection {
 
 /// Into how many sets `tiles` are cut, each of them for `blocks` blocks of which `slots` run at once: with few sets
 /// multiprocessors idle at the end, with many their blocks start more often. A start takes as long as a few tiles.
-fn sets_of_tiles(blocks: usize, slots: usize, tiles: usize) -> usize {
+pub fn sets_of_tiles(blocks: usize, slots: usize, tiles: usize) -> usize {
     const START: usize = 4;
     let slots = slots.max(1);
     let most = (8 * slots / blocks).clamp(1, tiles.clamp(1, MAX_ROWS));
@@ -431,6 +450,7 @@ fn sets_of_tiles(blocks: usize, slots: usize, tiles: usize) -> usize {
 pub fn project_back(
     call: &CheckedCall,
     device: &Device,
+    workspace: &mut dyn Workspace,
     projection: Projection,
     x: u64,
     factors: &Factors,
@@ -440,7 +460,7 @@ pub fn project_back(
     // `identity` has nothing to mix.
     let is_mixed = call.config.constraint != Constraint::Identity;
     let h_res = d_x_in.h_res.filter(|_| is_mixed);
-    if let (Some(h_res), Some(kernel)) = (h_res, projection.streams_kernel()) {
+    if let (Some(h_res), Some(kernel)) = (h_res, projection.streams_kernel(device)) {
         let added = [d_x_in.address, h_res];
         let launch = all_streams(call, device, projection, kernel, x, factors, added);
         return vec![launch];
@@ -451,6 +471,13 @@ pub fn project_back(
         .filter(|_| mixing.is_none())
         .map(|h_res| post::mix(call, d_x_in.address, h_res, d_x));
     let added = if mix.is_some() { d_x } else { d_x_in.address };
+    let by_warpgroups = projection
+        .warpgroups
+        .filter(|_| mixing.is_none())
+        .and_then(|own| own.project_back(call, device, workspace, x, factors, added));
+    if let Some(launches) = by_warpgroups {
+        return mix.into_iter().chain(launches).collect();
+    }
     let (kernel, block) = mixing.unwrap_or_else(|| {
         let kernel = projection.kernel_for_rows(["project_back", "project_back_unaligned"]);
         (kernel, projection.adding_block(kernel, device))
@@ -567,26 +594,41 @@ pub fn d_phi_sums(
     }
 }
 
-/// d_phi, by way of `partial`.
+/// d_phi, by way of `partial` where that has several sums.
 pub fn d_phi(
     call: &CheckedCall,
     device: &Device,
+    workspace: &mut dyn Workspace,
     projection: Projection,
     x: u64,
     dm: [u64; 2],
-    partial: u64,
 ) -> Vec<Launch> {
-    let sums = d_phi_sums(call, device, projection, x, dm, partial);
+    let partial = workspace.take(projection.d_phi_partial());
+    let d_phi = call.result_address("d_phi");
+    let (mut launches, num_sums) = if let Some(warpgroups) = projection.warpgroups {
+        // Without tokens there is no sum, and `sum_d_phi` makes zeros.
+        let is_one = projection.d_phi_splits() == 1 && call.tokens > 0;
+        let sums = if is_one { d_phi } else { partial };
+        let (launches, num_sums) = warpgroups.d_phi_sums(call, device, workspace, [x, dm[1]], sums);
+        if is_one {
+            return launches;
+        }
+        (launches, num_sums)
+    } else {
+        let sums = d_phi_sums(call, device, projection, x, dm, partial);
+        let num_sums = sums.grid[1] as usize;
+        (vec![sums], num_sums)
+    };
     let size = projection.width() * projection.columns;
     let sum = projection.kernel("sum_d_phi");
-    let sum = sum.launch(
+    launches.push(sum.launch(
         [size.div_ceil(sum.threads()), 1, 1],
         vec![
             Arg::Pointer(partial),
-            Arg::Pointer(call.result_address("d_phi")),
-            Arg::I32(sums.grid[1] as i32),
+            Arg::Pointer(d_phi),
+            Arg::I32(num_sums as i32),
             Arg::I64(size as i64),
         ],
-    );
-    vec![sums, sum]
+    ));
+    launches
 }
