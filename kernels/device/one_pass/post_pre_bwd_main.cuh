@@ -19,8 +19,7 @@ constexpr int kWarpStep = kNeighbours ? 32 : 16;
 constexpr bool kGradientsFirst = kAhead == kUnits && kSumsPhi && !kIdentity;
 // Whether units read tables and use words of replies anew: there are registers for two streams' numbers.
 constexpr bool kReadsAnew = N > 2;
-// Whether they read the words from shared memory, too: or else the compiler sees that the same follows from them, and keeps
-// it.
+// Whether they read those words from shared memory, too, lest the compiler keep what follows from them.
 constexpr bool kReadsWordsAnew = kHasUnits && kAhead < 2 && kKeepsReply;
 // Where a unit lies, from the address of the warp's first one.
 __device__ inline u32 of_unit(u32 at, u32 unit) {
