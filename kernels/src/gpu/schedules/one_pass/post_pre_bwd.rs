@@ -125,6 +125,7 @@ fn norm_backward(call: &CheckedCall, workspace: &mut dyn Workspace) -> (u64, Vec
         sizes::streams(call.n, true),
         call.dtype,
     );
+    let threads = (call.c / kernel.more("channels")).next_multiple_of(32);
     let blocks = call.tokens.min(norm::max_blocks(call));
     let names = [
         "x",
