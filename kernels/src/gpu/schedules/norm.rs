@@ -7,10 +7,11 @@ use crate::gpu::launch::{Arg, Launch};
 use crate::gpu::tuning::STREAMS;
 use crate::gpu::workspace::{Part, Workspace};
 
-/// The most blocks of a backward pass, each with a sum over its tokens, and the channels of the tokens that they have at
-/// once: as many as an H200 has threads for, 8 channels each. Numbers that no GPU has a say in.
-const MAX_BLOCKS: usize = 1056;
-const MAX_CHANNELS: usize = 132 * 1024 * 8;
+/// Multiprocessors of an H200 and threads of each, where a thread has 16 bytes of a stream: so many blocks of a backward
+/// pass run at once there, each with a sum over its tokens. Numbers that no other GPU has a say in.
+const MULTIPROCESSORS: usize = 132;
+const THREADS: usize = 1024;
+const MAX_BLOCKS_AT_ONCE: usize = 8;
 
 /// du, in the dtype of the streams, which a backward pass keeps in the workspace.
 pub fn d_u(call: &CheckedCall) -> Part {
@@ -19,7 +20,9 @@ pub fn d_u(call: &CheckedCall) -> Part {
 
 /// Blocks of a backward pass for any number of tokens.
 pub fn max_blocks(call: &CheckedCall) -> usize {
-    (MAX_CHANNELS / call.c.max(1)).clamp(1, MAX_BLOCKS)
+    let threads = (call.c * call.dtype.num_bytes()).div_ceil(16);
+    let at_once = THREADS / threads.next_multiple_of(32).max(1);
+    MULTIPROCESSORS * at_once.clamp(1, MAX_BLOCKS_AT_ONCE)
 }
 
 /// Sums of `rows` blocks or clusters for the gradient of norm_scale.
