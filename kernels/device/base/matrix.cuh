@@ -106,7 +106,7 @@ __device__ inline float unit_of(const float* numbers, int count) {
 }
 
 __device__ inline u32 half_pair(float a, float b) { return pair_of((f16*)nullptr, a, b); }
-// The same as `split` in parts of float16: two have 22 bits of a number.
+// A number in parts of float16, as `split` cuts it in bfloat16: two have 22 bits of it.
 template <int P>
 __device__ inline void split_halves(float a, float b, u32 (&parts)[P]) {
 #pragma unroll
@@ -116,14 +116,14 @@ __device__ inline void split_halves(float a, float b, u32 (&parts)[P]) {
     b -= wide(f16{u16(parts[p] >> 16)});
   }
 }
-// The same as `word_of`.
+// Both parts of a number in float16 in one word, as `word_of` has them in bfloat16.
 __device__ inline u32 half_word_of(float v) {
   u32 parts[2];
   split_halves(v, 0.f, parts);
   return first_of(parts);
 }
 
-// The same of pairs of numbers in two bfloat16 parts, and in one part.
+// Parts in float16 of pairs of numbers that come in two bfloat16 parts, times `scale`.
 template <int P>
 __device__ inline void split_halves(u32 high, u32 low, float scale, u32 (&parts)[P]) {
   const float a = __uint_as_float(high << 16) + __uint_as_float(low << 16);

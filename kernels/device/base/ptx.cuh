@@ -139,7 +139,7 @@ __device__ inline void multiply(float (&d)[72], const u32 (&a)[4], u64 lines, bo
       : SUMS_32(d, 0), SUMS_40(d, 32)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(lines), "r"(int(adds)));
 }
-// The same in float16.
+// The product of a warpgroup in float16.
 __device__ inline void multiply_half(float (&d)[32], const u32 (&a)[4], u64 lines, bool adds) {
   asm volatile(PRODUCT("64", "f16",
                        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " TEN("1") ", " TEN(
@@ -417,7 +417,7 @@ __device__ inline void copy_in(u32 to, const void* from, u32 bytes, u32 barrier)
       "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
 }
-// The same to both blocks of a cluster of two, to the same place and for the same barrier of each.
+// A copy to both blocks of a cluster of two, to one place and for one barrier in each.
 __device__ inline void copy_to_both(u32 to, const void* from, u32 bytes, u32 barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "

@@ -35,7 +35,7 @@ __device__ inline void add_product(float (&sums)[4], const float (&a)[4], const 
   for (int e = 0; e < 4; ++e) sums[e] += d[e];
 }
 
-// What a lane has of 16 channels of a stream in phi: the columns 2 q and 2 q + 1 of every octet, of its first channel and
+// A lane's part of 16 channels of a stream in phi: the columns 2 q and 2 q + 1 of every octet, of its first channel and
 // of its second.
 struct PhiFragment {
   float octets[kOctets][4];

@@ -1,4 +1,4 @@
-// What the owners of tokens in the backward one-pass kernels share: how a warp takes several tokens of a tile at once,
+// Means of the owners of tokens in the backward one-pass kernels: how a warp takes several tokens of a tile at once,
 // and the sums over its tokens for the gradients of the gates.
 //
 // A token has eight lanes. Lane e of them has column e of each octet of phi's columns, and the stream e % N, of which the
@@ -19,7 +19,7 @@ __device__ inline float sum_copies(float v, u32 copies_shift) {
   return v;
 }
 
-// What a token's copies read or send in turn, from this lane's first one on. It is computed anew each time: there are
+// The turns in which a token's copies read or send, from this lane's first one on. A turn is computed anew: there are
 // too few registers to keep it.
 struct Turn {
   u32 at, from, step;

@@ -1,4 +1,4 @@
-// What the kernels of one stream share: a persistent block has whole tokens in shared memory, so that it reads them
+// Common parts of the kernels of one stream: a persistent block has whole tokens in shared memory, so that it reads them
 // once and needs no other block.
 //
 // A block takes tiles of a few tokens in turn. A tile is a piece of each operand as it lies in memory, which the copy

@@ -67,7 +67,7 @@ struct Operands {
   int tokens, n, hidden;
 };
 
-// What a lane adds to a group: of the tokens g and g + 8 of its warp the octets q and q + 4.
+// Numbers that a lane adds to a group: of the tokens g and g + 8 of its warp the octets q and q + 4.
 struct Added {
   Pack<Stream, 8> x[2][2], d_u[2][2], d_x_in[2][2];
   float h_pre[2], units[2];

@@ -126,7 +126,7 @@ __device__ inline u32 line_place(int token, int row, int octet) {
   return (token * kRows + row) * kLine + (octet ^ in_place(row)) * 16;
 }
 
-// What goes to a stage: 16 bytes of X and of d_x_in for each thread and 8 tokens, and some of the others.
+// The copies to a stage: 16 bytes of X and of d_x_in for each thread and 8 tokens, and some of the others.
 __device__ inline void copy_tile(const Operands& from, Fragments dm, u32 stage, int tile,
                                  int block) {
   const int octet = threadIdx.x % 8, row = threadIdx.x / 8 % kRows;

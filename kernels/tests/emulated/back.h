@@ -1,4 +1,4 @@
-// What the checks of kernels that make d_x share: their operands, and what float64 says. `kMixes` is whether d_x_in is
+// Common parts of the checks of kernels that make d_x: their operands, and what float64 says. `kMixes` is whether d_x_in is
 // deferred.
 
 #pragma once

@@ -1,4 +1,4 @@
-// What the checks of kernels that mix all streams share besides. `kBlockChannels` are the channels of a stream that a
+// Further common parts of the checks of kernels that mix all streams. `kBlockChannels` are the channels of a stream that a
 // block has.
 
 #pragma once

@@ -1,4 +1,4 @@
-// What the checks of products with phi share: their operands, blocks that run one at a time, and what float64 says.
+// Common parts of the checks of products with phi: their operands, blocks that run one at a time, and what float64 says.
 
 #pragma once
 

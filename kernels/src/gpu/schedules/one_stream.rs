@@ -53,7 +53,7 @@ pub const PRE_BACKWARD: Schedule = Schedule {
     },
 };
 
-/// The same of post and of pre at once, without a norm.
+/// Post and pre at once in blocks with whole tokens, without a norm.
 pub const POST_PRE_BACKWARD: Schedule = Schedule {
     name: "one stream",
     plan: |call, device, workspace| {
