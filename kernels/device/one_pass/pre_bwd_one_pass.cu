@@ -670,6 +670,10 @@ struct Owner {
       dot = rho * dot - f_of_u * sum_partials(from + partials.kind_bytes, exists);
     }
     const float d_z = is_pre ? (dot + token.d_h_pre) * d_sigmoid : d_z_post;
+    // Before lanes without a part of the reply go another way: of the seam's kernel ptxas of CUDA 12 chose what counts
+    // behind them, by a register that they had not set.
+    float counted = counts ? d_z : 0.f;
+    keep(counted);
     const float dm = is_pre ? alpha * d_z : 0.f;
     float dm_dot_m = dm * token.m[0];
     if (is_pre) rdm = token.r * dm;
@@ -702,7 +706,7 @@ struct Owner {
     __syncwarp();
     if (exists) send_reply(at, block.barrier(kReplyFull, stage));
     __syncwarp();
-    if (counts) sums[0].add(d_z, token.m[0]);
+    sums[0].add(counted, token.m[0]);
     if constexpr (kLoadsLate) ahead = load(turns);
   }
 
