@@ -674,6 +674,7 @@ struct Owner {
     // behind them, by a register that they had not set.
     float counted = counts ? d_z : 0.f;
     keep(counted);
+    sums[0].add(counted, token.m[0]);
     const float dm = is_pre ? alpha * d_z : 0.f;
     float dm_dot_m = dm * token.m[0];
     if (is_pre) rdm = token.r * dm;
@@ -706,7 +707,6 @@ struct Owner {
     __syncwarp();
     if (exists) send_reply(at, block.barrier(kReplyFull, stage));
     __syncwarp();
-    sums[0].add(counted, token.m[0]);
     if constexpr (kLoadsLate) ahead = load(turns);
   }
 
@@ -718,7 +718,7 @@ struct Owner {
       if (part >= kParts) break;
       const float4 v = read_float4(at + part * 16);
       Turn turn(at + part * 16, copy(), copies_shift());
-#pragma unroll
+#pragma unroll 1
       for (u32 k = 0; k < 4; ++k, turn.next(0)) {
         if (turn.from < block.ranks)
           send(in_block(turn.at, turn.from), v, in_block(full, turn.from));
