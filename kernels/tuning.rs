@@ -332,7 +332,8 @@ pub const FILES: &[File] = &[
     // where `holds_d_w` is 1, its sums for d_norm_scale in registers. It takes `at_once` units of channels at once, for
     // which it reads coefficients once, and X once for both products where `reads_x_once` is 1: as registers allow.
     // Where the sums for d_phi would not fit, `sums_phi` is 0, and d_phi computes it; phi is in registers instead.
-    // `cost` is in percent, for the choice of a size: at small widths a block with one owner is slower.
+    // `cost` is in percent, for the choice of a size: at small widths a block with one owner was slower, when that took
+    // its tokens one after the other.
     File { path: "one_pass/pre_bwd_one_pass", dtypes: BF16, target: Target::Clusters,
            more: &["d_x_in_slots", "partials", "held", "dot_warps", "owner_warps", "sums_phi", "sums", "holds_d_w", "at_once", "reads_x_once", "cost"], kernels: &[
         row("pre_bwd_one_pass",      &[W256], [8, 5, 512, 221_104], &[ 5, 52,  4,  4,  3,  1,  0,  1,  2, 0, 100]),

@@ -489,6 +489,9 @@ OWNED = (
     (1, "bfloat16", "birkhoff", 2568),
     (1, "float32", "none", 1028),
     *[(4, "bfloat16", *row) for row in (*rows(WHOLE_BLOCKS), ("birkhoff", 6656))],
+    # A block owns up to four tokens of a tile, and not the same number of each.
+    *[(4, "bfloat16", "birkhoff", hidden) for hidden in (512, 768, 1024, 1792)],
+    *[(4, "bfloat16", "permutations", hidden) for hidden in (512, 768, 1024, 1792)],
     (2, "bfloat16", "birkhoff", 2624),
     *[(4, "float16", "birkhoff", hidden) for hidden in (2624, 4096, 8192)],
     (4, "float16", "identity", 2048),

@@ -646,7 +646,7 @@ fn the_norm_is_in_the_kernels_that_read_the_streams_once() {
         let before = [function, "sum_norm_scale"];
         assert_eq!(functions(&L4, Call::PreBwd, c)[..2], before);
     }
-    for c in [4096, 2560, 6144, 7168] {
+    for c in [576, 1024, 4096, 2560, 6144, 7168] {
         assert_eq!(functions(&H100, Call::PreFwd, c), ["pre_norm_fwd_one_pass"]);
         assert_eq!(
             functions(&H100, Call::PostPreFwd, c),

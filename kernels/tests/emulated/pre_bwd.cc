@@ -43,8 +43,8 @@ int main(int, char** argv) {
   const Sizes sizes(argv);
   constexpr int K = kColumns;
   const int ranks = sizes.ranks(SIZE), clusters = sizes.clusters;
-  tokens = sizes.tokens, hidden = sizes.hidden, deferred = sizes.deferred % 2;
-  const bool norm = kHasNorm && sizes.deferred / 2;
+  tokens = sizes.tokens, hidden = sizes.hidden, deferred = sizes.deferred / 2;
+  const bool norm = kHasNorm && sizes.deferred % 2;
   const size_t num = sizes.values(), num_phi = size_t(N) * hidden * K;
   Stream *x = streams<Stream>(num * N), *d_u = streams<Stream>(num);
   Stream *d_x_in = streams<Stream>(num * N), *d_x = guarded<Stream>(num * N);
