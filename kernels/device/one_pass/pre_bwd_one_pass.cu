@@ -672,6 +672,11 @@ struct Owner {
       dot = rho * dot - f_of_u * sum_partials(from + partials.kind_bytes, exists);
     }
     const float d_z = is_pre ? (dot + token.d_h_pre) * d_sigmoid : d_z_post;
+    // Before lanes without a part of the reply go another way: of the seam's kernel ptxas of CUDA 12 chose what counts
+    // behind them, by a register that they had not set.
+    float counted = counts ? d_z : 0.f;
+    keep(counted);
+    sums[0].add(counted, token.m[0]);
     const float dm = is_pre ? alpha * d_z : 0.f;
     float dm_dot_m = dm * token.m[0];
     if (is_pre) rdm = token.r * dm;
@@ -704,7 +709,6 @@ struct Owner {
     __syncwarp();
     if (exists) send_reply(at, block.barrier(kReplyFull, stage));
     __syncwarp();
-    if (counts) sums[0].add(d_z, token.m[0]);
     if constexpr (kLoadsLate) ahead = load(turns);
   }
 
@@ -716,7 +720,7 @@ struct Owner {
       if (part >= kParts) break;
       const float4 v = read_float4(at + part * 16);
       Turn turn(at + part * 16, copy(), copies_shift());
-#pragma unroll
+#pragma unroll 1
       for (u32 k = 0; k < 4; ++k, turn.next(0)) {
         if (turn.from < block.ranks)
           send(in_block(turn.at, turn.from), v, in_block(full, turn.from));
