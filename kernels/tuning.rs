@@ -232,15 +232,16 @@ pub const FILES: &[File] = &[
         row("d_phi",               MANY,         [16, 5, 256, 0], &[ 0, 64, 10, 1, 0]),
         row("sum_d_phi",           OCTETS,       [ 0, 0, 256, 0], &[ 0,  0,  0, 0, 0]),
     ] },
-    // A block has `channels` at once, and a stage `tiles` of tokens. Stages are as many as shared memory holds.
+    // A block has `channels` at once, and a stage `tiles` of tokens. Stages are as many as shared memory holds. A
+    // warpgroup that copies leaves the others `registers`.
     File { path: "two_pass/warpgroups", dtypes: BF16, target: Target::Hopper,
-           more: &["tiles", "channels"], kernels: &[
-        row("phi_lines",     WARPGROUP_OCTETS, [ 0, 0, 256, 0], &[ 0, 0]),
-        row("r_dm_lines",    WARPGROUP_OCTETS, [ 0, 0, 256, 0], &[ 0, 0]),
-        row("project_lines", &[K80],  [16, 4, 512, 213_056], &[16, 0]),
-        row("project_lines", &[K144], [16, 4, 256, 213_056], &[ 8, 0]),
-        row("d_phi_lines",   &[K80],  [16, 4, 512, 213_056], &[ 4, 256]),
-        row("d_phi_lines",   &[K144], [16, 3, 512, 208_944], &[ 4, 256]),
+           more: &["tiles", "channels", "registers"], kernels: &[
+        row("phi_lines",     WARPGROUP_OCTETS, [ 0, 0, 256, 0], &[ 0, 0, 0]),
+        row("r_dm_lines",    WARPGROUP_OCTETS, [ 0, 0, 256, 0], &[ 0, 0, 0]),
+        row("project_lines", &[K80],  [16, 4, 640, 213_056], &[16,   0, 112]),
+        row("project_lines", &[K144], [16, 4, 384, 213_056], &[ 8,   0, 232]),
+        row("d_phi_lines",   &[K80],  [16, 5, 512, 225_360], &[ 4, 192, 160]),
+        row("d_phi_lines",   &[K144], [16, 3, 512, 184_368], &[ 4, 192, 160]),
     ] },
     // `channels` are those of a row, `hexets` the most groups of 16 columns that a warp has phi of, `blocks` run at once on
     // a multiprocessor.
