@@ -120,6 +120,7 @@ const fn row(
 
 /// Streams: numbers with code of their own, then bounds for the others and for rows that are not aligned.
 pub const STREAMS: &[Size] = &[N2, N4, N8, UP_TO_4, UP_TO_8, ANY];
+const FEW_STREAMS: &[Size] = &[N2, N4, N8, UP_TO_4, UP_TO_8];
 const BOUNDS: &[Size] = &[UP_TO_4, UP_TO_8, ANY];
 const N2: Size = exact("n2", 2);
 const N4: Size = exact("n4", 4);
@@ -192,6 +193,9 @@ pub const FILES: &[File] = &[
         row("mix",      STREAMS, [0, 0, 256, 0], &[128]),
         row("post_bwd", STREAMS, [1, 0, 128, 0], &[0]),
     ] },
+    File { path: "post_dots", dtypes: BF16, target: Target::Every, more: &["channels"], kernels: &[
+        row("post_dots_fwd", &[N8, UP_TO_8, ANY], [0, 0, 128, 0], &[128]),
+    ] },
     File { path: "collapse", dtypes: ALL, target: Target::Every, more: &[], kernels: &[
         row("collapse_fwd", STREAMS, [0, 0, 256, 0], &[]),
         row("collapse_bwd", STREAMS, [1, 0, 128, 0], &[]),
@@ -203,8 +207,10 @@ pub const FILES: &[File] = &[
         row("sum_static",          STREAMS,     [0, 0, 256, 0], &[]),
     ] },
     File { path: "two_pass/pre", dtypes: ALL, target: Target::Every, more: &[], kernels: &[
-        row("pre_fwd",   STREAMS, [8, 0, 288, 0], &[]),
-        row("pre_bwd",   STREAMS, [8, 0, 288, 0], &[]),
+        row("pre_fwd",   FEW_STREAMS, [8, 0, 288, 0], &[]),
+        row("pre_bwd",   FEW_STREAMS, [8, 0, 288, 0], &[]),
+        row("pre_fwd",   &[ANY],       [8, 0, 320, 0], &[]),
+        row("pre_bwd",   &[ANY],       [8, 0, 320, 0], &[]),
         row("sum_gates", STREAMS, [0, 0,  32, 0], &[]),
     ] },
     // `channels` are those of a block; `bytes` those that a thread has of a stream.

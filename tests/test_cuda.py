@@ -219,7 +219,8 @@ def test_warpgroups_keep_in_a_token_what_is_not_finite(value):
 
 @pytest.mark.parametrize("op", ["post_pre", "two_sublayers"])
 @pytest.mark.parametrize(
-    "streams, hidden", [(2, 4096), (2, 4098), (3, 4104), (4, 8328), (4, 4100), (6, 4104), (8, 4104)]
+    "streams, hidden",
+    [(2, 4096), (2, 4098), (3, 4104), (4, 8328), (4, 4100), (6, 4104), (8, 4104), (12, 264)],
 )
 def test_blocks_with_all_streams(op, streams, hidden):
     """They go through several tiles of tokens; the last is not full, nor are the last channels."""

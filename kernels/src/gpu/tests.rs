@@ -348,6 +348,30 @@ fn warpgroups_multiply_many_columns_where_there_are_lines() {
 }
 
 #[test]
+fn post_leaves_pre_what_it_would_read_many_streams_for() {
+    let first = |device: &Device, dtype, sizes, has_norm| {
+        let example = Example::new(Call::PostPreBwd, dtype, 17, sizes, Config::default());
+        let example = if has_norm {
+            example.with_norm()
+        } else {
+            example
+        };
+        functions_of(example, device)[0]
+    };
+    for device in [H100, B200, L4] {
+        for sizes in [[8, 2048], [5, 72], [16, 8]] {
+            let first = |dtype, has_norm| first(&device, dtype, sizes, has_norm);
+            assert_eq!(first(DType::Bf16, false), "post_dots_fwd");
+            assert_eq!(first(DType::Bf16, true), "post_fwd");
+            assert_eq!(first(DType::F16, false), "post_fwd");
+        }
+        assert_eq!(first(&device, DType::Bf16, [3, 2048], false), "post_fwd");
+        let unaligned = first(&device, DType::Bf16, [8, 2049], false);
+        assert_eq!(unaligned, "post_fwd_unaligned");
+    }
+}
+
+#[test]
 fn blocks_of_all_streams_have_stages_where_there_is_memory() {
     let has_stages = |device: &Device, dtype, n, c| {
         let config = Config {

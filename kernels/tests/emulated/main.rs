@@ -337,6 +337,27 @@ fn warpgroups() {
 }
 
 #[test]
+fn post_dots() {
+    // n, C, tokens; then how many sums the dots are, and whether Sinkhorn's record is in memory.
+    for (size, calls) in [
+        ("n8", &[(8, 200, 9, 2, 0), (8, 1024, 17, 8, 1)][..]),
+        ("upto8", &[(5, 72, 17, 1, 1)]),
+        ("any", &[(16, 200, 9, 2, 0), (9, 136, 19, 2, 1)]),
+    ] {
+        for (check, file) in [("post_dots", "post_dots"), ("pre_dots", "two_pass/pre")] {
+            let program = build(check, file, size, "bf16");
+            for &(n, hidden, tokens, num, is_in_memory) in calls {
+                let call = [hidden, tokens, num, is_in_memory];
+                let output = run(&program, call, 0, false, &[n]);
+                assert!(output.status.success(), "{check} {n} {hidden}: {output:?}");
+            }
+            let (n, ..) = calls[0];
+            assert_spoiled(&run(&program, [64, 3, 1, 0], 0, true, &[n]));
+        }
+    }
+}
+
+#[test]
 fn post() {
     for (size, calls) in [
         ("n8", &[(8, 200, 9)][..]),
