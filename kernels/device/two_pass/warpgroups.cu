@@ -155,6 +155,9 @@ namespace forward {
 constexpr int kTokens = kTile * tuning_project_lines::tiles;
 using Stages = StagesOf<tuning_project_lines, kTokens * kRowBytes>;
 static_assert(Stages::kWarps * 16 == kTokens && kTile == tuning_project_lines::tokens);
+// Neighbouring boxes that go to the L2 cache at once, ahead of the ring: memory delivers 256 bytes of a token in less time
+// than twice 128.
+constexpr int kAhead = 2;
 
 // Tensor cores cut a sum off after every addition: they have those of a stage alone, the lower parts first.
 struct Sums {
@@ -275,6 +278,9 @@ KERNEL(project_lines, tuning_project_lines::threads, 1)
         const uint4* lines = phi + (long long)all.chunk(unit) * (width / kLine) * kRightLines;
 #pragma unroll 1
         for (int block = first; block < end; ++block) {
+          for (int ahead = 0; (block - first) % kAhead == 0 && ahead < kAhead; ++ahead) {
+            if (block + kAhead + ahead < end) prefetch(x, token, block + kAhead + ahead, 0);
+          }
           stages.fill(place, x, token, block, lines + (long long)block * kRightLines, rank);
         }
       }
