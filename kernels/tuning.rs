@@ -203,8 +203,14 @@ pub const FILES: &[File] = &[
         row("sum_static",          STREAMS,     [0, 0, 256, 0], &[]),
     ] },
     File { path: "two_pass/pre", dtypes: ALL, target: Target::Every, more: &[], kernels: &[
-        row("pre_fwd",   STREAMS, [8, 0, 288, 0], &[]),
-        row("pre_bwd",   STREAMS, [8, 0, 288, 0], &[]),
+        row("pre_fwd",   &[N2, N4, N8, UP_TO_4], [8, 0, 288, 0], &[]),
+        row("pre_bwd",   &[N2, N4, N8, UP_TO_4], [8, 0, 288, 0], &[]),
+        // A warp has four matrices of 8 streams at once and two of 16: there are as many warps as 8 tokens want. With 8
+        // streams themselves registers are scarce, and one warp keeps up with the memory.
+        row("pre_fwd",   &[UP_TO_8], [8, 0, 320, 0], &[]),
+        row("pre_bwd",   &[UP_TO_8], [8, 0, 320, 0], &[]),
+        row("pre_fwd",   &[ANY], [8, 0, 384, 0], &[]),
+        row("pre_bwd",   &[ANY], [8, 0, 384, 0], &[]),
         row("sum_gates", STREAMS, [0, 0,  32, 0], &[]),
     ] },
     // `channels` are those of a block; `bytes` those that a thread has of a stream.
@@ -247,8 +253,7 @@ pub const FILES: &[File] = &[
     File { path: "two_pass/back_streams", dtypes: BF16, target: Target::Every,
            more: &["channels", "hexets", "blocks"], kernels: &[
         row("project_back_streams", &[N2],      [16, 0, 256, 67_584], &[64, 1, 2]),
-        row("project_back_streams", &[N4],      [16, 0, 256, 68_608], &[64, 2, 2]),
-        row("project_back_streams", &[UP_TO_4], [16, 0, 256, 68_608], &[64, 2, 1]),
+        row("project_back_streams", &[N4, UP_TO_4], [16, 0, 256, 68_608], &[64, 2, 2]),
         row("project_back_streams", &[N8, UP_TO_8], [16, 0, 256, 71_680], &[64, 5, 1]),
     ] },
     // A block has phi of `channels`.

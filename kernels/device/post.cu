@@ -136,7 +136,7 @@ __device__ inline void post_fwd(const Stream* x, const Stream* y, const float* h
                                  hidden);
   }
   const Item<V, kThreads> item(tokens, slab, hidden);
-  if (!item.exists) return;
+  if (ALIGNED && !item.exists) return;
   const long long token = item.token, row = token * n * hidden;
   post<ALIGNED, N, V>(x + row, y + token * hidden, h_post + token * n, h_res + token * n * n,
                       x_new + row, n, hidden, item.at, [](int, const Pack<Stream, V>&) {});
@@ -173,15 +173,12 @@ __device__ inline void mix(const Stream* d_x_new, const float* h_res, Stream* d_
     return mix_channels<ALIGNED>(weights, d_x_new + row, nullptr, d_x + row, item.first, n, hidden);
   }
   const Item<V, kThreads> item(tokens, slab, hidden);
-  if (!item.exists) return;
+  if (ALIGNED && !item.exists) return;
   const long long token = item.token;
   const int at = item.at;
 
   Pack<Stream, V> gs[N];
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    if (i < n) load<ALIGNED>(gs[i], d_x_new + (token * n + i) * hidden, at, hidden);
-  }
+  load_rows<ALIGNED>(gs, d_x_new + token * n * hidden, n, hidden, at);
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     if (j >= n) break;
@@ -189,7 +186,7 @@ __device__ inline void mix(const Stream* d_x_new, const float* h_res, Stream* d_
     mix(gs, h_res + token * n * n, n, j, sums);
     Pack<Stream, V> result;
     result.set(sums);
-    store<ALIGNED>(result, d_x + (token * n + j) * hidden, at, hidden);
+    store_together<ALIGNED>(result, d_x + (token * n + j) * hidden, at, hidden);
   }
 }
 
@@ -230,16 +227,14 @@ __device__ inline void post_bwd_one_pass(const Backward& b, int num_streams, int
   for (int i = 0; i < N; ++i) h[i] = i < n ? b.h_post[token * n + i] : 0.f;
 
   float sums[kSums] = {};
-  for (int at = threadIdx.x * V; at < hidden; at += blockDim.x * V) {
+  // Lanes without channels stay with those that have some where rows are not aligned.
+  const int behind = ALIGNED ? hidden : hidden + int(threadIdx.x) * V;
+  for (int at = threadIdx.x * V; at < behind; at += blockDim.x * V) {
     // Streams that are not there are zero.
     Pack<Stream, V> xs[N], gs[N], ys;
-#pragma unroll
-    for (int i = 0; i < N; ++i)
-      load<ALIGNED>(gs[i], b.d_x_new + (token * n + i) * hidden, at, i < n ? hidden : 0);
-#pragma unroll
-    for (int j = 0; j < N; ++j)
-      load<ALIGNED>(xs[j], b.x + (token * n + j) * hidden, at, j < n ? hidden : 0);
-    load<ALIGNED>(ys, b.y + token * hidden, at, hidden);
+    load_rows<ALIGNED>(gs, b.d_x_new + token * n * hidden, n, hidden, at);
+    load_rows<ALIGNED>(xs, b.x + token * n * hidden, n, hidden, at);
+    load_row<ALIGNED>(ys, b.y + token * hidden, hidden, at);
 
     float values[V] = {};
 #pragma unroll
@@ -253,7 +248,7 @@ __device__ inline void post_bwd_one_pass(const Backward& b, int num_streams, int
     }
     Pack<Stream, V> result;
     result.set(values);
-    store<ALIGNED>(result, b.d_y + token * hidden, at, hidden);
+    store_together<ALIGNED>(result, b.d_y + token * hidden, at, hidden);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       if (i >= n) break;

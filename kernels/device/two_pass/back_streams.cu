@@ -105,6 +105,32 @@ struct Part<false, PIECES> {
   }
 };
 
+// An eighth of a row of 64 channels, of which so many are there, to a place that is not aligned: by 8 neighbouring lanes,
+// each the aligned 16 bytes that begin in its channels, the last one what lies before the first and behind the last of
+// these. `piece_of(i)`: the channels from 8 i on.
+template <class PieceOf>
+__device__ inline void store_part(Stream* row, int channels, PieceOf piece_of) {
+  const int own = threadIdx.x % 8, shift = u64(row) % 16;
+  const bool is_whole = channels >= kChannels, is_last = shift > 0 && own == 7;
+  const uint4 low = piece_of(own), high = piece_of(is_whole && shift > 0 ? (own + 1) % 8 : own);
+  u32 window[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  if (is_whole && !is_last) {
+    u32 words[4];
+    shift_words(words, window, (16 - shift) % 16);
+    char* const at = reinterpret_cast<char*>(row) + 16 * own + (16 - shift) % 16;
+    *reinterpret_cast<uint4*>(at) = {words[0], words[1], words[2], words[3]};
+    return;
+  }
+  // Of the last channels those behind the aligned bytes, and the first ones up to them; of a row's end all.
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    const bool is_first = is_whole && 2 * e < 16 - shift;
+    const int channel = is_first ? e : 8 * own + e;
+    const u32 word = is_first ? window[4 + e / 2] : window[e / 2];
+    if (channel < channels) row[channel] = Stream{u16(word >> (e % 2 * 16))};
+  }
+}
+
 // What a lane has of a token: of d_x_in 8 channels of the rows 2 q and 2 q + 1, from 8 g on, and of d_u those of set q; of
 // X 16 channels of the row g, from 16 q on; in this row the weights of the former.
 template <bool ALIGNED>
@@ -204,11 +230,10 @@ struct Inputs {
       }
       __syncwarp();
 #pragma unroll 1
-      for (int row = 0; row < kRows; ++row) {
-        Pack<Stream, 2> pair;
-        pair.words[0] = read1(place + row * 128 + (lane / 4 ^ row) * 16 + lane % 4 * 4);
-        store<false>(pair, start + to.stream(row) * to.hidden, to.first(row, block) + 2 * lane,
-                     to.end(row));
+      for (int row = lane / 8; row < kRows; row += 4) {
+        const int first = to.first(row, block);
+        store_part(start + to.stream(row) * to.hidden + first, to.end(row) - first,
+                   [&](int piece) { return read4(place + row * 128 + (piece ^ row) * 16); });
       }
     }
   }
@@ -250,7 +275,7 @@ __device__ inline void project_back(const Operands& operands, const float* phi, 
   copy_dm(tile, 0);
   copy_dm(tile + step, 1);
   // As many tokens are on their way as there are registers for.
-  constexpr int kAhead = ALIGNED || N <= 4 ? kWarpTokens : 1;
+  constexpr int kAhead = ALIGNED ? kWarpTokens : 1;
   Inputs<ALIGNED> inputs[kAhead];
 #pragma unroll
   for (int t = 0; t < kAhead; ++t) {

@@ -7,7 +7,8 @@
 //   sum_gates  d_alpha and d_bias, from these sums
 //
 // A block has kTokens tokens, a warp each; one more warp has the H_res of all of them (Sinkhorn's iterations,
-// or the mean of permutations), beside the streaming of X by the others.
+// or the mean of permutations), beside the streaming of X by the others. Where a warp has few matrices at once, there are
+// more of these warps.
 
 #include "base/matrix.cuh"
 #include "math/coefficients.cuh"
@@ -17,8 +18,11 @@
 
 constexpr int N = SIZE;
 constexpr int kTokens = tuning_pre_fwd::tokens;
-constexpr int kThreads = 32 * (kTokens + 1);
-static_assert(kThreads == tuning_pre_fwd::threads && kThreads == tuning_pre_bwd::threads);
+constexpr int kThreads = tuning_pre_fwd::threads;
+static_assert(kThreads == tuning_pre_bwd::threads);
+// Warps for H_res. With permutations the first one has all of them.
+constexpr int kMatrixWarps = kThreads / 32 - kTokens;
+static_assert(kThreads % 32 == 0 && kMatrixWarps >= 1);
 static_assert(kTokens == tuning_pre_bwd::tokens);
 static_assert(kTokens * kPermutedLanes == 32);
 // Columns of res: n^2 or, where that is more, n!, which is for up to 4 streams.
@@ -27,12 +31,12 @@ constexpr int kMaxColumns = 2 * N + kMaxRes;
 // Channels that a lane takes at once.
 constexpr int V = N <= 4 ? 8 : 4;
 
-// Calls `run` with the Sinkhorn iterations of each token of a block, by one whole warp.
+// Calls `run` with the Sinkhorn iterations of each token of a block that is this warp's, of so many, by the whole warp.
 template <class Run>
-__device__ inline void for_matrices(const Settings& settings, int n, Run run) {
+__device__ inline void for_matrices(const Settings& settings, int n, int matrix_warp, Run run) {
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
-  for (int first = 0; first < kTokens; first += 32 / N) {
+  for (int first = matrix_warp * (32 / N); first < kTokens; first += kMatrixWarps * (32 / N)) {
     const int token = first + lane / N;
     // Lanes without a matrix repeat the last one.
     run(Sinkhorn<N>{settings, n, lane % N}, min(token, kTokens - 1), token < kTokens);
@@ -46,13 +50,12 @@ template <bool ALIGNED>
 __device__ inline void collapse(const Stream* row, const float (&h)[N], Stream* u, int n,
                                 int hidden) {
   const int lane = threadIdx.x % 32;
-#pragma unroll 2
-  for (int at = lane * V; at < hidden; at += 32 * V) {
+  // Lanes without channels stay with those that have some where rows are not aligned.
+  const int behind = ALIGNED ? hidden : hidden + lane * V;
+#pragma unroll(ALIGNED ? 2 : 1)
+  for (int at = lane * V; at < behind; at += 32 * V) {
     Pack<Stream, V> pack[N];
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      if (i < n) load<ALIGNED>(pack[i], row + i * hidden, at, hidden);
-    }
+    load_rows<ALIGNED>(pack, row, n, hidden, at);
     float sums[V] = {};
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -62,7 +65,7 @@ __device__ inline void collapse(const Stream* row, const float (&h)[N], Stream* 
     }
     Pack<Stream, V> result;
     result.set(sums);
-    store<ALIGNED>(result, u, at, hidden);
+    store_together<ALIGNED>(result, u, at, hidden);
   }
 }
 
@@ -77,6 +80,7 @@ KERNEL(pre_fwd, kThreads, kForwardBlocks)
   __shared__ float h_pres[kTokens][N];
   __shared__ float z_res[kTokens][kMaxRes];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int matrix_warp = kMatrixWarps > 1 ? warp - kTokens : 0;
   const int n = EXACT ? N : layout.n;
   const int width = n * hidden;
   const long long block = (long long)blockIdx.x * kTokens;
@@ -115,14 +119,15 @@ KERNEL(pre_fwd, kThreads, kForwardBlocks)
   }
   __syncthreads();
 
-  if (warp == kTokens) {
+  if (warp >= kTokens) {
     if (!h_res) return;
     if (settings.constraint == Constraint::kPermutations) {
+      if (warp > kTokens) return;
       const int t = lane / kPermutedLanes;
       float* out = h_res + (block + t) * n * n;
       return mix_permutations(n, z_res[t], out, lane % kPermutedLanes, block + t < tokens);
     }
-    for_matrices(settings, n, [&](const Sinkhorn<N>& sinkhorn, int t, bool own) {
+    for_matrices(settings, n, matrix_warp, [&](const Sinkhorn<N>& sinkhorn, int t, bool own) {
       typename Sinkhorn<N>::Matrix z, h;
       sinkhorn.for_each([&](int k, int i) {
         z[k][i] = layout.num_res && sinkhorn.active(k, i) ? z_res[t][sinkhorn.at(k, i)] : 0.f;
@@ -169,10 +174,10 @@ __device__ inline void collapse_bwd(const Stream* row, const Stream* d_u, float 
 constexpr int kFewBlocks = sizeof(Stream) == 4 || (N == 4 && __CUDA_ARCH__ >= 1200) ? 3
                            : N == 2                                                 ? 5
                                                                                     : 4;
-constexpr int kBackwardBlocks = N <= 4 ? kFewBlocks : N <= 8 ? 3 : 2;
+constexpr int kBackwardBlocks = N > 8 ? 1 : kMatrixWarps > 1 ? 2 : N > 4 || !EXACT ? 3 : kFewBlocks;
 
 // Cotangents of coefficients that a head does not have are null. gate_sums: [blocks, num + 3]. history:
-// 2 * iters * 32 floats a block, in shared memory where it is null.
+// 2 * iters * 32 floats a block and warp for H_res, in shared memory where it is null.
 KERNEL(pre_bwd, kThreads, kBackwardBlocks)
 (const Stream* x, const float* alpha, const float* bias, const float* m, const float* r,
  const Stream* d_u, const float* d_h_pre, const float* d_h_post, const float* d_h_res, u32* dm_rows,
@@ -182,6 +187,7 @@ KERNEL(pre_bwd, kThreads, kBackwardBlocks)
   __shared__ float d_z[kTokens][kMaxColumns];
   __shared__ float d_alphas[kTokens][3];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int matrix_warp = kMatrixWarps > 1 ? warp - kTokens : 0;
   const int n = EXACT ? N : layout.n;
   const int width = n * hidden;
   const Fragments dm_fragments{dm_rows, dm_columns, columns};
@@ -200,10 +206,12 @@ KERNEL(pre_bwd, kThreads, kBackwardBlocks)
     mix_permutations_bwd(
         n, [&](int p) { return logit(at, 2 * n + p); }, d_h_res + at * n * n, d_z[t] + 2 * n,
         lane % kPermutedLanes);
-  } else if (warp == kTokens && layout.num_res) {
-    const long long others = (long long)blockIdx.x * 2 * settings.sinkhorn_iters * 32;
-    float* own = (history ? history + others : shared_history) + lane;
-    for_matrices(settings, n, [&](const Sinkhorn<N>& sinkhorn, int t, bool) {
+  } else if (warp >= kTokens && layout.num_res &&
+             settings.constraint != Constraint::kPermutations) {
+    const int recorded = 2 * settings.sinkhorn_iters * 32;
+    const long long others = (long long)blockIdx.x * kMatrixWarps * recorded;
+    float* own = (history ? history + others : shared_history) + matrix_warp * recorded + lane;
+    for_matrices(settings, n, matrix_warp, [&](const Sinkhorn<N>& sinkhorn, int t, bool) {
       const long long at = min(block + t, (long long)tokens - 1);
       typename Sinkhorn<N>::Matrix z, h, g;
       sinkhorn.for_each([&](int k, int i) {

@@ -37,25 +37,44 @@ __device__ inline long long place_of(long long lines, int part, int column, int 
 
 // ---- operands in lines ----------------------------------------------------------------------------
 
-// lines: [chunk][64 rows][part][column], a line each; zero behind the last column.
+// Columns of a piece of phi, which 128 threads have at once.
+constexpr int kPieceColumns = 16, kPieceThreads = kPieceColumns * kUnits;
+static_assert(kColumns % kPieceColumns == 0 && tuning_phi_lines::threads % kPieceThreads == 0);
+
+// lines: [chunk][64 rows][part][column], a line each; zero behind the last column. Neighbours read neighbours of a row of
+// phi and write neighbours of a line: shared memory turns a piece of 64 rows.
 KERNEL(phi_lines, tuning_phi_lines::threads)
 (const float* phi, uint4* lines, int width, int columns, int chunks) {
-  const int blocks = width / kLine;
-  const long long at = (long long)blockIdx.x * tuning_phi_lines::threads + threadIdx.x;
-  if (at >= (long long)chunks * blocks * kUnits * kColumns) return;
-  // Neighbours read neighbours of a row of phi.
-  const int own = at % kColumns, unit = at / kColumns % kUnits;
-  const long long group = at / kColumns / kUnits;
-  const int c = group / blocks * kColumns + own, k = group % blocks * kLine + unit * 8;
+  constexpr int kPieces = tuning_phi_lines::threads / kPieceThreads;
+  // One more column, so that the threads of a warp find their numbers in different banks.
+  static __shared__ float pieces[kPieces][kLine][kPieceColumns + 1];
+  const int blocks = width / kLine, of_block = threadIdx.x / kPieceThreads;
+  const int thread = threadIdx.x % kPieceThreads;
+  const int piece = blockIdx.x * kPieces + of_block;
+  const int first = piece % (kColumns / kPieceColumns) * kPieceColumns;
+  const int group = piece / (kColumns / kPieceColumns);
+  const bool exists = group < chunks * blocks;
+  auto& own = pieces[of_block];
+
+  const int from_row = thread / kPieceColumns, own_column = thread % kPieceColumns;
+  const int c = group / blocks * kColumns + first + own_column;
+#pragma unroll
+  for (int row = from_row; row < kLine; row += kPieceThreads / kPieceColumns) {
+    const long long k = (long long)(group % blocks) * kLine + row;
+    own[row][own_column] = exists && c < columns ? phi[k * columns + c] : 0.f;
+  }
+  __syncthreads();
+  if (!exists) return;
+  const int unit = thread % kUnits, column = thread / kUnits;
   u32 words[4][kParts];
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
-    const float* from = phi + (long long)(k + 2 * w) * columns + c;
-    split(c < columns ? from[0] : 0.f, c < columns ? from[columns] : 0.f, words[w]);
+    split(own[8 * unit + 2 * w][column], own[8 * unit + 2 * w + 1][column], words[w]);
   }
 #pragma unroll
   for (int p = 0; p < kParts; ++p) {
-    lines[place_of(group, p, own, unit)] = {words[0][p], words[1][p], words[2][p], words[3][p]};
+    lines[place_of(group, p, first + column, unit)] = {words[0][p], words[1][p], words[2][p],
+                                                       words[3][p]};
   }
 }
 
@@ -253,10 +272,12 @@ KERNEL(project_lines, tuning_project_lines::threads, 1)
   const int row_length = (columns + 7) / 8 * 8 + 2;
   for (int unit = cluster_id(); unit < units; unit += num_clusters()) {
     const int chunk = chunk_of(unit);
+    const bool has_tokens = token_of(unit) + warp / 4 * kRows < tokens;
     Sums sums;
     for (int block = first_of(unit); block < end_of(unit); ++block) {
       stages.await(place);
-      sums.add_stage(stages, place, warp * 16, chunk == 0);
+      // The tensor cores are those of the warpgroups that have tokens.
+      if (has_tokens) sums.add_stage(stages, place, warp * 16, chunk == 0);
       stages.release(place, rank);
       load();
     }

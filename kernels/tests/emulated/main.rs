@@ -173,6 +173,8 @@ fn one_stream_fwd() {
         ([520, 11, 3, 3], [3, 3, 160]),
         ([264, 25, 2, 0], [0, 0, 96]),
         ([4096, 9, 1, 3], [0, 3, 1024]),
+        // A head.
+        ([264, 31, 2, 4], [0, 3, 96]),
     ];
     check_one_stream("one_stream_fwd", "one_stream/one_stream_fwd", &calls);
 }
@@ -188,6 +190,9 @@ fn one_stream_bwd() {
         // Two sets of channels a thread.
         ([2056, 31, 2, 1], [1, 3, 288]),
         ([2056, 31, 3, 3], [0, 3, 288]),
+        // A head, with one set and with two.
+        ([264, 31, 2, 4], [0, 3, 96]),
+        ([2056, 9, 1, 4], [0, 3, 288]),
     ];
     check_one_stream("one_stream_bwd", "one_stream/one_stream_bwd", &calls);
 }
@@ -342,6 +347,16 @@ fn post() {
         ("n8", &[(8, 200, 9)][..]),
         ("upto8", &[(5, 72, 17), (7, 130, 9)]),
         ("any", &[(16, 200, 9), (9, 72, 17), (13, 130, 9)]),
+        (
+            "upto4",
+            &[
+                (4, 610, 9),
+                (3, 65, 33),
+                (1, 11, 200),
+                (2, 524, 5),
+                (3, 72, 9),
+            ],
+        ),
     ] {
         let program = build("post", "post", size, "bf16");
         for is_mix in [0, 1] {

@@ -161,8 +161,9 @@ pub fn logits_bwd(
     let of_tokens = workspace.take(part(2));
     let sums = CoefficientLayout::max_num(call.n) + 3;
     let gate_sums = workspace.take(part(sums.div_ceil(main.tokens())));
-    // Floats that a block records for Sinkhorn's backward pass.
-    let recorded = 2 * call.config.sinkhorn_iters * 32;
+    // Floats that a block records for Sinkhorn's backward pass: its warps for H_res are those without a token.
+    let matrix_warps = main.threads() / 32 - main.tokens();
+    let recorded = 2 * call.config.sinkhorn_iters * 32 * matrix_warps;
     let (history, shared_bytes) = if recorded * size_of::<f32>() <= HISTORY_BYTES {
         (0, recorded * size_of::<f32>())
     } else {
