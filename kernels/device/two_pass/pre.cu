@@ -77,8 +77,8 @@ KERNEL(pre_fwd, kThreads, kForwardBlocks)
 (const Stream* x, const float* partial, int slices, const float* alpha, const float* bias,
  Stream* u, float* h_pre, float* h_post, float* h_res, float* m, float* r, int tokens, int hidden,
  int columns, Layout layout, Settings settings) {
-  __shared__ float h_pres[kTokens][N];
-  __shared__ float z_res[kTokens][kMaxRes];
+  static __shared__ float h_pres[kTokens][N];
+  static __shared__ float z_res[kTokens][kMaxRes];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int matrix_warp = kMatrixWarps > 1 ? warp - kTokens : 0;
   const int n = EXACT ? N : layout.n;
@@ -184,8 +184,8 @@ KERNEL(pre_bwd, kThreads, kBackwardBlocks)
  u32* dm_columns, float* h_pre, float2* factors, float* gate_sums, float* history, int tokens,
  int hidden, int columns, Layout layout, Settings settings) {
   extern __shared__ float shared_history[];
-  __shared__ float d_z[kTokens][kMaxColumns];
-  __shared__ float d_alphas[kTokens][3];
+  static __shared__ float d_z[kTokens][kMaxColumns];
+  static __shared__ float d_alphas[kTokens][3];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int matrix_warp = kMatrixWarps > 1 ? warp - kTokens : 0;
   const int n = EXACT ? N : layout.n;

@@ -198,6 +198,23 @@ fn one_stream_bwd() {
 }
 
 #[test]
+fn pre() {
+    // Streams, C, tokens. One warp has all matrices, two have them, and four.
+    for (size, calls) in [
+        ("upto4", &[(4, 130, 33), (3, 41, 19)][..]),
+        ("upto8", &[(5, 72, 17), (7, 61, 9)]),
+        ("any", &[(16, 72, 17), (9, 61, 9)]),
+    ] {
+        let program = build("pre", "two_pass/pre", size, "bf16");
+        for (seed, &(n, hidden, tokens)) in calls.iter().enumerate() {
+            let output = run(&program, [hidden, tokens, 0, seed], seed, false, &[n]);
+            assert!(output.status.success(), "{n} {hidden}: {output:?}");
+        }
+        assert_spoiled(&run(&program, [64, 9, 0, 0], 0, true, &[calls[0].0]));
+    }
+}
+
+#[test]
 fn phi_bwd() {
     for dtype in ["bf16", "f16"] {
         let program = build("phi_bwd", "one_pass/phi_bwd", "w128", dtype);
