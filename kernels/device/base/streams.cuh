@@ -21,19 +21,22 @@ __device__ inline void load_rows(Pack<S, V> (&packs)[N], const S* rows, int n, i
     // Rows at once: so many that there are registers for them.
     constexpr int kMost = 64 / kWindow, kRows = N < kMost ? N : kMost;
     using Word = typename Vector<kStep>::type;
-    const u64 last = u64(rows + (long long)n * width) - 1;
+    constexpr u32 kVector = 4 * kStep / sizeof(S);
+    // Places are counted in values from the vector on in which the first row begins.
+    const u32 before = u64(rows) % sizeof(Word) / sizeof(S);
+    const Word* const start = reinterpret_cast<const Word*>(rows - before);
+    const u32 last = (before + u32(n) * u32(width) - 1) / kVector;
 #pragma unroll
     for (int from = 0; from < N; from += kRows) {
       Word vectors[kRows][kWindow / kStep];
-      const auto row_of = [&](int i) {
-        return u64(rows + (from + i < n ? from + i : 0) * (long long)width + at);
+      const auto place_of = [&](int i) {
+        return before + u32(from + i < n ? from + i : 0) * u32(width) + u32(at);
       };
 #pragma unroll
       for (int i = 0; i < kRows && from + i < N; ++i) {
 #pragma unroll
-        for (int w = 0; w < kWindow; w += kStep) {
-          const u64 address = min(row_of(i) + 4 * w, last) & ~u64(4 * kStep - 1);
-          vectors[i][w / kStep] = *reinterpret_cast<const Word*>(address);
+        for (int v = 0; v < kWindow / kStep; ++v) {
+          vectors[i][v] = start[min(place_of(i) / kVector + v, last)];
         }
       }
 #pragma unroll
@@ -43,7 +46,7 @@ __device__ inline void load_rows(Pack<S, V> (&packs)[N], const S* rows, int n, i
         for (int w = 0; w < kWindow; w += kStep) {
           *reinterpret_cast<Word*>(&window[w]) = vectors[i][w / kStep];
         }
-        shift_words(words, window, int(row_of(i) % (4 * kStep)));
+        shift_words(words, window, int(place_of(i) % kVector * sizeof(S)));
         const int left = from + i < n ? width - at : 0;
         if (left >= V) continue;
 #pragma unroll

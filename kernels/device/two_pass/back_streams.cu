@@ -75,18 +75,19 @@ struct Part {
   __device__ Pack<Stream, 8> get(int piece, u32, int) const { return packs[piece]; }
 };
 // Where rows are not aligned it is the 16-byte words that they lie in, without a branch, so that all are on their way at
-// once, and the byte of these where the channels begin.
+// once, and the byte of these where the channels begin. Places are counted in values from the word on in which the
+// token begins, and from it on there are `num`.
 template <int PIECES>
 struct Part<false, PIECES> {
   uint4 words[PIECES + 1];
 
   __device__ u32 load(const Stream* token, long long num, int row, int at, int) {
-    const u64 first = u64(token + (row + at)), last = u64(token + num) - 1;
+    const u32 before = u64(token) % 16 / 2, first = before + u32(row) + u32(at);
+    const uint4* const start = reinterpret_cast<const uint4*>(token - before);
+    const u32 last = u32(min(before + num - 1, (1ll << 32) - 1)) / 8;
 #pragma unroll
-    for (int w = 0; w <= PIECES; ++w) {
-      words[w] = *reinterpret_cast<const uint4*>(min(first + 16 * w, last) & ~u64(15));
-    }
-    return first % 16;
+    for (int w = 0; w <= PIECES; ++w) words[w] = start[min(first / 8 + w, last)];
+    return first % 8 * 2;
   }
   // Zeros behind so many channels.
   __device__ Pack<Stream, 8> get(int piece, u32 shift, int channels) const {
@@ -143,7 +144,7 @@ struct Inputs {
   __device__ void load(const Operands& from, int any_token, int block) {
     const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     const long long token = min(any_token, from.tokens - 1), start = token * from.n * from.hidden;
-    const long long num = (from.tokens - token) * from.n * from.hidden;
+    const long long rest = (from.tokens - token) * from.hidden, num = rest * from.n;
     const float* h_of_token = from.h_res + token * from.n * from.n + from.stream(g);
     shifts = x.load(from.x + start, num, from.stream(g) * from.hidden,
                     from.first(g, block) + 16 * q, from.end(g))
@@ -159,8 +160,8 @@ struct Inputs {
     }
     d_u = {};
     if (q < kSets) {
-      shifts |= d_u.load(from.d_u + token * from.hidden, num / from.n, 0,
-                         block + q * kChannels + 8 * g, from.hidden)
+      shifts |= d_u.load(from.d_u + token * from.hidden, rest, 0, block + q * kChannels + 8 * g,
+                         from.hidden)
                 << 16;
     }
     h_pre = from.end(g) > 0 ? from.h_pre[token * from.n + from.stream(g)] : 0.f;
@@ -275,7 +276,7 @@ __device__ inline void project_back(const Operands& operands, const float* phi, 
   copy_dm(tile, 0);
   copy_dm(tile + step, 1);
   // As many tokens are on their way as there are registers for.
-  constexpr int kAhead = ALIGNED ? kWarpTokens : 1;
+  constexpr int kAhead = ALIGNED && (EXACT || N > 4) ? kWarpTokens : 1;
   Inputs<ALIGNED> inputs[kAhead];
 #pragma unroll
   for (int t = 0; t < kAhead; ++t) {

@@ -606,6 +606,9 @@ fn one_stream_is_read_once_by_blocks_that_have_whole_tokens() {
                 }
                 let pre = ["pre_bwd_one_stream", "sum_one_stream"];
                 assert_eq!(with_norm(Call::PreBwd, false), pre);
+                let head = with_norm(Call::HeadFwd, false);
+                assert_eq!(head, ["pre_fwd_one_stream"]);
+                assert_eq!(with_norm(Call::HeadBwd, false), pre);
                 let before = with_norm(Call::PreBwd, true);
                 assert_eq!(before[..2], ["norm_bwd", "sum_norm_scale"]);
                 assert_eq!(before[2..], pre);
