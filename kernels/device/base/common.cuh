@@ -104,7 +104,7 @@ __device__ inline void shift_words(u32 (&words)[WORDS], u32 (&window)[WINDOW], i
   }
 #pragma unroll
   for (int w = 0; w < WORDS; ++w) {
-    words[w] = __funnelshift_r(window[w], window[w + 1], (shift & 2) * 8);
+    words[w] = shift & 2 ? __funnelshift_r(window[w], window[w + 1], 16) : window[w];
   }
 }
 
