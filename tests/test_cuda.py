@@ -168,6 +168,47 @@ def test_any_width(op, hidden):
     check(op, Case((19,), 4, hidden), ("bfloat16", "float16", "float32")[hidden % 3])
 
 
+@pytest.mark.parametrize("op", ["pre", "post_pre"])
+@pytest.mark.parametrize(
+    "tokens, streams, hidden, dtype",
+    [
+        # Streams of a token are aligned together, or are not; warps pass from token to token.
+        (2053, 4, 2050, "bfloat16"), (517, 4, 2049, "bfloat16"), (517, 3, 1001, "bfloat16"),
+        (1031, 2, 523, "bfloat16"), (2053, 1, 9, "bfloat16"), (131, 7, 515, "bfloat16"),
+        (131, 16, 133, "bfloat16"), (517, 4, 1030, "float16"), (517, 4, 1030, "float32"),
+        (1, 4, 2050, "bfloat16"), (0, 4, 2050, "bfloat16"),
+    ],
+)  # fmt: skip
+def test_rows_that_are_not_aligned(op, tokens, streams, hidden, dtype):
+    """Whatever lies beside the operands in memory."""
+    poison()
+    check(op, Case((tokens,), streams, hidden, 3.0), dtype)
+
+
+@pytest.mark.parametrize("iters", [20, 40])
+@pytest.mark.parametrize("tokens, streams", [(1031, 16), (37, 16), (517, 11), (1031, 5), (37, 7)])
+def test_several_warps_share_a_block_of_matrices(tokens, streams, iters):
+    """What they record for the backward pass lies in shared memory, or in the workspace."""
+    poison()
+    config = variant(sinkhorn_iters=iters)
+    check("pre", Case((tokens,), streams, 64, 3.0, config), "bfloat16")
+
+
+@pytest.mark.parametrize(
+    "tokens, streams, hidden, dtype",
+    [
+        # Blocks with whole tokens: a set of channels a thread, or two.
+        (4099, 1, 256, "bfloat16"), (2053, 1, 2048, "float16"), (1031, 1, 2560, "bfloat16"),
+        (1031, 1, 4096, "float32"), (1, 1, 4096, "bfloat16"), (0, 1, 512, "bfloat16"),
+        # Fewer columns of phi than a kernel has room for.
+        (2053, 16, 264, "bfloat16"), (517, 11, 1024, "float32"), (2053, 3, 1032, "float16"),
+    ],
+)  # fmt: skip
+def test_heads(tokens, streams, hidden, dtype):
+    poison()
+    check("head", Case((tokens,), streams, hidden, 3.0), dtype)
+
+
 @pytest.mark.parametrize("op", ["pre", "post_pre", "two_sublayers"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
