@@ -228,7 +228,7 @@ __device__ inline void post_bwd_one_pass(const Backward& b, int num_streams, int
 
   float sums[kSums] = {};
   // Lanes without channels stay with those that have some where rows are not aligned.
-  const int behind = ALIGNED ? hidden : hidden + int(threadIdx.x) * V;
+  const int behind = ALIGNED ? hidden : hidden + int(threadIdx.x % 32) * V;
   for (int at = threadIdx.x * V; at < behind; at += blockDim.x * V) {
     // Streams that are not there are zero.
     Pack<Stream, V> xs[N], gs[N], ys;
