@@ -129,7 +129,7 @@ __device__ inline void forward(const Forward& f, const Settings& settings) {
         f.h_pre[own_token] = h_pre;
         if constexpr (NORM) f.rho[own_token] = rho;
       } else if (k == 1) {
-        f.h_post[own_token] = settings.post_scale * s;
+        f.h_post[own_token] = settings.post_scale * s + settings.post_eps;
       } else if (k == 2) {
         f.h_res[own_token] = h_res_of(settings, z, normalised);
       } else {

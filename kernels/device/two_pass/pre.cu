@@ -107,7 +107,7 @@ KERNEL(pre_fwd, kThreads, kForwardBlocks)
         h_pres[warp][c] = h;
         if (h_pre) h_pre[token * n + c] = h;
       } else if (c < n + layout.num_post) {
-        h_post[token * n + c - n] = settings.post_scale * sigmoid(z);
+        h_post[token * n + c - n] = settings.post_scale * sigmoid(z) + settings.post_eps;
       } else {
         z_res[warp][c - 2 * n] = z;
       }

@@ -41,7 +41,7 @@ int main(int, char** argv) {
   const std::vector<Stream> d_x_in(d_x, d_x + num);
   const auto any = [](size_t) { return normal(); };
   phi = floats(num_phi, any);
-  alpha = floats(3, [](size_t i) { return .3f + .1f * i; });
+  alpha = floats(K, [](size_t i) { return .3f + .1f * i; });
   bias = floats(K, any), m = floats(size_t(tokens) * K, any);
   r = floats(tokens, [](size_t) { return 1.f + .3f * std::tanh(normal()); });
   h_res = is_deferred ? floats(tokens, any) : nullptr;

@@ -52,7 +52,7 @@ int main(int, char** argv) {
   x_new = guarded<Stream>(num), u = guarded<Stream>(num);
   const auto any = [](size_t) { return normal(); };
   phi = floats(size_t(hidden) * K, [](size_t) { return .05f * normal(); });
-  alpha = floats(3, [](size_t i) { return .3f + .1f * i; });
+  alpha = floats(K, [](size_t i) { return .3f + .1f * i; });
   bias = floats(K, any), h_post_in = floats(tokens, any), h_res_in = floats(tokens, any);
   norm_scale = has_norm ? floats(hidden, any) : nullptr;
   rho = has_norm ? guarded<float>(tokens) : nullptr;
@@ -91,7 +91,7 @@ int main(int, char** argv) {
     }
     const double h = logistic(z[0]) + settings().pre_eps;
     of_h.add(h_pre[t], h);
-    of_h.add(h_post[t], 2 * logistic(z[1]));
+    of_h.add(h_post[t], 2 * logistic(z[1]) + settings().post_eps);
     of_h.add(h_res[t], h_res_of(z[2]));
     const double own_rho = has_norm ? 1 / std::sqrt(h * h * squares / hidden + kNormScaleEps) : 1;
     if (has_norm) of_rho.add(rho[t], own_rho);

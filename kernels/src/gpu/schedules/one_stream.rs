@@ -246,6 +246,7 @@ fn backward(
     let mut args: Vec<Arg> = [d_phi, gates].map(Arg::Pointer).to_vec();
     args.extend(["d_phi", "d_bias", "d_alpha"].map(result));
     args.extend([main.grid[0] as usize, size, call.columns].map(|number| Arg::I32(number as i32)));
+    args.push(Arg::I32(call.layout.num_gates() as i32));
     // A lane a number, and a block for the gates.
     let sum = sum.launch([size.div_ceil(32) + 1, 1, 1], args);
     Some(vec![main, sum])

@@ -202,6 +202,7 @@ pub fn sum_gradients(call: &CheckedCall, sums: &Sums, clusters: u32, rows: u32) 
             Arg::I32(rows as i32),
             Arg::I32(size as i32),
             Arg::I32(call.columns as i32),
+            Arg::I32(call.layout.num_gates() as i32),
         ],
     )
 }
