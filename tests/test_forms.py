@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -175,3 +176,31 @@ def test_training_starts_at_the_plain_model(name):
     num = N * C if name == "channels" else N
     of_post = np.asarray(gradient[num : 2 * num]).reshape(N, -1)
     assert len(np.unique(of_post, axis=0)) > 1
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_published_agrees_with_a_public_implementation(dtype):
+    """tests/vectors/make_hyper_connections.py says which; its norm has no eps."""
+    vectors = np.load(Path(__file__).parent / "vectors" / "hyper_connections.npz")
+    arrays = {name: jnp.asarray(vectors[name], dtype) for name in vectors.files}
+    names = [name for name in arrays if f"d_{name}" in arrays]
+    config = dataclasses.replace(PUBLISHED, norm_eps=0.0)
+
+    def run(given):
+        of_alpha, of_beta = given["dynamic_alpha_fn"], given["dynamic_beta_fn"][:, None]
+        theta = jnp.concatenate([of_alpha[:, :1], of_beta, of_alpha[:, 1:]], 1)
+        alpha, beta = given["dynamic_alpha_scale"], given["dynamic_beta_scale"]
+        static = given["static_alpha"]
+        params = MHCParams(
+            phi=(1 + given["norm.gamma"])[:, None] * theta,
+            alpha=jnp.stack([alpha, beta, alpha]),
+            bias=jnp.concatenate([static[:, 0], given["static_beta"], static[:, 1:].T.ravel()]),
+        )
+        return jax_mhc.mhc_residual(jnp.sin, given["x"], params, config=config)
+
+    x_new, pullback = jax.vjp(run, {name: arrays[name] for name in names})
+    (gradients,) = pullback(arrays["ct"])
+    errors = {"float64": (1e-14, 1e-14), "float32": (1e-6, 1e-5)}[dtype]
+    assert relative_error(x_new, vectors["x_new"]) <= errors[0]
+    for name, value in gradients.items():
+        assert relative_error(value, vectors[f"d_{name}"]) <= errors[1], name
