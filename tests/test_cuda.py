@@ -231,7 +231,7 @@ def test_blocks_with_all_streams(op, streams, hidden):
 @pytest.mark.parametrize("streams, hidden", [(2, 1000), (4, 1000), (4, 1001), (8, 1000)])
 def test_nothing_is_mixed_by_the_identity(dtype, streams, hidden):
     poison()
-    case = Case((517,), streams, hidden, 3.0, variant(constraint="identity"))
+    case = Case((517,), streams, hidden, 3.0, variant(constraint="identity", post_eps=0.125))
     check("two_sublayers", case, dtype)
 
 
@@ -421,7 +421,8 @@ OTHER_STREAMS = (
 def wide_case(constraint, hidden, tokens=None, norm=False, streams=4):
     """So many tokens, unless told, that every cluster uses its buffers again."""
     tokens = (1 << 23) // (streams * hidden) + 5 if tokens is None else tokens
-    return Case((tokens,), streams, hidden, 3.0, variant(constraint=constraint), norm=norm)
+    config = variant(constraint=constraint, post_eps=0.125)
+    return Case((tokens,), streams, hidden, 3.0, config, norm=norm)
 
 
 def rows(widths):
@@ -480,7 +481,7 @@ ONE_STREAM = (
 def test_blocks_with_whole_tokens(dtype, constraint, hidden, op, tokens):
     """With a norm where there is one token; so many, unless told, that slots are used again."""
     poison()
-    config, norm = variant(constraint=constraint), tokens == 1
+    config, norm = variant(constraint=constraint, post_eps=0.125), tokens == 1
     tokens = (1 << 24) // hidden + 5 if tokens is None else tokens
     check(op, Case((tokens,), 1, hidden, 3.0, config, norm=norm), dtype)
 
