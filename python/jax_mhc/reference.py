@@ -23,6 +23,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jax_mhc._axes import split_as_tokens
 from jax_mhc._check import accumulation_dtype
 from jax_mhc._log_derivatives import log_normalized, log_shifted, matrix_of
 from jax_mhc._types import Context, HeadParams, MHCConfig, MHCParams
@@ -242,7 +243,7 @@ def _channels(x: jax.Array, params: MHCParams, config: MHCConfig) -> _Coefficien
 
 def _of_tokens(of_all: jax.Array, x: jax.Array) -> jax.Array:
     """What is the same for all tokens, for each token of x."""
-    return jnp.broadcast_to(of_all, (*x.shape[:-2], *of_all.shape))
+    return split_as_tokens(jnp.broadcast_to(of_all, (*x.shape[:-2], *of_all.shape)), x)
 
 
 # JAX would keep, for the derivatives of a product, weights of channels once for each token.
