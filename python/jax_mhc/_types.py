@@ -34,8 +34,9 @@ class MHCConfig:
 
     Attributes:
         constraint: where H_res lives. ``"birkhoff"``: doubly stochastic matrices, by Sinkhorn-Knopp
-            (the paper). ``"none"``: any matrix, H_res = z_res (hyper-connections,
-            arXiv 2409.19606). ``"identity"``: H_res = I, without coefficients for it.
+            (the paper). ``"none"``: any matrix, H_res = z_res; all else stays as it is in mHC (for
+            hyper-connections as published see `form`). ``"identity"``: H_res = I, without
+            coefficients for it.
             ``"permutations"``: H_res = Σ_p softmax(z_res)_p P_p over the n! permutation matrices,
             doubly stochastic without iterations (mHC-lite, arXiv 2601.05732), for up to 4 streams.
             Their order is that of `itertools.permutations(range(n))`, the identity first, and
