@@ -325,6 +325,13 @@ def test_a_norm_at_widths_that_clusters_of_blocks_share(op, hidden, tokens):
     check(op, Case((tokens,), 4, hidden, 3.0, norm=True), "bfloat16")
 
 
+@pytest.mark.parametrize("hidden, tokens", [(1024, 4261), (7168, 1061)])
+def test_a_norm_of_several_tokens_a_block(hidden, tokens):
+    """The norm before the seam's backward pass, whose blocks have some tokens under way at once."""
+    poison()
+    check("two_sublayers", Case((tokens,), 4, hidden, 3.0, norm=True), "bfloat16")
+
+
 # Streams, channels and dtype: of a row a thread has a part, the last warp has few of them, or a row
 # has more parts than a block has threads.
 NORM_ROWS = [

@@ -214,6 +214,23 @@ fn phi_bwd() {
 }
 
 #[test]
+fn post_pre_norm_bwd() {
+    for dtype in ["bf16", "f16", "f32"] {
+        let file = "one_pass/post_pre_norm_bwd";
+        let program = build("post_pre_norm_bwd", file, "n4", dtype);
+        // C, tokens, blocks; whether w has zeros. Blocks have up to ten tokens.
+        for (seed, call) in [[520, 77, 8, 0], [2056, 9, 2, 1], [64, 1, 1, 0]]
+            .into_iter()
+            .enumerate()
+        {
+            let output = run(&program, call, seed, false, &[]);
+            assert!(output.status.success(), "{dtype} {call:?}: {output:?}");
+        }
+        assert_spoiled(&run(&program, [64, 9, 1, 0], 0, true, &[]));
+    }
+}
+
+#[test]
 fn back_streams() {
     // Streams and columns, C, tokens, blocks for a group of channels.
     type Calls = &'static [(usize, usize, usize, usize, usize)];
