@@ -214,7 +214,7 @@ def shapes(case: Case, tokens: int | None = None) -> tuple[Any, ...]:
     n, hidden, tokens = case.streams, case.hidden, tokens or case.tokens
     of = jax.ShapeDtypeStruct
     num = n if case.constraint == "head" else case.config.num_coefficients(n)
-    gates = of((1 if case.constraint == "head" else 3,), "float32")
+    gates = of((1 if case.constraint == "head" else case.config.num_gates(),), "float32")
     phi, bias = of((n * hidden, num), "float32"), of((num,), "float32")
     params: Any = mhc.MHCParams(phi, gates, bias)
     if case.constraint == "head":

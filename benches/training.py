@@ -41,7 +41,7 @@ class Options:
     """Connections to train from every seed."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Their seeds."""
-    others: tuple[Connection, ...] = ("lite", "static", "identity")
+    others: tuple[Connection, ...] = ("lite", "static", "identity", "published")
     """Connections to train from the first seed alone, after these."""
     gpus: int = 1
     """GPUs of the machine."""

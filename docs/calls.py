@@ -20,7 +20,8 @@ _HEAD = """\
 A *call* is one direction of an op, and one custom call of a compiled program. XLA knows `pre_fwd`
 as `{target}`, and the others alike. The number at the end is the version of this
 table. Compiled programs outlive the library (JAX's persistent cache, exported programs), so any
-change of meaning raises it. A call of version 2 is an error that says to export the program again.
+change of meaning raises it. A call of version 2 or 3 is an error that says to export the program
+again.
 
 All leading dimensions of the streams are tokens, `...` below, and are passed as they are. The
 letters of the other dimensions:
@@ -29,7 +30,7 @@ letters of the other dimensions:
 - `C`: channels of one stream.
 - `K`: coefficients, 2n + n² (`birkhoff`, `none`), 2n (`identity`) or 2n + n! (`permutations`, n up
   to {permuted_streams}); n in a head.
-- `A`: gates, 3, or 1 in a head.
+- `A`: gates, 3, 2 where H_res has no coefficients (`identity`), or 1 in a head.
 
 Dtypes of the streams:
 

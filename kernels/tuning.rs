@@ -120,6 +120,7 @@ const fn row(
 
 /// Streams: numbers with code of their own, then bounds for the others and for rows that are not aligned.
 pub const STREAMS: &[Size] = &[N2, N4, N8, UP_TO_4, UP_TO_8, ANY];
+const FEW_STREAMS: &[Size] = &[N2, N4, N8, UP_TO_4, UP_TO_8];
 const BOUNDS: &[Size] = &[UP_TO_4, UP_TO_8, ANY];
 const N2: Size = exact("n2", 2);
 const N4: Size = exact("n4", 4);
@@ -192,6 +193,9 @@ pub const FILES: &[File] = &[
         row("mix",      STREAMS, [0, 0, 256, 0], &[128]),
         row("post_bwd", STREAMS, [1, 0, 128, 0], &[0]),
     ] },
+    File { path: "post_dots", dtypes: BF16, target: Target::Every, more: &["channels"], kernels: &[
+        row("post_dots_fwd", &[N8, UP_TO_8, ANY], [0, 0, 128, 0], &[128]),
+    ] },
     File { path: "collapse", dtypes: ALL, target: Target::Every, more: &[], kernels: &[
         row("collapse_fwd", STREAMS, [0, 0, 256, 0], &[]),
         row("collapse_bwd", STREAMS, [1, 0, 128, 0], &[]),
@@ -203,8 +207,14 @@ pub const FILES: &[File] = &[
         row("sum_static",          STREAMS,     [0, 0, 256, 0], &[]),
     ] },
     File { path: "two_pass/pre", dtypes: ALL, target: Target::Every, more: &[], kernels: &[
-        row("pre_fwd",   STREAMS, [8, 0, 288, 0], &[]),
-        row("pre_bwd",   STREAMS, [8, 0, 288, 0], &[]),
+        row("pre_fwd",   &[N2, N4, N8, UP_TO_4], [8, 0, 288, 0], &[]),
+        row("pre_bwd",   &[N2, N4, N8, UP_TO_4], [8, 0, 288, 0], &[]),
+        // A warp has four matrices of 8 streams at once and two of 16: there are as many warps as 8 tokens want. With 8
+        // streams themselves registers are scarce, and one warp keeps up with the memory.
+        row("pre_fwd",   &[UP_TO_8], [8, 0, 320, 0], &[]),
+        row("pre_bwd",   &[UP_TO_8], [8, 0, 320, 0], &[]),
+        row("pre_fwd",   &[ANY], [8, 0, 384, 0], &[]),
+        row("pre_bwd",   &[ANY], [8, 0, 384, 0], &[]),
         row("sum_gates", STREAMS, [0, 0,  32, 0], &[]),
     ] },
     // `channels` are those of a block; `bytes` those that a thread has of a stream.
@@ -232,23 +242,23 @@ pub const FILES: &[File] = &[
         row("d_phi",               MANY,         [16, 5, 256, 0], &[ 0, 64, 10, 1, 0]),
         row("sum_d_phi",           OCTETS,       [ 0, 0, 256, 0], &[ 0,  0,  0, 0, 0]),
     ] },
-    // A block has `channels` at once, and a stage `tiles` of tokens. Stages are as many as shared memory holds.
+    // A block has `channels` at once, and a stage `tiles` of tokens. Stages are as many as shared memory holds. A
+    // warpgroup that copies leaves the others `registers`.
     File { path: "two_pass/warpgroups", dtypes: BF16, target: Target::Hopper,
-           more: &["tiles", "channels"], kernels: &[
-        row("phi_lines",     WARPGROUP_OCTETS, [ 0, 0, 256, 0], &[ 0, 0]),
-        row("r_dm_lines",    WARPGROUP_OCTETS, [ 0, 0, 256, 0], &[ 0, 0]),
-        row("project_lines", &[K80],  [16, 4, 512, 213_056], &[16, 0]),
-        row("project_lines", &[K144], [16, 4, 256, 213_056], &[ 8, 0]),
-        row("d_phi_lines",   &[K80],  [16, 4, 512, 213_056], &[ 4, 256]),
-        row("d_phi_lines",   &[K144], [16, 3, 512, 208_944], &[ 4, 256]),
+           more: &["tiles", "channels", "registers"], kernels: &[
+        row("phi_lines",     WARPGROUP_OCTETS, [ 0, 0, 256, 0], &[ 0, 0, 0]),
+        row("r_dm_lines",    WARPGROUP_OCTETS, [ 0, 0, 256, 0], &[ 0, 0, 0]),
+        row("project_lines", &[K80],  [16, 4, 640, 213_056], &[16,   0, 112]),
+        row("project_lines", &[K144], [16, 4, 384, 213_056], &[ 8,   0, 232]),
+        row("d_phi_lines",   &[K80],  [16, 5, 512, 225_360], &[ 4, 192, 160]),
+        row("d_phi_lines",   &[K144], [16, 3, 512, 184_368], &[ 4, 192, 160]),
     ] },
     // `channels` are those of a row, `hexets` the most groups of 16 columns that a warp has phi of, `blocks` run at once on
     // a multiprocessor.
     File { path: "two_pass/back_streams", dtypes: BF16, target: Target::Every,
            more: &["channels", "hexets", "blocks"], kernels: &[
         row("project_back_streams", &[N2],      [16, 0, 256, 67_584], &[64, 1, 2]),
-        row("project_back_streams", &[N4],      [16, 0, 256, 68_608], &[64, 2, 2]),
-        row("project_back_streams", &[UP_TO_4], [16, 0, 256, 68_608], &[64, 2, 1]),
+        row("project_back_streams", &[N4, UP_TO_4], [16, 0, 256, 68_608], &[64, 2, 2]),
         row("project_back_streams", &[N8, UP_TO_8], [16, 0, 256, 71_680], &[64, 5, 1]),
     ] },
     // A block has phi of `channels`.
@@ -343,7 +353,7 @@ pub const FILES: &[File] = &[
         row("pre_bwd_one_pass",      &[W256K8],  [8, 6, 512, 229_528], &[ 6, 60,  8,  4,  3,  1,  0,  1,  2, 1, 100]),
         row("pre_bwd_one_pass",      &[W384K8],  [8, 4, 512, 227_080], &[ 4, 45, 12,  4,  3,  1,  0,  1,  3, 1, 100]),
         row("pre_bwd_one_pass",      &[W512K8],  [8, 3, 512, 225_568], &[ 3, 33, 16,  4,  3,  1,  0,  1,  4, 1, 100]),
-        row("pre_bwd_one_pass",      &[W256K32], [8, 4, 512, 224_008], &[ 4, 45,  0,  4,  3,  1,  0,  0,  2, 0, 130]),
+        row("pre_bwd_one_pass",      &[W256K32], [8, 4, 512, 224_008], &[ 4, 45,  0,  4,  3,  1,  0,  0,  2, 0, 100]),
         row("pre_bwd_one_pass",      &[W320K32], [8, 3, 384, 224_280], &[ 2, 33,  0,  2,  1,  1,  1,  0,  2, 0, 130]),
         row("pre_bwd_one_pass",      &[W512], [8, 3, 384, 228_640], &[ 3, 33, 16,  2,  1,  0,  0,  1,  2, 0, 100]),
         row("pre_bwd_one_pass",      &[W384K32], [8, 4, 384, 232_200], &[ 4, 45, 12,  2,  1,  0,  0,  1,  2, 0, 100]),

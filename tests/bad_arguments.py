@@ -32,7 +32,8 @@ def zeros(*shape, dtype=jnp.float32):
 def params_of(n=N, c=C, *, static=False, config=PAPER):
     """Of the shapes that `init_params` gives them."""
     num = config.num_coefficients(n)
-    return MHCParams(*(None, None) if static else (zeros(n * c, num), zeros(3)), zeros(num))
+    dynamic = (zeros(n * c, num), zeros(config.num_gates()))
+    return MHCParams(*(None, None) if static else dynamic, zeros(num))
 
 
 def with_(record, **fields):
@@ -52,6 +53,7 @@ def deleted(*shape):
 
 X, Y, Z, H = zeros(5, N, C), zeros(5, C), zeros(5, N, N), zeros(5, N)
 PARAMS, STATIC = params_of(), params_of(static=True)
+UNMIXED = params_of(config=CONFIGS["identity"])
 HEAD = HeadParams(zeros(N * C, N), zeros(1), zeros(N))
 CTX = Context(X, H, H, Z)
 STREAMED = mhc.as_streams(jnp.asarray(X))
@@ -86,7 +88,7 @@ FUNCTION = [None, 3, "tanh", X, PARAMS]
 CONFIG = [None, {}, "paper", MHCConfig, 3, PARAMS]
 TOO_LARGE = [
     MHCConfig(**{field: value})
-    for field in ("sinkhorn_eps", "norm_eps", "pre_eps", "post_scale")
+    for field in ("sinkhorn_eps", "norm_eps", "pre_eps", "post_scale", "post_eps")
     for value in (1e300, 1e-60)
 ]
 RANDOM_KEY = [None, 0, "key", [0, 0], jnp.ones(2), jax.random.split(KEY, 3), np.uint32(0)]
@@ -118,7 +120,7 @@ MHC_PARAMS = [
     params_of(c=16), params_of(n=2, c=16), with_(STATIC, alpha=PARAMS.alpha),
     *(params_of(config=CONFIGS[name]) for name in ("identity", "permutations")),
     *(with_(PARAMS, phi=phi) for phi in (None, 3.0, PARAMS.phi.T, PARAMS.phi[None], zeros(32, 25))),
-    *(with_(PARAMS, alpha=alpha) for alpha in (None, [1.0] * 3, zeros(), zeros(4), zeros(3, 1))),
+    *(with_(PARAMS, alpha=alpha) for alpha in (None, [1.0] * 3, zeros(), zeros(2), zeros(3, 1))),
     *(with_(PARAMS, bias=bias) for bias in (None, 3.0, zeros(K - 1), zeros(1, K), deleted(K))),
     *(jax.tree.map(lambda leaf, d=d: leaf.astype(d), PARAMS) for d in (jnp.bfloat16, jnp.int32)),
 ]  # fmt: skip
@@ -211,6 +213,10 @@ def deepseek(fn=PARAMS.phi.T, base=PARAMS.bias, scale=PARAMS.alpha):
     return convert.from_deepseek_v4(fn, base, scale)
 
 
+def hy4(fn=UNMIXED.phi.T, base=UNMIXED.bias, scale=UNMIXED.alpha):
+    return convert.from_hy4(fn, base, scale)
+
+
 def megatron(weight=PARAMS.phi.T, alpha=PARAMS.alpha, bias=PARAMS.bias):
     return convert.from_megatron(weight, alpha, bias)
 
@@ -240,6 +246,7 @@ BAD = [
         constraint=[*CHOICE, None], order=[*CHOICE, None], norm_eps_mode=[*CHOICE, None],
         sinkhorn_eps_mode=[*CHOICE, None], sinkhorn_iters=[*INT[:-1], 10_001, 10**5000],
         sinkhorn_eps=NUMBER, norm_eps=NUMBER, pre_eps=NUMBER, post_scale=[*NUMBER, 0],
+        post_eps=NUMBER, form=[*CHOICE, None],
     ),
     ("MHCConfig.num_coefficients", "streams", STREAMS, MHCConfig().num_coefficients),
     ("MHCConfig.num_coefficients", "config", [5], CONFIGS["permutations"].num_coefficients),
@@ -256,7 +263,7 @@ BAD += [
         "init_params",
         functools.partial(mhc.init_params, KEY, streams=N, hidden=C),
         static=FLAG,
-        config=[MHCConfig(post_scale=0.5)],
+        config=[MHCConfig(post_scale=0.5), MHCConfig(post_eps=1.0)],
     ),
     *rows("expand", functools.partial(mhc.expand, streams=N), u=HIDDEN),
     *rows("expand", functools.partial(mhc.expand, Y), streams=STREAMS),
@@ -277,7 +284,7 @@ BAD += [
     *rows("pre", functools.partial(mhc.pre, params=PARAMS), x=X_BAD),
     *rows("post", functools.partial(mhc.post, ctx=CTX), y=LAYER_OUTPUT),
     *rows("post", functools.partial(mhc.post, Y), ctx=CONTEXT),
-    *rows("post", functools.partial(mhc.post, Y, CTX), implementation=CHOICE),
+    *rows("post", functools.partial(mhc.post, Y, CTX), implementation=CHOICE, bias=SCALE),
     *rows("post_pre", functools.partial(mhc.post_pre, ctx=CTX, params=PARAMS), y=LAYER_OUTPUT),
     *rows("post_pre", functools.partial(mhc.post_pre, y=Y, params=PARAMS), ctx=CONTEXT),
     *rows("sinkhorn", mhc.sinkhorn, logits=MATRICES),
@@ -344,6 +351,18 @@ BAD += [
     *rows("param_labels", mhc.param_labels, params=[None, "a", MHCConfig, jnp.tanh, {"a": "b"}]),
     # Conversion.
     *rows("convert.from_deepseek_v4", deepseek, fn=WEIGHT, base=STATIC_PART, scale=GATES),
+    *rows(
+        "convert.from_hy4", hy4, fn=[*ARRAY, UNMIXED.phi, zeros(9, N * C), zeros(0, N * C)],
+        base=STATIC_PART, scale=[zeros(3), *GATES],
+    ),
+    (
+        "convert.to_hy4", "params",
+        [
+            None, {}, UNMIXED.phi, HEAD, STATIC, PARAMS, with_(UNMIXED, alpha=zeros(3)),
+            with_(UNMIXED, bias=None), with_(UNMIXED, bias=zeros(9)),
+        ],
+        convert.to_hy4,
+    ),
     *rows("convert.from_megatron", megatron, weight=WEIGHT, bias=STATIC_PART, alpha=GATES),
     (
         "convert.head_from_deepseek_v4", "hc_fn",

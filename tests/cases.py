@@ -97,6 +97,7 @@ CASES = {
     "deepseek_v4_peaked": Case((5,), 4, 33, 6, presets.DEEPSEEK_V4),
     "megatron": Case((5,), 4, 33, 1, presets.MEGATRON),
     "megatron_peaked": Case((5,), 4, 33, 6, presets.MEGATRON),
+    "hy4": Case((5,), 4, 33, 1, presets.HY4),
     # Constraints and static coefficients.
     "unconstrained": Case((5,), 4, 33, 1, variant(constraint="none")),
     "identity": Case((5,), 4, 33, 1, variant(constraint="identity")),
@@ -114,8 +115,12 @@ CASES = {
     ),
     "clamp": Case((5,), 3, 7, 6, variant(sinkhorn_eps=0.4, sinkhorn_eps_mode="clamp")),
     "large_eps": Case(
-        (5,), 4, 33, 1, variant(norm_eps=0.5, pre_eps=0.25, post_scale=0.7, sinkhorn_iters=5)
-    ),
+        (5,),
+        4,
+        33,
+        1,
+        variant(norm_eps=0.5, pre_eps=0.25, post_scale=0.7, post_eps=0.125, sinkhorn_iters=5),
+    ),  # fmt: skip
     "eps_outside": Case((5,), 4, 33, 1, variant(norm_eps=0.5, norm_eps_mode="outside")),
 }
 
@@ -203,7 +208,8 @@ def params(case: Case, rng: np.random.Generator, dtype: Any) -> MHCParams:
         return MHCParams(phi=None, alpha=None, bias=bias)
     width = n * case.hidden
     phi = _normal(rng, dtype, width, num, scale=1 / math.sqrt(width))
-    return MHCParams(phi=phi, alpha=(spread * rng.uniform(0.8, 1.2, 3)).astype(dtype), bias=bias)
+    alpha = (spread * rng.uniform(0.8, 1.2, 3))[: case.config.num_gates()].astype(dtype)
+    return MHCParams(phi=phi, alpha=alpha, bias=bias)
 
 
 def head_params(case: Case, rng: np.random.Generator, dtype: Any) -> HeadParams:

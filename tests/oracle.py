@@ -8,6 +8,7 @@ by complex steps: every function is analytic where it is smooth. `config` is any
 fields of `MHCConfig`.
 """
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -143,12 +144,12 @@ def pre(x, params, config, norm_scale=None, norm_scale_eps=None):
         z = np.broadcast_to(bias, (*tokens, bias.size))
     else:
         alpha, phi = wide(params.alpha), wide(params.phi)
-        gates = np.repeat(alpha, [n, n, bias.size - 2 * n])
+        gates = np.repeat(alpha, [n, n, bias.size - 2 * n][: alpha.size])
         z = gates * project(x, phi, config) + bias
     z_pre, z_post, z_res = z[..., :n], z[..., n : 2 * n], z[..., 2 * n :]
 
     h_pre = sigmoid(z_pre) + config.pre_eps
-    h_post = config.post_scale * sigmoid(z_post)
+    h_post = config.post_scale * sigmoid(z_post) + config.post_eps
     if config.constraint == "identity":
         h_res = np.broadcast_to(np.eye(n), (*tokens, n, n))
     elif config.constraint == "none":
@@ -163,6 +164,41 @@ def pre(x, params, config, norm_scale=None, norm_scale_eps=None):
     if norm_scale is not None:
         u = rms_norm(u, wide(norm_scale), norm_scale_eps)
     return Pre(u, h_pre, h_post, h_res)
+
+
+def hyper_connections(x, params, config):
+    """Hyper-connections as published (arXiv 2409.19606), with a norm and gates of their own each.
+
+    params.phi [C, n + 2] holds theta_pre, theta_post and the rows of theta_res; h_res[k, j] belongs
+    to new stream k and old stream j.
+    """
+    x, phi, alpha, bias = (wide(a) for a in (x, params.phi, params.alpha, params.bias))
+    *tokens, n, _ = x.shape
+    h_pre, h_post, h_res = np.zeros((*tokens, n)), np.zeros((*tokens, n)), np.zeros((*tokens, n, n))
+    b_res = bias[2 * n :].reshape(n, n)
+    for i in range(n):
+        square = np.mean(x[..., i, :] ** 2, axis=-1, keepdims=True)
+        norm = x[..., i, :] / (
+            np.sqrt(square + config.norm_eps)
+            if config.norm_eps_mode == "inside"
+            else np.sqrt(square) + config.norm_eps
+        )
+        h_pre[..., i] = alpha[0] * np.tanh(norm @ phi[:, 0]) + bias[i]
+        h_post[..., i] = alpha[1] * np.tanh(norm @ phi[:, 1]) + bias[n + i]
+        for k in range(n):
+            h_res[..., k, i] = alpha[2] * np.tanh(norm @ phi[:, 2 + k]) + b_res[k, i]
+    return Pre(np.einsum("...i,...ic->...c", h_pre, x), h_pre, h_post, h_res)
+
+
+def channels(x, params, config):
+    """Static coefficients with h_pre and h_post [n, C]."""
+    x, bias = wide(x), wide(params.bias)
+    *tokens, n, hidden = x.shape
+    z_pre, z_post = bias[: 2 * n * hidden].reshape(2, n, hidden)
+    h_pre = sigmoid(z_pre) + config.pre_eps
+    h_post = config.post_scale * sigmoid(z_post) + config.post_eps
+    static = dataclasses.replace(params, bias=np.append(np.zeros(2 * n), bias[2 * n * hidden :]))
+    return Pre(np.einsum("ic,...ic->...c", h_pre, x), h_pre, h_post, pre(x, static, config).h_res)
 
 
 def post(y, x, h_post, h_res):

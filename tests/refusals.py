@@ -19,6 +19,7 @@ N, C = 2, 3
 PARAMS = mhc.init_params(KEY, streams=N, hidden=C)
 HEAD = mhc.init_head(KEY, streams=N, hidden=C)
 PERMUTED = MHCConfig(constraint="permutations")
+CHANNELS = MHCConfig(form="channels")
 X = jnp.ones((5, N, C), jnp.float32)
 Y = jnp.ones((5, C), jnp.float32)
 Z = jnp.ones((5, N, N), jnp.float32)
@@ -57,6 +58,10 @@ def residual_of_reference(x):
     return jnp.sum(
         mhc.mhc_residual(jnp.tanh, mhc.as_streams(x), PARAMS, **options).array(**options)
     )
+
+
+def of_channels():
+    return mhc.init_params(KEY, streams=N, hidden=C, config=CHANNELS, static=True)
 
 
 def stack(layers=(jnp.tanh,), params=(PARAMS,), **options):
@@ -171,6 +176,9 @@ ERRORS = [
     (config(norm_eps=False), TypeError, "MHCConfig", "norm_eps", "False (bool)"),
     (config(pre_eps="0"), TypeError, "MHCConfig", "pre_eps", "'0' (str)"),
     (config(pre_eps=-0.5), ValueError, "MHCConfig", "pre_eps", "-0.5"),
+    (config(form="hc"), ValueError, "MHCConfig", "form", "'hc'"),
+    (config(form="hyper_connections"), ValueError, "MHCConfig", "constraint", "'birkhoff'"),
+    (config(post_eps=-0.5), ValueError, "MHCConfig", "post_eps", "-0.5"),
     (config(post_scale=0), ValueError, "MHCConfig", "post_scale", "0.0"),
     (config(post_scale=1j), TypeError, "MHCConfig", "post_scale", "1j (complex)"),
     # Streams.
@@ -204,6 +212,22 @@ ERRORS = [
     (pre(params=with_(PARAMS, phi=zeros(8, 6))), ValueError, "pre", "params.phi", "[8, 6]"),
     (pre(params=with_(PARAMS, alpha=zeros(1))), ValueError, "pre", "params.alpha", "[1]"),
     (pre(params=with_(PARAMS, bias=zeros(4))), ValueError, "pre", "params.bias", "[4]"),
+    (pre(config=CHANNELS), ValueError, "pre", "params.bias", "[8]"),
+    (
+        pre(config=CHANNELS, params=with_(PARAMS, bias=zeros(16))),
+        ValueError, "pre", "params.phi", "an array",
+    ),
+    (pre(config=mhc.presets.HYPER_CONNECTIONS), ValueError, "pre", "params.phi", "[6, 8]"),
+    (
+        pre(config=CHANNELS, params=of_channels(), implementation="fused"),
+        ValueError, "pre", "implementation='fused'", "'channels'",
+    ),
+    (
+        lambda: mhc.post(
+            zeros(5, C), mhc.pre(X, of_channels(), config=CHANNELS)[1], implementation="fused"
+        ),
+        ValueError, "post", "implementation='fused'", "one of channels, [1, 2, 3]",
+    ),
     (pre(zeros(5, N, 4)), ValueError, "pre", "params.phi", "[6, 8]"),
     (pre(zeros(5, 3, 2)), ValueError, "pre", "params.bias", "[8]"),
     (
@@ -258,6 +282,7 @@ ERRORS = [
     (post(Y.astype(jnp.bfloat16)), TypeError, "post", "y", "bfloat16"),
     (post(zeros(4, C)), ValueError, "post", "y", "[4, 3]"),
     (post(X), ValueError, "post", "y", "[5, 2, 3]"),
+    (lambda: mhc.post(Y, CTX, bias=zeros(N)), ValueError, "post", "bias", "[2]"),
     (
         post(ctx=Context._of(X, X[:4], H, H, Z)),
         ValueError, "post", "ctx", "one for float32[4, 2, 3]",
@@ -369,6 +394,18 @@ ERRORS = [
         ValueError, "init_params", "config.post_scale", "0.5",
     ),
     (
+        lambda: mhc.init_params(KEY, streams=N, hidden=C, config=CHANNELS),
+        ValueError, "init_params", "static", "False",
+    ),
+    (
+        lambda: CHANNELS.num_coefficients(2),
+        TypeError, "MHCConfig.num_coefficients", "hidden", "None (NoneType)",
+    ),
+    (
+        lambda: mhc.init_params(KEY, streams=N, hidden=C, config=MHCConfig(post_eps=1)),
+        ValueError, "init_params", "config.post_eps", "1.0",
+    ),
+    (
         lambda: mhc.init_head(KEY, streams=N, hidden=C, config=MHCConfig(pre_eps=0.5)),
         ValueError, "init_head", "config.pre_eps", "0.5",
     ),
@@ -408,6 +445,18 @@ ERRORS = [
     (
         lambda: mhc.convert.from_deepseek_v4(None, None, None),
         TypeError, "convert.from_deepseek_v4", "fn", "NoneType",
+    ),
+    (
+        lambda: mhc.convert.from_hy4(zeros(9, 6), zeros(9), zeros(2)),
+        ValueError, "convert.from_hy4", "fn", "[9, 6]",
+    ),
+    (
+        lambda: mhc.convert.from_hy4(zeros(4, 6), zeros(4), zeros(3)),
+        ValueError, "convert.from_hy4", "scale", "[3]",
+    ),
+    (
+        lambda: mhc.convert.to_hy4(PARAMS),
+        ValueError, "convert.to_hy4", "params.phi.T", "[8, 6]",
     ),
     (
         lambda: mhc.convert.from_megatron(zeros(8, 6), zeros(3), zeros(4)),

@@ -67,6 +67,7 @@ class Settings:
     norm_eps_mode: str = "inside"
     pre_eps: float = 0.0
     post_scale: float = 2.0
+    post_eps: float = 0.0
     norm_scale_eps: float = 1e-5
     deferred: int = 0
 
@@ -88,10 +89,14 @@ class Shape:
         return 2 * self.n + oracle.NUM_RES[self.settings.constraint](self.n)
 
     @property
+    def num_gates(self) -> int:
+        return 2 if self.settings.constraint == "identity" else 3
+
+    @property
     def sizes(self) -> dict[str, Any]:
         """The letters of the table of calls, for the calls that are no head's."""
         num = self.num_coefficients
-        return {"tokens": self.tokens, "n": self.n, "C": self.hidden, "K": num, "A": 3}
+        return {"tokens": self.tokens, "n": self.n, "C": self.hidden, "K": num, "A": self.num_gates}
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -132,6 +137,7 @@ def _with_settings(n: int, hidden: int, num_tokens: int, rng: random.Random) -> 
         norm_eps_mode=pick("inside", "outside"),
         pre_eps=pick(0.0, 1e-6, 0.1),
         post_scale=pick(2.0, 1.0, 0.5),
+        post_eps=pick(0.0, 1e-6, 0.1),
         deferred=pick(0, 1),
     )
     tokens = pick((num_tokens,), (num_tokens, 1), (1, num_tokens))
@@ -161,7 +167,7 @@ def operands(shape: Shape) -> dict[str, np.ndarray]:
         "h_post": draw(*tokens, n),
         "h_res": draw(*tokens, n, n),
         "phi": draw(n, hidden, num, scale=scale),
-        "alpha": draw(3, scale=0.5),
+        "alpha": draw(shape.num_gates, scale=0.5),
         "bias": draw(num),
         "norm_scale": 1 + draw(hidden, scale=0.125),
         "head.phi": draw(n, hidden, n, scale=scale),

@@ -168,6 +168,47 @@ def test_any_width(op, hidden):
     check(op, Case((19,), 4, hidden), ("bfloat16", "float16", "float32")[hidden % 3])
 
 
+@pytest.mark.parametrize("op", ["pre", "post_pre"])
+@pytest.mark.parametrize(
+    "tokens, streams, hidden, dtype",
+    [
+        # Streams of a token are aligned together, or are not; warps pass from token to token.
+        (2053, 4, 2050, "bfloat16"), (517, 4, 2049, "bfloat16"), (517, 3, 1001, "bfloat16"),
+        (1031, 2, 523, "bfloat16"), (2053, 1, 9, "bfloat16"), (131, 7, 515, "bfloat16"),
+        (131, 16, 133, "bfloat16"), (517, 4, 1030, "float16"), (517, 4, 1030, "float32"),
+        (1, 4, 2050, "bfloat16"), (0, 4, 2050, "bfloat16"),
+    ],
+)  # fmt: skip
+def test_rows_that_are_not_aligned(op, tokens, streams, hidden, dtype):
+    """Whatever lies beside the operands in memory."""
+    poison()
+    check(op, Case((tokens,), streams, hidden, 3.0), dtype)
+
+
+@pytest.mark.parametrize("iters", [20, 40])
+@pytest.mark.parametrize("tokens, streams", [(1031, 16), (37, 16), (517, 11), (1031, 5), (37, 7)])
+def test_several_warps_share_a_block_of_matrices(tokens, streams, iters):
+    """What they record for the backward pass lies in shared memory, or in the workspace."""
+    poison()
+    config = variant(sinkhorn_iters=iters)
+    check("pre", Case((tokens,), streams, 64, 3.0, config), "bfloat16")
+
+
+@pytest.mark.parametrize(
+    "tokens, streams, hidden, dtype",
+    [
+        # Blocks with whole tokens: a set of channels a thread, or two.
+        (4099, 1, 256, "bfloat16"), (2053, 1, 2048, "float16"), (1031, 1, 2560, "bfloat16"),
+        (1031, 1, 4096, "float32"), (1, 1, 4096, "bfloat16"), (0, 1, 512, "bfloat16"),
+        # Fewer columns of phi than a kernel has room for.
+        (2053, 16, 264, "bfloat16"), (517, 11, 1024, "float32"), (2053, 3, 1032, "float16"),
+    ],
+)  # fmt: skip
+def test_heads(tokens, streams, hidden, dtype):
+    poison()
+    check("head", Case((tokens,), streams, hidden, 3.0), dtype)
+
+
 @pytest.mark.parametrize("op", ["pre", "post_pre", "two_sublayers"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -219,7 +260,8 @@ def test_warpgroups_keep_in_a_token_what_is_not_finite(value):
 
 @pytest.mark.parametrize("op", ["post_pre", "two_sublayers"])
 @pytest.mark.parametrize(
-    "streams, hidden", [(2, 4096), (2, 4098), (3, 4104), (4, 8328), (4, 4100), (6, 4104), (8, 4104)]
+    "streams, hidden",
+    [(2, 4096), (2, 4098), (3, 4104), (4, 8328), (4, 4100), (6, 4104), (8, 4104), (12, 264)],
 )
 def test_blocks_with_all_streams(op, streams, hidden):
     """They go through several tiles of tokens; the last is not full, nor are the last channels."""
@@ -231,7 +273,7 @@ def test_blocks_with_all_streams(op, streams, hidden):
 @pytest.mark.parametrize("streams, hidden", [(2, 1000), (4, 1000), (4, 1001), (8, 1000)])
 def test_nothing_is_mixed_by_the_identity(dtype, streams, hidden):
     poison()
-    case = Case((517,), streams, hidden, 3.0, variant(constraint="identity"))
+    case = Case((517,), streams, hidden, 3.0, variant(constraint="identity", post_eps=0.125))
     check("two_sublayers", case, dtype)
 
 
@@ -323,6 +365,13 @@ def test_widths_that_clusters_of_blocks_share(op, hidden, tokens):
 def test_a_norm_at_widths_that_clusters_of_blocks_share(op, hidden, tokens):
     poison()
     check(op, Case((tokens,), 4, hidden, 3.0, norm=True), "bfloat16")
+
+
+@pytest.mark.parametrize("hidden, tokens", [(1024, 4261), (7168, 1061)])
+def test_a_norm_of_several_tokens_a_block(hidden, tokens):
+    """The norm before the seam's backward pass, whose blocks have some tokens under way at once."""
+    poison()
+    check("two_sublayers", Case((tokens,), 4, hidden, 3.0, norm=True), "bfloat16")
 
 
 # Streams, channels and dtype: of a row a thread has a part, the last warp has few of them, or a row
@@ -421,7 +470,8 @@ OTHER_STREAMS = (
 def wide_case(constraint, hidden, tokens=None, norm=False, streams=4):
     """So many tokens, unless told, that every cluster uses its buffers again."""
     tokens = (1 << 23) // (streams * hidden) + 5 if tokens is None else tokens
-    return Case((tokens,), streams, hidden, 3.0, variant(constraint=constraint), norm=norm)
+    config = variant(constraint=constraint, post_eps=0.125)
+    return Case((tokens,), streams, hidden, 3.0, config, norm=norm)
 
 
 def rows(widths):
@@ -480,7 +530,7 @@ ONE_STREAM = (
 def test_blocks_with_whole_tokens(dtype, constraint, hidden, op, tokens):
     """With a norm where there is one token; so many, unless told, that slots are used again."""
     poison()
-    config, norm = variant(constraint=constraint), tokens == 1
+    config, norm = variant(constraint=constraint, post_eps=0.125), tokens == 1
     tokens = (1 << 24) // hidden + 5 if tokens is None else tokens
     check(op, Case((tokens,), 1, hidden, 3.0, config, norm=norm), dtype)
 

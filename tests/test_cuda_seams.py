@@ -16,7 +16,7 @@ from jax_mhc.presets import PAPER
 
 pytestmark = pytest.mark.gpu
 
-IDENTITY = variant(constraint="identity")
+IDENTITY = variant(constraint="identity", post_eps=0.125)
 NONE = variant(constraint="none")
 
 # Channels of a block and blocks of a cluster for widths, which reach all sizes of both; the last

@@ -91,7 +91,9 @@ SETTINGS = {
     "deepseek_v4": {"config": presets.DEEPSEEK_V4, "norm": True},
     "megatron": {"config": presets.MEGATRON},
     "large eps": {
-        "config": cases.variant(norm_eps=0.5, norm_eps_mode="outside", pre_eps=0.25, post_scale=0.7)
+        "config": cases.variant(
+            norm_eps=0.5, norm_eps_mode="outside", pre_eps=0.25, post_scale=0.7, post_eps=0.125
+        )
     },
     "no tokens": {"tokens": (0, 8)},
     "one stream": {"streams": 1},

@@ -25,6 +25,7 @@ KEY = jax.random.key(0)
 CONFIGS = {
     "paper": presets.PAPER,
     "deepseek_v4": presets.DEEPSEEK_V4,
+    "hy4": presets.HY4,
     "megatron": presets.MEGATRON,
     "unconstrained": MHCConfig(constraint="none"),
     "identity": MHCConfig(constraint="identity"),
@@ -34,6 +35,7 @@ CONFIGS = {
     "post_scale_1": MHCConfig(post_scale=1.0),
     "post_scale_5": MHCConfig(post_scale=5.0),
     "pre_eps": MHCConfig(pre_eps=0.03),
+    "post_eps": MHCConfig(post_eps=0.3, post_scale=0.7),
 }
 
 
@@ -51,6 +53,8 @@ def test_defaults_are_the_paper():
         "norm_eps_mode": "inside",
         "pre_eps": 0.0,
         "post_scale": 2.0,
+        "post_eps": 0.0,
+        "form": "mhc",
     }
 
 
@@ -58,6 +62,10 @@ def test_defaults_are_the_paper():
     "preset, changed",
     [
         (presets.DEEPSEEK_V4, {"pre_eps": 1e-6, "sinkhorn_eps": 1e-6}),
+        (
+            presets.HY4,
+            {"constraint": "identity", "norm_eps": 1e-5, "pre_eps": 1e-6, "post_eps": 1e-6},
+        ),
         (
             presets.MEGATRON,
             {

@@ -32,6 +32,7 @@ configs = st.builds(
     norm_eps_mode=st.sampled_from(["inside", "outside"]),
     pre_eps=st.sampled_from([0.0, 1e-6, 0.5]),
     post_scale=st.sampled_from([0.5, 1.0, 2.0]),
+    post_eps=st.sampled_from([0.0, 1e-6, 0.5]),
 )
 cases = st.builds(
     Case,

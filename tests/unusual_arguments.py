@@ -24,6 +24,7 @@ from bad_arguments import (
     Z,
     deepseek,
     deepseek_head,
+    hy4,
     megatron,
     nnx_head,
     nnx_module,
@@ -166,7 +167,8 @@ GOOD = {
             for n in range(1, 17) for c in (1, 12)
         ),
         *(lambda n=n: convert.to_deepseek_v4(params_of(n, 1)) for n in range(1, 17)),
-        lambda: convert.to_deepseek_v4(params_of(4, 7168)), megatron, deepseek_head,
+        lambda: convert.to_deepseek_v4(params_of(4, 7168)), megatron, deepseek_head, hy4,
+        lambda: convert.to_hy4(hy4()),
     ],
     "diagnostics": [
         lambda: diagnostics.sample_tokens(Z, np.int32(100)), lambda: diagnostics.composite(Z[:0]),

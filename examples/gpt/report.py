@@ -28,6 +28,7 @@ STYLES: dict[Connection, tuple[str, str, float]] = {
     "static": ("static mHC", "#009E73", 1.2),
     "identity": ("identity (iHC)", "#CC79A7", 1.2),
     "lite": ("mHC-lite", "#D55E00", 1.0),
+    "published": ("HC as published", "#F0E442", 1.0),
 }
 LABELS = {name: label for name, (label, *_) in STYLES.items()}
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 import jax_mhc as mhc
 
-Connection = Literal["residual", "hc", "mhc", "static", "identity", "lite"]
+Connection = Literal["residual", "hc", "mhc", "static", "identity", "lite", "published"]
 
 # Options of jax_mhc.flax.nnx.MHC for each; None is x + layer(x).
 CONNECTIONS: dict[Connection, dict[str, Any] | None] = {
@@ -22,6 +22,7 @@ CONNECTIONS: dict[Connection, dict[str, Any] | None] = {
     "static": {"config": mhc.MHCConfig(constraint="birkhoff"), "static": True},
     "identity": {"config": mhc.MHCConfig(constraint="identity")},
     "lite": {"config": mhc.MHCConfig(constraint="permutations")},
+    "published": {"config": mhc.presets.HYPER_CONNECTIONS},
 }
 
 
@@ -33,9 +34,10 @@ class Settings:
     """What the other options are by default: a demo for any machine, or a model of 24 blocks and 76
     million parameters for one H200, with checkpoints."""
     connections: tuple[Connection, ...] = ("residual", "hc", "mhc")
-    """Residual connections to train, in this order: plain residuals, unconstrained
-    hyper-connections, mHC; mHC with coefficients that are the same for all tokens (static), with
-    streams that do not mix (identity), with a mean of permutations in place of Sinkhorn (lite)."""
+    """Residual connections to train, in this order: plain residuals, mHC without its constraint
+    (hc), mHC; mHC with coefficients that are the same for all tokens (static), with streams that do
+    not mix (identity), with a mean of permutations in place of Sinkhorn (lite); hyper-connections
+    as published, in plain JAX (published)."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of the initial weights and of the order of the batches; each connection is trained with
     each."""

@@ -100,8 +100,8 @@ pub fn retired_handler_address() -> usize {
 /// The error of calls that are no more.
 fn retired_message() -> String {
     format!(
-        "jax_mhc: program: expected calls of version {TARGET_VERSION}, got calls of version 2; export or \
-         compile the program again with this version of jax-mhc"
+        "jax_mhc: program: expected calls of version {TARGET_VERSION}, got those of an earlier version; \
+         export or compile the program again with this version of jax-mhc"
     )
 }
 

@@ -371,7 +371,7 @@ fn every_op_has_handlers_of_its_own() {
 #[test]
 fn retired_calls_are_refused_whatever_they_hold() {
     let expected = format!(
-        "jax_mhc: program: expected calls of version {TARGET_VERSION}, got calls of version 2; "
+        "jax_mhc: program: expected calls of version {TARGET_VERSION}, got those of an earlier version; "
     );
     let iters = Typed {
         dtype: 5,

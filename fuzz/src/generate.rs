@@ -220,7 +220,11 @@ fn sizes(op: &Op, n: i64, constraint: Option<&str>, iters: i64, rng: &mut Rng) -
         n,
         c,
         k,
-        gates: if op.is_head() { 1 } else { 3 },
+        gates: match k - 2 * n {
+            _ if op.is_head() => 1,
+            0 => 2,
+            _ => 3,
+        },
         streams_dtype: pick(rng, dtypes),
     }
 }

@@ -180,7 +180,11 @@ fn buffers(op: &Op, frame: &Frame) -> Result<(), &'static str> {
         n,
         c,
         k,
-        gates: if op.is_head() { 1 } else { 3 },
+        gates: match num_res {
+            _ if op.is_head() => 1,
+            0 => 2,
+            _ => 3,
+        },
     };
     let pairs = (operands.into_iter().zip(args)).chain(results.into_iter().zip(rets));
     for (value, buffer) in pairs {

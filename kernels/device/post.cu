@@ -1,7 +1,7 @@
 // post: X'[i] = sum over j of H_res[i, j] X[j] + h_post[i] y, and its gradients but for X's, which pre's
 // backward makes of that of X' (projection.cu). All sums in float32.
 
-#include "base/matrix.cuh"
+#include "math/mix.cuh"
 #include "math/post.cuh"
 
 constexpr int N = SIZE;
@@ -9,113 +9,11 @@ constexpr int kThreads = tuning_post_fwd::threads;
 static_assert(kThreads == tuning_mix::threads);
 constexpr int V = kThreadChannels<N>;
 
-// ---- on tensor cores ----------------------------------------------------------------------------
-
-// Many bfloat16 streams are mixed on tensor cores: a warp has some channels of one token, and the weights in two bfloat16
-// parts. An infinity or NaN of a channel stays there.
+// Many bfloat16 streams are mixed on tensor cores.
 constexpr bool kMixesByWarps = N >= 8 && kStreamParts<Stream> == 1;
-// Threads for a token are a warp for so many channels, 64 at a time.
 constexpr int kWarpChannels = tuning_mix::channels;
 static_assert(kWarpChannels == tuning_post_fwd::channels);
-
-// The place of a warp: a token and the first of its channels.
-struct WarpItem {
-  long long token;
-  int first;
-  bool exists;
-
-  __device__ WarpItem(int tokens, int slab, int hidden) {
-    const u32 warps = (hidden + kWarpChannels - 1) / kWarpChannels;
-    const u32 warp = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
-    const int token_of_slab = warp / warps;
-    token = (long long)blockIdx.y * slab + token_of_slab;
-    first = warp % warps * kWarpChannels;
-    exists = token_of_slab < slab && token < tokens;
-  }
-};
-
-// A matrix of weights as A fragments, a row a new stream; of a vector that is added the first column of 8 others. With up
-// to 8 streams these are columns 8 to 15, the rows from 8 on have the lower parts of the others, and one product does.
-struct Weights {
-  u32 upper[4], lower[4], added[2][2];
-
-  // `at(i, j)`, zero where there is none; `more(i)`.
-  template <class At, class More>
-  __device__ Weights(At at, More more) {
-    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      const int i = g + r % 2 * 8, j = 2 * q + r / 2 * 8;
-      u32 parts[2] = {};
-      if (i < N && j < N) split(at(i, j), at(i, j + 1), parts);
-      upper[r] = parts[0], lower[r] = parts[1];
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-      split(q == 0 && g + r * 8 < N ? more(g + r * 8) : 0.f, 0.f, added[r]);
-    if constexpr (N <= 8) {
-      upper[1] = lower[0];
-      upper[2] = added[0][0], upper[3] = added[0][1];
-    }
-  }
-
-  // Of the streams g and g + 8, channels that B has as columns 2 q and 2 q + 1.
-  __device__ void multiply(float (&mixed)[4], u32 b, u32 later_b, u32 added_b) const {
-    float sums[4] = {};
-    if constexpr (N <= 8) {
-      mma(sums, upper[0], upper[1], upper[2], upper[3], {b, added_b});
-      mixed[0] = sums[0] + sums[2], mixed[1] = sums[1] + sums[3];
-    } else {
-      mma_k8(sums, added[0][1], added[1][1], added_b);
-      mma(sums, lower[0], lower[1], lower[2], lower[3], {b, later_b});
-      mma_k8(sums, added[0][0], added[1][0], added_b);
-      mma(sums, upper[0], upper[1], upper[2], upper[3], {b, later_b});
-#pragma unroll
-      for (int v = 0; v < 4; ++v) mixed[v] = sums[v];
-    }
-  }
-};
-
-// New streams of a warp's channels. `from` and `to` are those of the token and may be the same; `added` may be null.
-template <bool ALIGNED>
-__device__ inline void mix_channels(const Weights& weights, const Stream* from, const Stream* added,
-                                    Stream* to, int first, int n, int hidden) {
-  constexpr int kHalves = N / 8;
-  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-#pragma unroll
-  for (int unit = first; unit < first + kWarpChannels; unit += 64) {
-    if (unit >= hidden) break;
-    // Of the streams 2 q, 2 q + 1, 2 q + 8 and 2 q + 9. Column g of B is channel 8 g + e.
-    Pack<Stream, 8> xs[2 * kHalves], ys = {};
-#pragma unroll
-    for (int k = 0; k < 2 * kHalves; ++k) {
-      const int j = 2 * q + k % 2 + k / 2 * 8;
-      load<ALIGNED>(xs[k], from + (long long)j * hidden, unit + 8 * g, j < n ? hidden : 0);
-    }
-    if (added && q == 0) load<ALIGNED>(ys, added, unit + 8 * g, hidden);
-    float values[kHalves][2][8];  // of the streams g and g + 8, from channel 16 q on
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      const auto pair_of = [&](u32 low, u32 high) {
-        return __byte_perm(low, high, e % 2 ? 0x7632 : 0x5410);
-      };
-      float mixed[4];
-      weights.multiply(mixed, pair_of(xs[0].words[e / 2], xs[1].words[e / 2]),
-                       pair_of(xs[2 * kHalves - 2].words[e / 2], xs[2 * kHalves - 1].words[e / 2]),
-                       pair_of(ys.words[e / 2], 0));
-#pragma unroll
-      for (int v = 0; v < 2 * kHalves; ++v) values[v / 2][v % 2][e] = mixed[v];
-    }
-#pragma unroll
-    for (int v = 0; v < 2 * kHalves; ++v) {
-      const int i = g + v / 2 * 8;
-      Pack<Stream, 8> result;
-      result.set(values[v / 2][v % 2]);
-      store<ALIGNED>(result, to + (long long)i * hidden, unit + 16 * q + v % 2 * 8,
-                     i < n ? hidden : 0);
-    }
-  }
-}
+using Place = WarpItem<kThreads, kWarpChannels>;
 
 // ---- forward ------------------------------------------------------------------------------------
 
@@ -126,17 +24,17 @@ __device__ inline void post_fwd(const Stream* x, const Stream* y, const float* h
                                 int num_streams, int hidden) {
   const int n = EXACT ? N : num_streams;
   if constexpr (kMixesByWarps) {
-    const WarpItem item(tokens, slab, hidden);
+    const Place item(tokens, slab, hidden);
     if (!item.exists) return;
     const long long token = item.token, row = token * n * hidden;
-    const float *own_res = h_res + token * n * n, *own_post = h_post + token * n;
-    const Weights weights([&](int i, int j) { return i < n && j < n ? own_res[i * n + j] : 0.f; },
-                          [&](int i) { return i < n ? own_post[i] : 0.f; });
-    return mix_channels<ALIGNED>(weights, x + row, y + token * hidden, x_new + row, item.first, n,
-                                 hidden);
+    const auto weights = [&] {
+      return post_weights<N>(h_res + token * n * n, h_post + token * n, n);
+    };
+    return mix_channels<ALIGNED, N, kWarpChannels>(weights, x + row, y + token * hidden,
+                                                   x_new + row, item.first, n, hidden, NoUse{});
   }
   const Item<V, kThreads> item(tokens, slab, hidden);
-  if (!item.exists) return;
+  if (ALIGNED && !item.exists) return;
   const long long token = item.token, row = token * n * hidden;
   post<ALIGNED, N, V>(x + row, y + token * hidden, h_post + token * n, h_res + token * n * n,
                       x_new + row, n, hidden, item.at, [](int, const Pack<Stream, V>&) {});
@@ -164,24 +62,25 @@ __device__ inline void mix(const Stream* d_x_new, const float* h_res, Stream* d_
                            int slab, int num_streams, int hidden) {
   const int n = EXACT ? N : num_streams;
   if constexpr (kMixesByWarps) {
-    const WarpItem item(tokens, slab, hidden);
+    const Place item(tokens, slab, hidden);
     if (!item.exists) return;
     const long long row = item.token * n * hidden;
     const float* own_res = h_res + item.token * n * n;
-    const Weights weights([&](int j, int i) { return i < n && j < n ? own_res[i * n + j] : 0.f; },
-                          [](int) { return 0.f; });
-    return mix_channels<ALIGNED>(weights, d_x_new + row, nullptr, d_x + row, item.first, n, hidden);
+    const auto weights = [&] {
+      return MixingWeights<N>(
+          [&](int j, int i) { return i < n && j < n ? own_res[i * n + j] : 0.f; },
+          [](int) { return 0.f; });
+    };
+    return mix_channels<ALIGNED, N, kWarpChannels>(weights, d_x_new + row, nullptr, d_x + row,
+                                                   item.first, n, hidden, NoUse{});
   }
   const Item<V, kThreads> item(tokens, slab, hidden);
-  if (!item.exists) return;
+  if (ALIGNED && !item.exists) return;
   const long long token = item.token;
   const int at = item.at;
 
   Pack<Stream, V> gs[N];
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    if (i < n) load<ALIGNED>(gs[i], d_x_new + (token * n + i) * hidden, at, hidden);
-  }
+  load_rows<ALIGNED>(gs, d_x_new + token * n * hidden, n, hidden, at);
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     if (j >= n) break;
@@ -189,7 +88,7 @@ __device__ inline void mix(const Stream* d_x_new, const float* h_res, Stream* d_
     mix(gs, h_res + token * n * n, n, j, sums);
     Pack<Stream, V> result;
     result.set(sums);
-    store<ALIGNED>(result, d_x + (token * n + j) * hidden, at, hidden);
+    store_together<ALIGNED>(result, d_x + (token * n + j) * hidden, at, hidden);
   }
 }
 
@@ -230,16 +129,14 @@ __device__ inline void post_bwd_one_pass(const Backward& b, int num_streams, int
   for (int i = 0; i < N; ++i) h[i] = i < n ? b.h_post[token * n + i] : 0.f;
 
   float sums[kSums] = {};
-  for (int at = threadIdx.x * V; at < hidden; at += blockDim.x * V) {
+  // Lanes without channels stay with those that have some where rows are not aligned.
+  const int behind = ALIGNED ? hidden : hidden + int(threadIdx.x % 32) * V;
+  for (int at = threadIdx.x * V; at < behind; at += blockDim.x * V) {
     // Streams that are not there are zero.
     Pack<Stream, V> xs[N], gs[N], ys;
-#pragma unroll
-    for (int i = 0; i < N; ++i)
-      load<ALIGNED>(gs[i], b.d_x_new + (token * n + i) * hidden, at, i < n ? hidden : 0);
-#pragma unroll
-    for (int j = 0; j < N; ++j)
-      load<ALIGNED>(xs[j], b.x + (token * n + j) * hidden, at, j < n ? hidden : 0);
-    load<ALIGNED>(ys, b.y + token * hidden, at, hidden);
+    load_rows<ALIGNED>(gs, b.d_x_new + token * n * hidden, n, hidden, at);
+    load_rows<ALIGNED>(xs, b.x + token * n * hidden, n, hidden, at);
+    load_row<ALIGNED>(ys, b.y + token * hidden, hidden, at);
 
     float values[V] = {};
 #pragma unroll
@@ -253,7 +150,7 @@ __device__ inline void post_bwd_one_pass(const Backward& b, int num_streams, int
     }
     Pack<Stream, V> result;
     result.set(values);
-    store<ALIGNED>(result, b.d_y + token * hidden, at, hidden);
+    store_together<ALIGNED>(result, b.d_y + token * hidden, at, hidden);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       if (i >= n) break;
@@ -278,42 +175,43 @@ __device__ inline void post_bwd_one_pass(const Backward& b, int num_streams, int
 // every 64 channels.
 template <bool ALIGNED>
 __device__ inline void post_bwd_by_warps(const Backward& b, int n, int hidden) {
-  constexpr int kUnit = 64, kSteps = kUnit / 32;
+  constexpr int kUnit = 64, kSteps = kUnit / 32, kHalves = N / 8;
   // Columns are the streams of X and, behind them, y.
-  __shared__ float shared[kMaxBackwardWarps][16][18];
+  __shared__ float shared[kMaxBackwardWarps][N][N + 2];
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const long long token = blockIdx.x;
   const auto row = [&](const Stream* streams, int i) {
     return streams + (token * n + i) * (long long)hidden;
   };
-  float h[2];
+  float h[kHalves];
 #pragma unroll
-  for (int r = 0; r < 2; ++r) h[r] = g + 8 * r < n ? b.h_post[token * n + g + 8 * r] : 0.f;
+  for (int r = 0; r < kHalves; ++r) h[r] = g + 8 * r < n ? b.h_post[token * n + g + 8 * r] : 0.f;
 
-  float sums[3][4] = {};
+  float sums[kHalves + 1][4] = {};
   for (int unit = warp * kUnit; unit < hidden; unit += warps * kUnit) {
     // Of the streams g and g + 8; y is column g = 0 of B.
-    Pack<Stream, 8> gs[kSteps][2], xs[kSteps][3];
+    Pack<Stream, 8> gs[kSteps][kHalves], xs[kSteps][kHalves + 1];
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       const int at = unit + 32 * s + 8 * q;
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
+      for (int r = 0; r < kHalves; ++r) {
         const int i = g + 8 * r, end = i < n ? hidden : 0;
         load<ALIGNED>(gs[s][r], row(b.d_x_new, i), at, end);
         load<ALIGNED>(xs[s][r], row(b.x, i), at, end);
       }
-      load<ALIGNED>(xs[s][2], b.y + token * hidden, at, g == 0 ? hidden : 0);
+      load<ALIGNED>(xs[s][kHalves], b.y + token * hidden, at, g == 0 ? hidden : 0);
     }
-    float products[3][4] = {};
+    float products[kHalves + 1][4] = {};
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
-      const u32(&low)[4] = gs[s][0].words, (&high)[4] = gs[s][1].words;
+      const u32(&low)[4] = gs[s][0].words, (&high)[4] = gs[s][kHalves - 1].words;
 #pragma unroll
       for (int w = 0; w < 4; w += 2) {
 #pragma unroll
-        for (int c = 0; c < 3; ++c) {
+        for (int c = 0; c <= kHalves; ++c) {
+          // With up to 8 streams nobody wants the rows from 8 on.
           mma(products[c], low[w], high[w], low[w + 1], high[w + 1],
               {xs[s][c].words[w], xs[s][c].words[w + 1]});
         }
@@ -321,7 +219,10 @@ __device__ inline void post_bwd_by_warps(const Backward& b, int n, int hidden) {
       // d_y: of 8 channels a lane keeps the one of its g.
       float values[8];
 #pragma unroll
-      for (int v = 0; v < 8; ++v) values[v] = h[0] * gs[s][0][v] + h[1] * gs[s][1][v];
+      for (int v = 0; v < 8; ++v) {
+        values[v] = h[0] * gs[s][0][v];
+        if constexpr (kHalves > 1) values[v] += h[1] * gs[s][1][v];
+      }
 #pragma unroll
       for (int half = 4; half > 0; half /= 2) {
         const bool upper = g & half;
@@ -338,24 +239,24 @@ __device__ inline void post_bwd_by_warps(const Backward& b, int n, int hidden) {
       }
     }
 #pragma unroll
-    for (int c = 0; c < 3; ++c) {
+    for (int c = 0; c <= kHalves; ++c) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) sums[c][e] += products[c][e];
     }
   }
 #pragma unroll
-  for (int c = 0; c < 3; ++c) {
+  for (int c = 0; c <= kHalves; ++c) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
+    for (int e = 0; e < 2 * kHalves; ++e) {
       const int column = 8 * c + 2 * q + e % 2;
-      if (column < 18) shared[warp][g + e / 2 * 8][column] = sums[c][e];
+      if (column < N + 2) shared[warp][g + e / 2 * 8][column] = sums[c][e];
     }
   }
   __syncthreads();
   for (int at = threadIdx.x; at < n * (n + 1); at += blockDim.x) {
     const int i = at / (n + 1), j = at % (n + 1);
     float sum = 0.f;
-    for (int w = 0; w < warps; ++w) sum += shared[w][i][j < n ? j : 16];
+    for (int w = 0; w < warps; ++w) sum += shared[w][i][j < n ? j : N];
     if (j < n) {
       b.d_h_res[(token * n + i) * n + j] = sum;
     } else {
@@ -417,10 +318,10 @@ __device__ inline void post_bwd_by_rows(const Backward& b, int n, int hidden) {
 
 template <bool ALIGNED>
 __device__ inline void post_bwd(const Backward& b, int n, int hidden) {
-  if constexpr (N <= 8) {
-    post_bwd_one_pass<ALIGNED>(b, n, hidden);
-  } else if constexpr (kMixesByWarps) {
+  if constexpr (kMixesByWarps) {
     post_bwd_by_warps<ALIGNED>(b, n, hidden);
+  } else if constexpr (N <= 8) {
+    post_bwd_one_pass<ALIGNED>(b, n, hidden);
   } else {
     post_bwd_by_rows<ALIGNED>(b, n, hidden);
   }

@@ -35,7 +35,7 @@ __device__ inline void post_pre_static_fwd(const Forward& f, int tokens, int sla
   const int n = EXACT ? N : num_streams;
   constexpr int V = kThreadChannels<N>;
   const Item<V, kForwardThreads> item(tokens, slab, hidden);
-  if (!item.exists) return;
+  if (ALIGNED && !item.exists) return;
   const long long token = item.token, row = token * n * hidden;
   float sums[V] = {};
   post<ALIGNED, N, V>(f.x + row, f.y + token * hidden, f.h_post + token * n,
@@ -47,7 +47,8 @@ __device__ inline void post_pre_static_fwd(const Forward& f, int tokens, int sla
                       });
   Pack<Stream, V> u;
   u.set(sums);
-  store<ALIGNED>(u, f.u + token * hidden, item.at, hidden);
+  store_together<ALIGNED>(u, f.u + token * hidden, item.at, hidden);
+  if (!item.exists) return;
 
   // The threads of a token share its coefficients.
   for (int c = item.at / V; c < n * n; c += (hidden + V - 1) / V) {

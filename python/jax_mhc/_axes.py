@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, reshard
 from jax.typing import DTypeLike
 
 Axes = tuple[str, ...]
@@ -43,7 +43,7 @@ def typed(
     mesh = like.sharding.mesh
     if mesh.empty:
         return jax.core.ShapedArray(shape, dtype)
-    sharding = jax.sharding.NamedSharding(mesh, PartitionSpec(*[None] * len(shape)))
+    sharding = NamedSharding(mesh, PartitionSpec(*[None] * len(shape)))
     types: dict[str, Any]
     if hasattr(like, "vma"):
         types = {"vma": varying}
@@ -58,6 +58,15 @@ def vary(array: jax.Array, axes: frozenset[str], mesh: AbstractMesh) -> jax.Arra
     # In the mesh's order, which is the same in every process.
     names = tuple(name for name in mesh.axis_names if name in missing)
     return jax.lax.pcast(array, names, to="varying")
+
+
+def split_as_tokens(array: jax.Array, x: jax.Array) -> jax.Array:
+    """Values of tokens, without channels, split over explicit axes as the tokens of streams x."""
+    if not axes_of(x, AxisType.Explicit):
+        return array
+    sharding = jax.typeof(x).sharding
+    spec = PartitionSpec(*(axes or None for axes in entries(sharding.spec, x.ndim)[:-2]))
+    return reshard(array, NamedSharding(sharding.mesh, spec))
 
 
 def varying_like(array: jax.Array, *others: jax.Array) -> jax.Array:

@@ -271,10 +271,12 @@ def params(
         )
     n, hidden = x.shape[-2], num_channels(x, hidden_axes)
     dtype = accumulation_dtype(x.dtype)
-    num = config.num_coefficients(n, op=op)
+    num = config.num_coefficients(n, hidden=hidden, op=op)
+    is_static = config.form == "channels"
     remedy = (
-        f"For streams {list(x.shape)} and constraint {config.constraint!r} make them with "
-        f"jax_mhc.init_params(key, streams={n}, hidden={hidden}, config=config)."
+        f"For streams {list(x.shape)} and {config._described()} make them with "
+        f"jax_mhc.init_params(key, streams={n}, hidden={hidden}, config=config"
+        f"{', static=True' if is_static else ''})."
     )
     bias = _parameter(op, f"{argument}.bias", params.bias, (num,), dtype, remedy)
     if (params.phi is None) != (params.alpha is None):
@@ -286,8 +288,13 @@ def params(
         )
     if params.phi is None:
         return None, None, bias
-    phi = _parameter(op, f"{argument}.phi", params.phi, (n * hidden, num), dtype, remedy)
-    alpha = _parameter(op, f"{argument}.alpha", params.alpha, (3,), dtype, remedy)
+    if is_static:
+        raise Refusal(ValueError, op, f"{argument}.phi").expected(
+            "None for form 'channels'", "an array", remedy
+        )
+    shape = config._phi_shape(n, hidden, op)
+    phi = _parameter(op, f"{argument}.phi", params.phi, shape, dtype, remedy)
+    alpha = _parameter(op, f"{argument}.alpha", params.alpha, (config.num_gates(),), dtype, remedy)
     return phi, alpha, bias
 
 
@@ -307,6 +314,12 @@ def norm_scale(
     remedy = f"It has one value for each channel of the streams {list(x.shape)}."
     shape = (num_channels(x, hidden_axes),)
     return _parameter(op, argument, scale, shape, dtype, remedy), eps
+
+
+def output_bias(op: str, bias: object, y: jax.Array) -> jax.Array:
+    """The bias of a layer's output, checked against that output."""
+    remedy = f"It has one value for each channel of the layer's output {list(y.shape)}."
+    return _parameter(op, "bias", bias, (y.shape[-1],), accumulation_dtype(y.dtype), remedy)
 
 
 def norm_scale_eps(op: str, eps: object, dtype: np.dtype) -> float:
@@ -344,7 +357,10 @@ def context(op: str, ctx: Context) -> Context:
             "Pass the second value that pre returned.",
         )
     x = streams(op, "ctx.x", ctx.x)
-    *tokens, n, _ = x.shape
+    *tokens, n, hidden = x.shape
+    of_streams = (*tokens, n)
+    if getattr(ctx.h_post, "ndim", None) == x.ndim:  # of form "channels"
+        of_streams = (*(1 for _ in tokens), n, hidden)
     dtype = accumulation_dtype(x.dtype)
     remedy = "Pass the context as pre returned it; its arrays belong together."
     deferred = ctx._deferred
@@ -359,8 +375,8 @@ def context(op: str, ctx: Context) -> Context:
     return Context._of(
         x=x,
         deferred=deferred,
-        h_pre=_coefficient(op, "ctx.h_pre", ctx.h_pre, (*tokens, n), dtype, remedy),
-        h_post=_coefficient(op, "ctx.h_post", ctx.h_post, (*tokens, n), dtype, remedy),
+        h_pre=_coefficient(op, "ctx.h_pre", ctx.h_pre, of_streams, dtype, remedy),
+        h_post=_coefficient(op, "ctx.h_post", ctx.h_post, of_streams, dtype, remedy),
         h_res=_coefficient(op, "ctx.h_res", ctx.h_res, (*tokens, n, n), dtype, remedy),
     )
 

@@ -74,6 +74,25 @@ def _weighted_mean(key: jax.Array, streams: int, config: MHCConfig, dtype: np.dt
     return jnp.clip(jnp.log(gates) - jnp.log1p(-gates), -limit, limit)
 
 
+def _b_post(op: str, config: MHCConfig, dtype: np.dtype) -> float:
+    """A bias for which post_scale * sigmoid(bias) + post_eps = 1."""
+    if config.post_eps >= 1:
+        raise Refusal(ValueError, op, "config.post_eps").expected(
+            "less than 1, so that h_post can be 1",
+            config.post_eps,
+            "Set the bias by hand, or choose a smaller one.",
+        )
+    opened = 1 - config.post_eps
+    if config.post_scale < opened:
+        raise Refusal(ValueError, op, "config.post_scale").expected(
+            f"at least {opened:g}, so that h_post can be 1",
+            config.post_scale,
+            "Set the bias by hand, or use the paper's value, 2.",
+        )
+    closed, limit = config.post_scale - opened, _saturated(dtype)
+    return min(math.log(opened) - math.log(closed), limit) if closed else limit
+
+
 def _b_res(n: int, constraint: str) -> np.ndarray:
     """Logits of an H_res near the identity."""
     if constraint == "none":
@@ -118,6 +137,9 @@ def init_params(
       streams in every layer, and a difference between them would be gone a layer later. The exact
       identity is out of reach for finite logits, and logits close to it would hardly receive a
       gradient.
+    - With form "hyper_connections" the layer reads a single stream, h_post = 1 and H_res = I, as in
+      that paper. Which stream is chosen by `key`; in the paper, by the number l of the layer:
+      `params.bias.at[:n].set(jax.nn.one_hot(l % n, n))`.
     - alpha = 0.01, as in the paper; a gate of 0 together with phi = 0 would never move.
 
     Limits: the sum of the rows of H_res is exact up to `config.sinkhorn_eps` (each sum falls
@@ -130,40 +152,46 @@ def init_params(
         streams: n, from 1 to 16.
         hidden: C.
         config: the config that the ops will be called with.
-        static: coefficients from the bias alone (phi = None, alpha = None).
+        static: coefficients from the bias alone (phi = None, alpha = None). Form "channels" has no
+            others.
         dtype: float32, or float64 for float64 streams.
 
     Returns:
-        MHCParams: phi `[nC, K]`, alpha `[3]`, bias `[K]` with K as `config.num_coefficients` gives
-        it.
+        MHCParams: phi `[nC, K]`, alpha `[3]` (`[2]` for constraint "identity"), bias `[K]` with K
+        as `config.num_coefficients` gives it; `MHCParams` tells of other forms.
 
     Raises:
         ValueError: streams or hidden outside their range, more streams than the constraint is
-            for; pre_eps or post_scale with which the properties above cannot be had; settings that
-            dtype cannot hold.
+            for; pre_eps, post_scale or post_eps with which the properties above cannot be had;
+            settings that dtype cannot hold; form "channels" without static.
         TypeError: a key that is none; another dtype, or float64 while 64-bit types are off.
     """
     op = "init_params"
     n, hidden, dtype = _checked(op, key, streams, hidden, config, dtype)
     static = flag(op, "static", static)
-    num = config.num_coefficients(n, op=op)
-    if config.post_scale < 1:
-        raise Refusal(ValueError, op, "config.post_scale").expected(
-            "at least 1, so that h_post can be 1",
-            config.post_scale,
-            "Set the bias by hand, or use the paper's value, 2.",
+    if config.form == "channels" and not static:
+        raise Refusal(ValueError, op, "static").expected(
+            "True for form 'channels'",
+            static,
+            "Weights of channels are the same for all tokens; per token there is form 'mhc'.",
         )
-    closed = config.post_scale - 1
-    b_post = min(-math.log(closed), _saturated(dtype)) if closed else _saturated(dtype)
-    parts = [_weighted_mean(key, n, config, dtype), jnp.full((n,), b_post, dtype)]
-    if num > 2 * n:
+    config.num_coefficients(n, hidden=hidden, op=op)  # more streams than the constraint is for
+    if config.form == "hyper_connections":
+        read = jax.nn.one_hot(jax.random.randint(key, (), 0, n), n, dtype=dtype)
+        parts = [read, jnp.ones(n, dtype)]
+    else:
+        channels = hidden if config.form == "channels" else 1
+        of_stream = _weighted_mean(key, n, config, dtype)
+        b_post = jnp.full((n,), _b_post(op, config, dtype), dtype)
+        parts = [jnp.repeat(b, channels) for b in (of_stream, b_post)]
+    if config.constraint != "identity":
         parts.append(jnp.asarray(_b_res(n, config.constraint), dtype))
     bias = jnp.concatenate(parts)
     if static:
         return MHCParams(phi=None, alpha=None, bias=bias)
     return MHCParams(
-        phi=jnp.zeros((n * hidden, bias.size), dtype),
-        alpha=jnp.full((3,), _ALPHA, dtype),
+        phi=jnp.zeros(config._phi_shape(n, hidden, op), dtype),
+        alpha=jnp.full((config.num_gates(),), _ALPHA, dtype),
         bias=bias,
     )
 

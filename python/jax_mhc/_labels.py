@@ -49,6 +49,7 @@ def param_labels(params: Tree) -> Tree:
       axis), and norm_scale beside them;
     - where coefficients are static, a bias of a possible K in a dict that has nothing else but
       norm_scale and layer. Another module's bias can look like that; it gets the label "bias" too.
+      That of form "channels" has no K of its own, and so is known by its type alone.
 
     A dict of which a filter left a part may be judged otherwise: label first, then filter. Names
     that are joined, such as "block.phi", are not taken apart.
@@ -105,7 +106,7 @@ def _is_connection(node: object) -> bool:
 
 
 def _is_dynamic(phi: _Shape, alpha: _Shape, bias: _Shape) -> bool:
-    """True of `[nC, K]`, `[3]` or `[1]`, and `[K]`, with further axes where they are stacked.
+    """True of `[nC, K]`, 1 to 3 gates and `[K]`, with further axes where they are stacked.
 
     What has no shape, such as an array that Optax has masked, speaks for neither.
     """
@@ -113,9 +114,14 @@ def _is_dynamic(phi: _Shape, alpha: _Shape, bias: _Shape) -> bool:
         return True
     return (
         len(phi) == len(bias) + 1 == len(alpha) + 1
-        and set(bias) <= set(phi)
-        and any(size in alpha for size in (1, 3))
+        and (set(bias) <= set(phi) or _is_of_hyper_connections(phi, bias))
+        and any(size in alpha for size in (1, 2, 3))
     )
+
+
+def _is_of_hyper_connections(phi: tuple[int, ...], bias: tuple[int, ...]) -> bool:
+    """True of phi `[C, n + 2]` and bias `[n² + 2n]`, stacked or not."""
+    return any(n + 2 in phi and n * (n + 2) in bias for n in range(1, MAX_STREAMS + 1))
 
 
 def _is_static(bias: _Shape) -> bool:

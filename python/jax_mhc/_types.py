@@ -22,7 +22,7 @@ Layer: TypeAlias = Callable[..., Any]
 Tree: TypeAlias = Any
 
 # The settings that are no integers.
-NUMBERS = ("sinkhorn_eps", "norm_eps", "pre_eps", "post_scale")
+NUMBERS = ("sinkhorn_eps", "norm_eps", "pre_eps", "post_scale", "post_eps")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,9 @@ class MHCConfig:
 
     Attributes:
         constraint: where H_res lives. ``"birkhoff"``: doubly stochastic matrices, by Sinkhorn-Knopp
-            (the paper). ``"none"``: any matrix, H_res = z_res (hyper-connections,
-            arXiv 2409.19606). ``"identity"``: H_res = I, without coefficients for it.
+            (the paper). ``"none"``: any matrix, H_res = z_res; all else stays as it is in mHC (for
+            hyper-connections as published see `form`). ``"identity"``: H_res = I, without
+            coefficients for it.
             ``"permutations"``: H_res = Σ_p softmax(z_res)_p P_p over the n! permutation matrices,
             doubly stochastic without iterations (mHC-lite, arXiv 2601.05732), for up to 4 streams.
             Their order is that of `itertools.permutations(range(n))`, the identity first, and
@@ -53,7 +54,14 @@ class MHCConfig:
         norm_eps_mode: ``"inside"``: r = 1 / sqrt(mean(x²) + eps). ``"outside"``:
             r = 1 / (sqrt(mean(x²)) + eps). With 0 a token of zeros gives NaN.
         pre_eps: added to h_pre after the sigmoid.
-        post_scale: h_post = post_scale · sigmoid(z_post).
+        post_scale: h_post = post_scale · sigmoid(z_post) + post_eps.
+        post_eps: added to h_post after that.
+        form: what the coefficients are made of. ``"mhc"``: equations 14 to 19, by kernels where
+            there are some. The others are plain JAX. ``"hyper_connections"``: as published in
+            arXiv 2409.19606, α · tanh of each stream's own projection (docs/mathematics.md); it
+            wants ``constraint="none"``, and the terms and factors of h_pre and h_post as they are
+            by default. ``"channels"``: h_pre and h_post have a value for each channel of each
+            stream, the same for all tokens, which static parameters hold.
 
     The ops refuse numbers that their coefficients cannot hold: for all but float64 streams those
     that are infinity in float32 or, other than 0, below its normal numbers (1.2e-38).
@@ -71,6 +79,8 @@ class MHCConfig:
     norm_eps_mode: Literal["inside", "outside"] = "inside"
     pre_eps: float = 0.0
     post_scale: float = 2.0
+    post_eps: float = 0.0
+    form: Literal["mhc", "hyper_connections", "channels"] = "mhc"
 
     def __post_init__(self) -> None:
         """Checks every setting; stores plain Python values, so that equal configs hash alike."""
@@ -87,22 +97,47 @@ class MHCConfig:
             plain[field] = _errors.number(op, field, getattr(self, field), positive=positive)
         for field, value in plain.items():
             object.__setattr__(self, field, value)
+        if self.form == "hyper_connections":
+            for field, only in _OF_HYPER_CONNECTIONS.items():
+                if getattr(self, field) != only:
+                    raise _errors.Refusal(ValueError, op, field).expected(
+                        f"{only!r} for form 'hyper_connections'",
+                        repr(getattr(self, field)),
+                        "Take jax_mhc.presets.HYPER_CONNECTIONS, or another form.",
+                    )
 
-    def num_coefficients(self, streams: int, *, op: str = "MHCConfig.num_coefficients") -> int:
+    def num_coefficients(
+        self,
+        streams: int,
+        *,
+        hidden: int | None = None,
+        op: str = "MHCConfig.num_coefficients",
+    ) -> int:
         """K, the number of coefficients of a token.
 
-        It is 2n + n², 2n for constraint "identity", and 2n + n! for "permutations".
+        It is 2n + n², 2n for constraint "identity", and 2n + n! for "permutations"; with 2nC in
+        place of 2n for form "channels".
 
         Args:
             streams: n, from 1 to 16.
+            hidden: C, which form "channels" wants to know.
             op: what an error names.
 
         Raises:
-            ValueError, TypeError: streams that are no such number; more than the constraint is for.
+            ValueError, TypeError: streams that are no such number; more than the constraint is for;
+                no C where that is wanted.
         """
         streams = _errors.num_streams(op, "streams", streams)
+        if self.form == "channels":
+            hidden = _errors.width(op, hidden)
+        else:
+            hidden = 1
+        return 2 * streams * hidden + self._num_res(streams, op)
+
+    def _num_res(self, streams: int, op: str) -> int:
+        """The number of coefficients that make up H_res."""
         if self.constraint == "identity":
-            return 2 * streams
+            return 0
         if self.constraint == "permutations":
             if streams > MAX_PERMUTED_STREAMS:
                 raise _errors.Refusal(ValueError, op, "config.constraint").expected(
@@ -111,11 +146,37 @@ class MHCConfig:
                     repr(self.constraint),
                     "Take fewer streams, or 'birkhoff'.",
                 )
-            return 2 * streams + math.factorial(streams)
+            return math.factorial(streams)
         if self.constraint == "birkhoff" or self.constraint == "none":
-            return 2 * streams + streams**2
+            return streams**2
         assert_never(self.constraint)
 
+    def _described(self) -> str:
+        """What decides the shapes of parameters, in a message."""
+        of_form = "" if self.form == "mhc" else f"form {self.form!r} and "
+        return f"{of_form}constraint {self.constraint!r}"
+
+    def _phi_shape(self, streams: int, hidden: int, op: str) -> tuple[int, int]:
+        """The shape of phi: its rows are those of all streams, or of one that they share."""
+        if self.form == "hyper_connections":
+            return hidden, streams + 2
+        return streams * hidden, self.num_coefficients(streams, hidden=hidden, op=op)
+
+    def num_gates(self) -> int:
+        """The number of gates alpha: 3 of pre, post and res; 2 where res has no coefficients.
+
+        It has none for constraint "identity".
+        """
+        return 2 if self.constraint == "identity" else 3
+
+
+# The only values of these settings for form "hyper_connections".
+_OF_HYPER_CONNECTIONS: dict[str, object] = {
+    "constraint": "none",
+    "pre_eps": 0.0,
+    "post_scale": 2.0,
+    "post_eps": 0.0,
+}
 
 #: The words of each setting that has some.
 WORDS: dict[str, tuple[str, ...]] = {
@@ -131,16 +192,19 @@ class MHCParams:
     Columns are always ordered pre, post, res; the n² columns of res hold z[i, j] row by row (for
     constraint "permutations" there are n!, one for each in their order). All are float32, or
     float64 where the streams are float64. Static coefficients, from the bias alone, have
-    phi = None and alpha = None.
+    phi = None and alpha = None. Those of form "channels" have 2nC + n² (or 2nC + n!, or 2nC):
+    the bias holds the logits of h_pre `[n, C]`, of h_post `[n, C]` and of h_res, each row by row.
 
     Attributes:
-        phi: projection `[nC, K]`, or None.
-        alpha: gates of pre, post and res `[3]`, or None.
+        phi: projection `[nC, K]`, or None; for form "hyper_connections" `[C, n + 2]`, with a column
+            for h_pre, one for h_post, and one for each new stream.
+        alpha: gates of pre, post and res `[3]`, of pre and post `[2]` where res has no columns
+            (constraint "identity"), or None.
         bias: static part `[K]`.
     """
 
     phi: Float[jax.Array, "n*C K"] | None
-    alpha: Float[jax.Array, " 3"] | None
+    alpha: Float[jax.Array, " A"] | None
     bias: Float[jax.Array, " K"]
 
 
@@ -182,8 +246,9 @@ class Context:
 
     Attributes:
         x: the streams `[..., n, C]`.
-        h_pre: weight of each stream in the layer's input `[..., n]`.
-        h_post: weight of the layer's output in each stream `[..., n]`.
+        h_pre: weight of each stream in the layer's input `[..., n]`; for form "channels" one for
+            each channel, the same for all tokens: `[1, ..., 1, n, C]`.
+        h_post: weight of the layer's output in each stream `[..., n]`, or `[1, ..., 1, n, C]`.
         h_res: `h_res[..., i, j]` is the weight of stream j in new stream i `[..., n, n]`.
     """
 

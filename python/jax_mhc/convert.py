@@ -24,7 +24,14 @@ from jax_mhc._types import HeadParams, MHCParams
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["from_deepseek_v4", "from_megatron", "head_from_deepseek_v4", "to_deepseek_v4"]
+__all__ = [
+    "from_deepseek_v4",
+    "from_hy4",
+    "from_megatron",
+    "head_from_deepseek_v4",
+    "to_deepseek_v4",
+    "to_hy4",
+]
 
 # An array and the name of its argument.
 Named: TypeAlias = tuple[str, ArrayLike]
@@ -80,20 +87,10 @@ def to_deepseek_v4(
             be such, where streams is None.
     """
     op = "convert.to_deepseek_v4"
-    if not isinstance(params, MHCParams):
-        raise Refusal(TypeError, op, "params").expected(
-            "jax_mhc.MHCParams", type(params).__name__, "Make them with jax_mhc.init_params."
-        )
-    if params.phi is None or params.alpha is None:
-        raise Refusal(ValueError, op, "params.phi").expected(
-            "a projection [nC, K]",
-            None,
-            "DeepSeek-V4 has no static coefficients; a phi of zeros computes the same.",
-        )
-    phi = array(op, "params.phi", params.phi)
+    phi, alpha = _dynamic(op, params, "DeepSeek-V4")
     _check_columns(op, phi.shape, streams)
     fn, base, scale, n = _checked(
-        op, ("params.phi.T", phi.T), ("params.bias", params.bias), ("params.alpha", params.alpha)
+        op, ("params.phi.T", phi.T), ("params.bias", params.bias), ("params.alpha", alpha)
     )
     return _transpose_res(fn, n), _transpose_res(base, n), scale
 
@@ -167,6 +164,82 @@ def from_megatron(
         "convert.from_megatron", ("weight", weight), ("bias", bias), ("alpha", alpha)
     )
     return MHCParams(phi=weight.T, alpha=alpha, bias=bias)
+
+
+def from_hy4(
+    fn: Float[ArrayLike, "K n*C"], base: Float[ArrayLike, " K"], scale: Float[ArrayLike, " 2"]
+) -> MHCParams:
+    """Parameters of one hyper-connection of Tencent's Hy4; use them with `presets.HY4`.
+
+    Its streams do not mix, so that there are K = 2n coefficients and two gates. Of its config.json
+    `hc_magnitude` is post_scale (2 in the preset), `hc_eps` both pre_eps and post_eps (1e-6), and
+    `rms_norm_eps` norm_eps (1e-5). Its head is that of DeepSeek-V4, under the same names:
+    `head_from_deepseek_v4(hc_fn, hc_base, hc_scale)`, with `presets.HY4`.
+
+    Args:
+        fn: projection `[2n, nC]` (`attn_hc.fn`, `ffn_hc.fn`).
+        base: static part `[2n]` (`attn_hc.base`, `ffn_hc.base`).
+        scale: gates of pre and post `[2]` (`attn_hc.scale`, `ffn_hc.scale`).
+
+    Returns:
+        MHCParams for streams whose number n is read off K = 2n.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that do not fit.
+    """
+    fn, base, scale = _hy4("convert.from_hy4", ("fn", fn), ("base", base), ("scale", scale))
+    return MHCParams(phi=fn.T, alpha=scale, bias=base)
+
+
+def to_hy4(
+    params: MHCParams,
+) -> tuple[Float[jax.Array, "K n*C"], Float[jax.Array, " K"], Float[jax.Array, " 2"]]:
+    """The inverse of `from_hy4`: `(fn, base, scale)`, bit for bit.
+
+    Args:
+        params: of one hyper-connection with constraint "identity".
+
+    Returns:
+        fn `[2n, nC]`, base `[2n]` and scale `[2]`.
+
+    Raises:
+        TypeError: anything but MHCParams, or a dtype that does not fit.
+        ValueError: static coefficients, or parameters with columns for h_res: Hy4 has neither.
+    """
+    op = "convert.to_hy4"
+    phi, alpha = _dynamic(op, params, "Hy4")
+    return _hy4(op, ("params.phi.T", phi.T), ("params.bias", params.bias), ("params.alpha", alpha))
+
+
+def _hy4(
+    op: str, weight: Named, bias: Named, alpha: Named
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The three arrays of a connection without h_res, widened and checked against each other."""
+    fn = _floating(op, *weight)
+    num = fn.shape[0] if fn.ndim == 2 else 0
+    n = num // 2
+    if num % 2 or not 1 <= n <= MAX_STREAMS or not fn.shape[1] or fn.shape[1] % n:
+        raise Refusal(ValueError, op, weight[0]).expected(
+            f"shape [2n, n·C] with n from 1 to {MAX_STREAMS}, such as [8, 4·C]",
+            list(fn.shape),
+            "It is the weight of the projection, one row for each coefficient.",
+        )
+    return fn, _shaped(op, *bias, (num,)), _shaped(op, *alpha, (2,))
+
+
+def _dynamic(op: str, params: MHCParams, model: str) -> tuple[jax.Array, ArrayLike]:
+    """Phi and alpha of parameters that have them, as all of `model` do."""
+    if not isinstance(params, MHCParams):
+        raise Refusal(TypeError, op, "params").expected(
+            "jax_mhc.MHCParams", type(params).__name__, "Make them with jax_mhc.init_params."
+        )
+    if params.phi is None or params.alpha is None:
+        raise Refusal(ValueError, op, "params.phi").expected(
+            "a projection [nC, K]",
+            None,
+            f"{model} has no static coefficients; a phi of zeros computes the same.",
+        )
+    return array(op, "params.phi", params.phi), params.alpha
 
 
 def _check_columns(op: str, shape: tuple[int, ...], streams: int | None) -> None:

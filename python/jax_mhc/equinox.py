@@ -73,7 +73,7 @@ class MHC(eqx.Module):
     Attributes:
         layer: the layer.
         phi: projection `[nC, K]`, or None.
-        alpha: gates `[3]`, or None.
+        alpha: gates `[3]` (`[2]` for constraint "identity"), or None.
         bias: static part `[K]`.
         norm_scale: of the norm `[C]`, initially ones, or None.
 

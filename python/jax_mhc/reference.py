@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, assert_never
+from typing import TYPE_CHECKING, TypeAlias, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jax_mhc._axes import split_as_tokens
 from jax_mhc._check import accumulation_dtype
 from jax_mhc._log_derivatives import log_normalized, log_shifted, matrix_of
 from jax_mhc._types import Context, HeadParams, MHCConfig, MHCParams
@@ -34,9 +35,9 @@ if TYPE_CHECKING:
 __all__ = ["head", "post", "post_pre", "pre", "sinkhorn"]
 
 
-def _inverse_rms(x: jax.Array, config: MHCConfig) -> jax.Array:
-    """1 / rms(x) over the n·C values of a token [15]: [..., n, C] -> [...]."""
-    mean_square = jnp.mean(jnp.square(x), axis=(-2, -1))
+def _inverse_rms(x: jax.Array, config: MHCConfig, axis: tuple[int, ...] = (-2, -1)) -> jax.Array:
+    """1 / rms(x) over the n·C values of a token [15], or over the C of a stream."""
+    mean_square = jnp.mean(jnp.square(x), axis)
     if config.norm_eps_mode == "inside":
         return lax.rsqrt(mean_square + config.norm_eps)
     # sqrt has no derivative at 0; a token of zeros must not turn the gradient into NaN.
@@ -154,8 +155,9 @@ def for_tokens(vector: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def gates(alpha: jax.Array, streams: int, num: int) -> jax.Array:
-    """The gate of each of K coefficients, that of its group: [3] -> [K]."""
-    groups = zip(alpha, (streams, streams, num - 2 * streams), strict=True)
+    """The gate of each of K coefficients, that of its group: [A] -> [K]."""
+    sizes = (streams, streams, num - 2 * streams)[: alpha.size]
+    groups = zip(alpha, sizes, strict=True)
     return jnp.concatenate([jnp.broadcast_to(gate, size) for gate, size in groups])
 
 
@@ -170,20 +172,91 @@ def coefficients(
     """h_pre, h_post, h_res from z `[..., K]` [17 to 19]; `project` is Sinkhorn."""
     n = streams
     h_pre = jax.nn.sigmoid(z[..., :n]) + config.pre_eps
-    h_post = config.post_scale * jax.nn.sigmoid(z[..., n : 2 * n])
-    z_res, matrices = z[..., 2 * n :], (*z.shape[:-1], n, n)
+    h_post = config.post_scale * jax.nn.sigmoid(z[..., n : 2 * n]) + config.post_eps
+    return h_pre, h_post, _mixing(z[..., 2 * n :], n, config, project)
+
+
+def _mixing(
+    z_res: jax.Array,
+    streams: int,
+    config: MHCConfig,
+    project: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """h_res from its logits `[..., K - 2n]` [19]; `project` is Sinkhorn."""
+    n, matrices = streams, (*z_res.shape[:-1], streams, streams)
     match config.constraint:
         case "identity":
-            h_res = jnp.broadcast_to(jnp.eye(n, dtype=z.dtype), matrices)
+            return jnp.broadcast_to(jnp.eye(n, dtype=z_res.dtype), matrices)
         case "permutations":
-            h_res = _mixed_permutations(z_res, n)
+            return _mixed_permutations(z_res, n)
         case "none":
-            h_res = z_res.reshape(matrices)
+            return z_res.reshape(matrices)
         case "birkhoff":
-            h_res = project(z_res.reshape(matrices))
+            return project(z_res.reshape(matrices))
         case _ as unknown:
             assert_never(unknown)
-    return h_pre, h_post, h_res
+
+
+_Coefficients: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def _mhc(x: jax.Array, params: MHCParams, config: MHCConfig) -> _Coefficients:
+    """h_pre, h_post and h_res of the tokens of x [14 to 19]."""
+    n, project = x.shape[-2], functools.partial(sinkhorn, config=config)
+    if params.phi is None or params.alpha is None:
+        # Static coefficients are projected once, not once a token.
+        h_pre, h_post, h_res = coefficients(params.bias, n, config, project)
+        return _of_tokens(h_pre, x), _of_tokens(h_post, x), _of_tokens(h_res, x)
+    m = checkpoint_name(projection(x, params.phi, config)[0], "mhc_coefficients")
+    return coefficients(gated(m, params.alpha, params.bias, n), n, config, project)
+
+
+def _hyper_connections(x: jax.Array, params: MHCParams, config: MHCConfig) -> _Coefficients:
+    """The same of hyper-connections as published: alpha_group · tanh(m) + bias.
+
+    m[j] = X[j] phi / rms(X[j]) has a column for h_pre[j], one for h_post[j], and one for each new
+    stream k: h_res[k, j].
+    """
+    n = x.shape[-2]
+    if params.phi is None or params.alpha is None:
+        of_all = _of_tokens(params.bias, x)
+    else:
+        m = jnp.matmul(x, params.phi, precision=lax.Precision.HIGHEST)
+        m = checkpoint_name(_inverse_rms(x, config, (-1,))[..., None] * m, "mhc_coefficients")
+        # Column by column, and so new stream by new stream.
+        by_column = jnp.swapaxes(m, -1, -2).reshape(*m.shape[:-2], n * (n + 2))
+        of_all = gated(jnp.tanh(by_column), params.alpha, params.bias, n)
+    h_pre, h_post, h_res = jnp.split(of_all, (n, 2 * n), axis=-1)
+    return h_pre, h_post, h_res.reshape(*h_res.shape[:-1], n, n)
+
+
+def _channels(x: jax.Array, params: MHCParams, config: MHCConfig) -> _Coefficients:
+    """h_pre and h_post of the channels, the same for all tokens: `[1, ..., 1, n, C]`; and h_res."""
+    *tokens, n, hidden = x.shape
+    z_pre, z_post, z_res = jnp.split(params.bias, (n * hidden, 2 * n * hidden))
+    of_all = (*(1 for _ in tokens), n, hidden)
+    h_pre = jax.nn.sigmoid(z_pre.reshape(of_all)) + config.pre_eps
+    h_post = config.post_scale * jax.nn.sigmoid(z_post.reshape(of_all)) + config.post_eps
+    h_res = _mixing(z_res, n, config, functools.partial(sinkhorn, config=config))
+    return h_pre, h_post, _of_tokens(h_res, x)
+
+
+def _of_tokens(of_all: jax.Array, x: jax.Array) -> jax.Array:
+    """What is the same for all tokens, for each token of x."""
+    return split_as_tokens(jnp.broadcast_to(of_all, (*x.shape[:-2], *of_all.shape)), x)
+
+
+# JAX would keep, for the derivatives of a product, weights of channels once for each token.
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _sum_channels(h_pre: jax.Array, x: jax.Array) -> jax.Array:
+    """Σ_i h_pre[i, c] x[..., i, c]."""
+    return jnp.sum(h_pre * x, axis=-2)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _add_channels(mixed: jax.Array, h_post: jax.Array, y: jax.Array) -> jax.Array:
+    """Mixed streams, and h_post[i, c] y[..., c] in each."""
+    return mixed + h_post * y[..., None, :]
 
 
 def pre(
@@ -195,19 +268,11 @@ def pre(
     norm_scale_eps: float = 1e-6,
 ) -> tuple[Float[jax.Array, "*tokens C"], Context]:
     """The layer's input and the context for `post`; see `jax_mhc.pre`."""
-    n = x.shape[-2]
     wide = x.astype(accumulation_dtype(x.dtype))
-    project = functools.partial(sinkhorn, config=config)
-    if params.phi is None or params.alpha is None:
-        # Static coefficients are projected once, not once a token.
-        of_all = coefficients(params.bias, n, config, project)
-        h_pre, h_post, h_res = (jnp.broadcast_to(h, (*x.shape[:-2], *h.shape)) for h in of_all)
-    else:
-        m = checkpoint_name(projection(wide, params.phi, config)[0], "mhc_coefficients")
-        z = gated(m, params.alpha, params.bias, n)
-        h_pre, h_post, h_res = coefficients(z, n, config, project)
-    h_pre, h_post, h_res = checkpoint_name((h_pre, h_post, h_res), "mhc_coefficients")
-    u = weighted_sum(h_pre, wide)
+    of_form = {"mhc": _mhc, "hyper_connections": _hyper_connections, "channels": _channels}
+    h = checkpoint_name(of_form[config.form](wide, params, config), "mhc_coefficients")
+    h_pre, h_post, h_res = h
+    u = _sum_channels(h_pre, wide) if h_pre.ndim == x.ndim else weighted_sum(h_pre, wide)
     if norm_scale is not None:
         mean_square = jnp.mean(jnp.square(u), axis=-1, keepdims=True)
         u = for_tokens(norm_scale, u) * (u * lax.rsqrt(mean_square + norm_scale_eps))
@@ -215,11 +280,19 @@ def pre(
     return u, Context(x=x, h_pre=h_pre, h_post=h_post, h_res=h_res)
 
 
-def post(y: Float[jax.Array, "*tokens C"], ctx: Context) -> Float[jax.Array, "*tokens n C"]:
+def post(
+    y: Float[jax.Array, "*tokens C"], ctx: Context, *, bias: Float[jax.Array, " C"] | None = None
+) -> Float[jax.Array, "*tokens n C"]:
     """The new streams; see `jax_mhc.post`."""
     wide = ctx.x.astype(ctx.h_res.dtype)
     mixed = mix(ctx.h_res, wide)
-    x_new = mixed + mix(ctx.h_post[..., :, None], y.astype(wide.dtype)[..., None, :])
+    y = y.astype(wide.dtype)
+    if bias is not None:
+        y = y + for_tokens(bias, y)
+    if ctx.h_post.ndim == wide.ndim:
+        x_new = _add_channels(mixed, ctx.h_post, y)
+    else:
+        x_new = mixed + mix(ctx.h_post[..., :, None], y[..., None, :])
     return checkpoint_name(x_new.astype(ctx.x.dtype), "mhc_streams")
 
 

@@ -73,35 +73,30 @@ struct Dtypes {
     cuda: Vec<&'static str>,
 }
 
-/// Calls of version 2 of the table, in which post_pre was called seam.
-const RETIRED: [&str; 12] = [
-    "pre_fwd",
-    "pre_bwd",
-    "post_fwd",
-    "post_bwd",
-    "seam_fwd",
-    "seam_bwd",
-    "sinkhorn_fwd",
-    "sinkhorn_bwd",
-    "head_fwd",
-    "head_bwd",
-    "collapse_fwd",
-    "collapse_bwd",
+/// Ops of earlier versions of the table. In version 2 post_pre was called seam.
+const RETIRED: [(u32, [&str; 6]); 2] = [
+    (2, ["pre", "post", "seam", "sinkhorn", "head", "collapse"]),
+    (
+        3,
+        ["pre", "post", "post_pre", "sinkhorn", "head", "collapse"],
+    ),
 ];
 
 fn retired() -> Vec<Handler> {
-    let handler = |call: &&str, platform, addresses| Handler {
-        name: format!("jax_mhc_{call}_v2"),
-        platform,
-        addresses,
-    };
     let address = retired_handler_address();
-    let both = |call| {
-        let cpu = Addresses::Cpu { address };
-        let cuda = Addresses::Cpu { address };
-        [handler(call, "cpu", cpu), handler(call, "CUDA", cuda)]
-    };
-    RETIRED.iter().flat_map(both).collect()
+    let mut handlers = vec![];
+    for (version, ops) in RETIRED {
+        for op in ops {
+            for direction in ["fwd", "bwd"] {
+                handlers.extend(["cpu", "CUDA"].map(|platform| Handler {
+                    name: format!("jax_mhc_{op}_{direction}_v{version}"),
+                    platform,
+                    addresses: Addresses::Cpu { address },
+                }));
+            }
+        }
+    }
+    handlers
 }
 
 fn describe(log: Log) -> Description {

@@ -436,6 +436,10 @@ __device__ inline void prefetch(const TensorMap& map, int token, int box, int st
       "r"(token), "r"(box), "r"(stream)
       : "memory");
 }
+// Bytes in a row to the L2 cache, in multiples of 16.
+__device__ inline void prefetch(const void* from, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
 // The other way; what lies outside is not written. Wants `fence_for_copies` by all who wrote the box.
 __device__ inline void copy_out(const TensorMap& map, int token, int box, int stream, u32 from) {
   asm volatile(

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "base/common.cuh"
+#include "base/streams.cuh"
 
 // X, and u of it. row: all streams of the token, which 32 bits can count; with offsets of 32 bits norm_bwd would
 // spill registers on sm_120.
@@ -35,11 +35,8 @@ template <bool ALIGNED, int V, int N>
 __device__ inline void add_dots(const Stream* row, const Stream* d_u, int n, int hidden, int at,
                                 float (&dots)[N]) {
   Pack<Stream, V> d_u_pack, pack[N];
-  load<ALIGNED>(d_u_pack, d_u, at, hidden);
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    if (i < n) load<ALIGNED>(pack[i], row + i * hidden, at, hidden);
-  }
+  load_row<ALIGNED>(d_u_pack, d_u, hidden, at);
+  load_rows<ALIGNED>(pack, row, n, hidden, at);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     if (i >= n) break;

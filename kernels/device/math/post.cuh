@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "base/common.cuh"
+#include "base/streams.cuh"
 
 // Channels that a thread takes at once: 16 bytes, less where there are many streams. Where a block adds up sums over
 // a token's channels, there are registers for less.
@@ -13,7 +13,7 @@ template <int N>
 constexpr int kTokenChannels = (N <= 4 ? 16 : 8) / int(sizeof(Stream));
 
 // V channels of a token from `at` on, for each thread of a grid: threads of a slab of tokens, slabs. Within a slab 32
-// bits can count.
+// bits can count. A thread without a token has none of the channels of the first one.
 template <int V, int THREADS>
 struct Item {
   long long token;
@@ -27,19 +27,20 @@ struct Item {
     token = (long long)blockIdx.y * slab + token_of_slab;
     at = item % items * V;
     exists = token_of_slab < slab && token < tokens;
+    if (exists) return;
+    token = 0;
+    at = hidden;
   }
 };
 
-// Stores X', and calls `use(i, X'[i])` with it as it is rounded. Pointers are those of the token.
+// Stores X', and calls `use(i, X'[i])` with it as it is rounded. Pointers are those of the token. Where rows are not
+// aligned all lanes of a warp have to be here.
 template <bool ALIGNED, int N, int V, class Use>
 __device__ inline void post(const Stream* x, const Stream* y, const float* h_post,
                             const float* h_res, Stream* x_new, int n, int hidden, int at, Use use) {
   Pack<Stream, V> xs[N], ys;
-#pragma unroll
-  for (int j = 0; j < N; ++j) {
-    if (j < n) load<ALIGNED>(xs[j], x + (long long)j * hidden, at, hidden);
-  }
-  load<ALIGNED>(ys, y, at, hidden);
+  load_rows<ALIGNED>(xs, x, n, hidden, at);
+  load_row<ALIGNED>(ys, y, hidden, at);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     if (i >= n) break;
@@ -54,7 +55,7 @@ __device__ inline void post(const Stream* x, const Stream* y, const float* h_pos
     }
     Pack<Stream, V> result;
     result.set(sums);
-    store<ALIGNED>(result, x_new + (long long)i * hidden, at, hidden);
+    store_together<ALIGNED>(result, x_new + (long long)i * hidden, at, hidden);
     use(i, result);
   }
 }

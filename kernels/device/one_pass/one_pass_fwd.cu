@@ -74,6 +74,7 @@ constexpr int kResColumns = kColumns - 2 * N;
 constexpr bool kHasMatrix = kResColumns == N * N;
 constexpr bool kIsPermuted = kResColumns == kFactorial<N>;
 static_assert(kHasMatrix || kResColumns == 0 || kIsPermuted, "constraints");
+constexpr int kNumGates = kResColumns ? 3 : 2;
 // A fragment of phi of each warp.
 constexpr int kFragmentBytes = 32 * kProjectWarps * 16;
 
@@ -585,7 +586,7 @@ __device__ inline void Block<POST_PRE, NORM>::store_others(FinishedToken token, 
     read_floats(own, token.row + gate * N * 4);
     read_floats(bias, shared + P::kBias + gate * N * 4);
     const float scale = gate == 0 ? 1.f : settings.post_scale;
-    const float offset = gate == 0 ? settings.pre_eps : 0.f;
+    const float offset = gate == 0 ? settings.pre_eps : settings.post_eps;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       own[k] = scale * sigmoid(alpha * (token.r * own[k]) + bias[k]) + offset;
@@ -664,7 +665,7 @@ __device__ inline void Block<POST_PRE, NORM>::finish() const {
   const int total = this->share_of((args.tokens + P::kTokens - 1) / P::kTokens) * owned;
   const int of_batch = P::kBatch / owned * owned;
   // Nobody else reads these.
-  if (lane_id() < 3) write_float(shared + P::kGates + 4 * lane_id(), args.alpha[lane_id()]);
+  if (lane_id() < kNumGates) write_float(shared + P::kGates + 4 * lane_id(), args.alpha[lane_id()]);
   if (lane_id() < kColumns) write_float(shared + P::kBias + 4 * lane_id(), args.bias[lane_id()]);
   static_assert(kColumns <= 32, "a column a lane");
   __syncwarp();

@@ -34,7 +34,7 @@ struct Turn {
 };
 
 // The place in alpha of column c's gate.
-__device__ inline int gate_of(int c) { return c < N ? 0 : c < 2 * N ? 1 : 2; }
+__device__ inline int gate_of(int c) { return c < N ? 0 : kColumns == 2 * N || c < 2 * N ? 1 : 2; }
 
 // Sums over the tokens of a warp for the gradients of alpha and bias; lane c has column c.
 struct GateSums {

@@ -43,6 +43,13 @@ struct Streams {
   }
 };
 
+// What a thread reads of a token, and for how many tokens ahead.
+struct Numbers {
+  Pack<Stream, kV> g, ut;
+  float rho;
+};
+constexpr int kAhead = 2;
+
 // d_w: [blocks, hidden]. Every block has a token; hidden is a multiple of kV, with a thread for each of these.
 KERNEL(post_pre_norm_bwd, kMaxThreads)
 (const Stream* x, const Stream* y, const float* h_post, const float* h_res, const float* alpha,
@@ -64,22 +71,24 @@ KERNEL(post_pre_norm_bwd, kMaxThreads)
     own_d_w[v] = 0.f;
   }
 
-  // The next token's numbers are on their way while this one's meet.
-  Pack<Stream, kV> g, ut;
-  float r = rho[blockIdx.x];
-  load<true>(g, d_u + (long long)blockIdx.x * hidden, at, hidden);
-  load<true>(ut, u_norm + (long long)blockIdx.x * hidden, at, hidden);
+  // The numbers of the next tokens are on their way while this one's meet: one token ahead they came too late.
+  Numbers ahead[kAhead];
+  const auto load_token = [&](Numbers& numbers, long long token) {
+    if (token >= tokens) return;
+    numbers.rho = rho[token];
+    load<true>(numbers.g, d_u + token * hidden, at, hidden);
+    load<true>(numbers.ut, u_norm + token * hidden, at, hidden);
+  };
+#pragma unroll
+  for (int k = 0; k < kAhead; ++k) load_token(ahead[k], blockIdx.x + (long long)k * gridDim.x);
   int turn = 0;
 #pragma unroll 1
-  for (long long token = blockIdx.x, next; token < tokens; token = next, turn ^= 1) {
-    next = token + gridDim.x;
-    Pack<Stream, kV> next_g, next_ut;
-    float next_r = 0.f;
-    if (next < tokens) {
-      next_r = rho[next];
-      load<true>(next_g, d_u + next * hidden, at, hidden);
-      load<true>(next_ut, u_norm + next * hidden, at, hidden);
-    }
+  for (long long token = blockIdx.x; token < tokens; token += gridDim.x, turn ^= 1) {
+    Numbers numbers = ahead[0];
+#pragma unroll
+    for (int k = 0; k + 1 < kAhead; ++k) ahead[k] = ahead[k + 1];
+    load_token(ahead[kAhead - 1], token + (long long)kAhead * gridDim.x);
+    auto& [g, ut, r] = numbers;
 
     float unit[kV], dot = 0.f;  // rho u
 #pragma unroll
@@ -100,10 +109,9 @@ KERNEL(post_pre_norm_bwd, kMaxThreads)
     dot = warp_sum(dot);
     if (threadIdx.x % 32 == 0) sums[turn][threadIdx.x / 32] = dot;
     __syncthreads();
-    // The same order in all threads.
-    float sum = 0.f;
-    for (int warp = 0; warp < warps; ++warp) sum += sums[turn][warp];
-    const float s = sum * over_hidden;
+    // The same in all threads: a number of a warp each lane.
+    const int lane = threadIdx.x % 32;
+    const float s = warp_sum(lane < warps ? sums[turn][lane] : 0.f) * over_hidden;
 #pragma unroll
     for (int v = 0; v < kV; ++v) {
       const float w = at < hidden ? norm_scale[at + v] : 0.f;
@@ -111,7 +119,6 @@ KERNEL(post_pre_norm_bwd, kMaxThreads)
     }
     g.set(unit);
     store<true>(g, d_sum + token * hidden, at, hidden);
-    g = next_g, ut = next_ut, r = next_r;
   }
 #pragma unroll
   for (int v = 0; v < kV; ++v) {

@@ -5,12 +5,12 @@
 constexpr int kThreads = tuning_sum_gradients::threads;
 
 // d_phi from d_phi_partial [clusters, size], whose numbers come in fours. The last block has d_bias and d_alpha, from
-// gate_sums [blocks, columns + 3], a warp a column.
+// gate_sums [blocks, columns + 3], a warp a column; d_alpha has `num_gates` of the last 3.
 KERNEL(sum_gradients, kThreads)
 (const float4* d_phi_partial, const float* gate_sums, float4* d_phi, float* d_bias, float* d_alpha,
- int clusters, int blocks, int size, int columns) {
+ int clusters, int blocks, int size, int columns, int num_gates) {
   if (blockIdx.x + 1 == gridDim.x) {
-    for (int c = threadIdx.x / 32; c < columns + 3; c += kThreads / 32) {
+    for (int c = threadIdx.x / 32; c < columns + num_gates; c += kThreads / 32) {
       float sum = 0.f;
       for (int block = threadIdx.x % 32; block < blocks; block += 32) {
         sum += gate_sums[block * (columns + 3) + c];

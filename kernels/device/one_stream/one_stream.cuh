@@ -23,8 +23,8 @@ constexpr u32 kLineBytes = 128;
 
 // ---- tiles ----------------------------------------------------------------------------------------
 
-// The block's tiles of TOKENS tokens, of so many arrays of the streams' dtype. Behind their rows a slot has a line of
-// numbers of its tokens, kLineBytes / TOKENS for each; HAS_NUMBERS: whether there are any.
+// The block's tiles of TOKENS tokens, of so many arrays of the streams' dtype, of which some may be null. Behind their
+// rows a slot has a line of numbers of its tokens, kLineBytes / TOKENS for each; HAS_NUMBERS: whether there are any.
 template <int ARRAYS, int TOKENS, bool HAS_NUMBERS>
 struct Tiles {
   // Arrivals at a slot's barrier: of who announces the bytes, and of the lanes that copy numbers.
@@ -64,9 +64,13 @@ struct Tiles {
     const int lane = threadIdx.x % 32, first = tile * TOKENS, here = min(TOKENS, tokens - first);
     if (lane == 0) {
       const u32 bytes = here * row_bytes();
-      arrive_and_expect(barrier(slot), ARRAYS * bytes);
+      u32 expected = 0;
+#pragma unroll
+      for (int array = 0; array < ARRAYS; ++array) expected += arrays[array] ? bytes : 0;
+      arrive_and_expect(barrier(slot), expected);
 #pragma unroll
       for (int array = 0; array < ARRAYS; ++array) {
+        if (!arrays[array]) continue;
         const Stream* from = arrays[array] + (long long)first * hidden;
         copy_in(row(slot, array, 0), from, bytes, barrier(slot));
       }

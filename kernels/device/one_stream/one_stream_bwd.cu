@@ -1,13 +1,14 @@
 // pre_bwd and post_pre_bwd of one stream, which is read once with its cotangent; sum_one_stream adds up what is left of
 // the gradients of the parameters. In post_pre_bwd X is X' = H_res X + h_post y, formed again, and d_x the cotangent of
-// X', of which those of y, h_post and H_res follow.
+// X', of which those of y, h_post and H_res follow. A head is a pre with one column; it has no d_x_in, and no cotangents
+// of coefficients.
 
 #include "one_stream/one_stream.cuh"
 
 struct Backward {
   const Stream *x, *d_u, *d_x_in, *y;
   const float *phi, *alpha, *bias;
-  // Numbers of the tokens, those of post *_old; h_res is null where d_x_in is not deferred.
+  // Numbers of the tokens, those of post *_old; h_res is null where d_x_in is not deferred, and what there is not, too.
   const float *m, *r, *h_res, *d_h_pre, *d_h_post, *d_h_res, *h_post_old, *h_res_old;
   Stream *d_x, *d_y;
   float *d_h_post_old, *d_h_res_old, *d_phi, *gates;
@@ -160,6 +161,7 @@ __device__ inline void backward(const Backward& b, const Settings& settings) {
           write_float(numbers + kFRest * 4, f_rest);
           write_float(numbers + kFSlope * 4, own_f);
           if (!b.h_res) write_float(numbers + kHRes * 4, 1.f);
+          if (!POST && !b.d_h_pre) write_float(numbers + kDHPre * 4, 0.f);
         }
       }
     }
@@ -200,7 +202,8 @@ __device__ inline void backward(const Backward& b, const Settings& settings) {
             for (int e = 0; e < 4; ++e) values[v + e] += r_dm[c] * own_phi[e];
           }
         }
-        const Pack<Stream, V> d_u = channels(1, t, set), d_x_in = channels(2, t, set);
+        const Pack<Stream, V> d_u = channels(1, t, set);
+        const Pack<Stream, V> d_x_in = POST || b.d_x_in ? channels(2, t, set) : Pack<Stream, V>{};
 #pragma unroll
         for (int v = 0; v < V; ++v) values[v] += h_res * d_x_in[v] + h_pre * d_u[v];
         const Pack<Stream, V> old_x = channels(0, t, set), y = channels(POST ? 3 : 0, t, set);

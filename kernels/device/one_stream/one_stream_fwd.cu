@@ -1,4 +1,5 @@
-// pre_fwd and post_pre_fwd of one stream, which is read once; with a layer norm where its scale is there.
+// pre_fwd and post_pre_fwd of one stream, which is read once; with a layer norm where its scale is there. A head is a pre
+// with one column, which has no coefficients as results.
 
 #include "math/sinkhorn.cuh"
 #include "one_stream/one_stream.cuh"
@@ -126,12 +127,12 @@ __device__ inline void forward(const Forward& f, const Settings& settings) {
       const long long own_token = first + token;
       if (is_column) f.m[own_token * f.columns + k] = m;
       if (k == 0) {
-        f.h_pre[own_token] = h_pre;
+        if (f.h_pre) f.h_pre[own_token] = h_pre;
         if constexpr (NORM) f.rho[own_token] = rho;
       } else if (k == 1) {
-        f.h_post[own_token] = settings.post_scale * s;
+        if (f.h_post) f.h_post[own_token] = settings.post_scale * s + settings.post_eps;
       } else if (k == 2) {
-        f.h_res[own_token] = h_res_of(settings, z, normalised);
+        if (f.h_res) f.h_res[own_token] = h_res_of(settings, z, normalised);
       } else {
         f.r[own_token] = r;
       }

@@ -6,11 +6,11 @@
 constexpr int kThreads = tuning_sum_one_stream::threads;
 constexpr int kWarps = kThreads / 32;
 
-// d_phi from d_phi_partial [rows, size], and in the last block d_bias and d_alpha from gates [rows, columns + 3]. A lane
-// has a number, a warp every kWarps-th row.
+// d_phi from d_phi_partial [rows, size], and in the last block d_bias and d_alpha from gates [rows, columns + 3], of
+// whose last 3 d_alpha has `num_gates`. A lane has a number, a warp every kWarps-th row.
 KERNEL(sum_one_stream, kThreads)
 (const float* d_phi_partial, const float* gates, float* d_phi, float* d_bias, float* d_alpha,
- int rows, int size, int columns) {
+ int rows, int size, int columns, int num_gates) {
   __shared__ float sums[kWarps][32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool has_gates = blockIdx.x + 1 == gridDim.x;
@@ -30,7 +30,7 @@ KERNEL(sum_one_stream, kThreads)
     d_phi[at] = sum;
   } else if (at < columns) {
     d_bias[at] = sum;
-  } else {
+  } else if (at < columns + num_gates) {
     d_alpha[at - columns] = sum;
   }
 }

@@ -23,13 +23,26 @@ struct PhiOf {
 
   __device__ void load(const Operands& from, const float* phi, int columns, int block) {
     const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    unit = 0.f;
+    // Some on their way at once: nothing else goes on meanwhile.
+    constexpr int kSome = 4 * HEXETS;
+    u32 largest = 0;
 #pragma unroll 1
     for (int r = 0; r < ROWS; ++r) {
       const int row = first_row() + r, first = from.first(row, block) + 8 * octet();
       const float* rows = phi + ((long long)from.stream(row) * from.hidden + first) * columns;
-      unit = fmaxf(unit, unit_of(rows, min(from.end(row) - first, 8) * columns));
+      const int count = min(from.end(row) - first, 8) * columns;
+#pragma unroll 1
+      for (int at = lane; at < count; at += 32 * kSome) {
+        u32 own[kSome];
+#pragma unroll
+        for (int s = 0; s < kSome; ++s) {
+          own[s] = at + 32 * s < count ? magnitude(rows[at + 32 * s]) : 0;
+        }
+#pragma unroll
+        for (int s = 0; s < kSome; ++s) largest = max(largest, own[s]);
+      }
     }
+    unit = half_unit(__reduce_max_sync(kAllLanes, largest));
     const float scale = inverse_of_unit(unit);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {

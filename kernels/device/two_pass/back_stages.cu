@@ -153,6 +153,19 @@ __device__ inline void copy_tile(const Operands& from, Fragments dm, u32 stage, 
   }
 }
 
+// X of a tile is one piece of memory, and so is d_x_in, of which a block has lines of 128 bytes. Memory delivers long pieces
+// faster than such lines: so blocks beside each other bring a part each to the L2 cache, so many tiles before the copies.
+constexpr int kAhead = 2;
+__device__ inline void prefetch_tile(const Operands& from, int tile, int groups) {
+  const long long row = (long long)from.n * from.hidden;
+  const long long part = (kTile * row / groups + 7) / 8 * 8, first = blockIdx.x % groups * part;
+  const long long here = min(part, min(kTile, from.tokens - tile * kTile) * row - first);
+  if (here <= 0) return;
+  const long long at = tile * kTile * row + first;
+  prefetch(from.x + at, here * sizeof(Stream));
+  prefetch(from.d_x_in + at, here * sizeof(Stream));
+}
+
 __device__ inline void read(Pack<Stream, 8>& pack, u32 at) {
   *reinterpret_cast<uint4*>(&pack.words[0]) = read4(at);
 }
@@ -211,6 +224,8 @@ KERNEL(project_back_stages, kThreads, 1)
     // The products are there, and the next tile. Nobody needs the tile before any more, or its products.
     __syncthreads();
     copy(tile + (kStages - 1) * step, (slot + kStages - 1) % kStages);
+    const int later = tile + (kStages - 1 + kAhead) * step;
+    if (threadIdx.x == 0 && later < tiles) prefetch_tile(operands, later, groups);
     const int next = min(tile + step, tiles - 1), next_slot = (slot + 1) % kStages;
     Weights next_weights;
     next_weights.load(operands, next * kTile + warp);

@@ -75,18 +75,19 @@ struct Part {
   __device__ Pack<Stream, 8> get(int piece, u32, int) const { return packs[piece]; }
 };
 // Where rows are not aligned it is the 16-byte words that they lie in, without a branch, so that all are on their way at
-// once, and the byte of these where the channels begin.
+// once, and the byte of these where the channels begin. Places are counted in values from the word on in which the
+// token begins, and from it on there are `num`.
 template <int PIECES>
 struct Part<false, PIECES> {
   uint4 words[PIECES + 1];
 
   __device__ u32 load(const Stream* token, long long num, int row, int at, int) {
-    const u64 first = u64(token + (row + at)), last = u64(token + num) - 1;
+    const u32 before = u64(token) % 16 / 2, first = before + u32(row) + u32(at);
+    const uint4* const start = reinterpret_cast<const uint4*>(token - before);
+    const u32 last = u32(min(before + num - 1, (1ll << 32) - 1)) / 8;
 #pragma unroll
-    for (int w = 0; w <= PIECES; ++w) {
-      words[w] = *reinterpret_cast<const uint4*>(min(first + 16 * w, last) & ~u64(15));
-    }
-    return first % 16;
+    for (int w = 0; w <= PIECES; ++w) words[w] = start[min(first / 8 + w, last)];
+    return first % 8 * 2;
   }
   // Zeros behind so many channels.
   __device__ Pack<Stream, 8> get(int piece, u32 shift, int channels) const {
@@ -105,6 +106,32 @@ struct Part<false, PIECES> {
   }
 };
 
+// An eighth of a row of 64 channels, of which so many are there, to a place that is not aligned: by 8 neighbouring lanes,
+// each the aligned 16 bytes that begin in its channels, the last one what lies before the first and behind the last of
+// these. `piece_of(i)`: the channels from 8 i on.
+template <class PieceOf>
+__device__ inline void store_part(Stream* row, int channels, PieceOf piece_of) {
+  const int own = threadIdx.x % 8, shift = u64(row) % 16;
+  const bool is_whole = channels >= kChannels, is_last = shift > 0 && own == 7;
+  const uint4 low = piece_of(own), high = piece_of(is_whole && shift > 0 ? (own + 1) % 8 : own);
+  u32 window[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  if (is_whole && !is_last) {
+    u32 words[4];
+    shift_words(words, window, (16 - shift) % 16);
+    char* const at = reinterpret_cast<char*>(row) + 16 * own + (16 - shift) % 16;
+    *reinterpret_cast<uint4*>(at) = {words[0], words[1], words[2], words[3]};
+    return;
+  }
+  // Of the last channels those behind the aligned bytes, and the first ones up to them; of a row's end all.
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    const bool is_first = is_whole && 2 * e < 16 - shift;
+    const int channel = is_first ? e : 8 * own + e;
+    const u32 word = is_first ? window[4 + e / 2] : window[e / 2];
+    if (channel < channels) row[channel] = Stream{u16(word >> (e % 2 * 16))};
+  }
+}
+
 // What a lane has of a token: of d_x_in 8 channels of the rows 2 q and 2 q + 1, from 8 g on, and of d_u those of set q; of
 // X 16 channels of the row g, from 16 q on; in this row the weights of the former.
 template <bool ALIGNED>
@@ -117,7 +144,7 @@ struct Inputs {
   __device__ void load(const Operands& from, int any_token, int block) {
     const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     const long long token = min(any_token, from.tokens - 1), start = token * from.n * from.hidden;
-    const long long num = (from.tokens - token) * from.n * from.hidden;
+    const long long rest = (from.tokens - token) * from.hidden, num = rest * from.n;
     const float* h_of_token = from.h_res + token * from.n * from.n + from.stream(g);
     shifts = x.load(from.x + start, num, from.stream(g) * from.hidden,
                     from.first(g, block) + 16 * q, from.end(g))
@@ -133,8 +160,8 @@ struct Inputs {
     }
     d_u = {};
     if (q < kSets) {
-      shifts |= d_u.load(from.d_u + token * from.hidden, num / from.n, 0,
-                         block + q * kChannels + 8 * g, from.hidden)
+      shifts |= d_u.load(from.d_u + token * from.hidden, rest, 0, block + q * kChannels + 8 * g,
+                         from.hidden)
                 << 16;
     }
     h_pre = from.end(g) > 0 ? from.h_pre[token * from.n + from.stream(g)] : 0.f;
@@ -204,11 +231,10 @@ struct Inputs {
       }
       __syncwarp();
 #pragma unroll 1
-      for (int row = 0; row < kRows; ++row) {
-        Pack<Stream, 2> pair;
-        pair.words[0] = read1(place + row * 128 + (lane / 4 ^ row) * 16 + lane % 4 * 4);
-        store<false>(pair, start + to.stream(row) * to.hidden, to.first(row, block) + 2 * lane,
-                     to.end(row));
+      for (int row = lane / 8; row < kRows; row += 4) {
+        const int first = to.first(row, block);
+        store_part(start + to.stream(row) * to.hidden + first, to.end(row) - first,
+                   [&](int piece) { return read4(place + row * 128 + (piece ^ row) * 16); });
       }
     }
   }
@@ -250,7 +276,7 @@ __device__ inline void project_back(const Operands& operands, const float* phi, 
   copy_dm(tile, 0);
   copy_dm(tile + step, 1);
   // As many tokens are on their way as there are registers for.
-  constexpr int kAhead = ALIGNED || N <= 4 ? kWarpTokens : 1;
+  constexpr int kAhead = ALIGNED && (EXACT || N > 4) ? kWarpTokens : 1;
   Inputs<ALIGNED> inputs[kAhead];
 #pragma unroll
   for (int t = 0; t < kAhead; ++t) {

@@ -7,7 +7,8 @@
 //   sum_gates  d_alpha and d_bias, from these sums
 //
 // A block has kTokens tokens, a warp each; one more warp has the H_res of all of them (Sinkhorn's iterations,
-// or the mean of permutations), beside the streaming of X by the others.
+// or the mean of permutations), beside the streaming of X by the others. Where a warp has few matrices at once, there are
+// more of these warps.
 
 #include "base/matrix.cuh"
 #include "math/coefficients.cuh"
@@ -17,8 +18,13 @@
 
 constexpr int N = SIZE;
 constexpr int kTokens = tuning_pre_fwd::tokens;
-constexpr int kThreads = 32 * (kTokens + 1);
-static_assert(kThreads == tuning_pre_fwd::threads && kThreads == tuning_pre_bwd::threads);
+constexpr int kThreads = tuning_pre_fwd::threads;
+static_assert(kThreads == tuning_pre_bwd::threads);
+// Warps for H_res. With permutations the first one has all of them.
+constexpr int kMatrixWarps = kThreads / 32 - kTokens;
+static_assert(kThreads % 32 == 0 && kMatrixWarps >= 1);
+// Warps that the matrices of a block keep busy.
+constexpr int kBusyWarps = (kTokens * N + 31) / 32;
 static_assert(kTokens == tuning_pre_bwd::tokens);
 static_assert(kTokens * kPermutedLanes == 32);
 // Columns of res: n^2 or, where that is more, n!, which is for up to 4 streams.
@@ -27,12 +33,14 @@ constexpr int kMaxColumns = 2 * N + kMaxRes;
 // Channels that a lane takes at once.
 constexpr int V = N <= 4 ? 8 : 4;
 
-// Calls `run` with the Sinkhorn iterations of each token of a block, by one whole warp.
+// Calls `run` with the Sinkhorn iterations of each token of a block that is this warp's, of `num` warps for them, by the
+// whole warp.
 template <class Run>
-__device__ inline void for_matrices(const Settings& settings, int n, Run run) {
+__device__ inline void for_matrices(const Settings& settings, int n, int matrix_warp, int num,
+                                    Run run) {
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
-  for (int first = 0; first < kTokens; first += 32 / N) {
+  for (int first = matrix_warp * (32 / N); first < kTokens; first += num * (32 / N)) {
     const int token = first + lane / N;
     // Lanes without a matrix repeat the last one.
     run(Sinkhorn<N>{settings, n, lane % N}, min(token, kTokens - 1), token < kTokens);
@@ -46,13 +54,12 @@ template <bool ALIGNED>
 __device__ inline void collapse(const Stream* row, const float (&h)[N], Stream* u, int n,
                                 int hidden) {
   const int lane = threadIdx.x % 32;
-#pragma unroll 2
-  for (int at = lane * V; at < hidden; at += 32 * V) {
+  // Lanes without channels stay with those that have some where rows are not aligned.
+  const int behind = ALIGNED ? hidden : hidden + lane * V;
+#pragma unroll(ALIGNED ? 2 : 1)
+  for (int at = lane * V; at < behind; at += 32 * V) {
     Pack<Stream, V> pack[N];
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      if (i < n) load<ALIGNED>(pack[i], row + i * hidden, at, hidden);
-    }
+    load_rows<ALIGNED>(pack, row, n, hidden, at);
     float sums[V] = {};
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -62,21 +69,28 @@ __device__ inline void collapse(const Stream* row, const float (&h)[N], Stream* 
     }
     Pack<Stream, V> result;
     result.set(sums);
-    store<ALIGNED>(result, u, at, hidden);
+    store_together<ALIGNED>(result, u, at, hidden);
   }
 }
 
 // Blocks at once on a multiprocessor: not so many where the compiler would spill registers.
 constexpr bool kForwardSpills = N > 4 && (sizeof(Stream) == 4 || __CUDA_ARCH__ >= 1200);
-constexpr int kForwardBlocks = N > 8 ? 1 : !EXACT ? 8 / N + 1 : kForwardSpills ? 2 : 4;
+constexpr int kForwardBlocks = N > 8            ? (sizeof(Stream) == 4 ? 1 : 2)
+                               : !EXACT         ? 8 / N + 1
+                               : kForwardSpills ? 2
+                                                : 4;
+
+// Slices that a lane reads at once.
+constexpr int kSlicesAtOnce = 8;
 
 KERNEL(pre_fwd, kThreads, kForwardBlocks)
 (const Stream* x, const float* partial, int slices, const float* alpha, const float* bias,
  Stream* u, float* h_pre, float* h_post, float* h_res, float* m, float* r, int tokens, int hidden,
  int columns, Layout layout, Settings settings) {
-  __shared__ float h_pres[kTokens][N];
-  __shared__ float z_res[kTokens][kMaxRes];
+  static __shared__ float h_pres[kTokens][N];
+  static __shared__ float z_res[kTokens][kMaxRes];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int matrix_warp = kMatrixWarps > 1 ? warp - kTokens : 0;
   const int n = EXACT ? N : layout.n;
   const int width = n * hidden;
   const long long block = (long long)blockIdx.x * kTokens;
@@ -97,8 +111,15 @@ KERNEL(pre_fwd, kThreads, kForwardBlocks)
       float z = bias[c];
       if (columns > 0) {
         float sum = 0.f;
-#pragma unroll 8
-        for (int s = 0; s < slices; ++s) sum += row[s * row_length + c];
+        for (int first = 0; first < slices; first += kSlicesAtOnce) {
+          float own[kSlicesAtOnce];
+#pragma unroll
+          for (int s = 0; s < kSlicesAtOnce; ++s) {
+            own[s] = first + s < slices ? row[(first + s) * row_length + c] : 0.f;
+          }
+#pragma unroll
+          for (int s = 0; s < kSlicesAtOnce; ++s) sum += own[s];
+        }
         m[token * columns + c] = r_token * sum;
         z += alpha[layout.gate(c)] * (r_token * sum);
       }
@@ -107,7 +128,7 @@ KERNEL(pre_fwd, kThreads, kForwardBlocks)
         h_pres[warp][c] = h;
         if (h_pre) h_pre[token * n + c] = h;
       } else if (c < n + layout.num_post) {
-        h_post[token * n + c - n] = settings.post_scale * sigmoid(z);
+        h_post[token * n + c - n] = settings.post_scale * sigmoid(z) + settings.post_eps;
       } else {
         z_res[warp][c - 2 * n] = z;
       }
@@ -115,14 +136,15 @@ KERNEL(pre_fwd, kThreads, kForwardBlocks)
   }
   __syncthreads();
 
-  if (warp == kTokens) {
+  if (warp >= kTokens) {
     if (!h_res) return;
     if (settings.constraint == Constraint::kPermutations) {
+      if (warp > kTokens) return;
       const int t = lane / kPermutedLanes;
       float* out = h_res + (block + t) * n * n;
       return mix_permutations(n, z_res[t], out, lane % kPermutedLanes, block + t < tokens);
     }
-    for_matrices(settings, n, [&](const Sinkhorn<N>& sinkhorn, int t, bool own) {
+    const auto mix = [&](const Sinkhorn<N>& sinkhorn, int t, bool own) {
       typename Sinkhorn<N>::Matrix z, h;
       sinkhorn.for_each([&](int k, int i) {
         z[k][i] = layout.num_res && sinkhorn.active(k, i) ? z_res[t][sinkhorn.at(k, i)] : 0.f;
@@ -135,7 +157,8 @@ KERNEL(pre_fwd, kThreads, kForwardBlocks)
           h_res[(block + t) * n * n + sinkhorn.at(k, i)] = h[k][i];
         }
       });
-    });
+    };
+    for_matrices(settings, n, matrix_warp, kMatrixWarps, mix);
     return;
   }
 
@@ -153,12 +176,15 @@ KERNEL(pre_fwd, kThreads, kForwardBlocks)
 
 // ---- backward -----------------------------------------------------------------------------------
 
+// Groups of channels that a lane reads at once.
+constexpr int kDotsAtOnce = N == 8 && sizeof(Stream) == 2 ? 2 : 1;
+
 // dots[i] = <d_u, X[i]>, over this lane's channels
 template <bool ALIGNED>
 __device__ inline void collapse_bwd(const Stream* row, const Stream* d_u, float (&dots)[N], int n,
                                     int hidden) {
   const int lane = threadIdx.x % 32;
-#pragma unroll 1
+#pragma unroll kDotsAtOnce
   for (int at = lane * V; at < hidden; at += 32 * V) {
     add_dots<ALIGNED, V>(row, d_u, n, hidden, at, dots);
   }
@@ -169,41 +195,87 @@ __device__ inline void collapse_bwd(const Stream* row, const Stream* d_u, float 
 constexpr int kFewBlocks = sizeof(Stream) == 4 || (N == 4 && __CUDA_ARCH__ >= 1200) ? 3
                            : N == 2                                                 ? 5
                                                                                     : 4;
-constexpr int kBackwardBlocks = N <= 4 ? kFewBlocks : N <= 8 ? 3 : 2;
+constexpr int kBackwardBlocks = N > 8 ? 1 : kMatrixWarps > 1 ? 2 : N > 4 || !EXACT ? 3 : kFewBlocks;
+
+// Where many bfloat16 streams may come with their dots: as sums over some channels each, [tokens, num_dots, n]. Nothing
+// streams then, and a block is kBusyWarps, which share tokens and matrices out.
+constexpr bool kTakesDots = N >= 8 && kStreamParts<Stream> == 1;
 
 // Cotangents of coefficients that a head does not have are null. gate_sums: [blocks, num + 3]. history:
-// 2 * iters * 32 floats a block, in shared memory where it is null.
+// 2 * iters * 32 floats a block and warp for H_res, in shared memory where it is null. `dots` may be null.
 KERNEL(pre_bwd, kThreads, kBackwardBlocks)
 (const Stream* x, const float* alpha, const float* bias, const float* m, const float* r,
  const Stream* d_u, const float* d_h_pre, const float* d_h_post, const float* d_h_res, u32* dm_rows,
  u32* dm_columns, float* h_pre, float2* factors, float* gate_sums, float* history, int tokens,
- int hidden, int columns, Layout layout, Settings settings) {
+ int hidden, int columns, Layout layout, Settings settings, const float* dots, int num_dots) {
   extern __shared__ float shared_history[];
-  __shared__ float d_z[kTokens][kMaxColumns];
-  __shared__ float d_alphas[kTokens][3];
+  static __shared__ float d_z[kTokens][kMaxColumns];
+  static __shared__ float d_alphas[kTokens][3];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int matrix_warp = kMatrixWarps > 1 ? warp - kTokens : 0;
   const int n = EXACT ? N : layout.n;
   const int width = n * hidden;
   const Fragments dm_fragments{dm_rows, dm_columns, columns};
   const long long block = (long long)blockIdx.x * kTokens;
-  const long long token = block + warp;
-  const bool exists = warp < kTokens && token < tokens;
 
   const auto logit = [&](long long t, int c) {
     const float z = bias[c];
     return columns > 0 ? alpha[layout.gate(c)] * m[t * columns + c] + z : z;
   };
 
-  if (warp == kTokens && layout.num_res && settings.constraint == Constraint::kPermutations) {
+  const bool has_dots = kTakesDots && dots;
+  const int warps = has_dots ? kBusyWarps : kTokens;
+#pragma unroll 1
+  for (int t = warp; t < kTokens && block + t < tokens; t += warps) {
+    const long long token = block + t;
+    // That of the stream of this lane.
+    float dot = 0.f;
+    if (has_dots) {
+#pragma unroll 8
+      for (int p = 0; lane < n && p < num_dots; ++p) dot += dots[(token * num_dots + p) * n + lane];
+    } else {
+      float own_dots[N] = {};
+      const Stream* row = x + token * width;
+      if (EXACT || aligned(hidden)) {
+        collapse_bwd<true>(row, d_u + token * hidden, own_dots, n, hidden);
+      } else {
+        collapse_bwd<false>(row, d_u + token * hidden, own_dots, n, hidden);
+      }
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (i >= n) break;
+        const float sum = warp_sum(own_dots[i]);
+        dot = lane == i ? sum : dot;
+      }
+    }
+    if (lane < n) {
+      const float z = logit(token, lane), s = sigmoid(z);
+      const float d_h = dot + (d_h_pre ? d_h_pre[token * n + lane] : 0.f);
+      d_z[t][lane] = d_h * s * sigmoid(-z);
+      h_pre[token * n + lane] = s + settings.pre_eps;
+    }
+    for (int i = lane; i < layout.num_post; i += 32) {
+      const float z = logit(token, n + i);
+      const float d_h = d_h_post[token * n + i];
+      d_z[t][n + i] = d_h * settings.post_scale * sigmoid(z) * sigmoid(-z);
+    }
+  }
+  const bool has_matrices = has_dots || warp >= kTokens;
+  // For up to 4 streams alone.
+  const bool is_permuted = N <= 4 && settings.constraint == Constraint::kPermutations;
+  if (warp == kTokens && layout.num_res && is_permuted) {
     const int t = lane / kPermutedLanes;
     const long long at = min(block + t, (long long)tokens - 1);
     mix_permutations_bwd(
         n, [&](int p) { return logit(at, 2 * n + p); }, d_h_res + at * n * n, d_z[t] + 2 * n,
         lane % kPermutedLanes);
-  } else if (warp == kTokens && layout.num_res) {
-    const long long others = (long long)blockIdx.x * 2 * settings.sinkhorn_iters * 32;
-    float* own = (history ? history + others : shared_history) + lane;
-    for_matrices(settings, n, [&](const Sinkhorn<N>& sinkhorn, int t, bool) {
+  } else if (has_matrices && layout.num_res && settings.constraint != Constraint::kPermutations) {
+    const int recorded = 2 * settings.sinkhorn_iters * 32;
+    const int index = has_dots ? warp : matrix_warp;
+    const int num = has_dots ? kBusyWarps : kMatrixWarps;
+    float* own = history ? history + (long long)blockIdx.x * num * recorded : shared_history;
+    own += index * recorded + lane;
+    for_matrices(settings, n, index, num, [&](const Sinkhorn<N>& sinkhorn, int t, bool) {
       const long long at = min(block + t, (long long)tokens - 1);
       typename Sinkhorn<N>::Matrix z, h, g;
       sinkhorn.for_each([&](int k, int i) {
@@ -218,37 +290,17 @@ KERNEL(pre_bwd, kThreads, kBackwardBlocks)
         if (sinkhorn.active(k, i)) d_z[t][2 * n + sinkhorn.at(k, i)] = g[k][i];
       });
     });
-  } else if (exists) {
-    float dots[N] = {};
-    const Stream* row = x + token * width;
-    if (EXACT || aligned(hidden)) {
-      collapse_bwd<true>(row, d_u + token * hidden, dots, n, hidden);
-    } else {
-      collapse_bwd<false>(row, d_u + token * hidden, dots, n, hidden);
-    }
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      if (i >= n) break;
-      const float dot = warp_sum(dots[i]);
-      if (lane != i % 32) continue;
-      const float z = logit(token, i), s = sigmoid(z);
-      const float d_h = dot + (d_h_pre ? d_h_pre[token * n + i] : 0.f);
-      d_z[warp][i] = d_h * s * sigmoid(-z);
-      h_pre[token * n + i] = s + settings.pre_eps;
-    }
-    for (int i = lane; i < layout.num_post; i += 32) {
-      const float z = logit(token, n + i);
-      const float d_h = d_h_post[token * n + i];
-      d_z[warp][n + i] = d_h * settings.post_scale * sigmoid(z) * sigmoid(-z);
-    }
   }
   __syncthreads();
 
-  if (warp < kTokens) {
+#pragma unroll 1
+  for (int t = warp; t < kTokens; t += warps) {
     // Tokens behind the last one have no gradient, and their fragments must say so.
+    const long long token = block + t;
+    const bool exists = token < tokens;
     const float r_token = exists ? r[token] : 0.f;
     const auto dm_of = [&](int c) {
-      return exists && c < columns ? alpha[layout.gate(c)] * d_z[warp][c] : 0.f;
+      return exists && c < columns ? alpha[layout.gate(c)] * d_z[t][c] : 0.f;
     };
     u32 largest = 0;
     for (int c = lane; kBackParts<Stream> == 1 && c < columns; c += 32) {
@@ -261,7 +313,7 @@ KERNEL(pre_bwd, kThreads, kBackwardBlocks)
       const float dm = dm_of(c);
       if (exists && c < columns) {
         const int gate = layout.gate(c);
-        const float m_c = m[token * columns + c], dz = d_z[warp][c];
+        const float m_c = m[token * columns + c], dz = d_z[t][c];
         dm_dot_m += dm * m_c;
 #pragma unroll
         for (int k = 0; k < 3; ++k) d_alpha[k] += gate == k ? dz * m_c : 0.f;
@@ -273,13 +325,13 @@ KERNEL(pre_bwd, kThreads, kBackwardBlocks)
 #pragma unroll
     for (int k = 0; k < 3; ++k) {
       const float sum = warp_sum(d_alpha[k]);
-      if (lane == 0) d_alphas[warp][k] = sum;
+      if (lane == 0) d_alphas[t][k] = sum;
     }
   }
   __syncthreads();
 
   const int num = layout.num(), here = min((long long)kTokens, tokens - block);
-  for (int c = threadIdx.x; c < num + 3; c += kThreads) {
+  for (int c = threadIdx.x; c < num + 3; c += blockDim.x) {
     float sum = 0.f;
     for (int t = 0; t < here; ++t) sum += c < num ? d_z[t][c] : d_alphas[t][c - num];
     gate_sums[(long long)blockIdx.x * (num + 3) + c] = sum;

@@ -67,20 +67,14 @@ struct Rows {
             *reinterpret_cast<const uint4*>(piece(row, octet * (kWords / 4) + w / 4));
       }
     } else {
-      const u32* words = reinterpret_cast<const u32*>(piece(row, 0)) + octet * kWords;
-      if constexpr (sizeof(Stream) == 4) {
+      // Whole pieces, which are in different banks for the lanes of a warp.
+      u32 window[kWords + 4];
 #pragma unroll
-        for (int w = 0; w < kWords; ++w) pack.words[w] = words[shift + w];
-      } else {
-        words += shift / 2;
-        u32 low = words[0];
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) {
-          const u32 high = words[w + 1];
-          pack.words[w] = __funnelshift_r(low, high, shift % 2 * 16);
-          low = high;
-        }
+      for (int w = 0; w < kWords + 4; w += 4) {
+        *reinterpret_cast<uint4*>(&window[w]) =
+            *reinterpret_cast<const uint4*>(piece(row, octet * (kWords / 4) + w / 4));
       }
+      shift_words(pack.words, window, shift * int(sizeof(Stream)));
       if (left >= VALUES) return;
       // What follows in memory is another token's.
 #pragma unroll

@@ -8,9 +8,9 @@
 //
 // Clusters of two blocks are persistent, and have a ring of stages. A stage has 64 values of the sum, of as many tokens or
 // channels as the warpgroups have rows, 64 each. Phi and r dm are the same for both blocks: each copies one part of them to
-// both, so that they come from the L2 cache once for all rows of a cluster. The first thread of a block asks for the
-// next stage as soon as everybody has gone through the one before this: a warp for that alone would leave the
-// others too few registers.
+// both, so that they come from the L2 cache once for all rows of a cluster. A warpgroup that multiplies nothing, and has
+// hardly any registers, asks for a stage as soon as everybody has gone through what was there: a warp that multiplied
+// and copied would keep its warpgroup waiting, and so the ring.
 
 #include "one_pass/one_pass.cuh"
 
@@ -37,25 +37,44 @@ __device__ inline long long place_of(long long lines, int part, int column, int 
 
 // ---- operands in lines ----------------------------------------------------------------------------
 
-// lines: [chunk][64 rows][part][column], a line each; zero behind the last column.
+// Columns of a piece of phi, which 128 threads have at once.
+constexpr int kPieceColumns = 16, kPieceThreads = kPieceColumns * kUnits;
+static_assert(kColumns % kPieceColumns == 0 && tuning_phi_lines::threads % kPieceThreads == 0);
+
+// lines: [chunk][64 rows][part][column], a line each; zero behind the last column. Neighbours read neighbours of a row of
+// phi and write neighbours of a line: shared memory turns a piece of 64 rows.
 KERNEL(phi_lines, tuning_phi_lines::threads)
 (const float* phi, uint4* lines, int width, int columns, int chunks) {
-  const int blocks = width / kLine;
-  const long long at = (long long)blockIdx.x * tuning_phi_lines::threads + threadIdx.x;
-  if (at >= (long long)chunks * blocks * kUnits * kColumns) return;
-  // Neighbours read neighbours of a row of phi.
-  const int own = at % kColumns, unit = at / kColumns % kUnits;
-  const long long group = at / kColumns / kUnits;
-  const int c = group / blocks * kColumns + own, k = group % blocks * kLine + unit * 8;
+  constexpr int kPieces = tuning_phi_lines::threads / kPieceThreads;
+  // One more column, so that the threads of a warp find their numbers in different banks.
+  static __shared__ float pieces[kPieces][kLine][kPieceColumns + 1];
+  const int blocks = width / kLine, of_block = threadIdx.x / kPieceThreads;
+  const int thread = threadIdx.x % kPieceThreads;
+  const int piece = blockIdx.x * kPieces + of_block;
+  const int first = piece % (kColumns / kPieceColumns) * kPieceColumns;
+  const int group = piece / (kColumns / kPieceColumns);
+  const bool exists = group < chunks * blocks;
+  auto& own = pieces[of_block];
+
+  const int from_row = thread / kPieceColumns, own_column = thread % kPieceColumns;
+  const int c = group / blocks * kColumns + first + own_column;
+#pragma unroll
+  for (int row = from_row; row < kLine; row += kPieceThreads / kPieceColumns) {
+    const long long k = (long long)(group % blocks) * kLine + row;
+    own[row][own_column] = exists && c < columns ? phi[k * columns + c] : 0.f;
+  }
+  __syncthreads();
+  if (!exists) return;
+  const int unit = thread % kUnits, column = thread / kUnits;
   u32 words[4][kParts];
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
-    const float* from = phi + (long long)(k + 2 * w) * columns + c;
-    split(c < columns ? from[0] : 0.f, c < columns ? from[columns] : 0.f, words[w]);
+    split(own[8 * unit + 2 * w][column], own[8 * unit + 2 * w + 1][column], words[w]);
   }
 #pragma unroll
   for (int p = 0; p < kParts; ++p) {
-    lines[place_of(group, p, own, unit)] = {words[0][p], words[1][p], words[2][p], words[3][p]};
+    lines[place_of(group, p, first + column, unit)] = {words[0][p], words[1][p], words[2][p],
+                                                       words[3][p]};
   }
 }
 
@@ -89,9 +108,16 @@ extern __shared__ __align__(1024) unsigned char memory[];
 // Stages, each the lines of X and behind them those of the other factor; then the barriers.
 template <class TUNING, u32 LEFT_BYTES>
 struct StagesOf {
-  static constexpr int kThreads = TUNING::threads, kWarps = kThreads / 32, kNum = TUNING::stages;
+  // Those of the warps that multiply.
+  static constexpr int kThreads = TUNING::threads - 128, kWarps = kThreads / 32;
+  static constexpr int kNum = TUNING::stages;
   static constexpr u32 kBytes = LEFT_BYTES + kRightBytes, kBarriers = kNum * kBytes;
   static_assert(kThreads % 128 == 0 && LEFT_BYTES % 1024 == 0);
+  // Registers, and those of the loader, are as many as a block starts with.
+  static constexpr int kRegisters = TUNING::registers;
+  static constexpr int kAtStart = 65536 / TUNING::threads / 8 * 8;
+  static constexpr int kOtherRegisters = (TUNING::threads * kAtStart - kThreads * kRegisters) / 128;
+  static_assert(kRegisters % 8 == 0 && kOtherRegisters % 8 == 0 && kOtherRegisters >= 24);
   static_assert(kBarriers + 2 * kNum * 8 <= TUNING::shared_bytes);
   using Place = Ring<kNum>;
 
@@ -115,8 +141,8 @@ struct StagesOf {
     cluster_wait();
   }
 
-  // By the first thread: a box of X, whose first token and 64 channels are given, and this block's part of the lines for
-  // both blocks, once both have gone through what was there.
+  // By one thread: a box of X, whose first token and 64 channels are given, and this block's part of the lines for both
+  // blocks, once both have gone through what was there.
   __device__ void fill(Place& place, const TensorMap& x, int token, int box, const uint4* lines,
                        u32 rank) const {
     wait_for_cluster(empty(place.slot), place.parity ^ 1);
@@ -126,7 +152,7 @@ struct StagesOf {
                  full(place.slot));
     place.next();
   }
-  // By all threads. What the other block sends counts for this block's barrier, too.
+  // By all threads that multiply. What the other block sends counts for this block's barrier, too.
   __device__ void await(const Place& place) const { wait(full(place.slot), place.parity); }
   __device__ void release(Place& place, u32 rank) const {
     __syncwarp();
@@ -138,28 +164,6 @@ struct StagesOf {
   }
 };
 
-// The steps of a cluster, each a stage, one after the other: those from first_of(unit) to end_of(unit) of every unit that
-// it takes in turn.
-template <class First, class End>
-struct Steps {
-  First first_of;
-  End end_of;
-  int units, unit = cluster_id(), at = first_of(unit);
-
-  // Whether there is a step: this one.
-  __device__ bool find() {
-    while (unit < units && at >= end_of(unit)) {
-      unit += num_clusters();
-      at = first_of(unit);
-    }
-    return unit < units;
-  }
-};
-template <class First, class End>
-__device__ inline Steps<First, End> steps_of(First first_of, End end_of, int units) {
-  return {first_of, end_of, units};
-}
-
 // uint4 of the lines of a stage.
 constexpr int kRightLines = kRightBytes / 16;
 
@@ -170,6 +174,9 @@ namespace forward {
 constexpr int kTokens = kTile * tuning_project_lines::tiles;
 using Stages = StagesOf<tuning_project_lines, kTokens * kRowBytes>;
 static_assert(Stages::kWarps * 16 == kTokens && kTile == tuning_project_lines::tokens);
+// Neighbouring boxes that go to the L2 cache at once, ahead of the ring: memory delivers 256 bytes of a token in less time
+// than twice 128.
+constexpr int kAhead = 2;
 
 // Tensor cores cut a sum off after every addition: they have those of a stage alone, the lower parts first.
 struct Sums {
@@ -216,6 +223,24 @@ struct Sums {
   }
 };
 
+// What clusters take in turn: a slice of some tokens, for a chunk of the columns. Chunks have the same X, slices
+// neighbouring values of it.
+struct Units {
+  static constexpr int kPair = kBlocks * kTokens;
+  int tokens, width, slice, chunks, rank;
+
+  __device__ int slices() const { return (width + slice - 1) / slice; }
+  __device__ u32 num() const { return (tokens + kPair - 1) / kPair * slices() * chunks; }
+  __device__ int chunk(int unit) const { return unit % chunks; }
+  __device__ int slice_of(int unit) const { return unit / chunks % slices(); }
+  // The first token of this block, and the first 64 values.
+  __device__ int token(int unit) const { return unit / chunks / slices() * kPair + rank * kTokens; }
+  __device__ int first(int unit) const { return slice_of(unit) * (slice / kLine); }
+  __device__ int num_blocks(int unit) const {
+    return min(slice / kLine, width / kLine - first(unit));
+  }
+};
+
 }  // namespace forward
 
 // partial: [tokens, slices, num_octets * 8 + 2], the last two entries the sum of squares and nothing. A slice is a
@@ -227,56 +252,59 @@ KERNEL(project_lines, tuning_project_lines::threads, 1)
   const Stages stages;
   const int rank = cluster_rank();
   stages.start();
-  const int slices = (width + slice - 1) / slice, blocks = width / kLine;
-  constexpr int kPair = kBlocks * kTokens;
-  const int units = (tokens + kPair - 1) / kPair * slices * chunks;
+  // Each role asks for its units again, so that none keeps in registers what the other wants.
+  const Units all{tokens, width, slice, chunks, rank};
   Stages::Place place;
-
-  // Chunks have the same X, slices neighbouring values of it.
-  const auto chunk_of = [&](int unit) { return unit % chunks; };
-  const auto slice_of = [&](int unit) { return unit / chunks % slices; };
-  const auto token_of = [&](int unit) { return unit / chunks / slices * kPair + rank * kTokens; };
-  const auto first_of = [&](int unit) { return slice_of(unit) * (slice / kLine); };
-  const auto end_of = [&](int unit) { return min(first_of(unit) + slice / kLine, blocks); };
-
-  auto ahead = steps_of(first_of, end_of, units);
-  Stages::Place place_ahead;
-  const auto load = [&] {
-    if (threadIdx.x > 0 || !ahead.find()) return;
-    const long long block = ahead.at++;
-    stages.fill(place_ahead, x, token_of(ahead.unit), int(block),
-                phi + (chunk_of(ahead.unit) * (long long)blocks + block) * kRightLines, rank);
-  };
-  for (int i = 0; i < Stages::kNum - 1; ++i) load();
-
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  const int row_length = (columns + 7) / 8 * 8 + 2;
-  for (int unit = cluster_id(); unit < units; unit += num_clusters()) {
-    const int chunk = chunk_of(unit);
-    Sums sums;
-    for (int block = first_of(unit); block < end_of(unit); ++block) {
-      stages.await(place);
-      sums.add_stage(stages, place, warp * 16, chunk == 0);
-      stages.release(place, rank);
-      load();
+  if (threadIdx.x < Stages::kThreads) {
+    take_registers<Stages::kRegisters>();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    for (u32 unit = cluster_id(); unit < all.num(); unit += num_clusters()) {
+      Sums sums;
+      const bool has_squares = all.chunk(unit) == 0;
+      const bool has_tokens = all.token(unit) + warp / 4 * kRows < tokens;
+      for (int left = all.num_blocks(unit); left > 0; --left) {
+        stages.await(place);
+        // The tensor cores are those of the warpgroups that have tokens.
+        if (has_tokens) sums.add_stage(stages, place, warp * 16, has_squares);
+        stages.release(place, rank);
+      }
+      keep(unit);
+      const int row_length = (columns + 7) / 8 * 8 + 2;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float square = sums.squares[h];
+        square += __shfl_xor_sync(kAllLanes, square, 1);
+        square += __shfl_xor_sync(kAllLanes, square, 2);
+        const int token = all.token(unit) + warp * 16 + g + 8 * h;
+        if (token >= tokens) continue;
+        const long long at = (long long)token * all.slices() + all.slice_of(unit);
+        float* out = partial + at * row_length;
+#pragma unroll
+        for (int octet = 0; octet < SIZE; ++octet) {
+          const int c = all.chunk(unit) * kColumns + octet * 8 + 2 * q;
+          if (c < row_length - 2) {
+            *reinterpret_cast<float2*>(out + c) = {sums.products[4 * octet + 2 * h],
+                                                   sums.products[4 * octet + 2 * h + 1]};
+          }
+        }
+        if (has_squares && q == 0) out[row_length - 2] = square;
+      }
     }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float square = sums.squares[h];
-      square += __shfl_xor_sync(kAllLanes, square, 1);
-      square += __shfl_xor_sync(kAllLanes, square, 2);
-      const int token = token_of(unit) + warp * 16 + g + 8 * h;
-      if (token >= tokens) continue;
-      float* out = partial + ((long long)token * slices + slice_of(unit)) * row_length;
-#pragma unroll
-      for (int octet = 0; octet < SIZE; ++octet) {
-        const int c = chunk * kColumns + octet * 8 + 2 * q;
-        if (c < row_length - 2) {
-          *reinterpret_cast<float2*>(out + c) = {sums.products[4 * octet + 2 * h],
-                                                 sums.products[4 * octet + 2 * h + 1]};
+  } else {
+    give_registers<Stages::kOtherRegisters>();
+    if (threadIdx.x == Stages::kThreads) {
+      for (u32 unit = cluster_id(); unit < all.num(); unit += num_clusters()) {
+        const int token = all.token(unit), first = all.first(unit);
+        const int end = first + all.num_blocks(unit);
+        const uint4* lines = phi + (long long)all.chunk(unit) * (width / kLine) * kRightLines;
+#pragma unroll 1
+        for (int block = first; block < end; ++block) {
+          for (int ahead = 0; (block - first) % kAhead == 0 && ahead < kAhead; ++ahead) {
+            if (block + kAhead + ahead < end) prefetch(x, token, block + kAhead + ahead, 0);
+          }
+          stages.fill(place, x, token, block, lines + (long long)block * kRightLines, rank);
         }
       }
-      if (chunk == 0 && q == 0) out[row_length - 2] = square;
     }
   }
   end_cluster();
@@ -311,6 +339,25 @@ __device__ inline void add_stage(float (&sums)[kSums], u32 x, u32 r_dm, bool add
   for (int s = 0; s < kSums; ++s) keep(sums[s]);
 }
 
+// What clusters take in turn: some channels of a split of the tokens, for a chunk of the columns. Chunks have the same X.
+struct Units {
+  static constexpr int kPair = kBlocks * kChannels;
+  int tokens, width, splits, chunks, rank;
+
+  // Lines of tokens, and those of a split.
+  __device__ int groups() const { return (tokens + kLine - 1) / kLine; }
+  __device__ int of_split() const { return (groups() + splits - 1) / splits; }
+  __device__ u32 num() const { return (width + kPair - 1) / kPair * splits * chunks; }
+  __device__ int chunk(int unit) const { return unit % chunks; }
+  __device__ int split(int unit) const { return unit / chunks % splits; }
+  // The first channel of this block, and the first line.
+  __device__ int channel(int unit) const {
+    return unit / chunks / splits * kPair + rank * kChannels;
+  }
+  __device__ int first(int unit) const { return split(unit) * of_split(); }
+  __device__ int num_groups(int unit) const { return min(of_split(), groups() - first(unit)); }
+};
+
 }  // namespace gradient
 
 // partial: [splits, width, columns].
@@ -321,60 +368,56 @@ KERNEL(d_phi_lines, tuning_d_phi_lines::threads, 1)
   const Stages stages;
   const int rank = cluster_rank();
   stages.start();
-  const int groups = (tokens + kLine - 1) / kLine, groups_of_split = (groups + splits - 1) / splits;
-  constexpr int kPair = kBlocks * kChannels;
-  const int units = (width + kPair - 1) / kPair * splits * chunks;
+  const Units all{tokens, width, splits, chunks, rank};
   Stages::Place place;
-
-  // Chunks have the same X.
-  const auto chunk_of = [&](int unit) { return unit % chunks; };
-  const auto split_of = [&](int unit) { return unit / chunks % splits; };
-  const auto channel_of = [&](int unit) {
-    return unit / chunks / splits * kPair + rank * kChannels;
-  };
-  const auto first_of = [&](int unit) { return split_of(unit) * groups_of_split; };
-  const auto end_of = [&](int unit) { return min(first_of(unit) + groups_of_split, groups); };
-
-  auto ahead = steps_of(first_of, end_of, units);
-  Stages::Place place_ahead;
-  const auto load = [&] {
-    if (threadIdx.x > 0 || !ahead.find()) return;
-    const long long group = ahead.at++;
-    stages.fill(place_ahead, x, int(group) * kLine, channel_of(ahead.unit) / kLine,
-                r_dm + (group * chunks + chunk_of(ahead.unit)) * kRightLines, rank);
-  };
-  for (int i = 0; i < Stages::kNum - 1; ++i) load();
-
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  for (int unit = cluster_id(); unit < units; unit += num_clusters()) {
-    float sums[kSums] = {};
-    for (int group = first_of(unit); group < end_of(unit); ++group) {
-      stages.await(place);
-      add_stage(sums, stages.left(place) + warp / 4 * (kRows * kRowBytes), stages.right(place),
-                group > first_of(unit));
-      stages.release(place, rank);
-      load();
-    }
-    float* out = partial + (long long)split_of(unit) * width * columns;
+  if (threadIdx.x < Stages::kThreads) {
+    take_registers<Stages::kRegisters>();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    for (u32 unit = cluster_id(); unit < all.num(); unit += num_clusters()) {
+      float sums[kSums] = {};
+      bool adds = false;
+      for (int left = all.num_groups(unit); left > 0; --left, adds = true) {
+        stages.await(place);
+        add_stage(sums, stages.left(place) + warp / 4 * (kRows * kRowBytes), stages.right(place),
+                  adds);
+        stages.release(place, rank);
+      }
+      keep(unit);
+      float* out = partial + (long long)all.split(unit) * width * columns;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int k = channel_of(unit) + warp * 16 + g + 8 * h;
-      if (k >= width) continue;
+      for (int h = 0; h < 2; ++h) {
+        const int k = all.channel(unit) + warp * 16 + g + 8 * h;
+        if (k >= width) continue;
 #pragma unroll
-      for (int octet = 0; octet < SIZE; ++octet) {
-        const int c = chunk_of(unit) * kColumns + octet * 8 + 2 * q;
-        if (c >= columns) continue;
-        float2 own = {sums[4 * octet + 2 * h], sums[4 * octet + 2 * h + 1]};
-        if constexpr (kIsBoth) {
-          own.x += sums[4 * (SIZE + octet) + 2 * h];
-          own.y += sums[4 * (SIZE + octet) + 2 * h + 1];
+        for (int octet = 0; octet < SIZE; ++octet) {
+          const int c = all.chunk(unit) * kColumns + octet * 8 + 2 * q;
+          if (c >= columns) continue;
+          float2 own = {sums[4 * octet + 2 * h], sums[4 * octet + 2 * h + 1]};
+          if constexpr (kIsBoth) {
+            own.x += sums[4 * (SIZE + octet) + 2 * h];
+            own.y += sums[4 * (SIZE + octet) + 2 * h + 1];
+          }
+          float* to = out + (long long)k * columns + c;
+          if (columns % 2 == 0) {
+            *reinterpret_cast<float2*>(to) = own;
+          } else {
+            to[0] = own.x;
+            if (c + 1 < columns) to[1] = own.y;
+          }
         }
-        float* to = out + (long long)k * columns + c;
-        if (columns % 2 == 0) {
-          *reinterpret_cast<float2*>(to) = own;
-        } else {
-          to[0] = own.x;
-          if (c + 1 < columns) to[1] = own.y;
+      }
+    }
+  } else {
+    give_registers<Stages::kOtherRegisters>();
+    if (threadIdx.x == Stages::kThreads) {
+      for (u32 unit = cluster_id(); unit < all.num(); unit += num_clusters()) {
+        const int box = all.channel(unit) / kLine, first = all.first(unit);
+        const int end = first + all.num_groups(unit);
+        const uint4* lines = r_dm + (long long)all.chunk(unit) * kRightLines;
+#pragma unroll 1
+        for (int group = first; group < end; ++group) {
+          stages.fill(place, x, group * kLine, box, lines + (long long)group * chunks * kRightLines,
+                      rank);
         }
       }
     }

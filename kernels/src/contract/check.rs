@@ -256,8 +256,7 @@ impl<'a> CheckedCall<'a> {
             Dim::Streams => self.n,
             Dim::Hidden => self.c,
             Dim::Coefficients => self.layout.num(),
-            Dim::Gates if self.kind.is_head() => 1,
-            Dim::Gates => 3,
+            Dim::Gates => self.layout.num_gates(),
             Dim::One => 1,
         }
     }

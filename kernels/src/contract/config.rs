@@ -5,8 +5,8 @@
 //!
 //! - The real numbers are finite and not negative. Every eps guards a division or a root, which a
 //!   negative one would let vanish; there is no largest one, since too large an eps gives small numbers
-//!   and no wrong ones. `pre_eps` and `post_scale` keep the coefficients in the range that the equations
-//!   give them, [0, inf). (0 is no error here. Python asks for a `post_scale` above 0, since streams that no
+//!   and no wrong ones. `pre_eps`, `post_scale` and `post_eps` keep the coefficients in the range that the
+//!   equations give them, [0, inf). (0 is no error here. Python asks for a `post_scale` above 0, since streams that no
 //!   layer adds to are a mistake there.)
 //! - They are finite as the kernels see them: as float32, but where the streams are float64. Otherwise 1e39
 //!   would be an infinity in one dtype and a number in another.
@@ -131,8 +131,10 @@ pub struct Config {
     pub norm_eps_mode: NormEpsMode,
     /// Added to h_pre after the sigmoid.
     pub pre_eps: f64,
-    /// h_post = post_scale * sigmoid(z_post).
+    /// Factor of h_post = post_scale * sigmoid(z_post) + post_eps.
     pub post_scale: f64,
+    /// Added to h_post after that.
+    pub post_eps: f64,
     /// Whether the call has the values of [`Group::Dynamic`].
     pub dynamic: bool,
     /// Whether the call has the values of [`Group::Norm`].
@@ -201,12 +203,13 @@ impl Config {
     }
 
     /// The real numbers, by their names.
-    fn reals(&mut self) -> [(&'static str, &mut f64); 5] {
+    fn reals(&mut self) -> [(&'static str, &mut f64); 6] {
         [
             ("sinkhorn_eps", &mut self.sinkhorn_eps),
             ("norm_eps", &mut self.norm_eps),
             ("pre_eps", &mut self.pre_eps),
             ("post_scale", &mut self.post_scale),
+            ("post_eps", &mut self.post_eps),
             ("norm_scale_eps", &mut self.norm_scale_eps),
         ]
     }
@@ -257,6 +260,7 @@ impl Default for Config {
             norm_eps_mode: NormEpsMode::Inside,
             pre_eps: 0.0,
             post_scale: 2.0,
+            post_eps: 0.0,
             dynamic: true,
             norm: false,
             norm_scale_eps: 1e-6,
@@ -273,11 +277,12 @@ spelled!(NormEpsMode, "norm_eps_mode", "inside" => Inside, "outside" => Outside)
 mod tests {
     use super::*;
 
-    const FIELDS: [&str; 5] = [
+    const FIELDS: [&str; 6] = [
         "sinkhorn_eps",
         "norm_eps",
         "pre_eps",
         "post_scale",
+        "post_eps",
         "norm_scale_eps",
     ];
 

@@ -45,6 +45,11 @@ impl CoefficientLayout {
         self.n + self.num_post + self.num_res
     }
 
+    /// Number of gates of alpha: one for each group that has columns.
+    pub fn num_gates(&self) -> usize {
+        1 + usize::from(self.num_post > 0) + usize::from(self.num_res > 0)
+    }
+
     /// Index of the gate of alpha that belongs to column `c`.
     #[inline(always)]
     pub fn gate(&self, c: usize) -> usize {

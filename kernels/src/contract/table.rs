@@ -10,7 +10,7 @@ use crate::contract::limits::MAX_SINKHORN_ITERS;
 
 /// The version of the table, a part of every target's name. Compiled programs outlive the library, so any
 /// change of meaning raises it.
-pub const TARGET_VERSION: u32 = 3;
+pub const TARGET_VERSION: u32 = 4;
 
 /// A call that this library answers: one direction of an op.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -282,7 +282,7 @@ pub enum Dim {
     /// Coefficients.
     #[serde(rename = "K")]
     Coefficients,
-    /// Gates of the coefficients: 3, or 1 in a head.
+    /// Gates of the coefficients, one for each group that has columns: 3, 2 where H_res has none, or 1 in a head.
     #[serde(rename = "A")]
     Gates,
     /// One.
@@ -395,7 +395,7 @@ enum Of {
 const FLAG: Setting = Setting::Int64 { max: 1 };
 
 #[rustfmt::skip]
-const ATTRIBUTES: [Attribute; 13] = [
+const ATTRIBUTES: [Attribute; 14] = [
     Attribute { name: "constraint", of: Of::Config, setting: Setting::String { choices: Constraint::WORDS } },
     Attribute { name: "sinkhorn_iters", of: Of::Config, setting: Setting::Int64 { max: MAX_SINKHORN_ITERS } },
     Attribute { name: "sinkhorn_eps", of: Of::Config, setting: Setting::Float64 },
@@ -405,6 +405,7 @@ const ATTRIBUTES: [Attribute; 13] = [
     Attribute { name: "norm_eps_mode", of: Of::Config, setting: Setting::String { choices: NormEpsMode::WORDS } },
     Attribute { name: "pre_eps", of: Of::Config, setting: Setting::Float64 },
     Attribute { name: "post_scale", of: Of::Config, setting: Setting::Float64 },
+    Attribute { name: "post_eps", of: Of::Config, setting: Setting::Float64 },
     Attribute { name: Group::Dynamic.name(), of: Of::Group(Group::Dynamic), setting: FLAG },
     Attribute { name: Group::Norm.name(), of: Of::Group(Group::Norm), setting: FLAG },
     Attribute { name: "norm_scale_eps", of: Of::Group(Group::Norm), setting: Setting::Float64 },

@@ -192,7 +192,7 @@ fn forward_with<V: Vector, const N: usize>(
             continue;
         }
         for z in z_post.iter_mut() {
-            *z = sigmoid(*z) * constant(config.post_scale); // [18]
+            *z = sigmoid(*z).mul_add(constant(config.post_scale), constant(config.post_eps)); // [18]
         }
         scatter(z_post, first, count, &mut out.h_post);
         match config.constraint {

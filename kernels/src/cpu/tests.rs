@@ -192,6 +192,9 @@ fn cases() -> Vec<Case> {
                 20,
                 Config {
                     constraint: Constraint::Identity,
+                    norm_eps: 1e-5,
+                    pre_eps: 1e-6,
+                    post_eps: 0.25,
                     ..paper
                 },
                 1.0,
@@ -252,7 +255,7 @@ impl Data {
             x,
             y,
             phi: real(n * c * case.columns(), scale),
-            alpha: vec![1.0, 0.75, 1.25],
+            alpha: [1.0, 0.75, 1.25][..case.layout().num_gates()].to_vec(),
             bias: real(case.layout().num(), case.peak),
             norm_scale: real(case.norm_width(), 1.5),
             d_u,

@@ -159,6 +159,7 @@ impl From<&Config> for Settings {
             norm_eps_outside: i32::from(config.norm_eps_mode == NormEpsMode::Outside),
             pre_eps: config.pre_eps as f32,
             post_scale: config.post_scale as f32,
+            post_eps: config.post_eps as f32,
         }
     }
 }

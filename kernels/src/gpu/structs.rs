@@ -21,6 +21,8 @@ device_struct! {
         pre_eps: f32,
         /// Factor of h_post.
         post_scale: f32,
+        /// Term in h_post.
+        post_eps: f32,
     }
 }
 device_struct! {

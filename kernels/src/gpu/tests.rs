@@ -290,14 +290,16 @@ fn any_number_of_streams_has_kernels_for_about_as_many() {
     };
     for (n, c, columns, streams) in [
         (1, 64, "k8", "upto4"),
-        (3, 64, "any", "upto4"),
+        // Kernels for 24 columns take 15, and rows of four streams that are not aligned alone.
+        (3, 64, "k24", "upto4"),
+        (4, 34, "k24", "upto4"),
         (4, 33, "any", "upto4"),
         (8, 64, "k80", "n8"),
         (7, 64, "any", "upto8"),
         (16, 64, "any", "any"),
     ] {
         let project = match (columns, c) {
-            ("k8", _) => vec![("project", columns)],
+            ("k8" | "k24", _) => vec![("project", columns)],
             (_, 33) => vec![
                 ("phi_fragments", columns),
                 ("project_tiled_unaligned", columns),
@@ -344,6 +346,30 @@ fn warpgroups_multiply_many_columns_where_there_are_lines() {
             DType::Bf16,
             sizes
         )));
+    }
+}
+
+#[test]
+fn post_leaves_pre_what_it_would_read_many_streams_for() {
+    let first = |device: &Device, dtype, sizes, has_norm| {
+        let example = Example::new(Call::PostPreBwd, dtype, 17, sizes, Config::default());
+        let example = if has_norm {
+            example.with_norm()
+        } else {
+            example
+        };
+        functions_of(example, device)[0]
+    };
+    for device in [H100, B200, L4] {
+        for sizes in [[8, 2048], [5, 72], [16, 8]] {
+            let first = |dtype, has_norm| first(&device, dtype, sizes, has_norm);
+            assert_eq!(first(DType::Bf16, false), "post_dots_fwd");
+            assert_eq!(first(DType::Bf16, true), "post_fwd");
+            assert_eq!(first(DType::F16, false), "post_fwd");
+        }
+        assert_eq!(first(&device, DType::Bf16, [3, 2048], false), "post_fwd");
+        let unaligned = first(&device, DType::Bf16, [8, 2049], false);
+        assert_eq!(unaligned, "post_fwd_unaligned");
     }
 }
 
@@ -604,6 +630,9 @@ fn one_stream_is_read_once_by_blocks_that_have_whole_tokens() {
                 }
                 let pre = ["pre_bwd_one_stream", "sum_one_stream"];
                 assert_eq!(with_norm(Call::PreBwd, false), pre);
+                let head = with_norm(Call::HeadFwd, false);
+                assert_eq!(head, ["pre_fwd_one_stream"]);
+                assert_eq!(with_norm(Call::HeadBwd, false), pre);
                 let before = with_norm(Call::PreBwd, true);
                 assert_eq!(before[..2], ["norm_bwd", "sum_norm_scale"]);
                 assert_eq!(before[2..], pre);

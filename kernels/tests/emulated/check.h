@@ -110,5 +110,6 @@ inline Settings settings() {
   own.pre_eps = 1e-3f;
   own.norm_eps = 1e-6f;
   own.post_scale = 2;
+  own.post_eps = 2e-3f;
   return own;
 }

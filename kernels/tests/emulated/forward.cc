@@ -97,7 +97,7 @@ int main(int, char** argv) {
   // Some columns are small beside the others.
   const auto scale_of = [](int k) { return k % 4 == 3 ? 0x1p-20f : 1.f; };
   phi = floats(size_t(N) * hidden * K, [&](size_t i) { return .02f * scale_of(i % K) * normal(); });
-  alpha = floats(3, [](size_t i) { return .3f + .1f * i; });
+  alpha = floats(kColumns == 2 * N ? 2 : 3, [](size_t i) { return .3f + .1f * i; });
   bias = floats(K, any), h_post_in = floats(size_t(tokens) * N, any);
   h_res_in = floats(size_t(tokens) * N * N, any);
   norm_scale = floats(hidden, any), rho = guarded<float>(tokens);
@@ -151,7 +151,7 @@ int main(int, char** argv) {
     mix(z + 2 * N, mixed);
     for (int i = 0; i < N; ++i) {
       of_h.add(h_pre[t * N + i], logistic(z[i]) + settings().pre_eps);
-      of_h.add(h_post[t * N + i], 2 * logistic(z[N + i]));
+      of_h.add(h_post[t * N + i], 2 * logistic(z[N + i]) + settings().post_eps);
       for (int j = 0; j < N; ++j) of_h.add(h_res[(t * N + i) * N + j], mixed[i][j]);
     }
     double square = 0;

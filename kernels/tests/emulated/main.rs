@@ -173,6 +173,8 @@ fn one_stream_fwd() {
         ([520, 11, 3, 3], [3, 3, 160]),
         ([264, 25, 2, 0], [0, 0, 96]),
         ([4096, 9, 1, 3], [0, 3, 1024]),
+        // A head.
+        ([264, 31, 2, 4], [0, 3, 96]),
     ];
     check_one_stream("one_stream_fwd", "one_stream/one_stream_fwd", &calls);
 }
@@ -188,8 +190,28 @@ fn one_stream_bwd() {
         // Two sets of channels a thread.
         ([2056, 31, 2, 1], [1, 3, 288]),
         ([2056, 31, 3, 3], [0, 3, 288]),
+        // A head, with one set and with two.
+        ([264, 31, 2, 4], [0, 3, 96]),
+        ([2056, 9, 1, 4], [0, 3, 288]),
     ];
     check_one_stream("one_stream_bwd", "one_stream/one_stream_bwd", &calls);
+}
+
+#[test]
+fn pre() {
+    // Streams, C, tokens. One warp has all matrices, two have them, and four.
+    for (size, calls) in [
+        ("upto4", &[(4, 130, 33), (3, 41, 19)][..]),
+        ("upto8", &[(5, 72, 17), (7, 61, 9)]),
+        ("any", &[(16, 72, 17), (9, 61, 9)]),
+    ] {
+        let program = build("pre", "two_pass/pre", size, "bf16");
+        for (seed, &(n, hidden, tokens)) in calls.iter().enumerate() {
+            let output = run(&program, [hidden, tokens, 0, seed], seed, false, &[n]);
+            assert!(output.status.success(), "{n} {hidden}: {output:?}");
+        }
+        assert_spoiled(&run(&program, [64, 9, 0, 0], 0, true, &[calls[0].0]));
+    }
 }
 
 #[test]
@@ -210,6 +232,23 @@ fn phi_bwd() {
             assert!(output.status.success(), "{dtype} {call:?}: {output:?}");
         }
         assert_spoiled(&run(&program, [256, 9, 1, 0], 0, true, &[]));
+    }
+}
+
+#[test]
+fn post_pre_norm_bwd() {
+    for dtype in ["bf16", "f16", "f32"] {
+        let file = "one_pass/post_pre_norm_bwd";
+        let program = build("post_pre_norm_bwd", file, "n4", dtype);
+        // C, tokens, blocks; whether w has zeros. Blocks have up to ten tokens.
+        for (seed, call) in [[520, 77, 8, 0], [2056, 9, 2, 1], [64, 1, 1, 0]]
+            .into_iter()
+            .enumerate()
+        {
+            let output = run(&program, call, seed, false, &[]);
+            assert!(output.status.success(), "{dtype} {call:?}: {output:?}");
+        }
+        assert_spoiled(&run(&program, [64, 9, 1, 0], 0, true, &[]));
     }
 }
 
@@ -337,11 +376,42 @@ fn warpgroups() {
 }
 
 #[test]
+fn post_dots() {
+    // n, C, tokens; then how many sums the dots are, and whether Sinkhorn's record is in memory.
+    for (size, calls) in [
+        ("n8", &[(8, 200, 9, 2, 0), (8, 1024, 17, 8, 1)][..]),
+        ("upto8", &[(5, 72, 17, 1, 1)]),
+        ("any", &[(16, 200, 9, 2, 0), (9, 136, 19, 2, 1)]),
+    ] {
+        for (check, file) in [("post_dots", "post_dots"), ("pre_dots", "two_pass/pre")] {
+            let program = build(check, file, size, "bf16");
+            for &(n, hidden, tokens, num, is_in_memory) in calls {
+                let call = [hidden, tokens, num, is_in_memory];
+                let output = run(&program, call, 0, false, &[n]);
+                assert!(output.status.success(), "{check} {n} {hidden}: {output:?}");
+            }
+            let (n, ..) = calls[0];
+            assert_spoiled(&run(&program, [64, 3, 1, 0], 0, true, &[n]));
+        }
+    }
+}
+
+#[test]
 fn post() {
     for (size, calls) in [
         ("n8", &[(8, 200, 9)][..]),
         ("upto8", &[(5, 72, 17), (7, 130, 9)]),
         ("any", &[(16, 200, 9), (9, 72, 17), (13, 130, 9)]),
+        (
+            "upto4",
+            &[
+                (4, 610, 9),
+                (3, 65, 33),
+                (1, 11, 200),
+                (2, 524, 5),
+                (3, 72, 9),
+            ],
+        ),
     ] {
         let program = build("post", "post", size, "bf16");
         for is_mix in [0, 1] {

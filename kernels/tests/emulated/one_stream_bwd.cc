@@ -1,5 +1,5 @@
 // The kernels of one_stream_bwd.cu on a CPU against float64: with deferred cotangents where bit 0 of `deferred` is set,
-// post_pre where bit 1 is.
+// post_pre where bit 1 is, and a head where bit 2 is.
 
 #include "one_stream/one_stream_bwd.cu"
 
@@ -13,12 +13,13 @@ static const float *phi, *alpha, *bias, *m, *r, *h_res, *d_h_pre, *d_h_post, *d_
 static const float *h_post_old, *h_res_old;
 static float *d_h_post_old, *d_h_res_old, *d_phi, *gates;
 static int tokens, hidden, columns;
+static bool is_head;
 static Settings own_settings;
 
 static void pre() {
   CONCAT(mhc_pre_bwd_one_stream, SUFFIX)
-  (x, d_u, d_x, phi, alpha, bias, m, r, h_res, d_h_pre, d_h_post, d_h_res, d_x, d_phi, gates,
-   tokens, hidden, columns, own_settings);
+  (x, d_u, is_head ? nullptr : d_x, phi, alpha, bias, m, r, h_res, d_h_pre, d_h_post, d_h_res, d_x,
+   d_phi, gates, tokens, hidden, columns, own_settings);
 }
 static void post_pre() {
   CONCAT(mhc_post_pre_bwd_one_stream, SUFFIX)
@@ -30,22 +31,25 @@ static void post_pre() {
 int main(int, char** argv) {
   const Sizes sizes(argv);
   const bool is_deferred = sizes.deferred & 1, is_post_pre = sizes.deferred & 2;
+  is_head = sizes.deferred & 4;
   tokens = sizes.tokens, hidden = sizes.hidden;
   own_settings = settings();
   own_settings.constraint = Constraint(atoi(argv[7]));
   own_settings.sinkhorn_iters = atoi(argv[8]);
-  const int K = columns = own_settings.constraint == Constraint::kIdentity ? 2 : 3;
+  const int K = columns = is_head ? 1 : own_settings.constraint == Constraint::kIdentity ? 2 : 3;
   const size_t num = sizes.values(), num_phi = size_t(hidden) * K;
   x = streams<Stream>(num), d_u = streams<Stream>(num), y = streams<Stream>(num);
   d_x = streams<Stream>(num), d_y = guarded<Stream>(num);
   const std::vector<Stream> d_x_in(d_x, d_x + num);
   const auto any = [](size_t) { return normal(); };
   phi = floats(num_phi, any);
-  alpha = floats(3, [](size_t i) { return .3f + .1f * i; });
+  alpha = floats(K, [](size_t i) { return .3f + .1f * i; });
   bias = floats(K, any), m = floats(size_t(tokens) * K, any);
   r = floats(tokens, [](size_t) { return 1.f + .3f * std::tanh(normal()); });
   h_res = is_deferred ? floats(tokens, any) : nullptr;
-  d_h_pre = floats(tokens, any), d_h_post = floats(tokens, any), d_h_res = floats(tokens, any);
+  if (!is_head) {
+    d_h_pre = floats(tokens, any), d_h_post = floats(tokens, any), d_h_res = floats(tokens, any);
+  }
   h_post_old = floats(tokens, any), h_res_old = floats(tokens, any);
   d_h_post_old = guarded<float>(tokens), d_h_res_old = guarded<float>(tokens);
   const int threads = atoi(argv[9]), blocks = sizes.clusters;
@@ -79,7 +83,7 @@ int main(int, char** argv) {
     for (int k = 0; k < K; ++k) {
       const double own_m = m[t * K + k], z = double(alpha[k]) * own_m + bias[k], h = logistic(z);
       double d_z = 0;
-      if (k == 0) d_z = (d_h_pre[t] + dot) * h * (1 - h);
+      if (k == 0) d_z = ((is_head ? 0 : d_h_pre[t]) + dot) * h * (1 - h);
       if (k == 1) d_z = d_h_post[t] * 2. * h * (1 - h);
       if (k == 2) {
         const bool is_free = own_settings.constraint == Constraint::kNone;
@@ -97,7 +101,7 @@ int main(int, char** argv) {
     f *= double(r[t]) * r[t] / hidden;
     double of_y = 0, of_x = 0;
     for (int c = 0; c < hidden; ++c) {
-      const double h = is_deferred ? h_res[t] : 1;
+      const double h = is_head ? 0 : is_deferred ? h_res[t] : 1;
       double value = h * wide(d_x_in[size_t(t) * hidden + c]) + h_pre * at(d_u, c) - f * own[c];
       for (int k = 0; k < K; ++k) {
         value += r_dm[k] * phi[size_t(c) * K + k];

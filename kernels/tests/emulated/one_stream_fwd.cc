@@ -1,5 +1,5 @@
 // The kernels of one_stream_fwd.cu on a CPU against float64: post_pre where bit 0 of `deferred` is set, with a layer norm
-// where bit 1 is.
+// where bit 1 is, and a head where bit 2 is.
 
 #include "one_stream/one_stream_fwd.cu"
 
@@ -41,22 +41,25 @@ static double h_res_of(double z) {
 int main(int, char** argv) {
   const Sizes sizes(argv);
   const bool is_post_pre = sizes.deferred & 1, has_norm = sizes.deferred & 2;
+  const bool is_head = sizes.deferred & 4;
   tokens = sizes.tokens, hidden = sizes.hidden;
   own_settings = settings();
   own_settings.constraint = Constraint(atoi(argv[7]));
   own_settings.sinkhorn_iters = atoi(argv[8]);
   own_settings.sinkhorn_eps = .125f;
-  const int K = columns = own_settings.constraint == Constraint::kIdentity ? 2 : 3;
+  const int K = columns = is_head ? 1 : own_settings.constraint == Constraint::kIdentity ? 2 : 3;
   const size_t num = sizes.values();
   x = streams<Stream>(num), y = streams<Stream>(num);
   x_new = guarded<Stream>(num), u = guarded<Stream>(num);
   const auto any = [](size_t) { return normal(); };
   phi = floats(size_t(hidden) * K, [](size_t) { return .05f * normal(); });
-  alpha = floats(3, [](size_t i) { return .3f + .1f * i; });
+  alpha = floats(K, [](size_t i) { return .3f + .1f * i; });
   bias = floats(K, any), h_post_in = floats(tokens, any), h_res_in = floats(tokens, any);
   norm_scale = has_norm ? floats(hidden, any) : nullptr;
   rho = has_norm ? guarded<float>(tokens) : nullptr;
-  h_pre = guarded<float>(tokens), h_post = guarded<float>(tokens), h_res = guarded<float>(tokens);
+  if (!is_head) {
+    h_pre = guarded<float>(tokens), h_post = guarded<float>(tokens), h_res = guarded<float>(tokens);
+  }
   m = guarded<float>(size_t(tokens) * K), r = guarded<float>(tokens);
   const int threads = atoi(argv[9]), blocks = sizes.clusters;
   for (int b = 0; b < blocks; ++b) {
@@ -67,7 +70,7 @@ int main(int, char** argv) {
   constexpr double kStreamError = of_stream(kRoundingError, kHalfRoundingError, 1e-6);
   Error of_u{"u", kStreamError}, of_x_new{"x_new", kStreamError}, of_m{"m", 1e-6}, of_r{"r", 1e-6};
   Error of_h{"h", 1e-6}, of_rho{"rho", 1e-6};
-  of_x_new.add(1, 1), of_rho.add(1, 1);
+  of_x_new.add(1, 1), of_rho.add(1, 1), of_h.add(1, 1);
   std::vector<double> own(hidden);
   for (int t = 0; t < tokens; ++t) {
     double squares = 0, z[3] = {};
@@ -90,9 +93,11 @@ int main(int, char** argv) {
       z[k] = alpha[k] * norm * sum + bias[k];
     }
     const double h = logistic(z[0]) + settings().pre_eps;
-    of_h.add(h_pre[t], h);
-    of_h.add(h_post[t], 2 * logistic(z[1]));
-    of_h.add(h_res[t], h_res_of(z[2]));
+    if (!is_head) {
+      of_h.add(h_pre[t], h);
+      of_h.add(h_post[t], 2 * logistic(z[1]) + settings().post_eps);
+      of_h.add(h_res[t], h_res_of(z[2]));
+    }
     const double own_rho = has_norm ? 1 / std::sqrt(h * h * squares / hidden + kNormScaleEps) : 1;
     if (has_norm) of_rho.add(rho[t], own_rho);
     for (int c = 0; c < hidden; ++c) {

@@ -1,4 +1,4 @@
-// post_fwd, `mix` and, of more than 8, post_bwd of many streams on a CPU against float64.
+// post_fwd, `mix` and post_bwd of many streams on a CPU against float64.
 
 #include "emulator.h"
 
@@ -6,7 +6,7 @@
 #undef __shared__
 #define __shared__ static
 
-#include "check.h"
+#include "mixed.h"
 #include "post.cu"
 
 static Stream *x, *y, *x_new;
@@ -23,7 +23,6 @@ static int tokens, n, hidden;
 static void run_post() {
   FOR_ROWS(post_fwd)(x, y, h_post, h_res, x_new, tokens, tokens, n, hidden);
 }
-#if SIZE > 8
 static Stream* d_y;
 static float *d_h_post, *d_h_res;
 static void run_post_bwd() {
@@ -61,7 +60,6 @@ static void check_post_bwd(const Sizes& sizes) {
     }
   }
 }
-#endif
 
 static void run_mix() { FOR_ROWS(mix)(x, h_res, x, tokens, tokens, n, hidden); }
 
@@ -77,28 +75,14 @@ int main(int, char** argv) {
   const std::vector<Stream> given(x, x + num);
   const auto any = [](size_t) { return normal(); };
   h_res = floats(size_t(tokens) * n * n, any), h_post = floats(size_t(tokens) * n, any);
-  const int warps = tokens * ((hidden + kWarpChannels - 1) / kWarpChannels);
-  const int blocks = (warps * 32 + kThreads - 1) / kThreads;
+  const int threads =
+      kMixesByWarps ? (hidden + kWarpChannels - 1) / kWarpChannels * 32 : (hidden + V - 1) / V;
+  const int blocks = (tokens * threads + kThreads - 1) / kThreads;
   for (int b = 0; b < blocks; ++b) {
     emulated::run_cluster(b, blocks, 1, kThreads, is_mix ? run_mix : run_post, sizes.seed + b);
   }
   sizes.spoil(h_res);
 
-  Error of_x_new{"x_new", kRoundingError};
-  for (int t = 0; t < tokens; ++t) {
-    for (int i = 0; i < n; ++i) {
-      for (int c = 0; c < hidden; ++c) {
-        double sum = is_mix ? 0 : double(h_post[t * n + i]) * wide(y[size_t(t) * hidden + c]);
-        for (int j = 0; j < n; ++j) {
-          const float* own = h_res + size_t(t) * n * n;
-          sum += double(is_mix ? own[j * n + i] : own[i * n + j]) *
-                 wide(given[(size_t(t) * n + j) * hidden + c]);
-        }
-        of_x_new.add(wide(x_new[(size_t(t) * n + i) * hidden + c]), sum);
-      }
-    }
-  }
-#if SIZE > 8
+  check_mixed(x_new, given.data(), is_mix ? nullptr : y, h_res, h_post, tokens, n, hidden);
   check_post_bwd(sizes);
-#endif
 }

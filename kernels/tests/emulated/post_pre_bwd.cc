@@ -42,7 +42,7 @@ int main(int, char** argv) {
   const auto any = [](size_t) { return normal(); };
   // So large that the rounding of its products shows.
   phi = floats(num_phi, any);
-  alpha = floats(3, [](size_t i) { return .3f + .1f * i; });
+  alpha = floats(kColumns == 2 * N ? 2 : 3, [](size_t i) { return .3f + .1f * i; });
   bias = floats(K, any), m = floats(size_t(tokens) * K, any);
   r = floats(tokens, [](size_t) { return 1.f + .3f * std::tanh(normal()); });
   const auto matrix = [&](size_t i) { return .4f * normal() * power(i / (N * N)); };

@@ -119,7 +119,7 @@ def _pre_bwd(call: Call, given: Values) -> Values:
     d_x = d_x + h_pre[..., None] * d_u[..., None, :]
     if "phi" in given:
         m = given["m"]
-        groups = jnp.split(_sum_tokens(d_z * m), (n, 2 * n))
+        groups = jnp.split(_sum_tokens(d_z * m), (n, 2 * n))[: given["alpha"].size]
         made["d_alpha"] = jnp.stack([jnp.sum(group) for group in groups])
         d_m = reference.for_tokens(reference.gates(given["alpha"], n, m.shape[-1]), m) * d_z
         from_m, made["d_phi"] = _project_back(x, given, config, d_m)

@@ -241,7 +241,8 @@ def attributes(call: Call) -> dict[str, np.generic | str]:
     attributes: dict[str, bool | int | float | str] = dict(call.attributes)
     attributes |= {group: group in call.groups for group in call.row.groups}
     if call.config is not None:
-        attributes |= dataclasses.asdict(call.config)
+        config = dataclasses.asdict(call.config)
+        attributes |= {name: config[name] for name in call.row.attributes if name in config}
     return {name: fixed[type(value)](value) for name, value in attributes.items()}
 
 

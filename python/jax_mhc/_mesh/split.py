@@ -121,7 +121,7 @@ def _head_backward(inner: Inner, call: Call, axes: Axes, given: Values) -> Value
     matrices = jnp.broadcast_to(zeros[..., None], (*zeros.shape, n))
     as_pre = {
         "phi": jnp.concatenate([given["phi"], jnp.zeros_like(given["phi"])], -1),
-        "alpha": jnp.concatenate([given["alpha"], jnp.zeros((2,), m.dtype)]),
+        "alpha": jnp.concatenate([given["alpha"], jnp.zeros((1,), m.dtype)]),
         "bias": jnp.concatenate([given["bias"], jnp.zeros_like(given["bias"])]),
         "m": jnp.concatenate([m, zeros], -1),
         "h_res": matrices,

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
-from jax_mhc._axes import axes_of, entries, vary, varying_axes, varying_like
+from jax_mhc._axes import (
+    axes_of,
+    entries,
+    split_as_tokens,
+    vary,
+    varying_axes,
+    varying_like,
+)
 from jax_mhc._mesh.auto import empty_auto
 
 
@@ -22,11 +29,7 @@ def sharded_like(array: jax.Array, other: jax.Array) -> jax.Array:
 
 def of_tokens(array: jax.Array, x: jax.Array, hidden_axes: tuple[str, ...]) -> jax.Array:
     """Values of tokens, without channels, on the devices that have the tokens of streams x."""
-    if axes_of(x, AxisType.Explicit):
-        sharding = jax.typeof(x).sharding
-        tokens = entries(sharding.spec, x.ndim)[:-2]
-        spec = PartitionSpec(*(axes or None for axes in tokens))
-        array = reshard(array, NamedSharding(sharding.mesh, spec))
+    array = split_as_tokens(array, x)
     return vary(array, varying_axes(x) - frozenset(hidden_axes), jax.typeof(x).sharding.mesh)
 
 

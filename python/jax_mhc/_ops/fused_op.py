@@ -17,6 +17,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec, reshard
 
+from jax_mhc import _check
 from jax_mhc._axes import spec_axes
 from jax_mhc._call import (
     Implementation,
@@ -27,7 +28,9 @@ from jax_mhc._call import (
     reverse_mode_only,
     use_fused,
 )
+from jax_mhc._errors import Refusal
 from jax_mhc._mesh import Spread, batched
+from jax_mhc._types import MHCConfig
 
 Results = TypeVar("Results")
 
@@ -122,6 +125,20 @@ FusedOp: TypeAlias = Callable[[Values, Settings, Implementation, Callable[[], Re
 _NAMES = {"x_new": "mhc_streams", "u": "mhc_layer_input"}
 
 
+def of_form(op: str, implementation: Implementation, config: MHCConfig | None) -> Implementation:
+    """The implementation of an op with these settings: one form of coefficients has kernels."""
+    if config is None or config.form == "mhc":
+        return implementation
+    _check.implementation(op, implementation)
+    if implementation == "fused":
+        raise Refusal(ValueError, op, "implementation='fused'").expected(
+            "config.form 'mhc'",
+            repr(config.form),
+            "Leave implementation out: coefficients of other forms are plain JAX.",
+        )
+    return "reference"
+
+
 def fused_op(op: str, forward: Forward[Results], backward: Backward) -> FusedOp[Results]:
     """An op as a function with a derivative, from what its two calls take and give."""
 
@@ -153,6 +170,8 @@ def fused_op(op: str, forward: Forward[Results], backward: Backward) -> FusedOp[
         plain: Callable[[], Results],
     ) -> Results:
         first, *others = operands
+        if op in ("pre", "post_pre"):
+            implementation = of_form(op, implementation, settings.config)
         with jax.named_scope(f"mhc_{op}"):
             streams = operands[first]
             configuration = configuration_of_op(op, operands, settings)

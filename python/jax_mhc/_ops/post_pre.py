@@ -18,6 +18,7 @@ from jax_mhc._ops.deferred import (
     streams,
 )
 from jax_mhc._ops.fused_op import fused_call, fused_op, normalizers, present
+from jax_mhc._ops.post import post
 from jax_mhc._types import Context, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
 
@@ -102,10 +103,15 @@ def run(
     phi, alpha, bias = _check.params(op, params, ctx.x, config, hidden_axes=axes)
     norm_scale, eps = _check.norm_scale(op, norm_scale, norm_scale_eps, ctx.x, hidden_axes=axes)
     deferred, x = streams(ctx)
+    of_channels = ctx.h_post.ndim == x.ndim
 
     def plain() -> tuple[jax.Array, Context]:
+        if of_channels or config.form != "mhc":
+            x_new = post(y, ctx, implementation=implementation)
+        else:
+            x_new = reference.post(y, ctx) if plain_post is None else plain_post()
         return reference.pre(
-            reference.post(y, ctx) if plain_post is None else plain_post(),
+            x_new,
             MHCParams(phi, alpha, bias),
             config=config,
             norm_scale=norm_scale,
@@ -124,7 +130,7 @@ def run(
             norm_scale=norm_scale,
         ),
         Settings(config, eps, axes, defers=deferred),
-        implementation,
+        "reference" if of_channels else implementation,
         plain,
     )
 

@@ -36,7 +36,7 @@ def pre(
         m      = r · (vec(X) phi)
         z      = alpha_group · m + bias                 groups: pre, post, res
         h_pre  = sigmoid(z_pre) + pre_eps
-        h_post = post_scale · sigmoid(z_post)
+        h_post = post_scale · sigmoid(z_post) + post_eps
         h_res  = sinkhorn(z_res)                        or as config.constraint says
         u      = Σ_i h_pre[i] X[i]
         u      = norm_scale · u / sqrt(mean(u²) + norm_scale_eps)    where norm_scale is given
@@ -93,7 +93,8 @@ def pre(
     """
     op = "pre"
     if isinstance(x, Streams):
-        if x.is_first:
+        config = _check.config(op, config, x.dtype)
+        if x.is_first or config.form != "mhc":
             x = x.array(implementation=implementation)
         else:
             return post_pre.run(

@@ -103,6 +103,9 @@ class Streams:
     @classmethod
     def after(cls, y: jax.Array, ctx: Context, deferred: bool) -> Streams:
         """Streams after a sublayer: the context of its pre, and the layer's output."""
+        if ctx.h_post.ndim == ctx.x.ndim:
+            # Streams carry an h_post of streams, and this one is of channels.
+            return cls._before(post(y, ctx), (), deferred)
         if not deferred:
             x = ctx.x
         elif ctx._deferred is not None:
@@ -110,6 +113,13 @@ class Streams:
         else:
             x = defer(*reverse_mode_only("as_streams", ctx.x, ctx.h_res))
         return cls._of((x, y, ctx.h_pre, ctx.h_post, ctx.h_res), deferred)
+
+    @classmethod
+    def _before(cls, x: jax.Array, hidden_axes: tuple[str, ...], deferred: bool) -> Streams:
+        """Streams x as they are, with no sublayer before them."""
+        y, h_post, h_res = no_sublayer(x, hidden_axes)
+        first = jnp.broadcast_to(jax.nn.one_hot(0, x.shape[-2], dtype=h_post.dtype), h_post.shape)
+        return cls._of((x, y, of_tokens(first, x, hidden_axes), h_post, h_res), deferred, True)
 
     def varying_like(self, others: Tree, hidden_axes: tuple[str, ...]) -> Streams:
         """Streams that vary over the mesh axes that they or others vary over."""
@@ -414,6 +424,4 @@ def first_streams(
     """Streams x before the first sublayer."""
     axes = _check.hidden_axes(op, hidden_axis_name, x)
     deferred = use_fused(op, implementation, x.dtype, axes)
-    y, h_post, h_res = no_sublayer(x, axes)
-    first = jnp.broadcast_to(jax.nn.one_hot(0, x.shape[-2], dtype=h_post.dtype), h_post.shape)
-    return Streams._of((x, y, of_tokens(first, x, axes), h_post, h_res), deferred, True)
+    return Streams._before(x, axes, deferred)

@@ -309,6 +309,8 @@ def _parameters(
     def of_init(name: str, key: jax.Array) -> jax.Array:
         # In Linen each parameter has a key of its own.
         sizes = {"streams": module.streams, "hidden": module.hidden, "config": module.config}
+        if getattr(module, "static", False):
+            sizes["static"] = True
         return getattr(_module.initial(init, _module.key(key), stored, **sizes), name)
 
     def parameter(name: str, make: Callable[..., jax.Array] | None = None) -> jax.Array:

@@ -101,7 +101,7 @@ pub fn sublayer(case: &Case, data: &Data) -> [Vec<f64>; 5] {
             .collect();
         let h_post: Vec<f64> = z[n..2 * n]
             .iter()
-            .map(|z| config.post_scale * sigmoid(*z))
+            .map(|z| config.post_scale * sigmoid(*z) + config.post_eps)
             .collect();
         let h_res = match config.constraint {
             Constraint::Birkhoff => sinkhorn(&config, n, &z[2 * n..]),

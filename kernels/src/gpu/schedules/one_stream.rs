@@ -44,7 +44,7 @@ pub const FORWARD: Schedule = Schedule {
     plan: |call, device, _| forward(call, device).map(|launch| vec![launch]),
 };
 
-/// The cotangent of the stream in one pass, then the sums for the parameters.
+/// The cotangent of the stream in one pass, then the sums for the parameters. A head has no cotangent to add to.
 pub const PRE_BACKWARD: Schedule = Schedule {
     name: "one stream",
     plan: |call, device, workspace| {
@@ -245,7 +245,13 @@ fn backward(
     let sum = Kernel::of("sum_one_stream", &ONE, DType::F32);
     let mut args: Vec<Arg> = [d_phi, gates].map(Arg::Pointer).to_vec();
     args.extend(["d_phi", "d_bias", "d_alpha"].map(result));
-    args.extend([main.grid[0] as usize, size, call.columns].map(|number| Arg::I32(number as i32)));
+    let numbers = [
+        main.grid[0] as usize,
+        size,
+        call.columns,
+        call.width("alpha"),
+    ];
+    args.extend(numbers.map(|number| Arg::I32(number as i32)));
     // A lane a number, and a block for the gates.
     let sum = sum.launch([size.div_ceil(32) + 1, 1, 1], args);
     Some(vec![main, sum])

@@ -8,6 +8,7 @@ use crate::contract::table::Call;
 use crate::contract::view::DType;
 use crate::gpu::kernel::Kernel;
 use crate::gpu::launch::{Arg, Launch};
+use crate::gpu::workspace::{Part, Workspace};
 
 /// Threads for a slab of tokens, at most: their number must fit into 32 bits.
 const SLAB_THREADS: usize = 1 << 30;
@@ -88,6 +89,38 @@ pub fn forward(call: &CheckedCall, x_new: u64) -> Launch {
             Arg::I32(call.c as i32),
         ],
     )
+}
+
+/// Sums over some channels each of <d_u, X'[i]>, the gradient of h_pre.
+#[derive(Debug, Clone, Copy)]
+pub struct Dots {
+    /// Address: [tokens, num, n].
+    pub address: u64,
+    /// How many there are of a token and stream.
+    pub num: usize,
+}
+
+/// X' at `x_new`, and dots of it with the cotangent of u; None where no kernel makes both. With a layer norm what u is
+/// the cotangent of is known only once X' is.
+pub fn forward_with_dots(
+    call: &CheckedCall,
+    workspace: &mut dyn Workspace,
+    x_new: u64,
+) -> Option<(Launch, Dots)> {
+    let kernel = sizes::find_kernel(call, "post_dots_fwd")?;
+    if !is_aligned(call.c) || call.norm_width > 0 {
+        return None;
+    }
+    let num = call.c.div_ceil(kernel.more("channels"));
+    let address = workspace.take(Part::per_token(num * call.n));
+    let (grid, slab) = grid_of(call, kernel, 32 * num);
+    let names = ["x", "y", "h_post", "h_res", "d_u"];
+    let mut args = names
+        .map(|name| Arg::Pointer(call.operand_address(name)))
+        .to_vec();
+    args.extend([x_new, address].map(Arg::Pointer));
+    args.extend([call.tokens, slab, call.n, call.c].map(|number| Arg::I32(number as i32)));
+    Some((kernel.launch(grid, args), Dots { address, num }))
 }
 
 /// H_res^T times the gradient of X' at `d_x_new`, which may lie where d_x goes.

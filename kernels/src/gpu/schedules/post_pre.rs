@@ -39,27 +39,51 @@ pub const ONE_PASS_BACKWARD: Schedule = Schedule {
     plan: |call, device, workspace| backward(call, device, workspace, pre_bwd::plan),
 };
 
-/// X' again, then pre's backward pass in two passes over it, and post's.
+/// X' again, then pre's backward pass in two passes over it, and post's. Where post can do so it leaves pre the sums for
+/// which it would read X' once more.
 pub const TWO_PASS_BACKWARD: Schedule = Schedule {
     name: "post again, pre in two passes, post",
-    plan: |call, device, workspace| backward(call, device, workspace, pre::backward),
+    plan: |call, device, workspace| {
+        let x_new = take_x_new(call, workspace);
+        let (again, dots) = match post::forward_with_dots(call, workspace, x_new) {
+            Some((launch, dots)) => (launch, Some(dots)),
+            None => (post::forward(call, x_new), None),
+        };
+        around(call, again, |d_x_in| {
+            pre::backward(call, device, workspace, x_new, d_x_in, dots)
+        })
+    },
 };
 
 /// The backward pass of pre from the streams at an address.
 type PreBackward = fn(&CheckedCall, &Device, &mut dyn Workspace, u64, DXIn) -> Option<Vec<Launch>>;
 
-/// The launches around pre's. The gradient of X' grows where d_x_new_in lies.
 fn backward(
     call: &CheckedCall,
     device: &Device,
     workspace: &mut dyn Workspace,
     pre_backward: PreBackward,
 ) -> Option<Vec<Launch>> {
+    let x_new = take_x_new(call, workspace);
+    around(call, post::forward(call, x_new), |d_x_in| {
+        pre_backward(call, device, workspace, x_new, d_x_in)
+    })
+}
+
+/// Room for X'.
+fn take_x_new(call: &CheckedCall, workspace: &mut dyn Workspace) -> u64 {
     let streams_bytes = call.n * call.c * call.dtype.num_bytes();
-    let x_new = workspace.take(Part::bytes_per_token(streams_bytes));
-    let d_x_in = DXIn::of(call, "d_x_new_in", "h_res_new");
-    let mut launches = vec![post::forward(call, x_new)];
-    launches.extend(pre_backward(call, device, workspace, x_new, d_x_in)?);
+    workspace.take(Part::bytes_per_token(streams_bytes))
+}
+
+/// The launches around pre's, from the one that makes X' again on. The gradient of X' grows where d_x_new_in lies.
+fn around(
+    call: &CheckedCall,
+    again: Launch,
+    pre_backward: impl FnOnce(DXIn) -> Option<Vec<Launch>>,
+) -> Option<Vec<Launch>> {
+    let mut launches = vec![again];
+    launches.extend(pre_backward(DXIn::of(call, "d_x_new_in", "h_res_new"))?);
     launches.push(post::backward(call, call.result_address("d_x_new")));
     Some(launches)
 }

@@ -140,6 +140,7 @@ fn bias(call: &CheckedCall, workspace: &mut dyn Workspace, dots: u64, d_h_pre: u
         tokens: num,
         channels: 0,
         d_u: call.operand_address("d_u"),
+        dots: None,
         d_h: sums,
     };
     let x = call.operand_address("x");

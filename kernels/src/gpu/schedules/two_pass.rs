@@ -30,6 +30,6 @@ pub const BACKWARD: Schedule = Schedule {
             _ => DXIn::of(call, "d_x_in", "h_res"),
         };
         let x = call.operand_address("x");
-        pre::backward(call, device, workspace, x, d_x_in)
+        pre::backward(call, device, workspace, x, d_x_in, None)
     },
 };

@@ -54,6 +54,8 @@ fn floats(call: &CheckedCall, launch: &Launch) -> Vec<(usize, usize)> {
         ..=80 => 80,
         columns => columns.next_multiple_of(144),
     };
+    // Where dots are there no warp is for the streams of a token.
+    let matrix_warps = |has_dots| launch.block as usize / 32 - if has_dots { 0 } else { 8 };
     let function = launch.kernel.function;
     match function.strip_suffix("_unaligned").unwrap_or(function) {
         "project" => vec![(2, partial(blocks))],
@@ -104,7 +106,8 @@ fn floats(call: &CheckedCall, launch: &Launch) -> Vec<(usize, usize)> {
             (11, int(15) * n),
             (12, 2 * int(15)),
             (13, blocks * (call.layout.num() + 3)),
-            (14, blocks * 2 * iters * 32),
+            (14, blocks * 2 * iters * 32 * matrix_warps(int(21) > 0)),
+            (20, tokens * int(21) * n),
         ],
         "sum_gates" => vec![(0, int(3) * (int(4) + 3))],
         "phi_back_lines" => vec![(1, n * c * 160), (2, n * c / 8)],
@@ -197,6 +200,10 @@ fn floats(call: &CheckedCall, launch: &Launch) -> Vec<(usize, usize)> {
         "sum_gradients" => vec![(0, 4 * int(5) * int(7)), (1, int(6) * sums)],
         "sinkhorn_bwd" => vec![(3, blocks * 2 * iters * launch.block as usize)],
         "post_fwd" => vec![(4, streams(tokens * n * c))],
+        "post_dots_fwd" => vec![
+            (5, streams(tokens * n * c)),
+            (6, tokens * c.div_ceil(128) * n),
+        ],
         _ => vec![],
     }
 }

@@ -334,6 +334,10 @@ inline void copy_out(const TensorMap& map, int token, int box, int stream, u32 f
 }
 inline void prefetch(const TensorMap&) {}
 inline void prefetch(const TensorMap&, int, int, int) {}
+inline void prefetch(const void* from, u32 bytes) {
+  if (bytes == 0 || bytes % 16 || uintptr_t(from) % 16) emulated::fail("no such prefetch");
+  for (u32 b = 0; b < bytes; b += 16) *(volatile const char*)((const char*)from + b);
+}
 inline void commit_copies() {}
 template <int LEFT>
 void wait_for_reads() {}

@@ -6,7 +6,8 @@ use crate::contract::config::Constraint;
 use crate::contract::layout::CoefficientLayout;
 use crate::gpu::device::Device;
 use crate::gpu::launch::{Arg, Launch};
-use crate::gpu::schedules::sizes::kernel;
+use crate::gpu::schedules::post::Dots;
+use crate::gpu::schedules::sizes::{self, is_aligned, kernel};
 use crate::gpu::schedules::{DXIn, norm};
 use crate::gpu::workspace::{Part, Workspace};
 
@@ -72,13 +73,14 @@ fn apply(
     kernel.launch([tokens.div_ceil(kernel.tokens()), 1, 1], args)
 }
 
-/// The backward pass to d_x and the parameters from the streams at `x`.
+/// The backward pass to d_x and the parameters from the streams at `x`, whose dots with d_u may be there.
 pub fn backward(
     call: &CheckedCall,
     device: &Device,
     workspace: &mut dyn Workspace,
     x: u64,
     d_x_in: DXIn,
+    dots: Option<Dots>,
 ) -> Option<Vec<Launch>> {
     // Static coefficients have a schedule of their own.
     if call.columns == 0 {
@@ -91,6 +93,7 @@ pub fn backward(
         tokens: call.tokens,
         channels: call.c,
         d_u,
+        dots,
         d_h: [
             d_h_pre,
             call.operand_address("d_h_post"),
@@ -124,6 +127,8 @@ pub struct Cotangents {
     pub channels: usize,
     /// The cotangent of u.
     pub d_u: u64,
+    /// What that adds to the cotangent of h_pre, where it is there.
+    pub dots: Option<Dots>,
     /// Those of h_pre, h_post and h_res.
     pub d_h: [u64; 3],
 }
@@ -152,6 +157,7 @@ pub fn logits_bwd(
         tokens,
         channels,
         d_u,
+        dots,
         d_h,
     } = *cotangents;
     let main = kernel(call, "pre_bwd");
@@ -161,8 +167,18 @@ pub fn logits_bwd(
     let of_tokens = workspace.take(part(2));
     let sums = CoefficientLayout::max_num(call.n) + 3;
     let gate_sums = workspace.take(part(sums.div_ceil(main.tokens())));
+    // Where the dots are there a block is as many warps as its matrices keep busy (`kBusyWarps`), otherwise a warp for
+    // each token and those for H_res.
+    let (threads, matrix_warps) = match dots {
+        Some(_) => {
+            let streams = sizes::streams_bound(call.n, is_aligned(call.c));
+            let warps = (main.tokens() * streams).div_ceil(32);
+            (32 * warps, warps)
+        }
+        None => (main.threads(), main.threads() / 32 - main.tokens()),
+    };
     // Floats that a block records for Sinkhorn's backward pass.
-    let recorded = 2 * call.config.sinkhorn_iters * 32;
+    let recorded = 2 * call.config.sinkhorn_iters * 32 * matrix_warps;
     let (history, shared_bytes) = if recorded * size_of::<f32>() <= HISTORY_BYTES {
         (0, recorded * size_of::<f32>())
     } else {
@@ -182,8 +198,11 @@ pub fn logits_bwd(
         Arg::I32(call.columns as i32),
         Arg::Layout(call.layout.into()),
         Arg::Settings(call.config.into()),
+        Arg::Pointer(dots.map_or(0, |dots| dots.address)),
+        Arg::I32(dots.map_or(0, |dots| dots.num) as i32),
     ]);
     let launch = Launch {
+        block: threads as u32,
         shared_bytes: shared_bytes as u32,
         ..main.launch([blocks, 1, 1], args)
     };

@@ -54,8 +54,13 @@ impl Projection {
         self.columns.div_ceil(16)
     }
 
-    /// The kernels' size: how many octets they work on at once.
+    /// The size of the kernels for rows of all streams of a token: how many octets they work on at once.
     fn size(&self) -> &'static Size {
+        sizes::of(OCTETS, self.octets(), is_aligned(self.width()))
+    }
+
+    /// The same of the kernels for rows of a stream. Four of these may be aligned where one is not.
+    fn stream_size(&self) -> &'static Size {
         sizes::of(OCTETS, self.octets(), is_aligned(self.c))
     }
 
@@ -77,19 +82,31 @@ impl Projection {
         Kernel::of(function, self.size(), self.dtype)
     }
 
-    /// The same for rows of this call's channels.
+    /// The same of two kernels, for rows of all streams that are aligned or not.
     fn kernel_for_rows(&self, functions: [&'static str; 2]) -> Kernel {
-        self.kernel(for_rows(self.c, functions))
+        self.kernel(for_rows(self.width(), functions))
     }
 
-    /// The kernel for few columns, whose blocks have phi for their slice in shared memory.
-    fn project_few(&self) -> Option<Kernel> {
-        Kernel::find("project", self.size(), self.dtype)
+    /// The same for rows of a stream.
+    fn kernel_for_streams(&self, functions: [&'static str; 2]) -> Kernel {
+        let function = for_rows(self.c, functions);
+        Kernel::of(function, self.stream_size(), self.dtype)
+    }
+
+    /// The size of the kernel for few columns, whose blocks have phi for their slice in shared memory: the least that
+    /// has room for them. Columns that there are not are zeros there.
+    fn few(&self) -> Option<&'static Size> {
+        let takes = |size: &&Size| size.is_exact && size.number as usize >= self.octets();
+        let size = OCTETS
+            .iter()
+            .find(takes)
+            .filter(|_| is_aligned(self.width()))?;
+        Kernel::find("project", size, self.dtype).map(|_| size)
     }
 
     /// Rows of phi that a block of it holds at once, and their bytes.
-    fn stage(&self) -> (usize, usize) {
-        let row_bytes = self.size().number as usize * self.weight_parts() * 16;
+    fn stage(&self, few: &Size) -> (usize, usize) {
+        let row_bytes = few.number as usize * self.weight_parts() * 16;
         let fitting = (SHARED_BYTES / row_bytes).min(1024);
         let rows = 1 << fitting.ilog2();
         (rows, rows * row_bytes)
@@ -101,8 +118,10 @@ impl Projection {
         if let Some(warpgroups) = self.warpgroups {
             return warpgroups.slice();
         }
+        if let Some(few) = self.few() {
+            return self.stage(few).0;
+        }
         match self.octets() {
-            _ if self.project_few().is_some() => self.stage().0,
             // Long slices leave few partial sums, short ones work for many multiprocessors.
             0..=4 => 1024,
             5..=12 => 2048,
@@ -140,7 +159,8 @@ impl Projection {
 
     /// Bytes of some values of a token in shared memory (`Rows` of rows.cuh).
     fn row_bytes(&self, values: usize) -> usize {
-        values * self.dtype.num_bytes() + if is_aligned(self.c) { 0 } else { 16 }
+        let shift = if is_aligned(self.width()) { 0 } else { 16 };
+        values * self.dtype.num_bytes() + shift
     }
 
     /// Tokens that a warp takes at once.
@@ -199,8 +219,8 @@ pub fn project(
     if let Some(warpgroups) = projection.warpgroups {
         return warpgroups.project(call, device, workspace, x, partial);
     }
-    match projection.project_few() {
-        Some(kernel) => vec![project_few(call, device, projection, kernel, x, partial)],
+    match projection.few() {
+        Some(few) => vec![project_few(call, device, projection, few, x, partial)],
         None => project_many(call, device, workspace, projection, x, partial),
     }
 }
@@ -209,11 +229,12 @@ fn project_few(
     call: &CheckedCall,
     device: &Device,
     projection: Projection,
-    kernel: Kernel,
+    few: &'static Size,
     x: u64,
     partial: u64,
 ) -> Launch {
-    let (stage, shared_bytes) = projection.stage();
+    let kernel = Kernel::of("project", few, projection.dtype);
+    let (stage, shared_bytes) = projection.stage(few);
     let slices = projection.slices();
     let resident = (device.max_shared_bytes as usize / shared_bytes).clamp(1, 2);
     let slots = device.num_sms as usize * resident;
@@ -281,7 +302,7 @@ fn project_many(
         ]
         .into_iter()
         .chain(sizes)
-        .chain([Arg::I32(i32::from(is_aligned(projection.c)))])
+        .chain([Arg::I32(i32::from(is_aligned(projection.width())))])
         .collect(),
     );
     let tiles = call.tokens.div_ceil(block_tokens);
@@ -373,7 +394,7 @@ impl Projection {
         };
         let all = (0..=most.ilog2()).flat_map(|halvings| shapes(most >> halvings));
         // Exact sizes have both in shared memory, by few warps if need be.
-        let kept = if self.size().is_exact {
+        let kept = if self.stream_size().is_exact {
             all.map(|shape| (shape, [true; 2])).collect::<Vec<_>>()
         } else {
             let kept = [[true, true], [true, false], [false, true], [false, false]];
@@ -398,11 +419,11 @@ impl Projection {
 
     /// The kernel that mixes a deferred cotangent on its way, and its block. None where it does not fit.
     fn mixing(&self, device: &Device) -> Option<(Kernel, BackBlock)> {
-        let kernel = self.kernel("project_back_mixing");
+        let kernel = Kernel::of("project_back_mixing", self.stream_size(), self.dtype);
         // An exact size expects the streams that most calls with so many columns have.
         let is_expected = [0, self.n].contains(&kernel.more("streams"));
         let kernel = if is_expected {
-            self.kernel_for_rows(["project_back_mixing", "project_back_mixing_unaligned"])
+            self.kernel_for_streams(["project_back_mixing", "project_back_mixing_unaligned"])
         } else {
             Kernel::of(
                 "project_back_mixing",
@@ -479,7 +500,7 @@ pub fn project_back(
         return mix.into_iter().chain(launches).collect();
     }
     let (kernel, block) = mixing.unwrap_or_else(|| {
-        let kernel = projection.kernel_for_rows(["project_back", "project_back_unaligned"]);
+        let kernel = projection.kernel_for_streams(["project_back", "project_back_unaligned"]);
         (kernel, projection.adding_block(kernel, device))
     });
     let BackBlock {
