@@ -13,7 +13,7 @@ __device__ inline void load_rows(Pack<S, V> (&packs)[N], const S* rows, int n, i
   if constexpr (ALIGNED) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      load<true>(packs[i], rows + (long long)i * width, at, i < n ? width : 0);
+      load<true>(packs[i], rows + i * width, at, i < n ? width : 0);
     }
   } else {
     constexpr int kWords = Pack<S, V>::kWords, kStep = kWords < 4 ? kWords : 4;
