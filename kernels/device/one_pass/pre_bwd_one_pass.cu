@@ -449,6 +449,22 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
     }
   };
   load_h(0);
+  // Shows it to the main warps, and what else this warp has written to itself.
+  const auto write_table = [&](u32 stage) {
+    if constexpr (kMixes) {
+      const TablePlace own = table_place();
+      const u32 at = block.replies(stage) + own.token * kReplyRow + kHRes +
+                     (own.j * N + own.i) * sizeof(float);
+#pragma unroll
+      for (int k = 0; k < kOwn; ++k) {
+        if (own.exists) write_float(at + k * sizeof(float), h[k]);
+      }
+    }
+    __syncwarp();
+    if constexpr (kMixes) {
+      if (lane_id() == 0) arrive(block.barrier(kTableFull, stage));
+    }
+  };
   // h_pre of this lane's token and of stream lane % N.
   const auto load_h_pre = [&](int tile) {
     const u32 lane = lane_id();
@@ -483,25 +499,13 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
     wait(block.barrier(kFull, ring.slot), ring.parity);
     const u32 stage = block.stage(ring.slot);
     // The buffers for replies and partials are free: whoever fills this stage again has seen the reply to what was in
-    // it. h_pre lies there in the meantime, to come again with the reply.
+    // it. With a norm there are no registers to keep h_res for later; h_pre lies where the reply has it, too.
     if constexpr (NORM) {
       const u32 lane = lane_id();
       const u32 row = block.replies(ring.slot) + lane / 4 * kReplyRow;
       write_float(row + kHPre + lane % N * sizeof(float), own_h_pre);
     }
-    if constexpr (kMixes) {
-      const TablePlace own = table_place();
-      const u32 at = block.replies(ring.slot) + own.token * kReplyRow + kHRes +
-                     (own.j * N + own.i) * sizeof(float);
-#pragma unroll
-      for (int k = 0; k < kOwn; ++k) {
-        if (own.exists) write_float(at + k * sizeof(float), h[k]);
-      }
-    }
-    if constexpr (NORM || kMixes) __syncwarp();
-    if constexpr (kMixes) {
-      if (lane_id() == 0) arrive(block.barrier(kTableFull, ring.slot));
-    }
+    if constexpr (NORM) write_table(ring.slot);
     Dots<NORM> dots;
     float v[4] = {};
     if constexpr (kIsFloat32) multiply_boxes<kWarps>(v, stage, warp);
@@ -547,6 +551,7 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
       send(there, {v[0], v[1], v[2], v[3]}, full);
       if constexpr (NORM) send(there + partials.kind_bytes, {u[0], u[1], u[2], u[3]}, full);
     }
+    if constexpr (!NORM) write_table(ring.slot);
     // What the next tile wants.
     load_h(tile + 1);
     if constexpr (NORM) own_h_pre = load_h_pre(tile + 1);
@@ -876,8 +881,8 @@ __device__ inline void run(const Args args) {
       multiply_tiles<NORM>(block, args, args.deferred, warp - kMainWarps, lane_id());
     } else {
       give_registers<Roles::kOtherRegisters>();
-      const Block block(shared, args.hidden, args.tokens);
       if (warp < Roles::kLoader) {
+        const Block block(shared, args.hidden, args.tokens);
         multiply_tiles<NORM>(block, args, args.deferred, warp - kMainWarps, lane_id());
       } else if (warp >= Roles::kOwner) {
         cluster_wait();
@@ -885,6 +890,7 @@ __device__ inline void run(const Args args) {
         Owner<NORM>(block, args, lane_id()).run(warp - Roles::kOwner);
       } else {
         cluster_wait();
+        const Block block(shared, args.hidden, args.tokens);
         if (lane == 0) load_tiles(block, args);
       }
     }
