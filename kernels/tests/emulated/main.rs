@@ -30,7 +30,13 @@ fn build(check: &str, file: &str, size_name: &str, dtype: &str) -> PathBuf {
     let program = folder.join("check");
     let mut compiler = Command::new("c++");
     // Pragmas and attributes of CUDA C++ are unknown.
-    compiler.args(["-std=c++20", "-O1", "-w", "-DSUFFIX=_emulated"]);
+    compiler.args([
+        "-std=c++20",
+        "-O1",
+        "-w",
+        "-Wno-psabi",
+        "-DSUFFIX=_emulated",
+    ]);
     compiler.arg(format!("-DSTREAM={dtype}"));
     compiler
         .args(["-Itests/emulated", "-Idevice", "-I"])
@@ -57,11 +63,12 @@ fn assert_spoiled(output: &Output) {
     assert!(told.ends_with("too large an error\n"), "{output:?}");
 }
 
-/// Checks a kernel in some sizes, each with clusters of many sizes whose last block is not full, and of so many kinds. Two
-/// clusters of two blocks have `most` tokens.
+/// Checks a kernel in some sizes with clusters of many sizes whose last block is not full, and of so many kinds. Two
+/// clusters of two blocks have `most` tokens: of these every size, of the others the first size all and each other half.
 fn check(name: &str, file: &str, sizes: &[(&str, usize, &str)], [most, kinds]: [usize; 2]) {
-    for &(size, channels, dtype) in sizes {
+    for (at, &(size, channels, dtype)) in sizes.iter().enumerate() {
         let program = build(name, file, size, dtype);
+        let is_wanted = |seed| at == 0 || seed == 0 || seed % 2 == at % 2;
         for (seed, (blocks, tokens, clusters)) in [
             (2, most, 2),
             (3, 61, 1),
@@ -72,9 +79,10 @@ fn check(name: &str, file: &str, sizes: &[(&str, usize, &str)], [most, kinds]: [
         ]
         .into_iter()
         .enumerate()
+        .filter(|(seed, _)| is_wanted(*seed))
         {
             let hidden = blocks * channels - (seed % 3) * 64;
-            let call = [hidden, tokens, clusters, seed % kinds];
+            let call = [hidden, tokens, clusters, (seed + at / 2) % kinds];
             let output = run(&program, call, seed, false, &[]);
             assert!(
                 output.status.success(),
