@@ -67,9 +67,6 @@ __device__ inline u32 phi_of_thread() {
 // From a unit of a warp to that of its next turn.
 constexpr u32 kTurnBytes = kMainWarps / kBoxUnits * kBoxBytes;
 
-// Whether w is loaded a unit ahead: elsewhere the compiler would spill registers for that.
-constexpr bool kLoadsWAhead = __CUDA_ARCH__ < 1000 && (kShared || !kHoldsDW);
-
 // A row of the transpose of h_res.
 constexpr u32 kHRow = N * sizeof(float);
 
@@ -87,8 +84,6 @@ struct Differentiation {
   const float* norm_scale;
   float* d_norm_scale_partials;
   int hidden;
-  // w of the channels g and g + 8 of the units that come next.
-  float next_w[kAtOnce][2];
   // Sums for the gradient of w, where there are registers for them: lane 4 g + q has channel g + q % 2 * 8 of one of
   // two turns each.
   float d_w[(kTurns + kShared + 1) / 2];
@@ -115,13 +110,6 @@ struct Differentiation {
     float du[UNITS][2][2];
     if constexpr (NORM) {
       // u = sum over i of h_pre[i] X[i],  du = rho w g - f u,  dw = sum over tokens of g rho u
-      // Sums for dw that are in memory: of the first of two warps that share a unit.
-      const bool has_d_w = lane_id() % 4 < 2 && first == 0;
-      float d_w_before[UNITS] = {};
-#pragma unroll
-      for (int k = 0; k < UNITS && !kHoldsDW; ++k) {
-        if (has_d_w && is_there(TURN + k, hidden)) d_w_before[k] = *d_w_at(TURN + k);
-      }
       float4 h[2];
       uint2 factors[2];
 #pragma unroll
@@ -129,7 +117,6 @@ struct Differentiation {
         h[t] = read_float4(own_replies + t * kReplyRow + kHPre);
         factors[t] = read2(own_replies + t * kReplyRow + kRho);
       }
-      if constexpr (!kLoadsWAhead) load_w<TURN>();
 #pragma unroll
       for (int k = 0; k < UNITS; ++k) {
         u32 x[2][4];
@@ -139,7 +126,9 @@ struct Differentiation {
         float d_scale[2] = {};
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          const float scale = next_w[k][c];
+          // Nobody reads what becomes of a channel behind the last.
+          const float scale =
+              load_single(norm_scale + min(channel_at(TURN + k) + 8 * c, hidden - 1));
 #pragma unroll
           for (int t = 0; t < 2; ++t) {
             const auto of = [&](u32 v) { return t == 0 ? low_of<Stream>(v) : high_of<Stream>(v); };
@@ -158,8 +147,9 @@ struct Differentiation {
         const int turn = TURN + k;
         if constexpr (kHoldsDW) {
           if (q / 2 == turn % 2) d_w[turn / 2] += sum;
-        } else if (has_d_w && is_there(turn, hidden)) {
-          *d_w_at(turn) = d_w_before[k] + sum;
+        } else if (q < 2 && first == 0 && is_there(turn, hidden)) {
+          // The first of two warps that share a unit.
+          *d_w_at(turn) += sum;
         }
       }
     }
@@ -245,7 +235,6 @@ struct Differentiation {
       // So that the compiler does not begin with the next stream before, for which it would spill registers on sm_100f.
       if constexpr (NORM) __syncwarp();
     }
-    if constexpr (NORM && kLoadsWAhead) load_w<(TURN + UNITS) % (kTurns + kShared)>();
     if constexpr (kSumsPhi && !kReadsXOnce) {
       // X is read again, which takes fewer registers.
       read_dm<true>(dm);
@@ -309,20 +298,6 @@ struct Differentiation {
 #pragma unroll
     for (int e = 0; e < kPart; ++e) dm[FIRST + e] = part[e];
     if constexpr (FIRST + kPart < 2 * kOctets) read_dm<TRANSPOSED, FIRST + kPart>(dm);
-  }
-
-  // w of the next units, from turn TURN on: from the L2 cache, as every wait for other blocks empties the L1 cache.
-  template <int TURN>
-  __device__ void load_w() {
-#pragma unroll
-    for (int k = 0; k < kAtOnce && TURN + k < kTurns + kShared; ++k) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        // Nobody reads what becomes of a channel behind the last.
-        const int channel = min(channel_at(TURN + k), hidden - 9);
-        next_w[k][c] = load_single(norm_scale + channel + 8 * c);
-      }
-    }
   }
 
   // Channels of `d_norm_scale_partials` that lane 4 g + q, q < 2, adds up in a turn.
@@ -434,7 +409,6 @@ __device__ inline void differentiate_tiles(const Block& block, const Args& args,
 #pragma unroll
     for (float& sum : main.d_w) sum = 0.f;
     if constexpr (!kHoldsDW) main.write_d_w(lane);
-    if constexpr (kLoadsWAhead) main.template load_w<0>();
   }
   if constexpr (kSumsInShared > 0) main.write_sums({});
   __syncwarp();

@@ -80,17 +80,9 @@ template <bool NORM>
 struct Warps {
   static constexpr int kDot = NORM ? NormTuned::dot_warps : Tuned::dot_warps;
   static constexpr bool kLent = !NORM && (kMixes || !kIsFloat32);
-  // With a norm and few columns of phi others have more, for its sums.
-  static constexpr bool kKept = NORM && !kMixes && kStreamParts<Stream> == 1;
   static constexpr bool kLentByFour = kOctets == 4 && Tuned::sums_phi;
-  static constexpr int kMainRegisters = kDot == 4 ? kLentByFour ? 208 : 200
-                                        : kLent   ? 224
-                                        : kKept   ? 208
-                                                  : 216;
-  static constexpr int kOtherRegisters = kDot == 4 ? kLentByFour ? 56 : 64
-                                         : kLent   ? 56
-                                         : kKept   ? 88
-                                                   : 72;
+  static constexpr int kMainRegisters = kDot == 4 ? kLentByFour ? 208 : 200 : kLent ? 224 : 216;
+  static constexpr int kOtherRegisters = kDot == 4 ? kLentByFour ? 56 : 64 : kLent ? 56 : 72;
   static constexpr int kDotRegisters = kDot == 4 ? kOtherRegisters - 16 : kOtherRegisters;
   static constexpr int kLoader = kMainWarps + kDot, kOwner = kLoader + 1;
   // Owners are all that are left in a group: each takes longer for a token than the others for its part of a tile.
@@ -307,104 +299,6 @@ __device__ inline void multiply_boxes(float (&dots)[4], u32 stage, int warp) {
   for (int i = 0; i < N; ++i) dots[i] = sum_of_four(halves[0][i] + halves[1][i]);
 }
 
-// With a norm (NORM) a dot warp has of a tile, for each token,
-//
-//   <v, X[i]>   on tensor cores beside bfloat16 streams, where v has two parts of bfloat16
-//   G[i, j]   = <X[i], X[j]>, of which it makes <u, X[i]> = sum over j of h_pre[j] G[i, j]
-//
-// All products have tokens as rows and columns: only their diagonals count.
-template <bool NORM>
-struct Dots {
-  static_assert(!NORM || N == 4, "pairs of four streams");
-  // Whether v is a factor of tensor cores: float16 has no range for its second part.
-  static constexpr bool kMultipliesV = NORM && kStreamParts<Stream> == 1;
-  // Of the stream pairs with d_u or v; without tensor cores for v this lane's sums.
-  float dots[N / 2][4] = {}, v_sums[N] = {};
-  // G[i, j] and G[i + 1, j] for the pair i of the streams 0 and 1 with each stream j, then of 2 and 3 with those two.
-  float gram[NORM ? 6 : 1][4] = {};
-
-  // A unit of channels: X of the streams 0 and 1, and of 2 and 3, and d_u, with w beside it.
-  __device__ void add(const u32 (&x)[N / 2][4], const u32 (&d_u)[2], const float2 (&w)[2]) {
-    if constexpr (!NORM) {
-#pragma unroll
-      for (int pair = 0; pair < N / 2; ++pair) multiply(dots[pair], x[pair], {d_u[0], d_u[1]});
-      return;
-    }
-    if constexpr (kMultipliesV) {
-      u32 v[2][2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        split(w[half].x * low_of<Stream>(d_u[half]), w[half].y * high_of<Stream>(d_u[half]),
-              v[half]);
-#pragma unroll
-      for (int part = 1; part >= 0; --part) {
-#pragma unroll
-        for (int pair = 0; pair < N / 2; ++pair)
-          multiply(dots[pair], x[pair], {v[0][part], v[1][part]});
-      }
-    } else {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float low = w[half].x * low_of<Stream>(d_u[half]),
-                    high = w[half].y * high_of<Stream>(d_u[half]);
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-          const u32 pair = x[i / 2][half * 2 + i % 2];
-          v_sums[i] += low * low_of<Stream>(pair) + high * high_of<Stream>(pair);
-        }
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < 6; ++k) {
-      const int j = k < 4 ? k : k - 2;
-      // One octet of channels after the other, for which a factor is a register as it is.
-#pragma unroll
-      for (int octet = 0; octet < 2; ++octet) {
-        const u32(&pair)[4] = x[k / 4];
-        mma_octet(gram[k], pair[2 * octet], pair[2 * octet + 1], x[j / 2][2 * octet + j % 2]);
-      }
-    }
-  }
-
-  // <d_u, X[i]> or <v, X[i]> in the lane that has the diagonal element of token lane / 4.
-  __device__ void of_d_u(float (&sums)[4], bool odd) const {
-#pragma unroll
-    for (int i = 0; i < N; ++i)
-      sums[i] = NORM && !kMultipliesV ? sum_of_four(v_sums[i]) : of_stream(dots[i / 2], i, odd);
-  }
-  // <u, X[i]> in that lane.
-  __device__ void of_u(float (&sums)[4], const float (&h_pre)[N], bool odd) const {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      sums[i] = 0.f;
-#pragma unroll
-      for (int j = 0; j < N; ++j) {
-        const int low = i < j ? i : j, high = i < j ? j : i;
-        // Of (0, 1) with all streams, but for (2, 3) with these.
-        const float g =
-            low < 2 ? of_stream(gram[high], low, odd) : of_stream(gram[low + 2], high, odd);
-        sums[i] += h_pre[j] * g;
-      }
-    }
-  }
-
- private:
-  __device__ static void mma_octet(float (&sums)[4], u32 x0, u32 x1, u32 other) {
-    if constexpr (kStreamParts<Stream> == 1) {
-      mma_k8(sums, x0, x1, other);
-    } else {
-      mma_half(sums, {x0, x1}, {other});
-    }
-  }
-  __device__ static void multiply(float (&sums)[4], const u32 (&x)[4], uint2 other) {
-    mma_of<Stream>(sums, {x[0], x[1], x[2], x[3]}, other);
-  }
-  // What a product has of one of its two streams, of which the first one is even.
-  __device__ static float of_stream(const float (&product)[4], int stream, bool odd) {
-    return odd ? product[stream % 2 * 2 + 1] : product[stream % 2 * 2];
-  }
-};
-
 // <d_u, X[i]> is the diagonal of the product of both tiles. A dot warp has some units of every box, and h_res of some
 // tokens: its transpose, or the unit matrix where d_x_in is not deferred.
 template <bool NORM>
@@ -416,148 +310,152 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
   const u32 first_unit = warp * (kBoxUnits / kWarps);
   const u32 x_at = matrix % 2 * kPlaneBytes + swizzled(row, 2 * first_unit + matrix / 2);
   const u32 d_u_at = kDU + swizzled(row, 2 * first_unit + matrix % 2);
-  // The owner of a tile's first token and the buffer there. `over_ranks` is for numbers below 32.
+  // The token whose diagonal element this lane has, if any.
+  const u32 token = lane / 4;
+  const bool on_diagonal = kIsFloat32 ? lane % 4 == 0 : token / 2 == lane % 4;
+  // Its owner and the buffer there.
   const PartialsRing<NORM> partials(block);
-  u32 first_owner = 0, first_slot = 0;
+  u32 owner = token % block.ranks, slot = token / block.ranks;
   const u32 owner_step = kTileTokens % block.ranks, slot_step = kTileTokens / block.ranks;
-  const u32 over_ranks = (1 << 16) / block.ranks + 1;
+  const u32 part = block.rank * Warps<NORM>::kPartialBytes + warp * 16;
 
-  // What follows from a lane's number alone is asked for again for each tile, to have registers for sums.
-  //
-  // Neighbours in row j of a token's h_res or its transpose; there may be fewer of them than lanes.
+  // Neighbours in row j of h_res or its transpose; there may be fewer of them than lanes.
   constexpr int kAll = N * N * int(kTileTokens),
                 kOwn = kAll < 32 * kWarps ? 1 : kAll / (32 * kWarps);
-  struct TablePlace {
-    int token, j, i;
-    bool exists;
-  };
-  const auto table_place = [&] {
-    const int first = int(thread_id() - 32 * kMainWarps) * kOwn;
-    return TablePlace{first / (N * N), first / N % N, first % N,
-                      32 * kWarps <= kAll || first < kAll};
-  };
+  const int first = (warp * 32 + lane) * kOwn, h_token = first / (N * N), j = first / N % N,
+            i = first % N;
+  const bool has_h = 32 * kWarps <= kAll || first < kAll;
   float h[kOwn];
   const auto load_h = [&](int tile) {
     if (!kMixes) return;
-    const TablePlace own = table_place();
-    const long long of = block.first_token(tile) + own.token;
-    const bool mixes = deferred && own.exists && tile < block.num_tiles && of < args.tokens;
+    const long long of = block.first_token(tile) + h_token;
+    const bool mixes = deferred && has_h && tile < block.num_tiles && of < args.tokens;
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) {
-      const int i = own.i + k, row = kIsFloat32 ? own.j : i, column = kIsFloat32 ? i : own.j;
+      const int row = kIsFloat32 ? j : i + k, column = kIsFloat32 ? i + k : j;
       h[k] = mixes ? args.h_res[(of * N + row) * N + column] : float(row == column);
     }
   };
   load_h(0);
-  // Shows it to the main warps, and what else this warp has written to itself.
-  const auto write_table = [&](u32 stage) {
-    if constexpr (kMixes) {
-      const TablePlace own = table_place();
-      const u32 at = block.replies(stage) + own.token * kReplyRow + kHRes +
-                     (own.j * N + own.i) * sizeof(float);
-#pragma unroll
-      for (int k = 0; k < kOwn; ++k) {
-        if (own.exists) write_float(at + k * sizeof(float), h[k]);
-      }
-    }
-    __syncwarp();
-    if constexpr (kMixes) {
-      if (lane_id() == 0) arrive(block.barrier(kTableFull, stage));
-    }
+  // For h_pre of this lane's token and of stream lane % N.
+  const auto load_m = [&](int tile) {
+    const long long of = block.first_token(tile) + int(token);
+    return tile < block.num_tiles && of < args.tokens ? args.m[of * kColumns + lane % N] : 0.f;
   };
-  // h_pre of this lane's token and of stream lane % N.
-  const auto load_h_pre = [&](int tile) {
-    const u32 lane = lane_id();
-    const long long of = block.first_token(tile) + int(lane / 4);
-    const bool exists = tile < block.num_tiles && of < args.tokens;
-    const float m = exists ? args.m[of * kColumns + lane % N] : 0.f;
-    return sigmoid(args.alpha[0] * m + args.bias[lane % N]) + args.settings.pre_eps;
-  };
-  float own_h_pre = NORM ? load_h_pre(0) : 0.f;
+  float m = NORM ? load_m(0) : 0.f;
 
-  // w of this lane's channels of the next box: from the L2 cache, as every wait for other blocks empties the L1 cache. On
-  // later chips the compiler would spill registers for that beside float16 streams.
-  constexpr bool kLoadsAhead = Dots<NORM>::kMultipliesV || __CUDA_ARCH__ < 1000;
+  // w of this lane's channels of the next unit.
   constexpr int kWarpUnits = kBoxUnits / kWarps;
   const float* w_at = args.norm_scale + block.first_channel() + first_unit * 16 + lane % 4 * 2;
-  float2 next_w[kWarpUnits][2] = {};
-  const auto load_w = [&](int box, int unit) {
-    const float* at = w_at + box * kBoxChannels + unit * 16;
+  float2 next_w[2];
+  const auto load_w = [&](int unit) {
+    const int next = unit % (kUnits / kWarps), box = next / kWarpUnits;
+    const float* at = w_at + box * kBoxChannels + next % kWarpUnits * 16;
     const bool exists = box * kBoxChannels < block.channels();
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      next_w[unit][half] = exists ? load_pair(at + half * 8) : float2{};
+    next_w[0] = exists ? load_pair(at) : float2{};
+    next_w[1] = exists ? load_pair(at + 8) : float2{};
   };
-  if constexpr (NORM && kLoadsAhead) {
-#pragma unroll
-    for (int unit = 0; unit < kWarpUnits; ++unit) load_w(0, unit);
-  }
+  if constexpr (NORM) load_w(0);
 
   Ring<kStages> ring;
 #pragma unroll 1
   for (int tile = 0; tile < block.num_tiles; ++tile, ring.next()) {
     wait(block.barrier(kFull, ring.slot), ring.parity);
     const u32 stage = block.stage(ring.slot);
-    // The buffers for replies and partials are free: whoever fills this stage again has seen the reply to what was in
-    // it. With a norm there are no registers to keep h_res for later; h_pre lies where the reply has it, too.
+    float dots[N / 2][4] = {};
+    // <v, X[i]> and <u, X[i]> of this lane's channels.
+    float v_sums[N] = {}, u_sums[N] = {};
+    float h_pre[N];
     if constexpr (NORM) {
-      const u32 lane = lane_id();
-      const u32 row = block.replies(ring.slot) + lane / 4 * kReplyRow;
-      write_float(row + kHPre + lane % N * sizeof(float), own_h_pre);
+      const float own = sigmoid(args.alpha[0] * m + args.bias[lane % N]) + args.settings.pre_eps;
+      m = load_m(tile + 1);
+#pragma unroll
+      for (int i = 0; i < N; ++i) h_pre[i] = __shfl_sync(kAllLanes, own, i, N);
     }
-    if constexpr (NORM) write_table(ring.slot);
-    Dots<NORM> dots;
     float v[4] = {};
     if constexpr (kIsFloat32) multiply_boxes<kWarps>(v, stage, warp);
-    constexpr int kBoxesAtOnce = kLoadsAhead ? kBoxes : 1;
+    // Beside float16 streams, which take longer to widen, there are no registers for all at once.
+    constexpr int kBoxesAtOnce = NORM && kStreamParts<Stream> == 2 ? 2 : kBoxes;
 #pragma unroll kBoxesAtOnce
     for (int box = 0; box < (kIsFloat32 ? 0 : kBoxes); ++box) {
 #pragma unroll
-      for (int unit = 0; unit < kWarpUnits; ++unit) {
+      for (int unit = 0; unit < kBoxUnits / kWarps; ++unit) {
         // Swizzling is an exclusive or.
         const u32 from = stage + box * kBoxBytes, flip = unit * kUnitBytes;
-        u32 d_u[2], x[N / 2][4];
+        u32 d_u[2];
         read_matrices(d_u, from + (d_u_at ^ flip));
-#pragma unroll
-        for (int pair = 0; pair < N / 2; ++pair)
-          read_matrices(x[pair], from + (x_at ^ flip) + 2 * pair * kPlaneBytes);
-        if constexpr (NORM && !kLoadsAhead) load_w(box, unit);
-        dots.add(x, d_u, next_w[unit]);
-        if constexpr (NORM && kLoadsAhead) load_w((box + 1) % kBoxes, unit);
-        // Not to begin with what comes next before: there are no registers for that.
         if constexpr (NORM) {
-          if (unit + 1 == kWarpUnits || !Dots<NORM>::kMultipliesV) __syncwarp();
+          u32 x[2][4];
+          read_matrices(x[0], from + (x_at ^ flip));
+          read_matrices(x[1], from + (x_at ^ flip) + 2 * kPlaneBytes);
+          const float2 w[2] = {next_w[0], next_w[1]};
+          load_w(box * kWarpUnits + unit + 1);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const float2 scale = w[half];
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              const auto of = [&](u32 v) {
+                return e == 0 ? low_of<Stream>(v) : high_of<Stream>(v);
+              };
+              const float v = (e == 0 ? scale.x : scale.y) * of(d_u[half]);
+              float u = 0.f;
+#pragma unroll
+              for (int i = 0; i < N; ++i) u += h_pre[i] * of(x[i / 2][half * 2 + i % 2]);
+#pragma unroll
+              for (int i = 0; i < N; ++i) {
+                const float value = of(x[i / 2][half * 2 + i % 2]);
+                v_sums[i] += v * value;
+                u_sums[i] += u * value;
+              }
+            }
+          }
+        } else {
+#pragma unroll
+          for (int pair = 0; pair < N / 2; ++pair) {
+            u32 x[4];
+            read_matrices(x, from + (x_at ^ flip) + 2 * pair * kPlaneBytes);
+            mma_of<Stream>(dots[pair], {x[0], x[1], x[2], x[3]}, {d_u[0], d_u[1]});
+          }
         }
       }
     }
-    const u32 part = block.rank * Warps<NORM>::kPartialBytes + (thread_id() / 32 - kMainWarps) * 16;
-    // This lane's token, and whether it has the diagonal elements of that.
-    const u32 token = lane_id() / 4, q = lane_id() % 4;
-    const bool on_diagonal = kIsFloat32 ? q == 0 : token / 2 == q;
-    const u32 turns = (first_owner + token) * over_ranks >> 16;
-    const u32 owner = first_owner + token - turns * block.ranks;
-    u32 slot = first_slot + turns;
-    if (slot >= partials.slots) slot -= partials.slots;
+    // The buffers for partials and replies are free: whoever fills this stage again has seen the reply to what was in
+    // it.
     const u32 there = in_block(partials.at(block, slot) + part, owner);
     const u32 full = in_block(block.barrier(kPartialsFull, slot), owner);
-    if constexpr (!kIsFloat32) dots.of_d_u(v, token % 2);
-    float u[4] = {};
     if constexpr (NORM) {
-      float h_pre[N];
-      read_floats(h_pre, block.replies(ring.slot) + token * kReplyRow + kHPre);
-      dots.of_u(u, h_pre, token % 2);
-    }
-    if (on_diagonal) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        v_sums[i] = sum_of_four(v_sums[i]);
+        u_sums[i] = sum_of_four(u_sums[i]);
+      }
+      if (lane % 4 == 0) send(there, {v_sums[0], v_sums[1], v_sums[2], v_sums[3]}, full);
+      if (lane % 4 == 1)
+        send(there + partials.kind_bytes, {u_sums[0], u_sums[1], u_sums[2], u_sums[3]}, full);
+    } else if (on_diagonal) {
+      const bool odd = token % 2;
+#pragma unroll
+      for (int i = 0; i < (kIsFloat32 ? 0 : N); ++i) {
+        const float (&pair)[4] = dots[i / 2];
+        v[i] = odd ? pair[i % 2 * 2 + 1] : pair[i % 2 * 2];
+      }
       send(there, {v[0], v[1], v[2], v[3]}, full);
-      if constexpr (NORM) send(there + partials.kind_bytes, {u[0], u[1], u[2], u[3]}, full);
     }
-    if constexpr (!NORM) write_table(ring.slot);
-    // What the next tile wants.
-    load_h(tile + 1);
-    if constexpr (NORM) own_h_pre = load_h_pre(tile + 1);
-    first_owner += owner_step, first_slot += slot_step;
-    if (first_owner >= block.ranks) first_owner -= block.ranks, ++first_slot;
-    if (first_slot >= partials.slots) first_slot -= partials.slots;
+    if constexpr (kMixes) {
+      const u32 at =
+          block.replies(ring.slot) + h_token * kReplyRow + kHRes + (j * N + i) * sizeof(float);
+#pragma unroll
+      for (int k = 0; k < kOwn; ++k) {
+        if (has_h) write_float(at + k * sizeof(float), h[k]);
+      }
+      load_h(tile + 1);
+      __syncwarp();
+      if (lane == 0) arrive(block.barrier(kTableFull, ring.slot));
+    }
+    owner += owner_step, slot += slot_step;
+    if (owner >= block.ranks) owner -= block.ranks, ++slot;
+    if (slot >= partials.slots) slot -= partials.slots;
   }
 }
 
@@ -606,7 +504,7 @@ struct Owner {
         args(args),
         lane(lane),
         partials(block),
-        owners(Warps<NORM>::kOwners == 1 ? 1 : min(Warps<NORM>::kOwners, partials.slots)) {
+        owners(min(Warps<NORM>::kOwners, partials.slots)) {
     alpha = args.alpha[gate_of(lane % 8)];
     alpha_res = kOctets > 1 ? args.alpha[2] : 0.f;
   }
@@ -881,17 +779,16 @@ __device__ inline void run(const Args args) {
       multiply_tiles<NORM>(block, args, args.deferred, warp - kMainWarps, lane_id());
     } else {
       give_registers<Roles::kOtherRegisters>();
+      const Block block(shared, args.hidden, args.tokens);
       if (warp < Roles::kLoader) {
-        const Block block(shared, args.hidden, args.tokens);
         multiply_tiles<NORM>(block, args, args.deferred, warp - kMainWarps, lane_id());
-      } else if (warp >= Roles::kOwner) {
-        cluster_wait();
-        const Block block(shared, args.hidden, args.tokens);
-        Owner<NORM>(block, args, lane_id()).run(warp - Roles::kOwner);
       } else {
         cluster_wait();
-        const Block block(shared, args.hidden, args.tokens);
-        if (lane == 0) load_tiles(block, args);
+      }
+      if (warp >= Roles::kOwner) {
+        Owner<NORM>(block, args, lane).run(warp - Roles::kOwner);
+      } else if (warp == Roles::kLoader && lane == 0) {
+        load_tiles(block, args);
       }
     }
   }
