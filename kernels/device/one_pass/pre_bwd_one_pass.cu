@@ -509,7 +509,10 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
     Dots<NORM> dots;
     float v[4] = {};
     if constexpr (kIsFloat32) multiply_boxes<kWarps>(v, stage, warp);
-    constexpr int kBoxesAtOnce = kLoadsAhead ? kBoxes : 1;
+    // With all boxes at once the compiler would spill registers there, too, and with 8 columns of phi on any chip.
+    constexpr bool kAllAtOnce =
+        !NORM || Dots<NORM>::kMultipliesV || (kMixes && __CUDA_ARCH__ < 1000);
+    constexpr int kBoxesAtOnce = kAllAtOnce ? kBoxes : 1;
 #pragma unroll kBoxesAtOnce
     for (int box = 0; box < (kIsFloat32 ? 0 : kBoxes); ++box) {
 #pragma unroll
