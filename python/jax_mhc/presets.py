@@ -3,17 +3,43 @@
 - `PAPER`: arXiv 2512.24880; the defaults of `MHCConfig`.
 - `DEEPSEEK_V4`: DeepSeek-V4 and what follows its kernels. Its `comb` is the transpose of our h_res,
   so that its softmax over rows followed by columns is column_row here.
-- `MEGATRON`: the hyper-connections of Megatron Core's branch main, as of August 2026. Its branch
-  dev has taken over DeepSeek-V4's convention; `jax_mhc.convert.from_megatron` says how to tell.
+- `GLM5`: GLM-5.3, the same with its own norm_eps. It leaves the streams by their plain mean,
+  `reduce(x, "mean")`.
+- `MAXTEXT`: MaxText, the same with a learned weight of the norm, which `convert.from_maxtext` folds
+  into phi; and `MAXTEXT_LITE`, its mHC-lite. Their norm_eps is its `normalization_layer_epsilon`,
+  here that of its models with hyper-connections.
+- `MEGATRON`: the hyper-connections of Megatron Core's branch main, as of August 2026; and
+  `MEGATRON_DEV`, those of its branch dev, which has taken over DeepSeek-V4's convention. Its head
+  has norm_eps inside, as `DEEPSEEK_V4`. `jax_mhc.convert.from_megatron` says how to tell.
+- `LIGER`: the defaults of Liger-Kernel's `LigerMHC`.
+- `TRANSFORMER_ENGINE`: TransformerEngine, whose streams are `[..., C, n]`.
 """
+
+import dataclasses
 
 from jax_mhc._types import MHCConfig
 
-__all__ = ["DEEPSEEK_V4", "MEGATRON", "PAPER"]
+__all__ = [
+    "DEEPSEEK_V4",
+    "GLM5",
+    "LIGER",
+    "MAXTEXT",
+    "MAXTEXT_LITE",
+    "MEGATRON",
+    "MEGATRON_DEV",
+    "PAPER",
+    "TRANSFORMER_ENGINE",
+]
 
 PAPER = MHCConfig()
 
 DEEPSEEK_V4 = MHCConfig(norm_eps=1e-6, pre_eps=1e-6, sinkhorn_eps=1e-6, sinkhorn_eps_mode="add")
+
+GLM5 = dataclasses.replace(DEEPSEEK_V4, norm_eps=1e-5)
+
+MAXTEXT = DEEPSEEK_V4
+
+MAXTEXT_LITE = MHCConfig(constraint="permutations", norm_eps=1e-6, pre_eps=1e-6)
 
 MEGATRON = MHCConfig(
     norm_eps=1e-6,
@@ -22,3 +48,10 @@ MEGATRON = MHCConfig(
     sinkhorn_eps_mode="clamp",
     order="row_column",
 )
+
+MEGATRON_DEV = dataclasses.replace(DEEPSEEK_V4, norm_eps_mode="outside")
+
+LIGER = dataclasses.replace(DEEPSEEK_V4, pre_eps=0.0, order="row_column")
+
+# 2⁻²³, the eps of float32 that it takes from PyTorch.
+TRANSFORMER_ENGINE = MHCConfig(norm_eps=2.0**-23)

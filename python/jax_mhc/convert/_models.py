@@ -1,0 +1,200 @@
+"""Table of the models whose checkpoints can be read: their names, settings and layout.
+
+A model that is added has a row in `MODELS`, and in `NAMES` where its tensors have names of their
+own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from jax_mhc import presets
+from jax_mhc._types import HeadParams, MHCConfig, MHCParams
+from jax_mhc.convert import _arrays
+from jax_mhc.convert._deepseek_v4 import (
+    from_deepseek_v4,
+    head_from_deepseek_v4,
+    head_to_deepseek_v4,
+    to_deepseek_v4,
+)
+from jax_mhc.convert._megatron import from_megatron, to_megatron
+
+#: Tensors of one hyper-connection, or of a head, in the order of the layout.
+Tensors: TypeAlias = tuple[jax.Array, ...]
+#: Shapes of tensors by the ends of their names, for n streams of C channels.
+Shapes: TypeAlias = Mapping[str, Callable[[int, int], tuple[int, ...]]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Tensors of a hyper-connection and of a head, and what makes our parameters of them.
+
+    Attributes:
+        shapes: of the tensors; the first is the projection, `[K, nC]`.
+        count: K of n streams.
+        read: of the tensors, the parameters.
+        write: of the parameters and n, the tensors.
+    """
+
+    shapes: Shapes
+    count: Callable[[int], int] = _arrays.square
+    read: Callable[..., MHCParams]
+    write: Callable[[MHCParams, int], Tensors]
+    head_shapes: Shapes = dataclasses.field(
+        default_factory=lambda: {
+            "fn": lambda n, c: (n, n * c),
+            "base": lambda n, c: (n,),
+            "scale": lambda n, c: (1,),
+        }
+    )
+    read_head: Callable[..., HeadParams] = head_from_deepseek_v4
+    write_head: Callable[[HeadParams], Tensors] = head_to_deepseek_v4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model.
+
+    Attributes:
+        names: the rows of `NAMES` that its tensors are of.
+        types: what `model_type` of its config.json may be.
+        lacks: what this version of the package would need to compute it; empty for all others.
+        layout: of its tensors.
+        config: settings of its hyper-connections, but for those that its config.json has.
+        head_config: settings of its head, likewise.
+        settings: keys of config.json, and the fields of MHCConfig that they set.
+        has_head: whether it has a head; None: it may.
+    """
+
+    names: str
+    types: tuple[str, ...] = ()
+    lacks: str = ""
+    layout: Layout
+    config: MHCConfig = presets.DEEPSEEK_V4
+    head_config: MHCConfig = presets.DEEPSEEK_V4
+    settings: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    has_head: bool | None = None
+
+
+# Patterns of names, whose groups are stack (layers; mtp: modules that predict further tokens),
+# layer, site and part; those of a head have stack and layer where it is a module's. They stand for:
+# state dicts of transformers, its files and those of DeepSeek, Hy4's files, Megatron Core.
+_LAYER = r"(?:\w+\.)*?(?P<stack>layers|mtp|mtp\.layers)\.(?P<layer>\d+)\."
+_PART = r"(?P<part>fn|base|scale)"
+NAMES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
+    (names, re.compile(pattern))
+    for names, pattern in (
+        ("hc", rf"{_LAYER}(?P<site>attn|ffn)_hc\.{_PART}"),
+        ("hc", rf"{_LAYER}hc_(?P<site>attn|ffn|head)_{_PART}"),
+        ("hc", rf"{_LAYER}(?:hc_pre\.)?hc_(?P<site>attn|mlp)_layer\.hc_{_PART}"),
+        ("hc", rf"(?:\w+\.)*?(?P<site>hc_head)(?:_|\.hc_|\.hc_head_){_PART}"),
+        (
+            "megatron",
+            rf"{_LAYER}(?:\w+_layer\.)?(?P<site>self_attention|mlp)_hyper_connection\."
+            r"(?P<part>mapping_proj\.weight|alpha_pre|alpha_post|alpha_res|bias)",
+        ),
+    )
+)
+SITES = {
+    "attn": "attn", "self_attention": "attn", "ffn": "ffn", "mlp": "ffn",
+    "head": "head", "hc_head": "head",
+}  # fmt: skip
+# Names that look like those of hyper-connections: where none of the patterns fits one, it is of
+# another model, or of a quantised tensor.
+SUSPECT = re.compile(r"(^|[./])m?hc_|_m?hc[._/]|hyper_connection")
+
+
+def _concatenated(turn: Callable[..., MHCParams]) -> Callable[..., MHCParams]:
+    """Parameters of Megatron's tensors by a function of weight, alpha and bias."""
+
+    def read(weight: jax.Array, *gates_and_bias: jax.Array) -> MHCParams:
+        *gates, bias = gates_and_bias
+        return turn(weight, jnp.concatenate(gates), bias)
+
+    return read
+
+
+def _split(weight: jax.Array, alpha: jax.Array, bias: jax.Array) -> Tensors:
+    return weight, *jnp.split(alpha, 3), bias
+
+
+def _write_megatron_dev(params: MHCParams, streams: int) -> Tensors:
+    weight, bias, alpha = to_deepseek_v4(params, streams=streams)
+    return _split(weight, alpha, bias)
+
+
+_DEEPSEEK_V4 = Layout(
+    shapes={
+        "fn": lambda n, c: (n * n + 2 * n, n * c),
+        "base": lambda n, c: (n * n + 2 * n,),
+        "scale": lambda n, c: (3,),
+    },
+    read=from_deepseek_v4,
+    write=lambda params, streams: to_deepseek_v4(params, streams=streams),
+)
+_MEGATRON = Layout(
+    shapes={
+        "mapping_proj.weight": lambda n, c: (n * n + 2 * n, n * c),
+        **dict.fromkeys(("alpha_pre", "alpha_post", "alpha_res"), lambda n, c: (1,)),
+        "bias": lambda n, c: (n * n + 2 * n,),
+    },
+    read=_concatenated(from_megatron),
+    write=lambda params, streams: _split(*to_megatron(params, streams=streams)),
+)
+_MEGATRON_DEV = dataclasses.replace(
+    _MEGATRON,
+    read=_concatenated(lambda weight, alpha, bias: from_deepseek_v4(weight, bias, alpha)),
+    write=_write_megatron_dev,
+)
+
+_SETTINGS = {
+    "rms_norm_eps": ("norm_eps",),
+    "hc_eps": ("pre_eps", "sinkhorn_eps"),
+    "hc_sinkhorn_iters": ("sinkhorn_iters",),
+}
+
+#: Models by the word that `load` takes.
+MODELS: Mapping[str, Model] = {
+    "deepseek_v4": Model(
+        names="hc", types=("deepseek_v4",), layout=_DEEPSEEK_V4, settings=_SETTINGS, has_head=True
+    ),
+    "deepseek_v41": Model(
+        names="hc",
+        types=("deepseek_v41", "deepseek_v41_text"),
+        lacks="its schedule, in which a site reads its input with the h_pre of the site before",
+        layout=_DEEPSEEK_V4,
+        settings=_SETTINGS,
+        has_head=False,
+    ),
+    "glm5": Model(
+        names="hc",
+        types=("glm5_next", "glm5_next_text"),
+        layout=_DEEPSEEK_V4,
+        config=presets.GLM5,
+        settings=_SETTINGS,
+        has_head=False,
+    ),
+    "hy4": Model(
+        names="hc",
+        types=("hy_v4", "hy_v4_vl", "hy_v4_vl_text"),
+        lacks="an eps that is added to h_post, and parameters with two gates",
+        layout=_DEEPSEEK_V4,
+        settings=_SETTINGS,
+        has_head=True,
+    ),
+    "megatron": Model(
+        names="megatron", layout=_MEGATRON, config=presets.MEGATRON, head_config=presets.DEEPSEEK_V4
+    ),
+    "megatron_dev": Model(
+        names="megatron",
+        layout=_MEGATRON_DEV,
+        config=presets.MEGATRON_DEV,
+        head_config=presets.DEEPSEEK_V4,
+    ),
+}
