@@ -56,6 +56,8 @@ HEAD = HeadParams(zeros(N * C, N), zeros(1), zeros(N))
 CTX = Context(X, H, H, Z)
 STREAMED = mhc.as_streams(jnp.asarray(X))
 GAIN = diagnostics.Gain(1 + H, 1 + H)
+ONE = np.ones((), np.float32)
+MAXTEXT = {name: np.asarray(value) for name, value in convert.to_maxtext(PARAMS).items()}
 
 
 class Traced:
@@ -219,6 +221,28 @@ def deepseek_head(fn=HEAD.phi.T, base=HEAD.bias, scale=HEAD.alpha):
     return convert.head_from_deepseek_v4(fn, base, scale)
 
 
+def liger(phi=PARAMS.phi, b=PARAMS.bias, alpha_pre=ONE, alpha_post=ONE, alpha_res=ONE):
+    return convert.from_liger(phi, b, alpha_pre, alpha_post, alpha_res)
+
+
+def transformer_engine(
+    phi=PARAMS.phi.T, alpha=PARAMS.alpha, beta=PARAMS.bias[None], norm_weight=None
+):
+    return convert.from_transformer_engine(phi, alpha, beta, norm_weight)
+
+
+def maxtext_head(fn):
+    return convert.head_from_maxtext(fn, HEAD.bias, HEAD.alpha)
+
+
+def load(model):
+    parts = zip(("fn", "base", "scale"), (PARAMS.phi.T, PARAMS.bias, PARAMS.alpha), strict=True)
+    tensors = {
+        f"layers.0.hc_{site}_{part}": array for part, array in parts for site in ("attn", "ffn")
+    }
+    return convert.load(tensors, model)
+
+
 def of(call, argument):
     """The call as a function of one argument."""
     return lambda value: call(**{argument: value})
@@ -230,8 +254,9 @@ def rows(op, call, **kinds):
 
 
 WEIGHT = [*ARRAY, *(zeros(K, N * C, dtype=d) for d in DTYPES), zeros(K), zeros(K, 0), zeros(K, 33)]
-WEIGHT += [zeros(N * C, K), zeros(25, N * C), zeros(17 * 19, 17 * C), zeros(1, K, N * C)]
+WEIGHT += [zeros(N * C, K), zeros(25, N * C), zeros(17 * 19, 17 * C)]
 GATES = [None, [0.0] * 3, 3.0, zeros(), zeros(1), zeros(4), zeros(3, 1), zeros(3, dtype=jnp.int8)]
+SCALAR = [None, 3.0, [0.0], zeros(1), zeros(3), zeros(dtype=jnp.int8)]
 STATIC_PART = [None, [0.0] * K, zeros(), zeros(K - 1), zeros(K, 1), zeros(K, dtype=jnp.int8)]
 
 BAD = [
@@ -358,7 +383,7 @@ BAD += [
     (
         "convert.to_deepseek_v4", "params",
         [
-            None, {}, PARAMS.phi, HEAD, STATIC, stacked(PARAMS),
+            None, {}, PARAMS.phi, HEAD, STATIC, with_(PARAMS, phi=stacked(PARAMS).phi),
             *(params_of(n, config=CONFIGS["identity"]) for n in range(1, 17) if n not in (4, 12)),
             *(params_of(n, config=CONFIGS["permutations"]) for n in (2, 3, 4)),
             *(with_(PARAMS, phi=phi) for phi in (None, 3.0, PARAMS.phi.T, zeros(33, K))),
@@ -391,6 +416,55 @@ BAD += [
             ),
         )
         for name, nums in (("identity", range(1, 17)), ("permutations", range(2, 5)))
+    ),
+    *rows(
+        "convert.from_liger", liger,
+        phi=[w.T if isinstance(w, np.ndarray) and w.ndim == 2 else w for w in WEIGHT],
+        b=STATIC_PART, alpha_pre=SCALAR, alpha_post=SCALAR, alpha_res=SCALAR,
+    ),
+    *rows(
+        "convert.from_transformer_engine", transformer_engine,
+        phi=WEIGHT, alpha=GATES, beta=[*STATIC_PART, zeros(K)],
+        norm_weight=[3.0, zeros(C), zeros(N * C, 1), zeros(N * C, dtype=jnp.int8)],
+    ),
+    *(
+        (
+            f"convert.{name}", "params",
+            [None, {}, PARAMS.phi, HEAD, STATIC, params_of(5, config=CONFIGS["identity"])],
+            getattr(convert, name),
+        )
+        for name in ("to_megatron", "to_liger", "to_transformer_engine", "to_maxtext")
+    ),
+    *(
+        (f"convert.{name}", "params", HEAD_PARAMS[:3], getattr(convert, name))
+        for name in ("head_to_deepseek_v4", "head_to_maxtext")
+    ),
+    ("convert.head_from_maxtext", "hc_fn", [*ARRAY, HEAD.phi.T], maxtext_head),
+    (
+        "convert.from_maxtext", "tensors",
+        [
+            None, 3, PARAMS, {}, {"pre_alpha": 1},
+            *({name: value for name, value in MAXTEXT.items() if name != n} for n in MAXTEXT),
+            *({**MAXTEXT, name: zeros(5)} for name in MAXTEXT),
+            *({**MAXTEXT, name: zeros(*MAXTEXT[name].shape, dtype=jnp.int8)} for name in MAXTEXT),
+        ],
+        convert.from_maxtext,
+    ),
+    # Parameters of the shape of those of mHC-lite.
+    (
+        "convert.to_maxtext", "streams",
+        [params_of(n, config=CONFIGS["identity"]) for n in (3, 6, 16)], convert.to_maxtext,
+    ),
+    (
+        "convert.to_maxtext", "like", [3, {}, convert.to_maxtext(params_of(2, 9), streams=2)],
+        lambda like: convert.to_maxtext(PARAMS, like=like),
+    ),
+    ("convert.load", "path_or_mapping", [None, 3, [], {}, "/no/such", {"a": X}], convert.load),
+    ("convert.load", "model", [3, "", "deepseek", None, [], {}, {"model_type": "x"}], load),
+    ("convert.save", "checkpoint", [None, {}, PARAMS, HEAD], lambda c: convert.save(c, {})),
+    (
+        "convert.save", "path_or_mapping", [None, 3, [], "/", b"a"],
+        lambda path: convert.save(load("glm5"), path),
     ),
     # Diagnostics.
     *rows(

@@ -161,11 +161,11 @@ def head_parts_of(op: str, params: HeadParams) -> tuple[jax.Array, jax.Array, ja
     return checked.phi, checked.alpha, checked.bias
 
 
-def difference(wanted: Iterable[str], given: Iterable[object]) -> str:
+def difference(wanted: Iterable[object], given: Iterable[object]) -> str:
     """The names that are missing and those that are too many, a few of each, for a message."""
-    names = [str(name) for name in given]
-    missing = [name for name in wanted if name not in names]
-    surplus = [name for name in names if name not in set(wanted)]
+    expected, names = ([str(name) for name in each] for each in (wanted, given))
+    missing = [name for name in expected if name not in set(names)]
+    surplus = [name for name in names if name not in set(expected)]
     parts = [("none of", missing), ("besides", surplus)]
     return ", ".join(f"{word} {few(some)}" for word, some in parts if some)
 

@@ -178,9 +178,8 @@ def save(
         raise Refusal(TypeError, op, "checkpoint").expected(
             "jax_mhc.convert.Checkpoint", _errors.typed(checkpoint), "It is what load returns."
         )
-    tensors = _tensors(op, checkpoint)
     if isinstance(path_or_mapping, MutableMapping):
-        path_or_mapping.update(tensors)
+        path_or_mapping.update(_tensors(op, checkpoint))
         return
     path = _path(op, path_or_mapping)
     if path.exists():
@@ -192,7 +191,7 @@ def save(
     _errors.require(op, "safetensors", "safetensors")
     from safetensors.numpy import save_file
 
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_file(_tensors(op, checkpoint), path, metadata={"format": "pt"})
 
 
 def _tensors(op: str, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
@@ -213,7 +212,7 @@ def _tensors(op: str, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     if params.keys() != checkpoint._stored.keys():
         raise Refusal(ValueError, op, "checkpoint").expected(
             "the layers and sites that were loaded",
-            _arrays.difference(map(str, checkpoint._stored), params),
+            _arrays.difference(checkpoint._stored, params),
             "Replace the parameters of a checkpoint that load returned.",
         )
     tensors = {}
@@ -288,8 +287,8 @@ def _places(op: str, names: Iterable[str]) -> tuple[str, dict[Place, dict[str, s
         raise Refusal(ValueError, op, "path_or_mapping").expected(
             "the hyper-connections of one model that is known, such as layers.0.hc_attn_fn",
             got,
-            "jax_mhc.convert.load says which names are known; the from_* functions take arrays "
-            "under any name.",
+            "The docstring of load has the names that are known; the other functions of "
+            "jax_mhc.convert take arrays under any name.",
         )
     ((kind, places),) = found.items()
     return kind, dict(sorted({**places, **heads}.items()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -16,7 +16,6 @@ from jax_mhc._limits import STREAM_DTYPES
 SUFFIX, INDEX = ".safetensors", ".safetensors.index.json"
 # The format's words for the dtypes that parameters are stored in.
 _DTYPES = {"F64", "F32", "F16", "BF16"}
-_WHOLE = "Download or save it again."
 
 
 class Files:
@@ -73,7 +72,7 @@ class Files:
             files = index.get("weight_map")
             if isinstance(files, dict) and all(isinstance(file, str) for file in files.values()):
                 return {name: indices[0].parent / file for name, file in files.items()}
-            raise self._broken(indices[0], "an index with a weight_map")
+            self._refuse(indices[0], "an index with a weight_map")
         paths = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else [path]
         if len(indices) > 1 or not paths:
             raise Refusal(ValueError, self._op, "path_or_mapping").expected(
@@ -100,16 +99,16 @@ class Files:
         except (OSError, ValueError):
             value = None
         if not isinstance(value, dict):
-            raise self._broken(path, "an object in JSON")
+            self._refuse(path, "an object in JSON")
         return value
 
     def _opened(self, path: Path) -> Any:
         try:
             return self._open(path, framework="numpy")
-        except Exception as error:  # of several types, which the package does not promise
-            raise self._broken(path, "a whole safetensors file") from error
+        except Exception:  # of several types, which the package does not promise
+            self._refuse(path, "a whole safetensors file")
 
-    def _broken(self, path: Path, expected: str) -> Exception:
-        return Refusal(ValueError, self._op, "path_or_mapping").expected(
-            f"{expected} in {path.name}", "something else", _WHOLE
+    def _refuse(self, path: Path, expected: str) -> NoReturn:
+        raise Refusal(ValueError, self._op, "path_or_mapping").expected(
+            f"{expected} in {path.name}", "something else", "Download or save it again."
         )

@@ -98,10 +98,12 @@ def to_maxtext(
     op = "convert.to_maxtext"
     phi, alpha, bias, n = _arrays.parts_of(op, params, streams, (_arrays.square, _arrays.permuted))
     is_lite = phi.shape[-1] != _arrays.square(n)
-    turn = _inverse_permutations if is_lite else _transposed
     norm = jnp.ones(phi.shape[:-1], phi.dtype)
     if like is not None:
-        phi, norm = _unfold(op, phi, _read(op, like, argument="like"))
+        before = _read(op, like, argument="like")
+        phi, norm = _unfold(op, phi, before)
+        is_lite = _is_lite(before)  # of one stream the shape does not tell
+    turn = _inverse_permutations if is_lite else _transposed
     tensors = {NORM: norm}
     for group, columns, beta, gate in zip(
         GROUPS,
