@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -154,6 +155,15 @@ def write(folder, tensors, *, num_files=1, index=True, config=None):
     return folder
 
 
+def test_what_transformers_saved():
+    """A whole model of its own, config.json and all (vectors/README.md)."""
+    folder = Path(__file__).parent / "vectors" / "deepseek_v4_tiny"
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    checkpoint = load(folder)
+    assert (checkpoint.config, len(checkpoint.layers)) == (presets.DEEPSEEK_V4, 4)
+    assert_saved(checkpoint, tensors)
+
+
 @pytest.mark.parametrize("num_files, index", [(1, False), (3, True), (3, False)])
 def test_files(num_files, index, tmp_path):
     tensors = drawn(FILES, jnp.bfloat16)
@@ -197,7 +207,9 @@ def test_a_folder_with_the_config_of_v41_is_never_taken_for_v4(tmp_path):
     assert load(tmp_path, "deepseek_v4").model == "deepseek_v4"
 
 
-def test_a_word_stands_in_for_a_type_that_is_not_known():
-    config = {**CONFIG, "model_type": "a_model_of_mine"}
+def test_a_word_stands_in_for_a_type_that_is_not_known(tmp_path):
+    config = {**CONFIG, "model_type": "a_model_of_mine", "rms_norm_eps": 1e-4}
+    write(tmp_path, drawn(FILES), config=config)
     with pytest.raises(ValueError, match="config.json of a_model_of_mine"):
-        load(drawn(FILES), config)
+        load(tmp_path)
+    assert load(tmp_path, "deepseek_v4").config.norm_eps == 1e-4

@@ -4,7 +4,7 @@
 - `DEEPSEEK_V4`: DeepSeek-V4 and what follows its kernels. Its `comb` is the transpose of our h_res,
   so that its softmax over rows followed by columns is column_row here.
 - `GLM5`: GLM-5.3, the same with its own norm_eps. It leaves the streams by their plain mean,
-  `reduce(x, "mean")`.
+  `reduce(x)`.
 - `MAXTEXT`: MaxText, the same with a learned weight of the norm, which `convert.from_maxtext` folds
   into phi; and `MAXTEXT_LITE`, its mHC-lite. Their norm_eps is its `normalization_layer_epsilon`,
   here that of its models with hyper-connections.

@@ -90,7 +90,7 @@ def load(
     | model | |
     |---|---|
     | "deepseek_v4" | DeepSeek-V4, `presets.DEEPSEEK_V4` |
-    | "glm5" | GLM-5.3, `presets.GLM5`: leave by `reduce(x, "mean")` |
+    | "glm5" | GLM-5.3, `presets.GLM5`: leave by `reduce(x)` |
     | "megatron", "megatron_dev" | Megatron Core, branches main and dev (`from_megatron`) |
     | "deepseek_v41", "hy4" | DeepSeek-V4.1 and Hy4: refused, for want of their settings |
 
