@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from formats import tensors_of
 
 from jax_mhc import convert, presets
 from jax_mhc.convert import load, save
@@ -134,6 +135,31 @@ def test_megatron(model):
         "megatron_dev": lambda: convert.from_deepseek_v4(weight, bias, alpha),
     }[model]()
     jax.tree.map(np.testing.assert_array_equal, checkpoint.layers[1]["ffn"], expected)
+    save(checkpoint, saved := {})
+    assert saved.keys() == tensors.keys()
+    for name, value in saved.items():
+        assert value.tobytes() == tensors[name].tobytes(), name
+
+
+@pytest.mark.parametrize("separator", ".-/")
+@pytest.mark.parametrize("model", ["maxtext", "maxtext_lite"])
+def test_maxtext_without_scanned_layers(model, separator):
+    """Names of its trees, flattened; the weight of its norm, folded into phi, comes back too."""
+    stacks = {"params.decoder.dense_layers_0": 0, "params.decoder.moe_layers_0": 1}
+    tensors = {f"params.decoder.hc_head.hc_{part}": shape for part, shape in HEAD.items()}
+    tensors = drawn({**tensors, "params.decoder.hc_head.hc_fn": (N * C, N)})
+    sites = {"mhc_attention": "attn", "mhc_mlp": "ffn"}
+    parts = {(stack, site): tensors_of(model, N, C) for stack in stacks for site in sites}
+    for number, ((stack, site), values) in enumerate(parts.items()):
+        values["pre_beta"] += number
+        tensors |= {f"{stack}.{site}.{name}": value for name, value in values.items()}
+    tensors = {name.replace(".", separator): value for name, value in tensors.items()}
+    checkpoint = load(tensors, model)
+    assert checkpoint.config == getattr(presets, model.upper())
+    for (stack, site), values in parts.items():
+        params = checkpoint.layers[stacks[stack]][sites[site]]
+        jax.tree.map(np.testing.assert_array_equal, params, convert.from_maxtext(values))
+    assert checkpoint.head.phi.shape == (N * C, N)
     save(checkpoint, saved := {})
     assert saved.keys() == tensors.keys()
     for name, value in saved.items():

@@ -13,31 +13,27 @@ import numpy as np
 
 from jax_mhc import _errors
 from jax_mhc._errors import Refusal
-from jax_mhc._limits import MAX_STREAMS
 from jax_mhc._types import HeadParams, MHCConfig, MHCParams
-from jax_mhc.convert import _arrays
+from jax_mhc.convert import _arrays, _settings
 from jax_mhc.convert._files import Files
-from jax_mhc.convert._models import MODELS, NAMES, SITES, SUSPECT, Model, Shapes
-
-
-class Place(NamedTuple):
-    """The hyper-connection or head that a tensor is of: `layers[3].attn`, or `head`."""
-
-    stack: str
-    layer: int
-    site: str
-
-    def __str__(self) -> str:
-        """The place in a message."""
-        return f"{self.stack}[{self.layer}].{self.site}" if self.stack else self.site
+from jax_mhc.convert._models import MODELS, Model, Shapes
+from jax_mhc.convert._names import Place, places_of
 
 
 class Stored(NamedTuple):
-    """A tensor as it was stored."""
+    """A tensor as it was stored.
+
+    Attributes:
+        name: its name.
+        dtype: its dtype.
+        shape: its shape.
+        value: the tensor, where parameters do not determine it.
+    """
 
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
+    value: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +61,7 @@ class Checkpoint:
     layers: tuple[dict[str, MHCParams], ...]
     head: HeadParams | None = None
     mtp: tuple[dict[str, MHCParams | HeadParams], ...] = ()
-    _stored: Mapping[Place, tuple[Stored, ...]] = dataclasses.field(
+    _stored: Mapping[Place, dict[str, Stored]] = dataclasses.field(
         default_factory=dict, repr=False, compare=False
     )
 
@@ -81,9 +77,10 @@ def load(
         x = mhc_residual(attention, x, attn, config=checkpoint.config)
 
     Names are those of DeepSeek's files (`layers.0.hc_attn_fn`), of transformers' files
-    (`model.layers.0.hc_attn_fn`) and state dicts (`model.layers.0.attn_hc.fn`), of Hy4's files, or
-    of Megatron Core (`decoder.layers.0.self_attention_hyper_connection.bias`), with any prefix. No
-    other tensors are read. Several models have the same names and compute something else with
+    (`model.layers.0.hc_attn_fn`) and state dicts (`model.layers.0.attn_hc.fn`), of Hy4's files, of
+    Megatron Core (`decoder.layers.0.self_attention_hyper_connection.bias`), or of MaxText without
+    scanned layers, flattened (`params.decoder.layers_0.mhc_attention.pre_alpha`), with any prefix.
+    No other tensors are read. Several models have the same names and compute something else with
     them: config.json beside the files tells which it is (`model_type`), and has the settings.
     Without it `model` must say.
 
@@ -92,6 +89,7 @@ def load(
     | "deepseek_v4" | DeepSeek-V4, `presets.DEEPSEEK_V4` |
     | "glm5" | GLM-5.3, `presets.GLM5`: leave by `reduce(x)` |
     | "megatron", "megatron_dev" | Megatron Core, branches main and dev (`from_megatron`) |
+    | "maxtext", "maxtext_lite" | MaxText, and its mHC-lite (`from_maxtext`) |
     | "deepseek_v41", "hy4" | DeepSeek-V4.1 and Hy4: refused, for want of their settings |
 
     Args:
@@ -114,9 +112,9 @@ def load(
     names, read, config = _source(op, path_or_mapping)
     if isinstance(model, Mapping):
         config, model = {str(key): value for key, value in model.items()}, None
-    kind, places = _places(op, names)
-    word = _model_word(op, model, config, kind)
-    row, settings = MODELS[word], _flat(config or {})
+    kind, places = places_of(op, names)
+    word = _settings.model_word(op, model, config, kind)
+    row, settings = MODELS[word], _settings.of_language_model(config or {})
     if row.lacks:
         raise Refusal(ValueError, op, "model").expected(
             "one that this version of jax_mhc can compute", repr(word), f"It lacks {row.lacks}."
@@ -135,17 +133,22 @@ def load(
         for place, parts in places.items()
     }
     stored = {
-        place: tuple(
-            Stored(parts[part], np.dtype(tensors[parts[part]].dtype), arrays[parts[part]].shape)
+        place: {
+            part: Stored(
+                name := parts[part],
+                np.dtype(tensors[name].dtype),
+                arrays[name].shape,
+                arrays[name] if row.layout.keeps and place.site != "head" else None,
+            )
             for part in _shapes(row, place)
-        )
+        }
         for place, parts in places.items()
     }
     return Checkpoint(
         model=word,
         streams=streams,
-        config=_configured(row.config, row, settings),
-        head_config=_configured(row.head_config, row, settings),
+        config=_settings.configured(row.config, row, settings),
+        head_config=_settings.configured(row.head_config, row, settings),
         layers=_stack(params, "layers"),
         head=params.get(Place("", 0, "head")),
         mtp=_stack(params, "mtp"),
@@ -221,9 +224,11 @@ def _tensors(op: str, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
         if place.site == "head":
             arrays = layout.write_head(value)
         else:
-            arrays = layout.write(value, checkpoint.streams)
-        for (name, dtype, shape), array in zip(stored, arrays, strict=True):
-            tensors[name] = np.asarray(_arrays.shaped(op, name, array, shape)).astype(dtype)
+            like = {part: each.value for part, each in stored.items() if each.value is not None}
+            arrays = layout.write(value, checkpoint.streams, like)
+        for each, array in zip(stored.values(), arrays, strict=True):
+            checked = _arrays.shaped(op, each.name, array, each.shape)
+            tensors[each.name] = np.asarray(checked).astype(each.dtype)
     return tensors
 
 
@@ -255,83 +260,6 @@ def _path(op: str, value: object) -> Path:
     return Path(value)
 
 
-def _places(op: str, names: Iterable[str]) -> tuple[str, dict[Place, dict[str, str]]]:
-    """The row of `NAMES` that fits, and the names of each place by their ends."""
-    found: dict[str, dict[Place, dict[str, str]]] = {}
-    strange = []
-    for name in names:
-        match = next(
-            ((kind, fit) for kind, pattern in NAMES if (fit := pattern.fullmatch(str(name)))), None
-        )
-        if match is None:
-            if SUSPECT.search(str(name)):
-                strange.append(str(name))
-            continue
-        kind, fit = match
-        groups = {"stack": "", "layer": "0", **fit.groupdict()}
-        stack = "mtp" if "mtp" in groups["stack"] else groups["stack"]
-        place = Place(stack, int(groups["layer"]), SITES[groups["site"]])
-        parts = found.setdefault(kind, {}).setdefault(place, {})
-        if groups["part"] in parts:
-            raise Refusal(ValueError, op, str(name)).expected(
-                f"one name for {groups['part']} of {place}",
-                f"{parts[groups['part']]}, too",
-                "Pass the tensors of one model, under one spelling.",
-            )
-        parts[groups["part"]] = str(name)
-    heads = {}
-    if "megatron" in found and all(place.site == "head" for place in found.get("hc", ())):
-        heads = found.pop("hc", {})  # whose names are DeepSeek's there, too
-    if strange or len(found) != 1:
-        got = _arrays.few(strange) if strange else f"names of {len(found)} kinds of models"
-        raise Refusal(ValueError, op, "path_or_mapping").expected(
-            "the hyper-connections of one model that is known, such as layers.0.hc_attn_fn",
-            got,
-            "The docstring of load has the names that are known; the other functions of "
-            "jax_mhc.convert take arrays under any name.",
-        )
-    ((kind, places),) = found.items()
-    return kind, dict(sorted({**places, **heads}.items()))
-
-
-def _model_word(op: str, model: object, config: dict[str, Any] | None, kind: str) -> str:
-    """The model that the caller or config.json tells, and not by its names."""
-    words = [word for word, row in MODELS.items() if row.names == kind]
-    told = _types(config or {})
-    by_config = [word for word, row in MODELS.items() if told & set(row.types)]
-    if model is not None:
-        word = _errors.choice(op, "model", model, tuple(MODELS), "None", "a config.json")
-        if word not in words or (by_config and word not in by_config):
-            raise Refusal(ValueError, op, "model").expected(
-                f"one of {', '.join(map(repr, by_config or words))}, as "
-                f"{'config.json' if by_config else 'the names of the tensors'} tells",
-                repr(word),
-                "Models that share names compute something else with them.",
-            )
-        return word
-    if len(by_config) == 1 and by_config[0] in words:
-        return by_config[0]
-    got = f"a config.json of {', '.join(sorted(told))}" if told else "None and no config.json"
-    raise Refusal(ValueError, op, "model").expected(
-        f"one of {', '.join(map(repr, words))}, whose tensors have these names",
-        got,
-        "Models that share names compute something else with them: say which it is.",
-    )
-
-
-def _types(config: Mapping[str, Any]) -> set[str]:
-    """What config.json calls the model, and the part of it that is a language model."""
-    text = config.get("text_config")
-    types = [config.get("model_type"), text.get("model_type") if isinstance(text, dict) else None]
-    return {value for value in types if isinstance(value, str)}
-
-
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of the language model."""
-    text = config.get("text_config")
-    return {**config, **(text if isinstance(text, dict) else {})}
-
-
 def _shapes(row: Model, place: Place) -> Shapes:
     return row.layout.head_shapes if place.site == "head" else row.layout.shapes
 
@@ -346,8 +274,8 @@ def _check_names(
         num = 1 + max((place.layer for place in places if place.stack == stack), default=-1)
         if stack == "layers":
             # Modules that predict further tokens may be the last layers.
-            fewest = _integer(settings, "num_hidden_layers") or max(num, 1)
-            further = _integer(settings, "num_nextn_predict_layers") or 0
+            fewest = _settings.integer(settings, "num_hidden_layers") or max(num, 1)
+            further = _settings.integer(settings, "num_nextn_predict_layers") or 0
             num = min(max(num, fewest), fewest + further)
         wanted += [Place(stack, layer, site) for layer in range(num) for site in ("attn", "ffn")]
     wanted += [place for place in places if place.stack == "mtp" and place.site == "head"]
@@ -370,47 +298,17 @@ def _sizes(
     arrays: dict[str, jax.Array],
     settings: dict[str, Any],
 ) -> tuple[int, int]:
-    """The number of streams and the hidden width, by config.json and the first projection."""
-    first = next(iter(row.layout.shapes))
-    name = places[Place("layers", 0, "attn")][first]
-    rows, columns = (0, 0, *arrays[name].shape)[-2:]
-    counts = {row.layout.count(n): n for n in range(1, MAX_STREAMS + 1)}
-    n = counts.get(rows, 1)
-    told = _integer(settings, "hc_mult"), _integer(settings, "hidden_size")
-    if (
-        rows not in counts
-        or arrays[name].ndim != 2
-        or (columns // n) * n != columns
-        or not columns
-        or told[0] not in (None, n)
-        or told[1] not in (None, columns // n)
-    ):
-        words = [
-            str(known) if known else unknown for known, unknown in zip(told, "nC", strict=True)
-        ]
+    """The number of streams and the hidden width, of which config.json has no others."""
+    name = places[Place("layers", 0, "attn")][next(iter(row.layout.shapes))]
+    told = _settings.integer(settings, "hc_mult"), _settings.integer(settings, "hidden_size")
+    sizes = row.layout.sizes(arrays[name].shape)
+    if sizes is None or any(t not in (None, size) for t, size in zip(told, sizes, strict=True)):
         raise Refusal(ValueError, op, name).expected(
-            f"a projection of {words[0]} streams of {words[1]} channels",
+            f"a projection of {told[0] or 'n'} streams of {told[1] or 'C'} channels",
             f"shape {list(arrays[name].shape)}",
             "The tensors and config.json belong together.",
         )
-    return n, columns // n
-
-
-def _integer(settings: Mapping[str, Any], key: str) -> int | None:
-    """A number of config.json that is above 0; None where it has none."""
-    value = settings.get(key)
-    return value if isinstance(value, int) and value > 0 else None
-
-
-def _configured(config: MHCConfig, row: Model, settings: dict[str, Any]) -> MHCConfig:
-    """Settings of a model with those that its config.json has."""
-    values = {
-        field: settings[key]
-        for key, fields in row.settings.items()
-        if settings.get(key) is not None
-        for field in fields
-    }
-    return dataclasses.replace(config, **values)
+    return sizes
 
 
 def _stack(params: dict[Place, Any], stack: str) -> tuple[dict[str, Any], ...]:

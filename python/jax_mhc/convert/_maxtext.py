@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import jax
@@ -177,6 +177,25 @@ def _columns(named: dict[str, jax.Array]) -> jax.Array:
     return jnp.concatenate([named["pre_alpha"], named["post_alpha"], res], axis=-1)
 
 
+def shapes(*, lite: bool) -> dict[str, Callable[[int, int], tuple[int, ...]]]:
+    """Shapes of the tensors, in the order of `NAMES`, for n streams of C channels."""
+
+    def res_beta(n: int, c: int) -> tuple[int, ...]:
+        return (math.factorial(n),) if lite else (n, n)
+
+    special = {
+        "res_alpha": lambda n, c: (n * c, math.prod(res_beta(n, c))),
+        "res_beta": res_beta,
+        NORM: lambda n, c: (n * c,),
+    }
+    of_group = {
+        "alpha": lambda n, c: (n * c, n),
+        "beta": lambda n, c: (n,),
+        "alpha_scale": lambda n, c: (1,),
+    }
+    return {name: special.get(name) or of_group[name.partition("_")[2]] for name in NAMES}
+
+
 def _read(
     op: str, tensors: Mapping[str, object], *, argument: str = "tensors"
 ) -> dict[str, jax.Array]:
@@ -212,14 +231,9 @@ def _read(
         )
     beta = _arrays.floating(op, name("res_beta"), given["res_beta"])
     is_lite = beta.ndim == len(batch) + 1 and n <= MAX_PERMUTED_STREAMS
-    res = (math.factorial(n),) if is_lite else (n, n)
-    shapes = {
-        "pre_alpha": (width, n), "post_alpha": (width, n), "res_alpha": (width, math.prod(res)),
-        "pre_beta": (n,), "post_beta": (n,), "res_beta": res, NORM: (width,),
-    }  # fmt: skip
     read = {
-        tensor: _arrays.shaped(op, name(tensor), given[tensor], (*batch, *shapes.get(tensor, (1,))))
-        for tensor in NAMES
+        tensor: _arrays.shaped(op, name(tensor), given[tensor], (*batch, *shape(n, width // n)))
+        for tensor, shape in shapes(lite=is_lite).items()
     }
     dtype = np.result_type(*(value.dtype for value in read.values()))
     return {tensor: value.astype(dtype) for tensor, value in read.items()}

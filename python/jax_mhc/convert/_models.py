@@ -1,13 +1,12 @@
 """Table of the models whose checkpoints can be read: their names, settings and layout.
 
-A model that is added has a row in `MODELS`, and in `NAMES` where its tensors have names of their
-own.
+A model that is added has a row in `MODELS`, and in `NAMES` of `_names.py` where its tensors have
+names of their own.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
@@ -15,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from jax_mhc import presets
+from jax_mhc._limits import MAX_STREAMS
 from jax_mhc._types import HeadParams, MHCConfig, MHCParams
-from jax_mhc.convert import _arrays
+from jax_mhc.convert import _arrays, _maxtext
 from jax_mhc.convert._deepseek_v4 import (
     from_deepseek_v4,
     head_from_deepseek_v4,
@@ -36,16 +36,21 @@ class Layout:
     """Tensors of a hyper-connection and of a head, and what makes our parameters of them.
 
     Attributes:
-        shapes: of the tensors; the first is the projection, `[K, nC]`.
-        count: K of n streams.
+        shapes: of the tensors.
+        sizes: n and C by the shape of the first tensor; None where they cannot be.
         read: of the tensors, the parameters.
-        write: of the parameters and n, the tensors.
+        write: of the parameters, n and the tensors that were read, the tensors.
+        keeps: whether `write` reads the tensors, since parameters do not determine them.
+        head_shapes: of the tensors of a head.
+        read_head: of these, the parameters of the head.
+        write_head: of the parameters of the head, the tensors.
     """
 
     shapes: Shapes
-    count: Callable[[int], int] = _arrays.square
+    sizes: Callable[[tuple[int, ...]], tuple[int, int] | None]
     read: Callable[..., MHCParams]
-    write: Callable[[MHCParams, int], Tensors]
+    write: Callable[[MHCParams, int, Mapping[str, jax.Array]], Tensors]
+    keeps: bool = False
     head_shapes: Shapes = dataclasses.field(
         default_factory=lambda: {
             "fn": lambda n, c: (n, n * c),
@@ -82,32 +87,17 @@ class Model:
     has_head: bool | None = None
 
 
-# Patterns of names, whose groups are stack (layers; mtp: modules that predict further tokens),
-# layer, site and part; those of a head have stack and layer where it is a module's. They stand for:
-# state dicts of transformers, its files and those of DeepSeek, Hy4's files, Megatron Core.
-_LAYER = r"(?:\w+\.)*?(?P<stack>layers|mtp|mtp\.layers)\.(?P<layer>\d+)\."
-_PART = r"(?P<part>fn|base|scale)"
-NAMES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
-    (names, re.compile(pattern))
-    for names, pattern in (
-        ("hc", rf"{_LAYER}(?P<site>attn|ffn)_hc\.{_PART}"),
-        ("hc", rf"{_LAYER}hc_(?P<site>attn|ffn|head)_{_PART}"),
-        ("hc", rf"{_LAYER}(?:hc_pre\.)?hc_(?P<site>attn|mlp)_layer\.hc_{_PART}"),
-        ("hc", rf"(?:\w+\.)*?(?P<site>hc_head)(?:_|\.hc_|\.hc_head_){_PART}"),
-        (
-            "megatron",
-            rf"{_LAYER}(?:\w+_layer\.)?(?P<site>self_attention|mlp)_hyper_connection\."
-            r"(?P<part>mapping_proj\.weight|alpha_pre|alpha_post|alpha_res|bias)",
-        ),
-    )
-)
-SITES = {
-    "attn": "attn", "self_attention": "attn", "ffn": "ffn", "mlp": "ffn",
-    "head": "head", "hc_head": "head",
-}  # fmt: skip
-# Names that look like those of hyper-connections: where none of the patterns fits one, it is of
-# another model, or of a quantised tensor.
-SUSPECT = re.compile(r"(^|[./])m?hc_|_m?hc[._/]|hyper_connection")
+def _of_rows(shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """N and C of a projection `[n² + 2n, nC]`."""
+    counts = {_arrays.square(n): n for n in range(1, MAX_STREAMS + 1)}
+    n = counts.get(shape[0]) if len(shape) == 2 else None
+    return (n, shape[1] // n) if n and shape[1] and shape[1] % n == 0 else None
+
+
+def _of_columns(shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """N and C of a projection `[nC, n]`."""
+    n = shape[1] if len(shape) == 2 and shape[1] <= MAX_STREAMS else None
+    return (n, shape[0] // n) if n and shape[0] and shape[0] % n == 0 else None
 
 
 def _concatenated(turn: Callable[..., MHCParams]) -> Callable[..., MHCParams]:
@@ -124,9 +114,18 @@ def _split(weight: jax.Array, alpha: jax.Array, bias: jax.Array) -> Tensors:
     return weight, *jnp.split(alpha, 3), bias
 
 
-def _write_megatron_dev(params: MHCParams, streams: int) -> Tensors:
+def _write_megatron_dev(params: MHCParams, streams: int, _: object) -> Tensors:
     weight, bias, alpha = to_deepseek_v4(params, streams=streams)
     return _split(weight, alpha, bias)
+
+
+def _read_maxtext(*tensors: jax.Array) -> MHCParams:
+    return _maxtext.from_maxtext(dict(zip(_maxtext.NAMES, tensors, strict=True)))
+
+
+def _write_maxtext(params: MHCParams, streams: int, like: Mapping[str, jax.Array]) -> Tensors:
+    written = _maxtext.to_maxtext(params, like=like, streams=streams)
+    return tuple(written[name] for name in _maxtext.NAMES)
 
 
 _DEEPSEEK_V4 = Layout(
@@ -135,8 +134,9 @@ _DEEPSEEK_V4 = Layout(
         "base": lambda n, c: (n * n + 2 * n,),
         "scale": lambda n, c: (3,),
     },
+    sizes=_of_rows,
     read=from_deepseek_v4,
-    write=lambda params, streams: to_deepseek_v4(params, streams=streams),
+    write=lambda params, streams, _: to_deepseek_v4(params, streams=streams),
 )
 _MEGATRON = Layout(
     shapes={
@@ -144,13 +144,25 @@ _MEGATRON = Layout(
         **dict.fromkeys(("alpha_pre", "alpha_post", "alpha_res"), lambda n, c: (1,)),
         "bias": lambda n, c: (n * n + 2 * n,),
     },
+    sizes=_of_rows,
     read=_concatenated(from_megatron),
-    write=lambda params, streams: _split(*to_megatron(params, streams=streams)),
+    write=lambda params, streams, _: _split(*to_megatron(params, streams=streams)),
 )
 _MEGATRON_DEV = dataclasses.replace(
     _MEGATRON,
     read=_concatenated(lambda weight, alpha, bias: from_deepseek_v4(weight, bias, alpha)),
     write=_write_megatron_dev,
+)
+
+_MAXTEXT = Layout(
+    shapes=_maxtext.shapes(lite=False),
+    sizes=_of_columns,
+    read=_read_maxtext,
+    write=_write_maxtext,
+    keeps=True,
+    head_shapes={**_DEEPSEEK_V4.head_shapes, "fn": lambda n, c: (n * c, n)},
+    read_head=_maxtext.head_from_maxtext,
+    write_head=_maxtext.head_to_maxtext,
 )
 
 _SETTINGS = {
@@ -196,5 +208,17 @@ MODELS: Mapping[str, Model] = {
         layout=_MEGATRON_DEV,
         config=presets.MEGATRON_DEV,
         head_config=presets.DEEPSEEK_V4,
+    ),
+    "maxtext": Model(
+        names="maxtext",
+        layout=_MAXTEXT,
+        config=presets.MAXTEXT,
+        head_config=presets.MAXTEXT,
+    ),
+    "maxtext_lite": Model(
+        names="maxtext",
+        layout=dataclasses.replace(_MAXTEXT, shapes=_maxtext.shapes(lite=True)),
+        config=presets.MAXTEXT_LITE,
+        head_config=presets.MAXTEXT,
     ),
 }
