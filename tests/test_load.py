@@ -219,10 +219,16 @@ def test_trained_parameters_are_saved_in_the_stored_dtype():
         np.testing.assert_array_equal(value.astype(np.float32), expected.astype(np.float32))
 
 
-def test_a_folder_with_the_config_of_v41_is_never_taken_for_v4(tmp_path):
-    """Its names and shapes are V4's."""
-    text = {**CONFIG, "model_type": "deepseek_v41_text"}
-    config = {"model_type": "deepseek_v41", "text_config": text}
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "deepseek_v41", "text_config": CONFIG},
+        {**CONFIG, "model_type": "deepseek_v41"},
+        {**CONFIG, "architectures": ["DeepseekV41ForCausalLM"]},
+    ],
+)
+def test_a_folder_with_the_config_of_v41_is_never_taken_for_v4(config, tmp_path):
+    """Its names and shapes are V4's, and so may be a part of its config."""
     write(tmp_path, drawn(FILES), config=config)
     for model in (None, "deepseek_v4", "glm5"):
         with pytest.raises(ValueError, match=r"convert\.load: model: .*deepseek_v41"):

@@ -162,8 +162,7 @@ def save(
     """Writes the tensors of a checkpoint under the names and in the dtypes that they came with.
 
     What `load` returned is written bit for bit; other parameters are rounded to the stored dtype.
-    A file has these tensors alone: `model.load_state_dict(tensors, strict=False)` of PyTorch and
-    `mapping.update(tensors)` put them among the others.
+    A file has these tensors alone; a mapping keeps its others.
 
     Args:
         checkpoint: what `load` returned, or one with other parameters of the same shapes.

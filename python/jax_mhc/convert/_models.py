@@ -68,7 +68,7 @@ class Model:
 
     Attributes:
         names: the rows of `NAMES` that its tensors are of.
-        types: what `model_type` of its config.json may be.
+        types: what `model_type` and `architectures` of its config.json may be.
         lacks: what this version of the package would need to compute it; empty for all others.
         layout: of its tensors.
         config: settings of its hyper-connections, but for those that its config.json has.
@@ -174,11 +174,15 @@ _SETTINGS = {
 #: Models by the word that `load` takes.
 MODELS: Mapping[str, Model] = {
     "deepseek_v4": Model(
-        names="hc", types=("deepseek_v4",), layout=_DEEPSEEK_V4, settings=_SETTINGS, has_head=True
+        names="hc",
+        types=("deepseek_v4", "DeepseekV4ForCausalLM"),
+        layout=_DEEPSEEK_V4,
+        settings=_SETTINGS,
+        has_head=True,
     ),
     "deepseek_v41": Model(
         names="hc",
-        types=("deepseek_v41", "deepseek_v41_text"),
+        types=("deepseek_v41", "deepseek_v41_text", "DeepseekV41ForCausalLM"),
         lacks="its schedule, in which a site reads its input with the h_pre of the site before",
         layout=_DEEPSEEK_V4,
         settings=_SETTINGS,

@@ -15,11 +15,10 @@ from jax_mhc.convert._models import MODELS, Model
 def model_word(op: str, model: object, config: dict[str, Any] | None, kind: str) -> str:
     """The model that the caller or config.json tells, and not by its names."""
     words = [word for word, row in MODELS.items() if row.names == kind]
-    told = _types(config or {})
-    by_config = [word for word, row in MODELS.items() if told & set(row.types)]
+    told, by_config = _told(config or {})
     if model is not None:
         word = _errors.choice(op, "model", model, tuple(MODELS), "None", "a config.json")
-        if word not in words or (by_config and word not in by_config):
+        if word not in words or by_config not in ([], [word]):
             raise Refusal(ValueError, op, "model").expected(
                 f"one of {', '.join(map(repr, by_config or words))}, as "
                 f"{'config.json' if by_config else 'the names of the tensors'} tells",
@@ -29,7 +28,7 @@ def model_word(op: str, model: object, config: dict[str, Any] | None, kind: str)
         return word
     if len(by_config) == 1 and by_config[0] in words:
         return by_config[0]
-    got = f"a config.json of {', '.join(sorted(told))}" if told else "None and no config.json"
+    got = f"a config.json of {', '.join(told)}" if told else "None and no config.json"
     raise Refusal(ValueError, op, "model").expected(
         f"one of {', '.join(map(repr, words))}, whose tensors have these names",
         got,
@@ -37,11 +36,24 @@ def model_word(op: str, model: object, config: dict[str, Any] | None, kind: str)
     )
 
 
-def _types(config: Mapping[str, Any]) -> set[str]:
-    """What config.json calls the model, and the part of it that is a language model."""
+def _told(config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What config.json calls the model, and the models that are called so.
+
+    Its part for a language model has a word only where the whole has none that is known: the text
+    model of DeepSeek-V4.1 may go by the name of another.
+    """
     text = config.get("text_config")
-    types = [config.get("model_type"), text.get("model_type") if isinstance(text, dict) else None]
-    return {value for value in types if isinstance(value, str)}
+    parts = [config, text if isinstance(text, Mapping) else {}]
+    words: list[str] = []
+    for part in parts:
+        architectures = part.get("architectures")
+        some = architectures if isinstance(architectures, list) else []
+        here = [word for word in (part.get("model_type"), *some) if isinstance(word, str)]
+        words += here
+        models = [model for model, row in MODELS.items() if set(here) & set(row.types)]
+        if models:
+            return words, models
+    return words, []
 
 
 def of_language_model(config: Mapping[str, Any]) -> dict[str, Any]:
