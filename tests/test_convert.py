@@ -132,26 +132,36 @@ def test_heads_come_back_bit_for_bit(shape):
 class Tensor:
     """What the converters use of a `torch.Tensor`."""
 
-    def __init__(self, array):
-        self.array = array
+    def __init__(self, array, dtype):
+        self.array, self.dtype = array, f"torch.{dtype}"
 
     def detach(self):
         return self
 
-    cpu = contiguous = detach
+    cpu = detach
 
-    def __dlpack__(self, **options):
-        return self.array.__dlpack__(**options)
+    def float(self):
+        return Tensor(self.array.astype(np.float32), "float32")
 
-    def __dlpack_device__(self):
-        return self.array.__dlpack_device__()
+    def numpy(self):
+        assert self.dtype in ("torch.float16", "torch.float32"), "Got unsupported ScalarType"
+        return self.array
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_tensors_of_torch_are_copied(dtype):
-    arrays = [jnp.asarray(a, dtype) for a in tensors_of("deepseek_v4", 2, 5).values()]
-    params = convert.from_deepseek_v4(*map(Tensor, arrays))
-    jax.tree.map(np.testing.assert_array_equal, params, convert.from_deepseek_v4(*arrays))
+    arrays = [np.asarray(a, jnp.dtype(dtype)) for a in tensors_of("deepseek_v4", 2, 5).values()]
+    params = convert.from_deepseek_v4(*(Tensor(array, dtype) for array in arrays))
+    expected = convert.from_deepseek_v4(*arrays)
+    for array in arrays:
+        array[:] = 0
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_quantised_tensors_of_torch_are_refused():
+    fn, base, scale = tensors_of("deepseek_v4", 2, 5).values()
+    with pytest.raises(TypeError, match="fn: expected dtype float32.*, got float8_e4m3fn"):
+        convert.from_deepseek_v4(Tensor(fn, "float8_e4m3fn"), base, scale)
 
 
 def test_torch_itself():

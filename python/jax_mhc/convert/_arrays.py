@@ -32,26 +32,34 @@ def permuted(n: int) -> int:
 
 
 def plain(op: str, argument: str, value: object) -> jax.Array:
-    """An array, or a copy of a tensor of PyTorch, as JAX's."""
-    if all(hasattr(value, name) for name in ("detach", "cpu", "__dlpack__")):
-        # NumPy has no bfloat16 of its own to be given; JAX's array would be a view of PyTorch's
-        # memory, which changes with it, and would stay on the CPU.
+    """An array, or a copy of a tensor of PyTorch, as JAX's, of a dtype that parameters have."""
+    if all(hasattr(value, name) for name in ("detach", "cpu", "numpy")):
         tensor: Any = value
-        value = np.array(jax.dlpack.from_dlpack(tensor.detach().cpu().contiguous()))
-    return array(op, argument, value)
+        tensor = tensor.detach().cpu()
+        dtype = _stored(op, argument, str(tensor.dtype).removeprefix("torch."))
+        # PyTorch gives NumPy no bfloat16. An array of its own memory would change with it.
+        whole = tensor.float() if dtype == jnp.bfloat16 else tensor
+        value = np.array(whole.numpy(), dtype)
+    value = array(op, argument, value)
+    _stored(op, argument, value.dtype.name)
+    return value
 
 
 def floating(op: str, argument: str, value: object) -> jax.Array:
-    """An array of a dtype that parameters are stored in, widened to that of ours."""
+    """An array, or a tensor of PyTorch, widened to the dtype of our parameters."""
     value = plain(op, argument, value)
-    # Of float8 and the like the scales are missing.
-    if value.dtype.name not in STREAM_DTYPES:
+    return value.astype(accumulation_dtype(value.dtype))
+
+
+def _stored(op: str, argument: str, dtype: str) -> np.dtype:
+    """A dtype that parameters are stored in; of float8 and the like the scales are missing."""
+    if dtype not in STREAM_DTYPES:
         raise Refusal(TypeError, op, argument).expected(
             f"dtype {', '.join(STREAM_DTYPES)}",
-            value.dtype.name,
+            dtype,
             "Pass the stored parameters; quantised ones have to be multiplied by their scales.",
         )
-    return value.astype(accumulation_dtype(value.dtype))
+    return np.dtype(dtype)
 
 
 def shaped(op: str, argument: str, value: object, shape: tuple[int, ...]) -> jax.Array:
