@@ -460,6 +460,10 @@ BAD += [
         lambda like: convert.to_maxtext(PARAMS, like=like),
     ),
     ("convert.load", "path_or_mapping", [None, 3, [], {}, "/no/such", {"a": X}], convert.load),
+    (
+        "convert.load", "path_or_mapping", [f"layers.{10**12}.hc_attn_fn", "layers.1.hc_attn_fn"],
+        lambda name: convert.load({name: PARAMS.phi.T}, "glm5"),
+    ),
     ("convert.load", "model", [3, "", "deepseek", None, [], {}, {"model_type": "x"}], load),
     ("convert.save", "checkpoint", [None, {}, PARAMS, HEAD], lambda c: convert.save(c, {})),
     (

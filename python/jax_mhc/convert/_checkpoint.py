@@ -36,7 +36,7 @@ class Stored(NamedTuple):
     value: jax.Array | None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Checkpoint:
     """The hyper-connections and the head of a model.
 
@@ -61,9 +61,7 @@ class Checkpoint:
     layers: tuple[dict[str, MHCParams], ...]
     head: HeadParams | None = None
     mtp: tuple[dict[str, MHCParams | HeadParams], ...] = ()
-    _stored: Mapping[Place, dict[str, Stored]] = dataclasses.field(
-        default_factory=dict, repr=False, compare=False
-    )
+    _stored: Mapping[Place, dict[str, Stored]] = dataclasses.field(default_factory=dict, repr=False)
 
 
 def load(
@@ -276,6 +274,7 @@ def _check_names(
             fewest = _settings.integer(settings, "num_hidden_layers") or max(num, 1)
             further = _settings.integer(settings, "num_nextn_predict_layers") or 0
             num = min(max(num, fewest), fewest + further)
+        num = min(num, len(places) + 1)  # of which one is missing, whatever the numbers are
         wanted += [Place(stack, layer, site) for layer in range(num) for site in ("attn", "ffn")]
     wanted += [place for place in places if place.stack == "mtp" and place.site == "head"]
     head = Place("", 0, "head")

@@ -71,17 +71,18 @@ class Files:
             index = self._json(indices[0])
             files = index.get("weight_map")
             if isinstance(files, dict) and all(isinstance(file, str) for file in files.values()):
-                return {name: indices[0].parent / file for name, file in files.items()}
+                paths = {file: indices[0].parent / file for file in set(files.values())}
+                return {name: paths[file] for name, file in files.items()}
             self._refuse(indices[0], "an index with a weight_map")
-        paths = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else [path]
-        if len(indices) > 1 or not paths:
+        parts = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else [path]
+        if len(indices) > 1 or not parts:
             raise Refusal(ValueError, self._op, "path_or_mapping").expected(
                 f"a folder with files {SUFFIX}, and one index at most",
-                f"one with {len(paths)} files and {len(indices)} indices",
+                f"one with {len(parts)} files and {len(indices)} indices",
                 "Pass the path of a file or of an index.",
             )
         names: dict[str, Path] = {}
-        for each in paths:
+        for each in parts:
             with self._opened(each) as file:
                 for name in file.keys():
                     if name in names:

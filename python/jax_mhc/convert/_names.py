@@ -39,8 +39,8 @@ SITES = {
     "attn": "attn", "self_attention": "attn", "attention": "attn", "ffn": "ffn", "mlp": "ffn",
     "head": "head", "hc_head": "head",
 }  # fmt: skip
-# Names that look like those of hyper-connections: where none of the patterns fits one, it is of
-# another model, or of a quantised tensor.
+# Names that look like those of hyper-connections, all above among them: where none of the patterns
+# fits one, it is of another model, or of a quantised tensor.
 SUSPECT = re.compile(r"(^|[./-])m?hc_|_m?hc[./-]|hyper_connection")
 
 
@@ -60,13 +60,12 @@ def places_of(op: str, names: Iterable[str]) -> tuple[str, dict[Place, dict[str,
     """The row of `NAMES` that fits, and the names of each place by their ends."""
     found: dict[str, dict[Place, dict[str, str]]] = {}
     strange = []
-    for name in names:
+    for name in filter(SUSPECT.search, map(str, names)):
         match = next(
-            ((kind, fit) for kind, pattern in NAMES if (fit := pattern.fullmatch(str(name)))), None
+            ((kind, fit) for kind, pattern in NAMES if (fit := pattern.fullmatch(name))), None
         )
         if match is None:
-            if SUSPECT.search(str(name)):
-                strange.append(str(name))
+            strange.append(name)
             continue
         kind, fit = match
         groups = {"stack": "", "layer": "0", **fit.groupdict()}
@@ -75,12 +74,12 @@ def places_of(op: str, names: Iterable[str]) -> tuple[str, dict[Place, dict[str,
         parts, part = found.setdefault(kind, {}).setdefault(place, {}), groups["part"]
         part = re.sub("[/-]", ".", part)
         if part in parts:
-            raise Refusal(ValueError, op, str(name)).expected(
+            raise Refusal(ValueError, op, name).expected(
                 f"one name for {part} of {place}",
                 f"{parts[part]}, too",
                 "Pass the tensors of one model, under one spelling.",
             )
-        parts[part] = str(name)
+        parts[part] = name
     heads = {}
     if len(found) > 1 and all(place.site == "head" for place in found.get("hc", ())):
         heads = found.pop("hc", {})  # Megatron and MaxText have DeepSeek's names of the head
@@ -98,6 +97,8 @@ def places_of(op: str, names: Iterable[str]) -> tuple[str, dict[Place, dict[str,
 
 def _in_one_stack(places: dict[Place, dict[str, str]]) -> dict[Place, dict[str, str]]:
     """Places with MaxText's layers of experts, which it counts anew, after those without."""
+    if any(place.stack == "layers" for place in places):
+        return places
     dense = [place.layer for place in places if place.stack == "dense_layers"]
     first = {"dense_layers": 0, "moe_layers": 1 + max(dense, default=-1)}
     return {
