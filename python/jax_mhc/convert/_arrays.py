@@ -132,7 +132,7 @@ def parts_of(
     streams: int | None,
     counts: tuple[Callable[[int], int], ...] = (square,),
 ) -> tuple[jax.Array, jax.Array, jax.Array, int]:
-    """Phi `[..., nC, K]`, alpha `[..., 3]`, bias `[..., K]` and n of our parameters.
+    """Projection phi `[..., nC, K]`, alpha `[..., 3]`, bias `[..., K]` and n of our parameters.
 
     Args:
         op: what an error names.
@@ -158,7 +158,7 @@ def parts_of(
 
 
 def head_parts_of(op: str, params: HeadParams) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Phi `[..., nC, n]`, alpha `[..., 1]` and bias `[..., n]` of our head."""
+    """Projection phi `[..., nC, n]`, alpha `[..., 1]` and bias `[..., n]` of our head."""
     if not isinstance(params, HeadParams):
         raise Refusal(TypeError, op, "params").expected(
             "jax_mhc.HeadParams", type(params).__name__, "Make them with jax_mhc.init_head."

@@ -154,7 +154,7 @@ def head_to_maxtext(
 
 
 def _unfold(op: str, phi: jax.Array, like: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Phi without the weight of the norm of `like`, and that weight."""
+    """Projection without the weight of the norm of `like`, and that weight."""
     before, norm = _columns(like).astype(phi.dtype), like[NORM].astype(phi.dtype)
     if before.shape != phi.shape:
         raise Refusal(ValueError, op, "like").expected(

@@ -88,14 +88,14 @@ class Model:
 
 
 def _of_rows(shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """N and C of a projection `[n² + 2n, nC]`."""
+    """Sizes n and C by a projection `[n² + 2n, nC]`."""
     counts = {_arrays.square(n): n for n in range(1, MAX_STREAMS + 1)}
     n = counts.get(shape[0]) if len(shape) == 2 else None
     return (n, shape[1] // n) if n and shape[1] and shape[1] % n == 0 else None
 
 
 def _of_columns(shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """N and C of a projection `[nC, n]`."""
+    """Sizes n and C by a projection `[nC, n]`."""
     n = shape[1] if len(shape) == 2 and shape[1] <= MAX_STREAMS else None
     return (n, shape[0] // n) if n and shape[0] and shape[0] % n == 0 else None
 
