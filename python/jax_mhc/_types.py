@@ -54,6 +54,10 @@ class MHCConfig:
             r = 1 / (sqrt(mean(x²)) + eps). With 0 a token of zeros gives NaN.
         pre_eps: added to h_pre after the sigmoid.
         post_scale: h_post = post_scale · sigmoid(z_post).
+        schedule: whose h_pre a sublayer's input is taken with. ``"immediate"``: its own (the
+            paper). ``"delayed"``: that of the sublayer before it, and before the first one stream 0
+            alone (DeepSeek-V4.1). Sublayers then take `Streams`, which carry h_pre, and
+            `jax_mhc.collapse` leaves these with the last one.
 
     The ops refuse numbers that their coefficients cannot hold: for all but float64 streams those
     that are infinity in float32 or, other than 0, below its normal numbers (1.2e-38).
@@ -71,6 +75,7 @@ class MHCConfig:
     norm_eps_mode: Literal["inside", "outside"] = "inside"
     pre_eps: float = 0.0
     post_scale: float = 2.0
+    schedule: Literal["immediate", "delayed"] = "immediate"
 
     def __post_init__(self) -> None:
         """Checks every setting; stores plain Python values, so that equal configs hash alike."""

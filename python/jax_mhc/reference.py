@@ -23,7 +23,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_mhc._check import accumulation_dtype
+from jax_mhc._check import accumulation_dtype, given_weights
 from jax_mhc._log_derivatives import log_normalized, log_shifted, matrix_of
 from jax_mhc._types import Context, HeadParams, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
@@ -31,7 +31,7 @@ from jax_mhc.presets import PAPER
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["head", "post", "post_pre", "pre", "sinkhorn"]
+__all__ = ["collapse", "head", "post", "post_pre", "pre", "sinkhorn"]
 
 
 def _inverse_rms(x: jax.Array, config: MHCConfig) -> jax.Array:
@@ -78,6 +78,11 @@ def _(
 def weighted_sum(weights: jax.Array, x: jax.Array) -> jax.Array:
     """Σ_i weights[..., i] x[..., i, :]."""
     return mix(weights[..., None, :], x)[..., 0, :]
+
+
+def scaled_norm(u: jax.Array, scale: jax.Array, mean_square: jax.Array) -> jax.Array:
+    """The RMSNorm of u `[..., C]`: w · u / sqrt(mean_square), which has an eps added."""
+    return for_tokens(scale, u) * (u * lax.rsqrt(mean_square))
 
 
 def _rounded_off(minuend: jax.Array, subtrahend: jax.Array, difference: jax.Array) -> jax.Array:
@@ -193,8 +198,12 @@ def pre(
     config: MHCConfig = PAPER,
     norm_scale: Float[jax.Array, " C"] | None = None,
     norm_scale_eps: float = 1e-6,
+    h_pre: Float[jax.Array, "*tokens n"] | None = None,
 ) -> tuple[Float[jax.Array, "*tokens C"], Context]:
     """The layer's input and the context for `post`; see `jax_mhc.pre`."""
+    if config.schedule == "delayed":
+        h_pre = given_weights("reference.pre", h_pre, x)
+    given = h_pre
     n = x.shape[-2]
     wide = x.astype(accumulation_dtype(x.dtype))
     project = functools.partial(sinkhorn, config=config)
@@ -207,10 +216,10 @@ def pre(
         z = gated(m, params.alpha, params.bias, n)
         h_pre, h_post, h_res = coefficients(z, n, config, project)
     h_pre, h_post, h_res = checkpoint_name((h_pre, h_post, h_res), "mhc_coefficients")
-    u = weighted_sum(h_pre, wide)
+    u = weighted_sum(h_pre if given is None else given, wide)
     if norm_scale is not None:
         mean_square = jnp.mean(jnp.square(u), axis=-1, keepdims=True)
-        u = for_tokens(norm_scale, u) * (u * lax.rsqrt(mean_square + norm_scale_eps))
+        u = scaled_norm(u, norm_scale, mean_square + norm_scale_eps)
     u = checkpoint_name(u.astype(x.dtype), "mhc_layer_input")
     return u, Context(x=x, h_pre=h_pre, h_post=h_post, h_res=h_res)
 
@@ -231,15 +240,27 @@ def post_pre(
     config: MHCConfig = PAPER,
     norm_scale: Float[jax.Array, " C"] | None = None,
     norm_scale_eps: float = 1e-6,
+    h_pre: Float[jax.Array, "*tokens n"] | None = None,
 ) -> tuple[Float[jax.Array, "*tokens C"], Context]:
     """`post` of one sublayer, then `pre` of the next; see `jax_mhc.post_pre`."""
+    if h_pre is None and config.schedule == "delayed":
+        h_pre = ctx.h_pre
     return pre(
         post(y, ctx),
         params,
         config=config,
         norm_scale=norm_scale,
         norm_scale_eps=norm_scale_eps,
+        h_pre=h_pre,
     )
+
+
+def collapse(
+    x: Float[jax.Array, "*tokens n C"], h_pre: Float[jax.Array, "*tokens n"]
+) -> Float[jax.Array, "*tokens C"]:
+    """The sum of the streams with given weights; see `jax_mhc.collapse`."""
+    wide = x.astype(accumulation_dtype(x.dtype))
+    return checkpoint_name(weighted_sum(h_pre, wide).astype(x.dtype), "mhc_layer_input")
 
 
 def head(

@@ -241,7 +241,9 @@ def attributes(call: Call) -> dict[str, np.generic | str]:
     attributes: dict[str, bool | int | float | str] = dict(call.attributes)
     attributes |= {group: group in call.groups for group in call.row.groups}
     if call.config is not None:
-        attributes |= dataclasses.asdict(call.config)
+        # Settings that no kernel has, such as the schedule, are none of the call.
+        settings = dataclasses.asdict(call.config)
+        attributes |= {name: settings[name] for name in settings if name in call.row.attributes}
     return {name: fixed[type(value)](value) for name, value in attributes.items()}
 
 

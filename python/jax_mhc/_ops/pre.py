@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -9,8 +10,8 @@ import jax
 
 from jax_mhc import _check, reference
 from jax_mhc._call import Implementation, Settings, Values
-from jax_mhc._ops import post_pre
-from jax_mhc._ops.deferred import Cotangent, context, cotangents_of, d_streams_in
+from jax_mhc._ops import given, post_pre
+from jax_mhc._ops.deferred import Cotangent, context, cotangents_of
 from jax_mhc._ops.fused_op import fused_call, fused_op, normalizers, present
 from jax_mhc._ops.streams import Streams
 from jax_mhc._types import Context, MHCConfig, MHCParams
@@ -27,6 +28,7 @@ def pre(
     config: MHCConfig = PAPER,
     norm_scale: Float[jax.Array, " C"] | None = None,
     norm_scale_eps: float = 1e-6,
+    h_pre: Float[jax.Array, "*tokens n"] | None = None,
     hidden_axis_name: str | Sequence[str] | None = None,
     implementation: Implementation = None,
 ) -> tuple[Float[jax.Array, "*tokens C"], Context]:
@@ -40,6 +42,9 @@ def pre(
         h_res  = sinkhorn(z_res)                        or as config.constraint says
         u      = Σ_i h_pre[i] X[i]
         u      = norm_scale · u / sqrt(mean(u²) + norm_scale_eps)    where norm_scale is given
+
+    With h_pre, or in the delayed schedule, u is the sum with those weights and not with its own
+    h_pre, which the context has for the sublayer after it. u is then rounded before its norm, too.
 
     `h_res[i, j]` is the weight of stream j in new stream i. Source: arXiv 2512.24880;
     docs/mathematics.md has the settings and the gradients.
@@ -69,6 +74,9 @@ def pre(
         norm_scale: w `[C]` of the RMSNorm that the layer begins with, of the parameters' dtype; u
             is then rounded once, after the norm. None: u is not normalised.
         norm_scale_eps: added to mean(u²) in it.
+        h_pre: weights of the streams in u `[..., n]`, of the coefficients' dtype, in place of its
+            own; differentiable. None: its own, or with schedule "delayed" those of the sublayer
+            before, which Streams carry.
         hidden_axis_name: the mesh axis over which C is split inside `jax.shard_map`, or several: x
             and u then have the channels of one device, and parameters have all channels. None: C
             is not split there. Outside of it JAX itself knows how C is split.
@@ -85,7 +93,8 @@ def pre(
         `.h_post` `[..., n]`, `.h_res` `[..., n, n]`; `Context` tells what may be done with it.
 
     Raises:
-        ValueError, TypeError: shapes or dtypes that do not fit, an unknown implementation, or
+        ValueError, TypeError: shapes or dtypes that do not fit, an array and no h_pre where the
+            schedule is delayed, an unknown implementation, or
             "fused" on a platform without kernels or with float64 streams on a GPU; forward mode
             through the fused op.
         RuntimeError: the shared library with the kernels cannot be used; "fused" on a GPU that
@@ -93,7 +102,10 @@ def pre(
     """
     op = "pre"
     if isinstance(x, Streams):
+        config = _check.config(op, config, x.dtype)
         if x.is_first:
+            if h_pre is None and config.schedule == "delayed":
+                h_pre = x.h_pre
             x = x.array(implementation=implementation)
         else:
             return post_pre.run(
@@ -103,6 +115,7 @@ def pre(
                 config=config,
                 norm_scale=norm_scale,
                 norm_scale_eps=norm_scale_eps,
+                h_pre=h_pre,
                 hidden_axis_name=hidden_axis_name,
                 implementation=implementation,
                 plain_post=x.plain_array,
@@ -112,8 +125,12 @@ def pre(
     axes = _check.hidden_axes(op, hidden_axis_name, x)
     phi, alpha, bias = _check.params(op, params, x, config, hidden_axes=axes)
     norm_scale, eps = _check.norm_scale(op, norm_scale, norm_scale_eps, x, hidden_axes=axes)
-    return _pre(
-        present(x=x, phi=phi, alpha=alpha, bias=bias, norm_scale=norm_scale),
+    of_given = None
+    if h_pre is not None or config.schedule == "delayed":
+        h_pre = _check.given_weights(op, h_pre, x)
+        norm_scale, of_given = None, norm_scale
+    u, ctx = _pre(
+        present(x=x, phi=phi, alpha=alpha, bias=bias, norm_scale=norm_scale, h_given=h_pre),
         Settings(config, eps, axes),
         implementation,
         lambda: reference.pre(
@@ -122,8 +139,10 @@ def pre(
             config=config,
             norm_scale=norm_scale,
             norm_scale_eps=eps,
+            h_pre=h_pre,
         ),
     )
+    return given.normalized(u, of_given, eps, axes), ctx
 
 
 def _forward(operands: Values, results: Values) -> tuple[tuple[jax.Array, Context], Values]:
@@ -133,13 +152,13 @@ def _forward(operands: Values, results: Values) -> tuple[tuple[jax.Array, Contex
 
 def _backward(settings: Settings, saved: Values, cotangents: tuple[Cotangent, Context]) -> Values:
     d_u, d_ctx = cotangents
-    d_x_in, deferred = d_streams_in(d_ctx, saved["h_res"])
-    return fused_call(
+    to = given.incoming(settings, saved, d_u, d_ctx, "x", "h_res")
+    return to.gradients | fused_call(
         "pre_bwd",
         settings,
-        saved | cotangents_of(d_u, d_ctx) | {"d_x_in": d_x_in},
-        deferred=deferred,
+        to.saved | cotangents_of(to.d_u, d_ctx) | {"d_x_in": to.d_x},
+        deferred=to.deferred,
     )
 
 
-_pre = fused_op("pre", _forward, _backward)
+_pre = fused_op("pre", _forward, _backward, functools.partial(given.run_forward, "pre_fwd"))

@@ -195,6 +195,14 @@ class Streams:
         return self._deferred
 
     @property
+    def h_pre(self) -> jax.Array:
+        """h_pre of the last sublayer `[..., n]`, with which the delayed schedule goes on.
+
+        Before the first sublayer it is 1 for stream 0 and 0 for all others.
+        """
+        return self._h_pre
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """`(..., n, C)`."""
         return self._x.shape
@@ -380,6 +388,7 @@ jax.export.register_pytree_node_serialization(
 def as_streams(
     x: Float[jax.Array, "*tokens n C"] | Streams,
     *,
+    h_pre: Float[jax.Array, "*tokens n"] | None = None,
     hidden_axis_name: str | Sequence[str] | None = None,
     implementation: Implementation = None,
 ) -> Streams:
@@ -389,6 +398,8 @@ def as_streams(
 
     Args:
         x: the streams `[..., n, C]`, or Streams, which are returned as they are.
+        h_pre: the weights `[..., n]` that the next sublayer of the delayed schedule takes, where
+            the array has left Streams amid the sublayers: their `h_pre`. None: stream 0 alone.
         hidden_axis_name: the mesh axes over which C is split inside `jax.shard_map`; see `pre`.
         implementation: that of the sublayers to come; see `pre`. With "reference" all of it is
             plain JAX, differentiable in every mode; sublayers of another implementation give the
@@ -398,22 +409,36 @@ def as_streams(
         The streams.
 
     Raises:
-        ValueError, TypeError, RuntimeError: x that is no streams; what `pre` raises.
+        ValueError, TypeError, RuntimeError: x that is no streams; h_pre beside Streams, which carry
+            their own; what `pre` raises.
     """
     op = "as_streams"
     _check.implementation(op, implementation)
     if isinstance(x, Streams):
+        if h_pre is not None:
+            raise Refusal(ValueError, op, "h_pre").expected(
+                "None beside Streams, which carry their own", typed(h_pre), "Leave it out."
+            )
         _check.hidden_axes(op, hidden_axis_name, jax.tree.leaves(x)[0])
         return x
-    return first_streams(op, _check.streams(op, "x", x), hidden_axis_name, implementation)
+    x = _check.streams(op, "x", x)
+    if h_pre is not None:
+        h_pre = _check.given_weights(op, h_pre, x)
+    return first_streams(op, x, hidden_axis_name, implementation, h_pre)
 
 
 def first_streams(
-    op: str, x: jax.Array, hidden_axis_name: object, implementation: Implementation
+    op: str,
+    x: jax.Array,
+    hidden_axis_name: object,
+    implementation: Implementation,
+    h_pre: jax.Array | None = None,
 ) -> Streams:
-    """Streams x before the first sublayer."""
+    """Streams x before the first sublayer, or after one with this h_pre."""
     axes = _check.hidden_axes(op, hidden_axis_name, x)
     deferred = use_fused(op, implementation, x.dtype, axes)
     y, h_post, h_res = no_sublayer(x, axes)
-    first = jnp.broadcast_to(jax.nn.one_hot(0, x.shape[-2], dtype=h_post.dtype), h_post.shape)
-    return Streams._of((x, y, of_tokens(first, x, axes), h_post, h_res), deferred, True)
+    if h_pre is None:
+        first = jax.nn.one_hot(0, x.shape[-2], dtype=h_post.dtype)
+        h_pre = jnp.broadcast_to(first, h_post.shape)
+    return Streams._of((x, y, of_tokens(h_pre, x, axes), h_post, h_res), deferred, True)

@@ -200,6 +200,8 @@ def _run(
     else:
         x = _check.streams(_OP, "x", x)
     config = _check.config(_OP, config, x.dtype)
+    if config.schedule == "delayed" and not isinstance(x, Streams):
+        _check.given_weights(_OP, None, x)  # which an array does not carry
     layers, params, scales = checks.sublayers(
         layers,
         params,
