@@ -51,6 +51,7 @@ def test_defaults_are_the_paper():
         "norm_eps_mode": "inside",
         "pre_eps": 0.0,
         "post_scale": 2.0,
+        "schedule": "immediate",
     }
 
 
@@ -58,6 +59,10 @@ def test_defaults_are_the_paper():
     "preset, changed",
     [
         (presets.DEEPSEEK_V4, {"pre_eps": 1e-6, "sinkhorn_eps": 1e-6}),
+        (
+            presets.DEEPSEEK_V41,
+            {"pre_eps": 1e-6, "sinkhorn_eps": 1e-6, "schedule": "delayed"},
+        ),
         (
             presets.MEGATRON,
             {
