@@ -110,6 +110,7 @@ LAYER_OUTPUT = [*ARRAY, Y.astype(jnp.bfloat16), Y.astype(jnp.int32), Y[0], Y[:4]
 LAYER_OUTPUT += [STREAMED]
 SCALE = [3.0, True, [1.0] * C, zeros(N), zeros(1, C), zeros(C, dtype=jnp.bfloat16), np.array(["a"])]
 SCALE += [STREAMED]
+GIVEN = [*ARRAY[1:], H.astype(jnp.bfloat16), H[0], H[:4], zeros(5, 3), Z, deleted(5, N), STREAMED]
 MATRICES = [*ARRAY, *(zeros(5, N, N, dtype=d) for d in DTYPES), Z.astype(jnp.bfloat16)]
 MATRICES += [zeros(N), zeros(N, 3), zeros(17, 17), zeros(0, 0), deleted(N, N), STREAMED]
 
@@ -238,7 +239,8 @@ BAD = [
     *rows(
         "MHCConfig", MHCConfig,
         constraint=[*CHOICE, None], order=[*CHOICE, None], norm_eps_mode=[*CHOICE, None],
-        sinkhorn_eps_mode=[*CHOICE, None], sinkhorn_iters=[*INT[:-1], 10_001, 10**5000],
+        sinkhorn_eps_mode=[*CHOICE, None], schedule=[*CHOICE, None],
+        sinkhorn_iters=[*INT[:-1], 10_001, 10**5000],
         sinkhorn_eps=NUMBER, norm_eps=NUMBER, pre_eps=NUMBER, post_scale=[*NUMBER, 0],
     ),
     ("MHCConfig.num_coefficients", "streams", STREAMS, MHCConfig().num_coefficients),
@@ -270,6 +272,7 @@ for op, call in (
     BAD += rows(
         op, call, params=MHC_PARAMS, config=[*CONFIG, *TOO_LARGE],
         norm_scale=SCALE, norm_scale_eps=EPS, hidden_axis_name=AXIS, implementation=CHOICE,
+        h_pre=GIVEN,
     )  # fmt: skip
     others = [CONFIGS["identity"], CONFIGS["permutations"]]
     BAD.append((op, "params.bias", others, of(call, "config")))
@@ -280,6 +283,9 @@ BAD += [
     *rows("post", functools.partial(mhc.post, Y, CTX), implementation=CHOICE),
     *rows("post_pre", functools.partial(mhc.post_pre, ctx=CTX, params=PARAMS), y=LAYER_OUTPUT),
     *rows("post_pre", functools.partial(mhc.post_pre, y=Y, params=PARAMS), ctx=CONTEXT),
+    *rows("collapse", functools.partial(mhc.collapse, h_pre=H), x=X_BAD),
+    *rows("collapse", functools.partial(mhc.collapse, X), h_pre=GIVEN, implementation=CHOICE),
+    *rows("as_streams", functools.partial(mhc.as_streams, X), h_pre=GIVEN),
     *rows("sinkhorn", mhc.sinkhorn, logits=MATRICES),
     *rows(
         "sinkhorn", functools.partial(mhc.sinkhorn, Z),

@@ -19,6 +19,7 @@ N, C = 2, 3
 PARAMS = mhc.init_params(KEY, streams=N, hidden=C)
 HEAD = mhc.init_head(KEY, streams=N, hidden=C)
 PERMUTED = MHCConfig(constraint="permutations")
+DELAYED = MHCConfig(schedule="delayed")
 X = jnp.ones((5, N, C), jnp.float32)
 Y = jnp.ones((5, C), jnp.float32)
 Z = jnp.ones((5, N, N), jnp.float32)
@@ -253,6 +254,27 @@ ERRORS = [
     (
         lambda: mhc.stack([jnp.sin], X, [PARAMS], norm_scale=[zeros(4)]),
         ValueError, "stack", "norm_scale[0]", "[4]",
+    ),
+    # The delayed schedule: arrays do not carry the h_pre of the sublayer before.
+    (pre(config=DELAYED), ValueError, "pre", "x", "an array [5, 2, 3] alone"),
+    (
+        lambda: sublayer(jnp.sin, config=DELAYED),
+        ValueError, "pre", "x", "an array [5, 2, 3] alone",
+    ),
+    (stack(config=DELAYED), ValueError, "stack", "x", "an array [5, 2, 3] alone"),
+    (
+        lambda: module(config=DELAYED)(X),
+        ValueError, "pre", "x", "an array [5, 2, 3] alone",
+    ),
+    (lambda: mhc.collapse(X), ValueError, "collapse", "x", "an array [5, 2, 3] alone"),
+    (
+        lambda: mhc.reference.pre(X, PARAMS, config=DELAYED),
+        ValueError, "reference.pre", "x", "an array [5, 2, 3] alone",
+    ),
+    (lambda: mhc.collapse(X, H[:4]), ValueError, "collapse", "h_pre", "[4, 2]"),
+    (
+        lambda: mhc.as_streams(STREAMS, h_pre=H),
+        ValueError, "as_streams", "h_pre", shown(H) + " (ArrayImpl)",
     ),
     # Layer outputs and contexts.
     (post(Y.astype(jnp.bfloat16)), TypeError, "post", "y", "bfloat16"),

@@ -177,6 +177,14 @@ def static_stack(x, params, weights, **options):
     return stack(x, params, weights, **options)
 
 
+def delayed_stack(x, params, weights, **options):
+    x = jax_mhc.as_streams(x, **options)
+    x = stack(x, params, weights, config=presets.DEEPSEEK_V41, **options)
+    options.pop("hidden_axis_name", None)
+    u = jax_mhc.collapse(x, implementation=options["implementation"])
+    return x.array(**options) * jax.numpy.expand_dims(u, -2)
+
+
 def saved(x, params, weights, **options):
     policy = jax.checkpoint_policies.save_only_these_names("mhc_layer_input", "mhc_coefficients")
     return jax.checkpoint(functools.partial(residual, **options), policy=policy)(x, params, weights)
@@ -218,6 +226,7 @@ PROGRAMS = {
     "stack": stack,
     "recomputed stack": functools.partial(stack, recompute=jax_mhc.Recompute(every=2)),
     "static stack, recomputed": static_stack,
+    "delayed stack": delayed_stack,
     "checkpoint": saved,
     "scan": scan_of_sublayers,
     "vmap": mapped,
@@ -247,11 +256,17 @@ def gradients(run):
     return value_and_gradients
 
 
-@pytest.mark.parametrize(
-    "layout", ["batch over two axes", "batch and sequence", "batch and hidden"]
-)
-@pytest.mark.parametrize("mode", ["auto", "explicit", "manual", "manual, explicit"])
-@pytest.mark.parametrize("program", PROGRAMS)
+# One layout tells of the delayed schedule, whose carry is that of any other stack.
+PROGRAM_ROWS = [
+    (program, mode, layout)
+    for program in PROGRAMS
+    for mode in ("auto", "explicit", "manual", "manual, explicit")
+    for layout in ("batch over two axes", "batch and sequence", "batch and hidden")
+    if program != "delayed stack" or layout == "batch and hidden"
+]
+
+
+@pytest.mark.parametrize("program, mode, layout", PROGRAM_ROWS)
 def test_transformations(program, mode, layout):
     layout = LAYOUTS[layout]
     mesh = make_mesh(mode, layout)
