@@ -26,7 +26,7 @@ def collapse(
 ) -> Float[jax.Array, "*tokens C"]:
     """The sum of the streams with given weights: the exit of DeepSeek-V4.1.
 
-        u = Σ_i h_pre[i] X[i]
+        u = Σ_i h_pre[i] X[i]                    [D3] of docs/mathematics.md
 
     Where Streams are given alone, the weights are the h_pre of their last sublayer, which ends the
     delayed schedule; of streams before the first sublayer that is stream 0.

@@ -43,8 +43,9 @@ def pre(
         u      = Σ_i h_pre[i] X[i]
         u      = norm_scale · u / sqrt(mean(u²) + norm_scale_eps)    where norm_scale is given
 
-    With h_pre, or in the delayed schedule, u is the sum with those weights and not with its own
-    h_pre, which the context has for the sublayer after it. u is then rounded before its norm, too.
+    With h_pre, or in the delayed schedule ([D1] of docs/mathematics.md), u is the sum with those
+    weights and not with its own h_pre, which the context has for the sublayer after it. u is then
+    rounded before its norm, too.
 
     `h_res[i, j]` is the weight of stream j in new stream i. Source: arXiv 2512.24880;
     docs/mathematics.md has the settings and the gradients.
