@@ -109,13 +109,18 @@ def normalized(
     """
     if scale is None:
         return u
-    wide = u.astype(accumulation_dtype(u.dtype))
-    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    if hidden_axes:
-        mean_square = jax.lax.pmean(mean_square, hidden_axes)
-        scale = own_part(scale, hidden_axes, 0)
-    of_norm = reference.scaled_norm(wide, scale, mean_square + eps)
-    return checkpoint_name(of_norm.astype(u.dtype), "mhc_layer_input")
+
+    # The backward pass keeps u, and computes again what is float32.
+    @jax.checkpoint
+    def norm(u: jax.Array, scale: jax.Array) -> jax.Array:
+        wide = u.astype(accumulation_dtype(u.dtype))
+        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        if hidden_axes:
+            mean_square = jax.lax.pmean(mean_square, hidden_axes)
+            scale = own_part(scale, hidden_axes, 0)
+        return reference.scaled_norm(wide, scale, mean_square + eps).astype(u.dtype)
+
+    return checkpoint_name(norm(u, scale), "mhc_layer_input")
 
 
 def _parted(values: Values) -> tuple[jax.Array | None, Values]:

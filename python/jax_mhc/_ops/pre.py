@@ -53,12 +53,13 @@ def pre(
     Coefficients and sums are float32 (float64 for float64 streams); u is rounded once, to the
     dtype of x.
 
-    Differentiable with respect to x, all parameters and norm_scale, in reverse mode of first order
-    (the reference: in every mode). The backward pass keeps x, the parameters, h_res and K + 1
-    numbers a token (K + 2 with norm_scale), and repeats Sinkhorn's iterations. For `jax.checkpoint`
-    policies such as `jax.checkpoint_policies.save_only_these_names`, u is named "mhc_layer_input",
-    and h_pre, h_post, h_res and these numbers are named "mhc_coefficients": with both saved, the op
-    does not run again.
+    Differentiable with respect to x, all parameters, norm_scale and h_pre, in reverse mode of first
+    order (the reference: in every mode). The backward pass keeps x, the parameters, h_res and K + 1
+    numbers a token (with norm_scale one more; with both norm_scale and h_pre, u before its norm),
+    and repeats Sinkhorn's iterations. For `jax.checkpoint` policies such as
+    `jax.checkpoint_policies.save_only_these_names`, u is named "mhc_layer_input", and h_pre,
+    h_post, h_res and these numbers are named "mhc_coefficients": with both saved, the op does not
+    run again.
 
     Under `jax.vmap` a mapped x makes one call with one more leading dimension; mapped parameters,
     and the backward pass of a mapped call (whose parameter gradients differ from element to
