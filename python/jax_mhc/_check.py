@@ -380,7 +380,7 @@ def _coefficient(
     return value
 
 
-def given_weights(op: str, h_pre: object, x: Shaped, argument: str = "h_pre") -> jax.Array:
+def given_weights(op: str, h_pre: object, x: Shaped) -> jax.Array:
     """Weights `[..., n]` of the streams in their sum, which an array of streams does not carry."""
     if h_pre is None:
         raise Refusal(ValueError, op, "x").expected(
@@ -390,7 +390,7 @@ def given_weights(op: str, h_pre: object, x: Shaped, argument: str = "h_pre") ->
             "sublayers return.",
         )
     dtype, remedy = accumulation_dtype(x.dtype), "Each token has a weight for each of its streams."
-    return _coefficient(op, argument, h_pre, x.shape[:-1], dtype, remedy)
+    return _coefficient(op, "h_pre", h_pre, x.shape[:-1], dtype, remedy)
 
 
 def matrices(op: str, argument: str, value: object) -> jax.Array:

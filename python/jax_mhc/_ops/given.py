@@ -26,6 +26,7 @@ from jax_mhc import reference
 from jax_mhc._call import Settings, Values
 from jax_mhc._check import accumulation_dtype
 from jax_mhc._mesh.manual import own_part
+from jax_mhc._mesh.types import sharded_like
 from jax_mhc._ops.collapse import d_streams, d_weights
 from jax_mhc._ops.deferred import Cotangent, d_streams_in
 from jax_mhc._ops.fused_op import fused_call, named_call
@@ -80,7 +81,7 @@ def incoming(
     if streams == "x_new":
         del own[streams]
     if isinstance(d_u, SymbolicZero):
-        zero = {"d_h_given": jnp.zeros_like(given)}
+        zero = {"d_h_given": sharded_like(jnp.zeros_like(given), given)}
         return Incoming(own, d_u, *d_streams_in(d_ctx, own[h_res]), zero)
     gradients = {"d_h_given": d_weights(settings, x, d_u, given)}
     # Types say that a context has arrays; those of cotangents have symbolic zeros beside them.
