@@ -58,6 +58,8 @@ HEAD = HeadParams(zeros(N * C, N), zeros(1), zeros(N))
 CTX = Context(X, H, H, Z)
 STREAMED = mhc.as_streams(jnp.asarray(X))
 GAIN = diagnostics.Gain(1 + H, 1 + H)
+ONE = np.ones((), np.float32)
+MAXTEXT = {name: np.asarray(value) for name, value in convert.to_maxtext(PARAMS).items()}
 
 
 class Traced:
@@ -112,6 +114,7 @@ LAYER_OUTPUT = [*ARRAY, Y.astype(jnp.bfloat16), Y.astype(jnp.int32), Y[0], Y[:4]
 LAYER_OUTPUT += [STREAMED]
 SCALE = [3.0, True, [1.0] * C, zeros(N), zeros(1, C), zeros(C, dtype=jnp.bfloat16), np.array(["a"])]
 SCALE += [STREAMED]
+GIVEN = [*ARRAY[1:], H.astype(jnp.bfloat16), H[0], H[:4], zeros(5, 3), Z, deleted(5, N), STREAMED]
 MATRICES = [*ARRAY, *(zeros(5, N, N, dtype=d) for d in DTYPES), Z.astype(jnp.bfloat16)]
 MATRICES += [zeros(N), zeros(N, 3), zeros(17, 17), zeros(0, 0), deleted(N, N), STREAMED]
 
@@ -225,6 +228,28 @@ def deepseek_head(fn=HEAD.phi.T, base=HEAD.bias, scale=HEAD.alpha):
     return convert.head_from_deepseek_v4(fn, base, scale)
 
 
+def liger(phi=PARAMS.phi, b=PARAMS.bias, alpha_pre=ONE, alpha_post=ONE, alpha_res=ONE):
+    return convert.from_liger(phi, b, alpha_pre, alpha_post, alpha_res)
+
+
+def transformer_engine(
+    phi=PARAMS.phi.T, alpha=PARAMS.alpha, beta=PARAMS.bias[None], norm_weight=None
+):
+    return convert.from_transformer_engine(phi, alpha, beta, norm_weight)
+
+
+def maxtext_head(fn):
+    return convert.head_from_maxtext(fn, HEAD.bias, HEAD.alpha)
+
+
+def load(model):
+    parts = zip(("fn", "base", "scale"), (PARAMS.phi.T, PARAMS.bias, PARAMS.alpha), strict=True)
+    tensors = {
+        f"layers.0.hc_{site}_{part}": array for part, array in parts for site in ("attn", "ffn")
+    }
+    return convert.load(tensors, model)
+
+
 def of(call, argument):
     """The call as a function of one argument."""
     return lambda value: call(**{argument: value})
@@ -236,15 +261,17 @@ def rows(op, call, **kinds):
 
 
 WEIGHT = [*ARRAY, *(zeros(K, N * C, dtype=d) for d in DTYPES), zeros(K), zeros(K, 0), zeros(K, 33)]
-WEIGHT += [zeros(N * C, K), zeros(25, N * C), zeros(17 * 19, 17 * C), zeros(1, K, N * C)]
+WEIGHT += [zeros(N * C, K), zeros(25, N * C), zeros(17 * 19, 17 * C)]
 GATES = [None, [0.0] * 3, 3.0, zeros(), zeros(1), zeros(4), zeros(3, 1), zeros(3, dtype=jnp.int8)]
+SCALAR = [None, 3.0, [0.0], zeros(1), zeros(3), zeros(dtype=jnp.int8)]
 STATIC_PART = [None, [0.0] * K, zeros(), zeros(K - 1), zeros(K, 1), zeros(K, dtype=jnp.int8)]
 
 BAD = [
     *rows(
         "MHCConfig", MHCConfig,
         constraint=[*CHOICE, None], order=[*CHOICE, None], norm_eps_mode=[*CHOICE, None],
-        sinkhorn_eps_mode=[*CHOICE, None], sinkhorn_iters=[*INT[:-1], 10_001, 10**5000],
+        sinkhorn_eps_mode=[*CHOICE, None], schedule=[*CHOICE, None],
+        sinkhorn_iters=[*INT[:-1], 10_001, 10**5000],
         sinkhorn_eps=NUMBER, norm_eps=NUMBER, pre_eps=NUMBER, post_scale=[*NUMBER, 0],
         post_eps=NUMBER, form=[*CHOICE, None],
     ),
@@ -277,6 +304,7 @@ for op, call in (
     BAD += rows(
         op, call, params=MHC_PARAMS, config=[*CONFIG, *TOO_LARGE],
         norm_scale=SCALE, norm_scale_eps=EPS, hidden_axis_name=AXIS, implementation=CHOICE,
+        h_pre=GIVEN,
     )  # fmt: skip
     others = [CONFIGS["identity"], CONFIGS["permutations"]]
     BAD.append((op, "params.bias", others, of(call, "config")))
@@ -287,6 +315,9 @@ BAD += [
     *rows("post", functools.partial(mhc.post, Y, CTX), implementation=CHOICE, bias=SCALE),
     *rows("post_pre", functools.partial(mhc.post_pre, ctx=CTX, params=PARAMS), y=LAYER_OUTPUT),
     *rows("post_pre", functools.partial(mhc.post_pre, y=Y, params=PARAMS), ctx=CONTEXT),
+    *rows("collapse", functools.partial(mhc.collapse, h_pre=H), x=X_BAD),
+    *rows("collapse", functools.partial(mhc.collapse, X), h_pre=GIVEN, implementation=CHOICE),
+    *rows("as_streams", functools.partial(mhc.as_streams, X), h_pre=GIVEN),
     *rows("sinkhorn", mhc.sinkhorn, logits=MATRICES),
     *rows(
         "sinkhorn", functools.partial(mhc.sinkhorn, Z),
@@ -377,20 +408,11 @@ BAD += [
     (
         "convert.to_deepseek_v4", "params",
         [
-            None, {}, PARAMS.phi, HEAD, STATIC, stacked(PARAMS),
-            *(params_of(n, config=CONFIGS["identity"]) for n in range(1, 17) if n not in (4, 12)),
+            None, {}, PARAMS.phi, HEAD, STATIC, with_(PARAMS, phi=stacked(PARAMS).phi),
+            *(params_of(n, config=CONFIGS["identity"]) for n in range(1, 17)),
             *(params_of(n, config=CONFIGS["permutations"]) for n in (2, 3, 4)),
             *(with_(PARAMS, phi=phi) for phi in (None, 3.0, PARAMS.phi.T, zeros(33, K))),
             with_(PARAMS, bias=None), with_(PARAMS, alpha=zeros(1)), with_(PARAMS, bias=zeros(8)),
-        ],
-        convert.to_deepseek_v4,
-    ),
-    (
-        # Parameters of the shape of those with h_res.
-        "convert.to_deepseek_v4", "streams",
-        [
-            params_of(2), params_of(4, 9),
-            *(params_of(n, config=CONFIGS["identity"]) for n in (4, 12)),
         ],
         convert.to_deepseek_v4,
     ),
@@ -410,6 +432,59 @@ BAD += [
             ),
         )
         for name, nums in (("identity", range(1, 17)), ("permutations", range(2, 5)))
+    ),
+    *rows(
+        "convert.from_liger", liger,
+        phi=[w.T if isinstance(w, np.ndarray) and w.ndim == 2 else w for w in WEIGHT],
+        b=STATIC_PART, alpha_pre=SCALAR, alpha_post=SCALAR, alpha_res=SCALAR,
+    ),
+    *rows(
+        "convert.from_transformer_engine", transformer_engine,
+        phi=WEIGHT, alpha=GATES, beta=[*STATIC_PART, zeros(K)],
+        norm_weight=[3.0, zeros(C), zeros(N * C, 1), zeros(N * C, dtype=jnp.int8)],
+    ),
+    *(
+        (
+            f"convert.{name}", "params",
+            [None, {}, PARAMS.phi, HEAD, STATIC, params_of(5, config=CONFIGS["identity"])],
+            getattr(convert, name),
+        )
+        for name in ("to_megatron", "to_liger", "to_transformer_engine", "to_maxtext")
+    ),
+    *(
+        (f"convert.{name}", "params", HEAD_PARAMS[:3], getattr(convert, name))
+        for name in ("head_to_deepseek_v4", "head_to_maxtext")
+    ),
+    ("convert.head_from_maxtext", "hc_fn", [*ARRAY, HEAD.phi.T], maxtext_head),
+    (
+        "convert.from_maxtext", "tensors",
+        [
+            None, 3, PARAMS, {}, {"pre_alpha": 1},
+            *({name: value for name, value in MAXTEXT.items() if name != n} for n in MAXTEXT),
+            *({**MAXTEXT, name: zeros(5)} for name in MAXTEXT),
+            *({**MAXTEXT, name: zeros(*MAXTEXT[name].shape, dtype=jnp.int8)} for name in MAXTEXT),
+        ],
+        convert.from_maxtext,
+    ),
+    # Parameters whose phi has the shape of those of mHC-lite.
+    (
+        "convert.to_maxtext", "params.alpha",
+        [params_of(n, config=CONFIGS["identity"]) for n in (3, 6, 16)], convert.to_maxtext,
+    ),
+    (
+        "convert.to_maxtext", "like", [3, {}, convert.to_maxtext(params_of(2, 9), streams=2)],
+        lambda like: convert.to_maxtext(PARAMS, like=like),
+    ),
+    ("convert.load", "path_or_mapping", [None, 3, [], {}, "/no/such", {"a": X}], convert.load),
+    (
+        "convert.load", "path_or_mapping", [f"layers.{10**12}.hc_attn_fn", "layers.1.hc_attn_fn"],
+        lambda name: convert.load({name: PARAMS.phi.T}, "glm5"),
+    ),
+    ("convert.load", "model", [3, "", "deepseek", None, [], {}, {"model_type": "x"}], load),
+    ("convert.save", "checkpoint", [None, {}, PARAMS, HEAD], lambda c: convert.save(c, {})),
+    (
+        "convert.save", "path_or_mapping", [None, 3, [], "/", b"a"],
+        lambda path: convert.save(load("glm5"), path),
     ),
     # Diagnostics.
     *rows(

@@ -164,6 +164,7 @@ _COMPOSED = (
     *PERMUTATIONS,
 )  # fmt: skip
 _SHAPES = _COMPOSED[:8]
+_SUMS = ("paper", "no_leading_axes", "no_tokens", "one_stream", "two_streams", "sixteen_streams")
 
 # The error in lower precision is compared where it can grow: peaked logits, many tokens, wide sums.
 _PRECISION = {
@@ -229,6 +230,12 @@ def context(case: Case, rng: np.random.Generator, dtype: Any) -> Context:
     return Context(x, *(h.astype(accumulation(dtype)) for h in coefficients))
 
 
+def h_pre(case: Case, rng: np.random.Generator, dtype: Any) -> np.ndarray:
+    """Weights of the streams, as h_pre of another sublayer [..., n]."""
+    shape = (*case.tokens, case.streams)
+    return rng.uniform(size=shape).astype(accumulation(dtype))
+
+
 def logits(case: Case, rng: np.random.Generator, dtype: Any) -> np.ndarray:
     """Logits of h_res [..., n, n], in the accumulation dtype."""
     shape = (*case.tokens, case.streams, case.streams)
@@ -261,6 +268,7 @@ class Op:
         calls: the stems of its custom calls.
         batched: the operands that have tokens.
         applies: whether a case, by name, tells something about the op.
+        in_backward: the forward calls that its backward pass makes.
     """
 
     operands: dict[str, Callable]
@@ -269,6 +277,7 @@ class Op:
     calls: tuple[str, ...]
     batched: tuple[str, ...]
     applies: Callable[[str], bool] = lambda case: True
+    in_backward: tuple[str, ...] = ()
 
 
 def public(ctx: Context) -> Context:
@@ -352,6 +361,35 @@ def _oracle_two_sublayers(o, config):
     x = oracle.post(np.tanh(u), o["x"], *h)
     u, _, *h = oracle.pre(x, o["params"], config, **norm(o))
     return {"u": u, "x_new": oracle.post(o["y"], x, *h)}
+
+
+def _run_collapse(o, config, implementation, **_):
+    return {"u": jax_mhc.collapse(o["x"], o["h_pre"], implementation=implementation)}
+
+
+def _oracle_collapse(o, config):
+    return {"u": oracle.collapse(o["x"], o["h_pre"])}
+
+
+def _run_delayed(o, config, implementation, **where):
+    """Two sublayers of the delayed schedule, amid others, and its exit."""
+    config = dataclasses.replace(config, schedule="delayed")
+    options = {"config": config, "implementation": implementation, **norm(o), **where}
+    u, ctx = jax_mhc.pre(o["x"], o["params"], h_pre=o["h_pre"], **options)
+    u, ctx = jax_mhc.post_pre(jnp.tanh(u), ctx, o["params"], **options)
+    x = jax_mhc.post(jnp.tanh(u), ctx, implementation=implementation)
+    return {"u": jax_mhc.collapse(x, ctx.h_pre, implementation=implementation), "x_new": x}
+
+
+def _oracle_delayed(o, config):
+    x, h_pre = o["x"], o["h_pre"]
+    for _ in range(2):
+        u = oracle.collapse(x, h_pre)
+        if o["norm_scale"] is not None:
+            u = oracle.rms_norm(u, oracle.wide(o["norm_scale"]), NORM_SCALE_EPS)
+        _, h_pre, h_post, h_res = oracle.pre(x, o["params"], config)
+        x = oracle.post(np.tanh(u), x, h_post, h_res)
+    return {"u": oracle.collapse(x, h_pre), "x_new": x}
 
 
 def _is_birkhoff(case: str) -> bool:
@@ -441,6 +479,24 @@ OPS = {
                 "permutations_three_streams",
             )
         ),
+    ),
+    "collapse": Op(
+        {"x": streams, "h_pre": h_pre},
+        _run_collapse,
+        _oracle_collapse,
+        ("collapse",),
+        ("x", "h_pre"),
+        lambda case: case in _SUMS,
+    ),
+    "delayed": Op(
+        {"x": streams, "h_pre": h_pre, "params": params, "norm_scale": norm_scale},
+        _run_delayed,
+        _oracle_delayed,
+        ("pre", "collapse", "post_pre", "collapse", "post", "collapse"),
+        ("x", "h_pre"),
+        lambda case: case in (*_SUMS, "static", "normalized", "hy4", "permutations"),
+        # Of the two contexts that post and post_pre read, for the cotangents of their streams.
+        ("post", "post"),
     ),
 }
 

@@ -28,8 +28,9 @@ def forward(op):
 
 
 def backward(op):
-    """The backward calls of an op of `cases.OPS`, each with its number."""
-    return collections.Counter(f"{call}_bwd" for call in OPS[op].calls)
+    """The calls of the backward pass of an op of `cases.OPS`, each with its number."""
+    calls = [f"{call}_bwd" for call in OPS[op].calls]
+    return collections.Counter([*calls, *(f"{call}_fwd" for call in OPS[op].in_backward)])
 
 
 def residuals(function, *arrays):

@@ -170,6 +170,8 @@ SUMS = {
     "sinkhorn": (0, 0),
     "head": (CASE.streams + 1, CASE.streams),
     "two_sublayers": (2 * (K + 1), 2 * K),
+    # And n for each u.
+    "delayed": (2 * (K + 1), 2 * K + 3 * CASE.streams),
 }
 
 
@@ -178,7 +180,7 @@ def num_parameters(op: str, channels: int) -> tuple[int, int]:
     n = CASE.streams
     if op in ("post", "sinkhorn"):
         return 0, 0
-    num = 2 if op == "two_sublayers" else 1
+    num = 2 if op in ("two_sublayers", "delayed") else 1
     return (n * channels * n, 1 + n) if op == "head" else (num * n * channels * K, num * (3 + K))
 
 

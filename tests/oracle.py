@@ -207,6 +207,11 @@ def post(y, x, h_post, h_res):
     return np.einsum("...ij,...jc->...ic", h_res, x) + h_post[..., :, None] * y[..., None, :]
 
 
+def collapse(x, h_pre):
+    """The sum of the streams with given weights, [..., C]."""
+    return np.einsum("...i,...ic->...c", wide(h_pre), wide(x))
+
+
 def head(x, params, config):
     """The learned exit: u = sum_i (sigmoid(alpha m_i + b_i) + eps) X[i], [..., C]."""
     x = wide(x)

@@ -1,9 +1,13 @@
 """Calls that are refused while tracing: the type, op, argument and `got` of each error."""
 
+import tempfile
+from pathlib import Path
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 from flax import nnx
 
 import jax_mhc as mhc
@@ -20,6 +24,7 @@ PARAMS = mhc.init_params(KEY, streams=N, hidden=C)
 HEAD = mhc.init_head(KEY, streams=N, hidden=C)
 PERMUTED = MHCConfig(constraint="permutations")
 CHANNELS = MHCConfig(form="channels")
+DELAYED = MHCConfig(schedule="delayed")
 X = jnp.ones((5, N, C), jnp.float32)
 Y = jnp.ones((5, C), jnp.float32)
 Z = jnp.ones((5, N, N), jnp.float32)
@@ -48,6 +53,34 @@ def deepseek(fn=(8, 6), base=(8,), scale=(3,), dtype=jnp.float32):
     return mhc.convert.from_deepseek_v4(*(zeros(*s, dtype=dtype) for s in (fn, base, scale)))
 
 
+MAXTEXT = mhc.convert.to_maxtext(PARAMS, streams=N)
+TENSORS = {
+    f"layers.0.hc_{site}_{part}": np.asarray(array)
+    for site in ("attn", "ffn")
+    for part, array in zip(
+        ("fn", "base", "scale"), mhc.convert.to_deepseek_v4(PARAMS, streams=N), strict=True
+    )
+}
+
+
+def load(tensors, model="deepseek_v4"):
+    return mhc.convert.load(tensors, model)
+
+
+def of_files(files):
+    """A call that loads the checkpoint in a folder with these files."""
+
+    def call():
+        with tempfile.TemporaryDirectory() as folder:
+            for name, contents in files.items():
+                if isinstance(contents, dict):
+                    contents = safetensors.numpy.save(contents)
+                (Path(folder) / name).write_bytes(contents)
+            load(folder, "glm5")
+
+    return call
+
+
 def sublayer(layer, **options):
     return mhc.mhc_residual(layer, X, PARAMS, **options)
 
@@ -62,6 +95,10 @@ def residual_of_reference(x):
 
 def of_channels():
     return mhc.init_params(KEY, streams=N, hidden=C, config=CHANNELS, static=True)
+
+
+def after_channels():
+    return mhc.mhc_residual(jnp.sin, mhc.as_streams(X), of_channels(), config=CHANNELS)
 
 
 def stack(layers=(jnp.tanh,), params=(PARAMS,), **options):
@@ -178,6 +215,14 @@ ERRORS = [
     (config(pre_eps=-0.5), ValueError, "MHCConfig", "pre_eps", "-0.5"),
     (config(form="hc"), ValueError, "MHCConfig", "form", "'hc'"),
     (config(form="hyper_connections"), ValueError, "MHCConfig", "constraint", "'birkhoff'"),
+    (
+        config(form="hyper_connections", constraint="none", schedule="delayed"),
+        ValueError, "MHCConfig", "schedule", "'delayed'",
+    ),
+    (
+        config(form="channels", schedule="delayed"),
+        ValueError, "MHCConfig", "schedule", "'delayed'",
+    ),
     (config(post_eps=-0.5), ValueError, "MHCConfig", "post_eps", "-0.5"),
     (config(post_scale=0), ValueError, "MHCConfig", "post_scale", "0.0"),
     (config(post_scale=1j), TypeError, "MHCConfig", "post_scale", "1j (complex)"),
@@ -277,6 +322,47 @@ ERRORS = [
     (
         lambda: mhc.stack([jnp.sin], X, [PARAMS], norm_scale=[zeros(4)]),
         ValueError, "stack", "norm_scale[0]", "[4]",
+    ),
+    # The delayed schedule: arrays do not carry the h_pre of the sublayer before.
+    (pre(config=DELAYED), ValueError, "pre", "x", "an array [5, 2, 3] alone"),
+    (
+        lambda: sublayer(jnp.sin, config=DELAYED),
+        ValueError, "pre", "x", "an array [5, 2, 3] alone",
+    ),
+    (stack(config=DELAYED), ValueError, "stack", "x", "an array [5, 2, 3] alone"),
+    (
+        lambda: module(config=DELAYED)(X),
+        ValueError, "pre", "x", "an array [5, 2, 3] alone",
+    ),
+    (lambda: mhc.collapse(X), ValueError, "collapse", "x", "an array [5, 2, 3] alone"),
+    (
+        lambda: mhc.reference.pre(X, PARAMS, config=DELAYED),
+        ValueError, "reference.pre", "x", "an array [5, 2, 3] alone",
+    ),
+    (lambda: mhc.collapse(X, H[:4]), ValueError, "collapse", "h_pre", "[4, 2]"),
+    (
+        lambda: mhc.as_streams(STREAMS, h_pre=H),
+        ValueError, "as_streams", "h_pre", shown(H) + " (ArrayImpl)",
+    ),
+    # A sublayer of form "channels", whose h_pre is none of streams, before one that reads it.
+    *(
+        (
+            lambda then=then: then(after_channels()),
+            ValueError, "Streams", "h_pre", "one of form 'channels'",
+        )
+        for then in (
+            mhc.collapse,
+            lambda x: mhc.collapse(x.reshape(-1)),
+            lambda x: mhc.pre(x, PARAMS, config=DELAYED),
+            lambda x: mhc.mhc_residual(jnp.sin, x, PARAMS, config=DELAYED),
+            lambda x: mhc.stack([jnp.sin], x, [PARAMS], config=DELAYED),
+        )
+    ),
+    (
+        lambda: mhc.post_pre(
+            Y, mhc.pre(X, of_channels(), config=CHANNELS)[1], PARAMS, config=DELAYED
+        ),
+        ValueError, "post_pre", "ctx.h_pre", "[1, 2, 3]",
     ),
     # Layer outputs and contexts.
     (post(Y.astype(jnp.bfloat16)), TypeError, "post", "y", "bfloat16"),
@@ -456,7 +542,7 @@ ERRORS = [
     ),
     (
         lambda: mhc.convert.to_hy4(PARAMS),
-        ValueError, "convert.to_hy4", "params.phi.T", "[8, 6]",
+        ValueError, "convert.to_hy4", "params.phi", "[6, 8]",
     ),
     (
         lambda: mhc.convert.from_megatron(zeros(8, 6), zeros(3), zeros(4)),
@@ -482,18 +568,98 @@ ERRORS = [
         lambda: mhc.convert.to_deepseek_v4(
             mhc.init_params(KEY, streams=3, hidden=C, config=MHCConfig(constraint="identity"))
         ),
-        ValueError, "convert.to_deepseek_v4", "params.phi.T", "[6, 9]",
+        ValueError, "convert.to_deepseek_v4", "params.phi", "[9, 6]",
     ),
     (
-        # As many columns as those of 2 streams.
+        # As many columns as those of 2 streams, but two gates.
         lambda: mhc.convert.to_deepseek_v4(
             mhc.init_params(KEY, streams=4, hidden=C, config=MHCConfig(constraint="identity"))
         ),
-        ValueError, "convert.to_deepseek_v4", "streams", "None",
+        ValueError, "convert.to_deepseek_v4", "params.alpha", "[2]",
     ),
     (
         lambda: mhc.convert.to_deepseek_v4(PARAMS, streams=3),
         ValueError, "convert.to_deepseek_v4", "params.phi", "[6, 8]",
+    ),
+    (
+        lambda: mhc.convert.head_to_deepseek_v4(PARAMS),
+        TypeError, "convert.head_to_deepseek_v4", "params", "MHCParams",
+    ),
+    (
+        lambda: mhc.convert.from_maxtext(None),
+        TypeError, "convert.from_maxtext", "tensors", "None (NoneType)",
+    ),
+    (
+        lambda: mhc.convert.from_maxtext({**MAXTEXT, "post_beta": None, "gate": None}),
+        ValueError, "convert.from_maxtext", "tensors", "besides gate",
+    ),
+    (
+        lambda: mhc.convert.from_maxtext({**MAXTEXT, "pre_alpha": zeros(7, 2)}),
+        ValueError, "convert.from_maxtext", "tensors['pre_alpha']", "[7, 2]",
+    ),
+    (
+        lambda: mhc.convert.to_maxtext(
+            mhc.init_params(KEY, streams=3, hidden=C), like=MAXTEXT
+        ),
+        ValueError, "convert.to_maxtext", "like", "those of one [6, 8]",
+    ),
+    (lambda: load(None), TypeError, "convert.load", "path_or_mapping", "None (NoneType)"),
+    (
+        lambda: load("/no/such"),
+        ValueError, "convert.load", "path_or_mapping", "'/no/such'",
+    ),
+    (lambda: load({}), ValueError, "convert.load", "path_or_mapping", "names of 0 kinds of models"),
+    (
+        lambda: load({**TENSORS, "layers.0.hc_attn_fn_scale_inv": X}),
+        ValueError, "convert.load", "path_or_mapping", "layers.0.hc_attn_fn_scale_inv",
+    ),
+    (
+        lambda: load({**TENSORS, "model.layers.0.attn_hc.fn": X}),
+        ValueError, "convert.load", "model.layers.0.attn_hc.fn", "layers.0.hc_attn_fn, too",
+    ),
+    (lambda: load(TENSORS, None), ValueError, "convert.load", "model", "None and no config.json"),
+    (lambda: load(TENSORS, "megatron"), ValueError, "convert.load", "model", "'megatron'"),
+    (
+        lambda: load({**TENSORS, "hc_head_fn": X}, "deepseek_v41"),
+        ValueError, "convert.load", "path_or_mapping", "besides head.fn",
+    ),
+    (
+        lambda: load(TENSORS),
+        ValueError, "convert.load", "path_or_mapping", "none of head.fn, head.base, head.scale",
+    ),
+    (
+        lambda: load(TENSORS, {"model_type": "glm5_next", "hidden_size": 7}),
+        ValueError, "convert.load", "layers.0.hc_attn_fn", "shape [8, 6]",
+    ),
+    (
+        lambda: load({**TENSORS, "layers.0.hc_ffn_base": zeros(9)}, "glm5"),
+        ValueError, "convert.load", "layers.0.hc_ffn_base", "[9]",
+    ),
+    (
+        of_files({"a.safetensors": b"short"}),
+        ValueError, "convert.load", "path_or_mapping", "something else",
+    ),
+    (of_files({}), ValueError, "convert.load", "path_or_mapping", "one with 0 files and 0 indices"),
+    (
+        of_files({"a.safetensors": TENSORS, "b.safetensors": TENSORS}),
+        ValueError, "convert.load", "layers.0.hc_attn_base",
+        "one in a.safetensors and in b.safetensors",
+    ),
+    (
+        of_files({"a.safetensors": {n: t.astype(np.int8) for n, t in TENSORS.items()}}),
+        TypeError, "convert.load", "layers.0.hc_attn_base", "I8",
+    ),
+    (
+        lambda: mhc.convert.save({}, {}),
+        TypeError, "convert.save", "checkpoint", "{} (dict)",
+    ),
+    (
+        lambda: mhc.convert.save(load(TENSORS, "glm5"), "/"),
+        ValueError, "convert.save", "path_or_mapping", "'/'",
+    ),
+    (
+        lambda: mhc.convert.save(with_(load(TENSORS, "glm5"), head=HEAD), {}),
+        ValueError, "convert.save", "checkpoint", "besides head",
     ),
     # Stacks.
     (lambda: mhc.stack([], Y[0], []), ValueError, "stack", "x", "[3]"),

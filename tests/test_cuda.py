@@ -75,7 +75,9 @@ TWO_STREAMS_CASE = Case((2053,), 2, 2048, 3.0)
 ONE_STREAM_CASE = Case((2053,), 1, 2048, 3.0)
 STATIC_CASE = Case((2053,), 4, 1032, 3.0, static=True)
 
-OP_DTYPES = [(op, dtype) for op in (*KERNELS, "two_sublayers") for dtype in dtypes_of(op)]
+OP_DTYPES = [
+    (op, dtype) for op in (*KERNELS, "two_sublayers", "delayed") for dtype in dtypes_of(op)
+]
 
 
 @pytest.mark.parametrize("op, dtype", OP_DTYPES)
@@ -154,7 +156,7 @@ def check(op, case, dtype, change=lambda operands: operands, with_gradients=True
 WIDTHS = (1, 2, 3, 7, 8, 31, 40, 63, 64, 65, 100, 127, 128, 130, 250, 257)
 
 
-@pytest.mark.parametrize("op", KERNELS)
+@pytest.mark.parametrize("op", [*KERNELS, "delayed"])
 @pytest.mark.parametrize("streams", range(1, 17))
 def test_any_number_of_streams(op, streams):
     """With a width and a dtype that change along."""

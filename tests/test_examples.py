@@ -1,6 +1,7 @@
 """The examples as a user runs them: from the command line, on a small configuration."""
 
 import csv
+import importlib
 import json
 import math
 import re
@@ -10,7 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from cases import PLATFORM
+from cases import PLATFORM, assert_close
 from programs import README, ROOT, run
 
 EXAMPLES = ROOT / "examples"
@@ -245,7 +246,7 @@ def test_quickstart():
 @pytest.mark.usefixtures("default_dtypes")
 def test_code_in_the_readme_runs():
     code = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(code) == 4
+    assert len(code) == 5
     variables = {}
     exec("\n".join(code), variables)
     assert variables["x"].shape == (8, 128, 4, 64)
@@ -256,6 +257,25 @@ def test_code_in_the_readme_runs():
         variables["loss"](params, variables["w"], variables["u"])
     # The message that it shows, broken into lines.
     assert str(error.value) in " ".join(README.read_text().split())
+
+
+@pytest.mark.usefixtures("default_dtypes")
+def test_the_logits_of_deepseek_v4_are_those_of_transformers(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    folder = ROOT / "tests" / "vectors" / "deepseek_v4_tiny"
+    example, vectors = importlib.import_module("deepseek_v4"), np.load(folder / "logits.npz")
+    with (
+        jax.numpy_rank_promotion("allow"),
+        jax.numpy_dtype_promotion("standard"),
+        jax.default_matmul_precision("highest"),
+    ):
+        loaded = example.load(folder)
+        logits = jax.jit(lambda tokens: example.logits(*loaded, tokens))
+        for tokens, expected in zip(vectors["tokens"], vectors["logits"], strict=True):
+            # Four layers in float32, of which each picks experts and compressed windows.
+            assert_close(logits(tokens.astype(np.int32)), expected, 5e-6)
+        example.main(folder, *vectors["tokens"][-1])
+    assert f"the likeliest next token is {expected[-1].argmax()}" in capsys.readouterr().out
 
 
 SMALL_PIPELINE = "--steps 2 --hidden 32 --mlp 64 --length 16".split()

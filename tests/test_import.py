@@ -13,7 +13,7 @@ PUBLIC = {
     "Context", "MHCParams", "MHCConfig", "HeadParams", "init_params", "init_head", "expand",
     "reduce", "head", "pre", "post", "post_pre", "sinkhorn", "mhc_residual", "stack", "presets",
     "convert", "reference", "remat_policy", "diagnostics", "info", "Recompute",
-    "scan", "stack_with_samples", "Streams", "as_streams", "param_labels",
+    "scan", "stack_with_samples", "Streams", "as_streams", "collapse", "param_labels",
 }  # fmt: skip
 
 

@@ -55,6 +55,7 @@ def test_defaults_are_the_paper():
         "post_scale": 2.0,
         "post_eps": 0.0,
         "form": "mhc",
+        "schedule": "immediate",
     }
 
 
@@ -65,6 +66,10 @@ def test_defaults_are_the_paper():
         (
             presets.HY4,
             {"constraint": "identity", "norm_eps": 1e-5, "pre_eps": 1e-6, "post_eps": 1e-6},
+        ),
+        (
+            presets.DEEPSEEK_V41,
+            {"pre_eps": 1e-6, "sinkhorn_eps": 1e-6, "schedule": "delayed"},
         ),
         (
             presets.MEGATRON,
@@ -244,14 +249,20 @@ def test_deepseek_round_trip_is_exact(streams, dtype, as_array):
 
 
 @pytest.mark.parametrize("streams", [2, 4])
-def test_deepseek_round_trip_where_shapes_do_not_tell_the_streams(streams):
-    """phi of 4 or of 12 streams without h_res would have the same shape."""
+def test_deepseek_round_trip_where_phi_does_not_tell_the_streams(streams):
+    """phi of 4 or of 12 streams without h_res has the same shape: the number of gates tells."""
     arrays = deepseek_arrays(streams, hidden=6)
     params = convert.from_deepseek_v4(*arrays)
-    with pytest.raises(ValueError, match=f"Pass streams={streams}"):
-        convert.to_deepseek_v4(params)
-    for back, array in zip(convert.to_deepseek_v4(params, streams=streams), arrays, strict=True):
+    for given in (None, streams):
+        for back, array in zip(convert.to_deepseek_v4(params, streams=given), arrays, strict=True):
+            np.testing.assert_array_equal(back, array)
+    unmixed = MHCParams(params.phi, params.alpha[:2], params.bias)
+    for back, array in zip(
+        convert.to_hy4(unmixed), (params.phi.T, params.bias, params.alpha[:2]), strict=True
+    ):
         np.testing.assert_array_equal(back, array)
+    with pytest.raises(ValueError, match="params.alpha: expected shape"):
+        convert.to_deepseek_v4(unmixed)
 
 
 def test_deepseek_comb_is_the_transpose_of_h_res():

@@ -58,8 +58,8 @@ def test_the_call_on_a_gpu_has_it_as_its_last_result(workspace, op):
     if op == "sinkhorn":
         problem = (4, 4, 4, 0, 20, 0)
     else:
-        columns = {"post": 0, "head": 4}.get(op, 24)
-        problem = (2, 4, 64, columns, 0 if op == "post" else 20, 0)
+        columns = {"post": 0, "collapse": 0, "head": 4}.get(op, 24)
+        problem = (2, 4, 64, columns, 20 if columns else 0, 0)
     assert asked == [(f"{name}_fwd", *problem), (f"{name}_bwd", *problem)]
 
 

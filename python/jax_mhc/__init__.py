@@ -19,6 +19,7 @@ from jax_mhc import convert, diagnostics, presets, reference
 from jax_mhc._call import library as _library
 from jax_mhc._init import init_head, init_params
 from jax_mhc._labels import param_labels
+from jax_mhc._ops.collapse import collapse
 from jax_mhc._ops.head import head
 from jax_mhc._ops.post import post
 from jax_mhc._ops.post_pre import post_pre
@@ -39,6 +40,7 @@ __all__ = [
     "Recompute",
     "Streams",
     "as_streams",
+    "collapse",
     "convert",
     "diagnostics",
     "expand",

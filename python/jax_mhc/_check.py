@@ -396,6 +396,19 @@ def _coefficient(
     return value
 
 
+def given_weights(op: str, h_pre: object, x: Shaped, argument: str = "h_pre") -> jax.Array:
+    """Weights `[..., n]` of the streams in their sum, which an array of streams does not carry."""
+    if h_pre is None:
+        raise Refusal(ValueError, op, "x").expected(
+            "Streams, which carry the h_pre of the sublayer before, or h_pre beside an array",
+            f"an array {list(x.shape)} alone",
+            "Begin with jax_mhc.expand or jax_mhc.as_streams, and keep the Streams that the "
+            "sublayers return.",
+        )
+    dtype, remedy = accumulation_dtype(x.dtype), "Each token has a weight for each of its streams."
+    return _coefficient(op, argument, h_pre, x.shape[:-1], dtype, remedy)
+
+
 def matrices(op: str, argument: str, value: object) -> jax.Array:
     """Matrices `[..., n, n]`, such as h_res or its logits, in an accumulation dtype."""
     value = array(op, argument, value)

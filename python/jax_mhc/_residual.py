@@ -98,7 +98,8 @@ def mhc_residual(
     Args:
         layer: a function `[..., C] -> [..., C]` that keeps the dtype: attention or MLP with its own
             norm in front, or without it where norm_scale is given.
-        x: the streams `[..., n, C]`, or `Streams`.
+        x: the streams `[..., n, C]`, or `Streams`; with schedule "delayed" these alone, which carry
+            the h_pre of the sublayer before.
         params: from `init_params`.
         config: settings.
         norm_scale: of an RMSNorm of u `[C]`, which pre then computes; see `pre`.

@@ -62,6 +62,10 @@ class MHCConfig:
             wants ``constraint="none"``, and the terms and factors of h_pre and h_post as they are
             by default. ``"channels"``: h_pre and h_post have a value for each channel of each
             stream, the same for all tokens, which static parameters hold.
+        schedule: whose h_pre a sublayer's input is taken with. ``"immediate"``: its own (the
+            paper). ``"delayed"``: that of the sublayer before it, and before the first one stream 0
+            alone (DeepSeek-V4.1), for form "mhc". Sublayers then take `Streams`, which carry
+            h_pre, and `jax_mhc.collapse` leaves these with the last one.
 
     The ops refuse numbers that their coefficients cannot hold: for all but float64 streams those
     that are infinity in float32 or, other than 0, below its normal numbers (1.2e-38).
@@ -81,6 +85,7 @@ class MHCConfig:
     post_scale: float = 2.0
     post_eps: float = 0.0
     form: Literal["mhc", "hyper_connections", "channels"] = "mhc"
+    schedule: Literal["immediate", "delayed"] = "immediate"
 
     def __post_init__(self) -> None:
         """Checks every setting; stores plain Python values, so that equal configs hash alike."""
@@ -97,14 +102,13 @@ class MHCConfig:
             plain[field] = _errors.number(op, field, getattr(self, field), positive=positive)
         for field, value in plain.items():
             object.__setattr__(self, field, value)
-        if self.form == "hyper_connections":
-            for field, only in _OF_HYPER_CONNECTIONS.items():
-                if getattr(self, field) != only:
-                    raise _errors.Refusal(ValueError, op, field).expected(
-                        f"{only!r} for form 'hyper_connections'",
-                        repr(getattr(self, field)),
-                        "Take jax_mhc.presets.HYPER_CONNECTIONS, or another form.",
-                    )
+        for field, only in _ONLY[self.form].items():
+            if getattr(self, field) != only:
+                raise _errors.Refusal(ValueError, op, field).expected(
+                    f"{only!r} for form {self.form!r}",
+                    repr(getattr(self, field)),
+                    f"Pass {field}={only!r}, or take another form.",
+                )
 
     def num_coefficients(
         self,
@@ -170,12 +174,19 @@ class MHCConfig:
         return 2 if self.constraint == "identity" else 3
 
 
-# The only values of these settings for form "hyper_connections".
-_OF_HYPER_CONNECTIONS: dict[str, object] = {
-    "constraint": "none",
-    "pre_eps": 0.0,
-    "post_scale": 2.0,
-    "post_eps": 0.0,
+# Of each form, the only values of settings that have others elsewhere. The delayed schedule reads
+# the streams with one weight for each, which those of channels are not; hyper-connections as
+# published have none of what came later.
+_ONLY: dict[str, dict[str, object]] = {
+    "mhc": {},
+    "hyper_connections": {
+        "constraint": "none",
+        "pre_eps": 0.0,
+        "post_scale": 2.0,
+        "post_eps": 0.0,
+        "schedule": "immediate",
+    },
+    "channels": {"schedule": "immediate"},
 }
 
 #: The words of each setting that has some.

@@ -24,7 +24,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_mhc._axes import split_as_tokens
-from jax_mhc._check import accumulation_dtype
+from jax_mhc._check import accumulation_dtype, given_weights
 from jax_mhc._log_derivatives import log_normalized, log_shifted, matrix_of
 from jax_mhc._types import Context, HeadParams, MHCConfig, MHCParams
 from jax_mhc.presets import PAPER
@@ -32,7 +32,7 @@ from jax_mhc.presets import PAPER
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["head", "post", "post_pre", "pre", "sinkhorn"]
+__all__ = ["collapse", "head", "post", "post_pre", "pre", "sinkhorn"]
 
 
 def _inverse_rms(x: jax.Array, config: MHCConfig, axis: tuple[int, ...] = (-2, -1)) -> jax.Array:
@@ -79,6 +79,11 @@ def _(
 def weighted_sum(weights: jax.Array, x: jax.Array) -> jax.Array:
     """Σ_i weights[..., i] x[..., i, :]."""
     return mix(weights[..., None, :], x)[..., 0, :]
+
+
+def scaled_norm(u: jax.Array, scale: jax.Array, mean_square: jax.Array) -> jax.Array:
+    """The RMSNorm of u `[..., C]`: w · u / sqrt(mean_square), which has an eps added."""
+    return for_tokens(scale, u) * (u * lax.rsqrt(mean_square))
 
 
 def _rounded_off(minuend: jax.Array, subtrahend: jax.Array, difference: jax.Array) -> jax.Array:
@@ -266,16 +271,21 @@ def pre(
     config: MHCConfig = PAPER,
     norm_scale: Float[jax.Array, " C"] | None = None,
     norm_scale_eps: float = 1e-6,
+    h_pre: Float[jax.Array, "*tokens n"] | None = None,
 ) -> tuple[Float[jax.Array, "*tokens C"], Context]:
     """The layer's input and the context for `post`; see `jax_mhc.pre`."""
+    if config.schedule == "delayed":
+        h_pre = given_weights("reference.pre", h_pre, x)
+    given = h_pre
     wide = x.astype(accumulation_dtype(x.dtype))
     of_form = {"mhc": _mhc, "hyper_connections": _hyper_connections, "channels": _channels}
     h = checkpoint_name(of_form[config.form](wide, params, config), "mhc_coefficients")
     h_pre, h_post, h_res = h
-    u = _sum_channels(h_pre, wide) if h_pre.ndim == x.ndim else weighted_sum(h_pre, wide)
+    weights = h_pre if given is None else given
+    u = _sum_channels(weights, wide) if weights.ndim == x.ndim else weighted_sum(weights, wide)
     if norm_scale is not None:
         mean_square = jnp.mean(jnp.square(u), axis=-1, keepdims=True)
-        u = for_tokens(norm_scale, u) * (u * lax.rsqrt(mean_square + norm_scale_eps))
+        u = scaled_norm(u, norm_scale, mean_square + norm_scale_eps)
     u = checkpoint_name(u.astype(x.dtype), "mhc_layer_input")
     return u, Context(x=x, h_pre=h_pre, h_post=h_post, h_res=h_res)
 
@@ -304,15 +314,27 @@ def post_pre(
     config: MHCConfig = PAPER,
     norm_scale: Float[jax.Array, " C"] | None = None,
     norm_scale_eps: float = 1e-6,
+    h_pre: Float[jax.Array, "*tokens n"] | None = None,
 ) -> tuple[Float[jax.Array, "*tokens C"], Context]:
     """`post` of one sublayer, then `pre` of the next; see `jax_mhc.post_pre`."""
+    if h_pre is None and config.schedule == "delayed":
+        h_pre = ctx.h_pre
     return pre(
         post(y, ctx),
         params,
         config=config,
         norm_scale=norm_scale,
         norm_scale_eps=norm_scale_eps,
+        h_pre=h_pre,
     )
+
+
+def collapse(
+    x: Float[jax.Array, "*tokens n C"], h_pre: Float[jax.Array, "*tokens n"]
+) -> Float[jax.Array, "*tokens C"]:
+    """The sum of the streams with given weights; see `jax_mhc.collapse`."""
+    wide = x.astype(accumulation_dtype(x.dtype))
+    return checkpoint_name(weighted_sum(h_pre, wide).astype(x.dtype), "mhc_layer_input")
 
 
 def head(

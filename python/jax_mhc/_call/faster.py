@@ -85,9 +85,9 @@ def configuration_of_op(
 ) -> Configuration | None:
     """The configuration of an op's operands; None where it runs the kernels as they are.
 
-    That is sinkhorn, and post after a pre that ran them.
+    That is sinkhorn, collapse, and post after a pre that ran them.
     """
-    if op == "sinkhorn" or (op == "post" and settings.defers):
+    if op in ("sinkhorn", "collapse") or (op == "post" and settings.defers):
         return None
     constraint = None
     if op == "head":

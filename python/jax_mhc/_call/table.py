@@ -241,6 +241,7 @@ def attributes(call: Call) -> dict[str, np.generic | str]:
     attributes: dict[str, bool | int | float | str] = dict(call.attributes)
     attributes |= {group: group in call.groups for group in call.row.groups}
     if call.config is not None:
+        # Settings that no kernel has, such as the schedule, are none of the call.
         config = dataclasses.asdict(call.config)
         attributes |= {name: config[name] for name in call.row.attributes if name in config}
     return {name: fixed[type(value)](value) for name, value in attributes.items()}

@@ -59,11 +59,13 @@ def missing_axes(
     # In the mesh's order, which is the same in every process.
     names = jax.typeof(operands[spread.call.operands[0]]).sharding.mesh.axis_names
 
-    def missing(result: str) -> Axes:
-        axes = everywhere - kept.get(result.removeprefix("d_"), everywhere)
+    def missing(result: str, has_channels: bool) -> Axes:
+        # Of what is no operand, such as the weights of collapse.
+        others = everywhere if has_channels else everywhere.difference(spread.hidden_axes)
+        axes = everywhere - kept.get(result.removeprefix("d_"), others)
         return tuple(name for name in names if name in axes) if result.startswith("d_") else ()
 
-    return {result: missing(result) for result in spread.call.results}
+    return {name: missing(name, "C" in v.value.dims) for name, v in spread.results.items()}
 
 
 def sum_up(results: Values, axes: Mapping[str, Axes]) -> Values:
@@ -86,6 +88,11 @@ def _own_channels(axes: Axes, value: SpreadValue, array: jax.Array) -> jax.Array
     at = _channels_axis(value)
     if not axes or at is None:
         return array
+    return own_part(array, axes, at)
+
+
+def own_part(array: jax.Array, axes: Axes, at: int) -> jax.Array:
+    """The part of a dimension that this device has where it is split over manual axes."""
     own = array.shape[at] // jax.lax.axis_size(axes)
     return jax.lax.dynamic_slice_in_dim(array, jax.lax.axis_index(axes) * own, own, at)
 

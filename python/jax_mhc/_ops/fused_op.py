@@ -117,6 +117,8 @@ Forward: TypeAlias = Callable[[Values, Values], tuple[Results, Values]]
 # Gradients by name, from settings, what was kept, and the cotangents of the results. Any of these
 # may be a SymbolicZero.
 Backward: TypeAlias = Callable[[Settings, Values, Any], Values]
+# Results of the forward call, as `named_call` gives them, from settings and operands.
+Run: TypeAlias = Callable[[Settings, Values], Values]
 # The op, from operands (of which the streams come first), settings and implementation; the last
 # argument is the op in plain JAX.
 FusedOp: TypeAlias = Callable[[Values, Settings, Implementation, Callable[[], Results]], Results]
@@ -139,16 +141,25 @@ def of_form(op: str, implementation: Implementation, config: MHCConfig | None) -
     return "reference"
 
 
-def fused_op(op: str, forward: Forward[Results], backward: Backward) -> FusedOp[Results]:
-    """An op as a function with a derivative, from what its two calls take and give."""
+def named_call(name: str, settings: Settings, operands: Values) -> Values:
+    """`fused_call` of a forward call whose results have names for policies of `jax.checkpoint`."""
+    return {
+        result: checkpoint_name(value, _NAMES.get(result, "mhc_coefficients"))
+        for result, value in fused_call(name, settings, operands).items()
+    }
+
+
+def fused_op(
+    op: str, forward: Forward[Results], backward: Backward, run_forward: Run | None = None
+) -> FusedOp[Results]:
+    """An op as a function with a derivative, from what its two calls take and give.
+
+    run_forward: the forward call, where it is not the one of the op's name alone.
+    """
+    run_forward = run_forward or functools.partial(named_call, f"{op}_fwd")
 
     def call(settings: Settings, operands: Values) -> tuple[Results, Values]:
-        results = fused_call(f"{op}_fwd", settings, operands)
-        named = {
-            name: checkpoint_name(result, _NAMES.get(name, "mhc_coefficients"))
-            for name, result in results.items()
-        }
-        return forward(operands, named)
+        return forward(operands, run_forward(settings, operands))
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def run(settings: Settings, operands: Values) -> Results:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -9,14 +10,8 @@ import jax
 
 from jax_mhc import _check, reference
 from jax_mhc._call import Implementation, Settings, Values
-from jax_mhc._ops.deferred import (
-    Cotangent,
-    context,
-    cotangents_of,
-    d_streams_in,
-    gradient,
-    streams,
-)
+from jax_mhc._ops import given
+from jax_mhc._ops.deferred import Cotangent, context, cotangents_of, gradient, streams
 from jax_mhc._ops.fused_op import fused_call, fused_op, normalizers, present
 from jax_mhc._ops.post import post
 from jax_mhc._types import Context, MHCConfig, MHCParams
@@ -34,6 +29,7 @@ def post_pre(
     config: MHCConfig = PAPER,
     norm_scale: Float[jax.Array, " C"] | None = None,
     norm_scale_eps: float = 1e-6,
+    h_pre: Float[jax.Array, "*tokens n"] | None = None,
     hidden_axis_name: str | Sequence[str] | None = None,
     implementation: Implementation = None,
 ) -> tuple[Float[jax.Array, "*tokens C"], Context]:
@@ -60,6 +56,8 @@ def post_pre(
         config: settings of the next sublayer.
         norm_scale: of the norm that the next layer begins with `[C]`, or None; see `pre`.
         norm_scale_eps: its eps.
+        h_pre: weights of the new streams in u `[..., n]` in place of their own; see `pre`. None
+            with schedule "delayed": `ctx.h_pre`, those of the sublayer that y comes from.
         hidden_axis_name: the mesh axes over which C is split inside `jax.shard_map`; see `pre`.
         implementation: None, "fused" or "reference"; see `pre`.
 
@@ -77,6 +75,7 @@ def post_pre(
         config=config,
         norm_scale=norm_scale,
         norm_scale_eps=norm_scale_eps,
+        h_pre=h_pre,
         hidden_axis_name=hidden_axis_name,
         implementation=implementation,
     )
@@ -91,6 +90,7 @@ def run(
     config: MHCConfig,
     norm_scale: jax.Array | None,
     norm_scale_eps: float,
+    h_pre: jax.Array | None,
     hidden_axis_name: str | Sequence[str] | None,
     implementation: Implementation,
     plain_post: Callable[[], jax.Array] | None = None,
@@ -104,6 +104,13 @@ def run(
     norm_scale, eps = _check.norm_scale(op, norm_scale, norm_scale_eps, ctx.x, hidden_axes=axes)
     deferred, x = streams(ctx)
     of_channels = ctx.h_post.ndim == x.ndim
+    of_given = None
+    if h_pre is None and config.schedule == "delayed":
+        h_pre = _check.given_weights(op, ctx.h_pre, ctx.x, "ctx.h_pre")
+    elif h_pre is not None:
+        h_pre = _check.given_weights(op, h_pre, ctx.x)
+    if h_pre is not None:
+        norm_scale, of_given = None, norm_scale
 
     def plain() -> tuple[jax.Array, Context]:
         if of_channels or config.form != "mhc":
@@ -116,9 +123,10 @@ def run(
             config=config,
             norm_scale=norm_scale,
             norm_scale_eps=eps,
+            h_pre=h_pre,
         )
 
-    return _post_pre(
+    u, ctx_new = _post_pre(
         present(
             x=x,
             y=y,
@@ -128,11 +136,13 @@ def run(
             alpha=alpha,
             bias=bias,
             norm_scale=norm_scale,
+            h_given=h_pre,
         ),
         Settings(config, eps, axes, defers=deferred),
         "reference" if of_channels else implementation,
         plain,
     )
+    return given.normalized(u, of_given, eps, axes), ctx_new
 
 
 def _forward(operands: Values, results: Values) -> tuple[tuple[jax.Array, Context], Values]:
@@ -141,20 +151,25 @@ def _forward(operands: Values, results: Values) -> tuple[tuple[jax.Array, Contex
     if "norm_scale" in operands:
         # The layer keeps u, too.
         kept["u_norm"] = results["u"]
+    if "h_given" in operands:
+        # What comes after the layer keeps the streams, too.
+        kept["x_new"] = results["x_new"]
     return (results["u"], ctx), operands | kept | {"h_res_new": results["h_res"]}
 
 
 def _backward(settings: Settings, saved: Values, cotangents: tuple[Cotangent, Context]) -> Values:
     d_u, d_ctx = cotangents
-    d_x_new_in, deferred = d_streams_in(d_ctx, saved["h_res_new"])
+    to = given.incoming(settings, saved, d_u, d_ctx, "x_new", "h_res_new")
     gradients = fused_call(
         "post_pre_bwd",
         settings,
-        saved | cotangents_of(d_u, d_ctx) | {"d_x_new_in": d_x_new_in},
-        deferred=deferred,
+        to.saved | cotangents_of(to.d_u, d_ctx) | {"d_x_new_in": to.d_x},
+        deferred=to.deferred,
     )
     d_x_new = gradients.pop("d_x_new")
-    return gradients | {"d_x": gradient(settings.defers, d_x_new, saved["h_res"])}
+    return to.gradients | gradients | {"d_x": gradient(settings.defers, d_x_new, saved["h_res"])}
 
 
-_post_pre = fused_op("post_pre", _forward, _backward)
+_post_pre = fused_op(
+    "post_pre", _forward, _backward, functools.partial(given.run_forward, "post_pre_fwd")
+)

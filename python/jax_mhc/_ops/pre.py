@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -9,8 +10,8 @@ import jax
 
 from jax_mhc import _check, reference
 from jax_mhc._call import Implementation, Settings, Values
-from jax_mhc._ops import post_pre
-from jax_mhc._ops.deferred import Cotangent, context, cotangents_of, d_streams_in
+from jax_mhc._ops import given, post_pre
+from jax_mhc._ops.deferred import Cotangent, context, cotangents_of
 from jax_mhc._ops.fused_op import fused_call, fused_op, normalizers, present
 from jax_mhc._ops.streams import Streams
 from jax_mhc._types import Context, MHCConfig, MHCParams
@@ -27,6 +28,7 @@ def pre(
     config: MHCConfig = PAPER,
     norm_scale: Float[jax.Array, " C"] | None = None,
     norm_scale_eps: float = 1e-6,
+    h_pre: Float[jax.Array, "*tokens n"] | None = None,
     hidden_axis_name: str | Sequence[str] | None = None,
     implementation: Implementation = None,
 ) -> tuple[Float[jax.Array, "*tokens C"], Context]:
@@ -41,18 +43,23 @@ def pre(
         u      = Σ_i h_pre[i] X[i]
         u      = norm_scale · u / sqrt(mean(u²) + norm_scale_eps)    where norm_scale is given
 
+    With h_pre, or in the delayed schedule ([D1] of docs/mathematics.md), u is the sum with those
+    weights and not with its own h_pre, which the context has for the sublayer after it. u is then
+    rounded before its norm, too.
+
     `h_res[i, j]` is the weight of stream j in new stream i. Source: arXiv 2512.24880;
     docs/mathematics.md has the settings and the gradients.
 
     Coefficients and sums are float32 (float64 for float64 streams); u is rounded once, to the
     dtype of x.
 
-    Differentiable with respect to x, all parameters and norm_scale, in reverse mode of first order
-    (the reference: in every mode). The backward pass keeps x, the parameters, h_res and K + 1
-    numbers a token (K + 2 with norm_scale), and repeats Sinkhorn's iterations. For `jax.checkpoint`
-    policies such as `jax.checkpoint_policies.save_only_these_names`, u is named "mhc_layer_input",
-    and h_pre, h_post, h_res and these numbers are named "mhc_coefficients": with both saved, the op
-    does not run again.
+    Differentiable with respect to x, all parameters, norm_scale and h_pre, in reverse mode of first
+    order (the reference: in every mode). The backward pass keeps x, the parameters, h_res and K + 1
+    numbers a token (with norm_scale one more; with both norm_scale and h_pre, u before its norm),
+    and repeats Sinkhorn's iterations. For `jax.checkpoint` policies such as
+    `jax.checkpoint_policies.save_only_these_names`, u is named "mhc_layer_input", and h_pre,
+    h_post, h_res and these numbers are named "mhc_coefficients": with both saved, the op does not
+    run again.
 
     Under `jax.vmap` a mapped x makes one call with one more leading dimension; mapped parameters,
     and the backward pass of a mapped call (whose parameter gradients differ from element to
@@ -69,6 +76,9 @@ def pre(
         norm_scale: w `[C]` of the RMSNorm that the layer begins with, of the parameters' dtype; u
             is then rounded once, after the norm. None: u is not normalised.
         norm_scale_eps: added to mean(u²) in it.
+        h_pre: weights of the streams in u `[..., n]`, of the coefficients' dtype, in place of its
+            own; differentiable. None: its own, or with schedule "delayed" those of the sublayer
+            before, which Streams carry.
         hidden_axis_name: the mesh axis over which C is split inside `jax.shard_map`, or several: x
             and u then have the channels of one device, and parameters have all channels. None: C
             is not split there. Outside of it JAX itself knows how C is split.
@@ -85,7 +95,8 @@ def pre(
         `.h_post` `[..., n]`, `.h_res` `[..., n, n]`; `Context` tells what may be done with it.
 
     Raises:
-        ValueError, TypeError: shapes or dtypes that do not fit, an unknown implementation, or
+        ValueError, TypeError: shapes or dtypes that do not fit, an array and no h_pre where the
+            schedule is delayed, an unknown implementation, or
             "fused" on a platform without kernels or with float64 streams on a GPU; forward mode
             through the fused op.
         RuntimeError: the shared library with the kernels cannot be used; "fused" on a GPU that
@@ -95,6 +106,8 @@ def pre(
     if isinstance(x, Streams):
         config = _check.config(op, config, x.dtype)
         if x.is_first or config.form != "mhc":
+            if h_pre is None and config.schedule == "delayed":
+                h_pre = x.h_pre
             x = x.array(implementation=implementation)
         else:
             return post_pre.run(
@@ -104,6 +117,7 @@ def pre(
                 config=config,
                 norm_scale=norm_scale,
                 norm_scale_eps=norm_scale_eps,
+                h_pre=h_pre,
                 hidden_axis_name=hidden_axis_name,
                 implementation=implementation,
                 plain_post=x.plain_array,
@@ -113,8 +127,12 @@ def pre(
     axes = _check.hidden_axes(op, hidden_axis_name, x)
     phi, alpha, bias = _check.params(op, params, x, config, hidden_axes=axes)
     norm_scale, eps = _check.norm_scale(op, norm_scale, norm_scale_eps, x, hidden_axes=axes)
-    return _pre(
-        present(x=x, phi=phi, alpha=alpha, bias=bias, norm_scale=norm_scale),
+    of_given = None
+    if h_pre is not None or config.schedule == "delayed":
+        h_pre = _check.given_weights(op, h_pre, x)
+        norm_scale, of_given = None, norm_scale
+    u, ctx = _pre(
+        present(x=x, phi=phi, alpha=alpha, bias=bias, norm_scale=norm_scale, h_given=h_pre),
         Settings(config, eps, axes),
         implementation,
         lambda: reference.pre(
@@ -123,8 +141,10 @@ def pre(
             config=config,
             norm_scale=norm_scale,
             norm_scale_eps=eps,
+            h_pre=h_pre,
         ),
     )
+    return given.normalized(u, of_given, eps, axes), ctx
 
 
 def _forward(operands: Values, results: Values) -> tuple[tuple[jax.Array, Context], Values]:
@@ -134,13 +154,13 @@ def _forward(operands: Values, results: Values) -> tuple[tuple[jax.Array, Contex
 
 def _backward(settings: Settings, saved: Values, cotangents: tuple[Cotangent, Context]) -> Values:
     d_u, d_ctx = cotangents
-    d_x_in, deferred = d_streams_in(d_ctx, saved["h_res"])
-    return fused_call(
+    to = given.incoming(settings, saved, d_u, d_ctx, "x", "h_res")
+    return to.gradients | fused_call(
         "pre_bwd",
         settings,
-        saved | cotangents_of(d_u, d_ctx) | {"d_x_in": d_x_in},
-        deferred=deferred,
+        to.saved | cotangents_of(to.d_u, d_ctx) | {"d_x_in": to.d_x},
+        deferred=to.deferred,
     )
 
 
-_pre = fused_op("pre", _forward, _backward)
+_pre = fused_op("pre", _forward, _backward, functools.partial(given.run_forward, "pre_fwd"))

@@ -72,7 +72,7 @@ class Streams:
     and are no gradients of X; differentiate with respect to an array for those.
     """
 
-    __slots__ = ("_deferred", "_first", "_h_post", "_h_pre", "_h_res", "_x", "_y")
+    __slots__ = ("_deferred", "_first", "_h_post", "_h_pre", "_h_res", "_of_channels", "_x", "_y")
 
     _x: jax.Array
     _y: jax.Array
@@ -83,6 +83,9 @@ class Streams:
     # Whether there is no sublayer before these: `pre` and `array` then take X itself. Loops forget
     # it: it is no part of the pytree, which has one structure before and after a sublayer.
     _first: bool
+    # Whether the sublayer before is of form "channels", whose h_pre they do not carry. Loops forget
+    # it, too.
+    _of_channels: bool
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         """Refuses: Streams come of `as_streams`."""
@@ -93,19 +96,29 @@ class Streams:
         )
 
     @classmethod
-    def _of(cls, leaves: Iterable[Any], deferred: bool, first: bool = False) -> Streams:
+    def _of(
+        cls,
+        leaves: Iterable[Any],
+        deferred: bool,
+        first: bool = False,
+        of_channels: bool = False,
+    ) -> Streams:
         """Streams of their parts. deferred: whether the cotangent of X is (_ops/deferred.py)."""
         self = object.__new__(cls)
         self._x, self._y, self._h_pre, self._h_post, self._h_res = leaves
-        self._deferred, self._first = deferred, first
+        self._deferred, self._first, self._of_channels = deferred, first, of_channels
         return self
+
+    def _with(self, leaves: Iterable[Any]) -> Streams:
+        """The same streams of other parts."""
+        return self._of(leaves, self._deferred, self._first, self._of_channels)
 
     @classmethod
     def after(cls, y: jax.Array, ctx: Context, deferred: bool) -> Streams:
         """Streams after a sublayer: the context of its pre, and the layer's output."""
         if ctx.h_post.ndim == ctx.x.ndim:
             # Streams carry an h_post of streams, and this one is of channels.
-            return cls._before(post(y, ctx), (), deferred)
+            return cls._before(post(y, ctx), (), deferred, of_channels=True)
         if not deferred:
             x = ctx.x
         elif ctx._deferred is not None:
@@ -115,11 +128,22 @@ class Streams:
         return cls._of((x, y, ctx.h_pre, ctx.h_post, ctx.h_res), deferred)
 
     @classmethod
-    def _before(cls, x: jax.Array, hidden_axes: tuple[str, ...], deferred: bool) -> Streams:
-        """Streams x as they are, with no sublayer before them."""
+    def _before(
+        cls,
+        x: jax.Array,
+        hidden_axes: tuple[str, ...],
+        deferred: bool,
+        h_pre: jax.Array | None = None,
+        *,
+        of_channels: bool = False,
+    ) -> Streams:
+        """Streams x as they are, with no sublayer before them, or after one with this h_pre."""
         y, h_post, h_res = no_sublayer(x, hidden_axes)
-        first = jnp.broadcast_to(jax.nn.one_hot(0, x.shape[-2], dtype=h_post.dtype), h_post.shape)
-        return cls._of((x, y, of_tokens(first, x, hidden_axes), h_post, h_res), deferred, True)
+        if h_pre is None:
+            first = jax.nn.one_hot(0, x.shape[-2], dtype=h_post.dtype)
+            h_pre = jnp.broadcast_to(first, h_post.shape)
+        parts = x, y, of_tokens(h_pre, x, hidden_axes), h_post, h_res
+        return cls._of(parts, deferred, True, of_channels)
 
     def varying_like(self, others: Tree, hidden_axes: tuple[str, ...]) -> Streams:
         """Streams that vary over the mesh axes that they or others vary over."""
@@ -127,7 +151,7 @@ class Streams:
         x, y = (varying_like(part, self._x, *leaves) for part in (self._x, self._y))
         coefficients = self._h_pre, self._h_post, self._h_res
         of_all = (of_tokens(h, x, hidden_axes) for h in coefficients)
-        return self._of((x, y, *of_all), self._deferred, self._first)
+        return self._with((x, y, *of_all))
 
     def pending(self) -> tuple[jax.Array, Context]:
         """The first operands of `post` and of `post_pre`.
@@ -205,6 +229,25 @@ class Streams:
         return self._deferred
 
     @property
+    def h_pre(self) -> jax.Array:
+        """h_pre of the last sublayer `[..., n]`, with which the delayed schedule goes on.
+
+        Before the first sublayer it is 1 for stream 0 and 0 for all others.
+
+        Raises:
+            ValueError: the last sublayer is of form "channels". Its h_pre has a value for each
+                channel, which streams do not carry; where a loop or `jax.jit` has handed them on,
+                they are as before the first sublayer.
+        """
+        if self._of_channels:
+            raise Refusal(ValueError, "Streams", "h_pre").expected(
+                "a last sublayer whose h_pre has one weight for each stream",
+                "one of form 'channels'",
+                "Neither the delayed schedule nor collapse goes on from it: give weights, h_pre=.",
+            )
+        return self._h_pre
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """`(..., n, C)`."""
         return self._x.shape
@@ -250,7 +293,7 @@ class Streams:
             raise Refusal(ValueError, op, "function").expected(
                 "a function that moves tokens alone, alike in all parts", self._shown(parts), remedy
             )
-        return self._of(parts, self._deferred, self._first)
+        return self._with(parts)
 
     @staticmethod
     def _shapes(parts: Sequence[jax.Array]) -> tuple[set[tuple[int, ...]], tuple[int, ...]]:
@@ -301,13 +344,9 @@ class Streams:
         """
         sizes = tokens[0] if len(tokens) == 1 and isinstance(tokens[0], Sequence) else tokens
         try:
-            return self._of(
-                [
-                    part.reshape(*sizes, *part.shape[part.ndim - rank :])
-                    for part, rank in zip(self.tree_flatten()[0], _RANKS, strict=True)
-                ],
-                self._deferred,
-                self._first,
+            return self._with(
+                part.reshape(*sizes, *part.shape[part.ndim - rank :])
+                for part, rank in zip(self.tree_flatten()[0], _RANKS, strict=True)
             )
         except (TypeError, ValueError) as error:
             raise Refusal(ValueError, "Streams.reshape", "tokens").expected(
@@ -390,6 +429,7 @@ jax.export.register_pytree_node_serialization(
 def as_streams(
     x: Float[jax.Array, "*tokens n C"] | Streams,
     *,
+    h_pre: Float[jax.Array, "*tokens n"] | None = None,
     hidden_axis_name: str | Sequence[str] | None = None,
     implementation: Implementation = None,
 ) -> Streams:
@@ -399,6 +439,8 @@ def as_streams(
 
     Args:
         x: the streams `[..., n, C]`, or Streams, which are returned as they are.
+        h_pre: the weights `[..., n]` that the next sublayer of the delayed schedule takes, where
+            the array has left Streams amid the sublayers: their `h_pre`. None: stream 0 alone.
         hidden_axis_name: the mesh axes over which C is split inside `jax.shard_map`; see `pre`.
         implementation: that of the sublayers to come; see `pre`. With "reference" all of it is
             plain JAX, differentiable in every mode; sublayers of another implementation give the
@@ -408,20 +450,32 @@ def as_streams(
         The streams.
 
     Raises:
-        ValueError, TypeError, RuntimeError: x that is no streams; what `pre` raises.
+        ValueError, TypeError, RuntimeError: x that is no streams; h_pre beside Streams, which carry
+            their own; what `pre` raises.
     """
     op = "as_streams"
     _check.implementation(op, implementation)
     if isinstance(x, Streams):
+        if h_pre is not None:
+            raise Refusal(ValueError, op, "h_pre").expected(
+                "None beside Streams, which carry their own", typed(h_pre), "Leave it out."
+            )
         _check.hidden_axes(op, hidden_axis_name, jax.tree.leaves(x)[0])
         return x
-    return first_streams(op, _check.streams(op, "x", x), hidden_axis_name, implementation)
+    x = _check.streams(op, "x", x)
+    if h_pre is not None:
+        h_pre = _check.given_weights(op, h_pre, x)
+    return first_streams(op, x, hidden_axis_name, implementation, h_pre)
 
 
 def first_streams(
-    op: str, x: jax.Array, hidden_axis_name: object, implementation: Implementation
+    op: str,
+    x: jax.Array,
+    hidden_axis_name: object,
+    implementation: Implementation,
+    h_pre: jax.Array | None = None,
 ) -> Streams:
-    """Streams x before the first sublayer."""
+    """Streams x before the first sublayer, or after one with this h_pre."""
     axes = _check.hidden_axes(op, hidden_axis_name, x)
     deferred = use_fused(op, implementation, x.dtype, axes)
-    return Streams._before(x, axes, deferred)
+    return Streams._before(x, axes, deferred, h_pre)

@@ -58,8 +58,8 @@ def stack(
 
     but from one sublayer to the next, from block to block too, the streams are read and written
     once, by `post_pre`, and not twice, by `post` and `pre`. The scan carries what the post of a
-    block's last sublayer needs: x, y, h_post and h_res. Before the first block these are x, 0, 0
-    and I. Source: arXiv 2512.24880.
+    block's last sublayer needs: x, y, h_post and h_res, and its h_pre for the delayed schedule.
+    Before the first block these are x, 0, 0 and I, and 1 for stream 0. Source: arXiv 2512.24880.
 
     See `pre` for dtypes, derivatives and batching. Beside what the layers keep, the backward pass
     keeps of each sublayer the streams before it, y, with norm_scale u too, and about 2 (n² + 2n)
@@ -73,7 +73,8 @@ def stack(
     Args:
         layers: the sublayers, functions `[..., C] -> [..., C]` that keep the dtype; with xs those
             of one block, `(u, s) -> y`, where s is the block's slice of xs.
-        x: the streams `[..., n, C]`, or `Streams`.
+        x: the streams `[..., n, C]`, or `Streams`; with schedule "delayed" these alone, which carry
+            the h_pre of the sublayer before.
         params: one for each of `layers`, from `init_params`; with xs stacked over the blocks.
         xs: the layers' parameters, a pytree of arrays `[num_blocks, ...]`.
         config: settings of all sublayers.
@@ -200,6 +201,8 @@ def _run(
     else:
         x = _check.streams(_OP, "x", x)
     config = _check.config(_OP, config, x.dtype)
+    if config.schedule == "delayed":
+        _check.given_weights(_OP, x.h_pre if isinstance(x, Streams) else None, x)
     layers, params, scales = checks.sublayers(
         layers,
         params,
