@@ -139,7 +139,7 @@ int main(int, char** argv) {
         const double h = logistic(z[i]), post = logistic(z[n + i]);
         of_h.add(h_pre[t * n + i], h + own_settings.pre_eps);
         of_h.add(h_pre_again[t * n + i], h + own_settings.pre_eps);
-        of_h.add(h_post[t * n + i], 2 * post);
+        of_h.add(h_post[t * n + i], 2 * post + own_settings.post_eps);
         double dot = d_h_pre[t * n + i];
         for (int c = 0; c < hidden; ++c) dot += wide(d_u[size_t(t) * hidden + c]) * x_at(i, c);
         d_z[i] = dot * h * (1 - h);

@@ -60,7 +60,9 @@ int main(int, char** argv) {
   d_h_res = floats(size_t(tokens) * n * n, any);
   const int blocks = 2 * ((tokens + 2 * kTokens - 1) / (2 * kTokens));
   const int recorded = 2 * settings().sinkhorn_iters * 32;
-  history = sizes.deferred ? guarded<float>(size_t(blocks) * kMatrixWarps * recorded) : nullptr;
+  history = sizes.deferred
+                ? guarded<float>(size_t(blocks) * max(kMatrixWarps, kBusyWarps) * recorded)
+                : nullptr;
   const Results expected = run_all(blocks, kThreads, sizes.seed);
 
   num_dots = sizes.clusters;
@@ -79,7 +81,7 @@ int main(int, char** argv) {
   }
   sizes.spoil(dots);
   x = nullptr, d_u = nullptr;
-  const Results got = run_all(blocks, 32 * kMatrixWarps, sizes.seed);
+  const Results got = run_all(blocks, 32 * kBusyWarps, sizes.seed);
 
   Error of_h_pre{"h_pre", kFloatError}, of_gates{"gates", kFloatError};
   Error of_factors{"factors", kFloatError}, of_columns{"r dm", kFloatError};
