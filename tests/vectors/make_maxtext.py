@@ -3,8 +3,15 @@
 Run by hand when the vectors shall change, in an environment of its own, of Python 3.12 or newer
 (the tests only read the file):
 
-    pip install "maxtext[runner]==0.2.5" "jax==0.11.2"
+    pip install maxtext==0.2.5 jax==0.11.2 flax==0.12.12 absl-py aqtp chex \\
+        cloud-accelerator-diagnostics datasets drjax gcsfs google-cloud-aiplatform \\
+        google-cloud-mldiagnostics google-cloud-storage "grain[parquet]" huggingface_hub \\
+        jaxtyping jinja2 jsonlines ml-collections ml-goodput-measurement omegaconf optax \\
+        orbax-checkpoint pathwaysutils pillow protobuf pydantic qwix sentencepiece sympy tensorboardx \\
+        tiktoken tokamax transformers
     python tests/vectors/make_maxtext.py
+
+(The package itself asks for nothing; its extras are for TPUs and for CUDA.)
 
 `ManifoldConstrainedHyperConnections` runs around a sine, its norm, and a layer of each kind, and
 `DeepSeek4HyperHead` on streams. It is float32 throughout, since the class has casts of its own;
