@@ -7,8 +7,8 @@ Run by hand when the vectors shall change, in an environment of its own, of Pyth
         cloud-accelerator-diagnostics datasets drjax gcsfs google-cloud-aiplatform \\
         google-cloud-mldiagnostics google-cloud-storage "grain[parquet]" huggingface_hub \\
         jaxtyping jinja2 jsonlines ml-collections ml-goodput-measurement omegaconf optax \\
-        orbax-checkpoint pathwaysutils pillow protobuf pydantic qwix sentencepiece sympy tensorboardx \\
-        tiktoken tokamax transformers
+        orbax-checkpoint pathwaysutils pillow protobuf pydantic qwix sentencepiece sympy \\
+        tensorboardx tiktoken tokamax transformers
     python tests/vectors/make_maxtext.py
 
 (The package itself asks for nothing; its extras are for TPUs and for CUDA.)
