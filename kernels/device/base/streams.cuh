@@ -94,7 +94,7 @@ __device__ inline void store_together(const Pack<S, V>& pack, S* row, int at, in
           is_own ? window[4] : words[0], is_own ? window[5] : words[1],
           is_own ? window[6] : words[2], is_own ? window[7] : words[3]};
     }
-    // What is left: the values before the next 16 bytes, and those from there on.
+    // Values that are left: those before the next 16 bytes, and those from there on.
     const bool has_first = !joins, has_rest = shift > 0 && (lane == 31 || !next_joins || !is_full);
     if (!has_first && !has_rest) return;
     const auto is_left = [&](int byte) { return byte < 16 - shift ? has_first : has_rest; };

@@ -65,7 +65,7 @@ struct MixingWeights {
   }
 };
 
-// Those of post, H_res and h_post of a token.
+// Weights of post: H_res and h_post of a token.
 template <int N>
 __device__ inline MixingWeights<N> post_weights(const float* h_res, const float* h_post, int n) {
   return MixingWeights<N>([&](int i, int j) { return i < n && j < n ? h_res[i * n + j] : 0.f; },
@@ -142,7 +142,7 @@ __device__ inline void mix_channels(WeightsOf weights_of, const Stream* from, co
   }
 }
 
-// Of a result that is stored and nothing else.
+// No use of a result but that it is stored.
 struct NoUse {
   __device__ void operator()(int, int, int, const Pack<Stream, 8>&) const {}
 };
