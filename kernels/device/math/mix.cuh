@@ -48,7 +48,7 @@ struct MixingWeights {
     }
   }
 
-  // Of the streams g and g + 8, channels that B has as columns 2 q and 2 q + 1.
+  // Channels of the streams g and g + 8 that B has as columns 2 q and 2 q + 1.
   __device__ void multiply(float (&mixed)[4], u32 b, u32 later_b, u32 added_b) const {
     float sums[4] = {};
     if constexpr (N <= 8) {
@@ -76,7 +76,7 @@ __device__ inline MixingWeights<N> post_weights(const float* h_res, const float*
 template <bool ALIGNED, int N>
 struct MixedUnit {
   static constexpr int kHalves = N / 8;
-  // Of the streams 2 q, 2 q + 1, 2 q + 8 and 2 q + 9. Column g of B is channel 8 g + e.
+  // Channels of the streams 2 q, 2 q + 1, 2 q + 8 and 2 q + 9. Column g of B is channel 8 g + e.
   Pack<Stream, 8> xs[2 * kHalves], ys = {};
 
   __device__ void read(const Stream* from, const Stream* added, int unit, int n, int hidden) {

@@ -17,7 +17,7 @@ static_assert(N == 4 && kSumsPhi && kUnits * kMainWarps * 16 == SIZE && kUnits =
 
 // Fragments of phi and of d_phi of a main warp: the streams of its first unit, then those of the next one.
 constexpr int kFragments = kUnits * N;
-// Those that are multiplied at once.
+// Fragments that are multiplied at once.
 constexpr int kAtOnce = 2;
 // Bytes from a unit to the warp's next one: boxes have two units.
 constexpr u32 kBoxUnits = kBoxChannels / 16, kNextUnit = kMainWarps / kBoxUnits * kBox;

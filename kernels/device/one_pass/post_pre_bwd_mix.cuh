@@ -135,7 +135,7 @@ struct Tables<2> {
 
 // ---- mixing --------------------------------------------------------------------------------------------
 
-// What main warps mix streams with, by H_res (`which` = 0) or the transposed H_res_new. Results are (channel g, i),
+// Numbers with which main warps mix streams, by H_res (`which` = 0) or the transposed H_res_new. Results are (channel g, i),
 // (g, i + 1), (g + 8, i), (g + 8, i + 1) of one of the lane's two tokens, the first (e = 0) or the second, for the streams
 // i and i + 1.
 template <int STREAMS>

@@ -5,7 +5,7 @@
 
 // ---- tables --------------------------------------------------------------------------------------------
 
-// Of each token the columns of H_res, the rows of H_res_new and h_post. A lane has a token's row i of both matrices.
+// Tables: of each token the columns of H_res, the rows of H_res_new and h_post. A lane has a token's row i of both matrices.
 struct FloatTables {
   const Block& block;
   const Args& args;

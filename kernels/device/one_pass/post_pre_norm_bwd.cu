@@ -12,7 +12,7 @@
 constexpr int N = SIZE;
 constexpr int kMaxThreads = tuning_post_pre_norm_bwd::threads;
 constexpr int kV = tuning_post_pre_norm_bwd::channels;
-// What is divided by must leave room for the digits of the quotient; beside float16, whose numbers have fewer digits below
+// A divisor must leave room for the digits of the quotient; beside float16, whose numbers have fewer digits below
 // 2^-14, those of the dividend must be there.
 template <class S>
 constexpr float kSmallest = 1e-30f;
