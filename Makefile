@@ -125,12 +125,30 @@ clean:  ## remove everything that these targets made
 	@rm -f .venv/tested-*
 	@touch $@
 
-# The quick library replaces the users' one in the environment, and is replaced by it.
+# The quick library replaces the users' one in the environment, and is replaced by it. What jax-mhc[$*] needs is
+# installed while it is built: pip has one thread.
 .venv/tested-%: $(SOURCES) | $(HEADERS) $(COMPILER)
 	@echo "Installing jax-mhc[$*] for tests; the first time takes a few minutes."
-	$(QUICK_BUILD) $(BIN)/pip install --quiet --no-build-isolation '.[$*]'
+	@rm -rf .build/quick
+	$(BIN)/python -c "$$NEEDED" '$*' > .build/needed.txt
+	$(QUICK_BUILD) $(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir .build/quick . & \
+	  $(BIN)/pip install --quiet --requirement .build/needed.txt; wait $$!
+	$(BIN)/pip install --quiet --no-deps --force-reinstall .build/quick/*.whl
+	$(BIN)/pip install --quiet "$$(echo .build/quick/*.whl)[$*]"
 	@rm -f .venv/installed-*
 	@touch $@
+
+# Prints the requirements of jax-mhc with extras, those of its own extras in their place.
+define NEEDED
+import re, sys, tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+def needed(extra):
+    for line in project["optional-dependencies"][extra]:
+        own = re.fullmatch(r"jax-mhc\[(.*)\]", line)
+        yield from (line for name in own[1].split(",") for line in needed(name)) if own else [line]
+print(*project["dependencies"], *(line for name in sys.argv[1].split(",") for line in needed(name)), sep="\n")
+endef
+export NEEDED
 
 # Takes the files under $(2) out of the wheel $(1).
 define unpack

@@ -9,7 +9,7 @@ from pathlib import Path
 # benchmarks' they want `collectives`.
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "benches")]
 
-from programs import CACHE, QUICK_COMPILATION  # noqa: E402 - in the folder that the line above adds
+from programs import CACHE, QUICK_COMPILATION, WORTH_KEEPING  # noqa: E402 - in the folder that the line above adds
 
 # Of this process and those that tests start: several share a GPU, and choosing the fastest matrix
 # product takes longer than the few that there are. JAX reads both when it is imported, so its
@@ -81,13 +81,13 @@ def _compile_quickly():
     """XLA's compiler takes most of the tests' time; programs may run slowly.
 
     Our kernels, which are compiled beforehand, are the same. Tests that compare XLA's own roundings
-    ask for what users get (`cases.FOR_USERS`). Workers compile many programs alike: what XLA
-    compiled stays in a folder; `make test` begins with an empty one.
+    ask for what users get (`cases.FOR_USERS`). Workers compile many programs alike: what took XLA
+    long stays in a folder; `make test` begins with an empty one.
     """
     jax.config.update("jax_disable_most_optimizations", True)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of the processes that tests start
     jax.config.update("jax_compilation_cache_dir", str(CACHE))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 

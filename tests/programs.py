@@ -12,6 +12,9 @@ README = ROOT / "README.md"
 # Programs that XLA compiled, for all tests and what they run; `make test` empties the folder.
 CACHE = ROOT / ".build" / "tests"
 
+# Seconds of compilation, below which to write a program takes longer than to compile it again.
+WORTH_KEEPING = 0.05
+
 # jaxlib 0.11 has no other emitters any more, and ends a process that names the flag.
 _HAS_EMITTERS = tuple(map(int, metadata.version("jaxlib").split(".")[:2])) < (0, 11)
 
@@ -27,7 +30,7 @@ QUICK_COMPILATION = {**emitters(fusion=False), "xla_cpu_parallel_codegen_split_c
 # Most of their time here is compilation, of programs that several runs have in common.
 ENVIRONMENT = {
     "JAX_COMPILATION_CACHE_DIR": str(CACHE),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(WORTH_KEEPING),
     # By default a GPU rounds the factors of a product in float32 to 10 bits, which would hide that
     # all connections start alike.
     "JAX_DEFAULT_MATMUL_PRECISION": "highest",

@@ -12,8 +12,37 @@ mod tuning;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::LazyLock;
 
 use tuning::FILES;
+
+/// Options of all programs. Pragmas and attributes of CUDA C++ are unknown.
+const OPTIONS: [&str; 4] = ["-std=c++20", "-O1", "-w", "-Wno-psabi"];
+
+/// The folder of this test's files.
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulated")
+}
+
+/// Has the compiler do its work.
+fn compile(compiler: &mut Command) {
+    assert!(compiler.status().unwrap().success(), "{compiler:?}");
+}
+
+/// A header that the compiler has read once, the emulator's, for all programs: to read the standard library takes half a
+/// second.
+static EMULATOR: LazyLock<PathBuf> = LazyLock::new(|| {
+    fs::create_dir_all(folder()).unwrap();
+    let header = folder().join("read_once.h");
+    fs::write(&header, "#include \"emulator.h\"\n").unwrap();
+    let mut compiler = Command::new("c++");
+    compiler
+        .args(OPTIONS)
+        .args(["-Itests/emulated", "-x", "c++-header"]);
+    compiler.arg(&header).arg("-o");
+    compile(compiler.arg(folder().join("read_once.h.gch")));
+    header
+});
 
 /// Compiles a check of a kernel of kernels/device in one size and dtype.
 fn build(check: &str, file: &str, size_name: &str, dtype: &str) -> PathBuf {
@@ -22,28 +51,19 @@ fn build(check: &str, file: &str, size_name: &str, dtype: &str) -> PathBuf {
         .filter(|row| row.path == file && row.dtypes.contains(&dtype));
     let mut sizes = rows.flat_map(|row| row.sizes().into_iter().map(move |size| (row, size)));
     let (file, size) = sizes.find(|(_, size)| size.name == size_name).unwrap();
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"))
-        .join("emulated")
-        .join(format!("{check}_{size_name}_{dtype}"));
+    let folder = folder().join(format!("{check}_{size_name}_{dtype}"));
     fs::create_dir_all(&folder).unwrap();
     fs::write(folder.join("generated.cuh"), generated::header(file, size)).unwrap();
     let program = folder.join("check");
     let mut compiler = Command::new("c++");
-    // Pragmas and attributes of CUDA C++ are unknown.
-    compiler.args([
-        "-std=c++20",
-        "-O1",
-        "-w",
-        "-Wno-psabi",
-        "-DSUFFIX=_emulated",
-    ]);
+    compiler.args(OPTIONS).arg("-include").arg(&*EMULATOR);
+    compiler.arg("-DSUFFIX=_emulated");
     compiler.arg(format!("-DSTREAM={dtype}"));
     compiler
         .args(["-Itests/emulated", "-Idevice", "-I"])
         .arg(&folder);
     compiler.arg(format!("tests/emulated/{check}.cc"));
-    compiler.arg("-o").arg(&program);
-    assert!(compiler.status().unwrap().success(), "{compiler:?}");
+    compile(compiler.arg("-o").arg(&program));
     program
 }
 

@@ -14,7 +14,12 @@ inline u16 to_bf16(float v) {
   word += 0x7fff + (word >> 16 & 1);
   return u16(word >> 16);
 }
-inline float of_f16(u16 v) { return float(bits<_Float16>(v)); }
+// Compilers convert by a call. The exponents' offsets differ by 112; infinities and NaN have the largest exponent.
+inline float of_f16(u16 v) {
+  const float magnitude = __uint_as_float((v & 0x7fffu) << 13) * 0x1p112f;
+  const u32 largest = (v & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0;
+  return __uint_as_float(__float_as_uint(magnitude) | largest | (v & 0x8000u) << 16);
+}
 inline u16 to_f16(float v) { return bits<u16>(_Float16(v)); }
 
 inline float wide(f16 v) { return of_f16(v.bits); }
@@ -28,31 +33,33 @@ inline float approximate_inverse_root(float v) { return 1.f / sqrtf(v); }
 // ---- tensor cores ----------------------------------------------------------------------------------
 
 // d += a b with HALVES * 8 columns of a.
-template <int HALVES, class Wide>
-void multiply(float (&d)[4], const u32* a, const u32* b, Wide wide) {
+template <int HALVES, float (*WIDE)(u16)>
+void multiply(float (&d)[4], const u32* a, const u32* b) {
   u32 own[6] = {};
   for (int i = 0; i < 2 * HALVES; ++i) own[i] = a[i];
   for (int i = 0; i < HALVES; ++i) own[4 + i] = b[i];
   const auto all = emulated::exchange(own, 6);
   const int g = emulated::lane() / 4, q = emulated::lane() % 4;
-  for (int e = 0; e < 4; ++e) {
-    const int row = e / 2, column = 2 * q + e % 2;
-    double sum = 0;
+  double left[2][8 * HALVES], right[2][8 * HALVES];
+  for (int i = 0; i < 2; ++i) {
     for (int k = 0; k < 8 * HALVES; ++k) {
-      const u32 left = all[4 * g + k % 8 / 2][k / 8 * 2 + row];
-      const u32 right = all[4 * column + k % 8 / 2][4 + k / 8];
-      sum += double(wide(left >> k % 2 * 16)) * double(wide(right >> k % 2 * 16));
+      left[i][k] = WIDE(u16(all[4 * g + k % 8 / 2][k / 8 * 2 + i] >> k % 2 * 16));
+      right[i][k] = WIDE(u16(all[4 * (2 * q + i) + k % 8 / 2][4 + k / 8] >> k % 2 * 16));
     }
+  }
+  for (int e = 0; e < 4; ++e) {
+    double sum = 0;
+    for (int k = 0; k < 8 * HALVES; ++k) sum += left[e / 2][k] * right[e % 2][k];
     d[e] = float(d[e] + sum);
   }
 }
 inline void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 b) {
   const u32 a[4] = {a0, a1, a2, a3}, both[2] = {b.x, b.y};
-  multiply<2>(d, a, both, of_bf16);
+  multiply<2, of_bf16>(d, a, both);
 }
 inline void mma_k8(float (&d)[4], u32 a0, u32 a1, u32 b) {
   const u32 a[2] = {a0, a1};
-  multiply<1>(d, a, &b, of_bf16);
+  multiply<1, of_bf16>(d, a, &b);
 }
 inline void mma_tf32(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 b) {
   const u32 own[6] = {a0, a1, a2, a3, b.x, b.y};
@@ -73,10 +80,10 @@ inline void mma_tf32(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 b) {
 }
 inline void mma_half(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 b) {
   const u32 a[4] = {a0, a1, a2, a3}, both[2] = {b.x, b.y};
-  multiply<2>(d, a, both, of_f16);
+  multiply<2, of_f16>(d, a, both);
 }
 inline void mma_half(float (&d)[4], const u32 (&a)[2], const u32 (&b)[1]) {
-  multiply<1>(d, a, b, of_f16);
+  multiply<1, of_f16>(d, a, b);
 }
 
 // ---- shared memory ----------------------------------------------------------------------------------
