@@ -24,6 +24,7 @@ def find_plugin():
 
 PLUGIN = find_plugin()
 LIBRARY = library.status()["path"]
+VERSION = library.description()["target_version"]
 
 pytestmark = [
     pytest.mark.cpu("with a plugin for GPUs the example is run by hand (examples/rust/README.md)"),
@@ -116,6 +117,10 @@ def changed(file, *change):
     return lambda program: replace(program / file, *change)
 
 
+def calls_of(version):
+    return changed("program.mlirbc", b"_v%d" % VERSION, b"_v%d" % version)
+
+
 def cut_off(file):
     return lambda program: (program / file).write_bytes((program / file).read_bytes()[:-100])
 
@@ -123,8 +128,8 @@ def cut_off(file):
 @pytest.mark.parametrize(
     "change, error",
     [
-        (changed("program.mlirbc", b"_v4", b"_v3"), "expected calls of version 4, got those of an"),
-        (changed("program.mlirbc", b"_v4", b"_v9"), "jax_mhc_pre_fwd_v9.*; export it again with"),
+        (calls_of(VERSION - 1), f"expected calls of version {VERSION}, got those of an earlier"),
+        (calls_of(VERSION + 1), f"jax_mhc_pre_fwd_v{VERSION + 1}.*; export it again with jax-mhc"),
         (cut_off("program.mlirbc"), "Failed to parse.*; export it again with jax-mhc"),
         (cut_off("values.bin"), "values.bin: expected the float32 numbers that values.json lists"),
         (cut_off("values.json"), "values.json: EOF while parsing.*; export it again"),

@@ -127,7 +127,7 @@ sized_structs! {
     }
     ExecutableDestroy { executable: *mut Executable }
     ExecutableNumOutputs { executable: *mut Executable, num_outputs: usize }
-    // 12 fields in version 0.81 and 16 in 0.116, with room for more; this program sets none.
+    // Fields: 12 in version 0.81 and 16 in 0.114, with room for more; this program sets none.
     ExecuteOptions { unset: [usize; 30] }
     LoadedExecutableExecute {
         executable: *mut LoadedExecutable,
@@ -163,9 +163,9 @@ pub const IMMUTABLE_ONLY_DURING_CALL: c_int = 0;
 pub struct Version {
     struct_size: usize,
     extension_start: *const c_void,
-    /// Of structs that changed otherwise than at their ends.
+    /// Number that rises when structs change otherwise than at their ends.
     pub major: c_int,
-    /// Of structs that grew.
+    /// Number that rises when structs grow.
     pub minor: c_int,
 }
 
@@ -211,10 +211,10 @@ pub struct Api {
     device_description_to_string: Unused,
 
     pub device_get_description: Function<DeviceGetDescription>,
-    /// From `PJRT_Device_IsAddressable` to `PJRT_Device_MemoryStats`.
+    /// Functions from `PJRT_Device_IsAddressable` to `PJRT_Device_MemoryStats`.
     device: [Unused; 5],
 
-    /// From `PJRT_Memory_Id` to `PJRT_Memory_AddressableByDevices`.
+    /// Functions from `PJRT_Memory_Id` to `PJRT_Memory_AddressableByDevices`.
     memory: [Unused; 5],
 
     pub executable_destroy: Function<ExecutableDestroy>,
@@ -257,7 +257,7 @@ pub struct Api {
 pub struct Extension {
     /// Size of the whole struct.
     pub struct_size: usize,
-    /// What the struct is.
+    /// Number of the struct's type.
     pub kind: c_int,
     /// Next extension of the list, or null.
     pub next: *const Self,
@@ -270,7 +270,7 @@ pub struct Extension {
 pub unsafe trait Kind {
     /// `PJRT_Extension_Type` of the struct.
     const KIND: c_int;
-    /// What the extension is for.
+    /// Purpose of the extension, for errors.
     const PURPOSE: &'static str;
 }
 
@@ -295,7 +295,7 @@ pub struct GpuRegisterCustomCall {
     pub struct_size: usize,
     /// Name of the call.
     pub function_name: *const c_char,
-    /// Its length.
+    /// Length of that name.
     pub function_name_size: usize,
     /// 1: XLA's FFI.
     pub api_version: c_int,
@@ -332,13 +332,13 @@ pub struct FfiRegisterHandler {
     pub struct_size: usize,
     /// Name of the call.
     pub target_name: *const c_char,
-    /// Its length.
+    /// Length of that name.
     pub target_name_size: usize,
     /// Handler of the stage.
     pub handler: *const c_void,
     /// Name of a platform.
     pub platform_name: *const c_char,
-    /// Its length.
+    /// Length of that name.
     pub platform_name_size: usize,
     /// Traits besides those that the handler tells itself.
     pub traits: u32,

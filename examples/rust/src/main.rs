@@ -143,7 +143,7 @@ fn run(options: &Options) -> Result<bool, String> {
                 )));
             }
             let difference = difference(&got, expected);
-            // Not `>`, which a NaN is not either.
+            // A NaN is in no order, and so not close.
             let is_close = difference <= TOLERANCE;
             is_right &= is_close;
             if run == 1 || !is_close {

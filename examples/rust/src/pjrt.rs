@@ -76,9 +76,8 @@ impl Plugin {
             )));
         }
         // SAFETY: the table has the fields of `Api` since that version, and lives as long as the library.
-        let plugin = Self {
-            api: unsafe { &*get() },
-        };
+        let api = unsafe { &*get() };
+        let plugin = Self { api };
         plugin
             .call(plugin.api.plugin_initialize, &mut Default::default())
             .map_err(|reason| fail(format!("cannot be initialised: {reason}")))?;
@@ -362,7 +361,7 @@ impl Drop for Client {
             client: self.raw,
             ..Default::default()
         };
-        // Nobody is left to be told of an error.
+        // Errors have nobody left to be told.
         let _ = (self.plugin).call(self.plugin.api.client_destroy, &mut args);
     }
 }
@@ -442,7 +441,7 @@ impl Drop for Program<'_> {
             ..Default::default()
         };
         let plugin = self.client.plugin;
-        // Nobody is left to be told of an error.
+        // Errors have nobody left to be told.
         let _ = plugin.call(plugin.api.loaded_executable_destroy, &mut args);
     }
 }
@@ -500,7 +499,7 @@ impl Drop for Buffer<'_> {
             ..Default::default()
         };
         let plugin = self.client.plugin;
-        // Nobody is left to be told of an error.
+        // Errors have nobody left to be told.
         let _ = plugin.call(plugin.api.buffer_destroy, &mut args);
     }
 }
