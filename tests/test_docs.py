@@ -18,7 +18,7 @@ FOLDERS = (
     ".ci", "benches", "docs", "examples", "ffi", "fuzz", "kernels", "python", "tests", "xla_plugin",
 )  # fmt: skip
 # What tools write, and what users do.
-OTHERS = {"demo/", "dist/fuzz/", "summary.json"}
+OTHERS = {"demo/", "dist/fuzz/", "summary.json", "values.json"}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,11 @@ def paths():
 
 @pytest.mark.parametrize(
     "page",
-    [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples" / "README.md"],
+    [
+        README,
+        *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "examples").rglob("README.md")),
+    ],
     ids=lambda page: str(page.relative_to(ROOT)),
 )
 def test_the_paths_that_a_page_names_are_there(page, paths):
