@@ -145,7 +145,7 @@ struct StagesOf {
   // blocks, once both have gone through what was there.
   __device__ void fill(Place& place, const TensorMap& x, int token, int box, const uint4* lines,
                        u32 rank) const {
-    wait_for_cluster(empty(place.slot), place.parity ^ 1);
+    wait(empty(place.slot), place.parity ^ 1);
     arrive_and_expect(full(place.slot), kBytes);
     copy_in(left(place), x, token, box, 0, full(place.slot), evict_first());
     copy_to_both(right(place) + rank * kPartBytes, lines + rank * (kPartBytes / 16), kPartBytes,
