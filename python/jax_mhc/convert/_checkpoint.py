@@ -278,8 +278,8 @@ def _check_names(
         num = 1 + max((place.layer for place in places if place.stack == stack), default=-1)
         if stack == "layers":
             # Modules that predict further tokens may be the last layers.
-            fewest = _settings.integer(settings, "num_hidden_layers") or max(num, 1)
-            further = _settings.integer(settings, "num_nextn_predict_layers") or 0
+            fewest = _settings.integer(op, settings, "num_hidden_layers") or max(num, 1)
+            further = _settings.integer(op, settings, "num_nextn_predict_layers", 0) or 0
             num = min(max(num, fewest), fewest + further)
         num = min(num, len(places) + 1)  # of which one is missing, whatever the numbers are
         wanted += [Place(stack, layer, site) for layer in range(num) for site in ("attn", "ffn")]
@@ -292,7 +292,8 @@ def _check_names(
         raise Refusal(ValueError, op, "path_or_mapping").expected(
             "all tensors of the model's hyper-connections and no others",
             _arrays.difference(expected, given),
-            "Pass the whole checkpoint, and the model that it is of.",
+            "Pass the whole checkpoint, and the model that it is of: DeepSeek-V4 and Hy4 have a "
+            "head, DeepSeek-V4.1 and GLM-5.3 have none.",
         )
 
 
@@ -305,7 +306,7 @@ def _sizes(
 ) -> tuple[int, int]:
     """The number of streams and the hidden width, of which config.json has no others."""
     first = places[Place("layers", 0, "attn")][next(iter(row.layout.shapes))]
-    told = _settings.integer(settings, "hc_mult"), _settings.integer(settings, "hidden_size")
+    told = [_settings.integer(op, settings, key) for key in ("hc_mult", "hidden_size")]
     sizes = row.layout.sizes(arrays[first].shape)
     if sizes is None or any(t not in (None, size) for t, size in zip(told, sizes, strict=True)):
         raise Refusal(ValueError, op, str(first)).expected(

@@ -88,8 +88,9 @@ def places_of(op: str, names: Iterable[str]) -> tuple[str, dict[Place, dict[str,
         raise Refusal(ValueError, op, "path_or_mapping").expected(
             "the hyper-connections of one model that is known, such as layers.0.hc_attn_fn",
             got,
-            "The docstring of load has the names that are known; the other functions of "
-            "jax_mhc.convert take arrays under any name.",
+            "The docstring of load has the names that are known: flatten a tree, and multiply "
+            "quantised tensors by their scales. The other functions of jax_mhc.convert take arrays "
+            "under any name.",
         )
     ((kind, places),) = found.items()
     return kind, dict(sorted({**places, **heads}.items()))
