@@ -439,12 +439,14 @@ def draw_training(record: dict[str, Any], path: Path) -> None:
 
 
 def training_section(record: dict[str, Any], path: Path, docs: Path) -> str:
-    return "\n\n".join(
-        [
-            f"{machine(record, path, docs)}. {training.describe(record)}.",
-            "![Loss, gradient norm and gain by connection](images/training.svg)",
-            training.table(record),
-        ]
+    about, rows = published_section(record, path, docs).split("\n\n")
+    figure = "![Loss, gradient norm and gain by connection](images/training.svg)"
+    return "\n\n".join([about, figure, rows])
+
+
+def published_section(record: dict[str, Any], path: Path, docs: Path) -> str:
+    return (
+        f"{machine(record, path, docs)}. {training.describe(record)}.\n\n{training.table(record)}"
     )
 
 
@@ -492,6 +494,7 @@ def main(options: Options) -> None:
         "recompute": (performance, "-recompute", None, recompute_section),
         "diagnostics": (diagnostics, "-diagnostics", None, diagnostics_section),
         "training": ("results.md", "-training", draw_training, training_section),
+        "training_published": ("results.md", "-training-published", None, published_section),
     }
     if found := newest(options.results, "-configurations"):
         options.faster.write_text(cells.faster_table(found[1]))

@@ -53,6 +53,8 @@ class Options:
     """Records of this benchmark: what is in one of them is taken from there, not run again."""
     sinkhorn_iters: int = 20
     """Iterations of mhc and static; other than 20 are in the record's name."""
+    name: str = ""
+    """A word in the record's name, for runs beside the whole comparison."""
     output: Path = Path("benches/results")
     """Folder for the record, in <gpu>/."""
     commit: str | None = None
@@ -240,7 +242,8 @@ def main(options: Options) -> None:
     if missing:
         print(f"{missing} of {len(jobs)} runs are not finished; the same command goes on.")
     iters = options.sinkhorn_iters
-    suffix = "-training" if iters == 20 else f"-training-{iters}-iterations"
+    words = ["", "training", *([] if iters == 20 else [f"{iters}-iterations"])]
+    suffix = "-".join([*words, *filter(None, [options.name])])
     common.write(record, text_page, options.output / common.gpu_folder(record), suffix)
     if num_failed:
         raise SystemExit(f"training.py: {num_failed} of {len(jobs)} runs failed; see above")

@@ -11,55 +11,20 @@ each; in every other layer an indexer chooses the best of these. Experts of the 
 chosen by the token. Positions are plain rotations (rope_type "default"); there is no cache.
 """
 
-import json
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import safetensors.flax
+from decoder_parts import angles, best, experts, mlp, probabilities, rms_norm, run, under
 
 import jax_mhc as mhc
-
-
-def load(folder):
-    """The hyper-connections, the other tensors by name in float32, and the config."""
-    folder = Path(folder)
-    tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= safetensors.flax.load_file(file)
-    tensors = {
-        name.removeprefix("model."): value.astype(
-            jnp.float32 if jnp.issubdtype(value.dtype, jnp.floating) else jnp.int32
-        )
-        for name, value in tensors.items()
-    }
-    config = json.loads((folder / "config.json").read_text())
-    return mhc.convert.load(folder), tensors, config
-
-
-def under(tensors, prefix):
-    """The tensors below a prefix, by the rest of their names."""
-    return {
-        name.removeprefix(prefix): value
-        for name, value in tensors.items()
-        if name.startswith(prefix)
-    }
-
-
-def rms_norm(x, weight, config):
-    mean = jnp.mean(x * x, axis=-1, keepdims=True)
-    return weight * (x * jax.lax.rsqrt(mean + config["rms_norm_eps"]))
 
 
 def rotate(x, positions, config, kind, sign=1.0):
     """Turns pairs of the last channels of x [S, ..., D] by the angles of their positions [S]."""
     rope = config["rope_parameters"][kind]
-    if rope["rope_type"] != "default":
-        raise SystemExit(f"rope_type: expected default, got {rope['rope_type']}")
     width = int(config["head_dim"] * rope["partial_rotary_factor"])
-    frequency = 1 / rope["rope_theta"] ** (jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angle = positions[:, None] * frequency
+    angle = angles(positions, rope, width)
     angle = angle.reshape(len(positions), *(1,) * (x.ndim - 2), width // 2)
     cos, sin = jnp.cos(angle), sign * jnp.sin(angle)
     even, odd = x[..., -width::2], x[..., -width + 1 :: 2]
@@ -85,7 +50,8 @@ def compress(u, weights, rate, config):
         logits = jnp.concatenate([logits_before, logits[..., width:]], axis=1)
     entries = jnp.sum(values * jax.nn.softmax(logits, axis=1), axis=1)
     positions = jnp.arange(num) * rate
-    return rotate(rms_norm(entries, weights["norm.weight"], config), positions, config, "compress")
+    entries = rms_norm(entries, weights["norm.weight"], config["rms_norm_eps"])
+    return rotate(entries, positions, config, "compress")
 
 
 def chosen(u, queries, weights, visible, rate, config):
@@ -96,20 +62,18 @@ def chosen(u, queries, weights, visible, rate, config):
     q = rotate(q, jnp.arange(len(u)), config, "compress")
     scores = jax.nn.relu(jnp.einsum("shd,wd->shw", q, keys)) * width**-0.5
     gates = (u @ weights["weights_proj.weight"].T) * heads**-0.5
-    scores = jnp.where(visible, jnp.einsum("shw,sh->sw", scores, gates), -jnp.inf)
-    best = jax.lax.top_k(scores, min(config["index_topk"], scores.shape[-1]))[1]
-    return visible & jnp.any(jax.nn.one_hot(best, scores.shape[-1], dtype=bool), axis=-2)
+    return best(jnp.einsum("shw,sh->sw", scores, gates), visible, config["index_topk"])
 
 
 def attention(u, weights, kind, config):
     """u [S, C] -> [S, C]; keys and values are one, of a single head."""
     positions = jnp.arange(len(u))
     rope = "main" if kind == "sliding_attention" else "compress"
-    heads, width = config["num_attention_heads"], config["head_dim"]
-    queries = rms_norm(u @ weights["wq_a.weight"].T, weights["q_norm.weight"], config)
+    heads, width, eps = (config[key] for key in ("num_attention_heads", "head_dim", "rms_norm_eps"))
+    queries = rms_norm(u @ weights["wq_a.weight"].T, weights["q_norm.weight"], eps)
     q = (queries @ weights["wq_b.weight"].T).reshape(-1, heads, width)
-    q = rotate(rms_norm(q, 1, config), positions, config, rope)
-    entries = rms_norm(u @ weights["wkv.weight"].T, weights["norm.weight"], config)
+    q = rotate(rms_norm(q, 1, eps), positions, config, rope)
+    entries = rms_norm(u @ weights["wkv.weight"].T, weights["norm.weight"], eps)
     entries = rotate(entries, positions, config, rope)
     back = positions[:, None] - positions
     seen = (back >= 0) & (back < config["sliding_window"])
@@ -121,11 +85,9 @@ def attention(u, weights, kind, config):
             visible = chosen(u, queries, under(weights, "indexer."), visible, rate, config)
         entries = jnp.concatenate([entries, far])
         seen = jnp.concatenate([seen, visible], axis=-1)
-    logits = jnp.einsum("shd,kd->shk", q, entries) * width**-0.5
-    logits = jnp.where(seen[:, None], logits, -jnp.inf)
-    sinks = jnp.broadcast_to(weights["attn_sink"][:, None], (len(u), heads, 1))
-    probabilities = jax.nn.softmax(jnp.concatenate([logits, sinks], axis=-1), axis=-1)[..., :-1]
-    out = jnp.einsum("shk,kd->shd", probabilities, entries)
+    scores = jnp.einsum("shd,kd->shk", q, entries) * width**-0.5
+    scores = probabilities(scores, seen, weights["attn_sink"])
+    out = jnp.einsum("shk,kd->shd", scores, entries)
     out = rotate(out, positions, config, rope, sign=-1.0)
     groups = config["o_groups"]
     grouped, down = out.reshape(len(u), groups, -1), weights["wo_a.weight"]
@@ -133,28 +95,20 @@ def attention(u, weights, kind, config):
     return mixed.reshape(len(u), -1) @ weights["wo_b.weight"].T
 
 
-def mlp(u, weights, config):
-    limit = config["swiglu_limit"]
-    gate = jnp.minimum(u @ weights["w1.weight"].T, limit)
-    up = jnp.clip(u @ weights["w3.weight"].T, -limit, limit)
-    return (jax.nn.silu(gate) * up) @ weights["w2.weight"].T
+def feed_forward(u, weights, tokens, config):
+    """u [S, C] -> [S, C]: the shared expert and some of the others."""
 
+    def expert(name, u):
+        names = (f"{name}.{part}.weight" for part in ("w1", "w3", "w2"))
+        return mlp(u, *(weights[name] for name in names), config["swiglu_limit"])
 
-def experts(u, weights, tokens, config):
-    """u [S, C] -> [S, C]: the shared expert and some of the others, of which all are computed."""
-    num, count = config["n_routed_experts"], config["num_experts_per_tok"]
     scores = jnp.sqrt(jax.nn.softplus(u @ weights["gate.weight"].T))
     if "gate.tid2eid" in weights:
         taken = weights["gate.tid2eid"][tokens]
     else:
-        taken = jax.lax.top_k(scores + weights["gate.bias"], count)[1]
-    gates = jnp.take_along_axis(scores, taken, axis=-1)
-    gates = config["routed_scaling_factor"] * gates / jnp.sum(gates, axis=-1, keepdims=True)
-    gates = jnp.einsum("sk,ske->se", gates, jax.nn.one_hot(taken, num))
-    out = mlp(u, under(weights, "shared_experts."), config)
-    for e in range(num):
-        out += gates[:, e : e + 1] * mlp(u, under(weights, f"experts.{e}."), config)
-    return out
+        taken = jax.lax.top_k(scores + weights["gate.bias"], config["num_experts_per_tok"])[1]
+    routed = experts(u, scores, taken, lambda e, u: expert(f"experts.{e}", u), config)
+    return expert("shared_experts", u) + routed
 
 
 def logits(checkpoint, tensors, config, tokens):
@@ -165,7 +119,7 @@ def logits(checkpoint, tensors, config, tokens):
         weights, kind = under(tensors, f"layers.{i}."), config["layer_types"][i]
         sublayers = {
             "attn": lambda u, w=weights, k=kind: attention(u, under(w, "attn."), k, config),
-            "ffn": lambda u, w=weights: experts(u, under(w, "ffn."), tokens, config),
+            "ffn": lambda u, w=weights: feed_forward(u, under(w, "ffn."), tokens, config),
         }
         for site, layer in sublayers.items():
             x = mhc.mhc_residual(
@@ -177,18 +131,8 @@ def logits(checkpoint, tensors, config, tokens):
                 norm_scale_eps=eps,
             )
     u = mhc.head(x, checkpoint.head, config=checkpoint.head_config)
-    return rms_norm(u, tensors["norm.weight"], config) @ tensors["head.weight"].T
-
-
-def main(folder, *tokens):
-    checkpoint, tensors, config = load(folder)
-    num = config["vocab_size"]
-    ids = jnp.array([int(token) for token in tokens] or [k * k % num for k in range(24)])
-    # Layers read their weights from the closure; a training step would take them as an argument.
-    result = jax.jit(lambda ids: logits(checkpoint, tensors, config, ids))(ids)
-    print(f"{len(checkpoint.layers)} layers, {checkpoint.streams} streams, {checkpoint.config}")
-    print(f"logits {list(result.shape)}; the likeliest next token is {int(result[-1].argmax())}")
+    return rms_norm(u, tensors["norm.weight"], eps) @ tensors["head.weight"].T
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run(logits, *sys.argv[1:])

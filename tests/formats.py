@@ -1,7 +1,8 @@
 """Hyper-connections of other implementations, each in its own layout, and what converts them.
 
 Every `theirs` is a float64 transcription of the public code's formulas with the layer tanh: from
-streams and tensors in its layout to new streams. It shares nothing with the package and is
+streams and tensors in its layout to new streams, or for the delayed schedule to those that leave
+two sublayers. It shares nothing with the package and is
 differentiated by JAX. `ours` makes our parameters of the tensors.
 """
 
@@ -59,23 +60,41 @@ def softmax_sinkhorn(z, iters=20, eps=1e-6):
     return repeat(lambda m: columns(m / (m.sum(-1, keepdims=True) + eps)), m, iters - 1)
 
 
-# ---- DeepSeek-V4, GLM-5.3 and Megatron Core's branch dev -----------------------------------------
+# ---- DeepSeek-V4 and V4.1, GLM-5.3 and Megatron Core's branch dev --------------------------------
+
+
+def deepseek_coefficients(x, fn, base, scale, norm_eps, outside=False):
+    n, v = x.shape[-2], flat(x)
+    mean = jnp.mean(v**2, axis=-1, keepdims=True)
+    r = 1 / (jnp.sqrt(mean) + norm_eps) if outside else 1 / jnp.sqrt(mean + norm_eps)
+    pre, post, comb = split(r * (v @ fn.T), n)
+    b_pre, b_post, b_comb = split(base, n)
+    pre = sigmoid(scale[0] * pre + b_pre) + 1e-6
+    post = 2 * sigmoid(scale[1] * post + b_post)
+    return pre, post, softmax_sinkhorn(square(scale[2] * comb + b_comb, n))
+
+
+def deepseek_sublayer(x, weights, post, comb):
+    y = jnp.tanh(jnp.sum(weights[..., None] * x, axis=-2))
+    return post[..., None] * y[..., None, :] + jnp.einsum("...ij,...ic->...jc", comb, x)
 
 
 def deepseek(norm_eps, outside=False):
-    def theirs(x, fn, base, scale):
-        n, v = x.shape[-2], flat(x)
-        mean = jnp.mean(v**2, axis=-1, keepdims=True)
-        r = 1 / (jnp.sqrt(mean) + norm_eps) if outside else 1 / jnp.sqrt(mean + norm_eps)
-        pre, post, comb = split(r * (v @ fn.T), n)
-        b_pre, b_post, b_comb = split(base, n)
-        pre = sigmoid(scale[0] * pre + b_pre) + 1e-6
-        post = 2 * sigmoid(scale[1] * post + b_post)
-        comb = softmax_sinkhorn(square(scale[2] * comb + b_comb, n))
-        y = jnp.tanh(jnp.sum(pre[..., None] * x, axis=-2))
-        return post[..., None] * y[..., None, :] + jnp.einsum("...ij,...ic->...jc", comb, x)
+    def theirs(x, **t):
+        return deepseek_sublayer(
+            x, *deepseek_coefficients(x, **t, norm_eps=norm_eps, outside=outside)
+        )
 
     return theirs
+
+
+def deepseek_v41(x, **t):
+    """Two sublayers with the same tensors, and the exit: u has the weights of the one before."""
+    weights = jnp.zeros(x.shape[:-1], x.dtype).at[..., 0].set(1)
+    for _ in range(2):
+        pre, post, comb = deepseek_coefficients(x, **t, norm_eps=1e-6)
+        x, weights = deepseek_sublayer(x, weights, post, comb), pre
+    return jnp.sum(weights[..., None] * x, axis=-2)
 
 
 def deepseek_shapes(n, hidden):
@@ -83,11 +102,11 @@ def deepseek_shapes(n, hidden):
     return {"fn": (num, n * hidden), "base": (num,), "scale": (3,)}
 
 
-def deepseek_format(config, norm_eps, **options):
+def deepseek_format(config, theirs):
     return Format(
         config,
         deepseek_shapes,
-        deepseek(norm_eps, **options),
+        theirs,
         lambda t: convert.from_deepseek_v4(t["fn"], t["base"], t["scale"]),
         lambda params, tensors, n: dict(
             zip(tensors, convert.to_deepseek_v4(params, streams=n), strict=True)
@@ -219,9 +238,9 @@ def to_transformer_engine(params, tensors, n):
 
 
 FORMATS = {
-    "deepseek_v4": deepseek_format(presets.DEEPSEEK_V4, 1e-6),
-    "glm5": deepseek_format(presets.GLM5, 1e-5),
-    "megatron_dev": deepseek_format(presets.MEGATRON_DEV, 1e-6, outside=True),
+    "deepseek_v4": deepseek_format(presets.DEEPSEEK_V4, deepseek(1e-6)),
+    "glm5": deepseek_format(presets.GLM5, deepseek(1e-5)),
+    "megatron_dev": deepseek_format(presets.MEGATRON_DEV, deepseek(1e-6, outside=True)),
     "hy4": Format(
         presets.HY4,
         lambda n, hidden: {"fn": (2 * n, n * hidden), "base": (2 * n,), "scale": (2,)},
@@ -266,6 +285,7 @@ FORMATS = {
         lambda t: convert.from_transformer_engine(**t),
         to_transformer_engine,
     ),
+    "deepseek_v41": deepseek_format(presets.DEEPSEEK_V41, deepseek_v41),
 }  # fmt: skip
 
 

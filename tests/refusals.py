@@ -636,6 +636,23 @@ ERRORS = [
         ValueError, "convert.load", "layers.0.hc_ffn_base", "[9]",
     ),
     (
+        lambda: load(TENSORS, {"model_type": "glm5_next", "hc_mult": "2"}),
+        ValueError, "convert.load", "hc_mult of config.json", "'2' (str)",
+    ),
+    (
+        lambda: load({f"moe_layers.mhc_mlp.{k}": v for k, v in MAXTEXT.items()}, "maxtext"),
+        ValueError, "convert.load", "moe_layers.mhc_mlp.mhc_norm.scale", "shape [6]",
+    ),
+    (
+        lambda: load(
+            {f"{layer}.mhc_mlp.{k}": v[:, None] if layer == "layers" else v
+             for k, v in MAXTEXT.items() for layer in ("layers", "layers_0")},
+            "maxtext",
+        ),
+        ValueError, "convert.load", "layers_0.mhc_mlp.mhc_norm.scale",
+        "layers.mhc_mlp.mhc_norm.scale[:, 0], too",
+    ),
+    (
         of_files({"a.safetensors": b"short"}),
         ValueError, "convert.load", "path_or_mapping", "something else",
     ),

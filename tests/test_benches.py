@@ -154,24 +154,33 @@ def test_training(tmp_path):
     assert str(tmp_path) not in path.read_text()
 
     # On another machine only what is not in that record runs.
-    again = "--finished", path, "--folder", tmp_path / "others", "--output", tmp_path / "whole"
-    status, output = run("benches/training.py", *options[:-2], "identity", *options[-2:], *again)
+    again = "--finished", path, "--folder", tmp_path / "others", "--output", tmp_path
+    again += ("--name", "published")
+    status, output = run("benches/training.py", *options[:-2], "published", *options[-2:], *again)
     assert status == 0, output
-    assert output.count(" s on GPU ") == 1 and "identity, seed 0: " in output
-    (whole,) = (tmp_path / "whole").glob("cpu/*-training.json")
+    assert output.count(" s on GPU ") == 1 and "published, seed 0: " in output
+    (whole,) = tmp_path.glob("cpu/*-training-published.json")
     merged = json.loads(whole.read_text())
     for what in ("results", "runs"):
-        assert merged[what][:3] == record[what] and merged[what][3]["connection"] == "identity"
-    whole.write_text(json.dumps(merged | {"text": "another"}))
-    status, output = run("benches/training.py", *options, "--finished", path, whole)
+        assert merged[what][:3] == record[what] and merged[what][3]["connection"] == "published"
+    points = merged["runs"][3]["points"]
+    assert points[-1]["validation_loss"] < points[0]["validation_loss"] - 0.5
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(merged | {"text": "another"}))
+    status, output = run("benches/training.py", *options, "--finished", path, other)
     assert status == 1 and "expected records that agree in text, got " in output
 
     docs = tmp_path / "docs"
     docs.mkdir()
-    (docs / "results.md").write_text("<!-- training -->\n<!-- /training -->\n")
+    (docs / "results.md").write_text(
+        "<!-- training -->\n<!-- /training -->\n"
+        "<!-- training_published -->\n<!-- /training_published -->\n"
+    )
     status, output = run("benches/plots.py", "--results", path.parent, "--docs", docs)
     assert status == 0, output
-    assert "| mHC-lite " in (docs / "results.md").read_text()
+    all_runs, with_published = (docs / "results.md").read_text().split("<!-- /training -->")
+    assert "| mHC-lite " in all_runs and "| HC as published " not in all_runs
+    assert "| HC as published " in with_published
     assert (docs / "images" / "training.svg").stat().st_size > 10_000
 
 

@@ -260,22 +260,37 @@ def test_code_in_the_readme_runs():
 
 
 @pytest.mark.usefixtures("default_dtypes")
-def test_the_logits_of_deepseek_v4_are_those_of_transformers(monkeypatch, capsys):
+@pytest.mark.parametrize("model", ["deepseek_v4", "hy4"])
+def test_logits_of_whole_models_are_those_of_transformers(model, monkeypatch, capsys):
     monkeypatch.syspath_prepend(EXAMPLES)
-    folder = ROOT / "tests" / "vectors" / "deepseek_v4_tiny"
-    example, vectors = importlib.import_module("deepseek_v4"), np.load(folder / "logits.npz")
+    folder = ROOT / "tests" / "vectors" / f"{model}_tiny"
+    example, parts = map(importlib.import_module, (model, "decoder_parts"))
+    vectors = np.load(folder / "logits.npz")
     with (
         jax.numpy_rank_promotion("allow"),
         jax.numpy_dtype_promotion("standard"),
         jax.default_matmul_precision("highest"),
     ):
-        loaded = example.load(folder)
+        loaded = parts.load(folder)
         logits = jax.jit(lambda tokens: example.logits(*loaded, tokens))
         for tokens, expected in zip(vectors["tokens"], vectors["logits"], strict=True):
-            # Four layers in float32, of which each picks experts and compressed windows.
+            # Four layers in float32, of which each picks experts and tokens or windows of them.
             assert_close(logits(tokens.astype(np.int32)), expected, 5e-6)
-        example.main(folder, *vectors["tokens"][-1])
+        parts.run(example.logits, folder, *vectors["tokens"][-1])
     assert f"the likeliest next token is {expected[-1].argmax()}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("setting", [{"n_group": 2}, {"rope_parameters": {"rope_type": "yarn"}}])
+def test_settings_that_the_models_do_not_have_are_refused(setting, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example, parts = map(importlib.import_module, ("hy4", "decoder_parts"))
+    checkpoint, tensors, config = parts.load(ROOT / "tests" / "vectors" / "hy4_tiny")
+    error = pytest.raises(SystemExit, match=r"expected (1|default), got (2|yarn)")
+    with error, jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        jax.eval_shape(
+            lambda ids: example.logits(checkpoint, tensors, config | setting, ids),
+            np.arange(3, dtype=np.int32),
+        )
 
 
 SMALL_PIPELINE = "--steps 2 --hidden 32 --mlp 64 --length 16".split()

@@ -231,12 +231,16 @@ def write(folder, tensors, *, num_files=1, index=True, config=None):
     return folder
 
 
-def test_what_transformers_saved():
-    """A whole model of its own, config.json and all (vectors/README.md)."""
-    folder = Path(__file__).parent / "vectors" / "deepseek_v4_tiny"
+@pytest.mark.parametrize("model, settings", [("deepseek_v4", {}), ("hy4", {"post_scale": 1.5})])
+def test_what_transformers_saved(model, settings):
+    """Whole models, config.json and all (vectors/README.md)."""
+    folder = Path(__file__).parent / "vectors" / f"{model}_tiny"
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     checkpoint = load(folder)
-    assert (checkpoint.config, len(checkpoint.layers)) == (presets.DEEPSEEK_V4, 4)
+    expected = dataclasses.replace(getattr(presets, model.upper()), **settings)
+    assert (checkpoint.model, checkpoint.streams) == (model, N)
+    assert checkpoint.config == checkpoint.head_config == expected
+    assert len(checkpoint.layers) == 4 and checkpoint.head is not None
     assert_saved(checkpoint, tensors)
 
 

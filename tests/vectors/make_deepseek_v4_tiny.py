@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
-FOLDER = Path(__file__).with_name("deepseek_v4_tiny")
 CONFIG = DeepseekV4Config(
     vocab_size=48,
     hidden_size=16,
@@ -50,25 +49,26 @@ CONFIG = DeepseekV4Config(
 )
 
 
-def main():
+def save(make, config, folder):
+    """Draws the weights of `make(config)`, and writes it and its logits of some tokens."""
     torch.manual_seed(0)
-    model = DeepseekV4ForCausalLM(CONFIG).eval()
+    model = make(config).eval()
     for name, value in model.state_dict().items():
         if value.dtype.is_floating_point:
             spread = 1.0 if "scale" in name or "hc.base" in name else 0.5
             value.copy_((spread * torch.randn(value.shape)).to(torch.bfloat16))
         else:  # of a token, different experts
             for row in value:
-                row.copy_(torch.randperm(CONFIG.n_routed_experts)[: CONFIG.num_experts_per_tok])
-    tokens = torch.randint(CONFIG.vocab_size, (2, 30))
+                row.copy_(torch.randperm(config.n_routed_experts)[: config.num_experts_per_tok])
+    tokens = torch.randint(config.vocab_size, (2, 30))
     with torch.no_grad():
         logits = model(tokens, use_cache=False).logits
-    model.to(torch.bfloat16).save_pretrained(FOLDER)
-    (FOLDER / "generation_config.json").unlink()
-    np.savez_compressed(FOLDER / "logits.npz", tokens=tokens.numpy(), logits=logits.numpy())
-    for path in sorted(FOLDER.iterdir()):
+    model.to(torch.bfloat16).save_pretrained(folder)
+    (folder / "generation_config.json").unlink()
+    np.savez_compressed(folder / "logits.npz", tokens=tokens.numpy(), logits=logits.numpy())
+    for path in sorted(folder.iterdir()):
         print(path.name, path.stat().st_size)
 
 
 if __name__ == "__main__":
-    main()
+    save(DeepseekV4ForCausalLM, CONFIG, Path(__file__).with_name("deepseek_v4_tiny"))

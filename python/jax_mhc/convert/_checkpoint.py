@@ -14,23 +14,24 @@ import numpy as np
 from jax_mhc import _errors
 from jax_mhc._errors import Refusal
 from jax_mhc._types import HeadParams, MHCConfig, MHCParams
-from jax_mhc.convert import _arrays, _settings
+from jax_mhc.convert import _arrays, _scanned, _settings
 from jax_mhc.convert._files import Files
 from jax_mhc.convert._models import MODELS, Model, Shapes
 from jax_mhc.convert._names import Place, places_of
+from jax_mhc.convert._scanned import Source
 
 
 class Stored(NamedTuple):
     """A tensor as it was stored.
 
     Attributes:
-        name: its name.
+        source: its name, and the layer of a scanned one.
         dtype: its dtype.
         shape: its shape.
         value: the tensor, where parameters do not determine it.
     """
 
-    name: str
+    source: Source
     dtype: np.dtype
     shape: tuple[int, ...]
     value: jax.Array | None
@@ -76,10 +77,12 @@ def load(
 
     Names are those of DeepSeek's files (`layers.0.hc_attn_fn`), of transformers' files
     (`model.layers.0.hc_attn_fn`) and state dicts (`model.layers.0.attn_hc.fn`), of Hy4's files, of
-    Megatron Core (`decoder.layers.0.self_attention_hyper_connection.bias`), or of MaxText without
-    scanned layers, flattened (`params.decoder.layers_0.mhc_attention.pre_alpha`), with any prefix.
-    No other tensors are read. Several models have the same names and compute something else with
-    them: config.json beside the files tells which it is (`model_type`), and has the settings.
+    Megatron Core (`decoder.layers.0.self_attention_hyper_connection.bias`), or of MaxText's trees,
+    flattened (`params.decoder.layers_0.mhc_attention.pre_alpha`), with any prefix. No other tensors
+    are read. Scanned layers of MaxText (`moe_layers.mhc_attention.pre_alpha`, `[nC, L, n]`) are
+    layers like others, which `save` stacks again. Several models have the same names and compute
+    something else with them: config.json beside the files tells which it is (`model_type`), and has
+    the settings.
     Without it `model` must say.
 
     | model | |
@@ -111,29 +114,36 @@ def load(
     names, read, config = _source(op, path_or_mapping)
     if isinstance(model, Mapping):
         config, model = {str(key): value for key, value in model.items()}, None
-    kind, places = places_of(op, names)
+    kind, named = places_of(op, names)
     word = _settings.model_word(op, model, config, kind)
     row, settings = MODELS[word], _settings.of_language_model(config or {})
+    stored = read([name for parts in named.values() for name in parts.values()])
+    is_maxtext = kind == "maxtext"
+    places = _scanned.in_one_stack(op, named, stored) if is_maxtext else _scanned.as_named(named)
     _check_names(op, row, places, settings)
-    tensors = read([name for parts in places.values() for name in parts.values()])
-    arrays = {name: _arrays.floating(op, name, value) for name, value in tensors.items()}
+    tensors = {
+        source: source.of(stored[source.name])
+        for parts in places.values()
+        for source in parts.values()
+    }
+    arrays = {source: _arrays.floating(op, str(source), tensors[source]) for source in tensors}
     streams, width = _sizes(op, row, places, arrays, settings)
     for place, parts in places.items():
         for part, shape in _shapes(row, place).items():
-            _arrays.shaped(op, parts[part], arrays[parts[part]], shape(streams, width))
+            _arrays.shaped(op, str(parts[part]), arrays[parts[part]], shape(streams, width))
     params: dict[Place, Any] = {
         place: (row.layout.read_head if place.site == "head" else row.layout.read)(
             *(arrays[parts[part]] for part in _shapes(row, place))
         )
         for place, parts in places.items()
     }
-    stored = {
+    kept = {
         place: {
             part: Stored(
-                name := parts[part],
-                np.dtype(tensors[name].dtype),
-                arrays[name].shape,
-                arrays[name] if row.layout.keeps and place.site != "head" else None,
+                source := parts[part],
+                np.dtype(tensors[source].dtype),
+                arrays[source].shape,
+                arrays[source] if row.layout.keeps and place.site != "head" else None,
             )
             for part in _shapes(row, place)
         }
@@ -147,7 +157,7 @@ def load(
         layers=_stack(params, "layers"),
         head=params.get(Place("", 0, "head")),
         mtp=_stack(params, "mtp"),
-        _stored=stored,
+        _stored=kept,
     )
 
 
@@ -212,7 +222,7 @@ def _tensors(op: str, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
             _arrays.difference(checkpoint._stored, params),
             "Replace the parameters of a checkpoint that load returned.",
         )
-    tensors = {}
+    tensors: dict[Source, np.ndarray] = {}
     for place, stored in checkpoint._stored.items():
         value = params[place]
         if place.site == "head":
@@ -221,9 +231,9 @@ def _tensors(op: str, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
             like = {part: each.value for part, each in stored.items() if each.value is not None}
             arrays = layout.write(value, checkpoint.streams, like)
         for each, array in zip(stored.values(), arrays, strict=True):
-            checked = _arrays.shaped(op, each.name, array, each.shape)
-            tensors[each.name] = np.asarray(checked).astype(each.dtype)
-    return tensors
+            checked = _arrays.shaped(op, str(each.source), array, each.shape)
+            tensors[each.source] = np.asarray(checked).astype(each.dtype)
+    return _scanned.joined(tensors)
 
 
 def _source(
@@ -259,7 +269,7 @@ def _shapes(row: Model, place: Place) -> Shapes:
 
 
 def _check_names(
-    op: str, row: Model, places: dict[Place, dict[str, str]], settings: dict[str, Any]
+    op: str, row: Model, places: dict[Place, dict[str, Source]], settings: dict[str, Any]
 ) -> None:
     """Every layer has its two sites, every site its tensors, and the head is as the model's."""
     wanted = []
@@ -268,8 +278,8 @@ def _check_names(
         num = 1 + max((place.layer for place in places if place.stack == stack), default=-1)
         if stack == "layers":
             # Modules that predict further tokens may be the last layers.
-            fewest = _settings.integer(settings, "num_hidden_layers") or max(num, 1)
-            further = _settings.integer(settings, "num_nextn_predict_layers") or 0
+            fewest = _settings.integer(op, settings, "num_hidden_layers") or max(num, 1)
+            further = _settings.integer(op, settings, "num_nextn_predict_layers", 0) or 0
             num = min(max(num, fewest), fewest + further)
         num = min(num, len(places) + 1)  # of which one is missing, whatever the numbers are
         wanted += [Place(stack, layer, site) for layer in range(num) for site in ("attn", "ffn")]
@@ -282,25 +292,26 @@ def _check_names(
         raise Refusal(ValueError, op, "path_or_mapping").expected(
             "all tensors of the model's hyper-connections and no others",
             _arrays.difference(expected, given),
-            "Pass the whole checkpoint, and the model that it is of.",
+            "Pass the whole checkpoint, and the model that it is of: DeepSeek-V4 and Hy4 have a "
+            "head, DeepSeek-V4.1 and GLM-5.3 have none.",
         )
 
 
 def _sizes(
     op: str,
     row: Model,
-    places: dict[Place, dict[str, str]],
-    arrays: dict[str, jax.Array],
+    places: dict[Place, dict[str, Source]],
+    arrays: dict[Source, jax.Array],
     settings: dict[str, Any],
 ) -> tuple[int, int]:
     """The number of streams and the hidden width, of which config.json has no others."""
-    name = places[Place("layers", 0, "attn")][next(iter(row.layout.shapes))]
-    told = _settings.integer(settings, "hc_mult"), _settings.integer(settings, "hidden_size")
-    sizes = row.layout.sizes(arrays[name].shape)
+    first = places[Place("layers", 0, "attn")][next(iter(row.layout.shapes))]
+    told = [_settings.integer(op, settings, key) for key in ("hc_mult", "hidden_size")]
+    sizes = row.layout.sizes(arrays[first].shape)
     if sizes is None or any(t not in (None, size) for t, size in zip(told, sizes, strict=True)):
-        raise Refusal(ValueError, op, name).expected(
+        raise Refusal(ValueError, op, str(first)).expected(
             f"a projection of {told[0] or 'n'} streams of {told[1] or 'C'} channels",
-            f"shape {list(arrays[name].shape)}",
+            f"shape {list(arrays[first].shape)}",
             "The tensors and config.json belong together.",
         )
     return sizes

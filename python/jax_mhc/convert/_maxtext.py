@@ -41,7 +41,7 @@ def from_maxtext(tensors: Mapping[str, object]) -> MHCParams:
     ops here keep them in float32, as they do the coefficients.
 
     Scanned layers have their axis where `param_scan_axis` says, second by default: with
-    `jnp.moveaxis(tensor, 1, 0)` of each they are stacked as here.
+    `jnp.moveaxis(tensor, 1, 0)` of each they are stacked as here. `load` takes them as they are.
 
     Args:
         tensors: by MaxText's names: `pre_alpha` and `post_alpha` `[nC, n]`, `res_alpha`

@@ -12,7 +12,7 @@ from jax_mhc.convert import _arrays
 # Patterns of names, whose groups are stack (layers; mtp: modules that predict further tokens),
 # layer, site and part; those of a head have stack and layer where it is a module's. They stand for:
 # state dicts of transformers, its files and those of DeepSeek, Hy4's files, Megatron Core, MaxText,
-# whose trees are flattened with any separator.
+# whose trees are flattened with any separator, and whose stacks _scanned.py resolves.
 _LAYER = r"(?:\w+\.)*?(?P<stack>layers|mtp|mtp\.layers)\.(?P<layer>\d+)\."
 _PART = r"(?P<part>fn|base|scale)"
 NAMES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
@@ -29,8 +29,8 @@ NAMES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ),
         (
             "maxtext",
-            r"(?:\w+[./-])*?(?P<stack>layers|dense_layers|moe_layers)_(?P<layer>\d+)[./-]"
-            r"mhc_(?P<site>attention|mlp)[./-]"
+            r"(?:\w+[./-])*?(?P<stack>(?:scanned_blocks[./-])?layers(?:_\d+)?"
+            r"|(?:dense|moe)_layers(?:_engram_\d+|(?:_\d+){0,2}))[./-]mhc_(?P<site>attention|mlp)[./-]"
             r"(?P<part>(?:pre|post|res)_(?:alpha|beta|alpha_scale)|mhc_norm[./-]scale)",
         ),
     )
@@ -69,7 +69,7 @@ def places_of(op: str, names: Iterable[str]) -> tuple[str, dict[Place, dict[str,
             continue
         kind, fit = match
         groups = {"stack": "", "layer": "0", **fit.groupdict()}
-        stack = "mtp" if "mtp" in groups["stack"] else groups["stack"]
+        stack = "mtp" if "mtp" in groups["stack"] else re.sub("[/-]", ".", groups["stack"])
         place = Place(stack, int(groups["layer"]), SITES[groups["site"]])
         parts, part = found.setdefault(kind, {}).setdefault(place, {}), groups["part"]
         part = re.sub("[/-]", ".", part)
@@ -88,22 +88,9 @@ def places_of(op: str, names: Iterable[str]) -> tuple[str, dict[Place, dict[str,
         raise Refusal(ValueError, op, "path_or_mapping").expected(
             "the hyper-connections of one model that is known, such as layers.0.hc_attn_fn",
             got,
-            "The docstring of load has the names that are known; the other functions of "
-            "jax_mhc.convert take arrays under any name.",
+            "The docstring of load has the names that are known: flatten a tree, and multiply "
+            "quantised tensors by their scales. The other functions of jax_mhc.convert take arrays "
+            "under any name.",
         )
     ((kind, places),) = found.items()
-    return kind, dict(sorted({**_in_one_stack(places), **heads}.items()))
-
-
-def _in_one_stack(places: dict[Place, dict[str, str]]) -> dict[Place, dict[str, str]]:
-    """Places with MaxText's layers of experts, which it counts anew, after those without."""
-    if any(place.stack == "layers" for place in places):
-        return places
-    dense = [place.layer for place in places if place.stack == "dense_layers"]
-    first = {"dense_layers": 0, "moe_layers": 1 + max(dense, default=-1)}
-    return {
-        Place("layers", first[place.stack] + place.layer, place.site)
-        if place.stack in first
-        else place: parts
-        for place, parts in places.items()
-    }
+    return kind, dict(sorted({**places, **heads}.items()))

@@ -62,10 +62,14 @@ def of_language_model(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, **(text if isinstance(text, dict) else {})}
 
 
-def integer(settings: Mapping[str, Any], key: str) -> int | None:
-    """A number of config.json that is above 0; None where it has none."""
+def integer(op: str, settings: Mapping[str, Any], key: str, least: int = 1) -> int | None:
+    """A number of config.json that is at least `least`; None where it has none."""
     value = settings.get(key)
-    return value if isinstance(value, int) and value > 0 else None
+    if value is None or (type(value) is int and value >= least):
+        return value
+    raise Refusal(ValueError, op, f"{key} of config.json").expected(
+        f"an integer of at least {least}", _errors.typed(value), "Download or save it again."
+    )
 
 
 def configured(config: MHCConfig, row: Model, settings: dict[str, Any]) -> MHCConfig:
