@@ -231,7 +231,7 @@ def test_seams_are_one_call_each_way():
 
 
 def test_a_stack_makes_u_in_its_seams():
-    """In the loop of a stack, forward and backward, no call but post_pre's makes u or its weights."""
+    """In the loop of a stack no call but post_pre's makes u, or the gradient of its weights."""
     arrays = operands(jnp.float32)
     text = compiled_text(jax.grad(lambda arrays: jnp.sum(jnp.sin(stack(*arrays)))), arrays)
     calls = custom_calls(text)
