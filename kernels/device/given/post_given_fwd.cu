@@ -22,7 +22,7 @@ using Tuned = tuning_post_given_fwd;
 constexpr int kTokens = kTileTokens;
 constexpr int kStages = Tuned::stages;
 constexpr int kThreads = Tuned::threads;
-constexpr int kMainWarps = kThreads / 32 - 2;
+constexpr int kMainWarps = Tuned::main_warps;
 // Warps that have the units of a line together; there are some sets of them, which divide the lines.
 constexpr int kLineWarps = kRowBytes / 16;
 constexpr int kSets = kMainWarps / kLineWarps;
@@ -41,8 +41,7 @@ constexpr int kPartsBytes = kMainWarps * kPartBytes;
 // banks.
 constexpr int kHPost = N * N * 4;
 constexpr int kHGiven = kHPost + N * 4;
-constexpr int kCoefficientParts = (kHGiven + N * 4) / 16;
-constexpr int kCoefficientStride = (kCoefficientParts + 1) * 16;
+constexpr int kCoefficientStride = kHGiven + 2 * N * 4;
 constexpr int kCoefficientBytes = kTokens * kCoefficientStride;
 // A stage: X as [stream, box, token, 128 bytes], then y alike.
 constexpr int kBox = Tile<kTokens>::kBoxBytes;
@@ -66,8 +65,7 @@ static_assert(kPhi >= kFirstStage, "phi lies in stages alone");
 // ---- a block ----------------------------------------------------------------------------------------
 
 struct Args {
-  const float4 *h_post, *h_res, *h_given;
-  const float* phi;
+  const float *h_post, *h_res, *h_given, *phi;
   float* partial;
   int tokens, hidden;
 };
@@ -134,6 +132,20 @@ __device__ inline void copy_phi(const Block& block) {
   }
 }
 
+// WIDTH numbers of each token of a tile, to their places in its rows. Those of tokens that there are not stay as they are:
+// no token's results depend on another's.
+template <int WIDTH>
+__device__ inline void copy_rows(u32 to, const float* from, int first, int tokens, int lane) {
+  const int there = min(kTokens, tokens - first) * WIDTH;
+#pragma unroll
+  for (int number = lane; number < kTokens * WIDTH; number += 32) {
+    const u32 at = to + number / WIDTH * kCoefficientStride + number % WIDTH * 4;
+    if (number < there) {
+      copy_word_async(__cvta_shared_to_generic(at), from + size_t(first) * WIDTH + number);
+    }
+  }
+}
+
 __device__ inline void move_tiles(const Block& block, const Maps& maps, int lane) {
   const Args& args = block.args;
   const u64 policy = evict_first();
@@ -150,15 +162,9 @@ __device__ inline void move_tiles(const Block& block, const Maps& maps, int lane
         copy_in(stage + kY, maps.y, first, box, 0, full, policy);
       }
       const u32 rows = block.coefficients(ring.slot);
-      const auto copy_row_part = [&](int t, int part, const float4* from) {
-        copy_part(rows + t * kCoefficientStride + part * 16, from, first + t < args.tokens);
-      };
-      const int t = lane / N;
-      copy_row_part(t, lane % N, args.h_res + size_t(first) * N + lane);
-      if (lane < kTokens) {
-        copy_row_part(lane, N, args.h_post + first + lane);
-        copy_row_part(lane, N + 1, args.h_given + first + lane);
-      }
+      copy_rows<N * N>(rows, args.h_res, first, args.tokens, lane);
+      copy_rows<N>(rows + kHPost, args.h_post, first, args.tokens, lane);
+      copy_rows<N>(rows + kHGiven, args.h_given, first, args.tokens, lane);
       arrive_behind_copies(full);
     }
     ++next;
@@ -353,8 +359,8 @@ __device__ inline void sum_tiles(const Block& block, int lane) {
 // rounded up.
 KERNEL(post_given_fwd, kThreads, 1)
 (const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap y,
- const __grid_constant__ TensorMap x_new, const __grid_constant__ TensorMap u, const float4* h_post,
- const float4* h_res, const float4* h_given, const float* phi, float* partial, int tokens,
+ const __grid_constant__ TensorMap x_new, const __grid_constant__ TensorMap u, const float* h_post,
+ const float* h_res, const float* h_given, const float* phi, float* partial, int tokens,
  int hidden) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -363,10 +369,11 @@ KERNEL(post_given_fwd, kThreads, 1)
   if (threadIdx.x == 0) block.init_barriers();
   __syncthreads();
   if (warp < kMainWarps) {
+    take_registers<Tuned::main_registers>();
     make_tiles(block, warp, lane);
-  } else if (warp == kMainWarps) {
-    move_tiles(block, {x, y, x_new, u}, lane);
   } else {
-    sum_tiles(block, lane);
+    give_registers<Tuned::other_registers>();
+    if (warp == kMainWarps) move_tiles(block, {x, y, x_new, u}, lane);
+    if (warp == kMainWarps + 1) sum_tiles(block, lane);
   }
 }

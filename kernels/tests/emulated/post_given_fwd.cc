@@ -12,10 +12,9 @@ static float* partial;
 static int tokens, hidden;
 
 static void body() {
-  const auto parts = [](const float* values) { return reinterpret_cast<const float4*>(values); };
   CONCAT(mhc_post_given_fwd, SUFFIX)
   (x_map.tensor_map(), y_map.tensor_map(), x_new_map.tensor_map(), u_map.tensor_map(),
-   parts(h_post), parts(h_res), parts(h_given), phi, partial, tokens, hidden);
+   h_post, h_res, h_given, phi, partial, tokens, hidden);
 }
 
 // `clusters` are blocks that divide the tokens.
