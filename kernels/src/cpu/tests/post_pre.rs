@@ -85,6 +85,7 @@ fn seam_is_post_then_pre<S: Stream>(isa: &str, case: &Case) {
         post_pre::Forward {
             inputs,
             params,
+            h_given: None,
             x_new: seam_rows,
             out,
             tokens,
@@ -140,6 +141,7 @@ fn seam_is_post_then_pre<S: Stream>(isa: &str, case: &Case) {
                 inputs,
                 params,
                 pre_inputs,
+                given: None,
                 d_x_new: RowsMut::new(&mut d_x_new, n * c),
                 d_x_in,
                 out,

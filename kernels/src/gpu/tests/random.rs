@@ -205,6 +205,7 @@ fn workspaces_of_any_sizes_are_told_or_none() {
                     columns,
                     sinkhorn_iters,
                     norm_width,
+                    given: sinkhorn_iters % 2 == 1,
                 };
                 let Some(workspace) = problem.workspace() else {
                     continue;
