@@ -7,11 +7,11 @@
 // u does not wait for the projection, so that no block waits for another. A block has SIZE channels of all streams, as
 // far as there are so many, and every gridDim.y-th tile of 8 tokens. Its warps, by what they do with each tile:
 //
-//   main        X' and u in place of X and y, and the warp's part of the sums, with phi in registers all the time. Warp w
-//               has the 16 bytes w % 8 of some lines of 128, in all streams
+//   main (8)    X' and u in place of X and y, and the warp's part of the sums, with phi in registers all the time. Warp w
+//               has the 16 bytes w of every 128, in all streams
 //   mover       X and y from memory and the tokens' coefficients; X' and u to memory
 //   sum         the sum of the main warps' parts, to memory: a row of each token and slice of the channels, which
-//               pre_fwd of two_pass/pre.cu reads
+//               given_coefficients.cu reads
 //
 // A token's sums are cut by C alone: they do not depend on the other tokens or on how many there are.
 
@@ -22,13 +22,11 @@ using Tuned = tuning_post_given_fwd;
 constexpr int kTokens = kTileTokens;
 constexpr int kStages = Tuned::stages;
 constexpr int kThreads = Tuned::threads;
-constexpr int kMainWarps = Tuned::main_warps;
-// Warps that have the units of a line together; there are some sets of them, which divide the lines.
-constexpr int kLineWarps = kRowBytes / 16;
-constexpr int kSets = kMainWarps / kLineWarps;
-constexpr int kOwnBoxes = kBoxes / kSets;
-static_assert(kSets * kLineWarps == kMainWarps && kSets * kOwnBoxes == kBoxes, "kernels/tuning.rs");
-static_assert(kTokens == Tuned::tokens, "a token a column of the products");
+constexpr int kMainWarps = kRowBytes / 16;
+// Registers of a thread go from four warps to eight.
+constexpr int kMainRegisters = 208;
+constexpr int kOtherRegisters = 504 - 2 * kMainRegisters;
+static_assert(kTokens == Tuned::tokens && kThreads == 32 * (kMainWarps + 4), "kernels/tuning.rs");
 
 // ---- shared memory ----------------------------------------------------------------------------------
 
@@ -236,20 +234,20 @@ __device__ inline void make_tiles(const Block& block, int warp, int lane) {
   using Phi = Slice<Stream>;
   // Slices of phi that share a box's streams.
   constexpr int kBoxSlices = N / Phi::kStreams;
-  const int g = lane / 4, unit = warp % kLineWarps, first_box = warp / kLineWarps * kOwnBoxes;
+  const int g = lane / 4;
 
-  Phi phi[kOwnBoxes][kBoxSlices];
+  Phi phi[kBoxes][kBoxSlices];
   Units<Stream> units;
   wait(block.phi_full(), 0);
 #pragma unroll
-  for (int box = 0; box < kOwnBoxes; ++box) {
-    const int channel = (first_box + box) * kBoxChannels + unit * kUnitChannels;
-    const u32 at = block.base + kPhi + (channel + lane % 4 * kWordChannels) * kPhiRowBytes + 4 * g;
+  for (int box = 0; box < kBoxes; ++box) {
+    const int channel = box * kBoxChannels + warp * kUnitChannels + lane % 4 * kWordChannels;
+    const u32 at = block.base + kPhi + channel * kPhiRowBytes + 4 * g;
 #pragma unroll
     for (int part = 0; part < kBoxSlices; ++part) {
       // Boxes behind C are of no stream.
       phi[box][part] = {};
-      if (first_box + box < block.boxes()) {
+      if (box < block.boxes()) {
         phi[box][part] =
             Phi::read(at + part * Phi::kStreams * kPhiStreamBytes, kPhiRowBytes, kPhiStreamBytes);
       }
@@ -268,10 +266,9 @@ __device__ inline void make_tiles(const Block& block, int warp, int lane) {
   }
 
   // Within a stage: lane l points at the 16 bytes of token l % 8 of stream l / 8, and has a word of u.
-  const u32 boxes = first_box * kBox;
-  const u32 matrices = boxes + lane / 8 * kPlane + swizzled(lane % 8, unit);
-  const u32 y_rows = boxes + kY + swizzled(lane % 8, unit);
-  const u32 u_word = boxes + kY + swizzled(g, unit) + lane % 4 * 4;
+  const u32 matrices = lane / 8 * kPlane + swizzled(lane % 8, warp);
+  const u32 y_rows = kY + swizzled(lane % 8, warp);
+  const u32 u_word = kY + swizzled(g, warp) + lane % 4 * 4;
   const int num = block.num_tiles();
   Ring<kStages> ring;
 #pragma unroll 1
@@ -289,12 +286,12 @@ __device__ inline void make_tiles(const Block& block, int warp, int lane) {
     };
     read(0);
 #pragma unroll
-    for (int box = 0; box < kOwnBoxes; ++box) {
+    for (int box = 0; box < kBoxes; ++box) {
       u32 x[N];
 #pragma unroll
       for (int j = 0; j < N; ++j) x[j] = next[j];
       const u32 y = next_y;
-      if (box + 1 < kOwnBoxes) read(box + 1);
+      if (box + 1 < kBoxes) read(box + 1);
       const u32 u = mix(x, y, of);
       write_matrices(stage + matrices + box * kBox, x);
       write1(stage + u_word + box * kBox, u);
@@ -369,10 +366,10 @@ KERNEL(post_given_fwd, kThreads, 1)
   if (threadIdx.x == 0) block.init_barriers();
   __syncthreads();
   if (warp < kMainWarps) {
-    take_registers<Tuned::main_registers>();
+    take_registers<kMainRegisters>();
     make_tiles(block, warp, lane);
   } else {
-    give_registers<Tuned::other_registers>();
+    give_registers<kOtherRegisters>();
     if (warp == kMainWarps) move_tiles(block, {x, y, x_new, u}, lane);
     if (warp == kMainWarps + 1) sum_tiles(block, lane);
   }

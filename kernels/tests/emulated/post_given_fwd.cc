@@ -13,8 +13,8 @@ static int tokens, hidden;
 
 static void body() {
   CONCAT(mhc_post_given_fwd, SUFFIX)
-  (x_map.tensor_map(), y_map.tensor_map(), x_new_map.tensor_map(), u_map.tensor_map(),
-   h_post, h_res, h_given, phi, partial, tokens, hidden);
+  (x_map.tensor_map(), y_map.tensor_map(), x_new_map.tensor_map(), u_map.tensor_map(), h_post,
+   h_res, h_given, phi, partial, tokens, hidden);
 }
 
 // `clusters` are blocks that divide the tokens.
