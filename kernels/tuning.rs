@@ -458,6 +458,19 @@ pub const FILES: &[File] = &[
     File { path: "one_pass/post_pre_norm_bwd", dtypes: F32, target: Target::Hopper, more: &["channels"], kernels: &[
         row("post_pre_norm_bwd", &[N4], [1, 0, 1024, 0], &[4]),
     ] },
+    File { path: "given/post_given_fwd", dtypes: HALVES, target: Target::Clusters, more: &[], kernels: &[
+        row("post_given_fwd", &[W256],    [8, 10, 384, 228_352], &[]),
+        row("post_given_fwd", &[W256K8],  [8, 10, 384, 220_160], &[]),
+        row("post_given_fwd", &[W256K32], [8,  9, 384, 211_968], &[]),
+        row("post_given_fwd", &[N2W512],  [8,  8, 384, 205_824], &[]),
+    ] },
+    File { path: "given/post_given_fwd", dtypes: F32, target: Target::Clusters, more: &[], kernels: &[
+        row("post_given_fwd", &[W256],    [8,  5, 384, 224_256], &[]),
+        row("post_given_fwd", &[W256K8],  [8,  5, 384, 216_064], &[]),
+    ] },
+    File { path: "given/given_coefficients", dtypes: F32, target: Target::Clusters, more: &[], kernels: &[
+        row("given_coefficients", &[N2, N4], [8, 0, 128, 0], &[]),
+    ] },
     File { path: "one_pass/logits_bwd", dtypes: F32, target: Target::Clusters, more: &[], kernels: &[
         row("logits_bwd", &[N2, N4], [16, 0, 32, 0], &[]),
     ] },

@@ -32,6 +32,7 @@ pub fn schedules(call: &CheckedCall) -> &'static [Schedule] {
     match call.kind {
         Call::PostPreFwd if call.is_given() => &[
             static_coefficients::POST_PRE_FORWARD,
+            given::forward::FORWARD,
             given::ONE_PASS_FORWARD,
             given::FORWARD,
         ],

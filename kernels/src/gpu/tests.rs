@@ -258,6 +258,76 @@ fn functions_of(example: Example, device: &Device) -> Vec<&'static str> {
 }
 
 #[test]
+fn forward_calls_with_given_weights_read_whole_lines_once() {
+    let is_fast = |device: &Device, dtype, sizes, constraint| {
+        let config = Config {
+            constraint,
+            ..Config::default()
+        };
+        let example = Example::new(Call::PostPreFwd, dtype, 17, sizes, config).with_given();
+        functions_of(example, device) == ["post_given_fwd", "given_coefficients"]
+    };
+    for device in [H100, B200] {
+        for dtype in [DType::Bf16, DType::F16] {
+            for &constraint in Constraint::ALL {
+                for c in [64, 256, 2560, 4096, 16384, 40000] {
+                    assert!(is_fast(&device, dtype, [4, c], constraint), "{c}");
+                }
+                let has_eight_columns =
+                    matches!(constraint, Constraint::Birkhoff | Constraint::None);
+                assert_eq!(
+                    is_fast(&device, dtype, [2, 2048], constraint),
+                    has_eight_columns
+                );
+                assert!(!is_fast(&device, dtype, [4, 4104], constraint));
+                assert!(!is_fast(&device, dtype, [3, 4096], constraint));
+            }
+        }
+        assert!(is_fast(
+            &device,
+            DType::F32,
+            [4, 4096],
+            Constraint::Birkhoff
+        ));
+        assert!(is_fast(&device, DType::F32, [4, 96], Constraint::Identity));
+        assert!(!is_fast(
+            &device,
+            DType::F32,
+            [4, 4096],
+            Constraint::Permutations
+        ));
+    }
+    assert!(!is_fast(&L4, DType::Bf16, [4, 4096], Constraint::Birkhoff));
+}
+
+#[test]
+fn blocks_of_given_weights_divide_channels_and_tokens() {
+    for (tokens, c, blocks) in [
+        (8192, 4096, [16, 8]),
+        (8192, 5120, [20, 6]),
+        (8192, 1024, [4, 33]),
+        (17, 4096, [16, 3]),
+        (8192, 40000, [157, 1]),
+        (0, 4096, [16, 0]),
+    ] {
+        let example = Example::new(
+            Call::PostPreFwd,
+            DType::Bf16,
+            tokens,
+            [4, c],
+            Config::default(),
+        )
+        .with_given();
+        let needed = example.check(|call| needed(&call.unwrap()));
+        let example = example.with_workspace(needed);
+        let launches = example.check(|call| plan(&call.unwrap(), &H100).unwrap().launches);
+        let [x, y, z] = launches[0].grid;
+        assert_eq!(([x, y], z), (blocks, 1), "{tokens} {c}");
+        assert_eq!(launches[0].cluster, 1);
+    }
+}
+
+#[test]
 fn deferred_cotangents_are_mixed_on_their_way_where_that_fits() {
     let mixes = |device: &Device, kind, dtype, sizes, deferred| {
         let config = Config {

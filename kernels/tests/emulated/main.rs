@@ -244,6 +244,61 @@ fn phi_bwd() {
 }
 
 #[test]
+fn post_given_fwd() {
+    for (size, channels, dtype) in [
+        ("w256", 256, "bf16"),
+        ("w256k8", 256, "bf16"),
+        ("w256k32", 256, "f16"),
+        ("n2w512", 512, "bf16"),
+        ("w256", 256, "f32"),
+    ] {
+        let program = build("post_given_fwd", "given/post_given_fwd", size, dtype);
+        // C, tokens, blocks that divide them. Stages are filled again, the last slice is not full, nor the last tile.
+        for (seed, call) in [
+            [channels + 192, 203, 2, 0],
+            [2 * channels, 29, 1, 0],
+            [64, 1, 1, 0],
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let output = run(&program, call, seed, false, &[]);
+            assert!(
+                output.status.success(),
+                "{size} {dtype} {call:?}: {output:?}"
+            );
+        }
+        assert_spoiled(&run(&program, [channels, 9, 1, 0], 0, true, &[]));
+    }
+}
+
+#[test]
+fn given_coefficients() {
+    // C, tokens, slices, the number of the constraint; columns.
+    for (size, calls) in [
+        (
+            "n4",
+            &[
+                ([1024, 77, 17, 0], 24),
+                ([256, 1, 1, 1], 24),
+                ([512, 29, 2, 2], 8),
+                ([512, 29, 3, 3], 32),
+            ][..],
+        ),
+        ("n2", &[([512, 29, 2, 0], 8)]),
+    ] {
+        let file = "given/given_coefficients";
+        let program = build("given_coefficients", file, size, "f32");
+        for (seed, &(call, columns)) in calls.iter().enumerate() {
+            let output = run(&program, call, seed, false, &[columns]);
+            assert!(output.status.success(), "{size} {call:?}: {output:?}");
+        }
+        let (call, columns) = calls[0];
+        assert_spoiled(&run(&program, call, 0, true, &[columns]));
+    }
+}
+
+#[test]
 fn post_pre_norm_bwd() {
     for dtype in ["bf16", "f16", "f32"] {
         let file = "one_pass/post_pre_norm_bwd";

@@ -1,5 +1,7 @@
 //! The schedules of `post_pre_fwd` and `post_pre_bwd` with given weights of the streams in u that are made of the launches
-//! of other calls.
+//! of other calls; those that have kernels of their own are in its modules.
+
+pub mod forward;
 
 use super::two_pass::pre;
 use super::{Schedule, collapse, one_pass, one_stream, post, post_pre};
