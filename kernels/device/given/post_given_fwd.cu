@@ -397,14 +397,17 @@ KERNEL(post_given_fwd, kThreads, 1)
   const Args args{h_post, h_res, h_given, phi, sums, squares, tokens, hidden};
   const Block block{shared_address(shared), args};
   if (threadIdx.x == 0) block.init_barriers();
-  start_cluster();
+  // Where there is no cluster, no instruction asks for one.
+  __syncthreads();
+  if (cluster_size() > 1) {
+    cluster_arrive();
+    cluster_wait();
+  }
   if (warp < kMainWarps) {
     take_registers<kMainRegisters>();
-    cluster_wait();
     make_tiles(block, warp, lane);
   } else {
     give_registers<kOtherRegisters>();
-    cluster_wait();
     if (warp == kMainWarps) move_tiles(block, {x, y, x_new, u}, lane);
     if (warp == kMainWarps + 1) sum_tiles(block, lane);
   }
