@@ -163,7 +163,7 @@ def _run_pre(kept: Any, cotangents: dict[str, Any]) -> dict[str, Any]:
     d_x, d_params, *d_given = vjp((cotangents["d_u"], jnp.stack(mixed, 1), *given))
     return {
         "d_x": d_x, "d_phi": d_params.phi, "d_alpha": d_params.alpha, "d_bias": d_params.bias,
-        **{"d_h_given": d_h for d_h in d_given},
+        **dict(zip(["d_h_given"], d_given, strict=False)),
     }  # fmt: skip
 
 

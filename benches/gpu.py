@@ -5,10 +5,10 @@ they are called <date>-wrong and it exits with 1. It takes some minutes.
 
 - pre, post, post_pre, sinkhorn, head: the forward pass. post_bwd, pre_bwd,
   post_pre_bwd: the backward pass alone, as a chain of sublayers runs it (backward.py).
-  post_pre_given, post_pre_given_bwd: the same of the delayed schedule. fb: pre and
-  post of a sublayer whose layer's output y is an independent input, and the gradients of x, y, phi,
-  alpha and bias, with cotangents on both results. fb_post_pre: post_pre and post_pre_bwd, which
-  is what a sublayer in the middle of a chain costs; fb_post_pre_given: that of the delayed schedule.
+  fb: pre and post of a sublayer whose layer's output y is an independent input, and the gradients
+  of x, y, phi, alpha and bias, with cotangents on both results. fb_post_pre: post_pre and
+  post_pre_bwd, which is what a sublayer in the middle of a chain costs. post_pre_given,
+  post_pre_given_bwd and fb_post_pre_given: the same of the delayed schedule.
 - Kernel time: what the GPU's profiler sums up over all kernels of a call. Wall time: of calls
   queued one after the other. Both go round several sets of inputs, so that none is in the L2
   cache. Gradients that a kernel overwrites are donated, as they are inside a model.

@@ -25,7 +25,7 @@ DTYPE = "bfloat16"
 IMPLEMENTATIONS = {"fused": common.FUSED, "plain": plain}
 SIGMAS = (1.0, 3.0, 6.0, 10.0)
 # The ops that are checked at these deviations of the logits of h_res.
-PEAKED_OPS = ("pre", "fb", "post_pre_bwd")
+PEAKED_OPS = ("pre", "fb", "post_pre_bwd", "post_pre_given_bwd")
 # Every set of inputs is used again only after so many bytes: four times the L2 cache of an H200.
 ROTATED_BYTES = 240e6
 

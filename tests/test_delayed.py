@@ -231,11 +231,12 @@ def test_seams_are_one_call_each_way():
 
 
 def test_a_stack_makes_u_in_its_seams():
-    """In the loop of a stack, forward and backward, no call but post_pre's makes u or its weights."""
+    """In the loop of a stack no call but post_pre's makes u, or the gradient of its weights."""
     arrays = operands(jnp.float32)
     text = compiled_text(jax.grad(lambda arrays: jnp.sum(jnp.sin(stack(*arrays)))), arrays)
     calls = custom_calls(text)
-    assert calls["collapse_fwd"] == 2 and calls["collapse_bwd"] == 1
+    # Those of the exit.
+    assert calls["collapse_fwd"] == calls["collapse_bwd"] == 1
     assert _given(text).keys() == {("post_pre_fwd", "1"), ("post_pre_bwd", "1")}
 
 

@@ -70,9 +70,8 @@ KERNEL(post_pre_static_fwd, kForwardThreads, N > 8 ? 1 : N > 4 ? 3 : 5)
  const float* same_h_post, const float* same_h_res, Stream* x_new, Stream* u, float* new_h_pre,
  float* new_h_post, float* new_h_res, float* r, const float* h_given, int tokens, int slab, int n,
  int hidden) {
-  const Forward forward{x,           y,          h_post, h_res, same_h_pre,
-                        same_h_post, same_h_res, x_new,  u,     new_h_pre,
-                        new_h_post,  new_h_res,  r,      h_given};
+  const Forward forward{x,     y, h_post,    h_res,      same_h_pre, same_h_post, same_h_res,
+                        x_new, u, new_h_pre, new_h_post, new_h_res,  r,           h_given};
   if (EXACT || aligned(hidden)) {
     post_pre_static_fwd<true>(forward, tokens, slab, n, hidden);
   } else {
