@@ -1,5 +1,4 @@
-// The coefficients of tokens from the parts of their projection that post_given_fwd.cu leaves, one for each slice of the
-// channels:
+// The coefficients of tokens from the sums that post_given_fwd.cu leaves, one for each slice of the channels:
 //
 //   r, m, h_pre, h_post, H_res                                                                    [14 to 19]
 //
@@ -13,39 +12,57 @@ constexpr int N = SIZE;
 constexpr int kTokens = tuning_given_coefficients::tokens;
 constexpr int kThreads = tuning_given_coefficients::threads;
 // Slices that a thread reads at once.
-constexpr int kSlicesAtOnce = 16;
+constexpr int kSlicesAtOnce = 8;
 // Columns of res: n^2 or, where that is more, n!.
 constexpr int kMostColumns = 2 * N + (N == 4 ? kFactorial<4> : N * N);
 static_assert(kTokens * kPermutedLanes == 32 && kTokens * N <= 32, "one warp has all matrices");
 
-// partial: [tokens, slices, columns + 2], the columns and the sum of squares, where the columns are a multiple of 8.
-KERNEL(given_coefficients, kThreads)
-(const float2* partial, int slices, const float* alpha, const float* bias, float* h_pre,
- float* h_post, float* h_res, float* m, float* r, int tokens, int hidden, int columns,
- Settings settings) {
-  static __shared__ float2 sums[kTokens][kMostColumns / 2 + 1];
-  const auto sum_at = [&](int t, int c) -> float& { return reinterpret_cast<float*>(sums[t])[c]; };
-  const int first = blockIdx.x * kTokens, here = min(kTokens, tokens - first);
-  const int pairs = columns / 2 + 1;
-  for (int item = threadIdx.x; item < here * pairs; item += kThreads) {
-    const int t = item / pairs, pair = item % pairs;
-    const float2* from = partial + size_t(first + t) * slices * pairs + pair;
-    float2 sum = {};
-    for (int s = 0; s < slices; s += kSlicesAtOnce) {
-      float2 own[kSlicesAtOnce];
+__device__ inline void add(float4& sum, float4 v) {
+  sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+}
+__device__ inline void add(float& sum, float v) { sum += v; }
+
+// Adds up numbers of all slices, which lie `stride` apart, in their order. Reads have no conditions, so that all are on
+// their way at once.
+template <class T>
+__device__ inline T sum_of_slices(const T* from, int slices, int stride) {
+  T sum = {};
+  for (int s = 0; s < slices; s += kSlicesAtOnce) {
+    T own[kSlicesAtOnce];
 #pragma unroll
-      for (int k = 0; k < kSlicesAtOnce; ++k) {
-        own[k] = s + k < slices ? from[size_t(s + k) * pairs] : float2{};
-      }
+    for (int k = 0; k < kSlicesAtOnce; ++k) own[k] = from[size_t(min(s + k, slices - 1)) * stride];
 #pragma unroll
-      for (int k = 0; k < kSlicesAtOnce; ++k) sum.x += own[k].x, sum.y += own[k].y;
+    for (int k = 0; k < kSlicesAtOnce; ++k) {
+      if (s + k < slices) add(sum, own[k]);
     }
-    sums[t][pair] = sum;
+  }
+  return sum;
+}
+
+// sums: [tokens, slices, columns], a multiple of 8 columns; squares: [tokens, slices].
+KERNEL(given_coefficients, kThreads)
+(const float4* sums_of_slices, const float* squares, int slices, const float* alpha,
+ const float* bias, float* h_pre, float* h_post, float* h_res, float* m, float* r, int tokens,
+ int hidden, int columns, Settings settings) {
+  static __shared__ float4 sums[kTokens][kMostColumns / 4];
+  static __shared__ float square_sums[kTokens];
+  const auto sum_at = [&](int t, int c) { return reinterpret_cast<const float*>(sums[t])[c]; };
+  const int first = blockIdx.x * kTokens, here = min(kTokens, tokens - first);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  // The last warp has the sums of squares.
+  constexpr int kSquares = kThreads - 32;
+  const int parts = columns / 4;
+  for (int item = threadIdx.x; item < here * parts && threadIdx.x < kSquares; item += kSquares) {
+    const int t = item / parts, part = item % parts;
+    const float4* from = sums_of_slices + size_t(first + t) * slices * parts + part;
+    sums[t][part] = sum_of_slices(from, slices, parts);
+  }
+  if (threadIdx.x >= kSquares && lane < here) {
+    square_sums[lane] = sum_of_slices(squares + size_t(first + lane) * slices, slices, 1);
   }
   __syncthreads();
 
-  const auto r_of = [&](int t) { return inverse_norm(settings, sum_at(t, columns), N * hidden); };
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const auto r_of = [&](int t) { return inverse_norm(settings, square_sums[t], N * hidden); };
   if (warp > 0) {
     for (int item = threadIdx.x - 32; item < here * columns; item += kThreads - 32) {
       const int t = item / columns, c = item % columns;

@@ -4,14 +4,14 @@
 //   u     = sum over i of h_given[i] X'[i]                                                          [D1]
 //   parts of vec(X') phi and of the sum of X'^2, each over some channels                            [14, 15]
 //
-// u does not wait for the projection, so that no block waits for another. A block has SIZE channels of all streams, as
-// far as there are so many, and every gridDim.y-th tile of 8 tokens. Its warps, by what they do with each tile:
+// u does not wait for the projection, so that streams wait for no other block. A block has SIZE channels of all streams,
+// as far as there are so many, and every gridDim.y-th tile of 8 tokens. Its warps, by what they do with each tile:
 //
 //   main (8)    X' and u in place of X and y, and the warp's part of the sums, with phi in registers all the time. Warp w
 //               has the 16 bytes w of every 128, in all streams
 //   mover       X and y from memory and the tokens' coefficients; X' and u to memory
-//   sum         the sum of the main warps' parts, to memory: a row of each token and slice of the channels, which
-//               given_coefficients.cu reads
+//   sum         the sum of the main warps' parts, and of two blocks' where these are a cluster, to memory: there
+//               given_coefficients.cu adds up those of all channels
 //
 // A token's sums are cut by C alone: they do not depend on the other tokens or on how many there are.
 
@@ -47,8 +47,9 @@ constexpr int kPlane = Tile<kTokens>::kPlaneBytes;
 constexpr int kY = N * kPlane;
 constexpr int kStageBytes = kY + kPlane;
 
-constexpr int kParts = 256;  // behind the barriers
-constexpr int kCoefficients = kParts + 2 * kPartsBytes;
+constexpr int kParts = 256;                        // behind the barriers
+constexpr int kOthers = kParts + 2 * kPartsBytes;  // sums of the cluster's other block
+constexpr int kCoefficients = kOthers + 2 * kPartBytes;
 constexpr int kFirstStage = (kCoefficients + kStages * kCoefficientBytes + 1023) / 1024 * 1024;
 constexpr int kBytes = kFirstStage + kStages * kStageBytes;
 static_assert(kBytes == Tuned::shared_bytes, "kernels/tuning.rs");
@@ -64,7 +65,8 @@ static_assert(kPhi >= kFirstStage, "phi lies in stages alone");
 
 struct Args {
   const float *h_post, *h_res, *h_given, *phi;
-  float* partial;
+  float4* sums;
+  float* squares;
   int tokens, hidden;
 };
 
@@ -77,20 +79,23 @@ struct Block {
   const Args& args;
 
   // Barriers, 8 bytes each: a stage's tile is there; the main warps are done with it; their sums of a tile are there;
-  // these have been added; phi is there; it is in registers.
+  // these have been added; so for the sums of the other block; phi is there; it is in registers.
   __device__ u32 full(u32 slot) const { return base + 8 * slot; }
   __device__ u32 done(u32 slot) const { return base + 8 * (kStages + slot); }
   __device__ u32 parts_full(u32 slot) const { return base + 8 * (2 * kStages + slot); }
   __device__ u32 parts_empty(u32 slot) const { return base + 8 * (2 * kStages + 2 + slot); }
-  __device__ u32 phi_full() const { return base + 8 * (2 * kStages + 4); }
-  __device__ u32 phi_empty() const { return base + 8 * (2 * kStages + 5); }
-  static_assert(8 * (2 * kStages + 6) <= kParts, "barriers");
+  __device__ u32 others_full(u32 slot) const { return base + 8 * (2 * kStages + 4 + slot); }
+  __device__ u32 others_empty(u32 slot) const { return base + 8 * (2 * kStages + 6 + slot); }
+  __device__ u32 phi_full() const { return base + 8 * (2 * kStages + 8); }
+  __device__ u32 phi_empty() const { return base + 8 * (2 * kStages + 9); }
+  static_assert(8 * (2 * kStages + 10) <= kParts, "barriers");
 
   __device__ u32 stage(u32 slot) const { return base + kFirstStage + slot * kStageBytes; }
   __device__ u32 coefficients(u32 slot) const {
     return base + kCoefficients + slot * kCoefficientBytes;
   }
   __device__ u32 parts(u32 slot) const { return base + kParts + slot * kPartsBytes; }
+  __device__ u32 others(u32 slot) const { return base + kOthers + slot * kPartBytes; }
 
   __device__ int first_box() const { return blockIdx.x * kBoxes; }
   // Boxes that there are of a stream from the block's first on.
@@ -111,6 +116,8 @@ struct Block {
     for (u32 slot = 0; slot < 2; ++slot) {
       init_barrier(parts_full(slot), kMainWarps);
       init_barrier(parts_empty(slot), 1);
+      init_barrier(others_full(slot), 1);
+      init_barrier(others_empty(slot), 1);
     }
     init_barrier(phi_full(), 1);
     init_barrier(phi_empty(), kMainWarps);
@@ -318,53 +325,84 @@ __device__ inline void make_tiles(const Block& block, int warp, int lane) {
 
 // ---- sum --------------------------------------------------------------------------------------------
 
-// A row of `partial` is that of `projection.cu`: the columns, the sum of squares, and a number that nobody reads.
-constexpr int kRowPairs = (kColumns + 2) / 2;
+// 16 bytes of a token's sums, of which the last have the sum of squares.
+constexpr int kRowParts = kSumsBytes / 16;
+constexpr int kColumnParts = kColumns / 4;
+static_assert(kRowParts == kColumnParts + 1, "a part for the sum of squares");
 
+__device__ inline void add(float4& sum, float4 v) {
+  sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+}
+
+// The second block of a cluster sends its sums to the first, which adds them to its own.
 __device__ inline void sum_tiles(const Block& block, int lane) {
-  constexpr int kItems = kTokens * kRowPairs;
+  constexpr int kItems = kTokens * kRowParts;
+  const Args& args = block.args;
+  const u32 ranks = cluster_size(), slices = gridDim.x / ranks, slice = blockIdx.x / ranks;
+  const bool sends = cluster_rank() == 1, receives = ranks == 2 && !sends;
   const int num = block.num_tiles();
 #pragma unroll 1
   for (int i = 0; i < num; ++i) {
-    const u32 slot = i % 2;
-    wait(block.parts_full(slot), i / 2 & 1);
+    const u32 slot = i % 2, parity = i / 2 & 1;
+    wait(block.parts_full(slot), parity);
+    if (receives) {
+      if (lane == 0) arrive_and_expect(block.others_full(slot), kPartBytes);
+      wait_for_cluster(block.others_full(slot), parity);
+    } else if (sends && i >= 2) {
+      wait_for_cluster(block.others_empty(slot), parity ^ 1);
+    }
 #pragma unroll
     for (int first = 0; first < kItems; first += 32) {
-      const int item = first + lane, t = item / kRowPairs, pair = item % kRowPairs;
+      const int item = first + lane, t = item / kRowParts, part = item % kRowParts;
       if (item >= kItems) break;
-      const u32 at = block.parts(slot) + t * kSumsBytes + pair * 8;
-      float2 sum = {};
+      const u32 at = block.parts(slot) + item * 16;
+      float4 sum = {};
 #pragma unroll
-      for (int warp = 0; warp < kMainWarps; ++warp) {
-        const uint2 part = read2(at + warp * kPartBytes);
-        sum.x += __uint_as_float(part.x), sum.y += __uint_as_float(part.y);
+      for (int warp = 0; warp < kMainWarps; ++warp) add(sum, read_float4(at + warp * kPartBytes));
+      const u32 others = block.others(slot) + item * 16;
+      if (sends) {
+        send(in_block(others, 0), sum, in_block(block.others_full(slot), 0));
+        continue;
       }
+      if (receives) add(sum, read_float4(others));
       const int token = block.first_token(i) + t;
-      const size_t row = size_t(token) * gridDim.x + blockIdx.x;
-      if (token < block.args.tokens) {
-        reinterpret_cast<float2*>(block.args.partial)[row * kRowPairs + pair] = sum;
+      const size_t row = size_t(token) * slices + slice;
+      if (token >= args.tokens) continue;
+      if (part < kColumnParts) {
+        args.sums[row * kColumnParts + part] = sum;
+      } else {
+        args.squares[row] = sum.x;
       }
     }
     __syncwarp();
-    if (lane == 0) arrive(block.parts_empty(slot));
+    if (lane == 0) {
+      arrive(block.parts_empty(slot));
+      // The other block is there until it has sent the last of its sums.
+      if (receives && i + 2 < num) arrive_in_block(in_block(block.others_empty(slot), 1));
+    }
   }
 }
 
 // ---- kernel -----------------------------------------------------------------------------------------
 
-// partial: [tokens, gridDim.x, kColumns + 2]. The maps have boxes of 8 tokens and SIZE channels; gridDim.x is C / SIZE,
-// rounded up.
+// sums: [tokens, slices, kColumns], squares: [tokens, slices]; a slice is that of a cluster of one or two blocks. The maps
+// have boxes of 8 tokens and SIZE channels; gridDim.x is C / SIZE, rounded up.
 KERNEL(post_given_fwd, kThreads, 1)
 (const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap y,
  const __grid_constant__ TensorMap x_new, const __grid_constant__ TensorMap u, const float* h_post,
- const float* h_res, const float* h_given, const float* phi, float* partial, int tokens,
- int hidden) {
+ const float* h_res, const float* h_given, const float* phi, float4* sums, float* squares,
+ int tokens, int hidden) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const Args args{h_post, h_res, h_given, phi, partial, tokens, hidden};
+  const Args args{h_post, h_res, h_given, phi, sums, squares, tokens, hidden};
   const Block block{shared_address(shared), args};
   if (threadIdx.x == 0) block.init_barriers();
+  // Where there is no cluster, no instruction asks for one.
   __syncthreads();
+  if (cluster_size() > 1) {
+    cluster_arrive();
+    cluster_wait();
+  }
   if (warp < kMainWarps) {
     take_registers<kMainRegisters>();
     make_tiles(block, warp, lane);

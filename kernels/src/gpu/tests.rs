@@ -302,13 +302,14 @@ fn forward_calls_with_given_weights_read_whole_lines_once() {
 
 #[test]
 fn blocks_of_given_weights_divide_channels_and_tokens() {
-    for (tokens, c, blocks) in [
-        (8192, 4096, [16, 8]),
-        (8192, 5120, [20, 6]),
-        (8192, 1024, [4, 33]),
-        (17, 4096, [16, 3]),
-        (8192, 40000, [157, 1]),
-        (0, 4096, [16, 0]),
+    for (tokens, c, blocks, cluster) in [
+        (8192, 4096, [16, 8], 2),
+        (8192, 5120, [20, 6], 2),
+        (8192, 1024, [4, 33], 2),
+        (8192, 2304, [9, 14], 1),
+        (17, 4096, [16, 3], 2),
+        (8192, 40000, [157, 1], 1),
+        (0, 4096, [16, 0], 2),
     ] {
         let example = Example::new(
             Call::PostPreFwd,
@@ -323,7 +324,7 @@ fn blocks_of_given_weights_divide_channels_and_tokens() {
         let launches = example.check(|call| plan(&call.unwrap(), &H100).unwrap().launches);
         let [x, y, z] = launches[0].grid;
         assert_eq!(([x, y], z), (blocks, 1), "{tokens} {c}");
-        assert_eq!(launches[0].cluster, 1);
+        assert_eq!(launches[0].cluster, cluster, "{c}");
     }
 }
 

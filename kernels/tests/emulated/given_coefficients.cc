@@ -5,14 +5,14 @@
 #include "check.h"
 #include "h_res.h"
 
-static const float *partial, *alpha, *bias;
+static const float *sums, *squares, *alpha, *bias;
 static float *h_pre, *h_post, *h_res, *m, *r;
 static int tokens, hidden, slices, columns;
 static Settings own_settings;
 
 static void body() {
   CONCAT(mhc_given_coefficients, SUFFIX)
-  (reinterpret_cast<const float2*>(partial), slices, alpha, bias, h_pre, h_post, h_res, m, r,
+  (reinterpret_cast<const float4*>(sums), squares, slices, alpha, bias, h_pre, h_post, h_res, m, r,
    tokens, hidden, columns, own_settings);
 }
 
@@ -22,10 +22,9 @@ int main(int, char** argv) {
   tokens = sizes.tokens, hidden = sizes.hidden, slices = sizes.clusters, columns = atoi(argv[7]);
   own_settings = settings();
   own_settings.constraint = Constraint(sizes.deferred);
-  const int K = columns, row = K + 2, width = N * hidden;
-  partial = floats(size_t(tokens) * slices * row, [&](size_t i) {
-    return int(i % row) == K ? width / 3.f : std::sqrt(width) * normal();
-  });
+  const int K = columns, width = N * hidden;
+  sums = floats(size_t(tokens) * slices * K, [&](size_t) { return std::sqrt(width) * normal(); });
+  squares = floats(size_t(tokens) * slices, [&](size_t) { return width * std::abs(normal()); });
   alpha = floats(K > 2 * N ? 3 : 2, [](size_t i) { return .3f + .1f * i; });
   bias = floats(K, [](size_t) { return normal(); });
   h_pre = guarded<float>(size_t(tokens) * N), h_post = guarded<float>(size_t(tokens) * N);
@@ -40,9 +39,10 @@ int main(int, char** argv) {
   Error of_m{"m", 1e-6}, of_r{"r", 1e-6}, of_h{"h", 2e-6};
   for (int t = 0; t < tokens; ++t) {
     const auto sum_at = [&](int c) {
-      return sum_of_arrays(partial + size_t(t) * slices * row, slices, row, c);
+      return sum_of_arrays(sums + size_t(t) * slices * K, slices, K, c);
     };
-    const double norm = 1 / std::sqrt(sum_at(K) / width + own_settings.norm_eps);
+    const double square = sum_of_arrays(squares + size_t(t) * slices, slices, 1, 0);
+    const double norm = 1 / std::sqrt(square / width + own_settings.norm_eps);
     of_r.add(r[t], norm);
     std::vector<double> z(K);
     for (int c = 0; c < K; ++c) {

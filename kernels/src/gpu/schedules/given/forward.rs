@@ -3,14 +3,14 @@
 
 use crate::contract::check::CheckedCall;
 use crate::contract::view::DType;
-use crate::gpu::device::{Device, MAX_ROWS};
+use crate::gpu::device::Device;
 use crate::gpu::kernel::Kernel;
 use crate::gpu::launch::{Arg, Launch, Tensor, line};
 use crate::gpu::schedules::{Schedule, sizes};
 use crate::gpu::tuning::{CHANNELS, Size};
 use crate::gpu::workspace::{Part, Workspace};
 
-/// X', u and parts of the sums in blocks that know nothing of each other, then the coefficients of these parts.
+/// X', u and sums over some channels each, then the coefficients of these sums.
 pub const FORWARD: Schedule = Schedule {
     name: "one pass, then the coefficients",
     plan,
@@ -18,14 +18,30 @@ pub const FORWARD: Schedule = Schedule {
 
 fn plan(call: &CheckedCall, device: &Device, workspace: &mut dyn Workspace) -> Option<Vec<Launch>> {
     let size = size(call.dtype, [call.n, call.c, call.columns])?;
-    // The chips that the kernel is compiled for.
-    device.num_clusters(1, 1)?;
-    let channels = size.number as usize;
-    let slices = call.c.div_ceil(channels);
-    // A token has a row for each slice, with the columns, the sum of squares, and a number that nobody reads.
-    let partial = workspace.take(Part::per_token(slices * (call.columns + 2)));
-    let streams = streams(call, device, size, partial);
-    Some(vec![streams, coefficients(call, partial, slices)])
+    let blocks = call.c.div_ceil(size.number as usize);
+    // Two blocks add up their sums where there is an even number of them: so less goes to memory.
+    let cluster = if blocks.is_multiple_of(2) { 2 } else { 1 };
+    let at_once = device.num_clusters(cluster, usize::MAX)?;
+    let slices = blocks / cluster as usize;
+    let sums = Sums {
+        slices,
+        columns: workspace.take(Part::per_token(slices * call.columns)),
+        squares: workspace.take(Part::per_token(slices)),
+    };
+    let ranges = (at_once as usize / slices).max(1);
+    let geometry = ([blocks, ranges], cluster);
+    Some(vec![
+        streams(call, size, geometry, &sums),
+        coefficients(call, &sums),
+    ])
+}
+
+/// The sums of the slices of the channels, of which a token has a row for each.
+struct Sums {
+    slices: usize,
+    /// Addresses of those of the products with the columns of phi, and of the squares.
+    columns: u64,
+    squares: u64,
 }
 
 /// The size of the kernel for n, C and columns of phi.
@@ -37,13 +53,17 @@ fn size(dtype: DType, [n, c, columns]: [usize; 3]) -> Option<&'static Size> {
     sizes.next().filter(|_| c.is_multiple_of(line(dtype)))
 }
 
-/// X', u, and the sums of each slice of the channels, at `partial`.
-fn streams(call: &CheckedCall, device: &Device, size: &'static Size, partial: u64) -> Launch {
+/// X', u and the sums, by so many blocks for the channels and for the tokens, in clusters of so many.
+fn streams(
+    call: &CheckedCall,
+    size: &'static Size,
+    ([blocks, ranges], cluster): ([usize; 2], u32),
+    sums: &Sums,
+) -> Launch {
     let kernel = Kernel::of("post_given_fwd", size, call.dtype);
-    let channels = size.number as usize;
     let tensor = |address, num_streams| {
         let dims = [call.tokens, num_streams, call.c];
-        let box_dims = [kernel.tokens(), channels];
+        let box_dims = [kernel.tokens(), size.number as usize];
         Arg::TensorMap(Tensor::new(address, call.dtype, dims, box_dims))
     };
     let operand = |name| call.operand_address(name);
@@ -55,23 +75,21 @@ fn streams(call: &CheckedCall, device: &Device, size: &'static Size, partial: u6
         tensor(result("u"), 1),
     ];
     args.extend(["h_post", "h_res", "h_given", "phi"].map(|name| Arg::Pointer(operand(name))));
-    args.push(Arg::Pointer(partial));
+    args.extend([sums.columns, sums.squares].map(Arg::Pointer));
     args.extend([call.tokens, call.c].map(|size| Arg::I32(size as i32)));
-    // Each slice has as many blocks as run at once, of which a multiprocessor has one.
-    let slices = call.c.div_ceil(channels);
-    let ranges = (device.num_sms as usize / slices).clamp(1, MAX_ROWS);
     let tiles = call.tokens.div_ceil(kernel.tokens());
-    kernel.launch([slices, ranges.min(tiles), 1], args)
+    Launch {
+        cluster,
+        ..kernel.launch([blocks, ranges.min(tiles), 1], args)
+    }
 }
 
 /// The coefficients from these sums.
-fn coefficients(call: &CheckedCall, partial: u64, slices: usize) -> Launch {
-    let kernel = Kernel::of(
-        "given_coefficients",
-        sizes::streams(call.n, true),
-        DType::F32,
-    );
-    let mut args = vec![Arg::Pointer(partial), Arg::I32(slices as i32)];
+fn coefficients(call: &CheckedCall, sums: &Sums) -> Launch {
+    let size = sizes::streams(call.n, true);
+    let kernel = Kernel::of("given_coefficients", size, DType::F32);
+    let mut args = [sums.columns, sums.squares].map(Arg::Pointer).to_vec();
+    args.push(Arg::I32(sums.slices as i32));
     args.extend(["alpha", "bias"].map(|name| Arg::Pointer(call.operand_address(name))));
     let results = ["h_pre", "h_post", "h_res", "m", "r"];
     args.extend(results.map(|name| Arg::Pointer(call.result_address(name))));
