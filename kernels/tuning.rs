@@ -427,6 +427,13 @@ pub const FILES: &[File] = &[
         row("post_pre_bwd_one_pass", &[W256],   [8, 2, 384, 232_448], &[2, 1, 1, 2, 100]),
         row("post_pre_bwd_one_pass", &[W256K8], [8, 3, 384, 225_280], &[2, 1, 1, 2, 100]),
     ] },
+    // As `post_pre_bwd_one_pass`, without what blocks send each other, and for widths alone whose sums for d_phi have room.
+    File { path: "given/post_given_bwd", dtypes: BF16, target: Target::Hopper,
+           more: &["gradients", "sums_phi", "ahead"], kernels: &[
+        row("post_given_bwd", &[W256],   [8, 4, 512, 221_696], &[4, 1, 2]),
+        row("given_replies",  &[W256], [0, 0, 256, 2048], &[0, 0, 0]),
+        row("sum_given_dots", &[W256], [0, 0, 256, 0], &[0, 0, 0]),
+    ] },
     // `threads` are those of a multiprocessor, too, whose blocks have so many together.
     File { path: "one_stream/one_stream_fwd", dtypes: ALL, target: Target::Clusters, more: &[], kernels: &[
         row("pre_fwd_one_stream",      &[ONE], [4, 3, 1024, 0], &[]),

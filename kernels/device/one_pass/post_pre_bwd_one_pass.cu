@@ -291,27 +291,6 @@ struct Owner {
     return sum_copies(sum, copies_shift());
   }
 
-  // A word of r dm: of two neighbouring columns the even lane has the high parts, the odd one the low parts. Beside float32
-  // streams that of the lane's column.
-  __device__ u32 word_of_pair(float own) const {
-    if constexpr (kIsFloat32) return __float_as_uint(own);
-    const float other = __shfl_xor_sync(kAllLanes, own, 1);
-    const bool odd = lane_id() % 2;
-    u32 parts[2];
-    split(odd ? other : own, odd ? own : other, parts);
-    return odd ? parts[1] : parts[0];
-  }
-
-  // Where that word of octet 0 is in a reply, and how far from it that of the next one.
-  static constexpr u32 kNextOctet = kIsFloat32 ? 32 : 16;
-  __device__ static u32 place_of_word(u32 e) {
-    return kIsFloat32 ? e * 4 : e / 2 * 4 + e % 2 * kReplyLow;
-  }
-  // Other numbers of a reply.
-  __device__ static u32 word_of_other(float v) {
-    return kIsFloat32 ? __float_as_uint(v) : word_of(v);
-  }
-
   // `ahead`: what the tokens' lanes have, and then the next ones'.
   __device__ void reply(Own own, Own next, Token& ahead) {
     const Token token = ahead;

@@ -44,6 +44,26 @@ constexpr u32 kReplyUnit = kReplyFactor + 4;
 constexpr u32 kReplyBytes = (kReplyUnit + 4 + 15) / 16 * 16;
 constexpr u32 kReplyStride = kReplyBytes | 16;
 
+// A word of r dm: of two neighbouring columns the even lane has the high parts, the odd one the low parts. Beside float32
+// streams that of the lane's column.
+__device__ inline u32 word_of_pair(float own) {
+  if constexpr (kIsFloat32) return __float_as_uint(own);
+  const float other = __shfl_xor_sync(kAllLanes, own, 1);
+  const bool odd = lane_id() % 2;
+  u32 parts[2];
+  split(odd ? other : own, odd ? own : other, parts);
+  return odd ? parts[1] : parts[0];
+}
+// Where that word of octet 0 is in a reply, for the lane of column e, and how far from it that of the next one.
+constexpr u32 kNextOctet = kIsFloat32 ? 32 : 16;
+__device__ inline u32 place_of_word(u32 e) {
+  return kIsFloat32 ? e * 4 : e / 2 * 4 + e % 2 * kReplyLow;
+}
+// Other numbers of a reply.
+__device__ inline u32 word_of_other(float v) {
+  return kIsFloat32 ? __float_as_uint(v) : word_of(v);
+}
+
 // Of a tile H_res and the transposed H_res_new (`Tables`), h_post, with zeros for streams that are not there, and the units
 // of each token's matrices. Beside four float16 streams these are float16, too, whose range is too small without units:
 // powers of two, by the largest number (`half_unit`).
