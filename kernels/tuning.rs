@@ -431,8 +431,7 @@ pub const FILES: &[File] = &[
     File { path: "given/post_given_bwd", dtypes: BF16, target: Target::Hopper,
            more: &["gradients", "sums_phi", "ahead"], kernels: &[
         row("post_given_bwd", &[W256],   [8, 4, 512, 221_696], &[4, 1, 2]),
-        row("given_replies",  &[W256], [0, 0, 256, 2048], &[0, 0, 0]),
-        row("sum_given_dots", &[W256], [0, 0, 256, 0], &[0, 0, 0]),
+        row("sum_given",      &[W256],   [0, 0, 256, 0], &[0, 0, 0]),
     ] },
     // `threads` are those of a multiprocessor, too, whose blocks have so many together.
     File { path: "one_stream/one_stream_fwd", dtypes: ALL, target: Target::Clusters, more: &[], kernels: &[

@@ -134,11 +134,10 @@ struct Block : Stages {
   }
   // Until other blocks have their barriers.
   __device__ void wait_for_start() const { cluster_wait(); }
-  // By the first main warp; owners send replies, which so are no copies of the loader.
+  // By the first main warp, that owners may send replies.
   __device__ void expect_replies(u32 stage) const {
     arrive_and_expect(barrier(kRepliesFull, stage), kTileTokens * kReplyBytes);
   }
-  __device__ void copy_replies(int, u32) const {}
 
   // At the owner, of its token t: what comes from a warp of a block, and from a block.
   __device__ u32 dots(u32 slot, u32 t, u32 from) const {

@@ -46,7 +46,6 @@ __device__ inline void load_tiles(const Block& block, const Maps& maps) {
       copy_in(block.odd(stage), maps.x_odd, token, box, 0, full, policy);
       copy_in(block.vectors(stage), maps.y, token, box, 0, full, policy);
       copy_in(block.vectors(stage) + kPlane, maps.d_u, token, box, 0, full, policy);
-      block.copy_replies(tile, stage);
     }
     // phi before all others: everything waits for it.
     if (tile == 0) wait(block.barrier(kPhiThere, 0), 0);
@@ -64,27 +63,31 @@ __device__ inline void load_tiles(const Block& block, const Maps& maps) {
 
 // ---- input dots -------------------------------------------------------------------------------------
 
-// <d_u, X[j]> and <d_u, y> over half of the channels, as diagonals of products of all tokens with all. Calls
-// `use(tile, ring, x01, x23, y)` with a lane's sums: those with q == g / 2 have token g's, in the columns g % 2.
-template <class Use>
+// <d_u, X[j]> and <d_u, y>, as diagonals of products of all tokens with all, over half of the channels by each of two warps,
+// or over all of them for every second tile (TAKES_TURNS). Calls `use(tile, ring, x01, x23, y)` with a lane's sums: those
+// with q == g / 2 have token g's, in the columns g % 2.
+template <bool TAKES_TURNS, class Use>
 __device__ inline void input_dots(const Block& block, int half, int lane, Use use) {
   const u32 row = lane % 8, matrix = lane / 8, odd = matrix % 2;
   // Half of the boxes, or of each box where they are not even.
-  constexpr bool kWholeBoxes = SIZE / kBoxChannels % 2 == 0;
+  constexpr bool kWholeBoxes = TAKES_TURNS || SIZE / kBoxChannels % 2 == 0;
   constexpr u32 kSteps = kWholeBoxes ? 4 : 2;  // in a box
-  const u32 box = (kWholeBoxes ? half * (SIZE / kBoxChannels / 2) * kBox : 0) + row * kRowBytes;
+  constexpr u32 kBoxesApart = TAKES_TURNS ? 0 : SIZE / kBoxChannels / 2;
+  const u32 box = (kWholeBoxes ? half * kBoxesApart * kBox : 0) + row * kRowBytes;
   const u32 swizzle = kWholeBoxes ? row : row ^ half * 4;
   // Within a box an even unit (of 16 bytes) more is another of these bits.
   const u32 x_first =
       (odd ? block.odd(0) : block.even(0)) + box + (matrix / 2 ^ swizzle ^ odd * kOddSwizzle) * 16;
   const u32 v_first = block.vectors(0) + matrix / 2 * kPlane + box + (matrix % 2 ^ swizzle) * 16;
+  constexpr int kApart = TAKES_TURNS ? 2 : 1;
   Ring<kStages> ring;
-  for (int tile = 0; tile < block.num_tiles; ++tile, ring.next()) {
+  if (TAKES_TURNS && half) ring.next();
+  for (int tile = TAKES_TURNS ? half : 0; tile < block.num_tiles; tile += kApart) {
     const u32 slot = ring.slot;
     wait(block.barrier(kInputFull, slot), ring.parity);
     float x01[4] = {}, x23[4] = {}, y[4] = {};  // of two streams x23 is zero
 #pragma unroll
-    for (u32 step = 0; step < SIZE / 2 / 16; ++step) {
+    for (u32 step = 0; step < SIZE / 16 / (3 - kApart); ++step) {
       const u32 at = slot * kHalf + step / kSteps * kBox, unit = step % kSteps * 2;
       const u32 from = (x_first + at) ^ unit * 16;
       u32 a[4], b[4], v[4];  // v: y, d_u
@@ -97,6 +100,8 @@ __device__ inline void input_dots(const Block& block, int half, int lane, Use us
     }
     use(tile, ring, x01, x23, y);
     __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kApart; ++i) ring.next();
   }
 }
 

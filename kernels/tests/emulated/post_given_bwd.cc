@@ -9,32 +9,31 @@ unsigned char memory[1];
 static Map x_maps[2], y_map, d_u_map, d_x_in_maps[2], d_x_maps[2], d_y_map;
 static const float *h_post, *h_res, *h_given, *phi, *alpha, *bias, *m, *r, *h_res_new, *d_h_pre,
     *d_z;
-static float *d_h_post, *d_h_res, *d_h_given, *gates, *dots, *sums;
-static u32* replies;
-static int tokens, hidden, deferred, slices;
+static float *d_h_post, *d_h_res, *d_h_given, *d_phi, *d_bias, *d_alpha, *gates, *dots, *sums;
+static int tokens, hidden, deferred, slices, ranges;
+constexpr int kGates = kColumns == 2 * N ? 2 : 3;
 
-static void replies_body() {
-  CONCAT(mhc_given_replies, SUFFIX)
-  (alpha, bias, m, r, h_given, d_h_pre, d_z, replies, gates, tokens, hidden, settings());
-}
 static void body() {
   CONCAT(mhc_post_given_bwd, SUFFIX)
   (x_maps[0].tensor_map(), x_maps[1].tensor_map(), y_map.tensor_map(), d_u_map.tensor_map(),
    d_x_in_maps[0].tensor_map(), d_x_in_maps[1].tensor_map(), d_x_maps[0].tensor_map(),
-   d_x_maps[1].tensor_map(), d_y_map.tensor_map(), h_post, h_res, phi, h_res_new, replies, dots,
-   sums, tokens, hidden, deferred);
+   d_x_maps[1].tensor_map(), d_y_map.tensor_map(), h_post, h_res, phi, alpha, bias, m, r, h_res_new,
+   h_given, d_h_pre, d_z, dots, sums, gates, tokens, hidden, deferred, settings());
 }
+
+static int phi_blocks() { return (N * hidden * kColumns / 4 + kSumThreads - 1) / kSumThreads; }
 static void sum_body() {
-  CONCAT(mhc_sum_given_dots, SUFFIX)
-  (dots, h_post, h_res, d_h_post, d_h_res, d_h_given, tokens, slices);
+  CONCAT(mhc_sum_given, SUFFIX)
+  (reinterpret_cast<float4*>(sums), gates, dots, h_post, h_res, reinterpret_cast<float4*>(d_phi),
+   d_bias, d_alpha, d_h_post, d_h_res, d_h_given, phi_blocks(), ranges, N * hidden * kColumns / 4,
+   kGates, tokens, slices);
 }
 
 int main(int, char** argv) {
   const Sizes sizes(argv);
   constexpr int K = kColumns;
-  const int ranges = sizes.clusters;
   tokens = sizes.tokens, hidden = sizes.hidden, deferred = sizes.deferred;
-  slices = sizes.ranks(SIZE);
+  slices = sizes.ranks(SIZE), ranges = sizes.clusters;
   const size_t num = sizes.values(), num_phi = size_t(N) * hidden * K;
   Stream *x = streams<Stream>(num * N), *y = streams<Stream>(num);
   Stream *d_u = streams<Stream>(num), *d_x_in = streams<Stream>(num * N);
@@ -53,7 +52,7 @@ int main(int, char** argv) {
   const auto any = [](size_t) { return normal(); };
   // So large that the rounding of its products shows.
   phi = floats(num_phi, any);
-  alpha = floats(kColumns == 2 * N ? 2 : 3, [](size_t i) { return .3f + .1f * i; });
+  alpha = floats(kGates, [](size_t i) { return .3f + .1f * i; });
   bias = floats(K, any), m = floats(size_t(tokens) * K, any);
   r = floats(tokens, [](size_t) { return 1.f + .3f * std::tanh(normal()); });
   const auto matrix = [&](size_t i) { return .4f * normal() * power(i / (N * N)); };
@@ -65,12 +64,11 @@ int main(int, char** argv) {
   d_z = floats(size_t(tokens) * K, [](size_t i) { return i % K < N ? NAN : normal(); });
   d_h_post = guarded<float>(size_t(tokens) * N), d_h_res = guarded<float>(size_t(tokens) * N * N);
   d_h_given = guarded<float>(size_t(tokens) * N);
-  // Some blocks have no tokens, or several times.
-  const int rows = 2, tile_tokens = (tokens + 7) / 8 * 8;
+  const int rows = kRepliers * ranges, tile_tokens = (tokens + 7) / 8 * 8;
   gates = guarded<float>(size_t(rows) * (K + 3));
-  replies = guarded<u32>(size_t(tile_tokens) * (kReplyStride / 4));
   dots = guarded<float>(size_t(tile_tokens) * slices * kDotsRow);
   sums = guarded<float>(ranges * num_phi);
+  d_phi = guarded<float>(num_phi), d_bias = guarded<float>(K), d_alpha = guarded<float>(kGates);
   const auto map = [&](Stream* values, int num_streams, int first, int step) {
     const int in_box = (num_streams - first + step - 1) / step;
     return Map{values, tokens, num_streams, hidden, first, step, int(kTileTokens), SIZE, in_box};
@@ -80,15 +78,13 @@ int main(int, char** argv) {
     d_x_maps[odd] = map(d_x, N, odd, 2);
   }
   y_map = map(y, 1, 0, 1), d_u_map = map(d_u, 1, 0, 1), d_y_map = map(d_y, 1, 0, 1);
-  for (int b = 0; b < rows; ++b)
-    emulated::run_cluster(b, rows, 1, kReplyThreads, replies_body, sizes.seed + b);
   emulated::num_rows = ranges;
   for (int b = 0; b < slices * ranges; ++b) {
     emulated::row_of_blocks = b / slices;
     emulated::run_cluster(b % slices, slices, 1, kThreads, body, sizes.seed + b);
   }
   emulated::row_of_blocks = 0, emulated::num_rows = 1;
-  const int sum_blocks = (tokens * kDotsRow + kSumThreads - 1) / kSumThreads;
+  const int sum_blocks = phi_blocks() + 1 + (tokens + kSumTokens - 1) / kSumTokens;
   for (int b = 0; b < sum_blocks; ++b)
     emulated::run_cluster(b, sum_blocks, 1, kSumThreads, sum_body, sizes.seed + b);
   sizes.spoil(phi);
@@ -167,9 +163,7 @@ int main(int, char** argv) {
       of_d_y.add(vector_at(d_y, c), value);
     }
   }
-  for (size_t i = 0; i < num_phi; ++i) {
-    of_phi.add(sum_of_arrays(sums, ranges, num_phi, i), exact_d_phi[i]);
-  }
-  for (int k = 0; k < K + 3; ++k)
-    of_gates.add(sum_of_arrays(gates, rows, K + 3, k), exact_gates[k]);
+  for (size_t i = 0; i < num_phi; ++i) of_phi.add(d_phi[i], exact_d_phi[i]);
+  for (int k = 0; k < K; ++k) of_gates.add(d_bias[k], exact_gates[k]);
+  for (int gate = 0; gate < kGates; ++gate) of_gates.add(d_alpha[gate], exact_gates[K + gate]);
 }
