@@ -74,10 +74,14 @@ struct Dtypes {
 }
 
 /// Ops of earlier versions of the table. In version 2 post_pre was called seam.
-const RETIRED: [(u32, [&str; 6]); 2] = [
+const RETIRED: [(u32, [&str; 6]); 3] = [
     (2, ["pre", "post", "seam", "sinkhorn", "head", "collapse"]),
     (
         3,
+        ["pre", "post", "post_pre", "sinkhorn", "head", "collapse"],
+    ),
+    (
+        4,
         ["pre", "post", "post_pre", "sinkhorn", "head", "collapse"],
     ),
 ];
@@ -207,6 +211,7 @@ pub unsafe extern "C" fn jax_mhc_workspace(
     columns: i64,
     sinkhorn_iters: i64,
     norm_width: i64,
+    given: i64,
     out: *mut i64,
 ) -> bool {
     // SAFETY: promised by the caller.
@@ -227,6 +232,7 @@ pub unsafe extern "C" fn jax_mhc_workspace(
             columns: count(columns)?,
             sinkhorn_iters: count(sinkhorn_iters)?,
             norm_width: count(norm_width)?,
+            given: given != 0,
         };
         let workspace = problem.workspace()?;
         let number = |count: usize| i64::try_from(count).ok();
@@ -252,6 +258,7 @@ struct Asked {
     sinkhorn_iters: usize,
     dynamic: bool,
     norm: bool,
+    given: bool,
     /// Compute capability of the GPU.
     capability: (u32, u32),
 }
@@ -264,6 +271,7 @@ fn answer(asked: &str) -> Result<gpu::DescribedPlan, String> {
         sinkhorn_iters: asked.sinkhorn_iters,
         dynamic: asked.dynamic,
         norm: asked.norm,
+        given: asked.given,
         deferred: true,
         ..Config::default()
     };

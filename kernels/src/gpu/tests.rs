@@ -9,7 +9,7 @@ use super::images::{build, check_capability, has_symbol};
 use super::launch::{Arg, Launch, Tensor, line};
 use super::{Problem, check_device_call, describe_plan, plan, status};
 use crate::contract::check::{CheckedCall, Example};
-use crate::contract::table::Call;
+use crate::contract::table::{Call, Group};
 use crate::contract::view::DType;
 use crate::{Config, Constraint};
 
@@ -114,6 +114,11 @@ fn examples() -> Vec<(String, Example)> {
                     examples.push((format!("{name} static"), example().into_static()));
                     if !kind.groups().is_empty() {
                         examples.push((format!("{name} norm"), example().with_norm()));
+                    }
+                    if kind.groups().contains(&Group::Given) {
+                        let given = || example().with_given();
+                        examples.push((format!("{name} given"), given()));
+                        examples.push((format!("{name} given static"), given().into_static()));
                     }
                     examples.push((name, example()));
                 }
@@ -696,6 +701,38 @@ fn the_norm_is_in_the_kernels_that_read_the_streams_once() {
         ];
         assert_eq!(functions(&H100, Call::PostPreBwd, c)[..4], post_pre);
     }
+}
+
+#[test]
+fn given_weights_have_kernels_for_every_call() {
+    let kernels = |example: Example| {
+        let needed = example.check(|call| needed(&call.unwrap()));
+        let example = example.with_given().with_workspace(needed);
+        example.check(|call| {
+            let launches = plan(&call.unwrap(), &L4).unwrap().launches;
+            let names = launches.iter().map(|launch| launch.kernel.function);
+            names.collect::<Vec<_>>()
+        })
+    };
+    let example = |kind, sizes| Example::new(kind, DType::F32, 100, sizes, Config::default());
+    let forward = kernels(example(Call::PostPreFwd, [4, 33]));
+    assert_eq!(forward.first(), Some(&"post_fwd_unaligned"));
+    assert_eq!(
+        forward[forward.len() - 2..],
+        ["pre_fwd", "collapse_fwd_unaligned"]
+    );
+    let backward = kernels(example(Call::PostPreBwd, [4, 64]));
+    assert_eq!(backward[..3], ["post_fwd", "collapse_bwd", "pre_bwd"]);
+    assert_eq!(backward.last(), Some(&"post_bwd"));
+    let of_static = |kind| kernels(example(kind, [4, 64]).into_static());
+    assert_eq!(
+        of_static(Call::PostPreFwd),
+        ["pre_fwd", "post_pre_static_fwd"]
+    );
+    assert_eq!(
+        of_static(Call::PostPreBwd),
+        ["post_pre_static_bwd", "sum_static", "pre_bwd", "sum_gates"]
+    );
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! The schedules that read the streams once (one_pass.cuh), in clusters of blocks that divide the channels among them.
 
-mod forward;
+pub mod forward;
 mod post_pre_bwd;
 pub mod pre_bwd;
 
