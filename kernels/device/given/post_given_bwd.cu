@@ -25,7 +25,7 @@ static_assert(kSumsPhi, "nothing else computes d_phi");
 
 // Warps that make replies, and have as many tokens of a tile each.
 constexpr int kFirstReplier = kFinisher + 1;
-constexpr int kRepliers = kIsFloat32 ? 1 : 2;
+constexpr int kRepliers = Tuned::repliers;
 constexpr int kReplierTokens = kTileTokens / kRepliers;
 constexpr int kThreads = 32 * (kFirstReplier + kRepliers);
 
@@ -225,6 +225,7 @@ struct Replier {
 // <d_u, y>. Rows are whole pieces of 16 bytes.
 constexpr u32 kOfPost = N * N, kOfX = N == 4 ? 20 : 8, kOfY = kOfX + N;
 constexpr u32 kDotsRow = (kOfY + 4) / 4 * 4;
+static_assert(kDotsRow == Tuned::dots && kDotsRow == tuning_sum_given::dots, "");
 // Which entry of d_H_res or d_h_post a word is.
 constexpr bool kInOrder = N == 2 || kIsFloat32;
 __device__ inline u32 entry_of_post(u32 word) { return kInOrder ? word : word / 2 + word % 2 * 2; }

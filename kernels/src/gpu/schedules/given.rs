@@ -1,6 +1,10 @@
 //! The schedules of `post_pre_fwd` and `post_pre_bwd` with given weights of the streams in u that are made of the launches
 //! of other calls.
 
+mod backward;
+
+pub use backward::ONE_PASS_BACKWARD;
+
 use super::two_pass::pre;
 use super::{Schedule, collapse, one_pass, one_stream, post, post_pre};
 use crate::contract::check::CheckedCall;
