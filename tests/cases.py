@@ -164,7 +164,7 @@ _COMPOSED = (
     *PERMUTATIONS,
 )  # fmt: skip
 _SHAPES = _COMPOSED[:8]
-_PEAKED = ("peaked_3", "peaked_10", "permutations_peaked_3")
+_PEAKED = ("peaked_3", "peaked_10", "permutations")
 _SUMS = ("paper", "no_leading_axes", "no_tokens", "one_stream", "two_streams", "sixteen_streams")
 
 # The error in lower precision is compared where it can grow: peaked logits, many tokens, wide sums.

@@ -235,7 +235,8 @@ def test_a_stack_makes_u_in_its_seams():
     arrays = operands(jnp.float32)
     text = compiled_text(jax.grad(lambda arrays: jnp.sum(jnp.sin(stack(*arrays)))), arrays)
     calls = custom_calls(text)
-    assert calls["collapse_fwd"] == 2 and calls["collapse_bwd"] == 1
+    # Those of the exit.
+    assert calls["collapse_fwd"] == calls["collapse_bwd"] == 1
     assert _given(text).keys() == {("post_pre_fwd", "1"), ("post_pre_bwd", "1")}
 
 

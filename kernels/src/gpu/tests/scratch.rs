@@ -200,6 +200,7 @@ fn floats(call: &CheckedCall, launch: &Launch) -> Vec<(usize, usize)> {
         "sum_gradients" => vec![(0, 4 * int(5) * int(7)), (1, int(6) * sums)],
         "sinkhorn_bwd" => vec![(3, blocks * 2 * iters * launch.block as usize)],
         "post_fwd" => vec![(4, streams(tokens * n * c))],
+        "collapse_bwd" => vec![(0, streams(tokens * n * c))],
         "post_dots_fwd" => vec![
             (5, streams(tokens * n * c)),
             (6, tokens * c.div_ceil(128) * n),
