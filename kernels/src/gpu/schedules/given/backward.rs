@@ -30,21 +30,19 @@ fn size_of(dtype: DType, [n, c, columns]: [usize; 3]) -> Option<&'static Size> {
     let sizes = CHANNELS.iter().chain(NARROW).filter(|size| {
         [size.streams, size.columns] == [n as u32, columns as u32]
             && c.is_multiple_of(line(dtype))
+            && c.div_ceil(size.number as usize) <= MULTIPROCESSORS
             && Kernel::find(FUNCTION, size, dtype).is_some()
     });
     sizes.min_by_key(|size| {
         let channels = size.number as usize;
-        let slices = c.div_ceil(channels);
-        let ranges = (MULTIPROCESSORS / slices).max(1);
-        // More slices than multiprocessors take turns.
-        let turns = slices.div_ceil(MULTIPROCESSORS);
-        (channels * n * dtype.num_bytes() + FIXED_WORK) * turns * MULTIPROCESSORS / ranges
+        let ranges = MULTIPROCESSORS / c.div_ceil(channels);
+        (channels * n * dtype.num_bytes() + FIXED_WORK) * MULTIPROCESSORS / ranges
     })
 }
 
 /// The most blocks that share the tokens of a slice of the channels, on any GPU.
 fn max_ranges(slices: usize) -> usize {
-    (MAX_CLUSTER_BLOCKS as usize / slices).max(1)
+    MAX_CLUSTER_BLOCKS as usize / slices
 }
 
 fn plan(call: &CheckedCall, device: &Device, workspace: &mut dyn Workspace) -> Option<Vec<Launch>> {
@@ -157,10 +155,7 @@ mod tests {
     /// Channels of a block, and blocks that share a slice on an H200.
     fn geometry(dtype: DType, sizes: [usize; 3]) -> Option<(usize, usize)> {
         let channels = size_of(dtype, sizes)?.number as usize;
-        Some((
-            channels,
-            (MULTIPROCESSORS / sizes[1].div_ceil(channels)).max(1),
-        ))
+        Some((channels, MULTIPROCESSORS / sizes[1].div_ceil(channels)))
     }
 
     #[test]
@@ -171,7 +166,7 @@ mod tests {
             ([4, 4096, 24], (256, 8)),
             ([4, 5120, 24], (256, 6)),
             ([4, 7168, 24], (256, 4)),
-            ([4, 40960, 24], (256, 1)),
+            ([4, 33792, 24], (256, 1)),
             ([4, 4096, 8], (512, 16)),
             ([4, 2688, 8], (384, 18)),
             ([4, 4096, 32], (128, 4)),
@@ -180,7 +175,13 @@ mod tests {
             assert_eq!(geometry(DType::Bf16, sizes), Some(expected), "{sizes:?}");
         }
         assert_eq!(geometry(DType::F16, [4, 4096, 24]), Some((256, 8)));
-        for sizes in [[4, 4100, 24], [3, 4096, 15], [8, 4096, 80], [1, 4096, 3]] {
+        for sizes in [
+            [4, 33856, 24],
+            [4, 4100, 24],
+            [3, 4096, 15],
+            [8, 4096, 80],
+            [1, 4096, 3],
+        ] {
             assert_eq!(geometry(DType::Bf16, sizes), None, "{sizes:?}");
         }
     }
