@@ -39,6 +39,7 @@ pub fn schedules(call: &CheckedCall) -> &'static [Schedule] {
         Call::PostPreBwd if call.is_given() => &[
             static_coefficients::POST_PRE_BACKWARD,
             post_pre::STATIC_BACKWARD,
+            given::ONE_PASS_BACKWARD,
             given::BACKWARD,
         ],
         Call::PreFwd => &[one_stream::FORWARD, one_pass::FORWARD, two_pass::FORWARD],

@@ -807,6 +807,53 @@ fn given_weights_have_kernels_for_every_call() {
 }
 
 #[test]
+fn streams_are_read_once_beside_given_weights() {
+    let kernels = |dtype, sizes, config: Config, device: &Device| {
+        let example = Example::new(Call::PostPreBwd, dtype, 1000, sizes, config).with_given();
+        let needed = example.check(|call| needed(&call.unwrap()));
+        example.with_workspace(needed).check(|call| {
+            let launches = plan(&call.unwrap(), device).unwrap().launches;
+            let symbols = launches.iter().map(|launch| launch.kernel.symbol());
+            symbols.collect::<Vec<_>>()
+        })
+    };
+    let of = |constraint| Config {
+        constraint,
+        ..Config::default()
+    };
+    let (birkhoff, identity) = (of(Constraint::Birkhoff), of(Constraint::Identity));
+    for (dtype, sizes, config, size) in [
+        (DType::Bf16, [4, 4096], birkhoff, "w256_bf16"),
+        (DType::F16, [4, 5120], birkhoff, "w256_f16"),
+        (DType::Bf16, [4, 4096], identity, "w512k8_bf16"),
+        (
+            DType::Bf16,
+            [4, 2048],
+            of(Constraint::Permutations),
+            "w128k32_bf16",
+        ),
+        (DType::Bf16, [2, 2048], birkhoff, "n2w512_bf16"),
+    ] {
+        let expected = [
+            format!("mhc_logits_bwd_n{}_f32", sizes[0]),
+            format!("mhc_post_given_bwd_{size}"),
+            format!("mhc_sum_given_{size}"),
+        ];
+        assert_eq!(kernels(dtype, sizes, config, &H100), expected, "{sizes:?}");
+        let elsewhere = kernels(dtype, sizes, config, &B200);
+        assert!(!elsewhere.contains(&expected[1]), "{sizes:?}");
+    }
+    let many_iterations = Config {
+        sinkhorn_iters: 129,
+        ..birkhoff
+    };
+    for (sizes, config) in [([4, 4104], birkhoff), ([4, 4096], many_iterations)] {
+        let symbols = kernels(DType::Bf16, sizes, config, &H100);
+        assert!(symbols.iter().all(|symbol| !symbol.contains("given")));
+    }
+}
+
+#[test]
 fn every_call_does_something() {
     for (name, example) in examples() {
         let needed = example.check(|call| needed(&call.unwrap()));

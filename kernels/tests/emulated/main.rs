@@ -154,6 +154,36 @@ fn post_pre_bwd() {
     );
 }
 
+#[test]
+fn post_given_bwd() {
+    // C, tokens, blocks that share them, whether cotangents are deferred. The last slice of channels is not full.
+    type Calls = &'static [[usize; 4]];
+    let all: [(&str, &str, Calls); 7] = [
+        (
+            "w256",
+            "bf16",
+            &[[448, 77, 2, 1], [64, 33, 3, 0], [512, 1, 1, 1]],
+        ),
+        ("w512k8", "bf16", &[[576, 61, 1, 1]]),
+        ("w384k8", "bf16", &[[384, 45, 2, 0]]),
+        ("w128k32", "bf16", &[[192, 101, 1, 1]]),
+        ("n2w512", "bf16", &[[576, 61, 1, 1]]),
+        ("w256", "f16", &[[320, 45, 1, 1]]),
+        ("w256k8", "f16", &[[320, 45, 1, 0]]),
+    ];
+    for (size, dtype, calls) in all {
+        let program = build("post_given_bwd", "given/post_given_bwd", size, dtype);
+        for (seed, call) in calls.iter().enumerate() {
+            let output = run(&program, *call, seed, false, &[]);
+            assert!(
+                output.status.success(),
+                "{size} {dtype} {call:?}: {output:?}"
+            );
+        }
+        assert_spoiled(&run(&program, [64, 9, 1, 1], 0, true, &[]));
+    }
+}
+
 /// Checks kernels of one stream: C, tokens, blocks, which of them it is; constraint, iterations and threads.
 fn check_one_stream(name: &str, file: &str, calls: &[([usize; 4], [usize; 3])]) {
     for dtype in ["bf16", "f32"] {

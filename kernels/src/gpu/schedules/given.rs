@@ -3,6 +3,10 @@
 
 pub mod forward;
 
+mod backward;
+
+pub use backward::ONE_PASS_BACKWARD;
+
 use super::two_pass::pre;
 use super::{Schedule, collapse, one_pass, one_stream, post, post_pre};
 use crate::contract::check::CheckedCall;
