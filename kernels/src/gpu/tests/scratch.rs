@@ -221,6 +221,11 @@ fn floats(call: &CheckedCall, launch: &Launch) -> Vec<(usize, usize)> {
         "sinkhorn_bwd" => vec![(3, blocks * 2 * iters * launch.block as usize)],
         "post_fwd" => vec![(4, streams(tokens * n * c))],
         "collapse_bwd" => vec![(0, streams(tokens * n * c))],
+        "post_given_fwd" => {
+            let slices = blocks / launch.cluster as usize;
+            vec![(8, tokens * slices * columns), (9, tokens * slices)]
+        }
+        "given_coefficients" => vec![(0, tokens * int(2) * columns), (1, tokens * int(2))],
         "post_dots_fwd" => vec![
             (5, streams(tokens * n * c)),
             (6, tokens * c.div_ceil(128) * n),

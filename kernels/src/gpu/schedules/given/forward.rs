@@ -3,7 +3,7 @@
 
 use crate::contract::check::CheckedCall;
 use crate::contract::view::DType;
-use crate::gpu::device::Device;
+use crate::gpu::device::{Device, MAX_ROWS};
 use crate::gpu::kernel::Kernel;
 use crate::gpu::launch::{Arg, Launch, Tensor, line};
 use crate::gpu::schedules::{Schedule, sizes};
@@ -28,7 +28,7 @@ fn plan(call: &CheckedCall, device: &Device, workspace: &mut dyn Workspace) -> O
         columns: workspace.take(Part::per_token(slices * call.columns)),
         squares: workspace.take(Part::per_token(slices)),
     };
-    let ranges = (at_once as usize / slices).max(1);
+    let ranges = (at_once as usize / slices).clamp(1, MAX_ROWS);
     let geometry = ([blocks, ranges], cluster);
     Some(vec![
         streams(call, size, geometry, &sums),
