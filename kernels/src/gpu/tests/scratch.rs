@@ -198,11 +198,6 @@ fn floats(call: &CheckedCall, launch: &Launch) -> Vec<(usize, usize)> {
         "sum_one_stream" => vec![(0, int(5) * int(6)), (1, int(5) * sums)],
         "phi_bwd" => vec![(4, tokens * columns), (5, rows * d_phi)],
         "sum_gradients" => vec![(0, 4 * int(5) * int(7)), (1, int(6) * sums)],
-        "post_given_fwd" => {
-            let slices = blocks / launch.cluster as usize;
-            vec![(8, tokens * slices * columns), (9, tokens * slices)]
-        }
-        "given_coefficients" => vec![(0, tokens * int(2) * columns), (1, tokens * int(2))],
         "post_given_bwd" => {
             let dots = tokens.next_multiple_of(8) * blocks * launch.kernel.more("dots");
             let repliers = launch.kernel.more("repliers");
