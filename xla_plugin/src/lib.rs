@@ -359,8 +359,8 @@ mod tests {
         };
         let asked = serde_json::json!({
             "call": "pre_fwd", "dtype": "bfloat16", "tokens": 8192, "streams": 4, "hidden": 4096,
-            "constraint": "birkhoff", "sinkhorn_iters": 20, "dynamic": true, "norm": false, "given": false,
-            "capability": [9, 0],
+            "constraint": "birkhoff", "sinkhorn_iters": 20, "dynamic": true, "norm": false,
+            "given": false, "capability": [9, 0],
         });
         let (len, bytes) = tell(&asked.to_string(), 4096);
         let told: serde_json::Value = serde_json::from_slice(&bytes[..len - 1]).unwrap();
