@@ -475,7 +475,7 @@ struct Owner {
 __device__ inline void send_input_dots(const Block& block, int half, int lane) {
   const u32 g = lane / 4;
   const Addressee owner(block, g);
-  input_dots(
+  input_dots<false>(
       block, half, lane,
       [&](int tile, Ring<kStages> ring, const float (&x01)[4], float (&x23)[4],
           const float (&y)[4]) {
