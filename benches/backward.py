@@ -7,6 +7,7 @@ returns what it takes and returns there:
 - post_bwd: from d_x_new to d_y, d_h_post and d_h_res;
 - pre_bwd: from d_u, the gradients of the coefficients and G to d_x and those of the parameters;
 - post_pre_bwd: the same for x_new, then post's of the sublayer before.
+- post_pre_given_bwd: the same where the weights of the streams in u are given, and their gradient.
 
 They come in two steps: `keep` runs the forward pass and returns what the backward pass needs, `run`
 is the backward pass. For the fused kernels these are their calls, for any other module with
@@ -44,7 +45,7 @@ class Pass(NamedTuple):
 
 
 def passes(ops: Any, rounded: Any = None) -> dict[str, Pass]:
-    """The three passes of `ops`, which are `common.FUSED` or a module.
+    """The passes of `ops`, which are `common.FUSED` or a module.
 
     With `rounded`, a dtype, what the kernels hand from one half of the seam to the other is rounded
     to it, although the module computes in a wider one.
@@ -55,11 +56,12 @@ def passes(ops: Any, rounded: Any = None) -> dict[str, Pass]:
             name: Pass(functools.partial(_keep_fused, name), functools.partial(_run_fused, name))
             for name in _KEPT
         }
-    seam = functools.partial(_keep_seam, ops, rounded), functools.partial(_run_seam, rounded)
+    run_seam = functools.partial(_run_seam, rounded)
     return {
         "post_bwd": Pass(functools.partial(_keep_post, ops), _run_post),
         "pre_bwd": Pass(functools.partial(_keep_pre, ops), _run_pre),
-        "post_pre_bwd": Pass(*seam),
+        "post_pre_bwd": Pass(functools.partial(_keep_seam, ops, rounded, False), run_seam),
+        "post_pre_given_bwd": Pass(functools.partial(_keep_seam, ops, rounded, True), run_seam),
     }
 
 
@@ -79,12 +81,19 @@ _KEPT = {
     "post_bwd": "x y h_post h_res",
     "pre_bwd": "x phi alpha bias m r h_res",
     "post_pre_bwd": "x y h_post h_res phi alpha bias m r h_res_new",
+    "post_pre_given_bwd": "x y h_post h_res phi alpha bias m r h_given h_res_new",
 }
 _COTANGENTS = {
     "post_bwd": "d_x_new",
     "pre_bwd": "d_u d_h_pre d_h_post d_h_res d_x_new",
     "post_pre_bwd": "d_u d_h_pre d_h_post d_h_res d_x_new",
+    "post_pre_given_bwd": "d_u d_h_pre d_h_post d_h_res d_x_new",
 }
+
+
+def _call(name: str) -> str:
+    """The call of a pass."""
+    return name.replace("_given", "")
 
 
 def _keep_fused(name: str, named: dict[str, Any]) -> Any:
@@ -96,7 +105,9 @@ def _keep_fused(name: str, named: dict[str, Any]) -> Any:
     if name == "post_bwd":
         return fused_call("post_fwd", _POST, operands), operands
     operands |= {"phi": params.phi, "alpha": params.alpha, "bias": params.bias}
-    results = fused_call(name.replace("_bwd", "_fwd"), _PRE, operands)
+    if name == "post_pre_given_bwd":
+        operands["h_given"] = named["h_given"]
+    results = fused_call(_call(name).replace("_bwd", "_fwd"), _PRE, operands)
     kept = {key: results.pop(key) for key in ("m", "r")}
     kept["h_res" if name == "pre_bwd" else "h_res_new"] = results["h_res"]
     return results, operands | kept
@@ -109,7 +120,7 @@ def _run_fused(name: str, kept: Any, cotangents: dict[str, Any]) -> dict[str, An
     # Calls have a name of its own for the cotangent that they add to: d_x_in or d_x_new_in.
     added_to = "d_x_in" if name == "pre_bwd" else "d_x_new_in"
     given[added_to] = given.pop("d_x_new")
-    return fused_call(name, _PRE, kept | given, deferred=True)
+    return fused_call(_call(name), _PRE, kept | given, deferred=True)
 
 
 # ---- plain JAX ----------------------------------------------------------------------------------
@@ -130,12 +141,13 @@ def _run_post(vjp: Any, cotangents: dict[str, Any]) -> dict[str, Any]:
     return {"d_y": d_y, "d_h_post": d_h_post, "d_h_res": d_h_res}
 
 
-def _keep_pre(ops: Any, named: dict[str, Any]) -> Any:
-    def pre(x: jax.Array, params: MHCParams) -> Any:
-        u, ctx = ops.pre(x, params)
+def _keep_pre(ops: Any, named: dict[str, Any], *given: jax.Array) -> Any:
+    def pre(x: jax.Array, params: MHCParams, *given: jax.Array) -> Any:
+        options = {"h_pre": given[0]} if given else {}
+        u, ctx = ops.pre(x, params, **options)
         return u, x, ctx.h_pre, ctx.h_post, ctx.h_res
 
-    (u, _, h_pre, h_post, h_res), vjp = jax.vjp(pre, named["x"], named["params"])
+    (u, _, h_pre, h_post, h_res), vjp = jax.vjp(pre, named["x"], named["params"], *given)
     return {"u": u, "h_pre": h_pre, "h_post": h_post, "h_res": h_res}, (vjp, h_res)
 
 
@@ -148,16 +160,18 @@ def _run_pre(kept: Any, cotangents: dict[str, Any]) -> dict[str, Any]:
         for j in range(len(wide))
     ]
     given = (cotangents[f"d_{key}"] for key in ("h_pre", "h_post", "h_res"))
-    d_x, d_params = vjp((cotangents["d_u"], jnp.stack(mixed, 1), *given))
+    d_x, d_params, *d_given = vjp((cotangents["d_u"], jnp.stack(mixed, 1), *given))
     return {
         "d_x": d_x, "d_phi": d_params.phi, "d_alpha": d_params.alpha, "d_bias": d_params.bias,
+        **dict(zip(["d_h_given"], d_given, strict=False)),
     }  # fmt: skip
 
 
-def _keep_seam(ops: Any, rounded: Any, named: dict[str, Any]) -> Any:
+def _keep_seam(ops: Any, rounded: Any, is_given: bool, named: dict[str, Any]) -> Any:
     results, of_post = _keep_post(ops, named)
     x_new = _round(results["x_new"], rounded)
-    coefficients, of_pre = _keep_pre(ops, {"x": x_new, "params": named["params"]})
+    given = [named["h_given"]] if is_given else []
+    coefficients, of_pre = _keep_pre(ops, {"x": x_new, "params": named["params"]}, *given)
     return results | coefficients, (of_post, of_pre)
 
 

@@ -4,10 +4,11 @@
 they are called <date>-wrong and it exits with 1. It takes some minutes.
 
 - pre, post, post_pre, sinkhorn, head: the forward pass. post_bwd, pre_bwd,
-  post_pre_bwd: the backward pass alone, as a chain of sublayers runs it (backward.py). fb: pre and
-  post of a sublayer whose layer's output y is an independent input, and the gradients of x, y, phi,
-  alpha and bias, with cotangents on both results. fb_post_pre: post_pre and post_pre_bwd, which
-  is what a sublayer in the middle of a chain costs.
+  post_pre_bwd: the backward pass alone, as a chain of sublayers runs it (backward.py).
+  fb: pre and post of a sublayer whose layer's output y is an independent input, and the gradients
+  of x, y, phi, alpha and bias, with cotangents on both results. fb_post_pre: post_pre and
+  post_pre_bwd, which is what a sublayer in the middle of a chain costs. post_pre_given,
+  post_pre_given_bwd and fb_post_pre_given: the same of the delayed schedule.
 - Kernel time: what the GPU's profiler sums up over all kernels of a call. Wall time: of calls
   queued one after the other. Both go round several sets of inputs, so that none is in the L2
   cache. Gradients that a kernel overwrites are donated, as they are inside a model.
@@ -53,6 +54,7 @@ from gpu_ops import (
     compile_op,
     errors,
     exact,
+    exact_of_new_streams,
     make_inputs,
     some_tokens,
 )
@@ -74,6 +76,9 @@ OpName = Literal[
     "pre_norm",
     "post_pre_norm",
     "fb_norm",
+    "post_pre_given",
+    "post_pre_given_bwd",
+    "fb_post_pre_given",
 ]
 
 
@@ -82,7 +87,7 @@ class Options:
     """Options of the command line."""
 
     shapes: tuple[tuple[int, int], ...] = (
-        (8192, 4096), (4096, 2560), (4096, 7168), (16384, 2560), (8192, 2048),
+        (8192, 4096), (4096, 2560), (4096, 7168), (16384, 2560), (8192, 2048), (8192, 5120),
     )  # fmt: skip
     """Tokens and hidden width, in pairs; sinkhorn and head run at the first alone."""
     ops: tuple[OpName, ...] = get_args(OpName)
@@ -270,7 +275,7 @@ def bench_shape(
             if "post_pre" in op and "x_new" in some_results:
                 # pre of the streams as they were rounded.
                 rounded = {**some_named, "x": some_results["x_new"]}
-                exact_values[op] |= exact("pre_norm" if op == "post_pre_norm" else "pre", rounded)
+                exact_values[op] |= exact_of_new_streams(op, rounded)
             found = errors(some_results, exact_values[op])
             if implementation == "fused":
                 complaints += above_limits(op, tokens, hidden, found)

@@ -25,7 +25,7 @@ DTYPE = "bfloat16"
 IMPLEMENTATIONS = {"fused": common.FUSED, "plain": plain}
 SIGMAS = (1.0, 3.0, 6.0, 10.0)
 # The ops that are checked at these deviations of the logits of h_res.
-PEAKED_OPS = ("pre", "fb", "post_pre_bwd")
+PEAKED_OPS = ("pre", "fb", "post_pre_bwd", "post_pre_given_bwd")
 # Every set of inputs is used again only after so many bytes: four times the L2 cache of an H200.
 ROTATED_BYTES = 240e6
 
@@ -40,6 +40,7 @@ LIMITS = {
     "h_pre": 2e-6,
     "h_post": 2e-6,
     "h_res": 2e-6,
+    "d_h_given": _ROUNDING,
     "d_h_post": 2**0.5 * _ROUNDING,  # the seam's are sums of products with the rounded d_x_new
     "d_h_res": 2**0.5 * _ROUNDING,
     "d_phi": 3e-4,
@@ -108,6 +109,11 @@ def _seam(ops: Any, y: Any, ctx: Any, params: Any, norm_scale: Any = None) -> di
     return {"x_new": ctx.x, **_named(u, ctx)}
 
 
+def _given(ops: Any, y: Any, ctx: Any, params: Any, h_given: Any) -> dict[str, Any]:
+    u, ctx = ops.post_pre(y, ctx, params, h_pre=h_given)
+    return {"x_new": ctx.x, **_named(u, ctx)}
+
+
 def _sinkhorn(ops: Any, z: Any) -> dict[str, Any]:
     return {"h_res": ops.sinkhorn(z)}
 
@@ -134,6 +140,14 @@ def _fb_post_pre(ops: Any, y: Any, ctx: Any, params: Any, *cotangents: Any) -> d
     named = {"y": y, "ctx": ctx, "params": params}
     given = dict(zip(_COTANGENTS, cotangents, strict=True))
     return backward.gradients(backward.passes(ops)["post_pre_bwd"], named, given)
+
+
+def _fb_given(
+    ops: Any, y: Any, ctx: Any, params: Any, h_given: Any, *cotangents: Any
+) -> dict[str, Any]:
+    named = {"y": y, "ctx": ctx, "params": params, "h_given": h_given}
+    given = dict(zip(_COTANGENTS, cotangents, strict=True))
+    return backward.gradients(backward.passes(ops)["post_pre_given_bwd"], named, given)
 
 
 _SUBLAYER = ("x", "y", "params", "d_u", "d_x_new")
@@ -181,7 +195,24 @@ OPS = {
         goals_us=(500,),
         donated=("d_x_new",),
     ),
+    # The seam of the delayed schedule, whose u has the weights of the sublayer before.
+    "post_pre_given": Op(
+        _given, ("y", "ctx", "params", "h_given"), ("post_pre_fwd",), 2 * _n + 2, goals_us=(190,)
+    ),
+    "post_pre_given_bwd": Op(
+        None, _COTANGENTS, ("post_pre_bwd",), 3 * _n + 3, goals_us=(286,), donated=("d_x_new",)
+    ),
+    "fb_post_pre_given": Op(
+        _fb_given,
+        ("y", "ctx", "params", "h_given", *_COTANGENTS),
+        ("post_pre_bwd", "post_pre_fwd"),
+        (2 * _n + 2) + (3 * _n + 3),
+        goals_us=(476,),
+        donated=("d_x_new",),
+    ),
 }
+# The backward pass by which each op with one in its program is checked.
+CHECKED_BY = {"fb_post_pre": "post_pre_bwd", "fb_post_pre_given": "post_pre_given_bwd"}
 DECODE_GOAL_US = 8
 
 
@@ -204,6 +235,7 @@ def make_inputs(key: jax.Array, tokens: int, hidden: int, sigma: float = 1.2) ->
         alpha=jnp.ones((1,)),
         bias=0.5 * jax.random.normal(keys[5], (STREAMS,)),
     )
+    named["h_given"] = jax.random.uniform(keys[2], (tokens, STREAMS), minval=0.1)
     named["norm_scale"] = jax.random.uniform(keys[5], (hidden,), minval=0.5, maxval=1.5)
     named["d_h_pre"] = jax.random.normal(keys[6], (tokens, STREAMS))
     named["d_h_post"] = jax.random.normal(keys[7], (tokens, STREAMS))
@@ -302,17 +334,24 @@ def exact(op: str, named: dict[str, Any]) -> dict[str, Any]:
         return jax.tree.map(np.asarray, _exact(op)(wide))
 
 
+def exact_of_new_streams(op: str, named: dict[str, Any]) -> dict[str, Any]:
+    """What a seam makes of its new streams, which are `x` here, as they were rounded."""
+    results = exact("pre_norm" if op == "post_pre_norm" else "pre", named)
+    if "given" in op:
+        h_given, x = (np.asarray(named[name]).astype(np.float64) for name in ("h_given", "x"))
+        results["u"] = np.einsum("ti,tic->tc", h_given, x)
+    return results
+
+
 @functools.cache
 def _exact(name: str) -> Callable[..., dict[str, Any]]:
     op = OPS[name]
 
     def run(named: dict[str, Any]) -> dict[str, Any]:
-        if op.run is not None and name != "fb_post_pre":
+        if op.run is not None and name not in CHECKED_BY:
             return op.run(mhc.reference, *(named[argument] for argument in op.arguments))
         # Rounded where the two halves of a seam meet, as the kernels do.
-        one = backward.passes(mhc.reference, DTYPE)[
-            "post_pre_bwd" if name == "fb_post_pre" else name
-        ]
+        one = backward.passes(mhc.reference, DTYPE)[CHECKED_BY.get(name, name)]
         return backward.gradients(one, named, {key: named[key] for key in _COTANGENTS})
 
     # Without optimizations: compiles in half the time.

@@ -22,7 +22,7 @@ import jax_mhc as mhc
 
 Connection = Literal[
     "residual", "plain", "plain-checkpoint", "mhc", "seams", "seams-norms", "seams-checkpoint",
-    "mhc-streams", "mhc-scan", "residual-loop", "mhc-streams-loop", "seams-loop",
+    "seams-delayed", "mhc-streams", "mhc-scan", "residual-loop", "mhc-streams-loop", "seams-loop",
     "nnx-loop", "linen-loop", "equinox-loop",
     "residual-layers", "mhc-layers", "seams-auto", "seams-auto-mhc", "seams-told", "seams-watched",
 ]  # fmt: skip
@@ -35,6 +35,7 @@ LABELS: dict[Connection, str] = {
     "seams": "mHC, fused with seams",
     "seams-norms": "mHC, fused with seams and the layers' norms",
     "seams-checkpoint": "mHC, fused with seams, recomputed",
+    "seams-delayed": "mHC, fused with seams, delayed schedule",
     "mhc-streams": "mHC, fused, streams carry their post",
     "mhc-scan": "mHC, fused, streams carry their post, mhc.scan",
     "residual-loop": "plain residual, Python loop",
@@ -51,11 +52,14 @@ LABELS: dict[Connection, str] = {
     "seams-told": "mHC, fused with seams, composite gain out of the step",
     "seams-watched": "mHC, fused with seams, composite gain watched in the step",
 }
+# The schedule of DeepSeek-V4.1.
+DELAYED = dataclasses.replace(mhc.presets.PAPER, schedule="delayed")
 # The connections that run in mhc.stack, with its options.
 STACKS: dict[Connection, dict[str, Any]] = {
     "seams": {},
     "seams-norms": {},
     "seams-checkpoint": {"recompute": mhc.Recompute(every=2)},
+    "seams-delayed": {"config": DELAYED},
     "seams-auto": {"recompute": mhc.Recompute(every="auto")},
     "seams-auto-mhc": {"recompute": mhc.Recompute(every="auto", policy="mhc")},
     "seams-told": {},
@@ -227,15 +231,18 @@ def run_layers(
         run = mhc.stack
         if connection in SAMPLED:
             run = functools.partial(mhc.stack_with_samples, sample_tokens=SAMPLE_TOKENS)
+        is_delayed = connection == "seams-delayed"
         results = run(
             [lambda u, p, name=name: layers[name](u, params=p[name]) for name in layers],
-            x,
+            mhc.as_streams(x, implementation="fused") if is_delayed else x,
             [params["connections"][name] for name in layers],
             xs=params["layers"],
             norm_scale=norm_scale,
             implementation="fused",
             **STACKS[connection],
         )
+        if is_delayed:
+            return mhc.collapse(results), ()
         if connection not in SAMPLED:
             return mhc.reduce(results), ()
         x, h_res = results

@@ -53,8 +53,12 @@ def _normalized(u: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def pre(
-    x: jax.Array, params: MHCParams, norm_scale: jax.Array | None = None
+    x: jax.Array,
+    params: MHCParams,
+    norm_scale: jax.Array | None = None,
+    h_pre: jax.Array | None = None,
 ) -> tuple[jax.Array, Context]:
+    given = h_pre
     n, m = x.shape[1], _project(x, params.phi)
     z_pre, z_post, z_res = (
         gate * columns + bias
@@ -68,7 +72,7 @@ def pre(
     h_pre = jax.nn.sigmoid(z_pre)
     h_post = PAPER.post_scale * jax.nn.sigmoid(z_post)
     h_res = sinkhorn(z_res.reshape(-1, n, n))
-    u = _weighted_sum(h_pre, x)
+    u = _weighted_sum(h_pre if given is None else given, x)
     if norm_scale is not None:
         u = _normalized(u, norm_scale)
     return u, Context(x, h_pre, h_post, h_res)
@@ -86,9 +90,13 @@ def post(y: jax.Array, ctx: Context) -> jax.Array:
 
 
 def post_pre(
-    y: jax.Array, ctx: Context, params: MHCParams, norm_scale: jax.Array | None = None
+    y: jax.Array,
+    ctx: Context,
+    params: MHCParams,
+    norm_scale: jax.Array | None = None,
+    h_pre: jax.Array | None = None,
 ) -> tuple[jax.Array, Context]:
-    return pre(post(y, ctx), params, norm_scale)
+    return pre(post(y, ctx), params, norm_scale, h_pre)
 
 
 def head(x: jax.Array, params: HeadParams) -> jax.Array:

@@ -20,7 +20,7 @@ _HEAD = """\
 A *call* is one direction of an op, and one custom call of a compiled program. XLA knows `pre_fwd`
 as `{target}`, and the others alike. The number at the end is the version of this
 table. Compiled programs outlive the library (JAX's persistent cache, exported programs), so any
-change of meaning raises it. A call of version 2 or 3 is an error that says to export the program
+change of meaning raises it. A call of version 2, 3 or 4 is an error that says to export the program
 again.
 
 All leading dimensions of the streams are tokens, `...` below, and are passed as they are. The
@@ -51,6 +51,9 @@ nothing reads it. rho is 1 / sqrt(mean(u²) + norm_scale_eps) of the u before th
 d_u of the table are those after it. So is u_norm, which `post_pre_bwd` reads where there is a norm.
 
 `collapse_bwd` returns the part of d_h_pre that comes from u alone.
+
+In `post_pre_*` u has the weights h_pre of its own sublayer, or h_given where they are in the call.
+Then d_h_pre is all of the gradient of h_pre, and d_h_given[i] = <d_u, x_new[i]> that of the others.
 
 ## Deferred cotangents
 

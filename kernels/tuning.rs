@@ -427,6 +427,26 @@ pub const FILES: &[File] = &[
         row("post_pre_bwd_one_pass", &[W256],   [8, 2, 384, 232_448], &[2, 1, 1, 2, 100]),
         row("post_pre_bwd_one_pass", &[W256K8], [8, 3, 384, 225_280], &[2, 1, 1, 2, 100]),
     ] },
+    // As `post_pre_bwd_one_pass` without what blocks send each other, for sizes alone whose sums for d_phi have room. `repliers`
+    // are warps, `dots` words of a token and a block.
+    File { path: "given/post_given_bwd", dtypes: BF16, target: Target::Hopper,
+           more: &["gradients", "sums_phi", "ahead", "repliers", "dots"], kernels: &[
+        row("post_given_bwd", &[W256],   [8, 4, 512, 221_696], &[4, 1, 2, 2, 28]),
+        row("post_given_bwd", &[W256K8], [8, 5, 512, 210_432], &[5, 1, 2, 2, 28]),
+        row("post_given_bwd", &[W384K8], [8, 4, 512, 226_816], &[3, 1, 3, 2, 28]),
+        row("post_given_bwd", &[W512K8], [8, 3, 512, 217_600], &[2, 1, 2, 2, 28]),
+        row("post_given_bwd", &[W128K32], [8, 10, 512, 222_720], &[10, 1, 1, 2, 28]),
+        row("post_given_bwd", &[N2W512], [8, 5, 512, 217_600], &[3, 1, 4, 2, 12]),
+        row("sum_given", &[W256, W256K8, W384K8, W512K8, W128K32], [0, 0, 256, 0], &[0, 0, 0, 0, 28]),
+        row("sum_given", &[N2W512], [0, 0, 256, 0], &[0, 0, 0, 0, 12]),
+    ] },
+    File { path: "given/post_given_bwd", dtypes: F16, target: Target::Hopper,
+           more: &["gradients", "sums_phi", "ahead", "repliers", "dots"], kernels: &[
+        row("post_given_bwd", &[W256],   [8, 4, 512, 221_696], &[4, 1, 2, 2, 28]),
+        row("post_given_bwd", &[W256K8], [8, 5, 512, 210_432], &[5, 1, 2, 2, 28]),
+        row("post_given_bwd", &[W512K8], [8, 3, 512, 217_600], &[2, 1, 1, 2, 28]),
+        row("sum_given", &[W256, W256K8, W512K8], [0, 0, 256, 0], &[0, 0, 0, 0, 28]),
+    ] },
     // `threads` are those of a multiprocessor, too, whose blocks have so many together.
     File { path: "one_stream/one_stream_fwd", dtypes: ALL, target: Target::Clusters, more: &[], kernels: &[
         row("pre_fwd_one_stream",      &[ONE], [4, 3, 1024, 0], &[]),
@@ -457,6 +477,19 @@ pub const FILES: &[File] = &[
     ] },
     File { path: "one_pass/post_pre_norm_bwd", dtypes: F32, target: Target::Hopper, more: &["channels"], kernels: &[
         row("post_pre_norm_bwd", &[N4], [1, 0, 1024, 0], &[4]),
+    ] },
+    File { path: "given/post_given_fwd", dtypes: HALVES, target: Target::Clusters, more: &[], kernels: &[
+        row("post_given_fwd", &[W256],    [8, 10, 384, 230_400], &[]),
+        row("post_given_fwd", &[W256K8],  [8, 10, 384, 221_184], &[]),
+        row("post_given_fwd", &[W256K32], [8,  9, 384, 214_016], &[]),
+        row("post_given_fwd", &[N2W512],  [8,  8, 384, 206_848], &[]),
+    ] },
+    File { path: "given/post_given_fwd", dtypes: F32, target: Target::Clusters, more: &[], kernels: &[
+        row("post_given_fwd", &[W256],    [8,  5, 384, 226_304], &[]),
+        row("post_given_fwd", &[W256K8],  [8,  5, 384, 217_088], &[]),
+    ] },
+    File { path: "given/given_coefficients", dtypes: F32, target: Target::Clusters, more: &[], kernels: &[
+        row("given_coefficients", &[N2, N4], [8, 0, 128, 0], &[]),
     ] },
     File { path: "one_pass/logits_bwd", dtypes: F32, target: Target::Clusters, more: &[], kernels: &[
         row("logits_bwd", &[N2, N4], [16, 0, 32, 0], &[]),

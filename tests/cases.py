@@ -164,6 +164,7 @@ _COMPOSED = (
     *PERMUTATIONS,
 )  # fmt: skip
 _SHAPES = _COMPOSED[:8]
+_PEAKED = ("peaked_3", "peaked_10", "permutations")
 _SUMS = ("paper", "no_leading_axes", "no_tokens", "one_stream", "two_streams", "sixteen_streams")
 
 # The error in lower precision is compared where it can grow: peaked logits, many tokens, wide sums.
@@ -315,6 +316,20 @@ def _oracle_post_pre(o, config):
     return _oracle_pre({**o, "x": _oracle_post(o, config)["x_new"]}, config)
 
 
+def _run_given(o, config, implementation, **where):
+    options = {"config": config, "implementation": implementation, "h_pre": o["h_pre"]}
+    u, ctx = jax_mhc.post_pre(o["y"], o["ctx"], o["params"], **options, **norm(o), **where)
+    return {"u": u, "ctx": public(ctx)}
+
+
+def _oracle_given(o, config):
+    ctx = _oracle_post_pre({**o, "norm_scale": None}, config)["ctx"]
+    u = oracle.collapse(ctx.x, o["h_pre"])
+    if o["norm_scale"] is not None:
+        u = oracle.rms_norm(u, oracle.wide(o["norm_scale"]), NORM_SCALE_EPS)
+    return {"u": u, "ctx": ctx}
+
+
 def _run_sinkhorn(o, config, implementation, **_):
     h_res = jax_mhc.sinkhorn(o["logits"], config=config, implementation=implementation)
     return {"h_res": h_res}
@@ -425,6 +440,20 @@ OPS = {
         ("y", "ctx"),
         lambda case: case in _COMPOSED,
     ),
+    "post_pre_given": Op(
+        {
+            "y": layer_output,
+            "ctx": context,
+            "h_pre": h_pre,
+            "params": params,
+            "norm_scale": norm_scale,
+        },
+        _run_given,
+        _oracle_given,
+        ("post_pre",),
+        ("y", "ctx", "h_pre"),
+        lambda case: case in (*_SHAPES, *_PEAKED, "sixteen_streams", "static", "normalized", "hy4"),
+    ),
     "sinkhorn": Op(
         {"logits": logits},
         _run_sinkhorn,
@@ -492,11 +521,11 @@ OPS = {
         {"x": streams, "h_pre": h_pre, "params": params, "norm_scale": norm_scale},
         _run_delayed,
         _oracle_delayed,
-        ("pre", "collapse", "post_pre", "collapse", "post", "collapse"),
+        ("pre", "collapse", "post_pre", "post", "collapse"),
         ("x", "h_pre"),
         lambda case: case in (*_SUMS, "static", "normalized", "hy4", "permutations"),
-        # Of the two contexts that post and post_pre read, for the cotangents of their streams.
-        ("post", "post"),
+        # Of the context that post_pre reads, for the cotangent of its streams.
+        ("post",),
     ),
 }
 

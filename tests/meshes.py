@@ -170,8 +170,8 @@ SUMS = {
     "sinkhorn": (0, 0),
     "head": (CASE.streams + 1, CASE.streams),
     "two_sublayers": (2 * (K + 1), 2 * K),
-    # And n for each u.
-    "delayed": (2 * (K + 1), 2 * K + 3 * CASE.streams),
+    # And n for the first u and for the exit's.
+    "delayed": (2 * (K + 1), 2 * K + 2 * CASE.streams),
 }
 
 

@@ -971,6 +971,10 @@ ERRORS += [
         ValueError, "info.configuration", "norm", "one",
     ),
     (
+        lambda: info.configuration(4, 64, constraint="head", schedule="delayed"),
+        ValueError, "info.configuration", "schedule", "'delayed'",
+    ),
+    (
         lambda: info.configuration(4, 64, capability="9"),
         ValueError, "info.configuration", "capability", "9",
     ),

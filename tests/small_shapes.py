@@ -82,6 +82,7 @@ class Shape:
     settings: Settings
     static: bool
     norm: bool
+    given: bool
     seed: int
 
     @property
@@ -101,7 +102,8 @@ class Shape:
     @property
     def attributes(self) -> dict[str, Any]:
         """Attributes of all calls."""
-        groups = {"dynamic": int(not self.static), "norm": int(self.norm)}
+        has = {"dynamic": not self.static, "norm": self.norm, "given": self.given}
+        groups = {group: int(is_there) for group, is_there in has.items()}
         return {**dataclasses.asdict(self.settings), **groups}
 
     @property
@@ -109,6 +111,10 @@ class Shape:
         """The parameters that the calls of pre have."""
         dynamic = [] if self.static else ["phi", "alpha"]
         return [*dynamic, "bias", *(["norm_scale"] if self.norm else [])]
+
+    def weights(self, call: str) -> list[str]:
+        """The weights of the streams in u that a call has beside those of its own sublayer."""
+        return ["h_given"] if self.given and call.startswith("post_pre") else []
 
 
 def draw_shapes(num: int | None = None) -> list[Shape]:
@@ -143,8 +149,9 @@ def _with_settings(n: int, hidden: int, num_tokens: int, rng: random.Random) -> 
     tokens = pick((num_tokens,), (num_tokens, 1), (1, num_tokens))
     if num_tokens == 1:
         tokens = pick(tokens, ())
-    static, norm = rng.random() < 0.2, rng.random() < 0.4
-    return Shape(tokens, n, hidden, settings, static, norm, rng.getrandbits(32))
+    static, part = rng.random() < 0.2, rng.random()
+    norm, given = part < 0.4, part > 0.6
+    return Shape(tokens, n, hidden, settings, static, norm, given, rng.getrandbits(32))
 
 
 # ---- the calls ----------------------------------------------------------------------------------
@@ -173,6 +180,7 @@ def operands(shape: Shape) -> dict[str, np.ndarray]:
         "head.phi": draw(n, hidden, n, scale=scale),
         "head.alpha": draw(1),
         "head.bias": draw(n),
+        "h_given": draw(*tokens, n),
         "d_u": draw(*tokens, hidden),
         "d_h_pre": draw(*tokens, n),
         "d_h_post": draw(*tokens, n),
@@ -231,13 +239,15 @@ def flat(phi: np.ndarray) -> np.ndarray:
     return phi.reshape(-1, phi.shape[-1])
 
 
-def outputs(x, values, shape: Shape) -> dict[str, np.ndarray]:
-    """The results of `pre_fwd` that the call has, by the oracle, with parameters of `values`."""
+def outputs(x, values, shape: Shape, call: str) -> dict[str, np.ndarray]:
+    """The results of pre that a call has, by the oracle, with parameters of `values`."""
     settings = shape.settings
     phi = None if shape.static else flat(values["phi"])
     params = Params(phi, values["alpha"], values["bias"])
     scale = values["norm_scale"] if shape.norm else None
     u, h_pre, h_post, h_res = oracle.pre(x, params, settings, scale, settings.norm_scale_eps)
+    for name in shape.weights(call):
+        u = oracle.collapse(x, values[name])
     r = oracle.inverse_rms(x, settings)
     # r is not read where there is no m.
     r = np.zeros_like(r) if shape.static else r
@@ -256,8 +266,8 @@ def expected_forward(shape: Shape, given) -> dict[str, np.ndarray]:
     settings = shape.settings
     x, y, h_post, h_res = (given[name] for name in ("x", "y", "h_post", "h_res"))
     x_new = oracle.post(y, x, h_post, h_res)
-    pre = outputs(x, given, shape)
-    post_pre = {"x_new": x_new, **outputs(x_new, given, shape)}
+    pre = outputs(x, given, shape, "pre_fwd")
+    post_pre = {"x_new": x_new, **outputs(x_new, given, shape, "post_pre_fwd")}
     head = Params(flat(given["head.phi"]), given["head.alpha"], given["head.bias"])
     d_x_new, d_u = given["d_x_new"], given["d_u"]
     logits = dataclasses.replace(settings, constraint="birkhoff")
@@ -306,8 +316,8 @@ def derivatives(shape: Shape, given, got) -> dict[str, tuple[float, float]]:
         total = sum(product.sum() for product in products)
         return abs(np.imag(value) / step - total) / scale
 
-    def pre_value(x, at, mixing):
-        h = outputs(x, {**given, **at}, shape)
+    def pre_value(x, at, mixing, call):
+        h = outputs(x, {**given, **at}, shape, call)
         results = (h[name] for name in ("u", "h_pre", "h_post", "h_res"))
         value = sum((c * h).sum() for c, h in zip(cotangents, results, strict=True))
         # A deferred cotangent is that of what post makes of x with the new h_res, held fixed.
@@ -315,17 +325,17 @@ def derivatives(shape: Shape, given, got) -> dict[str, tuple[float, float]]:
 
     errors = {}
     eye = np.eye(shape.n)
-    params = shape.parameters
     for call, h_res in (("pre_bwd", "pre_fwd.h_res"), ("post_pre_bwd", "post_pre_fwd.h_res")):
-        directions, at = moved(params)
+        names = [*shape.parameters, *shape.weights(call)]
+        directions, at = moved(names)
         x = given["x"] if call == "pre_bwd" else got["post_pre_fwd.x_new"]
         direction = rng.standard_normal(x.shape)
         of_x = "d_x" if call == "pre_bwd" else "d_x_new"
         mixing = got[h_res] if settings.deferred else eye
-        value = pre_value(x + 1j * step * direction, at, mixing)
-        names = {**{name: f"d_{name}" for name in params}, of_x: of_x}
+        value = pre_value(x + 1j * step * direction, at, mixing, call)
+        results = {**{name: f"d_{name}" for name in names}, of_x: of_x}
         directions = {**directions, of_x: direction}
-        errors[call] = error(call, directions, value, names.__getitem__)
+        errors[call] = error(call, directions, value, results.__getitem__)
 
     directions, at = moved(("x", "head.phi", "head.alpha", "head.bias"))
     head = Params(flat(at["head.phi"]), at["head.alpha"], at["head.bias"])
@@ -399,11 +409,7 @@ def check(handlers: Handlers, shape: Shape) -> dict[tuple[str, str], tuple[float
         want = dict(exact)
         # post_pre computes the results of pre from streams that were rounded.
         rounded = {**given, "x": got["post_pre_fwd.x_new"]}
-        again = run_pre(handlers, shape, rounded)
-        names = {"d_x": "d_x_new"}
-        for name, value in again.items():
-            call, _, result = name.partition(".")
-            want[f"post_{call}.{names.get(result, result)}"] = value
+        want |= run_pre(handlers, shape, rounded)
         gradients = post_gradients(given, got["post_pre_bwd.d_x_new"])
         want |= {f"post_pre_bwd.{name}": value for name, value in gradients.items()}
         condition |= conditions("post_pre_fwd", got["post_pre_fwd.x_new"], want)
@@ -413,14 +419,24 @@ def check(handlers: Handlers, shape: Shape) -> dict[tuple[str, str], tuple[float
 
 
 def run_pre(handlers: Handlers, shape: Shape, given) -> dict[str, np.ndarray]:
-    """Both calls of pre in float64."""
+    """Results of post_pre's calls in float64 that are pre's, of the same streams."""
     given = {**given, "d_x_in": given["d_x_new"]}
     forward = handlers.call("pre_fwd", given, shape.sizes, shape.attributes)
+    d_x = {"d_x_new": given["d_x_new"]}
+    if shape.given:
+        # u, which has other weights, is beside all that pre computes.
+        h, d_u = given["h_given"], given["d_u"]
+        forward["u"] = oracle.collapse(given["x"], h)
+        d_x["d_h_given"] = np.einsum("...ic,...c->...i", given["x"], d_u)
+        given["d_u"] = np.zeros_like(d_u)
     more = {**saved(forward), "h_res": forward["h_res"]}
     backward = handlers.call("pre_bwd", {**given, **more}, shape.sizes, shape.attributes)
+    d_x["d_x_new"] = backward.pop("d_x")
+    if shape.given:
+        d_x["d_x_new"] = d_x["d_x_new"] + h[..., None] * d_u[..., None, :]
     return {
-        **{f"pre_fwd.{name}": value for name, value in forward.items()},
-        **{f"pre_bwd.{name}": value for name, value in backward.items()},
+        **{f"post_pre_fwd.{name}": value for name, value in forward.items()},
+        **{f"post_pre_bwd.{name}": value for name, value in (backward | d_x).items()},
     }
 
 

@@ -276,3 +276,40 @@ def test_the_kernels_are_those_of_their_width():
 
 if __name__ == "__main__":
     run_all()
+
+
+# ---- with given weights --------------------------------------------------------------------------
+
+# Of four streams: one slice of the channels and many, full or not, and as many as multiprocessors.
+GIVEN_WIDTHS = (64, 320, 1024, 2752, 4096, 5120, 8192, 12288)
+
+
+@pytest.mark.parametrize("hidden", GIVEN_WIDTHS)
+@pytest.mark.parametrize("tokens", [0, 1, 37])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_given_weights(hidden, tokens, dtype):
+    poison()
+    check("post_pre_given", Case((tokens,), 4, hidden, 3.0), dtype)
+
+
+@pytest.mark.parametrize("hidden", [320, 2048, 4096])
+@pytest.mark.parametrize("config", [PAPER, NONE, IDENTITY, PERMUTED, variant(sinkhorn_iters=1)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_deferred_cotangents_beside_given_weights(hidden, config, dtype):
+    poison()
+    check("delayed", Case((1031,), 4, hidden, config=config), dtype)
+
+
+@pytest.mark.parametrize("op", ["post_pre_given", "delayed"])
+@pytest.mark.parametrize("hidden", [64, 576, 2048, 4096])
+def test_given_weights_of_two_streams(op, hidden):
+    poison()
+    check(op, Case((37,), 2, hidden, 3.0), "bfloat16")
+
+
+@pytest.mark.parametrize("hidden", [1024, 4096])
+@pytest.mark.parametrize("config", [PAPER, IDENTITY, PERMUTED])
+def test_given_weights_give_the_same_bits_again(hidden, config):
+    case = Case((1031,), 4, hidden, 3.0, config)
+    first, second = (digest(run("post_pre_given", case, "bfloat16")) for _ in range(2))
+    assert first == second

@@ -46,7 +46,7 @@ def test_the_page_of_the_calls_has_all_that_the_library_describes(calls):
     after = calls.text(description)
     assert "surplus" not in before
     assert "| `surplus` | `[..., n]` | streams |" in after
-    assert "surplus²" in after
+    assert "surplus³" in after
     assert "| `surplus_mode` | int64 | 0 to 7 | `pre_fwd` |" in after
 
 

@@ -133,6 +133,9 @@ def test_what_differs_gets_other_kernels():
     assert kernel == "mhc_pre_fwd_one_pass_w256_bf16"
     for others in ({"dtype": "float32"}, {"constraint": "static"}, {"norm": True}):
         assert of(**others)["calls"]["pre_fwd"] != usual["pre_fwd"]
+    delayed = of(schedule="delayed", norm=True)["calls"]
+    others = [call for call, plan in usual.items() if delayed[call] != plan]
+    assert others == ["post_pre_fwd", "post_pre_bwd"]
 
 
 @pytest.mark.parametrize(
@@ -145,6 +148,8 @@ def test_what_differs_gets_other_kernels():
         ("--streams 4 --hidden 64 --dtype float64", "dtype: .*'float16', got 'float64'"),
         ("--streams 4 --hidden 64 --constraint some", "constraint: .*, got 'some'"),
         ("--streams 4 --hidden 64 --constraint head --norm", "norm: expected none with"),
+        ("--streams 4 --hidden 64 --constraint head --schedule delayed", "schedule: expected 'imm"),
+        ("--streams 4 --hidden 64 --schedule late", "schedule: .*'delayed', got 'late'"),
         ("--streams 4 --hidden 64 --capability 9", "capability: expected two numbers"),
         ("--streams 4 --hidden 64 --capability 7.5", "expected a GPU of .* 8.0|CUDA"),
         ("--streams 4 --hidden 64", "capability: expected an NVIDIA GPU .*, got none"),

@@ -134,8 +134,13 @@ MALFORMED = {
     ),
     "a cotangent of another kind": (
         "post_pre_bwd", [Z], [Z],
-        {"attributes": OF_PRE | {"deferred": np.int64(2)}},
+        {"attributes": OF_PRE | {"given": np.int64(0), "deferred": np.int64(2)}},
         "attribute `deferred`: expected 0 or 1, got 2",
+    ),
+    "given weights and a norm": (
+        "post_pre_fwd", [Z], [Z],
+        {"attributes": OF_PRE | {"given": np.int64(1), "norm": np.int64(1)}},
+        "`given`: expected 0 with `norm` 1, got 1",
     ),
     "no eps of the norm": (
         "pre_fwd", [Z], [Z], {"attributes": ATTRIBUTES | {key: OF_PRE[key] for key in GROUPS}},
@@ -175,12 +180,14 @@ def test_a_malformed_call_is_refused(case):
     assert re.match(rf"INVALID_ARGUMENT: {name}: .*{re.escape(message)}", str(error.value))
 
 
-@pytest.mark.parametrize("name", ["pre_fwd_v2", "seam_bwd_v2", "post_pre_bwd_v3"])
+@pytest.mark.parametrize(
+    "name", ["pre_fwd_v2", "seam_bwd_v2", "post_pre_bwd_v3", "post_pre_bwd_v4"]
+)
 def test_a_program_of_an_earlier_version_is_told_to_be_exported_again(name):
     z = jnp.ones(*Z)
     raw = jax.ffi.ffi_call(f"jax_mhc_{name}", jax.ShapeDtypeStruct(*Z))
     message = (
-        "INVALID_ARGUMENT: jax_mhc: program: expected calls of version 4, got those of an earlier "
+        "INVALID_ARGUMENT: jax_mhc: program: expected calls of version 5, got those of an earlier "
         "version; export or compile the program again with this version of jax-mhc"
     )
     with pytest.raises(jax.errors.JaxRuntimeError, match=re.escape(message)):
@@ -277,16 +284,20 @@ def with_groups(name, groups):
     return Settings(presets.PAPER, norm_scale_eps=0.5).call(name, names, **more), names
 
 
-@pytest.mark.parametrize("groups", [(), ("dynamic",), ("norm",), ("dynamic", "norm")])
+@pytest.mark.parametrize(
+    "groups", [(), ("dynamic",), ("norm",), ("dynamic", "norm"), ("dynamic", "given")]
+)
 @pytest.mark.parametrize("name", ["pre_fwd", "pre_bwd", "post_pre_fwd", "post_pre_bwd", "head_bwd"])
 def test_a_call_has_the_operands_of_its_groups(name, groups):
     made, names = with_groups(name, groups)
     assert made.operands == names
     has = set(made.groups)
-    assert has == (set(groups) if not name.startswith("head") else set())
+    assert has == set(groups).intersection(table.rows()[name].groups)
     gone = {"norm_scale", "rho", "u_norm", "d_norm_scale"} if "norm" not in groups else set()
     if "dynamic" not in groups and not name.startswith("head"):
         gone |= {"phi", "alpha", "m", "d_phi", "d_alpha"}
+    if "given" not in groups:
+        gone |= {"h_given", "d_h_given"}
     assert gone.isdisjoint([*made.operands, *made.results])
     # Each gradient belongs to an operand that is there.
     gradients = [result.removeprefix("d_") for result in made.results if result.startswith("d_")]
@@ -338,10 +349,10 @@ def test_the_library_is_registered_once(monkeypatch):
     )
     in_threads(lambda: library.missing("cpu"))
     handlers = library.status()["handlers"]
-    own = [(p, name) for p, name in registered if not name.endswith(("_v2", "_v3"))]
+    own = [(p, name) for p, name in registered if not name.endswith(("_v2", "_v3", "_v4"))]
     assert sorted(own) == sorted((p, name) for p in handlers for name in handlers[p])
     # Names of earlier versions answer with an error, on every platform.
-    assert len(set(registered) - set(own)) == len(registered) - len(own) == 48
+    assert len(set(registered) - set(own)) == len(registered) - len(own) == 72
 
 
 def test_an_interrupted_registration_starts_over(monkeypatch):

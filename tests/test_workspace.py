@@ -56,10 +56,11 @@ def test_the_call_on_a_gpu_has_it_as_its_last_result(workspace, op):
     assert calls(op, "cuda") == with_workspace
     (name,) = OPS[op].calls
     if op == "sinkhorn":
-        problem = (4, 4, 4, 0, 20, 0)
+        problem = (4, 4, 4, 0, 20, 0, 0)
     else:
         columns = {"post": 0, "collapse": 0, "head": 4}.get(op, 24)
-        problem = (2, 4, 64, columns, 20 if columns else 0, 0)
+        given = int(op == "post_pre_given")
+        problem = (2, 4, 64, columns, 20 if columns else 0, 0, given)
     assert asked == [(f"{name}_fwd", *problem), (f"{name}_bwd", *problem)]
 
 
@@ -99,11 +100,15 @@ def test_export_for_gpus_from_any_machine(workspace, platforms):
 def test_sizes_are_those_of_the_library(name, element_bytes):
     for streams, hidden in ((1, 1), (4, 4096), (16, 7)):
         columns = streams if name.startswith("head") else streams * (streams + 2)
-        problem = (element_bytes, streams, hidden, columns, 20, hidden)
-        sizes = library.workspace(name, *problem)
-        assert all(type(size) is int and size >= 0 for size in sizes)
+        for norm_width, given in ((hidden, 0), (0, 1)):
+            problem = (element_bytes, streams, hidden, columns, 20, norm_width, given)
+            sizes = library.workspace(name, *problem)
+            assert all(type(size) is int and size >= 0 for size in sizes)
 
 
 def test_an_unknown_call_has_none():
     with pytest.raises(RuntimeError, match="the shared library knows no such CUDA call"):
-        library.workspace("other", 2, 4, 64, 24, 20, 0)
+        library.workspace("other", 2, 4, 64, 24, 20, 0, 0)
+    with pytest.raises(RuntimeError, match="the shared library knows no such CUDA call"):
+        # A norm and given weights.
+        library.workspace("post_pre_fwd", 2, 4, 64, 24, 20, 64, 1)

@@ -288,6 +288,7 @@ fn add_attribute(frame: &mut Frame, _: &Op, rng: &mut Rng) {
                 "",
                 "Constraint",
                 "norm",
+                "given",
                 "norm_scale_eps",
                 "deferred",
             ],

@@ -232,6 +232,8 @@ fn sizes(op: &Op, n: i64, constraint: Option<&str>, iters: i64, rng: &mut Rng) -
 /// The attributes, sorted by name as XLA does.
 fn attributes(op: &Op, constraint: Option<&str>, rng: &mut Rng) -> Vec<Attribute> {
     let mut attributes = Vec::with_capacity(op.attributes.len() + 2);
+    // Weights of u that are given, or a norm, or neither.
+    let refused = pick(rng, &["norm", "given"]);
     for attribute in &op.attributes {
         let value = match (&attribute.setting, attribute.name.as_str()) {
             (_, "constraint") => Attr::Text(constraint.unwrap_or_default().into()),
@@ -244,6 +246,7 @@ fn attributes(op: &Op, constraint: Option<&str>, rng: &mut Rng) -> Vec<Attribute
                 _ => rng.i64(0..24),
             }),
             (Setting::Int64 { .. }, "dynamic") => Attr::Int(i64::from(percent(rng, 75))),
+            (_, name) if name == refused && op.takes("h_given") => Attr::Int(0),
             (Setting::Int64 { max }, _) => Attr::Int(rng.i64(0..=*max)),
             (Setting::Float64, _) => {
                 Attr::Float(pick(rng, &[0.0, 1e-8, 1e-6, 1e-6, 1e-3, 0.5, 1.0, 2.0]))

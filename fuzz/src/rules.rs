@@ -86,6 +86,13 @@ fn attributes(op: &Op, frame: &Frame) -> Result<(), &'static str> {
             _ => return Err("types of attributes"),
         }
     }
+    let is_one = |name| {
+        let mut all = frame.attributes.iter();
+        all.any(|attribute| attribute.name == name && matches!(attribute.value, Attr::Int(1)))
+    };
+    if is_one("norm") && is_one("given") {
+        return Err("a norm, or given weights");
+    }
     Ok(())
 }
 

@@ -7,6 +7,9 @@
 //   post_pre_static_bwd  d_X', d_y, d_h_post and d_H_res, and <d_u, X'[i]>
 //   sum_static           the cotangents of the coefficients, summed over a block's tokens
 //
+// Where the weights of the streams in u are given they are in h_given, which is null otherwise, and not those of the
+// bias.
+//
 // All sums in float32.
 
 #include "math/coefficients.cuh"
@@ -26,6 +29,7 @@ struct Forward {
   const float *same_h_pre, *same_h_post, *same_h_res;
   Stream *x_new, *u;
   float *new_h_pre, *new_h_post, *new_h_res, *r;
+  const float* h_given;
 };
 
 // A thread has V channels of one token, in all streams.
@@ -37,11 +41,12 @@ __device__ inline void post_pre_static_fwd(const Forward& f, int tokens, int sla
   const Item<V, kForwardThreads> item(tokens, slab, hidden);
   if (ALIGNED && !item.exists) return;
   const long long token = item.token, row = token * n * hidden;
+  const float* weights = f.h_given ? f.h_given + token * n : f.same_h_pre;
   float sums[V] = {};
   post<ALIGNED, N, V>(f.x + row, f.y + token * hidden, f.h_post + token * n,
                       f.h_res + token * n * n, f.x_new + row, n, hidden, item.at,
                       [&](int i, const Pack<Stream, V>& x_new) {
-                        const float h = f.same_h_pre[i];
+                        const float h = weights[i];
 #pragma unroll
                         for (int v = 0; v < V; ++v) sums[v] += h * x_new[v];
                       });
@@ -63,10 +68,10 @@ __device__ inline void post_pre_static_fwd(const Forward& f, int tokens, int sla
 KERNEL(post_pre_static_fwd, kForwardThreads, N > 8 ? 1 : N > 4 ? 3 : 5)
 (const Stream* x, const Stream* y, const float* h_post, const float* h_res, const float* same_h_pre,
  const float* same_h_post, const float* same_h_res, Stream* x_new, Stream* u, float* new_h_pre,
- float* new_h_post, float* new_h_res, float* r, int tokens, int slab, int n, int hidden) {
-  const Forward forward{x,           y,          h_post, h_res, same_h_pre,
-                        same_h_post, same_h_res, x_new,  u,     new_h_pre,
-                        new_h_post,  new_h_res,  r};
+ float* new_h_post, float* new_h_res, float* r, const float* h_given, int tokens, int slab, int n,
+ int hidden) {
+  const Forward forward{x,     y, h_post,    h_res,      same_h_pre, same_h_post, same_h_res,
+                        x_new, u, new_h_pre, new_h_post, new_h_res,  r,           h_given};
   if (EXACT || aligned(hidden)) {
     post_pre_static_fwd<true>(forward, tokens, slab, n, hidden);
   } else {
@@ -80,9 +85,10 @@ KERNEL(post_pre_static_fwd, kForwardThreads, N > 8 ? 1 : N > 4 ? 3 : 5)
 constexpr int kMaxBackwardThreads = tuning_pre_static_bwd::threads;
 constexpr int kMaxBackwardWarps = kMaxBackwardThreads / 32;
 
-// Of every token.
-__device__ inline float h_pre_of(const float* bias, const Settings& settings, int i) {
-  return sigmoid(bias[i]) + settings.pre_eps;
+// Weight of stream i in u: the same for every token, unless it is given for each.
+__device__ inline float weight_of(const float* bias, const Settings& settings, const float* h_given,
+                                  int i) {
+  return h_given ? h_given[i] : sigmoid(bias[i]) + settings.pre_eps;
 }
 
 // d_X[j] = (H_res^T d_x_in)[j] + h_pre[j] d_u, or d_x_in[j] + h_pre[j] d_u where h_res is null. d_x may lie where d_x_in
@@ -90,15 +96,16 @@ __device__ inline float h_pre_of(const float* bias, const Settings& settings, in
 template <bool ALIGNED>
 __device__ inline void pre_static_bwd(const Stream* x, const float* bias, const Stream* d_u,
                                       const Stream* d_x_in, const float* h_res, Stream* d_x,
-                                      float* dots, int num_streams, int hidden,
-                                      const Settings& settings) {
+                                      float* dots, const float* h_given, int num_streams,
+                                      int hidden, const Settings& settings) {
   constexpr int V = kTokenChannels<N>;
   __shared__ float shared[N][kMaxBackwardWarps];
   const int n = EXACT ? N : num_streams;
   const long long token = blockIdx.x, row = token * n * hidden;
+  if (h_given) h_given += token * n;
   float h_pre[N], sums[N] = {};
 #pragma unroll
-  for (int i = 0; i < N; ++i) h_pre[i] = i < n ? h_pre_of(bias, settings, i) : 0.f;
+  for (int i = 0; i < N; ++i) h_pre[i] = i < n ? weight_of(bias, settings, h_given, i) : 0.f;
   if (h_res) h_res += token * n * n;
 
   for (int at = threadIdx.x * V; at < hidden; at += blockDim.x * V) {
@@ -139,11 +146,11 @@ __device__ inline void pre_static_bwd(const Stream* x, const float* bias, const 
 
 KERNEL(pre_static_bwd, kMaxBackwardThreads)
 (const Stream* x, const float* bias, const Stream* d_u, const Stream* d_x_in, const float* h_res,
- Stream* d_x, float* dots, int n, int hidden, Settings settings) {
+ Stream* d_x, float* dots, const float* h_given, int n, int hidden, Settings settings) {
   if (EXACT || aligned(hidden)) {
-    pre_static_bwd<true>(x, bias, d_u, d_x_in, h_res, d_x, dots, n, hidden, settings);
+    pre_static_bwd<true>(x, bias, d_u, d_x_in, h_res, d_x, dots, h_given, n, hidden, settings);
   } else {
-    pre_static_bwd<false>(x, bias, d_u, d_x_in, h_res, d_x, dots, n, hidden, settings);
+    pre_static_bwd<false>(x, bias, d_u, d_x_in, h_res, d_x, dots, h_given, n, hidden, settings);
   }
 }
 
@@ -236,14 +243,16 @@ constexpr int kBackwardBlocks = N <= 4 ? 4 : 2;
 KERNEL(post_pre_static_bwd, kMaxBackwardThreads, kBackwardBlocks)
 (const Stream* x, const Stream* y, const float* h_post, const float* h_res, const float* bias,
  const Stream* d_u, const Stream* d_x_new_in, const float* h_res_new, Stream* d_x_new, Stream* d_y,
- float* d_h_post, float* d_h_res, float* dots, int hidden, Settings settings) {
+ float* d_h_post, float* d_h_res, float* dots, const float* h_given, int hidden,
+ Settings settings) {
   constexpr int n = N;
   __shared__ float shared[Dots::kNum][kMaxBackwardWarps], totals[Dots::kNum], h_pre[n];
   const long long token = blockIdx.x, row = token * n * hidden;
   h_post += token * n;
   h_res += token * n * n;
   if (h_res_new) h_res_new += token * n * n;
-  if (threadIdx.x < n) h_pre[threadIdx.x] = h_pre_of(bias, settings, threadIdx.x);
+  if (h_given) h_given += token * n;
+  if (threadIdx.x < n) h_pre[threadIdx.x] = weight_of(bias, settings, h_given, threadIdx.x);
   __syncthreads();
   const Backward backward{
       x + row, y + token * hidden, d_u + token * hidden, d_x_new_in + row,    h_pre,
@@ -292,7 +301,7 @@ constexpr int kSumWarps = kSumThreads / 32;
 constexpr int kMaxColumns = 3 * N + N * N;
 
 // A warp has every kSumWarps-th of the block's tokens, a lane every 32nd column of the four arrays. The results have
-// the shape that the cotangents of gridDim.x tokens have; that of h_pre has the dots, too.
+// the shape that the cotangents of gridDim.x tokens have; that of h_pre has the dots, too, where they are not null.
 KERNEL(sum_static, kSumThreads)
 (const float* dots, const float* d_h_pre, const float* d_h_post, const float* d_h_res,
  float* sum_h_pre, float* sum_h_post, float* sum_h_res, int tokens, int num_streams) {
@@ -307,7 +316,7 @@ KERNEL(sum_static, kSumThreads)
     const int width = c < 3 * n ? n : n * n, column = c < 3 * n ? c % n : c - 3 * n;
     float sum = 0.f;
 #pragma unroll 8
-    for (int token = first + warp; token < last; token += kSumWarps) {
+    for (int token = first + warp; array && token < last; token += kSumWarps) {
       sum += array[(long long)token * width + column];
     }
     shared[c][warp] = sum;

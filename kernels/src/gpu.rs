@@ -57,7 +57,7 @@ struct Plan {
 /// # Errors
 /// A workspace that is too small.
 fn plan(call: &CheckedCall, device: &Device) -> Result<Plan, Error> {
-    for schedule in schedules(call.kind) {
+    for schedule in schedules(call) {
         let mut workspace = Lent::of(call);
         let Some(launches) = (schedule.plan)(call, device, &mut workspace) else {
             continue;

@@ -24,6 +24,7 @@ from jax_mhc._limits import KERNEL_DTYPES, MAX_PERMUTED_STREAMS, MAX_STREAMS
 
 _MOST_TOKENS = 1 << 30
 
+SCHEDULES = ("immediate", "delayed")
 CONSTRAINTS = ("birkhoff", "none", "identity", "permutations", "static", "head")
 
 
@@ -75,6 +76,7 @@ def configuration(
     constraint: str = "birkhoff",
     *,
     norm: bool = False,
+    schedule: str = "immediate",
     tokens: int = 8192,
     capability: str | None = None,
 ) -> dict[str, Any]:
@@ -86,6 +88,7 @@ def configuration(
         dtype: of the streams.
         constraint: that of the config; "static" for static coefficients, "head" for a head.
         norm: whether the layer's input is normalised.
+        schedule: that of the config. In the delayed one the norm is plain JAX, and no call has it.
         tokens: their number.
         capability: compute capability of the GPU, such as "9.0"; None: that of the GPU here.
 
@@ -110,7 +113,12 @@ def configuration(
     _errors.integer(op, "streams", streams, 1, most, "The number of streams is small.")
     _errors.width(op, hidden)
     _errors.integer(op, "tokens", tokens, 0, _MOST_TOKENS, "The kernels take no more.")
-    is_head = constraint == "head"
+    _errors.choice(op, "schedule", schedule, SCHEDULES)
+    is_delayed, is_head = schedule == "delayed", constraint == "head"
+    if is_head and is_delayed:
+        raise Refusal(ValueError, op, "schedule").expected(
+            "'immediate' with constraint 'head'", "'delayed'", "The delayed schedule has no head."
+        )
     if is_head and norm:
         raise Refusal(ValueError, op, "norm").expected(
             "none with constraint 'head'", "one", "Leave it out: a head normalises nothing."
@@ -126,7 +134,8 @@ def configuration(
             constraint="birkhoff" if constraint in ("static", "head") else constraint,
             sinkhorn_iters=presets.PAPER.sinkhorn_iters,
             dynamic=constraint != "static",
-            norm=norm,
+            norm=norm and not is_delayed,
+            given=is_delayed,
             capability=number,
         )
         for of_op in (["head"] if is_head else ["pre", "post", "post_pre"])
@@ -207,6 +216,7 @@ def _main(arguments: list[str]) -> None:
     of_one.add_argument("--dtype", default="bfloat16", help=", ".join(KERNEL_DTYPES["cuda"]))
     of_one.add_argument("--constraint", default="birkhoff", help=", ".join(CONSTRAINTS))
     of_one.add_argument("--norm", action="store_true", help="the layer's input is normalised")
+    of_one.add_argument("--schedule", default="immediate", help=", ".join(SCHEDULES))
     of_one.add_argument("--tokens", type=int, default=8192, help="their number")
     of_one.add_argument("--capability", help="of a GPU, such as 9.0; that of the GPU here")
     given = vars(parser.parse_args(arguments))

@@ -74,10 +74,14 @@ struct Dtypes {
 }
 
 /// Ops of earlier versions of the table. In version 2 post_pre was called seam.
-const RETIRED: [(u32, [&str; 6]); 2] = [
+const RETIRED: [(u32, [&str; 6]); 3] = [
     (2, ["pre", "post", "seam", "sinkhorn", "head", "collapse"]),
     (
         3,
+        ["pre", "post", "post_pre", "sinkhorn", "head", "collapse"],
+    ),
+    (
+        4,
         ["pre", "post", "post_pre", "sinkhorn", "head", "collapse"],
     ),
 ];
@@ -207,11 +211,15 @@ pub unsafe extern "C" fn jax_mhc_workspace(
     columns: i64,
     sinkhorn_iters: i64,
     norm_width: i64,
+    given: i64,
     out: *mut i64,
 ) -> bool {
     // SAFETY: promised by the caller.
     let call = unsafe { CStr::from_ptr(call) };
     let workspace = || -> Option<[i64; 2]> {
+        if !(0..=1).contains(&given) {
+            return None;
+        }
         let count = |number: i64| usize::try_from(number).ok();
         let problem = gpu::Problem {
             kind: Call::ALL
@@ -227,6 +235,7 @@ pub unsafe extern "C" fn jax_mhc_workspace(
             columns: count(columns)?,
             sinkhorn_iters: count(sinkhorn_iters)?,
             norm_width: count(norm_width)?,
+            given: given == 1,
         };
         let workspace = problem.workspace()?;
         let number = |count: usize| i64::try_from(count).ok();
@@ -252,6 +261,7 @@ struct Asked {
     sinkhorn_iters: usize,
     dynamic: bool,
     norm: bool,
+    given: bool,
     /// Compute capability of the GPU.
     capability: (u32, u32),
 }
@@ -264,6 +274,7 @@ fn answer(asked: &str) -> Result<gpu::DescribedPlan, String> {
         sinkhorn_iters: asked.sinkhorn_iters,
         dynamic: asked.dynamic,
         norm: asked.norm,
+        given: asked.given,
         deferred: true,
         ..Config::default()
     };
@@ -349,7 +360,7 @@ mod tests {
         let asked = serde_json::json!({
             "call": "pre_fwd", "dtype": "bfloat16", "tokens": 8192, "streams": 4, "hidden": 4096,
             "constraint": "birkhoff", "sinkhorn_iters": 20, "dynamic": true, "norm": false,
-            "capability": [9, 0],
+            "given": false, "capability": [9, 0],
         });
         let (len, bytes) = tell(&asked.to_string(), 4096);
         let told: serde_json::Value = serde_json::from_slice(&bytes[..len - 1]).unwrap();
@@ -381,21 +392,26 @@ mod tests {
 
     #[test]
     fn only_possible_sizes_have_a_workspace() {
-        let workspace = |call: &CStr, [bytes, n, c, columns, iters, norm]: [i64; 6]| {
+        let workspace = |call: &CStr, [bytes, n, c, columns, iters, norm, given]: [i64; 7]| {
             let mut out = [-1; 2];
             // SAFETY: `out` has room for two numbers.
             let is_known = unsafe {
                 let out = out.as_mut_ptr();
-                jax_mhc_workspace(call.as_ptr(), bytes, n, c, columns, iters, norm, out)
+                jax_mhc_workspace(call.as_ptr(), bytes, n, c, columns, iters, norm, given, out)
             };
             assert!(is_known || out == [-1; 2]);
             is_known.then_some(out)
         };
-        let possible = [2, 4, 2560, 24, 20, 2560];
+        let possible = [2, 4, 2560, 24, 20, 2560, 0];
         let [per_token, fixed] = workspace(c"pre_bwd", possible).unwrap();
         assert!(per_token > 0 && fixed > 0);
-        assert_eq!(workspace(c"post_fwd", [4, 16, 1, 0, 0, 0]), Some([0, 0]));
+        assert_eq!(workspace(c"post_fwd", [4, 16, 1, 0, 0, 0, 0]), Some([0, 0]));
         assert_eq!(workspace(c"no_call", possible), None);
+        assert!(workspace(c"post_pre_bwd", [2, 4, 2560, 24, 20, 0, 1]).is_some());
+        assert_eq!(
+            workspace(c"post_pre_bwd", [2, 4, 2560, 24, 20, 2560, 1]),
+            None
+        );
         for at in 0..possible.len() {
             for absurd in [-1, i64::MIN, i64::MAX, 1 << 31, 1 << 62] {
                 let mut sizes = possible;

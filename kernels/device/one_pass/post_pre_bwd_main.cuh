@@ -405,13 +405,10 @@ __device__ inline void main_warps(const Block& block, const Args& args, int warp
   fence_for_copies();
   __syncwarp();
   if (lane == 0) arrive(block.barrier(kPhiThere, 0));
-  cluster_wait();
+  block.wait_for_start();
   Rings rings;
   for (int tile = 0; tile < block.num_tiles; ++tile, rings.next()) {
-    if (warp == 0 && lane == 0) {
-      const u32 replies_full = block.barrier(kRepliesFull, rings.stages.slot);
-      arrive_and_expect(replies_full, kTileTokens * kReplyBytes);
-    }
+    if (warp == 0 && lane == 0) block.expect_replies(rings.stages.slot);
     self.tile(tile, rings, lane);
   }
   if constexpr (kSumsPhi) {

@@ -375,7 +375,7 @@ __device__ inline void main_warps(const Block& block, const Args& args, int warp
   write_float(phi_unit_at(block), phi_unit);
   __syncwarp();
   if (lane == 0) arrive(block.barrier(kPhiThere, 0));
-  cluster_wait();
+  block.wait_for_start();
   // Here, as phi has taken many registers on its way.
 #pragma unroll
   for (int e = 0; e < kFragments * kOctets * 4; ++e)
@@ -385,8 +385,7 @@ __device__ inline void main_warps(const Block& block, const Args& args, int warp
   for (int tile = 0; tile < int(read1(num_tiles_at(block))); ++tile) {
     // From the number of the tile, so that it is all that has to be kept.
     const u32 stage = tile % kStages, parity = tile / kStages % 2;
-    if (thread_id() == 0)
-      arrive_and_expect(block.barrier(kRepliesFull, stage), kTileTokens * kReplyBytes);
+    if (thread_id() == 0) block.expect_replies(stage);
     wait(block.barrier(kInputFull, stage), parity);
     wait(block.barrier(kTablesFull, tile % 2), tile / 2 % 2);
     MainWarp::Numbers numbers;

@@ -27,38 +27,16 @@
 // infinity or NaN in the streams of a token, or in their cotangents, reaches the gradients of its neighbours. Two
 // streams, and those in float32, are mixed without such products, and a token keeps it to itself.
 
-#include "math/coefficients.cuh"
-#include "one_pass/geometry.cuh"
-#include "one_pass/owner.cuh"
-#include "one_pass/phi.cuh"
+#include "base/common.cuh"
 
 using Tuned = tuning_post_pre_bwd_one_pass;
-static_assert(Tuned::tokens == kTileTokens);
-constexpr int kStages = Tuned::stages;  // of X, y and d_u
-constexpr int kGradients =
-    Tuned::gradients;  // slots of d_X'_in, which is not wanted before the replies are there
-static_assert(kGradients <= kStages, "");
-// H_res_new is I: the gradients of the streams are added as they are.
-constexpr bool kIdentity = kColumns == 2 * N;
-static_assert(N == 4 || (N == 2 && kColumns == N * (N + 2)), "");
-// Where the sums for d_phi have no room, phi_bwd.cu computes d_phi, from r dm and another pass over X and y.
-constexpr bool kSumsPhi = Tuned::sums_phi;
 
-constexpr bool kIsFloat32 = sizeof(Stream) == 4;
+#include "one_pass/post_pre_bwd_sizes.cuh"
 
-// Warps and their tasks. Beside float32 streams the same warps have both kinds of dots, and the loader is the finisher, too
-// (post_pre_bwd_others_f32.cuh).
-constexpr int kMainWarps = 8;
-constexpr int kDotWarps = 2;
-constexpr int kInputDots = kMainWarps;
-constexpr int kStreamDots = kInputDots + (kIsFloat32 ? 0 : kDotWarps);
-constexpr int kLoader = kStreamDots + kDotWarps;
-constexpr int kFinisher = kLoader + (kIsFloat32 ? 0 : 1);
+// Owners are warps behind those that both such kernels have.
 constexpr int kFirstOwner = kFinisher + 1;
 constexpr int kOwnerWarps = Tuned::owner_warps;
 constexpr int kThreads = 32 * (kFirstOwner + kOwnerWarps);
-constexpr int kMainRegisters = kIsFloat32 ? 216 : 184;
-constexpr int kOtherRegisters = 72;
 
 // ---- shared memory ----------------------------------------------------------------------------------
 
@@ -86,15 +64,6 @@ enum Barrier : u32 {
 constexpr int kDotParts = kIsFloat32 ? 1 : kDotWarps;
 constexpr u32 kDotsBytes = N == 4 ? 32 : 16;
 constexpr u32 kDotsSent = N == 4 ? 5 * 4 : 4 * 4;
-// From the owner to all blocks: r dm as bfloat16, the rest of it as bfloat16, and in words h_pre, -f, the unit of r dm
-// (`half_unit`). Beside float32 streams all numbers are float32, r dm in the room of both of its parts.
-// Rows are read as matrices: an odd number of 16 bytes keeps them apart.
-constexpr u32 kReplyLow = kColumns * 2;
-constexpr u32 kReplyGates = 2 * kReplyLow;
-constexpr u32 kReplyFactor = kReplyGates + N * 4;
-constexpr u32 kReplyUnit = kReplyFactor + 4;
-constexpr u32 kReplyBytes = (kReplyUnit + 4 + 15) / 16 * 16;
-constexpr u32 kReplyStride = kReplyBytes | 16;
 // To the owner again: the block's parts of d_H_res and d_h_post, in the order in which `StreamDots` sends them.
 constexpr u32 kSumsBytes = N == 4 ? 96 : 32;
 constexpr u32 kSumsSent = N == 4 && !kIsFloat32 ? kSumsBytes : (N * N + N) * 4;
@@ -104,79 +73,17 @@ constexpr u32 kDotsRing = kDotsSlots * 15 * kDotParts * kDotsBytes;
 constexpr u32 kSumsSlots = kStages > 2 ? 8 : 4;
 constexpr u32 kSumsRing = kSumsSlots * kTileTokens * kSumsBytes;
 
-// Of a tile H_res and the transposed H_res_new (`Tables`), h_post, with zeros for streams that are not there, and the units
-// of each token's matrices. Beside four float16 streams these are float16, too, whose range is too small without units:
-// powers of two, by the largest number (`half_unit`).
-constexpr bool kHasUnits = N > 2 && kStreamParts<Stream> == 2;
-constexpr u32 kTableBytes = kTileTokens * N * N * 4;
-constexpr u32 kHPost = (kIdentity ? 1 : 2) * kTableBytes;
-constexpr u32 kHPostBytes = 16;
-// Beside float32 streams a row a token: H_res transposed, H_res_new, h_post. The rows of every second token are in different
-// banks.
-constexpr u32 kTableNew = N * N * 4, kTableHPost = (kIdentity ? 1 : 2) * kTableNew;
-constexpr u32 kTableRow = kTableHPost + 16;
-constexpr u32 kTableUnits = kHPost + kTileTokens * kHPostBytes;
-constexpr u32 kTableUnitsBytes = 8;
-constexpr u32 kTablesBytes = kIsFloat32
-                                 ? kTileTokens * kTableRow
-                                 : kTableUnits + (kHasUnits ? kTileTokens * kTableUnitsBytes : 0);
-
-// A main warp has units of 16 channels of all streams.
-constexpr int kUnits = (SIZE / 16 + kMainWarps - 1) / kMainWarps;
-// The main warps have phi in registers, at most 96 of them together with the sums for d_phi, which leaves shared memory
-// to the stages; or else it lies there.
-constexpr int kSumsOfWarp = kSumsPhi ? kUnits * N * kOctets * 4 : 0;
-constexpr bool kHoldsPhi = !kIsFloat32 && kSumsOfWarp + kUnits * N * kPhiWords <= 96;
-// Beside float32 streams they have as many pairs of words of its float16 parts as 134 registers have room for.
-constexpr int kPhiPairs = 2 * kUnits * N * kOctets, kMostHeld = (134 - kSumsOfWarp) / 2;
-constexpr int kHeld = kMostHeld < kPhiPairs ? kMostHeld : kPhiPairs;
-// Units whose X' is there before the replies are: with those of all, 448 channels would take too many registers.
-constexpr int kAhead = Tuned::ahead;
-// Whether what units share of the replies is read once for all of them: where there are registers for it.
-constexpr bool kKeepsReply = kOctets < 4 || kAhead > 1;
-// phi of 16 channels of a stream, and of all channels of the block.
-constexpr u32 kPhiBytes = kPhiFragmentBytes;
-constexpr u32 kPhiPairBytes = kMainWarps * 32 * 8;  // of all main warps
-constexpr u32 kAllPhiBytes =
-    kIsFloat32 ? (kPhiPairs - kHeld) * kPhiPairBytes : SIZE / 16 * N * kPhiBytes;
-
-constexpr u32 kBox = Tile<kTileTokens>::kBoxBytes;
-constexpr u32 kPlane = Tile<kTileTokens>::kPlaneBytes;
-// What is copied at once: in a stage half of the streams of X, those with an even or those with an odd number, and y and
-// d_u, a pair; in a slot the same half of d_X'_in. Two neighbouring streams are read at once: half a swizzled box between
-// them keeps those in different banks.
-constexpr u32 kHalf = N / 2 * kPlane;
-constexpr u32 kPair = 2 * kPlane;
-constexpr u32 kOddShift = kIsFloat32 ? 0 : 512;
-constexpr u32 kOddSwizzle = kOddShift / kRowBytes;
-
-// Behind the barriers two numbers of each main warp, beside float32 streams.
-constexpr u32 kOfMainWarps = 448;
 constexpr u32 kDots = 512;
 constexpr u32 kReplies = kDots + kDotsRing;
 constexpr u32 kSums = kReplies + kStages * kTileTokens * kReplyStride;
 constexpr u32 kTableSlots = kSums + kSumsRing;
-constexpr u32 kAfterTables = kTableSlots + 2 * kTablesBytes;
-constexpr u32 kEven = (kAfterTables + (kHoldsPhi ? 0 : kAllPhiBytes) + 1023) / 1024 * 1024;
-constexpr u32 kVectors = kEven + kStages * kHalf;
-constexpr u32 kEvenGradient = kVectors + kStages * kPair;
-constexpr u32 kOddGradient = kEvenGradient + kGradients * kHalf + kOddShift;
-constexpr u32 kOdd = kOddGradient + kGradients * kHalf;
-constexpr u32 kSharedBytes = kOdd + kStages * kHalf;
-// On its way to registers phi lies where nothing of the first stage does.
-constexpr u32 kPhi = kHoldsPhi ? kVectors + kPair : kAfterTables;
-static_assert(!kHoldsPhi || kPhi + kAllPhiBytes <= kOdd, "");
+
+#include "one_pass/post_pre_bwd_stages.cuh"
+
 static_assert(kSharedBytes == Tuned::shared_bytes && kThreads == Tuned::threads, "");
 static_assert(8 * kNumBarriers <= kOfMainWarps && kOfMainWarps + 8 * kMainWarps <= kDots, "");
 
 // ---- what all warps know ----------------------------------------------------------------------------
-
-// Maps of the streams, with boxes of kTileTokens tokens and SIZE channels: of every second stream (`_even`, `_odd`), or
-// of y and the like.
-struct Maps {
-  const TensorMap &x_even, &x_odd, &y, &d_u, &d_x_new_in_even, &d_x_new_in_odd;
-  const TensorMap &d_x_new_even, &d_x_new_odd, &d_y;  // d_x_new may lie where d_x_new_in does
-};
 
 // Arguments of the kernel beside the maps and its settings: with either in one struct the compiler orders the whole
 // kernel anew.
@@ -191,14 +98,14 @@ struct Args {
   int tokens, deferred;
 };
 
-struct Block : Place<kTileTokens> {
+struct Block : Stages {
   int num_tiles;  // of this cluster
   // Blocks own up to `share` tokens of a tile one after the other, as far as there are tokens: the last owner may have
   // fewer, and blocks behind it have none. Of twice as many blocks as tokens every second one owns, in turns: that
   // changes 2^turns_shift times.
   u32 share, turns_shift;
 
-  __device__ Block(const void* memory, int hidden, int tokens) : Place(memory, hidden) {
+  __device__ Block(const void* memory, int hidden, int tokens) : Stages(memory, hidden) {
     num_tiles = share_of((tokens + kTileTokens - 1) / kTileTokens);
     share = (kTileTokens + ranks - 1) / ranks;
     turns_shift = ranks == 2 * kTileTokens;
@@ -225,15 +132,11 @@ struct Block : Place<kTileTokens> {
     init_barrier(barrier(kPhiThere, 0), kMainWarps);
     publish_barriers();
   }
-  // Of a stage: the even and the odd streams; y, and d_u behind it. Of a slot: the same streams.
-  __device__ u32 even(u32 stage) const { return shared + kEven + stage * kHalf; }
-  __device__ u32 odd(u32 stage) const { return shared + kOdd + stage * kHalf; }
-  __device__ u32 vectors(u32 stage) const { return shared + kVectors + stage * kPair; }
-  __device__ u32 even_gradient(u32 slot) const { return shared + kEvenGradient + slot * kHalf; }
-  __device__ u32 odd_gradient(u32 slot) const { return shared + kOddGradient + slot * kHalf; }
-  __device__ u32 tables(int tile) const { return shared + kTableSlots + tile % 2 * kTablesBytes; }
-  __device__ u32 reply(u32 slot, u32 token) const {
-    return shared + kReplies + (slot * kTileTokens + token) * kReplyStride;
+  // Until other blocks have their barriers.
+  __device__ void wait_for_start() const { cluster_wait(); }
+  // By the first main warp, that owners may send replies.
+  __device__ void expect_replies(u32 stage) const {
+    arrive_and_expect(barrier(kRepliesFull, stage), kTileTokens * kReplyBytes);
   }
 
   // At the owner, of its token t: what comes from a warp of a block, and from a block.
@@ -259,112 +162,6 @@ struct Addressee {
     return (of << block.turns_shift) + (tile & (block.turns() - 1));
   }
 };
-
-// ---- loader -----------------------------------------------------------------------------------------
-
-// Stages and slots in turn, which are the same where there are as many of both.
-struct Rings {
-  Ring<kStages> stages;
-  Ring<kGradients> slots;
-  __device__ void next() {
-    stages.next();
-    if constexpr (kGradients < kStages) slots.next();
-  }
-  __device__ u32 slot() const { return kGradients < kStages ? slots.slot : stages.slot; }
-  __device__ u32 slot_parity() const { return kGradients < kStages ? slots.parity : stages.parity; }
-};
-
-__device__ inline void load_tiles(const Block& block, const Maps& maps) {
-  const u64 policy = evict_first();
-  const int box = block.first_box();
-  // A tile that is done makes room for a stage and for a slot, of the tile that comes kSlotsLater.
-  constexpr int kSlotsLater = kStages - kGradients;
-  Ring<kStages> ring;
-  Ring<kGradients> slots;
-  for (int tile = 0; tile < block.num_tiles + kSlotsLater; ++tile, ring.next()) {
-    const u32 stage = ring.slot;
-    const int token = block.first_token(tile);
-    const bool exists = tile < block.num_tiles;
-    if (exists && tile >= kStages) {
-      // Until there is room for it, the tile comes as far as the L2 cache.
-      prefetch(maps.x_even, token, box, 0);
-      prefetch(maps.x_odd, token, box, 0);
-      prefetch(maps.y, token, box, 0);
-      prefetch(maps.d_u, token, box, 0);
-      prefetch(maps.d_x_new_in_even, token, box, 0);
-      prefetch(maps.d_x_new_in_odd, token, box, 0);
-    }
-    wait(block.barrier(kEmpty, stage), ring.parity ^ 1);
-    if (exists) {
-      const u32 full = block.barrier(kInputFull, stage);
-      arrive_and_expect(full, 2 * kHalf + kPair);
-      copy_in(block.even(stage), maps.x_even, token, box, 0, full, policy);
-      copy_in(block.odd(stage), maps.x_odd, token, box, 0, full, policy);
-      copy_in(block.vectors(stage), maps.y, token, box, 0, full, policy);
-      copy_in(block.vectors(stage) + kPlane, maps.d_u, token, box, 0, full, policy);
-    }
-    // phi before all others: everything waits for it.
-    if (tile == 0) wait(block.barrier(kPhiThere, 0), 0);
-    if (tile >= kSlotsLater) {
-      const int earlier = block.first_token(tile - kSlotsLater);
-      const u32 full = block.barrier(kGradientFull, slots.slot);
-      arrive_and_expect(full, 2 * kHalf);
-      const u32 even = block.even_gradient(slots.slot), odd = block.odd_gradient(slots.slot);
-      copy_in(even, maps.d_x_new_in_even, earlier, box, 0, full, policy);
-      copy_in(odd, maps.d_x_new_in_odd, earlier, box, 0, full, policy);
-      slots.next();
-    }
-  }
-}
-
-// ---- input dots -------------------------------------------------------------------------------------
-
-// <d_u, X[j]> and <d_u, y> over half of the channels, as diagonals of products of all tokens with all.
-__device__ inline void input_dots(const Block& block, int half, int lane) {
-  const u32 row = lane % 8, matrix = lane / 8, odd = matrix % 2;
-  // Half of the boxes, or of each box where they are not even.
-  constexpr bool kWholeBoxes = SIZE / kBoxChannels % 2 == 0;
-  constexpr u32 kSteps = kWholeBoxes ? 4 : 2;  // in a box
-  const u32 box = (kWholeBoxes ? half * (SIZE / kBoxChannels / 2) * kBox : 0) + row * kRowBytes;
-  const u32 swizzle = kWholeBoxes ? row : row ^ half * 4;
-  // Within a box an even unit (of 16 bytes) more is another of these bits.
-  const u32 x_first =
-      (odd ? block.odd(0) : block.even(0)) + box + (matrix / 2 ^ swizzle ^ odd * kOddSwizzle) * 16;
-  const u32 v_first = block.vectors(0) + matrix / 2 * kPlane + box + (matrix % 2 ^ swizzle) * 16;
-  const u32 g = lane / 4;
-  const Addressee owner(block, g);
-  Ring<kStages> ring;
-  for (int tile = 0; tile < block.num_tiles; ++tile, ring.next()) {
-    const u32 slot = ring.slot;
-    wait(block.barrier(kInputFull, slot), ring.parity);
-    float x01[4] = {}, x23[4] = {}, y[4] = {};  // of two streams x23 is zero
-#pragma unroll
-    for (u32 step = 0; step < SIZE / 2 / 16; ++step) {
-      const u32 at = slot * kHalf + step / kSteps * kBox, unit = step % kSteps * 2;
-      const u32 from = (x_first + at) ^ unit * 16;
-      u32 a[4], b[4], v[4];  // v: y, d_u
-      read_matrices(a, from);
-      if constexpr (N > 2) read_matrices(b, from + kPlane);
-      read_matrices(v, (v_first + at + slot * (kPair - kHalf)) ^ unit * 16);
-      mma_of<Stream>(x01, {a[0], a[1], a[2], a[3]}, {v[2], v[3]});
-      if constexpr (N > 2) mma_of<Stream>(x23, {b[0], b[1], b[2], b[3]}, {v[2], v[3]});
-      mma_of<Stream>(y, {v[0], v[0], v[1], v[1]}, {v[2], v[3]});
-    }
-    // The owner has read what was here before once its reply is there.
-    if (tile >= kStages) wait_for_cluster(block.barrier(kRepliesFull, slot), ring.parity ^ 1);
-    if (lane % 4 == g / 2) {
-      const bool b = g % 2;
-      const u32 rank = owner.rank(block, tile), dots_slot = tile % kDotsSlots;
-      const u32 to = in_block(block.dots(dots_slot, owner.t, block.rank * kDotWarps + half), rank);
-      const u32 barrier = in_block(block.barrier(kDotsFull, dots_slot), rank);
-      if constexpr (N == 2) x23[0] = y[0], x23[1] = y[1];
-      send(to, {b ? x01[1] : x01[0], b ? x01[3] : x01[2], b ? x23[1] : x23[0], b ? x23[3] : x23[2]},
-           barrier);
-      if constexpr (N > 2) send(to + 16, b ? y[1] : y[0], barrier);
-    }
-    __syncwarp();
-  }
-}
 
 // ---- owners -----------------------------------------------------------------------------------------
 
@@ -491,27 +288,6 @@ struct Owner {
       sum += turn.from < block.ranks * kDotParts ? v : 0.f;
     }
     return sum_copies(sum, copies_shift());
-  }
-
-  // A word of r dm: of two neighbouring columns the even lane has the high parts, the odd one the low parts. Beside float32
-  // streams that of the lane's column.
-  __device__ u32 word_of_pair(float own) const {
-    if constexpr (kIsFloat32) return __float_as_uint(own);
-    const float other = __shfl_xor_sync(kAllLanes, own, 1);
-    const bool odd = lane_id() % 2;
-    u32 parts[2];
-    split(odd ? other : own, odd ? own : other, parts);
-    return odd ? parts[1] : parts[0];
-  }
-
-  // Where that word of octet 0 is in a reply, and how far from it that of the next one.
-  static constexpr u32 kNextOctet = kIsFloat32 ? 32 : 16;
-  __device__ static u32 place_of_word(u32 e) {
-    return kIsFloat32 ? e * 4 : e / 2 * 4 + e % 2 * kReplyLow;
-  }
-  // Other numbers of a reply.
-  __device__ static u32 word_of_other(float v) {
-    return kIsFloat32 ? __float_as_uint(v) : word_of(v);
   }
 
   // `ahead`: what the tokens' lanes have, and then the next ones'.
@@ -684,7 +460,7 @@ struct Owner {
   }
 };
 
-// ---- tables of the mixing, main warps ------------------------------------------------------------------
+// ---- all other warps -----------------------------------------------------------------------------------
 
 // 1 for f32; any other name is unknown and so 0.
 #define IS_FLOAT32_f32 1
@@ -693,168 +469,46 @@ struct Owner {
 #include "one_pass/post_pre_bwd_main_f32.cuh"
 #include "one_pass/post_pre_bwd_others_f32.cuh"
 #else
-#include "one_pass/post_pre_bwd_main.cuh"
+#include "one_pass/post_pre_bwd_tiles.cuh"
 
-// ---- stream dots ------------------------------------------------------------------------------------
-
-// d_X' [X, y]^T of four tokens, by one warp. Rows and columns of the products are stream * 4 + token, and only entries
-// with the same token in both are wanted: those of lanes with g % 4 / 2 == q % 2, where g % 2 says which of two.
-template <int STREAMS>
-struct StreamDots;
-
-// Of four streams d_X' are the rows.
-template <>
-struct StreamDots<4> {
-  struct Sums {
-    float x01[4], x23[4], y[4];
-  };
-  u32 x_first, gradient_first, y_first;
-
-  __device__ StreamDots(const Block& block, int half, int lane) {
-    const u32 row = lane % 8, matrix = lane / 8, odd = row / 4, token = 4 * half + row % 4;
-    const u32 swizzle = token ^ odd * kOddSwizzle;
-    x_first = (odd ? block.odd(0) : block.even(0)) + matrix / 2 * kPlane + token * kRowBytes +
-              (matrix % 2 ^ swizzle) * 16;
-    gradient_first = (odd ? block.odd_gradient(0) : block.even_gradient(0)) + matrix % 2 * kPlane +
-                     token * kRowBytes + (matrix / 2 ^ swizzle) * 16;
-    y_first = block.vectors(0) + token * kRowBytes + (matrix ^ token) * 16;
-  }
-
-  __device__ void add(Sums& sums, u32 stage, u32 slot) const {
-    const u32 streams = x_first + stage * kHalf, vectors = y_first + stage * kPair;
-    const u32 gradients = gradient_first + slot * kHalf;
-#pragma unroll 2
-    for (u32 at = 0; at < SIZE / kBoxChannels * kBox; at += kBox) {
-#pragma unroll
-      for (u32 unit = 0; unit < 8; unit += 4) {
-        u32 y_part[4];
-        read_matrices(y_part, (vectors + at) ^ unit * 16);
-#pragma unroll
-        for (u32 h = 0; h < 2; ++h) {
-          u32 a[4], x[4];
-          read_matrices(a, (gradients + at) ^ (unit + 2 * h) * 16);
-          read_matrices(x, (streams + at) ^ (unit + 2 * h) * 16);
-          mma_of<Stream>(sums.x01, {a[0], a[1], a[2], a[3]}, {x[0], x[1]});
-          mma_of<Stream>(sums.x23, {a[0], a[1], a[2], a[3]}, {x[2], x[3]});
-          mma_of<Stream>(sums.y, {a[0], a[1], a[2], a[3]}, {y_part[2 * h], y_part[2 * h + 1]});
+// Dots of d_u, to the owner.
+__device__ inline void send_input_dots(const Block& block, int half, int lane) {
+  const u32 g = lane / 4;
+  const Addressee owner(block, g);
+  input_dots<false>(
+      block, half, lane,
+      [&](int tile, Ring<kStages> ring, const float (&x01)[4], float (&x23)[4],
+          const float (&y)[4]) {
+        const u32 slot = ring.slot;
+        // The owner has read what was here before once its reply is there.
+        if (tile >= kStages) wait_for_cluster(block.barrier(kRepliesFull, slot), ring.parity ^ 1);
+        if (lane % 4 == g / 2) {
+          const bool b = g % 2;
+          const u32 rank = owner.rank(block, tile), dots_slot = tile % kDotsSlots;
+          const u32 to =
+              in_block(block.dots(dots_slot, owner.t, block.rank * kDotWarps + half), rank);
+          const u32 barrier = in_block(block.barrier(kDotsFull, dots_slot), rank);
+          if constexpr (N == 2) x23[0] = y[0], x23[1] = y[1];
+          send(to,
+               {b ? x01[1] : x01[0], b ? x01[3] : x01[2], b ? x23[1] : x23[0], b ? x23[3] : x23[2]},
+               barrier);
+          if constexpr (N > 2) send(to + 16, b ? y[1] : y[0], barrier);
         }
-      }
-    }
-  }
-
-  __device__ static void send_to(u32 to, u32 barrier, const Sums& sums, u32 g, u32 q) {
-    const auto& [x01, x23, y] = sums;
-    const bool b = g % 2;
-    send(to + (g / 4 * 2 + q / 2) * 16,
-         {b ? x01[1] : x01[0], b ? x23[1] : x23[0], b ? x01[3] : x01[2], b ? x23[3] : x23[2]},
-         barrier);
-    if (q < 2) {
-      send(to + (4 + g / 4) * 16, {b ? y[1] : y[0], b ? y[3] : y[2], 0.f, 0.f}, barrier);
-    }
-  }
-};
-
-// Of two streams X and y are the rows, y twice, and d_X' the columns: one product has all.
-template <>
-struct StreamDots<2> {
-  struct Sums {
-    float even[4], odd[4];  // two chains of products, as each waits for the one before
-  };
-  u32 source_first, source_step, gradient_first;
-
-  __device__ StreamDots(const Block& block, int half, int lane) {
-    const u32 row = lane % 8, matrix = lane / 8, odd = row / 4, token = 4 * half + row % 4;
-    const u32 swizzle = token ^ odd * kOddSwizzle, is_y = matrix % 2;
-    const u32 x = odd ? block.odd(0) : block.even(0);
-    source_first = (is_y ? block.vectors(0) : x) + token * kRowBytes +
-                   (matrix / 2 ^ (is_y ? token : swizzle)) * 16;
-    source_step = is_y ? kPair : kHalf;
-    gradient_first = (odd ? block.odd_gradient(0) : block.even_gradient(0)) + token * kRowBytes +
-                     (matrix ^ swizzle) * 16;
-  }
-
-  __device__ void add(Sums& sums, u32 stage, u32 slot) const {
-    const u32 sources = source_first + stage * source_step;
-    const u32 gradients = gradient_first + slot * kHalf;
-#pragma unroll 4
-    for (u32 at = 0; at < SIZE / kBoxChannels * kBox; at += kBox) {
-#pragma unroll
-      for (u32 unit = 0; unit < 8; unit += 4) {
-        u32 d_x[4], a[4], b[4];
-        read_matrices(d_x, (gradients + at) ^ unit * 16);
-        read_matrices(a, (sources + at) ^ unit * 16);
-        read_matrices(b, (sources + at) ^ (unit + 2) * 16);
-        mma_of<Stream>(sums.even, {a[0], a[1], a[2], a[3]}, {d_x[0], d_x[1]});
-        mma_of<Stream>(sums.odd, {b[0], b[1], b[2], b[3]}, {d_x[2], d_x[3]});
-      }
-    }
-  }
-
-  // d_H_res[i, j] at 2 i + j, then d_h_post.
-  __device__ static void send_to(u32 to, u32 barrier, const Sums& sums, u32 g, u32 q) {
-    const u32 i = q / 2, j = g / 4, b = g % 2;
-    float all[4];
-#pragma unroll
-    for (int v = 0; v < 4; ++v) all[v] = sums.even[v] + sums.odd[v];
-    send(to + (2 * i + j) * 4, b ? all[1] : all[0], barrier);
-    if (j == 0) send(to + (4 + i) * 4, b ? all[3] : all[2], barrier);
-  }
-};
-
-__device__ inline void stream_dots(const Block& block, int half, int lane) {
-  const StreamDots<N> dots(block, half, lane);
-  const u32 g = lane / 4, q = lane % 4;
-  const Addressee owner(block, 4 * half + g % 4);
-  Rings rings;
-  for (int tile = 0; tile < block.num_tiles; ++tile, rings.next()) {
-    const u32 stage = rings.stages.slot;
-    wait(block.barrier(kDone, stage), rings.stages.parity);
-    StreamDots<N>::Sums sums = {};
-    dots.add(sums, stage, rings.slot());
-    __syncwarp();
-    if (lane == 0) arrive(block.barrier(kEmpty, stage));
-    if (g % 4 / 2 == q % 2) {
-      const u32 rank = owner.rank(block, tile);
-      const u32 sums_slot = (tile >> block.turns_shift) & (block.sums_slots() - 1);
-      const u32 to = in_block(block.sums(sums_slot, owner.t, block.rank), rank);
-      dots.send_to(to, in_block(block.barrier(kSumsFull, sums_slot), rank), sums, g, q);
-    }
-    __syncwarp();
-  }
+      });
 }
 
-// ---- finisher ---------------------------------------------------------------------------------------
-
-// The tables of two tiles are there at once: a finished tile makes room for the one after the next.
-__device__ inline void finish_tiles(const Block& block, const Args& args, const Maps& maps,
-                                    int lane) {
-  const int box = block.first_box();
-  Tables<N> tables{block, args, lane};
-  for (int tile = 0; tile < 2; ++tile) {
-    tables.load(tile);
-    tables.write(tile);
-  }
-  tables.load(2);
-  Rings rings;
-  for (int tile = 0; tile < block.num_tiles; ++tile, rings.next()) {
-    const u32 stage = rings.stages.slot, slot = rings.slot();
-    const int token = block.first_token(tile);
-    wait(block.barrier(kDone, stage), rings.stages.parity);
-    if (lane == 0) {
-      copy_out(maps.d_x_new_even, token, box, 0, block.even_gradient(slot));
-      copy_out(maps.d_x_new_odd, token, box, 0, block.odd_gradient(slot));
-      copy_out(maps.d_y, token, box, 0, block.vectors(stage) + kPlane);
-      commit_copies();
-    }
-    tables.write(tile + 2);
-    if (lane == 0) {
-      wait_for_reads<0>();
-      arrive(block.barrier(kEmpty, stage));
-    }
-    __syncwarp();
-    tables.load(tile + 3);
-  }
-  if (lane == 0) finish_copies();
+// Dots of d_X', to the owner, who adds them up some tiles later.
+__device__ inline void send_stream_dots(const Block& block, int half, int lane) {
+  const Addressee owner(block, 4 * half + lane / 4 % 4);
+  stream_dots(block, half, lane, [&](int tile, u32 g, u32 q, const StreamDots<N>::Sums& sums) {
+    const u32 rank = owner.rank(block, tile);
+    const u32 sums_slot = (tile >> block.turns_shift) & (block.sums_slots() - 1);
+    const u32 to = in_block(block.sums(sums_slot, owner.t, block.rank), rank);
+    const u32 barrier = in_block(block.barrier(kSumsFull, sums_slot), rank);
+    using Entry = StreamDots<N>::Entry;
+    StreamDots<N>::for_entries(sums, g, q,
+                               [&](u32 place, Entry v) { send(to + place, v, barrier); });
+  });
 }
 #endif
 
@@ -898,9 +552,9 @@ KERNEL(post_pre_bwd_one_pass, kThreads, 1)
     }
 #else
     if (warp < kStreamDots) {
-      input_dots(block, warp - kInputDots, lane);
+      send_input_dots(block, warp - kInputDots, lane);
     } else if (warp < kLoader) {
-      stream_dots(block, warp - kStreamDots, lane);
+      send_stream_dots(block, warp - kStreamDots, lane);
     } else if (warp == kLoader) {
       if (lane == 0) load_tiles(block, maps);
     } else if (warp == kFinisher) {

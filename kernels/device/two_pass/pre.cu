@@ -49,7 +49,7 @@ __device__ inline void for_matrices(const Settings& settings, int n, int matrix_
 
 // ---- forward ------------------------------------------------------------------------------------
 
-// u = sum over i of h[i] X[i]
+// u = sum over i of h[i] X[i]; none where u is null, which has weights that are given then.
 template <bool ALIGNED>
 __device__ inline void collapse(const Stream* row, const float (&h)[N], Stream* u, int n,
                                 int hidden) {
@@ -162,7 +162,7 @@ KERNEL(pre_fwd, kThreads, kForwardBlocks)
     return;
   }
 
-  if (!exists) return;
+  if (!exists || !u) return;
   float h[N];
 #pragma unroll
   for (int i = 0; i < N; ++i) h[i] = i < n ? h_pres[warp][i] : 0.f;
@@ -201,7 +201,7 @@ constexpr int kBackwardBlocks = N > 8 ? 1 : kMatrixWarps > 1 ? 2 : N > 4 || !EXA
 // streams then, and a block is kBusyWarps, which share tokens and matrices out.
 constexpr bool kTakesDots = N >= 8 && kStreamParts<Stream> == 1;
 
-// Cotangents of coefficients that a head does not have are null. gate_sums: [blocks, num + 3]. history:
+// Cotangents of coefficients that a head does not have are null, and so is d_u where it adds nothing to d_h_pre. gate_sums: [blocks, num + 3]. history:
 // 2 * iters * 32 floats a block and warp for H_res, in shared memory where it is null. `dots` may be null.
 KERNEL(pre_bwd, kThreads, kBackwardBlocks)
 (const Stream* x, const float* alpha, const float* bias, const float* m, const float* r,
@@ -233,7 +233,7 @@ KERNEL(pre_bwd, kThreads, kBackwardBlocks)
     if (has_dots) {
 #pragma unroll 8
       for (int p = 0; lane < n && p < num_dots; ++p) dot += dots[(token * num_dots + p) * n + lane];
-    } else {
+    } else if (d_u) {
       float own_dots[N] = {};
       const Stream* row = x + token * width;
       if (EXACT || aligned(hidden)) {

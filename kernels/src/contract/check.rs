@@ -2,7 +2,7 @@
 
 use crate::contract::layout::CoefficientLayout;
 use crate::contract::limits::MAX_STREAMS;
-use crate::contract::table::{Call, Dim, Precision, Value};
+use crate::contract::table::{Call, Dim, Group, Precision, Value};
 use crate::contract::view::{DType, View, product};
 use crate::{Config, Error};
 
@@ -83,6 +83,9 @@ impl<'a> CheckedCall<'a> {
         config: &'a Config,
     ) -> Result<Self, Error> {
         let call = Self::sizes(kind, args, rets, config)?;
+        if call.norm_width > 0 && call.is_given() {
+            return Err(kind.error("given", "0 with `norm` 1", "1"));
+        }
         if let Err((field, expected, got)) = config.check(call.dtype) {
             return Err(kind.error(field, &expected, &got));
         }
@@ -271,6 +274,11 @@ impl<'a> CheckedCall<'a> {
     pub fn results(&self) -> impl Iterator<Item = Value> {
         let config = *self.config;
         self.kind.results(move |group| config.has(group))
+    }
+
+    /// Whether u has weights that are given, which no other schedule than those for such calls knows.
+    pub fn is_given(&self) -> bool {
+        self.kind.groups().contains(&Group::Given) && self.config.given
     }
 
     /// Elements a token of an operand or result, or of all of it where it has no tokens; 0 where the call

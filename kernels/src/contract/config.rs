@@ -139,6 +139,8 @@ pub struct Config {
     pub dynamic: bool,
     /// Whether the call has the values of [`Group::Norm`].
     pub norm: bool,
+    /// Whether the call has the values of [`Group::Given`].
+    pub given: bool,
     /// Term added to mean(u²) where the layer's input is normalised.
     pub norm_scale_eps: f64,
     /// Whether the cotangent that a call adds to ([`Call::adds_in_place`](crate::Call::adds_in_place)) is that of the
@@ -163,6 +165,7 @@ impl Config {
         match group {
             Group::Dynamic => self.dynamic,
             Group::Norm => self.norm,
+            Group::Given => self.given,
         }
     }
 
@@ -189,6 +192,7 @@ impl Config {
             }
             ("dynamic", Int64(value)) => self.dynamic = flag(value)?,
             ("norm", Int64(value)) => self.norm = flag(value)?,
+            ("given", Int64(value)) => self.given = flag(value)?,
             ("deferred", Int64(value)) => self.deferred = flag(value)?,
             (_, Float64(value)) => {
                 let mut reals = self.reals().into_iter();
@@ -263,6 +267,7 @@ impl Default for Config {
             post_eps: 0.0,
             dynamic: true,
             norm: false,
+            given: false,
             norm_scale_eps: 1e-6,
             deferred: false,
         }

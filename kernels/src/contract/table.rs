@@ -10,7 +10,7 @@ use crate::contract::limits::MAX_SINKHORN_ITERS;
 
 /// The version of the table, a part of every target's name. Compiled programs outlive the library, so any
 /// change of meaning raises it.
-pub const TARGET_VERSION: u32 = 4;
+pub const TARGET_VERSION: u32 = 5;
 
 /// A call that this library answers: one direction of an op.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -59,7 +59,8 @@ struct Row {
     adds_in_place: bool,
 }
 
-const BOTH: &[Group] = &Group::ALL;
+const OF_PRE: &[Group] = &[Group::Dynamic, Group::Norm];
+const OF_POST_PRE: &[Group] = &Group::ALL;
 
 #[rustfmt::skip]
 const ROWS: [Row; 12] = [
@@ -67,14 +68,14 @@ const ROWS: [Row; 12] = [
         call: Call::PreFwd, name: "pre_fwd",
         operands: &["x", "phi", "alpha", "bias", "norm_scale"],
         results: &["u", "h_pre", "h_post", "h_res", "m", "r", "rho"],
-        groups: BOTH, has_config: true, adds_in_place: false,
+        groups: OF_PRE, has_config: true, adds_in_place: false,
     },
     Row {
         call: Call::PreBwd, name: "pre_bwd",
         operands: &["x", "phi", "alpha", "bias", "norm_scale", "m", "r", "rho", "h_res",
                     "d_u", "d_h_pre", "d_h_post", "d_h_res", "d_x_in"],
         results: &["d_x", "d_phi", "d_alpha", "d_bias", "d_norm_scale"],
-        groups: BOTH, has_config: true, adds_in_place: true,
+        groups: OF_PRE, has_config: true, adds_in_place: true,
     },
     Row {
         call: Call::PostFwd, name: "post_fwd",
@@ -90,17 +91,18 @@ const ROWS: [Row; 12] = [
     },
     Row {
         call: Call::PostPreFwd, name: "post_pre_fwd",
-        operands: &["x", "y", "h_post", "h_res", "phi", "alpha", "bias", "norm_scale"],
+        operands: &["x", "y", "h_post", "h_res", "phi", "alpha", "bias", "norm_scale", "h_given"],
         results: &["x_new", "u", "h_pre", "h_post", "h_res", "m", "r", "rho"],
-        groups: BOTH, has_config: true, adds_in_place: false,
+        groups: OF_POST_PRE, has_config: true, adds_in_place: false,
     },
     Row {
         call: Call::PostPreBwd, name: "post_pre_bwd",
         operands: &["x", "y", "h_post", "h_res", "phi", "alpha", "bias", "norm_scale",
-                    "m", "r", "rho", "u_norm", "h_res_new",
+                    "m", "r", "rho", "u_norm", "h_given", "h_res_new",
                     "d_u", "d_h_pre", "d_h_post", "d_h_res", "d_x_new_in"],
-        results: &["d_x_new", "d_y", "d_h_post", "d_h_res", "d_phi", "d_alpha", "d_bias", "d_norm_scale"],
-        groups: BOTH, has_config: true, adds_in_place: true,
+        results: &["d_x_new", "d_y", "d_h_post", "d_h_res", "d_phi", "d_alpha", "d_bias", "d_norm_scale",
+                   "d_h_given"],
+        groups: OF_POST_PRE, has_config: true, adds_in_place: true,
     },
     Row {
         call: Call::SinkhornFwd, name: "sinkhorn_fwd",
@@ -247,17 +249,21 @@ pub enum Group {
     Dynamic,
     /// norm_scale and what follows from it: absent where the layer's input is not normalised.
     Norm,
+    /// h_given and its gradient: absent where the layer's input has the weights of its own sublayer. No call has
+    /// them and norm_scale.
+    Given,
 }
 
 impl Group {
     /// Every group.
-    pub const ALL: [Group; 2] = [Group::Dynamic, Group::Norm];
+    pub const ALL: [Group; 3] = [Group::Dynamic, Group::Norm, Group::Given];
 
     /// The attribute of the calls that may lack the group: 1 where they have it, 0 where they do not.
     pub const fn name(self) -> &'static str {
         match self {
             Group::Dynamic => "dynamic",
             Group::Norm => "norm",
+            Group::Given => "given",
         }
     }
 
@@ -266,6 +272,9 @@ impl Group {
         match self {
             Group::Dynamic => "Absent for static coefficients, which are the same for all tokens.",
             Group::Norm => "Absent where the layer's input is not normalised.",
+            Group::Given => {
+                "Absent where u has the weights of its own sublayer, h_pre. Not together with those of norm."
+            }
         }
     }
 }
@@ -325,12 +334,14 @@ impl Value {
         use Precision::{Accumulation, Streams};
         const DYNAMIC: Option<Group> = Some(Group::Dynamic);
         const NORM: Option<Group> = Some(Group::Norm);
+        const GIVEN: Option<Group> = Some(Group::Given);
         let (precision, has_tokens, dims, group): (_, _, &'static [Dim], _) =
             match name.strip_prefix("d_").unwrap_or(name) {
                 "x" | "x_new" | "x_in" | "x_new_in" => (Streams, true, &[N, Hidden], None),
                 "y" | "u" => (Streams, true, &[Hidden], None),
                 "u_norm" => (Streams, true, &[Hidden], NORM),
                 "h_pre" | "h_post" => (Accumulation, true, &[N], None),
+                "h_given" => (Accumulation, true, &[N], GIVEN),
                 "h_res" | "h_res_new" | "z" => (Accumulation, true, &[N, N], None),
                 "m" => (Accumulation, true, &[Coefficients], DYNAMIC),
                 "r" => (Accumulation, true, &[], None),
@@ -395,7 +406,7 @@ enum Of {
 const FLAG: Setting = Setting::Int64 { max: 1 };
 
 #[rustfmt::skip]
-const ATTRIBUTES: [Attribute; 14] = [
+const ATTRIBUTES: [Attribute; 15] = [
     Attribute { name: "constraint", of: Of::Config, setting: Setting::String { choices: Constraint::WORDS } },
     Attribute { name: "sinkhorn_iters", of: Of::Config, setting: Setting::Int64 { max: MAX_SINKHORN_ITERS } },
     Attribute { name: "sinkhorn_eps", of: Of::Config, setting: Setting::Float64 },
@@ -409,6 +420,7 @@ const ATTRIBUTES: [Attribute; 14] = [
     Attribute { name: Group::Dynamic.name(), of: Of::Group(Group::Dynamic), setting: FLAG },
     Attribute { name: Group::Norm.name(), of: Of::Group(Group::Norm), setting: FLAG },
     Attribute { name: "norm_scale_eps", of: Of::Group(Group::Norm), setting: Setting::Float64 },
+    Attribute { name: Group::Given.name(), of: Of::Group(Group::Given), setting: FLAG },
     Attribute { name: "deferred", of: Of::AddsInPlace, setting: FLAG },
 ];
 

@@ -1,16 +1,17 @@
 //! Post of one sublayer and pre of the next, in one pass over X: each chunk of X' is projected while
-//! it is still in the cache. The backward pass recomputes X' from X and y.
+//! it is still in the cache. The backward pass recomputes X' from X and y. The weights of the streams in u
+//! may be given.
 
 use crate::cpu::chunks::run_chunks;
 use crate::cpu::parallel::{Pool, for_each};
 use crate::cpu::post;
 use crate::cpu::pre::{
-    self, BackwardInputs, CHUNK, DxIn, Outputs, ParamGradients, ParamSums, Params,
+    self, BackwardInputs, CHUNK, DxIn, Given, Outputs, ParamGradients, ParamSums, Params,
 };
 use crate::cpu::projection::{Packed, Shape};
 use crate::cpu::scratch::{Exhausted, filled, pieces};
 use crate::cpu::simd::{Isa, Job, Real};
-use crate::cpu::stream::{Acc, RowsMut, Stream};
+use crate::cpu::stream::{Acc, Rows, RowsMut, Stream};
 
 /// The forward call on `tokens` tokens.
 pub struct Forward<'a, S: Stream> {
@@ -18,6 +19,8 @@ pub struct Forward<'a, S: Stream> {
     pub inputs: post::Inputs<'a, S>,
     /// Parameters of the next sublayer.
     pub params: Params<'a, S::Real>,
+    /// Weights of the streams in u `[n]` a token, where they are given.
+    pub h_given: Option<Rows<'a, S::Real>>,
     /// Streams after post `[n·C]` a token.
     pub x_new: RowsMut<'a, S>,
     /// Results of pre.
@@ -41,13 +44,15 @@ impl<S: Stream> Job for Forward<'_, S> {
             CHUNK,
             |tokens| {
                 let (inputs, x_new) = (self.inputs.split_off(tokens), self.x_new.split_off(tokens));
-                (inputs, x_new, self.out.split_off(tokens))
+                let given = self.h_given.as_mut().map(|given| given.split_off(tokens));
+                (inputs, given, x_new, self.out.split_off(tokens))
             },
             || pre::ForwardScratch::new::<I>(&self.params, self.tokens),
-            |scratch, tokens, (inputs, mut x_new, mut out)| {
+            |scratch, tokens, (inputs, given, mut x_new, mut out)| {
                 post::forward_chunk::<S, I>(inputs, tokens, x_new.reborrow());
                 let x_new = x_new.as_rows();
-                pre::forward_chunk::<S, I>(&self.params, &phi, x_new, tokens, &mut out, scratch);
+                let params = &self.params;
+                pre::forward_chunk::<S, I>(params, &phi, x_new, given, tokens, &mut out, scratch);
             },
         )
     }
@@ -61,6 +66,8 @@ pub struct Backward<'a, S: Stream> {
     pub params: Params<'a, S::Real>,
     /// Other operands of pre's backward pass.
     pub pre_inputs: BackwardInputs<'a, S>,
+    /// Weights of the streams in u and their gradient, where they are given.
+    pub given: Option<Given<'a, S::Real>>,
     /// Gradient of X', all its parts `[n·C]` a token; holds d_x_new_in before the call.
     pub d_x_new: RowsMut<'a, S>,
     /// Kind of the cotangent that d_x_new is added to.
@@ -89,6 +96,7 @@ impl<S: Stream> Job for Backward<'_, S> {
             params: &self.params,
             phi: &phi,
             pre_inputs: self.pre_inputs.split_off(tokens),
+            given: self.given.as_mut().map(|given| given.split_off(tokens)),
             d_x_new: self.d_x_new.split_off(tokens),
             d_x_in: self.d_x_in.split_off(tokens),
             out: self.out.split_off(tokens),
@@ -129,6 +137,7 @@ struct BackwardGroup<'a, S: Stream, I: Isa> {
     params: &'a Params<'a, S::Real>,
     phi: &'a Packed<Acc<S, I>>,
     pre_inputs: BackwardInputs<'a, S>,
+    given: Option<Given<'a, S::Real>>,
     d_x_new: RowsMut<'a, S>,
     d_x_in: DxIn<'a, S::Real>,
     out: post::Gradients<'a, S>,
@@ -165,6 +174,7 @@ impl<S: Stream, I: Isa> BackwardGroup<'_, S, I> {
             x_new.as_rows(),
             self.d_x_in.split_off(tokens),
             &self.pre_inputs.split_off(tokens),
+            self.given.as_mut().map(|given| given.split_off(tokens)),
             tokens,
             d_x_new.reborrow(),
             sums,

@@ -11,7 +11,9 @@ use crate::cpu::coefficients::Gates;
 use crate::cpu::projection::Shape;
 use crate::cpu::simd::{Isa, Real, Vector};
 
-pub use backward::{Backward, BackwardInputs, BackwardScratch, DxIn, backward, backward_chunk};
+pub use backward::{
+    Backward, BackwardInputs, BackwardScratch, DxIn, Given, backward, backward_chunk,
+};
 pub use forward::{Forward, ForwardScratch, Outputs, forward, forward_chunk};
 pub use param_sums::{ParamGradients, ParamSums, group_tokens};
 

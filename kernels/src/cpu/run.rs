@@ -66,6 +66,7 @@ pub unsafe fn run(
 fn run_typed<S: Stream>(mut memory: Memory, pool: &dyn Pool) -> Result<(), Exhausted> {
     let memory = &mut memory;
     let CheckedCall { kind, tokens, .. } = memory.call();
+    let is_given = memory.call().is_given();
     match kind {
         Call::PreFwd => pre::forward(pre::Forward::<S> {
             params: params(memory),
@@ -100,6 +101,7 @@ fn run_typed<S: Stream>(mut memory: Memory, pool: &dyn Pool) -> Result<(), Exhau
         Call::PostPreFwd => post_pre::forward(post_pre::Forward::<S> {
             inputs: post_inputs(memory),
             params: params(memory),
+            h_given: is_given.then(|| memory.rows("h_given")),
             x_new: memory.rows_mut("x_new"),
             out: outputs(memory),
             tokens,
@@ -109,6 +111,7 @@ fn run_typed<S: Stream>(mut memory: Memory, pool: &dyn Pool) -> Result<(), Exhau
             inputs: post_inputs(memory),
             params: params(memory),
             pre_inputs: backward_inputs(memory),
+            given: is_given.then(|| given(memory)),
             d_x_new: memory.rows_mut("d_x_new"),
             d_x_in: d_x_in(memory, "h_res_new"),
             out: post_gradients(memory),
@@ -197,6 +200,13 @@ fn backward_inputs<'a, S: Stream>(memory: &Memory<'a>) -> pre::BackwardInputs<'a
             h_post: memory.rows("d_h_post"),
             h_res: memory.rows("d_h_res"),
         },
+    }
+}
+
+fn given<'a, R: Real>(memory: &mut Memory<'a>) -> pre::Given<'a, R> {
+    pre::Given {
+        h: memory.rows("h_given"),
+        d_h: memory.rows_mut("d_h_given"),
     }
 }
 

@@ -41,7 +41,7 @@ pub fn describe_plan(
         return Err(none());
     }
     let has_phi = (kind.operands(|group| config.has(group))).any(|value| value.name == "phi");
-    let has_norm = kind.groups().contains(&Group::Norm) && config.norm;
+    let has = |group| kind.groups().contains(&group) && config.has(group);
     let problem = Problem {
         kind,
         dtype,
@@ -53,14 +53,15 @@ pub fn describe_plan(
             0
         },
         sinkhorn_iters: config.sinkhorn_iters,
-        norm_width: if has_norm { c } else { 0 },
+        norm_width: if has(Group::Norm) { c } else { 0 },
+        given: has(Group::Given),
     };
     if !DTYPES.contains(&dtype) || tokens > MAX_COUNT || !problem.is_possible() {
         return Err(none());
     }
     let mut call = problem.call(config);
     call.tokens = tokens;
-    let plan = schedules(kind).iter().find_map(|schedule| {
+    let plan = schedules(&call).iter().find_map(|schedule| {
         let launches = (schedule.plan)(&call, &device, &mut Counted::default())?;
         let kernels = launches
             .iter()

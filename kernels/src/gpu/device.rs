@@ -65,6 +65,11 @@ impl Device {
         Self::largest((10, 0), MAX_CLUSTER_BLOCKS),
     ];
 
+    /// Whether this build has kernels for clusters on the GPU, whose blocks have the memory.
+    pub fn has_kernels_for_clusters(&self) -> bool {
+        self.num_clusters(1, 1).is_some()
+    }
+
     /// Clusters of `size` blocks for a kernel that works on `tiles` in turn: as many as run at once. None
     /// where there are no kernels for them, or no room for a single one.
     pub fn num_clusters(&self, size: u32, tiles: usize) -> Option<u32> {

@@ -1,6 +1,7 @@
 //! The schedules of the calls on NVIDIA GPUs: the ways to launch each of them.
 
 mod collapse;
+mod given;
 mod norm;
 mod one_pass;
 mod one_stream;
@@ -27,8 +28,20 @@ pub struct Schedule {
 }
 
 /// The schedules of a call. The first that takes it runs; the last takes every call.
-pub fn schedules(kind: Call) -> &'static [Schedule] {
-    match kind {
+pub fn schedules(call: &CheckedCall) -> &'static [Schedule] {
+    match call.kind {
+        Call::PostPreFwd if call.is_given() => &[
+            static_coefficients::POST_PRE_FORWARD,
+            given::forward::FORWARD,
+            given::ONE_PASS_FORWARD,
+            given::FORWARD,
+        ],
+        Call::PostPreBwd if call.is_given() => &[
+            static_coefficients::POST_PRE_BACKWARD,
+            post_pre::STATIC_BACKWARD,
+            given::ONE_PASS_BACKWARD,
+            given::BACKWARD,
+        ],
         Call::PreFwd => &[one_stream::FORWARD, one_pass::FORWARD, two_pass::FORWARD],
         Call::PreBwd => &[
             static_coefficients::PRE_BACKWARD,

@@ -9,7 +9,7 @@ use super::images::{build, check_capability, has_symbol};
 use super::launch::{Arg, Launch, Tensor, line};
 use super::{Problem, check_device_call, describe_plan, plan, status};
 use crate::contract::check::{CheckedCall, Example};
-use crate::contract::table::Call;
+use crate::contract::table::{Call, Group};
 use crate::contract::view::DType;
 use crate::{Config, Constraint};
 
@@ -114,6 +114,11 @@ fn examples() -> Vec<(String, Example)> {
                     examples.push((format!("{name} static"), example().into_static()));
                     if !kind.groups().is_empty() {
                         examples.push((format!("{name} norm"), example().with_norm()));
+                    }
+                    if kind.groups().contains(&Group::Given) {
+                        let given = || example().with_given();
+                        examples.push((format!("{name} given"), given()));
+                        examples.push((format!("{name} given static"), given().into_static()));
                     }
                     examples.push((name, example()));
                 }
@@ -250,6 +255,77 @@ fn functions_of(example: Example, device: &Device) -> Vec<&'static str> {
         .iter()
         .map(|launch| launch.kernel.function)
         .collect()
+}
+
+#[test]
+fn forward_calls_with_given_weights_read_whole_lines_once() {
+    let is_fast = |device: &Device, dtype, sizes, constraint| {
+        let config = Config {
+            constraint,
+            ..Config::default()
+        };
+        let example = Example::new(Call::PostPreFwd, dtype, 17, sizes, config).with_given();
+        functions_of(example, device) == ["post_given_fwd", "given_coefficients"]
+    };
+    for device in [H100, B200] {
+        for dtype in [DType::Bf16, DType::F16] {
+            for &constraint in Constraint::ALL {
+                for c in [64, 256, 2560, 4096, 16384, 40000] {
+                    assert!(is_fast(&device, dtype, [4, c], constraint), "{c}");
+                }
+                let has_eight_columns =
+                    matches!(constraint, Constraint::Birkhoff | Constraint::None);
+                assert_eq!(
+                    is_fast(&device, dtype, [2, 2048], constraint),
+                    has_eight_columns
+                );
+                assert!(!is_fast(&device, dtype, [4, 4104], constraint));
+                assert!(!is_fast(&device, dtype, [3, 4096], constraint));
+            }
+        }
+        assert!(is_fast(
+            &device,
+            DType::F32,
+            [4, 4096],
+            Constraint::Birkhoff
+        ));
+        assert!(is_fast(&device, DType::F32, [4, 96], Constraint::Identity));
+        assert!(!is_fast(
+            &device,
+            DType::F32,
+            [4, 4096],
+            Constraint::Permutations
+        ));
+    }
+    assert!(!is_fast(&L4, DType::Bf16, [4, 4096], Constraint::Birkhoff));
+}
+
+#[test]
+fn blocks_of_given_weights_divide_channels_and_tokens() {
+    for (tokens, c, blocks, cluster) in [
+        (8192, 4096, [16, 8], 2),
+        (8192, 5120, [20, 6], 2),
+        (8192, 1024, [4, 33], 2),
+        (8192, 2304, [9, 14], 1),
+        (17, 4096, [16, 3], 2),
+        (8192, 40000, [157, 1], 1),
+        (0, 4096, [16, 0], 2),
+    ] {
+        let example = Example::new(
+            Call::PostPreFwd,
+            DType::Bf16,
+            tokens,
+            [4, c],
+            Config::default(),
+        )
+        .with_given();
+        let needed = example.check(|call| needed(&call.unwrap()));
+        let example = example.with_workspace(needed);
+        let launches = example.check(|call| plan(&call.unwrap(), &H100).unwrap().launches);
+        let [x, y, z] = launches[0].grid;
+        assert_eq!(([x, y], z), (blocks, 1), "{tokens} {c}");
+        assert_eq!(launches[0].cluster, cluster, "{c}");
+    }
 }
 
 #[test]
@@ -695,6 +771,85 @@ fn the_norm_is_in_the_kernels_that_read_the_streams_once() {
             "post_pre_bwd_one_pass",
         ];
         assert_eq!(functions(&H100, Call::PostPreBwd, c)[..4], post_pre);
+    }
+}
+
+#[test]
+fn given_weights_have_kernels_for_every_call() {
+    let kernels = |example: Example| {
+        let needed = example.check(|call| needed(&call.unwrap()));
+        let example = example.with_given().with_workspace(needed);
+        example.check(|call| {
+            let launches = plan(&call.unwrap(), &L4).unwrap().launches;
+            let names = launches.iter().map(|launch| launch.kernel.function);
+            names.collect::<Vec<_>>()
+        })
+    };
+    let example = |kind, sizes| Example::new(kind, DType::F32, 100, sizes, Config::default());
+    let forward = kernels(example(Call::PostPreFwd, [4, 33]));
+    assert_eq!(forward.first(), Some(&"post_fwd_unaligned"));
+    assert_eq!(
+        forward[forward.len() - 2..],
+        ["pre_fwd", "collapse_fwd_unaligned"]
+    );
+    let backward = kernels(example(Call::PostPreBwd, [4, 64]));
+    assert_eq!(backward[..3], ["post_fwd", "collapse_bwd", "pre_bwd"]);
+    assert_eq!(backward.last(), Some(&"post_bwd"));
+    let of_static = |kind| kernels(example(kind, [4, 64]).into_static());
+    assert_eq!(
+        of_static(Call::PostPreFwd),
+        ["pre_fwd", "post_pre_static_fwd"]
+    );
+    assert_eq!(
+        of_static(Call::PostPreBwd),
+        ["post_pre_static_bwd", "sum_static", "pre_bwd", "sum_gates"]
+    );
+}
+
+#[test]
+fn streams_are_read_once_beside_given_weights() {
+    let kernels = |dtype, sizes, config: Config, device: &Device| {
+        let example = Example::new(Call::PostPreBwd, dtype, 1000, sizes, config).with_given();
+        let needed = example.check(|call| needed(&call.unwrap()));
+        example.with_workspace(needed).check(|call| {
+            let launches = plan(&call.unwrap(), device).unwrap().launches;
+            let symbols = launches.iter().map(|launch| launch.kernel.symbol());
+            symbols.collect::<Vec<_>>()
+        })
+    };
+    let of = |constraint| Config {
+        constraint,
+        ..Config::default()
+    };
+    let (birkhoff, identity) = (of(Constraint::Birkhoff), of(Constraint::Identity));
+    for (dtype, sizes, config, size) in [
+        (DType::Bf16, [4, 4096], birkhoff, "w256_bf16"),
+        (DType::F16, [4, 5120], birkhoff, "w256_f16"),
+        (DType::Bf16, [4, 4096], identity, "w512k8_bf16"),
+        (
+            DType::Bf16,
+            [4, 2048],
+            of(Constraint::Permutations),
+            "w128k32_bf16",
+        ),
+        (DType::Bf16, [2, 2048], birkhoff, "n2w512_bf16"),
+    ] {
+        let expected = [
+            format!("mhc_logits_bwd_n{}_f32", sizes[0]),
+            format!("mhc_post_given_bwd_{size}"),
+            format!("mhc_sum_given_{size}"),
+        ];
+        assert_eq!(kernels(dtype, sizes, config, &H100), expected, "{sizes:?}");
+        let elsewhere = kernels(dtype, sizes, config, &B200);
+        assert!(!elsewhere.contains(&expected[1]), "{sizes:?}");
+    }
+    let many_iterations = Config {
+        sinkhorn_iters: 129,
+        ..birkhoff
+    };
+    for (sizes, config) in [([4, 4104], birkhoff), ([4, 4096], many_iterations)] {
+        let symbols = kernels(DType::Bf16, sizes, config, &H100);
+        assert!(symbols.iter().all(|symbol| !symbol.contains("given")));
     }
 }
 

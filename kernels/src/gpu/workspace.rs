@@ -165,6 +165,8 @@ pub struct Problem {
     pub sinkhorn_iters: usize,
     /// Values of norm_scale; 0 where there are none.
     pub norm_width: usize,
+    /// Whether u has weights that are given.
+    pub given: bool,
 }
 
 impl Problem {
@@ -182,6 +184,7 @@ impl Problem {
                 0
             },
             norm_width: call.norm_width,
+            given: call.is_given(),
         }
     }
 
@@ -192,6 +195,7 @@ impl Problem {
             && self.columns <= CoefficientLayout::max_num(self.n)
             && self.sinkhorn_iters <= MAX_SINKHORN_ITERS
             && (self.norm_width == 0 || self.norm_width == self.c)
+            && !(self.given && self.norm_width > 0)
     }
 
     /// The call, of no tokens and without memory.
@@ -209,6 +213,7 @@ impl Problem {
             sinkhorn_iters: self.sinkhorn_iters,
             dynamic: self.columns > 0,
             norm: self.norm_width > 0,
+            given: self.given,
             ..Config::default()
         };
         // Those who ask know the bytes of an element alone.
@@ -217,7 +222,7 @@ impl Problem {
         for dtype in DType::ALL.into_iter().filter(same_bytes) {
             let call = Self { dtype, ..*self }.call(&config);
             for device in &Device::KINDS {
-                for schedule in schedules(self.kind) {
+                for schedule in schedules(&call) {
                     let mut counted = Counted::default();
                     if (schedule.plan)(&call, device, &mut counted).is_some() {
                         most = most.max(counted.0);

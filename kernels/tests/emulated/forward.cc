@@ -1,9 +1,8 @@
 // The kernels of one_pass_fwd.cu on a CPU against float64: post_pre where bit 0 of `deferred` is set, with a layer norm
 // where bit 1 is.
 
-#include <numeric>
-
 #include "check.h"
+#include "h_res.h"
 #include "one_pass/one_pass_fwd.cu"
 
 unsigned char memory[1];
@@ -35,49 +34,6 @@ static void post_pre_norm() {
   CONCAT(mhc_post_pre_norm_fwd_one_pass, SUFFIX)
   (x_map.tensor_map(), y_map.tensor_map(), h_post_in, h_res_in, phi, alpha, bias, norm_scale, x_new,
    u, h_pre, h_post, h_res, m, r, rho, kNormScaleEps, tokens, hidden, own_settings);
-}
-
-// Divides what `use(i, j)` gives for every j by its sum and eps, for every i.
-template <class Use>
-static void normalise(Use use) {
-  for (int i = 0; i < N; ++i) {
-    double sum = own_settings.sinkhorn_eps;
-    for (int j = 0; j < N; ++j) sum += use(i, j);
-    for (int j = 0; j < N; ++j) use(i, j) /= sum;
-  }
-}
-
-// H_res of the logits of a token.
-static void mix(const double* z, double (&mixed)[N][N]) {
-  const auto row = [&](int i, int j) -> double& { return mixed[i][j]; };
-  const auto column = [&](int j, int i) -> double& { return mixed[i][j]; };
-  for (int i = 0; i < N; ++i) {
-    for (int j = 0; j < N; ++j) {
-      mixed[i][j] = kColumns == N * (N + 2) ? z[i * N + j] : kColumns == 2 * N && i == j;
-    }
-  }
-  if (own_settings.constraint == Constraint::kBirkhoff) {
-    for (int j = 0; j < N; ++j) {
-      double sum = 0;
-      for (int i = 0; i < N; ++i) sum += std::exp(mixed[i][j]);
-      for (int i = 0; i < N; ++i) {
-        mixed[i][j] = std::exp(mixed[i][j]) / sum + own_settings.sinkhorn_eps;
-      }
-    }
-    normalise(row);
-    for (int iter = 1; iter < own_settings.sinkhorn_iters; ++iter) {
-      normalise(column);
-      normalise(row);
-    }
-  }
-  if (kColumns <= N * (N + 2)) return;
-  int images[N];
-  std::iota(images, images + N, 0);
-  double all = 0;
-  for (int p = 0; p < kColumns - 2 * N; ++p) all += std::exp(z[p]);
-  for (int p = 0; p < kColumns - 2 * N; ++p, std::next_permutation(images, images + N)) {
-    for (int i = 0; i < N; ++i) mixed[i][images[i]] += std::exp(z[p]) / all;
-  }
 }
 
 int main(int, char** argv) {
@@ -148,7 +104,7 @@ int main(int, char** argv) {
       of_m.add(m[t * K + k] / scale_of(k), norm * sum / scale_of(k));
       z[k] = double(alpha[(k >= N) + (k >= 2 * N)]) * norm * sum + bias[k];
     }
-    mix(z + 2 * N, mixed);
+    h_res_of(mixed, z + 2 * N, kColumns - 2 * N, own_settings);
     for (int i = 0; i < N; ++i) {
       of_h.add(h_pre[t * N + i], logistic(z[i]) + settings().pre_eps);
       of_h.add(h_post[t * N + i], 2 * logistic(z[N + i]) + settings().post_eps);

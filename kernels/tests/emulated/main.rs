@@ -174,6 +174,36 @@ fn post_pre_bwd() {
     );
 }
 
+#[test]
+fn post_given_bwd() {
+    // C, tokens, blocks that share them, whether cotangents are deferred. The last slice of channels is not full.
+    type Calls = &'static [[usize; 4]];
+    let all: [(&str, &str, Calls); 7] = [
+        (
+            "w256",
+            "bf16",
+            &[[448, 77, 2, 1], [64, 33, 3, 0], [512, 1, 1, 1]],
+        ),
+        ("w512k8", "bf16", &[[576, 61, 1, 1]]),
+        ("w384k8", "bf16", &[[384, 45, 2, 0]]),
+        ("w128k32", "bf16", &[[192, 101, 1, 1]]),
+        ("n2w512", "bf16", &[[576, 61, 1, 1]]),
+        ("w256", "f16", &[[320, 45, 1, 1]]),
+        ("w256k8", "f16", &[[320, 45, 1, 0]]),
+    ];
+    for (size, dtype, calls) in all {
+        let program = build("post_given_bwd", "given/post_given_bwd", size, dtype);
+        for (seed, call) in calls.iter().enumerate() {
+            let output = run(&program, *call, seed, false, &[]);
+            assert!(
+                output.status.success(),
+                "{size} {dtype} {call:?}: {output:?}"
+            );
+        }
+        assert_spoiled(&run(&program, [64, 9, 1, 1], 0, true, &[]));
+    }
+}
+
 /// Checks kernels of one stream: C, tokens, blocks, which of them it is; constraint, iterations and threads.
 fn check_one_stream(name: &str, file: &str, calls: &[([usize; 4], [usize; 3])]) {
     for dtype in ["bf16", "f32"] {
@@ -260,6 +290,61 @@ fn phi_bwd() {
             assert!(output.status.success(), "{dtype} {call:?}: {output:?}");
         }
         assert_spoiled(&run(&program, [256, 9, 1, 0], 0, true, &[]));
+    }
+}
+
+#[test]
+fn post_given_fwd() {
+    for (size, channels, dtype) in [
+        ("w256", 256, "bf16"),
+        ("w256k8", 256, "bf16"),
+        ("w256k32", 256, "f16"),
+        ("n2w512", 512, "bf16"),
+        ("w256", 256, "f32"),
+    ] {
+        let program = build("post_given_fwd", "given/post_given_fwd", size, dtype);
+        // C, tokens, blocks that divide them. Stages are filled again, the last slice is not full, nor the last tile.
+        for (seed, call) in [
+            [channels + 192, 203, 2, 0],
+            [2 * channels, 29, 1, 0],
+            [64, 1, 1, 0],
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let output = run(&program, call, seed, false, &[]);
+            assert!(
+                output.status.success(),
+                "{size} {dtype} {call:?}: {output:?}"
+            );
+        }
+        assert_spoiled(&run(&program, [channels, 9, 1, 0], 0, true, &[]));
+    }
+}
+
+#[test]
+fn given_coefficients() {
+    // C, tokens, slices, the number of the constraint; columns.
+    for (size, calls) in [
+        (
+            "n4",
+            &[
+                ([1024, 77, 17, 0], 24),
+                ([256, 1, 1, 1], 24),
+                ([512, 29, 2, 2], 8),
+                ([512, 29, 3, 3], 32),
+            ][..],
+        ),
+        ("n2", &[([512, 29, 2, 0], 8)]),
+    ] {
+        let file = "given/given_coefficients";
+        let program = build("given_coefficients", file, size, "f32");
+        for (seed, &(call, columns)) in calls.iter().enumerate() {
+            let output = run(&program, call, seed, false, &[columns]);
+            assert!(output.status.success(), "{size} {call:?}: {output:?}");
+        }
+        let (call, columns) = calls[0];
+        assert_spoiled(&run(&program, call, 0, true, &[columns]));
     }
 }
 

@@ -75,6 +75,7 @@ impl Case {
             },
             sinkhorn_iters: self.config.sinkhorn_iters,
             norm_width: 0,
+            given: false,
         };
         let len = problem.workspace().unwrap().len(self.tokens);
         types[1].push(wide(&[len as i64]));

@@ -216,6 +216,7 @@ def workspace(
     columns: int,
     sinkhorn_iters: int,
     norm_width: int,
+    given: int,
 ) -> tuple[int, int]:
     """Scratch memory of a call on an NVIDIA GPU: float32 numbers for each token, and beside them.
 
@@ -229,13 +230,14 @@ def workspace(
         columns: of phi; 0 where there is none.
         sinkhorn_iters: of the config; 0 where there is none.
         norm_width: values of norm_scale; 0 where there are none.
+        given: 1 where the weights of the streams in u are given, or 0.
 
     Raises:
         RuntimeError: the library knows no such call.
     """
     get_workspace = ctypes.CDLL(str(_PATH)).jax_mhc_workspace
     get_workspace.restype = ctypes.c_bool
-    numbers = (element_bytes, streams, hidden, columns, sinkhorn_iters, norm_width)
+    numbers = (element_bytes, streams, hidden, columns, sinkhorn_iters, norm_width, given)
     out = (ctypes.c_int64 * 2)()
     if not get_workspace(call.encode(), *map(ctypes.c_int64, numbers), out):
         raise RuntimeError(f"jax_mhc: {call}{numbers}: the shared library knows no such CUDA call")
@@ -253,6 +255,7 @@ def plan(
     sinkhorn_iters: int,
     dynamic: bool,
     norm: bool,
+    given: bool,
     capability: tuple[int, int],
 ) -> DescribedPlan:
     """The plan of a call with aligned operands on a GPU of a compute capability; needs no GPU.
@@ -267,6 +270,7 @@ def plan(
         sinkhorn_iters: the iterations.
         dynamic: whether coefficients are those of each token.
         norm: whether the layer's input is normalised.
+        given: whether the weights of the streams in u are given.
         capability: of the GPU.
 
     Raises:

@@ -55,7 +55,7 @@ def _pre_fwd(call: Call, given: Values) -> Values:
     n = x.shape[-2]
     h = _coefficients(logits(given | made, n), n, config)
     made["h_pre"], made["h_post"], made["h_res"] = h
-    u = reference.weighted_sum(made["h_pre"], x)
+    u = reference.weighted_sum(given.get("h_given", made["h_pre"]), x)
     if "norm_scale" in given:
         u, made["rho"] = _normalized(u, given["norm_scale"], call.attribute("norm_scale_eps"))
     return made | {"u": u.astype(given["x"].dtype)}
@@ -97,7 +97,7 @@ def _pre_bwd(call: Call, given: Values) -> Values:
     made: Values = {}
     given = given | {name: varying_like(given[name], x) for name in ("m", "r") if name in given}
     z = logits(given, n)
-    h_pre = jax.nn.sigmoid(z[..., :n]) + config.pre_eps
+    h_pre = given.get("h_given", jax.nn.sigmoid(z[..., :n]) + config.pre_eps)
     if "norm_scale" in given:
         # Of u before its norm, and of the norm's parameter.
         u, rho = reference.weighted_sum(h_pre, x), given["rho"]
@@ -105,7 +105,11 @@ def _pre_bwd(call: Call, given: Values) -> Values:
         made["d_norm_scale"] = _sum_tokens(d_u * (rho * u))
         dot = jnp.mean(w_d_u * u, -1, keepdims=True)
         d_u = rho * w_d_u - rho**3 * dot * u
-    d_h_pre = given["d_h_pre"] + _dots(x, d_u)
+    d_h_pre, dots = given["d_h_pre"], _dots(x, d_u)
+    if "h_given" in given:
+        made["d_h_given"] = dots
+    else:
+        d_h_pre = d_h_pre + dots
 
     def inner_product(z: jax.Array) -> jax.Array:
         h = _coefficients(z, n, config)

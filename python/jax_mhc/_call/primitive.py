@@ -215,6 +215,7 @@ def _workspace(call: Call, operands: Sequence[jax.core.ShapedArray]) -> jax.core
         by_letter["K"] if "phi" in call.operands else 0,
         call.config.sinkhorn_iters if call.config else 0,
         channels if "norm_scale" in call.operands else 0,
+        int("h_given" in call.operands),
     )
     per_token, fixed = library.workspace(call.name, *problem)
     # Linear in the tokens, whose number may be a symbol.

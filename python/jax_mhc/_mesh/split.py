@@ -11,6 +11,9 @@ as many. r / √S, m / √S and √S alpha make up for that, and leave z = alpha
 are. The gradients of alpha and bias, which all S devices have, are divided by S, as they are then
 summed up over the devices.
 
+A u with given weights waits for no sum. Its call has it at once, and so it has <d_u, X'[i]>, the
+gradient of the weights; what comes back to h_pre is known beforehand.
+
 The norm of the layer's input needs one more number a token, each way, and is plain JAX here.
 """
 
@@ -59,6 +62,8 @@ def _forward(inner: Inner, call: Call, axes: Axes, given: Values) -> Values:
 
     z = logits(given | got, n)
     got["h_pre"], got["h_post"], got["h_res"] = reference.coefficients(z, n, config, project)
+    if "h_given" in given:
+        return got
     u = inner(Call("collapse_fwd"), {"x": streams, "h_pre": got["h_pre"]})["u"]
     if "norm_scale" in given:
         wide = u.astype(got["r"].dtype)
@@ -72,16 +77,18 @@ def _backward(inner: Inner, call: Call, axes: Axes, given: Values) -> Values:
     """pre_bwd and post_pre_bwd."""
     num = _num_devices(axes)
     made: Values = {}
-    d_us = [given["d_u"]]
-    if "norm_scale" in given:
-        d_us, made["d_norm_scale"] = _norm_backward(inner, call, axes, given)
-    dots = functools.reduce(jnp.add, (_dots(inner, given, d_u) for d_u in d_us))
-    # The call adds those of its own channels, but for what the rounding of d_u took from them.
-    others = jax.lax.psum(dots, axes) - _dots(inner, given, d_us[0])
+    changed = dict(given)
+    if "h_given" not in given:
+        d_us = [given["d_u"]]
+        if "norm_scale" in given:
+            d_us, made["d_norm_scale"] = _norm_backward(inner, call, axes, given)
+        dots = functools.reduce(jnp.add, (_dots(inner, given, d_u) for d_u in d_us))
+        # The call adds those of its own channels, but for what the rounding of d_u took from them.
+        others = jax.lax.psum(dots, axes) - _dots(inner, given, d_us[0])
+        changed |= {"d_u": d_us[0], "d_h_pre": given["d_h_pre"] + others}
     root, config = math.sqrt(num), _config(call)
     if config.norm_eps_mode == "outside":  # where rms = 1 / r - eps
         config = dataclasses.replace(config, norm_eps=root * config.norm_eps)
-    changed = given | {"d_u": d_us[0], "d_h_pre": given["d_h_pre"] + others}
     changed |= {name: given[name] / root for name in ("m", "r") if name in given}
     if "alpha" in given:
         changed["alpha"] = root * given["alpha"]

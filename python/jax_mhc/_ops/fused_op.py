@@ -154,7 +154,7 @@ def fused_op(
 ) -> FusedOp[Results]:
     """An op as a function with a derivative, from what its two calls take and give.
 
-    run_forward: the forward call, where it is not the one of the op's name alone.
+    run_forward: the forward pass, where it is not the call of the op's name alone.
     """
     run_forward = run_forward or functools.partial(named_call, f"{op}_fwd")
 

@@ -1,10 +1,11 @@
-"""The layer's input with weights that are given, such as h_pre of the sublayer before.
+"""The input of a first layer with weights that are given, and the norm of any such input.
 
     u = Σ_i h_given[i] X[i]
 
-The calls of pre and post_pre make the coefficients, and a u of their own that nobody reads;
-`collapse` makes this one of the same streams. So u, and all that follows of it, does not enter the
-calls' backward passes but by the gradient of the streams that they add to:
+post_pre has calls with such weights. pre, which runs once a model, has none: its call makes the
+coefficients, and a u of its own that nobody reads; `collapse` makes this one of the same streams.
+So u, and all that follows of it, does not enter the call's backward pass but by the gradient of the
+streams that it adds to:
 
     d_h_given[i] = <d_u, X[i]>
     d_X_in[j]    = Σ_i h_res[i, j] G[i] + h_given[j] d_u
@@ -33,18 +34,17 @@ from jax_mhc._ops.fused_op import fused_call, named_call
 from jax_mhc._types import Context
 
 
-def run_forward(name: str, settings: Settings, operands: Values) -> Values:
-    """The call `name`, whose u is that of h_given where there is one."""
+def pre_forward(settings: Settings, operands: Values) -> Values:
+    """The call pre_fwd, whose u is that of h_given where there is one."""
     given, own = _parted(operands)
-    results = named_call(name, settings, own)
+    results = named_call("pre_fwd", settings, own)
     if given is None:
         return results
-    x = results.get("x_new", operands["x"])
-    return results | named_call("collapse_fwd", settings, {"x": x, "h_pre": given})
+    return results | named_call("collapse_fwd", settings, {"x": operands["x"], "h_pre": given})
 
 
 class Incoming(NamedTuple):
-    """Operands of the backward call of pre or post_pre, and what is no part of it.
+    """Operands of the call pre_bwd, and what is no part of it.
 
     Attributes:
         saved: what was saved for the call.
@@ -61,28 +61,22 @@ class Incoming(NamedTuple):
     gradients: Values
 
 
-def incoming(
-    settings: Settings, saved: Values, d_u: Cotangent, d_ctx: Context, streams: str, h_res: str
-) -> Incoming:
-    """The cotangents that a backward call takes.
+def incoming(settings: Settings, saved: Values, d_u: Cotangent, d_ctx: Context) -> Incoming:
+    """The cotangents that pre_bwd takes.
 
     Args:
         settings: those of the op.
         saved: what its forward pass kept.
         d_u: the cotangent of the layer's input.
         d_ctx: that of the context.
-        streams: the name of the streams that u is of.
-        h_res: the name of the h_res of the context.
     """
     given, own = _parted(saved)
     if given is None:
-        return Incoming(own, d_u, *d_streams_in(d_ctx, own[h_res]), {})
-    x = own[streams]
-    if streams == "x_new":
-        del own[streams]
+        return Incoming(own, d_u, *d_streams_in(d_ctx, own["h_res"]), {})
+    x = own["x"]
     if isinstance(d_u, SymbolicZero):
         zero = {"d_h_given": sharded_like(jnp.zeros_like(given), given)}
-        return Incoming(own, d_u, *d_streams_in(d_ctx, own[h_res]), zero)
+        return Incoming(own, d_u, *d_streams_in(d_ctx, own["h_res"]), zero)
     gradients = {"d_h_given": d_weights(settings, x, d_u, given)}
     # Types say that a context has arrays; those of cotangents have symbolic zeros beside them.
     d_x: Cotangent = d_ctx.x
@@ -92,11 +86,11 @@ def incoming(
             "x": d_deferred,
             "y": d_u,
             "h_post": given,
-            "h_res": jnp.swapaxes(own[h_res], -1, -2),
+            "h_res": jnp.swapaxes(own["h_res"], -1, -2),
         }
         of_all = fused_call("post_fwd", settings, as_post)["x_new"]
     else:
-        of_all, _ = d_streams_in(d_ctx, own[h_res])
+        of_all, _ = d_streams_in(d_ctx, own["h_res"])
         of_all = of_all + d_streams(d_u, given, x)
     return Incoming(own, jnp.zeros_like(d_u), of_all, False, gradients)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,14 @@ import jax
 from jax_mhc import _check, reference
 from jax_mhc._call import Implementation, Settings, Values
 from jax_mhc._ops import given
-from jax_mhc._ops.deferred import Cotangent, context, cotangents_of, gradient, streams
+from jax_mhc._ops.deferred import (
+    Cotangent,
+    context,
+    cotangents_of,
+    d_streams_in,
+    gradient,
+    streams,
+)
 from jax_mhc._ops.fused_op import fused_call, fused_op, normalizers, present
 from jax_mhc._ops.post import post
 from jax_mhc._types import Context, MHCConfig, MHCParams
@@ -151,25 +157,20 @@ def _forward(operands: Values, results: Values) -> tuple[tuple[jax.Array, Contex
     if "norm_scale" in operands:
         # The layer keeps u, too.
         kept["u_norm"] = results["u"]
-    if "h_given" in operands:
-        # What comes after the layer keeps the streams, too.
-        kept["x_new"] = results["x_new"]
     return (results["u"], ctx), operands | kept | {"h_res_new": results["h_res"]}
 
 
 def _backward(settings: Settings, saved: Values, cotangents: tuple[Cotangent, Context]) -> Values:
     d_u, d_ctx = cotangents
-    to = given.incoming(settings, saved, d_u, d_ctx, "x_new", "h_res_new")
+    d_x_new_in, deferred = d_streams_in(d_ctx, saved["h_res_new"])
     gradients = fused_call(
         "post_pre_bwd",
         settings,
-        to.saved | cotangents_of(to.d_u, d_ctx) | {"d_x_new_in": to.d_x},
-        deferred=to.deferred,
+        saved | cotangents_of(d_u, d_ctx) | {"d_x_new_in": d_x_new_in},
+        deferred=deferred,
     )
     d_x_new = gradients.pop("d_x_new")
-    return to.gradients | gradients | {"d_x": gradient(settings.defers, d_x_new, saved["h_res"])}
+    return gradients | {"d_x": gradient(settings.defers, d_x_new, saved["h_res"])}
 
 
-_post_pre = fused_op(
-    "post_pre", _forward, _backward, functools.partial(given.run_forward, "post_pre_fwd")
-)
+_post_pre = fused_op("post_pre", _forward, _backward)

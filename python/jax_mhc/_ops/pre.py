@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -154,7 +153,7 @@ def _forward(operands: Values, results: Values) -> tuple[tuple[jax.Array, Contex
 
 def _backward(settings: Settings, saved: Values, cotangents: tuple[Cotangent, Context]) -> Values:
     d_u, d_ctx = cotangents
-    to = given.incoming(settings, saved, d_u, d_ctx, "x", "h_res")
+    to = given.incoming(settings, saved, d_u, d_ctx)
     return to.gradients | fused_call(
         "pre_bwd",
         settings,
@@ -163,4 +162,4 @@ def _backward(settings: Settings, saved: Values, cotangents: tuple[Cotangent, Co
     )
 
 
-_pre = fused_op("pre", _forward, _backward, functools.partial(given.run_forward, "pre_fwd"))
+_pre = fused_op("pre", _forward, _backward, given.pre_forward)

@@ -65,6 +65,14 @@ impl Example {
         })
     }
 
+    /// A copy of the call with given weights of u, where there can be.
+    pub fn with_given(self) -> Self {
+        self.with_config(Config {
+            given: true,
+            ..self.config
+        })
+    }
+
     /// The call's operands and results with other settings, which they need not fit.
     pub fn with_settings(self, config: Config) -> Self {
         Self { config, ..self }

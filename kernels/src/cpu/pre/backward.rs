@@ -105,6 +105,24 @@ impl<R> DxIn<'_, R> {
     }
 }
 
+/// Weights of the streams in u that are not those of its sublayer.
+pub struct Given<'a, R> {
+    /// `[n]` a token.
+    pub h: Rows<'a, R>,
+    /// Gradient of them `[n]` a token.
+    pub d_h: RowsMut<'a, R>,
+}
+
+impl<R> Given<'_, R> {
+    /// Cuts off the first tokens.
+    pub fn split_off(&mut self, tokens: usize) -> Self {
+        Self {
+            h: self.h.split_off(tokens),
+            d_h: self.d_h.split_off(tokens),
+        }
+    }
+}
+
 /// Backward pass of up to [`CHUNK`] tokens: d_x = d_x_in + the gradient through u and the coefficients.
 #[allow(clippy::too_many_arguments)] // each is one line of the equation above
 pub fn backward_chunk<S: Stream, I: Isa>(
@@ -113,6 +131,7 @@ pub fn backward_chunk<S: Stream, I: Isa>(
     x: Rows<S>,
     d_x_in: DxIn<S::Real>,
     inputs: &BackwardInputs<S>,
+    given: Option<Given<S::Real>>,
     tokens: usize,
     d_x: RowsMut<S>,
     sums: &mut ParamSums<Acc<S, I>>,
@@ -141,7 +160,11 @@ pub fn backward_chunk<S: Stream, I: Isa>(
 
     let from_u = RowsMut::new(d_h_pre, n);
     let from_h = d_h.h_pre;
-    if norm_scale.is_empty() {
+    let mut h_given = None;
+    if let Some(Given { h, d_h }) = given {
+        collapse::backward_chunk::<S, I>(x, d_u, None, tokens, d_h);
+        h_given = Some(h);
+    } else if norm_scale.is_empty() {
         collapse::backward_chunk::<S, I>(x, d_u, Some(from_h), tokens, from_u);
     } else {
         let rows = RowsMut::new(h_pre, n);
@@ -166,7 +189,7 @@ pub fn backward_chunk<S: Stream, I: Isa>(
         m,
         r,
         cotangents: Cotangents {
-            h_pre: Rows::new(d_h_pre, n),
+            h_pre: h_given.map_or(Rows::new(d_h_pre, n), |_| from_h),
             ..d_h
         },
         tokens,
@@ -190,7 +213,7 @@ pub fn backward_chunk<S: Stream, I: Isa>(
         tokens,
         r_dm,
         r_factor,
-        h_pre,
+        weights: h_given.unwrap_or(Rows::new(h_pre, n)),
         n,
         d_x,
         d_phi,
@@ -212,7 +235,8 @@ struct StreamsBackward<'a, S: Stream, I: Isa> {
     tokens: usize,
     r_dm: &'a [S::Real],
     r_factor: &'a [S::Real],
-    h_pre: &'a [S::Real],
+    /// Weights of the streams in u.
+    weights: Rows<'a, S::Real>,
     n: usize,
     d_x: RowsMut<'a, S>,
     d_phi: &'a mut Packed<Acc<S, I>>,
@@ -319,7 +343,7 @@ impl<S: Stream, I: Isa> StreamsBackward<'_, S, I> {
         }
     }
 
-    /// d_x = d_x_in + h_pre[i] · du + (r · dm) phiᵀ − r_factor · X for `T` tokens and `B` blocks.
+    /// d_x = d_x_in + weights[i] · du + (r · dm) phiᵀ − r_factor · X for `T` tokens and `B` blocks.
     #[inline(always)]
     fn write<const T: usize, const B: usize, const WHOLE: bool>(
         &mut self,
@@ -342,7 +366,7 @@ impl<S: Stream, I: Isa> StreamsBackward<'_, S, I> {
         let sums = project_back::<_, T, B>(r_dm, self.phi, stream, first + block);
         for (t, sums) in sums.into_iter().enumerate() {
             let token = token + t;
-            let h_pre = Acc::<S, I>::splat(self.h_pre[token * self.n + stream]);
+            let weight = Acc::<S, I>::splat(self.weights.row(token)[stream]);
             let minus_f = Acc::<S, I>::splat(S::Real::default() - self.r_factor[token]);
             let d_u = self.d_u.row(token);
             let d_x = &mut self.d_x.row(token)[stream * c..][..c];
@@ -353,7 +377,7 @@ impl<S: Stream, I: Isa> StreamsBackward<'_, S, I> {
                 } else {
                     self.d_sum[token * self.shape.blocks + first + block + b]
                 };
-                let sum = h_pre.mul_add(d_u, sum);
+                let sum = weight.mul_add(d_u, sum);
                 let mut sum = minus_f.mul_add(self.staged[token][block + b], sum);
                 match self.d_x_in {
                     DxIn::Absent => {}
@@ -444,6 +468,7 @@ impl<S: Stream, I: Isa> BackwardGroup<'_, S, I> {
                 self.x.split_off(tokens),
                 self.d_x_in.split_off(tokens),
                 &self.inputs.split_off(tokens),
+                None,
                 tokens,
                 self.d_x.split_off(tokens),
                 sums,

@@ -80,11 +80,12 @@ fn inverse_norm<R: Real>(config: &Config, sum_of_squares: R, numel: usize) -> R 
     }
 }
 
-/// Forward pass of up to [`CHUNK`] tokens.
+/// Forward pass of up to [`CHUNK`] tokens, whose u has weights of its own or those that are given.
 pub fn forward_chunk<S: Stream, I: Isa>(
     params: &Params<S::Real>,
     phi: &Packed<Acc<S, I>>,
     x: Rows<S>,
+    given: Option<Rows<S::Real>>,
     tokens: usize,
     out: &mut Outputs<S>,
     scratch: &mut ForwardScratch<Acc<S, I>>,
@@ -106,7 +107,8 @@ pub fn forward_chunk<S: Stream, I: Isa>(
     }
     let m = out.m.as_rows();
     coefficients::forward::<_, I>(gates, m, tokens, &mut out.h, &mut scratch.coefficients);
-    let (h_pre, u) = (out.h.h_pre.as_rows(), out.u.reborrow());
+    let h_pre = given.unwrap_or(out.h.h_pre.as_rows());
+    let u = out.u.reborrow();
     if params.norm_scale.is_empty() {
         collapse::forward_chunk::<S, I>(x, h_pre, tokens, u);
         return;
@@ -218,7 +220,7 @@ impl<S: Stream> Job for Forward<'_, S> {
             |tokens| (self.x.split_off(tokens), self.out.split_off(tokens)),
             || ForwardScratch::new::<I>(&self.params, self.tokens),
             |scratch, tokens, (x, mut out)| {
-                forward_chunk::<S, I>(&self.params, &phi, x, tokens, &mut out, scratch);
+                forward_chunk::<S, I>(&self.params, &phi, x, None, tokens, &mut out, scratch);
             },
         )
     }

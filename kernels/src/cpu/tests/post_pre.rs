@@ -5,10 +5,10 @@ use half::bf16;
 use super::{Case, Data, Room, cases, from_f64, to_f64};
 use crate::cpu::coefficients::{Cotangents, Gates};
 use crate::cpu::parallel::Serial;
-use crate::cpu::pre::{self, BackwardInputs, ParamGradients, Params};
+use crate::cpu::pre::{self, BackwardInputs, Given, ParamGradients, Params};
 use crate::cpu::simd::{dispatch_to, instruction_sets};
 use crate::cpu::stream::{Rows, RowsMut, Stream};
-use crate::cpu::{post, post_pre};
+use crate::cpu::{collapse, post, post_pre};
 
 #[test]
 fn post_pre_is_post_then_pre() {
@@ -16,8 +16,168 @@ fn post_pre_is_post_then_pre() {
         for isa in instruction_sets() {
             seam_is_post_then_pre::<bf16>(isa, &case);
             seam_is_post_then_pre::<f32>(isa, &case);
+            if !case.has_norm {
+                given_weights_are_those_of_collapse::<bf16>(isa, &case);
+                given_weights_are_those_of_collapse::<f32>(isa, &case);
+            }
         }
     }
+}
+
+/// The seam with given weights of the streams in u, against collapse, and against pre's gradients without a
+/// cotangent of u: all bits but those of the cotangent of the streams, which is one rounded sum of both.
+fn given_weights_are_those_of_collapse<S: Stream>(isa: &str, case: &Case) {
+    let Case {
+        tokens,
+        n,
+        c,
+        ref config,
+        ..
+    } = *case;
+    let data = Data::new::<S>(case);
+    let (x, y) = (from_f64::<S>(&data.x), from_f64::<S>(&data.y));
+    let real = |values: &[f64]| from_f64::<S::Real>(values);
+    let [phi, alpha, bias] = [&data.phi, &data.alpha, &data.bias].map(|values| real(values));
+    let gates = Gates {
+        config,
+        layout: case.layout(),
+        alpha: &alpha,
+        bias: &bias,
+    };
+    let params = Params {
+        c,
+        phi: &phi,
+        gates,
+        norm_scale: &[],
+    };
+    let mut before = Room::<S>::new(case);
+    before.h = [0, 1, 2].map(|at| real(&data.d_h[at]));
+    let inputs = before.post_inputs(case, &x, &y);
+    let h_given = Rows::new(&before.h[0], n);
+    let pool = &Serial;
+
+    let mut x_new = x.clone();
+    let mut got = Room::<S>::new(case);
+    let call = post_pre::Forward {
+        inputs,
+        params,
+        h_given: Some(h_given),
+        x_new: RowsMut::new(&mut x_new, n * c),
+        out: got.outputs(case),
+        tokens,
+        pool,
+    };
+    dispatch_to(isa, call).unwrap();
+    let x_new = Rows::new(&x_new[..], n * c);
+    let mut u = y.clone();
+    let call = collapse::Forward {
+        x: x_new,
+        h_pre: h_given,
+        u: RowsMut::new(&mut u, c),
+        tokens,
+        pool,
+    };
+    dispatch_to(isa, call).unwrap();
+    assert!(to_f64(&got.u) == to_f64(&u), "{isa} u in {case:?}");
+    let mut own = Room::<S>::new(case);
+    let out = own.outputs(case);
+    dispatch_to(
+        isa,
+        pre::Forward {
+            params,
+            x: x_new,
+            out,
+            tokens,
+            pool,
+        },
+    )
+    .unwrap();
+    for (got, want) in got.h.iter().zip(&own.h) {
+        assert!(
+            to_f64(got) == to_f64(want),
+            "{isa} coefficients in {case:?}"
+        );
+    }
+
+    let d_u = from_f64::<S>(&data.d_u);
+    let zeros = vec![S::default(); d_u.len()];
+    let d_h = [0, 1, 2].map(|at| real(&data.d_h[at]));
+    let mut d_h_given = real(&vec![f64::NAN; tokens * n]);
+    let mut gradients = |has_u: bool| {
+        let pre_inputs = BackwardInputs {
+            m: Rows::new(&own.m, case.columns()),
+            r: Rows::new(&own.r, 1),
+            rho: Rows::new(&[], 0),
+            d_u: Rows::new(if has_u { &d_u } else { &zeros }, c),
+            d_h: Cotangents {
+                h_pre: Rows::new(&d_h[0], n),
+                h_post: Rows::new(&d_h[1], n),
+                h_res: Rows::new(&d_h[2], n * n),
+            },
+        };
+        let mut d_x_new = from_f64::<S>(&data.d_x_new);
+        let d_x_in = case.d_x_in(&own.h[2]);
+        let (mut d_y, [mut d_h_post, mut d_h_res]) = (y.clone(), [1, 2].map(|at| d_h[at].clone()));
+        let [mut d_phi, mut d_alpha, mut d_bias] = [phi.clone(), alpha.clone(), bias.clone()];
+        let d_params = ParamGradients {
+            d_phi: &mut d_phi,
+            d_alpha: &mut d_alpha,
+            d_bias: &mut d_bias,
+            d_norm_scale: &mut [],
+        };
+        if has_u {
+            let call = post_pre::Backward {
+                inputs,
+                params,
+                pre_inputs,
+                given: Some(Given {
+                    h: h_given,
+                    d_h: RowsMut::new(&mut d_h_given, n),
+                }),
+                d_x_new: RowsMut::new(&mut d_x_new, n * c),
+                d_x_in,
+                out: post::Gradients {
+                    d_y: RowsMut::new(&mut d_y, c),
+                    d_h_post: RowsMut::new(&mut d_h_post, n),
+                    d_h_res: RowsMut::new(&mut d_h_res, n * n),
+                },
+                d_params,
+                tokens,
+                pool,
+            };
+            dispatch_to(isa, call).unwrap();
+        } else {
+            let call = pre::Backward {
+                params,
+                x: x_new,
+                inputs: pre_inputs,
+                d_x: RowsMut::new(&mut d_x_new, n * c),
+                d_x_in,
+                d_params,
+                tokens,
+                pool,
+            };
+            dispatch_to(isa, call).unwrap();
+        }
+        [&d_phi, &d_alpha, &d_bias].map(|values| to_f64(values))
+    };
+    assert!(
+        gradients(true) == gradients(false),
+        "{isa} parameters in {case:?}"
+    );
+    let mut want = d_h_given.clone();
+    let call = collapse::Backward {
+        x: x_new,
+        d_u: Rows::new(&d_u, c),
+        d_h_pre: RowsMut::new(&mut want, n),
+        tokens,
+        pool,
+    };
+    dispatch_to(isa, call).unwrap();
+    assert!(
+        to_f64(&d_h_given) == to_f64(&want),
+        "{isa} d_h_given in {case:?}"
+    );
 }
 
 fn seam_is_post_then_pre<S: Stream>(isa: &str, case: &Case) {
@@ -85,6 +245,7 @@ fn seam_is_post_then_pre<S: Stream>(isa: &str, case: &Case) {
         post_pre::Forward {
             inputs,
             params,
+            h_given: None,
             x_new: seam_rows,
             out,
             tokens,
@@ -140,6 +301,7 @@ fn seam_is_post_then_pre<S: Stream>(isa: &str, case: &Case) {
                 inputs,
                 params,
                 pre_inputs,
+                given: None,
                 d_x_new: RowsMut::new(&mut d_x_new, n * c),
                 d_x_in,
                 out,

@@ -12,9 +12,24 @@ use crate::gpu::launch::{Arg, Launch};
 pub const SCHEDULE: Schedule = Schedule {
     name: "collapse",
     plan: |call, _, _| {
+        let [operand, result] = [CheckedCall::operand_address, CheckedCall::result_address];
         Some(vec![match call.kind {
-            Call::CollapseBwd => backward(call),
-            _ => forward(call),
+            Call::CollapseBwd => backward(
+                call,
+                [
+                    operand(call, "x"),
+                    operand(call, "d_u"),
+                    result(call, "d_h_pre"),
+                ],
+            ),
+            _ => forward(
+                call,
+                [
+                    operand(call, "x"),
+                    operand(call, "h_pre"),
+                    result(call, "u"),
+                ],
+            ),
         }])
     },
 };
@@ -23,15 +38,16 @@ fn kernel(call: &CheckedCall, functions: [&'static str; 2]) -> Kernel {
     sizes::kernel(call, for_rows(call.c, functions))
 }
 
-fn forward(call: &CheckedCall) -> Launch {
+/// u from the streams at `x` and their weights at `h_pre`.
+pub fn forward(call: &CheckedCall, [x, h_pre, u]: [u64; 3]) -> Launch {
     let kernel = kernel(call, ["collapse_fwd", "collapse_fwd_unaligned"]);
     let (grid, slab) = grid(call, kernel);
     kernel.launch(
         grid,
         vec![
-            Arg::Pointer(call.operand_address("x")),
-            Arg::Pointer(call.operand_address("h_pre")),
-            Arg::Pointer(call.result_address("u")),
+            Arg::Pointer(x),
+            Arg::Pointer(h_pre),
+            Arg::Pointer(u),
             Arg::I32(call.tokens as i32),
             Arg::I32(slab as i32),
             Arg::I32(call.n as i32),
@@ -40,12 +56,13 @@ fn forward(call: &CheckedCall) -> Launch {
     )
 }
 
-fn backward(call: &CheckedCall) -> Launch {
+/// The gradient of those weights, at `d_h_pre`.
+pub fn backward(call: &CheckedCall, [x, d_u, d_h_pre]: [u64; 3]) -> Launch {
     let kernel = kernel(call, ["collapse_bwd", "collapse_bwd_unaligned"]);
     let args = vec![
-        Arg::Pointer(call.operand_address("x")),
-        Arg::Pointer(call.operand_address("d_u")),
-        Arg::Pointer(call.result_address("d_h_pre")),
+        Arg::Pointer(x),
+        Arg::Pointer(d_u),
+        Arg::Pointer(d_h_pre),
         Arg::I32(call.n as i32),
         Arg::I32(call.c as i32),
     ];

@@ -161,7 +161,8 @@ fn sizes(call: &CheckedCall) -> [Arg; 4] {
     ]
 }
 
-fn forward(call: &CheckedCall, device: &Device) -> Option<Launch> {
+/// That launch, whose u has the weights of its own sublayer.
+pub fn forward(call: &CheckedCall, device: &Device) -> Option<Launch> {
     let is_post_pre = call.kind == Call::PostPreFwd;
     let (function, arrays) = if is_post_pre {
         ("post_pre_fwd_one_stream", 2)

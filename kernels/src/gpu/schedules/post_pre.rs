@@ -49,7 +49,7 @@ pub const TWO_PASS_BACKWARD: Schedule = Schedule {
             Some((launch, dots)) => (launch, Some(dots)),
             None => (post::forward(call, x_new), None),
         };
-        around(call, again, |d_x_in| {
+        around(call, [again], |d_x_in| {
             pre::backward(call, device, workspace, x_new, d_x_in, dots)
         })
     },
@@ -65,24 +65,24 @@ fn backward(
     pre_backward: PreBackward,
 ) -> Option<Vec<Launch>> {
     let x_new = take_x_new(call, workspace);
-    around(call, post::forward(call, x_new), |d_x_in| {
+    around(call, [post::forward(call, x_new)], |d_x_in| {
         pre_backward(call, device, workspace, x_new, d_x_in)
     })
 }
 
 /// Room for X'.
-fn take_x_new(call: &CheckedCall, workspace: &mut dyn Workspace) -> u64 {
+pub fn take_x_new(call: &CheckedCall, workspace: &mut dyn Workspace) -> u64 {
     let streams_bytes = call.n * call.c * call.dtype.num_bytes();
     workspace.take(Part::bytes_per_token(streams_bytes))
 }
 
-/// The launches around pre's, from the one that makes X' again on. The gradient of X' grows where d_x_new_in lies.
-fn around(
+/// The launches around pre's, from those that make X' again on. The gradient of X' grows where d_x_new_in lies.
+pub fn around(
     call: &CheckedCall,
-    again: Launch,
+    again: impl IntoIterator<Item = Launch>,
     pre_backward: impl FnOnce(DXIn) -> Option<Vec<Launch>>,
 ) -> Option<Vec<Launch>> {
-    let mut launches = vec![again];
+    let mut launches: Vec<Launch> = again.into_iter().collect();
     launches.extend(pre_backward(DXIn::of(call, "d_x_new_in", "h_res_new"))?);
     launches.push(post::backward(call, call.result_address("d_x_new")));
     Some(launches)

@@ -53,6 +53,7 @@ fn post_pre_forward(call: &CheckedCall, workspace: &mut dyn Workspace) -> Vec<La
     let results = names.map(|name| call.result_address(name));
     let mut args: Vec<Arg> = operands.map(Arg::Pointer).to_vec();
     args.extend(same[..3].iter().copied().chain(results).map(Arg::Pointer));
+    args.push(Arg::Pointer(call.operand_address("h_given")));
     args.extend([call.tokens, slab, n, call.c].map(|number| Arg::I32(number as i32)));
     let launches = [
         pre::same_coefficients(call, same),
@@ -74,7 +75,7 @@ pub fn pre_backward(
         return None;
     }
     let ([d_u, d_h_pre], mut launches) = norm::backward(call, workspace, x);
-    let dots = workspace.take(Part::per_token(call.n));
+    let dots = Dots::take(call, workspace);
     let kernel = kernel(call, "pre_static_bwd");
     let args = vec![
         Arg::Pointer(x),
@@ -83,7 +84,8 @@ pub fn pre_backward(
         Arg::Pointer(d_x_in.address),
         Arg::Pointer(d_x_in.h_res.unwrap_or(0)),
         Arg::Pointer(call.result_address(call.kind.first_result())),
-        Arg::Pointer(dots),
+        Arg::Pointer(dots.address),
+        Arg::Pointer(call.operand_address("h_given")),
         Arg::I32(call.n as i32),
         Arg::I32(call.c as i32),
         Arg::Settings(call.config.into()),
@@ -99,14 +101,15 @@ fn post_pre_backward(
     workspace: &mut dyn Workspace,
 ) -> Vec<Launch> {
     let d_x_new_in = DXIn::of(call, "d_x_new_in", "h_res_new");
-    let dots = workspace.take(Part::per_token(call.n));
+    let dots = Dots::take(call, workspace);
     let names = ["x", "y", "h_post", "h_res", "bias", "d_u"];
     let operands = names.map(|name| call.operand_address(name));
     let cotangent = [d_x_new_in.address, d_x_new_in.h_res.unwrap_or(0)];
     let names = ["d_x_new", "d_y", "d_h_post", "d_h_res"];
     let results = names.map(|name| call.result_address(name));
     let pointers = operands.into_iter().chain(cotangent).chain(results);
-    let mut args: Vec<Arg> = pointers.chain([dots]).map(Arg::Pointer).collect();
+    let weights = [dots.address, call.operand_address("h_given")];
+    let mut args: Vec<Arg> = pointers.chain(weights).map(Arg::Pointer).collect();
     args.extend([Arg::I32(call.c as i32), Arg::Settings(call.config.into())]);
     let d_h_pre = call.operand_address("d_h_pre");
     let launches = [for_tokens(call, kernel, args)];
@@ -114,6 +117,32 @@ fn post_pre_backward(
         .into_iter()
         .chain(bias(call, workspace, dots, d_h_pre))
         .collect()
+}
+
+/// <d_u, X[i]>, the gradient of the weights of the streams in u.
+#[derive(Debug, Clone, Copy)]
+struct Dots {
+    /// Address: [tokens, n].
+    address: u64,
+    /// The same where they are a part of the gradient of h_pre; 0 where they are that of given weights.
+    of_h_pre: u64,
+}
+
+impl Dots {
+    fn take(call: &CheckedCall, workspace: &mut dyn Workspace) -> Self {
+        if call.is_given() {
+            let address = call.result_address("d_h_given");
+            return Self {
+                address,
+                of_h_pre: 0,
+            };
+        }
+        let address = workspace.take(Part::per_token(call.n));
+        Self {
+            address,
+            of_h_pre: address,
+        }
+    }
 }
 
 /// A launch with a block for each token.
@@ -125,12 +154,17 @@ fn for_tokens(call: &CheckedCall, kernel: Kernel, args: Vec<Arg>) -> Launch {
 }
 
 /// The gradient of the bias from the cotangents of the coefficients, that of h_pre in two parts.
-fn bias(call: &CheckedCall, workspace: &mut dyn Workspace, dots: u64, d_h_pre: u64) -> [Launch; 3] {
+fn bias(
+    call: &CheckedCall,
+    workspace: &mut dyn Workspace,
+    dots: Dots,
+    d_h_pre: u64,
+) -> [Launch; 3] {
     let n = call.n;
     let part = |floats| Part::fixed(MAX_SUMS * floats);
     let sums = [n, n, n * n].map(|floats| workspace.take(part(floats)));
     let [d_h_post, d_h_res] = ["d_h_post", "d_h_res"].map(|name| call.operand_address(name));
-    let mut args: Vec<Arg> = [dots, d_h_pre, d_h_post, d_h_res]
+    let mut args: Vec<Arg> = [dots.of_h_pre, d_h_pre, d_h_post, d_h_res]
         .map(Arg::Pointer)
         .to_vec();
     args.extend(sums.map(Arg::Pointer));

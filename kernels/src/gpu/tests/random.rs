@@ -9,7 +9,7 @@ use super::scratch::{Span, spans};
 use crate::contract::check::{CheckedCall, Example};
 use crate::contract::config::{Config, Constraint};
 use crate::contract::limits::MAX_SINKHORN_ITERS;
-use crate::contract::table::Call;
+use crate::contract::table::{Call, Group};
 use crate::contract::view::DType;
 
 /// SplitMix64.
@@ -91,9 +91,11 @@ impl Random {
             ..Config::default()
         };
         let example = Example::new(kind, dtype, tokens, [n, c], config);
-        match self.below(4) {
+        match self.below(6) {
             0 if !kind.groups().is_empty() => example.with_norm(),
             1 => example.into_static(),
+            2 if kind.groups().contains(&Group::Given) => example.with_given(),
+            3 if kind.groups().contains(&Group::Given) => example.with_given().into_static(),
             _ => example,
         }
     }
@@ -205,6 +207,7 @@ fn workspaces_of_any_sizes_are_told_or_none() {
                     columns,
                     sinkhorn_iters,
                     norm_width,
+                    given: sinkhorn_iters % 2 == 1,
                 };
                 let Some(workspace) = problem.workspace() else {
                     continue;

@@ -198,8 +198,29 @@ fn floats(call: &CheckedCall, launch: &Launch) -> Vec<(usize, usize)> {
         "sum_one_stream" => vec![(0, int(5) * int(6)), (1, int(5) * sums)],
         "phi_bwd" => vec![(4, tokens * columns), (5, rows * d_phi)],
         "sum_gradients" => vec![(0, 4 * int(5) * int(7)), (1, int(6) * sums)],
+        "post_given_bwd" => {
+            let dots = tokens.next_multiple_of(8) * blocks * launch.kernel.more("dots");
+            let repliers = launch.kernel.more("repliers");
+            vec![
+                (19, tokens * columns),
+                (20, dots),
+                (21, rows * d_phi),
+                (22, repliers * rows * sums),
+            ]
+        }
+        "sum_given" => vec![
+            (0, int(12) * 4 * int(13)),
+            (1, int(12) * sums),
+            (2, tokens * int(16) * launch.kernel.more("dots")),
+        ],
         "sinkhorn_bwd" => vec![(3, blocks * 2 * iters * launch.block as usize)],
         "post_fwd" => vec![(4, streams(tokens * n * c))],
+        "collapse_bwd" => vec![(0, streams(tokens * n * c))],
+        "post_given_fwd" => {
+            let slices = blocks / launch.cluster as usize;
+            vec![(8, tokens * slices * columns), (9, tokens * slices)]
+        }
+        "given_coefficients" => vec![(0, tokens * int(2) * columns), (1, tokens * int(2))],
         "post_dots_fwd" => vec![
             (5, streams(tokens * n * c)),
             (6, tokens * c.div_ceil(128) * n),

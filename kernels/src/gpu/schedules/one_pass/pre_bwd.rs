@@ -27,8 +27,12 @@ pub const PRE_BACKWARD: Schedule = Schedule {
 
 /// The geometry of a backward call, where `function` takes it.
 pub fn geometry(function: &'static str, call: &CheckedCall, device: &Device) -> Option<Geometry> {
-    let fits = recorded_iters(call) <= MAX_SINKHORN_ITERS;
-    Geometry::of(function, call, device).filter(|_| fits)
+    Geometry::of(function, call, device).filter(|_| has_records(call))
+}
+
+/// Whether what Sinkhorn-Knopp records for the gradients of the logits has room ([`logits`]).
+pub fn has_records(call: &CheckedCall) -> bool {
+    recorded_iters(call) <= MAX_SINKHORN_ITERS
 }
 
 /// Iterations of Sinkhorn-Knopp that a backward pass may want a record of. By the columns: the workspace of a call

@@ -20,7 +20,7 @@ const _: () = assert!(
     "pre_fwd and pre_bwd of two_pass/pre.cu have to take a new constraint"
 );
 
-/// The forward pass from the streams at `x`.
+/// The forward pass from the streams at `x`; but for u where its weights are given.
 pub fn forward(
     call: &CheckedCall,
     device: &Device,
@@ -29,15 +29,27 @@ pub fn forward(
 ) -> Vec<Launch> {
     let projection = Projection::of(call, device);
     let partial = workspace.take(projection.partial());
-    let names = ["u", "h_pre", "h_post", "h_res", "m", "r"];
-    let results = names.map(|name| call.result_address(name));
     let slices = projection.slices();
-    let apply = apply(call, x, (partial, slices), results, [call.tokens, call.c]);
+    let u = if call.is_given() {
+        0
+    } else {
+        call.result_address("u")
+    };
+    let apply = coefficients(call, x, (partial, slices), u);
     projection::project(call, device, workspace, projection, x, partial)
         .into_iter()
         .chain([apply])
         .chain(norm::forward(call, x))
         .collect()
+}
+
+/// The coefficients of all tokens from slices of the projection ([`Projection::partial`]: the sums of each token and slice
+/// for all octets of columns, then that of the squares and an unused one), and u of the streams at `x` unless it is 0.
+pub fn coefficients(call: &CheckedCall, x: u64, partial: (u64, usize), u: u64) -> Launch {
+    let names = ["h_pre", "h_post", "h_res", "m", "r"];
+    let [h_pre, h_post, h_res, m, r] = names.map(|name| call.result_address(name));
+    let results = [u, h_pre, h_post, h_res, m, r];
+    apply(call, x, partial, results, [call.tokens, call.c])
 }
 
 /// The coefficients that the bias alone makes, of one token, at `results`: h_pre, h_post, h_res and r.
@@ -89,10 +101,11 @@ pub fn backward(
     let ([d_u, d_h_pre], mut launches) = norm::backward(call, workspace, x);
     let projection = Projection::of(call, device);
     let dm = projection.fragments().map(|part| workspace.take(part));
+    let given = call.is_given().then(|| call.operand_address("h_given"));
     let tokens = Cotangents {
         tokens: call.tokens,
         channels: call.c,
-        d_u,
+        d_u: if given.is_some() { 0 } else { d_u },
         dots,
         d_h: [
             d_h_pre,
@@ -104,7 +117,7 @@ pub fn backward(
     // d_x_in may lie where d_x does, and x never does: the products are free to run in this order.
     let factors = Factors {
         dm,
-        h_pre: logits.h_pre,
+        h_pre: given.unwrap_or(logits.h_pre),
         of_tokens: logits.of_tokens,
         d_u,
     };
@@ -125,7 +138,7 @@ pub struct Cotangents {
     pub tokens: usize,
     /// Channels through which u adds to the cotangent of h_pre.
     pub channels: usize,
-    /// The cotangent of u.
+    /// The cotangent of u; 0 where it adds nothing.
     pub d_u: u64,
     /// What that adds to the cotangent of h_pre, where it is there.
     pub dots: Option<Dots>,

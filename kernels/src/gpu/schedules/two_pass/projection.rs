@@ -333,7 +333,7 @@ fn project_many(
 pub struct Factors {
     /// The gradient of m, see [`Projection::fragments`].
     pub dm: [u64; 2],
-    /// h_pre again.
+    /// The weights of the streams in u: h_pre again, or those that are given.
     pub h_pre: u64,
     /// Factor of -X in d_x that comes of r, and the unit of r dm in float16, of each token.
     pub of_tokens: u64,
