@@ -278,7 +278,7 @@ if __name__ == "__main__":
     run_all()
 
 
-# ---- with given weights ---------------------------------------------------------------------------
+# ---- with given weights --------------------------------------------------------------------------
 
 # Of four streams: one slice of the channels and many, full or not, and as many as multiprocessors.
 GIVEN_WIDTHS = (64, 320, 1024, 2752, 4096, 5120, 8192, 12288)
