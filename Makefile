@@ -4,13 +4,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# XLA's headers and the compiler of the CUDA kernels come from the wheels that pyproject.toml pins.
-JAXLIB := $(shell grep -o 'jaxlib==[0-9.]*' pyproject.toml)
+# XLA's headers and the compiler of the CUDA kernels come from the wheels that hatch_build.py pins.
+JAXLIB := $(shell grep -o 'jaxlib==[0-9.]*' hatch_build.py)
 export XLA_FFI_INCLUDE_DIR := $(CURDIR)/.build/jaxlib/include
 HEADERS := .build/jaxlib/include/xla/ffi/api/ffi.h
 
 ifeq ($(shell uname -s),Linux)
-NVRTC := $(shell grep -o 'nvidia-cuda-nvrtc-cu12==[0-9.]*' pyproject.toml)
+NVRTC := $(shell grep -o 'nvidia-cuda-nvrtc-cu12==[0-9.]*' hatch_build.py)
 export JAX_MHC_NVRTC := $(CURDIR)/.build/nvidia/cuda_nvrtc/lib/libnvrtc.so.12
 COMPILER := .build/nvidia/cuda_nvrtc/lib/libnvrtc.so.12
 endif

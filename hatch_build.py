@@ -24,6 +24,12 @@ PORTABLE = {
     "manylinux_2_28_aarch64": "aarch64-unknown-linux-gnu.2.28",
 }
 
+# Headers of jaxlib 0.8.0 are the oldest that every supported jaxlib accepts, so one library serves
+# them all (ffi/build.rs). NVRTC compiles the CUDA kernels (kernels/build): what that of CUDA 12
+# writes runs on drivers for CUDA 12 and 13.
+HEADERS = "jaxlib==0.8.0"
+NVRTC = "nvidia-cuda-nvrtc-cu12==12.9.86"
+
 # Between two looks at how far the compiler of the CUDA kernels is.
 PROGRESS_SECONDS = 5
 
@@ -37,9 +43,19 @@ class BuildError(Exception):
 class CargoBuildHook(BuildHookInterface):
     """One wheel serves every Python: the library is no Python extension."""
 
+    def dependencies(self):
+        """Hatchling calls this before pip fetches them: an obstacle comes first."""
+        if _is_of_python_alone(os.environ):
+            return []
+        try:
+            check(Path(self.root), os.environ)
+        except BuildError as error:
+            self.app.abort(f"jax-mhc: {error}")
+        return _dependencies(os.environ)
+
     def initialize(self, version, build_data):
         """Hatchling calls this before it packs the wheel."""
-        if os.environ.get("JAX_MHC_WHEEL") == "any":
+        if _is_of_python_alone(os.environ):
             build_data["tag"] = "py3-none-any"
             return
         try:
@@ -51,6 +67,19 @@ class CargoBuildHook(BuildHookInterface):
         build_data["force_include"][str(library)] = f"jax_mhc/{library.name}"
         build_data["tag"] = f"py3-none-{tag}"
         build_data["pure_python"] = False
+
+
+def _is_of_python_alone(env):
+    return env.get("JAX_MHC_WHEEL") == "any"
+
+
+def _dependencies(env):
+    """Packages that the build reads from, without those that the variables replace."""
+    wanted = [] if "XLA_FFI_INCLUDE_DIR" in env else [HEADERS]
+    has_kernels = env.get("JAX_MHC_CUDA_ARCHITECTURES", "").strip() != "none"
+    if sys.platform == "linux" and has_kernels and "JAX_MHC_NVRTC" not in env:
+        wanted.append(NVRTC)
+    return wanted
 
 
 def _build(root):

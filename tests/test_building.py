@@ -85,6 +85,43 @@ def test_portable_wheel(env, tmp_path):
     assert hatch_build.check(ROOT, wanted) == "aarch64-unknown-linux-gnu.2.28"
 
 
+@pytest.mark.parametrize(
+    "system, variables, packages",
+    [
+        ("linux", {}, ["jaxlib", "nvidia-cuda-nvrtc-cu12"]),
+        ("linux", {"JAX_MHC_CUDA_ARCHITECTURES": "sm_90"}, ["jaxlib", "nvidia-cuda-nvrtc-cu12"]),
+        ("linux", {"JAX_MHC_CUDA_ARCHITECTURES": "none"}, ["jaxlib"]),
+        ("linux", {"JAX_MHC_NVRTC": "there"}, ["jaxlib"]),
+        ("linux", {"XLA_FFI_INCLUDE_DIR": "there"}, ["nvidia-cuda-nvrtc-cu12"]),
+        ("darwin", {}, ["jaxlib"]),
+    ],
+)
+def test_packages_that_a_build_needs(monkeypatch, system, variables, packages):
+    monkeypatch.setattr(sys, "platform", system)
+    needed = hatch_build._dependencies(variables)
+    assert [package.partition("==")[0] for package in needed] == packages
+
+
+ASK = "from hatchling import build; print(build.get_requires_for_build_wheel())"
+
+
+def ask(env):
+    """What a build answers pip, which asks for its packages."""
+    done = subprocess.run(
+        [sys.executable, "-c", ASK], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_an_obstacle_comes_before_downloads(env, tmp_path):
+    assert ask(env)[1].strip() == str([hatch_build.HEADERS, hatch_build.NVRTC])
+    assert ask(env | {"JAX_MHC_WHEEL": "any", "PATH": ""})[1].strip() == "[]"
+    (tmp_path / "rustc").unlink()
+    status, printed = ask(env)
+    (line,) = printed.splitlines()
+    assert status == 1 and line.startswith("jax-mhc: Rust is missing (cargo and rustc): install")
+
+
 def build(folder, **variables):
     """A build of the wheel, as pip does it."""
     command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory"]
