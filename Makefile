@@ -75,7 +75,7 @@ test: lint  ## run all checks and tests of Rust and Python
 	@echo "All tests passed. Next: make demo, or docs/architecture.md for how it works."
 
 wheels: .venv/ready-wheels .build/cargo/bin/cargo-cyclonedx | $(HEADERS) $(COMPILER)  ## build the wheels for users in dist/, with checksums and a list of what is in them
-	$(if $(JAX_MHC_CUDA_ARCHITECTURES),@echo "Not for users: CUDA kernels for $(JAX_MHC_CUDA_ARCHITECTURES) alone, unchecked." >&2,\
+	$(if $(JAX_MHC_CUDA_ARCHITECTURES),@echo "Not for users: CUDA kernels for $(JAX_MHC_CUDA_ARCHITECTURES) alone; they were not checked." >&2,\
 	  cargo test --locked --package jax-mhc-kernels --lib gpu)
 	rm -f dist/*.whl dist/*.cdx.json dist/SHA256SUMS
 	for wheel in $(WHEELS); do $(WITH_TOOLS) JAX_MHC_WHEEL=$$wheel \
