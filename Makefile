@@ -88,7 +88,7 @@ wheels: .venv/ready-wheels .build/cargo/bin/cargo-cyclonedx | $(HEADERS) $(COMPI
 	    --target $${wheel#manylinux_2_28_}-unknown-linux-gnu --no-build-deps --override-filename sbom && \
 	  sed 's,file://$(CURDIR),file:///jax-mhc,' xla_plugin/sbom.json > dist/jax_mhc-$$wheel.cdx.json; \
 	  made=$$?; rm -f */sbom.json; test $$made = 0 || exit 1; done
-	cd dist && sha256sum *.whl *.cdx.json > SHA256SUMS && ls -l
+	cd dist && sha256sum jax_mhc-* > SHA256SUMS && ls -l
 
 lint: .venv/tested-test,dev,examples,bench  ## run the formatters' and linters' checks and the type checker
 	cargo fmt --check
