@@ -4,16 +4,39 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# XLA's headers and the compiler of the CUDA kernels come from the wheels that pyproject.toml pins.
-JAXLIB := $(shell grep -o 'jaxlib==[0-9.]*' pyproject.toml)
+# XLA's headers and the compiler of the CUDA kernels come from the wheels that hatch_build.py pins.
+JAXLIB := $(shell grep -o 'jaxlib==[0-9.]*' hatch_build.py)
 export XLA_FFI_INCLUDE_DIR := $(CURDIR)/.build/jaxlib/include
 HEADERS := .build/jaxlib/include/xla/ffi/api/ffi.h
 
 ifeq ($(shell uname -s),Linux)
-NVRTC := $(shell grep -o 'nvidia-cuda-nvrtc-cu12==[0-9.]*' pyproject.toml)
+NVRTC := $(shell grep -o 'nvidia-cuda-nvrtc-cu12==[0-9.]*' hatch_build.py)
 export JAX_MHC_NVRTC := $(CURDIR)/.build/nvidia/cuda_nvrtc/lib/libnvrtc.so.12
 COMPILER := .build/nvidia/cuda_nvrtc/lib/libnvrtc.so.12
 endif
+
+# A demo without a GPU needs no CUDA kernels, which take most of a build, and nobody waits for fat LTO.
+ifeq ($(MAKECMDGOALS),demo)
+export JAX_MHC_CARGO_PROFILE ?= quick
+ifeq ($(shell command -v nvidia-smi; ldconfig -p 2> /dev/null | grep libcuda.so.1),)
+export JAX_MHC_CUDA_ARCHITECTURES ?= none
+endif
+ifeq ($(JAX_MHC_CUDA_ARCHITECTURES),none)
+COMPILER :=
+endif
+endif
+
+ifeq ($(JAX_MHC_CUDA_ARCHITECTURES),none)
+DURATION := a minute or two, without CUDA kernels: there is no NVIDIA driver, or the build is told so
+else
+DURATION := several minutes, most of it for CUDA kernels
+endif
+
+# Wheels for users, by their platform (hatch_build.py).
+WHEELS ?= manylinux_2_28_x86_64 manylinux_2_28_aarch64 any
+RUST_TARGETS := x86_64-unknown-linux-gnu aarch64-unknown-linux-gnu
+WITH_TOOLS = PATH="$(CURDIR)/$(BIN):$(CURDIR)/.build/cargo/bin:$$PATH"
+CYCLONEDX := 0.5.9
 
 # The fuzzer and the library that it calls, without CUDA kernels. rustc has AddressSanitizer, but lets no
 # stable release use it without being told so.
@@ -51,10 +74,21 @@ test: lint  ## run all checks and tests of Rust and Python
 	$(BIN)/python -m pytest -n 2 --dist worksteal --devices=8
 	@echo "All tests passed. Next: make demo, or docs/architecture.md for how it works."
 
-wheels: .venv/ready | $(HEADERS) $(COMPILER)  ## build the wheel for users in dist/, and check the kernels of all architectures
-	env -u JAX_MHC_CUDA_ARCHITECTURES cargo test --locked --package jax-mhc-kernels --lib gpu
-	env -u JAX_MHC_CUDA_ARCHITECTURES -u JAX_MHC_CARGO_PROFILE \
-	  $(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+wheels: .venv/ready-wheels .build/cargo/bin/cargo-cyclonedx | $(HEADERS) $(COMPILER)  ## build the wheels for users in dist/, with checksums and a list of what is in them
+	$(if $(JAX_MHC_CUDA_ARCHITECTURES),@echo "Not for users: CUDA kernels for $(JAX_MHC_CUDA_ARCHITECTURES) alone; they were not checked." >&2,\
+	  cargo test --locked --package jax-mhc-kernels --lib gpu)
+	rm -f dist/*.whl dist/*.cdx.json dist/SHA256SUMS
+	for wheel in $(WHEELS); do $(WITH_TOOLS) JAX_MHC_WHEEL=$$wheel \
+	  $(BIN)/python -m hatchling build --target wheel --directory dist || exit 1; done
+	for wheel in $(filter manylinux%,$(WHEELS)); do \
+	  $(BIN)/python -m auditwheel show dist/*-$$wheel.whl | tee /dev/stderr | grep -q "\"$$wheel\"" || exit 1; done
+	$(BIN)/twine check --strict dist/*.whl
+	for wheel in $(filter manylinux%,$(WHEELS)); do \
+	  $(WITH_TOOLS) SOURCE_DATE_EPOCH=0 cargo cyclonedx --quiet --manifest-path xla_plugin/Cargo.toml --format json --spec-version 1.5 \
+	    --target $${wheel#manylinux_2_28_}-unknown-linux-gnu --no-build-deps --override-filename sbom && \
+	  sed 's,file://$(CURDIR),file:///jax-mhc,' xla_plugin/sbom.json > dist/jax_mhc-$$wheel.cdx.json; \
+	  made=$$?; rm -f */sbom.json; test $$made = 0 || exit 1; done
+	cd dist && sha256sum jax_mhc-* > SHA256SUMS && ls -l
 
 lint: .venv/tested-test,dev,examples,bench  ## run the formatters' and linters' checks and the type checker
 	cargo fmt --check
@@ -96,13 +130,13 @@ miri:  ## run the Rust tests of the CPU kernels in Miri, which takes long
 	MIRIFLAGS="-Zmiri-disable-isolation -Zmiri-deterministic-floats" cargo +nightly miri test --locked --package jax-mhc-kernels --lib \
 	  -- --skip gpu --skip interleavings
 
-reproduce: .venv/ready | $(HEADERS) $(COMPILER)  ## build the wheel at two paths and compare the bytes
+reproduce: .venv/ready-wheels | $(HEADERS) $(COMPILER)  ## build the wheels at two paths and compare the bytes
 	@rm -rf .build/reproduce
 	for place in here elsewhere/and/deeper; do \
-	  git clone --quiet . .build/reproduce/$$place && \
-	  $(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir .build/reproduce/$$place/dist \
-	    .build/reproduce/$$place || exit 1; done
-	cmp .build/reproduce/here/dist/*.whl .build/reproduce/elsewhere/and/deeper/dist/*.whl
+	  git clone --quiet . .build/reproduce/$$place && for wheel in $(WHEELS); do \
+	  (cd .build/reproduce/$$place && $(WITH_TOOLS) JAX_MHC_WHEEL=$$wheel \
+	    $(CURDIR)/$(BIN)/python -m hatchling build --target wheel --directory dist) || exit 1; done; done
+	cd .build/reproduce/here/dist && for wheel in *.whl; do cmp $$wheel ../../elsewhere/and/deeper/dist/$$wheel || exit 1; done
 	sha256sum .build/reproduce/here/dist/*.whl
 
 bench: .venv/installed-bench  ## compare the fused kernels with plain JAX; writes benches/results/
@@ -118,10 +152,18 @@ bench-gpu: .venv/installed-bench,cuda13  ## the same, all configurations and a t
 clean:  ## remove everything that these targets made
 	rm -rf .venv .build target demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-# Without build isolation: headers and compiler are here already, and pip would fetch both wheels again.
+# Builds a wheel and installs it with the extra $*. Hatchling, which pip would call too, shows how far the build
+# is, and takes the headers and the compiler that are here; pip would fetch both wheels again.
+define install
+$(BIN)/python -m hatchling build --target wheel --directory .build/wheel && \
+  $(BIN)/pip install --quiet --force-reinstall --no-deps .build/wheel/*.whl && \
+  $(BIN)/pip install --quiet "$$(echo .build/wheel/*.whl)[$*]"
+endef
+
 .venv/installed-%: $(SOURCES) | $(HEADERS) $(COMPILER)
-	@echo "Installing jax-mhc[$*]; the first time takes several minutes, most of it for CUDA kernels."
-	$(BIN)/pip install --quiet --no-build-isolation '.[$*]'
+	@echo "Installing jax-mhc[$*]; the first time takes $(DURATION)."
+	@rm -rf .build/wheel
+	$(install)
 	@rm -f .venv/tested-*
 	@touch $@
 
@@ -164,11 +206,20 @@ $(HEADERS): | .venv/ready
 $(COMPILER): | .venv/ready
 	$(call unpack,$(NVRTC),nvidia/cuda_nvrtc/lib)
 
+# What `make wheels` needs beside: zig, a C++ compiler for all targets, and programs that look at wheels.
+.venv/ready-wheels: pyproject.toml | .venv/ready
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["wheels"])' \
+	  | xargs $(BIN)/pip install --quiet
+	rustup target add $(RUST_TARGETS)
+	@touch $@
+
+.build/cargo/bin/cargo-cyclonedx:
+	cargo install --quiet --locked --root .build/cargo cargo-cyclonedx@$(CYCLONEDX)
+
 .venv/ready:
-	@for tool in cargo c++; do command -v $$tool > /dev/null || \
-	  { echo "$$tool is missing: jax-mhc needs Rust and a C++ compiler" >&2; exit 1; }; done
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$(PYTHON) is older than 3.11: run make PYTHON=<a newer python>" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet hatchling
+	@$(BIN)/python hatch_build.py
 	@touch $@

@@ -1,7 +1,12 @@
-"""Builds the shared library with cargo and puts it into the wheel."""
+"""Builds the shared library with cargo and puts it into the wheel.
+
+`JAX_MHC_WHEEL` names the platform of the wheel where that is another than this machine: one of
+PORTABLE, which cargo-zigbuild makes on any machine, or `any` for a wheel of Python alone.
+"""
 
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -13,37 +18,177 @@ from pathlib import Path
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
+# Tag of the wheel, and its target in the words of cargo-zigbuild, with the oldest version of glibc.
+PORTABLE = {
+    "manylinux_2_28_x86_64": "x86_64-unknown-linux-gnu.2.28",
+    "manylinux_2_28_aarch64": "aarch64-unknown-linux-gnu.2.28",
+}
+
+# Headers of jaxlib 0.8.0 are the oldest that every supported jaxlib accepts, so one library serves
+# them all (ffi/build.rs). NVRTC compiles the CUDA kernels (kernels/build): what that of CUDA 12
+# writes runs on drivers for CUDA 12 and 13.
+HEADERS = "jaxlib==0.8.0"
+NVRTC = "nvidia-cuda-nvrtc-cu12==12.9.86"
+
+# Between two looks at how far the compiler of the CUDA kernels is.
+PROGRESS_SECONDS = 5
+
+READY = "or install a wheel that is built: pip install jax-mhc"
+
+
+class BuildError(Exception):
+    """An obstacle, with what to do about it, in one sentence."""
+
 
 class CargoBuildHook(BuildHookInterface):
     """One wheel serves every Python: the library is no Python extension."""
 
+    def dependencies(self):
+        """Hatchling calls this before pip fetches them: an obstacle comes first."""
+        if _is_of_python_alone(os.environ):
+            return []
+        try:
+            check(Path(self.root), os.environ)
+        except BuildError as error:
+            self.app.abort(f"jax-mhc: {error}")
+        return _dependencies(os.environ)
+
     def initialize(self, version, build_data):
         """Hatchling calls this before it packs the wheel."""
-        env = dict(os.environ)
-        jaxlib = find_spec("jaxlib")
-        if jaxlib and "XLA_FFI_INCLUDE_DIR" not in env:
-            env["XLA_FFI_INCLUDE_DIR"] = str(Path(jaxlib.origin).parent / "include")
-        if (nvrtc := _nvrtc()) and "JAX_MHC_NVRTC" not in env:
-            env["JAX_MHC_NVRTC"] = str(nvrtc)
-        target = Path(self.root, env.setdefault("CARGO_TARGET_DIR", "target"))
-        subprocess.run(["cargo", "fetch", "--locked"], cwd=self.root, env=env, check=True)
-        folders = _folders(Path(self.root), target, env)
-        profile = env.get("JAX_MHC_CARGO_PROFILE", "release")
-        command = ["cargo", "build", "--profile", profile, "--locked"]
-        command += ["--package", "jax-mhc-xla-plugin"]
-        # Warnings that a later compiler may have are no reason to fail on a user's machine.
-        flags = ["--cap-lints", "warn"]
-        flags += [f"--remap-path-prefix={folder}={name}" for folder, name in folders]
-        command += _set_rustflags(env, flags)
-        _add_cxxflags(env, [f"-ffile-prefix-map={folder}={name}" for folder, name in folders])
-        subprocess.run(command, cwd=self.root, env=env, check=True)
-
-        library = "libjax_mhc_xla" + (".dylib" if sys.platform == "darwin" else ".so")
+        if _is_of_python_alone(os.environ):
+            build_data["tag"] = "py3-none-any"
+            return
+        try:
+            library, tag = _build(Path(self.root))
+        except BuildError as error:
+            self.app.abort(f"jax-mhc: {error}")
         if version == "editable":
-            shutil.copy2(target / profile / library, Path(self.root, "python", "jax_mhc"))
-        build_data["force_include"][str(target / profile / library)] = f"jax_mhc/{library}"
-        build_data["tag"] = f"py3-none-{re.sub('[-.]', '_', sysconfig.get_platform())}"
+            shutil.copy2(library, Path(self.root, "python", "jax_mhc"))
+        build_data["force_include"][str(library)] = f"jax_mhc/{library.name}"
+        build_data["tag"] = f"py3-none-{tag}"
         build_data["pure_python"] = False
+
+
+def _is_of_python_alone(env):
+    return env.get("JAX_MHC_WHEEL") == "any"
+
+
+def _dependencies(env):
+    """Packages that the build reads from, without those that the variables replace."""
+    wanted = [] if "XLA_FFI_INCLUDE_DIR" in env else [HEADERS]
+    has_kernels = env.get("JAX_MHC_CUDA_ARCHITECTURES", "").strip() != "none"
+    if sys.platform == "linux" and has_kernels and "JAX_MHC_NVRTC" not in env:
+        wanted.append(NVRTC)
+    return wanted
+
+
+def _build(root):
+    """The library that cargo builds, and the platform in the tag of its wheel."""
+    env = dict(os.environ)
+    tag = env.get("JAX_MHC_WHEEL")
+    target = check(root, env)
+    jaxlib = find_spec("jaxlib")
+    if jaxlib and "XLA_FFI_INCLUDE_DIR" not in env:
+        env["XLA_FFI_INCLUDE_DIR"] = str(Path(jaxlib.origin).parent / "include")
+    if (nvrtc := _nvrtc()) and "JAX_MHC_NVRTC" not in env:
+        env["JAX_MHC_NVRTC"] = str(nvrtc)
+    target_dir = Path(root, env.setdefault("CARGO_TARGET_DIR", "target"))
+    if subprocess.run(["cargo", "fetch", "--locked"], cwd=root, env=env).returncode:
+        raise BuildError(
+            "the crates of Cargo.lock cannot be fetched: run cargo fetch --locked in the sources "
+            f"where there is a network, {READY}"
+        )
+    folders = _folders(root, target_dir, env)
+    profile = env.get("JAX_MHC_CARGO_PROFILE", "release")
+    command = ["cargo", "zigbuild", "--target", target] if target else ["cargo", "build"]
+    command += ["--profile", profile, "--locked", "--package", "jax-mhc-xla-plugin"]
+    # Warnings that a later compiler may have are no reason to fail on a user's machine.
+    flags = ["--cap-lints", "warn"]
+    flags += [f"--remap-path-prefix={folder}={name}" for folder, name in folders]
+    command += _set_rustflags(env, flags)
+    _add_cxxflags(env, [f"-ffile-prefix-map={folder}={name}" for folder, name in folders])
+    _run(command, root, env, target_dir / "cuda" / "progress")
+    folder = Path(target_dir, target.partition(".")[0], profile)
+    if target:
+        return folder / "libjax_mhc_xla.so", tag
+    library = "libjax_mhc_xla" + (".dylib" if sys.platform == "darwin" else ".so")
+    return folder / library, re.sub("[-.]", "_", sysconfig.get_platform())
+
+
+def check(root, env):
+    """Sees to it that what the build needs is there; returns cargo-zigbuild's target, or "".
+
+    Raises:
+        BuildError: something is missing, or too old.
+    """
+    if not sys.platform.startswith(("linux", "darwin")) or platform.machine() not in (
+        "x86_64",
+        "aarch64",
+        "arm64",
+    ):
+        raise BuildError(
+            "expected Linux or macOS on x86_64 or arm64 for the kernels, got "
+            f"{platform.system()} on {platform.machine()}: set JAX_MHC_WHEEL=any for a wheel that "
+            "runs in plain JAX"
+        )
+    tag = env.get("JAX_MHC_WHEEL")
+    if tag is not None and tag not in PORTABLE:
+        raise BuildError(f"JAX_MHC_WHEEL: expected any or one of {', '.join(PORTABLE)}, got {tag}")
+    oldest = re.search(r'^rust-version = "(.*)"$', Path(root, "Cargo.toml").read_text(), re.M)[1]
+    remedy = f"install Rust {oldest} or newer (https://rustup.rs), {READY}"
+    if not (shutil.which("cargo", path=env.get("PATH")) and _rustc(env)):
+        raise BuildError(f"Rust is missing (cargo and rustc): {remedy}")
+    release = re.search(r"^release: ((\d+)\.(\d+).*)$", _rustc(env, "-vV"), re.M)
+    if (int(release[2]), int(release[3])) < tuple(map(int, oldest.split("."))):
+        raise BuildError(
+            f"expected Rust {oldest} or newer, got {release[1]}: run rustup update stable, {READY}"
+        )
+    if tag:
+        if not shutil.which("cargo-zigbuild", path=env.get("PATH")):
+            raise BuildError("cargo-zigbuild is missing: run make wheels, which installs it")
+        target = PORTABLE[tag].partition(".")[0]
+        std = _rustc(env, "--print", "target-libdir", "--target", target).strip()
+        if not Path(std).is_dir():
+            raise BuildError(f"Rust has no {target}: run rustup target add {target}")
+        return PORTABLE[tag]
+    # What the build of the C++ half calls, and rustc to link.
+    for variable, default in {"CXX": "c++", "CC": "cc"}.items():
+        compiler = shlex.split(env.get(variable) or default)[0]
+        if not shutil.which(compiler, path=env.get("PATH")):
+            raise BuildError(
+                f"there is no C++ compiler ({compiler}): install one, such as Debian's "
+                f"build-essential, Fedora's gcc-c++ or Apple's xcode-select --install, {READY}"
+            )
+    return ""
+
+
+def _rustc(env, *options):
+    """What rustc says of itself; "" where there is none."""
+    command = [env.get("RUSTC", "rustc"), *(options or ["--version"])]
+    try:
+        return subprocess.run(command, env=env, text=True, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _run(command, root, env, progress):
+    """Runs cargo; says meanwhile how many CUDA kernels are compiled, which takes minutes.
+
+    The build of the kernels keeps their number in the file `progress`.
+    """
+    progress.unlink(missing_ok=True)
+    told = None
+    with subprocess.Popen(command, cwd=root, env=env) as process:
+        while process.poll() is None:
+            try:
+                process.wait(timeout=PROGRESS_SECONDS)
+            except subprocess.TimeoutExpired:
+                now = progress.read_text() if progress.exists() else ""
+                if now not in ("", told):
+                    print(f"CUDA kernels: {now} are compiled", file=sys.stderr, flush=True)
+                    told = now
+    if process.returncode:
+        raise BuildError(f"{shlex.join(command[:2])} failed; its messages are above")
 
 
 def _nvrtc():
@@ -62,13 +207,8 @@ def _folders(root, target, env):
     names in their place the library does not tell who built it where, and is the same bytes
     everywhere. Where several match, the last one counts.
     """
-
-    def rustc(*options):
-        command = [env.get("RUSTC", "rustc"), *options]
-        return subprocess.run(command, check=True, text=True, capture_output=True).stdout
-
-    commit = re.search("commit-hash: (.*)", rustc("-vV"))
-    std = Path(rustc("--print", "sysroot").strip(), "lib", "rustlib", "src", "rust")
+    commit = re.search("commit-hash: (.*)", _rustc(env, "-vV"))
+    std = Path(_rustc(env, "--print", "sysroot").strip(), "lib", "rustlib", "src", "rust")
     # One for each registry, by the name of its host.
     registries = Path(env.get("CARGO_HOME", Path.home() / ".cargo"), "registry", "src").glob("*")
     return [
@@ -98,3 +238,10 @@ def _add_cxxflags(env, flags):
     """Gives the C++ compiler `flags` besides those of the user, in dependencies too."""
     env["CC_SHELL_ESCAPED_FLAGS"] = "1"
     env["CXXFLAGS"] = " ".join([env.get("CXXFLAGS", ""), *map(shlex.quote, flags)]).strip()
+
+
+if __name__ == "__main__":
+    try:
+        check(Path(__file__).parent, dict(os.environ))
+    except BuildError as error:
+        sys.exit(f"jax-mhc: {error}")

@@ -430,6 +430,16 @@ class TestUnusableLibrary:
         monkeypatch.setattr(library, "_PATH", path)
         check_unusable(r"lib\.so is cut off; reinstall jax-mhc")
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="another format")
+    def test_for_another_machine(self, monkeypatch, tmp_path):
+        """The loader would say that there is no such file."""
+        code = bytearray(library._PATH.read_bytes())
+        code[18] = {62: 183, 183: 62}[code[18]]
+        path = tmp_path / "lib.so"
+        path.write_bytes(code)
+        monkeypatch.setattr(library, "_PATH", path)
+        check_unusable(r"lib\.so is for (x86_64|aarch64), and this machine is \w+; reinstall")
+
     def test_of_somebody_else(self, monkeypatch):
         monkeypatch.setattr(library, "_PATH", Path(np._core._multiarray_umath.__file__))
         check_unusable("is not the library of jax-mhc")

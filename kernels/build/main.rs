@@ -7,6 +7,7 @@ use std::env;
 use std::fs;
 use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use miniz_oxide::deflate::compress_to_vec;
@@ -46,13 +47,20 @@ fn main() {
     println!("cargo::rerun-if-env-changed=JAX_MHC_NVRTC");
     println!("cargo::rerun-if-env-changed=JAX_MHC_CUDA_ARCHITECTURES");
     let out_dir = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
-    let list = match nvrtc::find() {
-        Ok(path) => compile_all(&path, &out_dir),
-        Err(reason) => {
-            println!("cargo::warning=no CUDA kernels: {reason}");
-            Ok(list(None, &[], ""))
+    let list = architectures().and_then(|architectures| {
+        let compiler = if architectures.is_empty() {
+            Err("JAX_MHC_CUDA_ARCHITECTURES is none".into())
+        } else {
+            nvrtc::find()
+        };
+        match compiler {
+            Ok(path) => compile_all(&path, &architectures, &out_dir),
+            Err(reason) => {
+                println!("cargo::warning=no CUDA kernels: {reason}");
+                Ok(list(None, &[], ""))
+            }
         }
-    };
+    });
     match list {
         Ok(list) => fs::write(out_dir.join("cubins.rs"), list).expect("OUT_DIR can be written"),
         Err(errors) => {
@@ -71,16 +79,19 @@ struct Unit {
     architecture: &'static str,
 }
 
-/// The architectures named in JAX_MHC_CUDA_ARCHITECTURES, or all.
+/// The architectures named in JAX_MHC_CUDA_ARCHITECTURES, or all; none where it says `none`.
 fn architectures() -> Result<Vec<&'static str>, String> {
     let Ok(text) = env::var("JAX_MHC_CUDA_ARCHITECTURES") else {
         return Ok(ARCHITECTURES.to_vec());
     };
     let wanted: Vec<_> = text.split_whitespace().collect();
+    if wanted == ["none"] {
+        return Ok(Vec::new());
+    }
     if wanted.is_empty() || !wanted.iter().all(|name| ARCHITECTURES.contains(name)) {
         let known = ARCHITECTURES.join(" ");
         return Err(format!(
-            "JAX_MHC_CUDA_ARCHITECTURES: expected some of {known}, got {text:?}"
+            "JAX_MHC_CUDA_ARCHITECTURES: expected none, or some of {known}, got {text:?}"
         ));
     }
     let named = ARCHITECTURES
@@ -125,15 +136,17 @@ fn units(architectures: &[&'static str]) -> Vec<Unit> {
 }
 
 /// The text of cubins.rs, or all errors.
-fn compile_all(path: &Path, out_dir: &Path) -> Result<String, String> {
+fn compile_all(
+    path: &Path,
+    architectures: &[&'static str],
+    out_dir: &Path,
+) -> Result<String, String> {
     let nvrtc = &Nvrtc::load(path)?;
     let version = nvrtc.version()?;
-    let architectures = architectures()?;
-    // Compiled code is the same in every profile: it lies beside their folders.
-    let cache = out_dir.ancestors().nth(4).unwrap_or(out_dir).join("cuda");
+    let cache = cache(out_dir);
     fs::create_dir_all(&cache).map_err(|error| format!("{}: {error}", cache.display()))?;
-    let units = units(&architectures);
-    let next = AtomicUsize::new(0);
+    let units = units(architectures);
+    let (next, num_done) = (AtomicUsize::new(0), Mutex::new(0));
     let work = || -> Vec<(usize, Result<Compiled, String>)> {
         let mut done = Vec::new();
         loop {
@@ -142,6 +155,14 @@ fn compile_all(path: &Path, out_dir: &Path) -> Result<String, String> {
                 return done;
             };
             done.push((index, unit.compile(nvrtc, &version, &cache)));
+            // Cargo shows nothing of a build that succeeds: hatch_build.py reads this file meanwhile. A build
+            // without it is the same build.
+            let mut num_done = num_done.lock().expect("no panic in a thread");
+            *num_done += 1;
+            let _ = write(
+                &cache.join("progress"),
+                format!("{num_done} of {}", units.len()).as_bytes(),
+            );
         }
     };
     let num_threads = env::var("NUM_JOBS").map_or(1, |jobs| jobs.parse().unwrap_or(1));
@@ -177,9 +198,21 @@ fn compile_all(path: &Path, out_dir: &Path) -> Result<String, String> {
         }
     }
     if errors.is_empty() {
-        Ok(list(Some(&version), &architectures, &images))
+        Ok(list(Some(&version), architectures, &images))
     } else {
         Err(errors)
+    }
+}
+
+/// The folder of compiled code, which is the same in every profile and for every target: it lies beside their
+/// folders.
+fn cache(out_dir: &Path) -> PathBuf {
+    // <target folder>/[<target>/]<profile>/build/<package>/out
+    let folder = out_dir.ancestors().nth(4).unwrap_or(out_dir);
+    let target = env::var("TARGET").expect("cargo sets it");
+    match folder.parent() {
+        Some(parent) if folder.ends_with(&target) => parent.join("cuda"),
+        _ => folder.join("cuda"),
     }
 }
 

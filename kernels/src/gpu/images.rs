@@ -98,7 +98,7 @@ pub fn image(kernel: &Kernel, capability: (u32, u32)) -> Option<(usize, &'static
 
 /// The reason in a build without a compiler.
 pub const NO_KERNELS: &str = "this build of jax-mhc has no CUDA kernels; reinstall it on Linux with \
-     the Python package nvidia-cuda-nvrtc-cu12 at hand, as pip install does by itself";
+     JAX_MHC_CUDA_ARCHITECTURES unset: pip install brings their compiler";
 
 /// Whether the kernels run on a GPU of this capability.
 pub fn check_capability(capability: (u32, u32)) -> Result<(), String> {

@@ -42,7 +42,8 @@ def use_fused(
         ValueError: an unknown implementation, or "fused" on a platform without kernels.
         TypeError: "fused" with a dtype for which the platform has no kernels.
         RuntimeError: the shared library cannot be used. None does not replace it by the reference:
-            a broken installation would only show as lost speed. Also "fused" on an NVIDIA GPU
+            a broken installation would only show as lost speed. The wheel of Python alone, which
+            has none, is no broken one. Also "fused" on an NVIDIA GPU
             for which there are no kernels, or with a driver that is too old for them.
     """
     _check.implementation(op, implementation)
@@ -73,7 +74,9 @@ def _runs_fused(op: str, implementation: Implementation, dtype: np.dtype) -> boo
             logging.INFO, f"no {dtype.name} kernels for platform {platform!r}: plain JAX instead"
         )
         return False
-    if fused or platform == "cpu" or library.broken():
+    # A library that is left out on purpose is no broken installation.
+    must_be_there = not library.is_left_out() and (platform == "cpu" or library.broken())
+    if fused or must_be_there:
         library.ensure_registered(platform)
     elif reason := library.missing(platform):
         _log_once(logging.WARNING, f"no fused kernels, the ops run in plain JAX: {reason}")

@@ -20,6 +20,7 @@ import sys
 import threading
 from importlib import metadata
 from pathlib import Path
+from platform import machine
 from typing import Any, TypedDict
 
 import jax
@@ -166,6 +167,16 @@ def broken() -> str | None:
     """Reason why the shared library cannot be used at all; None where it can."""
     outcome = _load_once()
     return outcome if isinstance(outcome, str) else None
+
+
+@functools.cache
+def is_left_out() -> bool:
+    """True if what is installed is the wheel of Python alone, which has no library by design."""
+    try:
+        wheel = metadata.distribution("jax-mhc").read_text("WHEEL") or ""
+    except metadata.PackageNotFoundError:
+        return False
+    return "Root-Is-Purelib: true" in wheel and not _PATH.exists()
 
 
 def status() -> dict[str, Any]:
@@ -345,11 +356,20 @@ def _load() -> Description:
             f"expected jaxlib {oldest} or newer, got {jaxlib.version.__version__}; "
             f"run pip install --upgrade 'jax>={oldest}'"
         )
+    if is_left_out():
+        raise _Unusable(
+            "this is the wheel of jax-mhc without kernels; on Linux and macOS they come with pip "
+            "install --force-reinstall --no-deps --no-binary jax-mhc jax-mhc, which needs Rust and "
+            "a C++ compiler"
+        )
     reinstall = "reinstall jax-mhc (in a checkout: pip install .)"
     if not _PATH.exists():
         raise _Unusable(f"{_PATH} is missing; {reinstall}")
     if not _is_whole(_PATH):
         raise _Unusable(f"{_PATH} is cut off; {reinstall}")
+    built_for = _machine(_PATH)
+    if built_for not in (None, machine()):
+        raise _Unusable(f"{_PATH} is for {built_for}, and this machine is {machine()}; {reinstall}")
     try:
         library = ctypes.CDLL(str(_PATH))
     except OSError as error:
@@ -369,6 +389,19 @@ def _load() -> Description:
             f"expected version {expected}, got version {version} in {_PATH}; {reinstall}"
         )
     return description
+
+
+def _machine(path: Path) -> str | None:
+    """The machine that an ELF library is for; None where it is another format or another machine.
+
+    Loaders say of one for another machine that there is no such file.
+    """
+    with path.open("rb") as file:
+        header = file.read(20)
+    if header[:6] != b"\x7fELF\x02\x01":
+        return None
+    (number,) = struct.unpack_from("<H", header, 18)
+    return {62: "x86_64", 183: "aarch64"}.get(number)
 
 
 def _is_whole(path: Path) -> bool:
