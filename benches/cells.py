@@ -32,7 +32,7 @@ def kind(row: dict[str, Any]) -> str:
 def plain_us(row: dict[str, Any]) -> float:
     """Time of a sublayer with its gradients in what implementation=None takes beside the kernels.
 
-    That is `jax_mhc.reference`, which is timed where plain.py, no slower, is near to the kernels.
+    That is `jax_mhc.reference`, timed where the fastest form, no slower, is near to the kernels.
     """
     return row.get("reference", row["plain"])["fb"]
 
