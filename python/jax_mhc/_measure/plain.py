@@ -55,6 +55,7 @@ def _normalized(u: jax.Array, scale: jax.Array) -> jax.Array:
 def pre(
     x: jax.Array, params: MHCParams, norm_scale: jax.Array | None = None
 ) -> tuple[jax.Array, Context]:
+    assert params.phi is not None and params.alpha is not None
     n, m = x.shape[1], _project(x, params.phi)
     z_pre, z_post, z_res = (
         gate * columns + bias

@@ -52,7 +52,7 @@ class Case:
     @property
     def config(self) -> mhc.MHCConfig:
         """The settings: the paper's, with this constraint."""
-        if self.constraint in ("static", "head"):
+        if self.constraint == "static" or self.constraint == "head":
             return mhc.presets.PAPER
         return mhc.MHCConfig(constraint=self.constraint)
 
@@ -71,7 +71,7 @@ class Case:
 def shapes(case: Case) -> tuple[Any, ...]:
     """Types of x, y, params, d_u, d_x_new and the options of pre."""
     n, hidden, tokens = case.streams, case.hidden, case.tokens
-    of = jax.ShapeDtypeStruct
+    of: Any = jax.ShapeDtypeStruct
     num = n if case.constraint == "head" else case.config.num_coefficients(n)
     gates = of((1 if case.constraint == "head" else case.config.num_gates(),), "float32")
     phi, bias = of((n * hidden, num), "float32"), of((num,), "float32")
@@ -129,7 +129,7 @@ def gradients(
 def program(case: Case, ops: Any, what: What, sublayers: int = 4) -> Callable[..., Any]:
     """A function of the inputs; sublayers: those of the stack."""
     # The functions of plain.py take no config: they have that of the paper.
-    config = {} if ops is plain else {"config": case.config}
+    config: dict[str, Any] = {} if ops is plain else {"config": case.config}
 
     def head(x: Any, y: Any, params: Any, d_u: Any, d_x_new: Any, norm: Any) -> Any:
         u, vjp = jax.vjp(lambda x, params: ops.head(x, params, **config), x, params)

@@ -101,7 +101,12 @@ def time_us(
 
     once()
     walls.clear()
-    kernels = kernel_times(lambda: [once() for _ in range(repeats)], repeats)
+
+    def all_runs() -> None:
+        for _ in range(repeats):
+            once()
+
+    kernels = kernel_times(all_runs, repeats)
     us = sum(kernel["us"] for name, kernel in kernels.items() if name.startswith(only))
     return us or statistics.median(walls), {name: k["us"] for name, k in kernels.items()}
 
