@@ -86,7 +86,7 @@ STACKS = [
 
 @pytest.mark.parametrize("streams, hidden, dtype, constraint", STACKS)
 def test_a_stack_that_is_left_out_of_the_table(monkeypatch, streams, hidden, dtype, constraint):
-    """Its measured time is right, to 20 %, by its neighbours in the table."""
+    """Its measured time is right, to 25 %, by its neighbours in the table."""
     key = streams, hidden, dtype, constraint, False
     rows = faster.measured()
     (own,) = (row for row in rows if _key(row) == key and row.configuration.tokens > 32)
@@ -95,7 +95,7 @@ def test_a_stack_that_is_left_out_of_the_table(monkeypatch, streams, hidden, dty
         hidden=hidden, layers=2, tokens=own.configuration.tokens, streams=streams, dtype=dtype,
         constraint=constraint, bandwidth=faster.description()["copy_gb_per_s"],
     )  # fmt: skip
-    assert found.ms * 1e3 == pytest.approx(own.stack_us, rel=0.2)
+    assert found.ms * 1e3 == pytest.approx(own.stack_us, rel=0.25)
 
 
 def _key(row):

@@ -131,13 +131,17 @@ def nearest(configuration: Configuration) -> Measured | None:
 
 
 def nearest_stack(configuration: Configuration) -> Measured:
-    """The measured configuration of a stack that is nearest: in width before all tokens."""
+    """The measured configuration of a stack that is nearest: in width before all tokens.
+
+    Streams of whole lines of 128 bytes, which some kernels want, are not near to others.
+    """
     own = configuration
 
     def distance(row: Measured) -> tuple[float, ...]:
         other = row.configuration
         sizes = _ratio(own.hidden, other.hidden), _ratio(own.tokens, other.tokens)
-        return *_distance(own, row)[:-1], *sizes
+        are_lines = _are_lines(own) != _are_lines(other)
+        return are_lines, *_distance(own, row)[:-1], *sizes
 
     return min((row for row in measured() if row.stack_us is not None), key=distance)
 
@@ -153,6 +157,10 @@ def _distance(own: Configuration, row: Measured) -> tuple[float, ...]:
         own.norm != other.norm,
         4 * _ratio(own.hidden, other.hidden) + _ratio(own.tokens, other.tokens),
     )
+
+
+def _are_lines(configuration: Configuration) -> bool:
+    return configuration.hidden % (32 if configuration.dtype == "float32" else 64) == 0
 
 
 def _is_power_of_two(number: int) -> bool:

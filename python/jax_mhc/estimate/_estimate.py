@@ -89,7 +89,8 @@ def estimate(
     nearest configuration (docs/performance.md). GPUs of other compute capabilities than 9.0 have
     kernels that move more bytes: their share is 0.41 at most, which is an assumption, since these
     kernels were timed on an H200 alone; so is the bandwidth of a copy on other GPUs, the
-    datasheet's times what a copy reaches on an H200. Against records of H200s time and memory are right to 20 %.
+    datasheet's times what a copy reaches on an H200. Against training steps recorded on H200s, time
+    and memory are right to 20 %, in configurations that were not measured the time to 25 %.
 
     The time is that of the kernels, in a Python loop over sublayers or `stack`; `jax.lax.scan`
     copies the streams besides. Below some thousand tokens launches take longer than the bytes.
