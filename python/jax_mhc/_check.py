@@ -131,10 +131,15 @@ def streams(op: str, argument: str, x: object) -> jax.Array:
             "Make streams from a hidden state [..., C] with jax_mhc.expand.",
         )
     if not 1 <= x.shape[-2] <= MAX_STREAMS:
+        remedy = "The streams are the axis before the last"
+        if 1 <= x.shape[-1] <= MAX_STREAMS:
+            remedy += "; swap the last two axes?"
+        elif x.ndim > 3 and 1 <= x.shape[0] <= MAX_STREAMS:
+            remedy += "; if they are the first, move them with jnp.moveaxis(x, 0, -2)."
+        else:
+            remedy += ": make them of a hidden state [..., C] with jax_mhc.expand."
         raise Refusal(ValueError, op, argument).expected(
-            f"shape [..., n, C] with n from 1 to {MAX_STREAMS}",
-            list(x.shape),
-            "The streams are the axis before the last; swap the last two axes?",
+            f"shape [..., n, C] with n from 1 to {MAX_STREAMS}", list(x.shape), remedy
         )
     if x.shape[-1] < 1:
         raise Refusal(ValueError, op, argument).expected(
@@ -416,14 +421,14 @@ def matrices(op: str, argument: str, value: object) -> jax.Array:
         raise Refusal(TypeError, op, argument).expected(
             "matrices of dtype float32 or float64",
             value.dtype.name,
-            f"Convert them with {argument}.astype(jnp.float32); half precision loses sums of 1.",
+            f"Convert them with {argument}.astype(jnp.float32): sums of half precision are not 1.",
         )
     shape = value.shape
     if value.ndim < 2 or shape[-1] != shape[-2] or not 1 <= shape[-1] <= MAX_STREAMS:
         raise Refusal(ValueError, op, argument).expected(
             f"shape [..., n, n] with n from 1 to {MAX_STREAMS}",
             list(shape),
-            "Each token has one square matrix.",
+            "Each token has one square matrix; of others rows and columns cannot all sum to 1.",
         )
     return value
 
