@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jax_mhc import _errors
 from jax_mhc._axes import varying_axes
 from jax_mhc._errors import Refusal
-from jax_mhc._limits import MAX_STREAMS, STREAM_DTYPES
+from jax_mhc._limits import MAX_PERMUTED_STREAMS, MAX_STREAMS, STREAM_DTYPES
 from jax_mhc._types import NUMBERS, Context, HeadParams, MHCConfig, MHCParams
 
 Result = TypeVar("Result")
@@ -283,6 +283,13 @@ def params(
         f"jax_mhc.init_params(key, streams={n}, hidden={hidden}, config=config"
         f"{', static=True' if is_static else ''})."
     )
+    if (own := _streams_of(params, hidden, config, op)) not in (None, n):
+        places = [at for at, size in enumerate(x.shape[:-2]) if size == own]
+        move = f": move them with jnp.moveaxis(x, {places[0]}, -2)." if places else "."
+        remedy = (
+            f"These are of {own} streams, and streams {list(x.shape)} have {n}, the axis before "
+            f"the last{move}"
+        )
     bias = _parameter(op, f"{argument}.bias", params.bias, (num,), dtype, remedy)
     if (params.phi is None) != (params.alpha is None):
         got = "phi=None" if params.phi is None else "alpha=None"
@@ -301,6 +308,18 @@ def params(
     phi = _parameter(op, f"{argument}.phi", params.phi, shape, dtype, remedy)
     alpha = _parameter(op, f"{argument}.alpha", params.alpha, (config.num_gates(),), dtype, remedy)
     return phi, alpha, bias
+
+
+def _streams_of(params: MHCParams, hidden: int, config: MHCConfig, op: str) -> int | None:
+    """The number of streams that parameters of this width are of; None where they do not tell."""
+    phi, bias = (getattr(part, "shape", ()) for part in (params.phi, params.bias))
+    if len(phi) != 2 or phi[0] % hidden or not 1 <= phi[0] // hidden <= MAX_STREAMS:
+        return None
+    own = phi[0] // hidden
+    if config.constraint == "permutations" and own > MAX_PERMUTED_STREAMS:
+        return None
+    fits = bias == (config.num_coefficients(own, hidden=hidden, op=op),)
+    return own if fits else None
 
 
 def norm_scale(
