@@ -986,7 +986,7 @@ ERRORS += [
     # Streams in another place than before the channels.
     (
         lambda: mhc.mhc_residual(jnp.tanh, zeros(4, 2, 16, C), PARAMS),
-        ValueError, "pre", "params.bias", "[24]",
+        ValueError, "pre", "params.bias", "[8]",
     ),
     # Optional dependencies.
     (lambda: _errors.require("op", "no_such", "some"), ImportError, "op", "no_such", "none"),
