@@ -312,7 +312,8 @@ def params(
 
 def _streams_of(params: MHCParams, hidden: int, config: MHCConfig, op: str) -> int | None:
     """The number of streams that parameters of this width are of; None where they do not tell."""
-    phi, bias = (getattr(part, "shape", ()) for part in (params.phi, params.bias))
+    phi: tuple[int, ...] = getattr(params.phi, "shape", ())
+    bias: tuple[int, ...] = getattr(params.bias, "shape", ())
     if len(phi) != 2 or phi[0] % hidden or not 1 <= phi[0] // hidden <= MAX_STREAMS:
         return None
     own = phi[0] // hidden
