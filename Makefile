@@ -173,7 +173,7 @@ endef
 	@echo "Installing jax-mhc[$*] for tests; the first time takes a few minutes."
 	@rm -rf .build/quick
 	$(BIN)/python -c "$$NEEDED" '$*' > .build/needed.txt
-	$(QUICK_BUILD) $(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir .build/quick . & \
+	$(QUICK_BUILD) $(BIN)/python -m hatchling build --target wheel --directory .build/quick & \
 	  $(BIN)/pip install --quiet --requirement .build/needed.txt; wait $$!
 	$(BIN)/pip install --quiet --no-deps --force-reinstall .build/quick/*.whl
 	$(BIN)/pip install --quiet "$$(echo .build/quick/*.whl)[$*]"

@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import platform
 import re
-import statistics
 import subprocess
-import tempfile
-import time
-import types
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.profiler import ProfileData
 
 import jax_mhc as mhc
 from jax_mhc import info
-from jax_mhc._types import Context
+from jax_mhc._measure.sublayer import FUSED, forward, gradients
+from jax_mhc._measure.times import Event, kernel_times, median_us, profiled, relative_error
+
+__all__ = [
+    "FUSED", "Event", "forward", "gradients", "kernel_times", "median_us", "profiled",
+    "relative_error",
+]  # fmt: skip
 
 STREAMS = 4
-
-# The public ops, running the fused kernels. The module `jax_mhc.reference` has the same functions.
-FUSED = types.SimpleNamespace(
-    **{
-        name: functools.partial(getattr(mhc, name), implementation="fused")
-        for name in mhc.reference.__all__
-    }
-)
 
 
 def inputs(
@@ -53,90 +43,6 @@ def inputs(
     d_u = jax.random.normal(keys[4], (tokens, hidden), dtype)
     d_x_new = jax.random.normal(keys[5], (tokens, STREAMS, hidden), dtype)
     return x, y, params, d_u, d_x_new
-
-
-def forward(ops: Any, x: Any, y: Any, params: Any, **options: Any) -> tuple[Any, Any]:
-    """pre, with its options, and post of a sublayer whose layer returns y whatever it reads."""
-    u, ctx = ops.pre(x, params, **options)
-    # Where the layer would be, so that XLA does not fuse across it. Without the streams, or their
-    # gradients that are missing would be arrays of zeros.
-    coefficients = ctx.h_pre, ctx.h_post, ctx.h_res
-    u, y, coefficients = jax.lax.optimization_barrier((u, y, coefficients))
-    return u, ops.post(y, Context._of(ctx.x, ctx._deferred, *coefficients))
-
-
-def gradients(
-    ops: Any, x: Any, y: Any, params: Any, d_u: Any, d_x_new: Any, **options: Any
-) -> dict[str, Any]:
-    """The same, and the gradients of x, y, params and the options.
-
-    These come first, so that a d_x_new that is donated becomes d_x.
-    """
-    results, vjp = jax.vjp(
-        lambda x, y, params, options: forward(ops, x, y, params, **options), x, y, params, options
-    )
-    results, d_u, d_x_new = jax.lax.optimization_barrier((results, d_u, d_x_new))
-    return {"gradients": vjp((d_u, d_x_new)), "results": results}
-
-
-def relative_error(got: Any, exact: Any) -> float:
-    """L2 norm of the difference over that of the exact array."""
-    got, exact = np.asarray(got, np.float64), np.asarray(exact, np.float64)
-    return float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
-
-
-def median_us(
-    run: Callable[..., Any], repeats: int, prepare: Callable[[], Any] | None = None
-) -> float:
-    """Median time of run(), or of run(prepare()) without the time to prepare."""
-    times = []
-    for _ in range(repeats + 1):
-        prepared = () if prepare is None else (prepare(),)
-        start = time.perf_counter()
-        run(*prepared)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:]) * 1e6
-
-
-class Event(NamedTuple):
-    plane: str
-    line: str
-    name: str
-    start_us: float
-    us: float
-
-    @property
-    def is_kernel(self) -> bool:
-        # The other lines group the same time by module, operation or step.
-        return "/device:GPU" in self.plane and self.line.startswith("Stream")
-
-
-def profiled(run: Callable[[], Any]) -> list[Event]:
-    """Events that the profiler saw of a run, on the host and on the GPU."""
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder, profiler_options=options):
-            jax.block_until_ready(run())
-        (path,) = Path(folder).rglob("*.xplane.pb")
-        profile = ProfileData.from_file(str(path))
-        return [
-            Event(plane.name, line.name, event.name, event.start_ns / 1e3, event.duration_ns / 1e3)
-            for plane in profile.planes
-            for line in plane.lines
-            for event in line.events
-        ]
-
-
-def kernel_times(run: Callable[[], Any], calls: int) -> dict[str, dict[str, float]]:
-    """Launches and microseconds of each kernel in one of the calls that run makes."""
-    kernels: dict[str, dict[str, float]] = {}
-    for event in profiled(run):
-        if event.is_kernel:
-            kernel = kernels.setdefault(event.name, {"launches": 0.0, "us": 0.0})
-            kernel["launches"] += 1 / calls
-            kernel["us"] += event.us / calls
-    return dict(sorted(kernels.items(), key=lambda item: -item[1]["us"]))
 
 
 def memory(program: Any) -> dict[str, int]:

@@ -5,14 +5,13 @@ something out they are called <date>-configurations-part, which the pages and th
 not read. A configuration whose check fails is not timed; the records are then called -wrong, and
 the program exits with 1.
 
-- fwd: pre and post. fb: both and all gradients, the gradient of the new streams donated. stack:
-  forward and gradients of a stack of four sublayers, the kernels named mhc_ alone. Of a head fwd is
-  the head, and fb the head with its gradients.
+- fwd, fb and stack: `jax_mhc._measure.sublayer` has the programs. Of a stack, of four sublayers,
+  the kernels named mhc_ count alone. Of a head fwd is the head, and fb the head with its gradients.
 - X has about 2^27 elements, but where a row is of few tokens.
 - Floor: the bytes that must move at the bandwidth of a copy in the same run.
-- Plain JAX: plain.py; the form of `jax_mhc.reference` for constraints that plain.py has not.
-  `jax_mhc.reference`, which implementation=None takes, is timed beside it where plain JAX is less
-  than half again as slow as the kernels.
+- Plain JAX: `jax_mhc._measure.plain`, or `jax_mhc.reference` for constraints that it has not. The
+  latter, which implementation=None takes, is timed beside it where plain JAX is less than half
+  again as slow as the kernels.
 - Check: all results on a few tokens against float64, on the CPU.
 """
 
@@ -23,7 +22,6 @@ import datetime
 import functools
 import json
 import time
-import types
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,68 +29,56 @@ from typing import Any, Literal, get_args
 
 import common
 import jax
-import jax.numpy as jnp
 import numpy as np
-import plain
 import tyro
 from rich.progress import Progress
 from tabulate import tabulate
 
 import jax_mhc as mhc
+from jax_mhc._measure import plain, times
+from jax_mhc._measure.sublayer import (
+    DONATED,
+    FUSED,
+    Case,
+    Constraint,
+    Dtype,
+    What,
+    above_limits,
+    compile_program,
+    errors,
+    floor_us,
+    inputs,
+)
 
-What = Literal["fwd", "fb", "stack"]
 Implementation = Literal["fused", "plain"]
-Dtype = Literal["bfloat16", "float16", "float32"]
-Constraint = Literal["birkhoff", "none", "identity", "permutations", "static", "head"]
 
-ELEMENTS, FEW_TOKENS, CHECKED_TOKENS = 2**27, 32, 19
+ELEMENTS, FEW_TOKENS = 2**27, 32
 # Configurations that are compiled at once, each with all its programs.
 CHUNK = 16
 # Times of plain JAX over the kernels below which `jax_mhc.reference` is timed too.
 NEAR = 1.5
-# Largest relative L2 error by dtype, of streams and of gradients of parameters: what is above is
-# wrong. The tests look closer.
-LIMITS = {"bfloat16": (4e-3, 5e-3), "float16": (6e-4, 1e-3), "float32": (2e-5, 1e-4)}
 # Fields that tell configurations apart.
 KEY = ("streams", "hidden", "dtype", "constraint", "norm", "tokens")
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A configuration; `tokens` are given where they are few."""
+def of(
+    streams: int,
+    hidden: int,
+    dtype: Dtype = "bfloat16",
+    constraint: Constraint = "birkhoff",
+    *,
+    norm: bool = False,
+    few: int | None = None,
+) -> Case:
+    """A configuration; `few` are its tokens where they are few."""
+    most = ELEMENTS // (streams * hidden)
+    tokens = few or max(1024, 2 ** int(np.log2(most)))
+    return Case(streams, hidden, tokens, dtype, constraint, norm)
 
-    streams: int
-    hidden: int
-    dtype: Dtype = "bfloat16"
-    constraint: Constraint = "birkhoff"
-    norm: bool = False
-    few: int | None = None
 
-    @property
-    def tokens(self) -> int:
-        most = ELEMENTS // (self.streams * self.hidden)
-        return self.few or max(1024, 2 ** int(np.log2(most)))
-
-    @property
-    def config(self) -> mhc.MHCConfig:
-        other = self.constraint in ("static", "head")
-        return mhc.MHCConfig(constraint="birkhoff" if other else self.constraint)
-
-    @property
-    def plain_ops(self) -> Any:
-        """The ops in the fastest form of plain JAX."""
-        has_own = self.constraint in ("birkhoff", "head")
-        return plain if has_own else mhc.reference
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """Values that tell its row from others."""
-        return tuple(getattr(self, name) for name in KEY)
-
-    def __str__(self) -> str:
-        norm = "norm" if self.norm else ""
-        sizes = f"n={self.streams:2d} C={self.hidden:5d} T={self.tokens:6d}"
-        return f"{sizes} {self.dtype:8s} {self.constraint:12s} {norm:4s}"
+def key(case: Case) -> tuple[Any, ...]:
+    """Values that tell its row from others."""
+    return tuple(getattr(case, name) for name in KEY)
 
 
 def row_key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -105,30 +91,28 @@ def cases() -> list[Case]:
         512, 768, 1000, 1024, 1280, 1536, 1600, 2048, 2050, 2304, 2560, 3072, 3584, 4096, 4608,
         5120, 6144, 7168, 8192, 12288, 16384,
     )  # fmt: skip
-    found = [Case(4, hidden) for hidden in widths]
-    found += [Case(n, hidden) for n in (1, 2, 3, 8, 16) for hidden in (2048, 4096)]
-    found += [Case(n, 2048) for n in (5, 6, 7, 12)]
+    found = [of(4, hidden) for hidden in widths]
+    found += [of(n, hidden) for n in (1, 2, 3, 8, 16) for hidden in (2048, 4096)]
+    found += [of(n, 2048) for n in (5, 6, 7, 12)]
     found += [
-        Case(4, hidden, dtype) for dtype in ("float16", "float32") for hidden in (1024, 2048, 4096)
+        of(4, hidden, dtype) for dtype in ("float16", "float32") for hidden in (1024, 2048, 4096)
     ]
-    found += [Case(4, 4096, dtype, "identity") for dtype in ("float16", "float32")]
+    found += [of(4, 4096, dtype, "identity") for dtype in ("float16", "float32")]
     for constraint in ("identity", "permutations"):
-        found += [
-            Case(4, hidden, constraint=constraint) for hidden in (1024, 2048, 4096, 6144, 8192)
-        ]
+        found += [of(4, hidden, constraint=constraint) for hidden in (1024, 2048, 4096, 6144, 8192)]
     for constraint in ("none", "static"):
-        found += [Case(4, hidden, constraint=constraint) for hidden in (2048, 6144)]
-    found += [Case(4, hidden, norm=True) for hidden in (1024, 2048, 4096, 7168)]
-    found += [Case(n, 4096, constraint="head") for n in (1, 2, 3, 4, 8, 16)]
+        found += [of(4, hidden, constraint=constraint) for hidden in (2048, 6144)]
+    found += [of(4, hidden, norm=True) for hidden in (1024, 2048, 4096, 7168)]
+    found += [of(n, 4096, constraint="head") for n in (1, 2, 3, 4, 8, 16)]
     # Where kernels have less to do than their launches take.
-    found += [Case(n, 2048, few=FEW_TOKENS) for n in (1, 3, 5, 16)]
-    return [*found, Case(4, 2050, few=FEW_TOKENS)]
+    found += [of(n, 2048, few=FEW_TOKENS) for n in (1, 3, 5, 16)]
+    return [*found, of(4, 2050, few=FEW_TOKENS)]
 
 
 TINY = [
-    Case(4, 64, few=37), Case(3, 33, "float32", few=37), Case(4, 32, "float32", "identity", few=37),
-    Case(2, 16, constraint="static", few=37), Case(4, 16, norm=True, few=37),
-    Case(4, 16, constraint="head", few=37),
+    of(4, 64, few=37), of(3, 33, "float32", few=37), of(4, 32, "float32", "identity", few=37),
+    of(2, 16, constraint="static", few=37), of(4, 16, norm=True, few=37),
+    of(4, 16, constraint="head", few=37),
 ]  # fmt: skip
 
 
@@ -193,99 +177,20 @@ class Options:
         ]
         before = {row_key(row) for row in self.added["rows"]}
         is_all = len(found) == len(self.all_cases())
-        return [case for case in found if not (is_all and case.key in before)]
+        return [case for case in found if not (is_all and key(case) in before)]
 
     def all_cases(self) -> list[Case]:
         return TINY if self.tiny else cases()
 
     def is_part(self, rows: list[dict[str, Any]]) -> bool:
         """Whether rows leave out a configuration, or what there is of each."""
-        wanted = {case.key: case for case in self.all_cases()}
+        wanted = {key(case): case for case in self.all_cases()}
         if {row_key(row) for row in rows} != wanted.keys():
             return True
         return any(is_row_part(wanted[row_key(row)], row) for row in rows)
 
 
 # ---- programs -----------------------------------------------------------------------------------
-
-
-def shapes(case: Case, tokens: int | None = None) -> tuple[Any, ...]:
-    """Types of x, y, params, d_u, d_x_new and the options of pre."""
-    n, hidden, tokens = case.streams, case.hidden, tokens or case.tokens
-    of = jax.ShapeDtypeStruct
-    num = n if case.constraint == "head" else case.config.num_coefficients(n)
-    gates = of((1 if case.constraint == "head" else case.config.num_gates(),), "float32")
-    phi, bias = of((n * hidden, num), "float32"), of((num,), "float32")
-    params: Any = mhc.MHCParams(phi, gates, bias)
-    if case.constraint == "head":
-        params = mhc.HeadParams(phi, gates, bias)
-    elif case.constraint == "static":
-        params = mhc.MHCParams(None, None, bias)
-    x, y = of((tokens, n, hidden), case.dtype), of((tokens, hidden), case.dtype)
-    norm = {"norm_scale": of((hidden,), "float32")} if case.norm else {}
-    return x, y, params, y, x, norm
-
-
-def inputs(case: Case, tokens: int | None = None) -> Callable[[jax.Array], tuple[Any, ...]]:
-    """A function of a key that makes random ones."""
-
-    def make(key: jax.Array) -> tuple[Any, ...]:
-        leaves, structure = jax.tree.flatten(shapes(case, tokens))
-        made = []
-        for own, leaf in zip(jax.random.split(key, len(leaves)), leaves, strict=True):
-            is_phi = leaf.shape[0] == case.streams * case.hidden and leaf.dtype == jnp.float32
-            scale = leaf.shape[0] ** -0.5 if is_phi and len(leaf.shape) == 2 else 1.0
-            made.append(
-                (scale * jax.random.normal(own, leaf.shape, jnp.float32)).astype(leaf.dtype)
-            )
-        return jax.tree.unflatten(structure, made)
-
-    return make
-
-
-def program(case: Case, ops: Any, what: What) -> Callable[..., Any]:
-    """A function of the inputs."""
-    # The functions of plain.py take no config: they have that of the paper.
-    config = {} if ops is plain else {"config": case.config}
-
-    def head(x: Any, y: Any, params: Any, d_u: Any, d_x_new: Any, norm: Any) -> Any:
-        u, vjp = jax.vjp(lambda x, params: ops.head(x, params, **config), x, params)
-        return u if what == "fwd" else {"gradients": vjp(d_u), "results": u}
-
-    def sublayer(x: Any, y: Any, params: Any, d_u: Any, d_x_new: Any, norm: Any) -> Any:
-        own = types.SimpleNamespace(pre=functools.partial(ops.pre, **config), post=ops.post)
-        if what == "fwd":
-            return common.forward(own, x, y, params, **norm)
-        return common.gradients(own, x, y, params, d_u, d_x_new, **norm)
-
-    def stack(x: Any, y: Any, params: Any, d_u: Any, d_x_new: Any, norm: Any) -> Any:
-        layers = [lambda u: jax.lax.optimization_barrier(u)] * 4
-        scales = [norm["norm_scale"]] * 4 if norm else None
-
-        def run(x: Any, params: Any) -> Any:
-            return mhc.stack(
-                layers, x, [params] * 4, norm_scale=scales, implementation="fused", **config
-            )
-
-        x_new, vjp = jax.vjp(run, x, params)
-        return x_new, vjp(d_x_new)
-
-    return head if case.constraint == "head" else stack if what == "stack" else sublayer
-
-
-def floor_us(case: Case, what: What, bytes_per_us: float) -> float:
-    """Time in which the bytes that must move are copied."""
-    n = case.streams
-    pre, post, seam = n + 1, 2 * n + 1, 2 * n + 2
-    post_bwd, pre_bwd, seam_bwd = 2 * n + 2, 3 * n + 1, 3 * n + 3
-    parts = {
-        "fwd": pre + post,
-        "fb": pre + post + post_bwd + pre_bwd,
-        "stack": pre + 3 * seam + post + post_bwd + 3 * seam_bwd + pre_bwd,
-    }
-    if case.constraint == "head":
-        parts = {"fwd": pre, "fb": pre + 2 * n + 1}
-    return parts[what] * case.tokens * case.hidden * jnp.dtype(case.dtype).itemsize / bytes_per_us
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,14 +212,9 @@ def has_program(case: Case, implementation: Implementation, what: What) -> bool:
     return what != "stack" or (implementation == "fused" and case.constraint != "head")
 
 
-def compile_program(case: Case, ops: Any, what: What) -> Any:
-    lowered = jax.jit(program(case, ops, what), donate_argnums=4).lower(*shapes(case))
-    return lowered.compile()
-
-
 def compile_case(case: Case, options: Options) -> Compiled:
     """Compiles all of a configuration, and checks its kernels."""
-    ops = {"fused": common.FUSED, "plain": case.plain_ops}
+    ops = {"fused": FUSED, "plain": case.plain_ops}
     programs = {
         (name, what): compile_program(case, ops[name], what)
         for name in options.implementations
@@ -326,58 +226,7 @@ def compile_case(case: Case, options: Options) -> Compiled:
     return Compiled(make, programs, error)
 
 
-def errors(case: Case) -> tuple[float, float]:
-    """Largest relative errors of the kernels on a few tokens, of streams and of parameters'."""
-    few = jax.jit(inputs(case, CHECKED_TOKENS))(jax.random.key(1))
-    got = jax.jit(program(case, common.FUSED, "fb"))(*few)
-    with jax.default_device(jax.devices("cpu")[0]), jax.enable_x64(True):
-        wide = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf).astype(np.float64)), few)
-        # Without optimizations: compiles in half the time.
-        quick = {"xla_backend_optimization_level": 0}
-        run = jax.jit(program(case, mhc.reference, "fb"), compiler_options=quick)
-        exact = jax.tree.map(np.asarray, run(*wide))
-    largest = [0.0, 0.0]
-    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(exact), strict=True)
-    for leaf, wanted in pairs:
-        of_parameters = leaf.dtype == jnp.float32 and leaf.shape[0] != CHECKED_TOKENS
-        error = common.relative_error(leaf, wanted)
-        # NaN stays.
-        largest[of_parameters] = max(error, largest[of_parameters]) if error >= 0 else error
-    return largest[0], largest[1]
-
-
 # ---- times --------------------------------------------------------------------------------------
-
-
-def time_us(program: Any, arguments: tuple[Any, ...], only: str, repeats: int) -> Any:
-    """Kernel time of a program, whose fifth argument is donated, and that of its kernels.
-
-    Wall time where there is no profile.
-    """
-    donated = [jnp.copy(arguments[4]) for _ in range(repeats + 1)]
-
-    def once() -> None:
-        jax.block_until_ready(program(*arguments[:4], donated.pop(), *arguments[5:]))
-
-    once()
-    start = time.perf_counter()
-    found = common.kernel_times(lambda: [once() for _ in range(repeats)], repeats)
-    wall_us = 1e6 * (time.perf_counter() - start) / repeats
-    us = sum(kernel["us"] for name, kernel in found.items() if name.startswith(only))
-    return us or wall_us, {name: round(k["us"], 1) for name, k in list(found.items())[:6]}
-
-
-def copied_bytes_per_us(tiny: bool) -> float:
-    """Bytes that a copy reads and writes in a microsecond, the best of three runs."""
-    source = jnp.ones(2**16 if tiny else 2**30, jnp.bfloat16)
-    program = jax.jit(jnp.copy).lower(source).compile()
-    jax.block_until_ready(program(source))
-
-    def once() -> float:
-        found = common.kernel_times(lambda: program(source), 1)
-        return sum(kernel["us"] for kernel in found.values()) or 1.0
-
-    return 2 * source.nbytes / min(once() for _ in range(5))
 
 
 def time_case(case: Case, compiled: Compiled, rate: float, options: Options) -> dict[str, Any]:
@@ -393,9 +242,11 @@ def time_case(case: Case, compiled: Compiled, rate: float, options: Options) -> 
     for (name, what), run in compiled.programs.items():
         only = "mhc_" if what == "stack" else ""
         row["floor_us"][what] = floor_us(case, what, rate)
-        row.setdefault(name, {})[what], kernels = time_us(run, arguments, only, options.repeats)
+        us, kernels = times.time_us(run, arguments, options.repeats, donated=DONATED, only=only)
+        row.setdefault(name, {})[what] = us
         if name == "fused":
-            row.setdefault("kernels", {})[what] = kernels
+            longest = list(kernels.items())[:6]
+            row.setdefault("kernels", {})[what] = {name: round(us, 1) for name, us in longest}
     return row
 
 
@@ -527,13 +378,12 @@ def run_all(options: Options, run: Run) -> dict[str, Any]:
     """The record."""
 
     def compile_one(case: Case) -> Compiled:
-        own, limits = compile_case(case, options), LIMITS[case.dtype]
-        if not all(error <= most for error, most in zip(own.error, limits, strict=True)):
-            found = " and ".join(f"{error:.1e}" for error in own.error)
-            run.refuse(case, f"errors of streams and parameters {found}, at most {limits}")
+        own = compile_case(case, options)
+        if complaint := above_limits(case, own.error):
+            run.refuse(case, complaint)
         return own
 
-    rate = copied_bytes_per_us(options.tiny)
+    rate = times.copied_bytes_per_us(2**18 if options.tiny else 2**32)
 
     def is_late(case: Case) -> bool:
         if late := time.monotonic() - run.started > options.seconds:
@@ -552,7 +402,7 @@ def run_all(options: Options, run: Run) -> dict[str, Any]:
         return row
 
     compiled: dict[Case, Compiled] = {}
-    by_key = {case.key: case for case in options.all_cases()}
+    by_key = {key(case): case for case in options.all_cases()}
     rows = {by_key[row_key(row)]: row for row in options.added["rows"]}
     chosen = options.cases()
     # Some at a time, so that a run that ends early has rows.
@@ -573,7 +423,7 @@ def run_all(options: Options, run: Run) -> dict[str, Any]:
         make, programs = references[case]
         arguments = make(jax.random.key(0))
         rows[case]["reference"] = {
-            what: time_us(program, arguments, "", options.repeats)[0]
+            what: times.time_us(program, arguments, options.repeats, donated=DONATED)[0]
             for what, program in programs.items()
         }
         run.tell(f"{case} {described(rows[case])}")

@@ -20,7 +20,6 @@ import platform
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +34,15 @@ from tabulate import tabulate
 
 import jax_mhc as mhc
 from jax_mhc import info
+from jax_mhc._measure import times, traffic
 
 SHAPES = ((2048, 1024), (512, 4096))
 DTYPES = ("float32", "bfloat16")
 IMPLEMENTATIONS = {"fused": common.FUSED, "reference": mhc.reference}
 PASSES = {"forward": common.forward, "gradients": common.gradients}
-# Streams of C elements that each pass must read or write (docs/performance.md, n = 4).
-STREAMS_MOVED = {"forward": 5 + 9, "gradients": 37}
+# Streams of C elements that each pass must read or write.
+_FORWARD, _BACKWARD = traffic.of_stack(STREAMS, 1)
+STREAMS_MOVED = {"forward": _FORWARD, "gradients": _FORWARD + _BACKWARD}
 
 
 @dataclasses.dataclass
@@ -52,20 +53,6 @@ class Options:
     """Timed runs of each program; the median is reported."""
     output: Path = Path("benches/results/cpu")
     """Folder for the records."""
-
-
-def copy_bandwidth(num_bytes: int, repeats: int) -> float:
-    """Bytes read and written in a second, by all cores, for a copy that moves `num_bytes`."""
-    source = np.ones(num_bytes // 2, np.uint8)
-    target = np.empty_like(source)
-    threads = os.cpu_count() or 1
-    parts = list(zip(np.array_split(source, threads), np.array_split(target, threads), strict=True))
-    with ThreadPoolExecutor(threads) as pool:
-
-        def copy() -> None:
-            list(pool.map(lambda part: np.copyto(part[1], part[0]), parts))
-
-        return num_bytes / median_us(copy, repeats) * 1e6
 
 
 def errors(results: Any, exact: Any) -> float:
@@ -110,9 +97,9 @@ def bench_shape(tokens: int, hidden: int, dtype: str, repeats: int) -> list[dict
                 jax.block_until_ready(program(*operands))
 
             row[f"{implementation}_us"] = median_us(run, repeats, copied)
-        bandwidth = copy_bandwidth(num_bytes, repeats)
-        row["copy_us"] = num_bytes / bandwidth * 1e6
-        row["copy_gb_per_s"] = bandwidth / 1e9
+        bytes_per_us = times.cpu_copied_bytes_per_us(num_bytes, repeats)
+        row["copy_us"] = num_bytes / bytes_per_us
+        row["copy_gb_per_s"] = bytes_per_us / 1e3
         row["speedup"] = row["reference_us"] / row["fused_us"]
         row["over_copy"] = row["fused_us"] / row["copy_us"]
         rows.append(row)

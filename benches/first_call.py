@@ -6,8 +6,8 @@ next run). `x_plus_1` is what any program costs, with the backend running alread
 the same op with the library loaded.
 """
 
+import argparse
 import json
-import sys
 import time
 
 import jax
@@ -28,7 +28,9 @@ def stages(function, *args):
     return {"lower": lower, "compile": compilation, "first": first, "again": again}
 
 
-jax.config.update("jax_platforms", sys.argv[1])
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("platform", help="JAX's name of it, such as cuda or cpu")
+jax.config.update("jax_platforms", parser.parse_args().platform)
 x = jnp.ones((512, 4, 4096), jnp.bfloat16)
 jax.block_until_ready(x + x)
 costs = {"x_plus_1": stages(lambda x: x + 1, x)}

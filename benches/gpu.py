@@ -16,7 +16,7 @@ they are called <date>-wrong and it exits with 1. It takes some minutes.
   streams and parameters of its own.
 - Floor: the bytes that must move (docs/performance.md) at the bandwidth of a copy on the device,
   measured in the same run.
-- Plain JAX: plain.py. Other libraries: peers.py. First call of a process: first_call.py.
+- Plain JAX: `jax_mhc._measure.plain`. Other libraries: peers.py. First call: first_call.py.
 """
 
 from __future__ import annotations

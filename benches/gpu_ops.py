@@ -15,10 +15,10 @@ import common
 import jax
 import jax.numpy as jnp
 import numpy as np
-import plain
 from common import STREAMS
 
 import jax_mhc as mhc
+from jax_mhc._measure import plain, traffic
 from jax_mhc._types import Context
 
 DTYPE = "bfloat16"
@@ -152,46 +152,59 @@ def _fb_given(
 
 _SUBLAYER = ("x", "y", "params", "d_u", "d_x_new")
 _COTANGENTS = ("d_u", "d_h_pre", "d_h_post", "d_h_res", "d_x_new")
-_n = STREAMS
+_U = traffic.of_calls(STREAMS)
+_FB = sum(traffic.of_stack(STREAMS, 1))
 GOAL_SHAPES = ((8192, 4096), (4096, 7168), (16384, 2560), (4096, 2560))
 OPS = {
-    "pre": Op(_pre, ("x", "params"), ("pre_fwd",), _n + 1, goals_us=(92, 83, 112, 33)),
-    "post": Op(_post, ("y", "ctx"), ("post_fwd",), 2 * _n + 1, goals_us=(147, 129, 183, 48)),
+    "pre": Op(_pre, ("x", "params"), ("pre_fwd",), _U["pre_fwd"], goals_us=(92, 83, 112, 33)),
+    "post": Op(_post, ("y", "ctx"), ("post_fwd",), _U["post_fwd"], goals_us=(147, 129, 183, 48)),
     "post_pre": Op(
-        _seam, ("y", "ctx", "params"), ("post_pre_fwd",), 2 * _n + 2, goals_us=(180, 165, 222, 62)
+        _seam,
+        ("y", "ctx", "params"),
+        ("post_pre_fwd",),
+        _U["post_pre_fwd"],
+        goals_us=(180, 165, 222, 62),
     ),
-    "sinkhorn": Op(_sinkhorn, ("z",), ("sinkhorn_fwd",), 0, numbers=2 * _n**2, first_shape=True),
-    "head": Op(_head, ("x", "head_params"), ("head_fwd",), _n + 1, first_shape=True),
+    "sinkhorn": Op(
+        _sinkhorn, ("z",), ("sinkhorn_fwd",), 0, numbers=2 * STREAMS**2, first_shape=True
+    ),
+    "head": Op(_head, ("x", "head_params"), ("head_fwd",), _U["head_fwd"], first_shape=True),
     # The gradient of x is left to pre's.
-    "post_bwd": Op(None, ("d_x_new",), ("post_bwd",), 2 * _n + 2),
-    "pre_bwd": Op(None, _COTANGENTS, ("pre_bwd",), 3 * _n + 1, donated=("d_x_new",)),
+    "post_bwd": Op(None, ("d_x_new",), ("post_bwd",), _U["post_bwd"]),
+    "pre_bwd": Op(None, _COTANGENTS, ("pre_bwd",), _U["pre_bwd"], donated=("d_x_new",)),
     "post_pre_bwd": Op(
-        None, _COTANGENTS, ("post_pre_bwd",), 3 * _n + 3, goals_us=(315,), donated=("d_x_new",)
+        None,
+        _COTANGENTS,
+        ("post_pre_bwd",),
+        _U["post_pre_bwd"],
+        goals_us=(315,),
+        donated=("d_x_new",),
     ),
     "fb": Op(
         _fb,
         _SUBLAYER,
         ("post_bwd", "post_fwd", "pre_bwd", "pre_fwd"),
-        # pre, post, and their backward passes.
-        (_n + 1) + (2 * _n + 1) + (2 * _n + 2) + (3 * _n + 1),
+        _FB,
         goals_us=(680, 644, 920, 276),
         donated=("d_x_new",),
     ),
     # With a norm of the layer's input, for which nothing more has to move.
-    "pre_norm": Op(_pre, ("x", "params", "norm_scale"), ("pre_fwd",), _n + 1),
-    "post_pre_norm": Op(_seam, ("y", "ctx", "params", "norm_scale"), ("post_pre_fwd",), 2 * _n + 2),
+    "pre_norm": Op(_pre, ("x", "params", "norm_scale"), ("pre_fwd",), _U["pre_fwd"]),
+    "post_pre_norm": Op(
+        _seam, ("y", "ctx", "params", "norm_scale"), ("post_pre_fwd",), _U["post_pre_fwd"]
+    ),
     "fb_norm": Op(
         _fb_norm,
         ("norm_scale", *_SUBLAYER),
         ("post_bwd", "post_fwd", "pre_bwd", "pre_fwd"),
-        8 * _n + 5,
+        _FB,
         donated=("d_x_new",),
     ),
     "fb_post_pre": Op(
         _fb_post_pre,
         ("y", "ctx", "params", *_COTANGENTS),
         ("post_pre_bwd", "post_pre_fwd"),
-        (2 * _n + 2) + (3 * _n + 3),
+        _U["post_pre_fwd"] + _U["post_pre_bwd"],
         goals_us=(500,),
         donated=("d_x_new",),
     ),

@@ -14,11 +14,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-import plain
 from common import STREAMS
 from modules import run_modules
 
 import jax_mhc as mhc
+from jax_mhc._measure import plain
 
 Connection = Literal[
     "residual", "plain", "plain-checkpoint", "mhc", "seams", "seams-norms", "seams-checkpoint",

@@ -12,7 +12,7 @@ exits with 1.
 - Memory: peak of the compiled step as XLA planned it: arguments, results that overwrite none of
   them, and its one block of temporaries. All connections run in one process, where the
   allocator's own peak would be that of the largest.
-- Plain JAX: plain.py, also with `jax.checkpoint` around pre and post.
+- Plain JAX: `jax_mhc._measure.plain`, also with `jax.checkpoint` around pre and post.
 """
 
 from __future__ import annotations

@@ -495,6 +495,23 @@ BAD += [
     *rows("diagnostics.amax_gain", diagnostics.amax_gain, h_res=MATRICES),
     *rows("diagnostics.composite", diagnostics.composite, h_res=[*MATRICES, zeros(N, N)]),
     *rows("diagnostics.mixing", diagnostics.mixing, h_res=MATRICES),
+    *rows("diagnostics.logit_range", diagnostics.logit_range, h_res=MATRICES),
+    *rows(
+        "diagnostics.summary", functools.partial(diagnostics.summary, h_res=Z[None]),
+        h_res=[*MATRICES, zeros(N, N), zeros(0, 5, N, N), zeros(3, 0, N, N)], prefix=[None, 3, X],
+    ),
+    *rows(
+        "estimate", functools.partial(mhc.estimate, hidden=C, layers=2, tokens=5),
+        hidden=WIDTH, layers=INT, tokens=INT, streams=STREAMS, dtype=CHOICE, constraint=CHOICE,
+        sublayers_per_layer=INT, gpu=CHOICE, bandwidth=[*NUMBER[1:], 0],
+        recompute=[
+            None, 2, "auto", mhc.Recompute(every=3), mhc.Recompute(policy=lambda *_, **__: True),
+        ],
+    ),
+    *rows(
+        "bench.measure", functools.partial(mhc.bench.measure, hidden=C, tokens=5),
+        hidden=WIDTH, tokens=INT, streams=STREAMS, dtype=CHOICE, constraint=CHOICE, layers=INT,
+    ),
     *rows("diagnostics.stream_similarity", diagnostics.stream_similarity, x=[*X_BAD, X[:, :1]]),
     *rows(
         "diagnostics.watch_gain", functools.partial(diagnostics.watch_gain, gain=GAIN),

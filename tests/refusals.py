@@ -1,5 +1,6 @@
 """Calls that are refused while tracing: the type, op, argument and `got` of each error."""
 
+import functools
 import tempfile
 from pathlib import Path
 
@@ -195,6 +196,8 @@ def plot_mixing(h_res, **options):
 
 
 # Call, type of the error, and what the message says of: op, argument, what was got.
+estimate = functools.partial(mhc.estimate, hidden=64, layers=2, tokens=8)
+
 ERRORS = [
     # Settings.
     (config(constraint="simplex"), ValueError, "MHCConfig", "constraint", "'simplex'"),
@@ -977,6 +980,34 @@ ERRORS += [
     (
         lambda: info.configuration(4, 64, capability="9"),
         ValueError, "info.configuration", "capability", "9",
+    ),
+    # Costs.
+    (lambda: estimate(gpu="V100"), ValueError, "estimate", "gpu", "'V100'"),
+    (lambda: estimate(recompute=4), TypeError, "estimate", "recompute", "4 (int)"),
+    (
+        lambda: estimate(recompute=mhc.Recompute(policy=jax.checkpoint_policies.dots_saveable)),
+        ValueError, "estimate", "recompute.policy", "a function",
+    ),
+    (
+        lambda: estimate(recompute=mhc.Recompute(every=3)),
+        ValueError, "estimate", "recompute.every", "3",
+    ),
+    (
+        lambda: mhc.diagnostics.summary(zeros(4, 4)),
+        ValueError, "diagnostics.summary", "h_res", "[4, 4]",
+    ),
+    (
+        lambda: mhc.bench._check_writable(Path("a.xyz")),
+        ValueError, "bench", "--picture", "'a.xyz'",
+    ),
+    (
+        lambda: mhc.bench._check_writable(Path("no_such_folder/a.svg")),
+        ValueError, "bench", "--picture", "'no_such_folder/a.svg'",
+    ),
+    # Streams in another place than before the channels.
+    (
+        lambda: mhc.mhc_residual(jnp.tanh, zeros(4, 2, 16, C), PARAMS),
+        ValueError, "pre", "params.bias", "[8]",
     ),
     # Optional dependencies.
     (lambda: _errors.require("op", "no_such", "some"), ImportError, "op", "no_such", "none"),

@@ -119,7 +119,8 @@ def test_configurations(tmp_path):
     wrong.write_text(
         f"import sys, tyro; sys.path.insert(0, {str(ROOT / 'benches')!r})\n"
         "import configurations as c\n"
-        "c.LIMITS['float32'] = 1e-12, 1.0\n"
+        "from jax_mhc._measure import sublayer\n"
+        "sublayer.LIMITS['float32'] = 1e-12, 1.0\n"
         "c.main(tyro.cli(c.Options))\n"
     )
     status, output = run(wrong, *some)

@@ -68,6 +68,50 @@ def test_what_is_known_of_special_matrices():
     assert nothing.entropy == 0 and nothing.row_error == 1
 
 
+@pytest.mark.parametrize("n, order", [(2, "column_row"), (4, "column_row"), (4, "row_column")])
+def test_the_range_of_logits_is_known_without_them(n, order):
+    """Offsets of rows and columns, which Sinkhorn takes out, are none."""
+    z = normal(7, n, n, scale=3.0)
+    centred = z - z.mean(-1, keepdims=True)
+    centred -= centred.mean(-2, keepdims=True)
+    wanted = centred.max((-2, -1)) - centred.min((-2, -1))
+    config = mhc.MHCConfig(order=order)
+    h = mhc.sinkhorn(jnp.asarray(z + normal(7, n, 1, seed=1), jnp.float32), config=config)
+    np.testing.assert_allclose(diagnostics.logit_range(h), wanted, rtol=1e-4)
+    assert diagnostics.logit_range(jnp.full((n, n), 1 / n)) < 1e-6
+    assert np.isfinite(diagnostics.logit_range(jnp.eye(n)))
+
+
+def test_the_range_of_logits_at_the_start():
+    params = mhc.init_params(jax.random.key(0), streams=4, hidden=8)
+    _, ctx = mhc.pre(jnp.ones((3, 4, 8), jnp.float32), params)
+    # 0.9 on the diagonal and 0.1 / 3 beside it.
+    np.testing.assert_allclose(diagnostics.logit_range(ctx.h_res), np.log(27), rtol=1e-4)
+
+
+def test_the_summary_has_the_figures():
+    h = projected(6, 5, 4, 4, iters=3)
+    found = jax.jit(diagnostics.summary)(h)
+    gain = diagnostics.amax_gain(diagnostics.composite(h)[-1])
+    mixing = diagnostics.mixing(h)
+    wanted = {
+        "composite_gain_forward": gain.forward.max(),
+        "composite_gain_forward_mean": gain.forward.mean(),
+        "composite_gain_backward": gain.backward.max(),
+        "composite_gain_backward_mean": gain.backward.mean(),
+        "row_error": mixing.row_error.max(),
+        "column_error": mixing.column_error.max(),
+        "logit_range": diagnostics.logit_range(h).max(),
+        "identity_distance": mixing.identity_distance.mean(),
+        "entropy": mixing.entropy.mean(),
+    }
+    assert found.keys() == {f"mhc/{name}" for name in wanted}
+    for name, value in wanted.items():
+        assert found[f"mhc/{name}"].shape == ()
+        np.testing.assert_allclose(found[f"mhc/{name}"], value, rtol=1e-5, atol=1e-6)
+    assert all(name.startswith("a.") for name in diagnostics.summary(h, prefix="a."))
+
+
 def test_composite_multiplies_later_sublayers_from_the_left():
     h = normal(6, 2, 4, 4).astype(np.float32)
     products = diagnostics.composite(h)

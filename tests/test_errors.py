@@ -21,6 +21,8 @@ from jax_mhc._types import Context
 # Raised under conditions that the tests below make.
 CONDITIONAL = {
     "refuse_fused": 2, "_checked": 1,
+    # Without kernels, or memory: test_bench.py.
+    "measure": 1, "_check_memory": 1,
     # Without a GPU: test_info.py.
     "_gpu": 1,
     # On meshes: test_mesh.py.

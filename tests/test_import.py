@@ -14,11 +14,14 @@ PUBLIC = {
     "reduce", "head", "pre", "post", "post_pre", "sinkhorn", "mhc_residual", "stack", "presets",
     "convert", "reference", "remat_policy", "diagnostics", "info", "Recompute",
     "scan", "stack_with_samples", "Streams", "as_streams", "collapse", "param_labels",
+    "bench", "estimate",
 }  # fmt: skip
 
 
 # Modules for libraries that need not be there, so they are no attributes until they are imported.
 OPTIONAL = {"equinox", "flax"}
+# Modules that are imported when they are first asked for.
+LAZY = {"bench", "info"}
 
 
 def python(code, **variables):
@@ -31,7 +34,7 @@ def python(code, **variables):
 
 def test_public_names():
     assert set(jax_mhc.__all__) == PUBLIC
-    assert {n for n in vars(jax_mhc) if not n.startswith("_")} - OPTIONAL | {"info"} == PUBLIC
+    assert {n for n in vars(jax_mhc) if not n.startswith("_")} - OPTIONAL | LAZY == PUBLIC
     assert all(getattr(jax_mhc, name).__doc__ for name in PUBLIC)
 
 
@@ -76,4 +79,4 @@ def test_import_is_light():
         "jax_mhc",
         "jax.ad_checkpoint",
     }
-    assert "jax_mhc.info" not in added
+    assert not added & {f"jax_mhc.{name}" for name in LAZY}

@@ -10,9 +10,11 @@
 `stack` runs many sublayers, in a scan too; `pre`, `post` and `post_pre` are the pieces for blocks
 of your own, and `sinkhorn` is the projection alone. `MHCConfig` and `presets` hold the settings,
 `convert` reads parameters of other implementations, `reference` is the same in plain JAX,
-`diagnostics` tells what mixing does to the signal, and `python -m jax_mhc.info` describes the
-installation. `jax_mhc.flax.nnx`, `jax_mhc.flax.linen` and `jax_mhc.equinox`, to be imported by
-these names, have modules that own the parameters.
+`diagnostics` tells what mixing does to the signal. `python -m jax_mhc.info` describes the
+installation, `python -m jax_mhc.bench` times the kernels on this machine, and `estimate`, or
+`python -m jax_mhc.estimate`, says what mHC costs a model on a GPU. `jax_mhc.flax.nnx`,
+`jax_mhc.flax.linen` and `jax_mhc.equinox`, to be imported by these names, have modules that own the
+parameters.
 """
 
 from jax_mhc import convert, diagnostics, presets, reference
@@ -31,6 +33,7 @@ from jax_mhc._scan.public import scan
 from jax_mhc._stack.public import stack, stack_with_samples
 from jax_mhc._stack.remat import Recompute, remat_policy
 from jax_mhc._types import Context, HeadParams, MHCConfig, MHCParams
+from jax_mhc.estimate import estimate
 
 __all__ = [
     "Context",
@@ -40,9 +43,11 @@ __all__ = [
     "Recompute",
     "Streams",
     "as_streams",
+    "bench",
     "collapse",
     "convert",
     "diagnostics",
+    "estimate",
     "expand",
     "head",
     "info",
@@ -68,11 +73,11 @@ _library.register()
 
 
 def __getattr__(name: str) -> object:
-    # Neither is needed to compute anything, and both take time to import.
-    if name == "info":
+    # None of them is needed to compute anything, and all take time to import.
+    if name in ("bench", "info"):
         import importlib
 
-        return importlib.import_module("jax_mhc.info")
+        return importlib.import_module(f"jax_mhc.{name}")
     if name == "__version__":
         import importlib.metadata
 

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jax_mhc import _errors
 from jax_mhc._axes import varying_axes
 from jax_mhc._errors import Refusal
-from jax_mhc._limits import MAX_STREAMS, STREAM_DTYPES
+from jax_mhc._limits import MAX_PERMUTED_STREAMS, MAX_STREAMS, STREAM_DTYPES
 from jax_mhc._types import NUMBERS, Context, HeadParams, MHCConfig, MHCParams
 
 Result = TypeVar("Result")
@@ -131,10 +131,15 @@ def streams(op: str, argument: str, x: object) -> jax.Array:
             "Make streams from a hidden state [..., C] with jax_mhc.expand.",
         )
     if not 1 <= x.shape[-2] <= MAX_STREAMS:
+        remedy = "The streams are the axis before the last"
+        if 1 <= x.shape[-1] <= MAX_STREAMS:
+            remedy += "; swap the last two axes?"
+        elif x.ndim > 3 and 1 <= x.shape[0] <= MAX_STREAMS:
+            remedy += "; if they are the first, move them with jnp.moveaxis(x, 0, -2)."
+        else:
+            remedy += ": make them of a hidden state [..., C] with jax_mhc.expand."
         raise Refusal(ValueError, op, argument).expected(
-            f"shape [..., n, C] with n from 1 to {MAX_STREAMS}",
-            list(x.shape),
-            "The streams are the axis before the last; swap the last two axes?",
+            f"shape [..., n, C] with n from 1 to {MAX_STREAMS}", list(x.shape), remedy
         )
     if x.shape[-1] < 1:
         raise Refusal(ValueError, op, argument).expected(
@@ -278,6 +283,13 @@ def params(
         f"jax_mhc.init_params(key, streams={n}, hidden={hidden}, config=config"
         f"{', static=True' if is_static else ''})."
     )
+    if (own := _streams_of(params, hidden, config, op)) not in (None, n):
+        places = [at for at, size in enumerate(x.shape[:-2]) if size == own]
+        move = f": move them with jnp.moveaxis(x, {places[0]}, -2)." if places else "."
+        remedy = (
+            f"These are of {own} streams, and streams {list(x.shape)} have {n}, the axis before "
+            f"the last{move}"
+        )
     bias = _parameter(op, f"{argument}.bias", params.bias, (num,), dtype, remedy)
     if (params.phi is None) != (params.alpha is None):
         got = "phi=None" if params.phi is None else "alpha=None"
@@ -296,6 +308,19 @@ def params(
     phi = _parameter(op, f"{argument}.phi", params.phi, shape, dtype, remedy)
     alpha = _parameter(op, f"{argument}.alpha", params.alpha, (config.num_gates(),), dtype, remedy)
     return phi, alpha, bias
+
+
+def _streams_of(params: MHCParams, hidden: int, config: MHCConfig, op: str) -> int | None:
+    """The number of streams that parameters of this width are of; None where they do not tell."""
+    phi: tuple[int, ...] = getattr(params.phi, "shape", ())
+    bias: tuple[int, ...] = getattr(params.bias, "shape", ())
+    if len(phi) != 2 or phi[0] % hidden or not 1 <= phi[0] // hidden <= MAX_STREAMS:
+        return None
+    own = phi[0] // hidden
+    if config.constraint == "permutations" and own > MAX_PERMUTED_STREAMS:
+        return None
+    fits = bias == (config.num_coefficients(own, hidden=hidden, op=op),)
+    return own if fits else None
 
 
 def norm_scale(
@@ -416,14 +441,14 @@ def matrices(op: str, argument: str, value: object) -> jax.Array:
         raise Refusal(TypeError, op, argument).expected(
             "matrices of dtype float32 or float64",
             value.dtype.name,
-            f"Convert them with {argument}.astype(jnp.float32); half precision loses sums of 1.",
+            f"Convert them with {argument}.astype(jnp.float32): sums of half precision are not 1.",
         )
     shape = value.shape
     if value.ndim < 2 or shape[-1] != shape[-2] or not 1 <= shape[-1] <= MAX_STREAMS:
         raise Refusal(ValueError, op, argument).expected(
             f"shape [..., n, n] with n from 1 to {MAX_STREAMS}",
             list(shape),
-            "Each token has one square matrix.",
+            "Each token has one square matrix; of others rows and columns cannot all sum to 1.",
         )
     return value
 

@@ -1,8 +1,9 @@
 """Configurations in which plain JAX is faster than the kernels on GPUs, by measurements.
 
 `faster.json` has, for each configuration that was measured, the time of a sublayer with all
-gradients in the kernels and in plain JAX. `python -m benches plots` writes it from the newest
-record of `python -m benches configurations`; docs/performance.md shows the record.
+gradients in the kernels and in plain JAX, and that of a stack, which `jax_mhc.estimate` goes by.
+`python -m benches plots` writes it from the newest record of `python -m benches configurations`;
+docs/performance.md shows the record.
 """
 
 from __future__ import annotations
@@ -53,11 +54,15 @@ class Configuration:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What was measured of a configuration: microseconds of a sublayer with all gradients."""
+    """What was measured of a configuration: microseconds of a sublayer with all gradients.
+
+    stack_us: that of a stack of four sublayers in the kernels; None of a head.
+    """
 
     configuration: Configuration
     fused_us: float
     plain_us: float
+    stack_us: float | None = None
 
     @property
     def is_plain_faster(self) -> bool:
@@ -122,20 +127,40 @@ def nearest(configuration: Configuration) -> Measured | None:
     that are a multiple of 8; then the number of streams, the dtype, the constraint and the norm;
     last the widths and, counting a quarter, the tokens, in log scale.
     """
+    return min(measured(), key=functools.partial(_distance, configuration), default=None)
+
+
+def nearest_stack(configuration: Configuration) -> Measured:
+    """The measured configuration of a stack that is nearest: in width before all tokens.
+
+    Streams of whole lines of 128 bytes, which some kernels want, are not near to others.
+    """
+    own = configuration
 
     def distance(row: Measured) -> tuple[float, ...]:
-        own, other = configuration, row.configuration
-        return (
-            _is_power_of_two(own.streams) != _is_power_of_two(other.streams),
-            (own.hidden % 8 == 0) != (other.hidden % 8 == 0),
-            _ratio(own.streams, other.streams),
-            own.dtype != other.dtype,
-            own.constraint != other.constraint,
-            own.norm != other.norm,
-            4 * _ratio(own.hidden, other.hidden) + _ratio(own.tokens, other.tokens),
-        )
+        other = row.configuration
+        sizes = _ratio(own.hidden, other.hidden), _ratio(own.tokens, other.tokens)
+        are_lines = _are_lines(own) != _are_lines(other)
+        return are_lines, *_distance(own, row)[:-1], *sizes
 
-    return min(measured(), key=distance, default=None)
+    return min((row for row in measured() if row.stack_us is not None), key=distance)
+
+
+def _distance(own: Configuration, row: Measured) -> tuple[float, ...]:
+    other = row.configuration
+    return (
+        _is_power_of_two(own.streams) != _is_power_of_two(other.streams),
+        (own.hidden % 8 == 0) != (other.hidden % 8 == 0),
+        _ratio(own.streams, other.streams),
+        own.dtype != other.dtype,
+        own.constraint != other.constraint,
+        own.norm != other.norm,
+        4 * _ratio(own.hidden, other.hidden) + _ratio(own.tokens, other.tokens),
+    )
+
+
+def _are_lines(configuration: Configuration) -> bool:
+    return configuration.hidden % (32 if configuration.dtype == "float32" else 64) == 0
 
 
 def _is_power_of_two(number: int) -> bool:
@@ -165,6 +190,7 @@ def measured() -> tuple[Measured, ...]:
             ),
             row["fused_us"],
             row["plain_us"],
+            row.get("stack_us"),
         )
         for row in description()["rows"]
     )
@@ -172,6 +198,6 @@ def measured() -> tuple[Measured, ...]:
 
 @functools.cache
 def description() -> dict[str, Any]:
-    """The table as it is in the file, with `gpu`, `date` and `commit` of the record."""
+    """The table as it is in the file, with what the record says of its run."""
     found: dict[str, Any] = json.loads(_PATH.read_text(encoding="utf-8"))
     return found

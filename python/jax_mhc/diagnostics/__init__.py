@@ -6,6 +6,7 @@
     products = diagnostics.composite(all_h_res)       # of the first 1, 2, ... of many
     gain = diagnostics.amax_gain(products)
     diagnostics.watch_gain(gain, step=step)           # warns of what is out of bounds
+    diagnostics.summary(all_h_res)                    # numbers to log, by name
     diagnostics.plot_gain({"mHC": gain}).savefig("gain.png")
 
 `stream_similarity` is a function of the streams; all others are of matrices h_res `[..., n, n]`,
@@ -24,9 +25,11 @@ from jax_mhc.diagnostics._numbers import (
     Mixing,
     amax_gain,
     composite,
+    logit_range,
     mixing,
     sample_tokens,
     stream_similarity,
+    summary,
 )
 from jax_mhc.diagnostics._plots import plot_gain, plot_mixing
 from jax_mhc.diagnostics._watch import GainWarning, watch_gain
@@ -37,10 +40,12 @@ __all__ = [
     "Mixing",
     "amax_gain",
     "composite",
+    "logit_range",
     "mixing",
     "plot_gain",
     "plot_mixing",
     "sample_tokens",
     "stream_similarity",
+    "summary",
     "watch_gain",
 ]

@@ -166,6 +166,82 @@ def mixing(h_res: Float[jax.Array, "*tokens n n"]) -> Mixing:
     )
 
 
+def logit_range(h_res: Float[jax.Array, "*tokens n n"]) -> Float[jax.Array, "*tokens"]:
+    """Range of the logits of a matrix before Sinkhorn, as far as Sinkhorn does not undo it.
+
+        max - min of  z[i, j] - mean_i z - mean_j z + mean_ij z,   z = log h_res
+
+    Sinkhorn scales rows and columns of exp(logits), which this takes out again: the logits
+    themselves give the same figure, so that h_res is enough. Weights that differ so much are
+    saturated: the gradient of a logit has its small weight as a factor, and Sinkhorn converges
+    slowly.
+
+    Args:
+        h_res: `[..., n, n]` float32 or float64, of constraint "birkhoff" with sinkhorn_eps = 0, the
+            default, of which the figure is exact to rounding. Weights below the least normal
+            number, 1e-38, count as that one.
+
+    Returns:
+        `[...]`, in nats; 0 is the mean of all streams.
+
+    Raises:
+        ValueError, TypeError: h_res of another shape or dtype.
+    """
+    h_res = _check.matrices("diagnostics.logit_range", "h_res", h_res)
+    z = jnp.log(jnp.maximum(h_res, jnp.finfo(h_res.dtype).tiny))
+    z -= jnp.mean(z, -1, keepdims=True)
+    z -= jnp.mean(z, -2, keepdims=True)
+    return jnp.max(z, (-2, -1)) - jnp.min(z, (-2, -1))
+
+
+def summary(
+    h_res: Float[jax.Array, "L *tokens n n"], *, prefix: str = "mhc/"
+) -> dict[str, jax.Array]:
+    """The figures of all sublayers as one number each, by name: what to log at a step.
+
+        writer.add_scalar(name, value, step)   of each, for TensorBoard
+        wandb.log(summary, step)               for Weights & Biases
+
+    Args:
+        h_res: `[L, ..., n, n]` float32 or float64, the first sublayer first, with at least one
+            token: of `stack_with_samples`, or of `sample_tokens`.
+        prefix: of the names.
+
+    Returns:
+        Arrays of no dimension:
+
+        - `composite_gain_forward`, `composite_gain_backward`: the largest of all tokens' products
+          of all sublayers; with `_mean` behind it the mean of tokens;
+        - `row_error`, `column_error`, `logit_range`: the largest of all sublayers and tokens;
+        - `identity_distance`, `entropy`: the means.
+
+    Raises:
+        ValueError, TypeError: h_res of another shape or dtype; a prefix that is no string.
+    """
+    op = "diagnostics.summary"
+    _errors.text(op, "prefix", prefix)
+    h_res = _check.matrices(op, "h_res", h_res)
+    if h_res.ndim < 3 or 0 in h_res.shape:
+        raise Refusal(ValueError, op, "h_res").expected(
+            "shape [L, ..., n, n] with sublayers and tokens",
+            list(h_res.shape),
+            "Stack the matrices of all sublayers: jnp.stack([...]).",
+        )
+    gain, figures = amax_gain(composite(h_res)[-1]), mixing(h_res)
+    found = {
+        "composite_gain_forward": jnp.max(gain.forward),
+        "composite_gain_forward_mean": jnp.mean(gain.forward),
+        "composite_gain_backward": jnp.max(gain.backward),
+        "composite_gain_backward_mean": jnp.mean(gain.backward),
+        "row_error": jnp.max(figures.row_error),
+        "column_error": jnp.max(figures.column_error),
+        "logit_range": jnp.max(logit_range(h_res)),
+        "identity_distance": jnp.mean(figures.identity_distance),
+        "entropy": jnp.mean(figures.entropy),
+    }
+    return {f"{prefix}{name}": value for name, value in found.items()}
+
+
 def stream_similarity(
     x: Float[jax.Array, "*tokens n C"] | Streams,
 ) -> Float[jax.Array, "*tokens"]:

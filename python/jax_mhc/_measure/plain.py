@@ -59,6 +59,7 @@ def pre(
     h_pre: jax.Array | None = None,
 ) -> tuple[jax.Array, Context]:
     given = h_pre
+    assert params.phi is not None and params.alpha is not None
     n, m = x.shape[1], _project(x, params.phi)
     z_pre, z_post, z_res = (
         gate * columns + bias
