@@ -210,16 +210,25 @@ OPS = {
     ),
     # The seam of the delayed schedule, whose u has the weights of the sublayer before.
     "post_pre_given": Op(
-        _given, ("y", "ctx", "params", "h_given"), ("post_pre_fwd",), 2 * _n + 2, goals_us=(190,)
+        _given,
+        ("y", "ctx", "params", "h_given"),
+        ("post_pre_fwd",),
+        _U["post_pre_fwd"],
+        goals_us=(190,),
     ),
     "post_pre_given_bwd": Op(
-        None, _COTANGENTS, ("post_pre_bwd",), 3 * _n + 3, goals_us=(286,), donated=("d_x_new",)
+        None,
+        _COTANGENTS,
+        ("post_pre_bwd",),
+        _U["post_pre_bwd"],
+        goals_us=(286,),
+        donated=("d_x_new",),
     ),
     "fb_post_pre_given": Op(
         _fb_given,
         ("y", "ctx", "params", "h_given", *_COTANGENTS),
         ("post_pre_bwd", "post_pre_fwd"),
-        (2 * _n + 2) + (3 * _n + 3),
+        _U["post_pre_fwd"] + _U["post_pre_bwd"],
         goals_us=(476,),
         donated=("d_x_new",),
     ),
