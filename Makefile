@@ -57,7 +57,7 @@ SOURCES := pyproject.toml hatch_build.py Cargo.toml Cargo.lock \
 # CUDA C++, C++ and C.
 C_SOURCES := $(shell find kernels ffi fuzz -name '*.cu' -o -name '*.cuh' -o -name '*.cc' -o -name '*.h' -o -name '*.c')
 
-.PHONY: help demo test wheels lint fuzz fuzz-folder shapes miri reproduce kills abi bench bench-gpu clean
+.PHONY: help demo test wheels lint fuzz fuzz-folder shapes miri reproduce kills abi bench bench-gpu docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\): .*## \(.*\)/make \1\t\2/p' Makefile
@@ -148,6 +148,15 @@ bench-gpu: .venv/installed-bench,cuda13  ## the same, all configurations and a t
 	$(BIN)/python -m benches train_step
 	$(BIN)/python -m benches diagnostics_step
 	$(BIN)/python -m benches plots
+
+# The pages alone: API pages are read from the source, so that no library has to be built.
+docs: .venv/docs  ## build the documentation site in .build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+.venv/docs: pyproject.toml .venv/ready
+	$(BIN)/python -c "$$NEEDED" docs > .venv/docs.txt
+	$(BIN)/pip install --quiet --requirement .venv/docs.txt
+	@touch $@
 
 clean:  ## remove everything that these targets made
 	rm -rf .venv .build target demo .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -211,7 +211,7 @@ def summary(
         Arrays of no dimension:
 
         - `composite_gain_forward`, `composite_gain_backward`: the largest of all tokens' products
-          of all sublayers; with `_mean` behind it the mean of tokens;
+            of all sublayers; with `_mean` behind it the mean of tokens;
         - `row_error`, `column_error`, `logit_range`: the largest of all sublayers and tokens;
         - `identity_distance`, `entropy`: the means.
 

@@ -1,0 +1,27 @@
+"""Hook of mkdocs: links from docs/ to files beside it lead to the repository's page."""
+
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+_LINK = re.compile(r"(?<=\]\()(\.\./[^)\s#]*)")
+
+
+def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
+    """Returns the page with an address in place of each path that begins with `../`."""
+    root = Path(config.docs_dir).parent
+    folder = posixpath.join("docs", posixpath.dirname(page.file.src_uri))
+
+    def address(match: re.Match[str]) -> str:
+        path = posixpath.normpath(posixpath.join(folder, match[1]))
+        if not (root / path).exists():
+            raise ValueError(f"{page.file.src_uri}: no file {path} for the link {match[1]}")
+        # Without a repository the site is looked at beside the checkout that it was built from.
+        return (
+            f"{config.repo_url.rstrip('/')}/blob/HEAD/{path}"
+            if config.repo_url
+            else (root / path).as_uri()
+        )
+
+    return _LINK.sub(address, markdown)
