@@ -151,7 +151,7 @@ def check(root, env):
         if not Path(std).is_dir():
             raise BuildError(f"Rust has no {target}: run rustup target add {target}")
         return PORTABLE[tag]
-    # What the build of the C++ half calls, and rustc to link.
+    # The compiler that the build of the C++ half calls, and rustc to link.
     for variable, default in {"CXX": "c++", "CC": "cc"}.items():
         compiler = shlex.split(env.get(variable) or default)[0]
         if not shutil.which(compiler, path=env.get("PATH")):
@@ -163,7 +163,7 @@ def check(root, env):
 
 
 def _rustc(env, *options):
-    """What rustc says of itself; "" where there is none."""
+    """The answer of rustc about itself; "" where there is none."""
     command = [env.get("RUSTC", "rustc"), *(options or ["--version"])]
     try:
         return subprocess.run(command, env=env, text=True, capture_output=True, check=True).stdout

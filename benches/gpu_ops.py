@@ -357,7 +357,7 @@ def exact(op: str, named: dict[str, Any]) -> dict[str, Any]:
 
 
 def exact_of_new_streams(op: str, named: dict[str, Any]) -> dict[str, Any]:
-    """What a seam makes of its new streams, which are `x` here, as they were rounded."""
+    """The results of a seam on its new streams, which are `x` here, as they were rounded."""
     results = exact("pre_norm" if op == "post_pre_norm" else "pre", named)
     if "given" in op:
         h_given, x = (np.asarray(named[name]).astype(np.float64) for name in ("h_given", "x"))

@@ -37,7 +37,7 @@ struct Handler {
 /// The library cannot be loaded, or is another one.
 ///
 /// # Safety
-/// What exports `jax_mhc_describe` is the library of jax-mhc.
+/// The library of jax-mhc is the one that exports `jax_mhc_describe`.
 pub unsafe fn load(path: &Path) -> Result<Description, String> {
     let fail = |reason: String| format!("library {}: {reason}", path.display());
     // SAFETY: promised by the caller.

@@ -403,7 +403,7 @@ impl<'a> Program<'a> {
     /// Runs the program, and waits for its end.
     ///
     /// # Errors
-    /// Those of the program's calls, and XLA's own.
+    /// The errors of the handlers that the program calls, and XLA's own.
     pub fn run(&self, arguments: &[Buffer<'a>]) -> Result<Vec<Buffer<'a>>, String> {
         let plugin = self.client.plugin;
         let mut options = c::ExecuteOptions::default();

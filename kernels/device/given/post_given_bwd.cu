@@ -114,7 +114,7 @@ struct Replier {
       bias;  // of this lane's column of the first octet, and of those of the others; of h_pre's columns
   GateSums sums[kOctets];
 
-  // What a token's lanes have of it: zeros behind the last one.
+  // Values of the lanes of a token: zeros behind the last one.
   struct Token {
     float m[kOctets], d_z[kOctets], r, h_given;
   };
@@ -208,7 +208,7 @@ struct Replier {
     }
     // Blocks of other channels have the same again.
     if (block.rank > 0) return;
-    // Of all tokens, to the row of this warp. Then lane c has column c.
+    // Sums of all tokens, to the row of this warp. Then lane c has column c.
     GateSums of_column;
 #pragma unroll
     for (u32 octet = 0; octet < kOctets; ++octet) {
@@ -221,7 +221,7 @@ struct Replier {
 
 // ---- dots of a block ----------------------------------------------------------------------------------
 
-// Of a token and a block: entries of d_H_res, then those of d_h_post, both in the order of `StreamDots`, and <d_u, X[j]> and
+// Sums of a token and a block: entries of d_H_res, then those of d_h_post, both in the order of `StreamDots`, and <d_u, X[j]> and
 // <d_u, y>. Rows are whole pieces of 16 bytes.
 constexpr u32 kOfPost = N * N, kOfX = N == 4 ? 20 : 8, kOfY = kOfX + N;
 constexpr u32 kDotsRow = (kOfY + 4) / 4 * 4;
