@@ -102,7 +102,7 @@ constexpr u32 kAllPhiBytes =
 
 constexpr u32 kBox = Tile<kTileTokens>::kBoxBytes;
 constexpr u32 kPlane = Tile<kTileTokens>::kPlaneBytes;
-// What is copied at once: in a stage half of the streams of X, those with an even or those with an odd number, and y and
+// Parts that are copied at once: in a stage half of the streams of X, those with an even or those with an odd number, and y and
 // d_u, a pair; in a slot the same half of d_X'_in. Two neighbouring streams are read at once: half a swizzled box between
 // them keeps those in different banks.
 constexpr u32 kHalf = N / 2 * kPlane;

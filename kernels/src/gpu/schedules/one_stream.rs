@@ -161,7 +161,7 @@ fn sizes(call: &CheckedCall) -> [Arg; 4] {
     ]
 }
 
-/// That launch, whose u has the weights of its own sublayer.
+/// The launch whose u has the weights of its own sublayer.
 pub fn forward(call: &CheckedCall, device: &Device) -> Option<Launch> {
     let is_post_pre = call.kind == Call::PostPreFwd;
     let (function, arrays) = if is_post_pre {

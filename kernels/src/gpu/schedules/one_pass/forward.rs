@@ -14,7 +14,7 @@ pub const FORWARD: Schedule = Schedule {
     plan: |call, device, _| launch(call, device).map(|launch| vec![launch]),
 };
 
-/// That launch, whose u has the weights of its own sublayer.
+/// The launch whose u has the weights of its own sublayer.
 pub fn launch(call: &CheckedCall, device: &Device) -> Option<Launch> {
     let is_post_pre = call.kind == Call::PostPreFwd;
     let has_norm = call.norm_width > 0;
