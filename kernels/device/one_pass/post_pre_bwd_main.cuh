@@ -290,7 +290,7 @@ struct MainWarp {
     begin(0, kAhead, x_new, d_u, tables, stage, lane);
 
     wait(block.barrier(kGradientFull, slot), rings.slot_parity());
-    wait_for_cluster(block.barrier(kRepliesFull, stage), rings.stages.parity);
+    block.wait_for_replies(stage, rings.stages.parity);
     const u32 replies = block.reply(stage, 0);
     if constexpr (kSumsPhi) sum_phi(0, kAhead, x_new, replies);
 

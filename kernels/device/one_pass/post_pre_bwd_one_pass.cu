@@ -138,6 +138,9 @@ struct Block : Stages {
   __device__ void expect_replies(u32 stage) const {
     arrive_and_expect(barrier(kRepliesFull, stage), kTileTokens * kReplyBytes);
   }
+  __device__ void wait_for_replies(u32 stage, u32 parity) const {
+    wait_for_cluster(barrier(kRepliesFull, stage), parity);
+  }
 
   // At the owner, of its token t: what comes from a warp of a block, and from a block.
   __device__ u32 dots(u32 slot, u32 t, u32 from) const {
