@@ -1,8 +1,9 @@
 """Draws the figures of docs/ and writes its tables, from the newest records of a GPU.
 
 `make bench-gpu` runs this last. What benchmarks measured stands in performance.md, results.md,
-diagnostics.md and README.md between two comments, `<!-- name -->` and `<!-- /name -->`, and is written here; the
-text around them is not. So is the package's table of what is faster (`_call/faster.json`).
+diagnostics.md and README.md between two comments, `<!-- name -->` and `<!-- /name -->`, and is
+written here; the text around them is not. So is the package's table of what is faster
+(`_call/faster.json`).
 """
 
 from __future__ import annotations
@@ -364,7 +365,7 @@ def train_step_section(record: dict[str, Any], path: Path, docs: Path) -> str:
     )
 
 
-# The README's models: the suffix of a record, the loop over the layers, plain residuals and mHC in it.
+# Models of the README: suffix of the record, loop over the layers, plain residuals and mHC in it.
 COSTS = (
     ("-train-step-768", "scan", "residual", "seams"),
     ("-train-step-1024", "scan", "residual", "seams"),
