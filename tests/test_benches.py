@@ -221,7 +221,7 @@ def test_the_readme_tells_what_the_training_showed():
     told = f"{below.mean():.4f} ({below.min():.4f} to {below.max():.4f}) below the plain residual's"
     assert told in readme
     longer = of("residual", "tokens_per_s").mean() / of("mhc", "tokens_per_s").mean() - 1
-    assert f"at C = 512 the step takes {100 * longer:.0f} % longer" in readme
+    assert f"at C = 512 the step takes {100 * longer:.0f} % longer than" in readme
     gains = of("mhc", "max_mean_gain_forward"), of("mhc", "max_mean_gain_backward")
     assert np.all(np.array(gains) >= 0.99) and np.all(np.array(gains) < 1.8)
     assert np.all(of("hc", "max_mean_gain_forward") > 2500)
