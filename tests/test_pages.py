@@ -1,7 +1,8 @@
 """Every code block of the pages runs, on its own, and says what is so.
 
 A block runs with no names but its own. Where the text around it introduces others, such as a model,
-a function of NAMES makes them, runs the block and looks at what came of it.
+a function of NAMES makes them, runs the block and looks at what came of it. Blocks of a page that is
+one program run after those before them.
 """
 
 import dataclasses
@@ -41,7 +42,9 @@ LANGUAGES = {"python", "diff", "bibtex"}
 @pytest.fixture(autouse=True)
 def as_a_user_finds_jax(default_dtypes):
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
+        # By default a GPU rounds the factors of a product in float32 to 10 bits.
+        with jax.default_matmul_precision("highest"):
+            yield
 
 
 @pytest.mark.parametrize("block", [b for b in ALL if b.language == "python"], ids=str)
@@ -169,8 +172,7 @@ def _(block, monkeypatch):
 @names("docs/upcycling.md", "A trained model", 0, 1)
 def _(block, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples" / "modules")
-    with jax.default_matmul_precision("highest"):
-        found = names_after(block)
+    found = names_after(block)
     if "start" in found:
         close(*found["start"])
         assert np.mean(found["after"][-20:]) < np.mean(found["before"][-20:])
@@ -179,8 +181,7 @@ def _(block, monkeypatch):
 @names("docs/upcycling.md", "More streams, or fewer")
 def _(block, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples" / "modules")
-    with jax.default_matmul_precision("highest"):
-        found = names_after(block)
+    found = names_after(block)
     close(*found["widened"])
     assert np.mean(found["at_last"][-20:]) < np.mean(found["after"][-20:])
     # The copies of a stream have come apart.
