@@ -1,8 +1,8 @@
 """Every code block of the pages runs, on its own, and says what is so.
 
 A block runs with no names but its own. Where the text around it introduces others, such as a model,
-a function of NAMES makes them, runs the block and looks at what came of it. Blocks of a page that is
-one program run after those before them.
+a function of NAMES makes them, runs the block and looks at what came of it. Blocks of a page that
+is one program run after those before them.
 """
 
 import dataclasses
