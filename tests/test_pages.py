@@ -32,7 +32,7 @@ from jax_mhc import convert, diagnostics
 
 C = 16
 KEY = jax.random.key(0)
-# To rounding in float32, of a few sublayers.
+# Roundings of a few sublayers in float32.
 close = functools.partial(assert_close, limit=5e-6)
 
 NAMES = {}
@@ -435,7 +435,7 @@ NUMBERS = {"mhc/composite_gain_forward": jnp.ones(()), "mhc/logit_range": jnp.fu
 
 
 class Log:
-    """Stands for both libraries, which need not be here, and for what they write to."""
+    """Stand-in for both libraries, which need not be here, and for what they write to."""
 
     def __init__(self):
         self.told = {}
