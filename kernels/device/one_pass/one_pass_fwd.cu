@@ -134,10 +134,13 @@ struct Plan {
   static constexpr int kStage = (kFinish + 2 * kBatch * kSumsBytes + 1023) / 1024 * 1024;
   static constexpr int kBytes = kStage + kStages * kStageBytes;
 
-  // On its way to registers phi lies where the last stages will be, rows of kColumns float32 by stream: all pieces at once,
-  // or one after the other. A piece has a pair of streams, or half of its boxes where the stages have no room for a pair.
-  static constexpr int kPhiRowBytes = kColumns * 4;
   static constexpr int kAllStagesBytes = kStages * kStageBytes;
+  // Stages of less than 100 KB are too few to hide how long memory takes.
+  static constexpr bool kPrefetches = kAllStagesBytes < 100 * 1024;
+
+  // On its way to registers phi lies where the last stages will be, rows of kColumns float32 by stream: all pieces at
+  // once, or one after the other. A piece is a pair of streams, or half of its boxes where stages have no room for it.
+  static constexpr int kPhiRowBytes = kColumns * 4;
   static constexpr int kPairPieces = kAllStagesBytes < 2 * SIZE * kPhiRowBytes ? 2 : 1;
   static constexpr int kPieceBoxes = kBoxes / kPairPieces;
   static constexpr int kPieceChannels = kPieceBoxes * kBoxChannels;
@@ -316,11 +319,16 @@ __device__ inline void Block<POST_PRE, NORM>::load_tiles() const {
 #pragma unroll 1
   for (; has_tile(i); ++i, ring.next()) {
     if (i == P::kFreeStages) copy_rest_of_phi();
+    const int first = first_token(i), count = min(P::kTokens, args.tokens - first);
+    if (P::kPrefetches && i >= P::kStages) {
+      // The tile comes as far as the L2 cache until there is room for it.
+      prefetch(*args.x_map, first, rank * kBoxes, 0);
+      if constexpr (POST_PRE) prefetch(*args.y_map, first, rank * kBoxes, 0);
+    }
     wait(barrier(kEmpty, ring.slot), ring.parity ^ 1);
     // X' was written there, and not by the copy engine.
     if constexpr (POST_PRE) fence_for_copies();
     const u32 full = barrier(kFull, ring.slot), to = stage(ring.slot);
-    const int first = first_token(i), count = min(P::kTokens, args.tokens - first);
     // Bulk copies have 16 bytes or more: half of that is left where two streams have an odd number of tokens.
     const int copied = N % 4 == 0 ? count : count / 2 * 2;
     if constexpr (POST_PRE && N % 4 != 0) {

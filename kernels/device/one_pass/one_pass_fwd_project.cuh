@@ -70,7 +70,8 @@ __device__ inline void Block<POST_PRE, NORM>::project(int warp, int lane) const 
   const int boxes = this->channels() / kBoxChannels;
 #pragma unroll
   for (int part = 0; part < kBoxSlices; ++part) {
-    const int first_pair = part * (Phi::kStreams / 2), last_pair = first_pair + Phi::kStreams / 2 - 1;
+    const int first_pair = part * (Phi::kStreams / 2),
+              last_pair = first_pair + Phi::kStreams / 2 - 1;
 #pragma unroll
     for (int of_pair = 0; of_pair < P::kPairPieces; ++of_pair) {
       const int first = first_pair * P::kPairPieces + of_pair;

@@ -15,7 +15,8 @@ constexpr bool kNeighbours = kUnits == 2;
 constexpr int kLastUnits = SIZE / 16 - (kUnits - 1) * kMainWarps;
 constexpr int kUnitStep = kNeighbours ? 16 : 16 * kMainWarps;  // channels
 constexpr int kWarpStep = kNeighbours ? 32 : 16;
-static_assert(!kNeighbours || !kStagesWaitForPhi, "phi that stays in shared memory lies before the rest");
+static_assert(!kNeighbours || !kStagesWaitForPhi,
+              "phi that stays in shared memory lies before the rest");
 // Whether d_X'_in of all units is read before any of them is worked on: where there are registers for it.
 constexpr bool kGradientsFirst = kAhead == kUnits && kSumsPhi && !kIdentity;
 // Whether units read tables and use words of replies anew: there are registers for two streams' numbers.

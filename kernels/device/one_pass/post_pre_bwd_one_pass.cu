@@ -40,8 +40,8 @@ constexpr int kThreads = 32 * (kFirstOwner + kOwnerWarps);
 
 // ---- shared memory ----------------------------------------------------------------------------------
 
-// Slots for dots of d_u, of which a block owns every one or every second: at least as many as stages, and so many that none
-// of its owners waits for another's.
+// Slots for dots of d_u, of which a block owns every one or every second: an even number, at least as many as stages,
+// and so many that two owners have none in common.
 constexpr int kDotsSlots = kStages > 2 * kOwnerWarps ? (kStages + 1) / 2 * 2 : 2 * kOwnerWarps;
 
 // Barriers, of 8 bytes each: what is there once a phase is over, and who arrives for that, a warp once. Copies and

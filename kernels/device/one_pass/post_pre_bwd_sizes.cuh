@@ -83,8 +83,8 @@ constexpr u32 kTablesBytes = kIsFloat32
 
 // A main warp has units of 16 channels of all streams.
 constexpr int kUnits = (SIZE / 16 + kMainWarps - 1) / kMainWarps;
-// The main warps have phi of as many units in registers, the last ones, as 96 of them hold together with the sums for d_phi:
-// that leaves shared memory to the stages. phi of the others lies there.
+// The main warps have phi of their last units in registers, of as many as 96 registers hold together with the sums for
+// d_phi, which leaves shared memory to the stages. phi of the first units lies there.
 constexpr int kSumsOfWarp = kSumsPhi ? kUnits * N * kOctets * 4 : 0;
 constexpr int kUnitsOfPhi = (96 - kSumsOfWarp) / (N * kPhiWords);
 constexpr int kHeldUnits = kIsFloat32 ? 0 : kUnitsOfPhi < kUnits ? kUnitsOfPhi : kUnits;
@@ -101,7 +101,7 @@ constexpr u32 kPhiBytes = kPhiFragmentBytes;
 constexpr u32 kPhiPairBytes = kMainWarps * 32 * 8;  // of all main warps
 constexpr u32 kAllPhiBytes =
     kIsFloat32 ? (kPhiPairs - kHeld) * kPhiPairBytes : SIZE / 16 * N * kPhiBytes;
-// What of it stays in shared memory.
+// The part of it that stays in shared memory.
 constexpr u32 kSharedPhiBytes =
     kSharedUnits == kUnits ? kAllPhiBytes : kSharedUnits * kMainWarps * N * kPhiBytes;
 

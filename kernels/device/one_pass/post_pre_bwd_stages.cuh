@@ -12,8 +12,8 @@ constexpr u32 kEvenGradient = kVectors + kStages * kPair;
 constexpr u32 kOddGradient = kEvenGradient + kGradients * kHalf + kOddShift;
 constexpr u32 kOdd = kOddGradient + kGradients * kHalf;
 constexpr u32 kSharedBytes = kOdd + kStages * kHalf;
-// On its way to registers phi lies where nothing of the first stage does, or behind the units that stay in shared memory:
-// then nothing comes to a stage before it is in registers.
+// On its way to registers phi lies where nothing of the first stage does. Where some of it stays in shared memory, the
+// rest is behind that, and nothing comes to a stage before phi is in registers.
 constexpr u32 kPhi = kSharedUnits == 0 ? kVectors + kPair : kAfterTables;
 constexpr bool kStagesWaitForPhi = kSharedUnits > 0 && kHeldUnits > 0;
 static_assert(kPhi + kAllPhiBytes <= (kSharedUnits == 0 ? kOdd : kSharedBytes), "");
