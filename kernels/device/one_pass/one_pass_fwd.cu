@@ -264,6 +264,11 @@ struct Block : Place<Plan<POST_PRE, NORM>::kTokens> {
   __device__ void apply(int thread) const;
   __device__ void copy_phi(int first_piece) const;
   __device__ void copy_rest_of_phi() const;
+  // Channels of a piece from its first one on: the last block may have none of a second half.
+  __device__ int phi_channels(int first) const {
+    if (P::kPairPieces == 1) return this->channels();
+    return max(0, min(P::kPieceChannels, this->channels() - first));
+  }
   __device__ u32 phi_piece(int piece) const {
     return shared + P::kPhi + piece % P::kPiecesAtOnce * 2 * P::kPhiBytes;
   }
@@ -286,12 +291,10 @@ __device__ inline void Block<POST_PRE, NORM>::copy_phi(int first_piece) const {
   for (int piece = first_piece; piece < first_piece + P::kPiecesAtOnce; ++piece) {
     const int pair = piece / P::kPairPieces;
     const int first_channel = piece % P::kPairPieces * P::kPieceChannels;
-    const int channels = min(P::kPieceChannels, this->channels() - first_channel);
-    const u32 full = barrier(kPhiFull, piece);
-    // The last block may have no channels of a second half.
-    const u32 bytes = max(0, channels) * P::kPhiRowBytes;
+    const u32 full = barrier(kPhiFull, piece),
+              bytes = phi_channels(first_channel) * P::kPhiRowBytes;
     arrive_and_expect(full, 2 * bytes);
-    if (bytes == 0) continue;
+    if (P::kPairPieces > 1 && bytes == 0) continue;
     for (int j = 0; j < 2; ++j) {
       const size_t row = size_t(2 * pair + j) * hidden + rank * SIZE + first_channel;
       copy_in(phi_piece(piece) + j * P::kPhiBytes, args.phi + row * kColumns, bytes, full);
@@ -319,16 +322,16 @@ __device__ inline void Block<POST_PRE, NORM>::load_tiles() const {
 #pragma unroll 1
   for (; has_tile(i); ++i, ring.next()) {
     if (i == P::kFreeStages) copy_rest_of_phi();
-    const int first = first_token(i), count = min(P::kTokens, args.tokens - first);
     if (P::kPrefetches && i >= P::kStages) {
       // The tile comes as far as the L2 cache until there is room for it.
-      prefetch(*args.x_map, first, rank * kBoxes, 0);
-      if constexpr (POST_PRE) prefetch(*args.y_map, first, rank * kBoxes, 0);
+      prefetch(*args.x_map, first_token(i), rank * kBoxes, 0);
+      if constexpr (POST_PRE) prefetch(*args.y_map, first_token(i), rank * kBoxes, 0);
     }
     wait(barrier(kEmpty, ring.slot), ring.parity ^ 1);
     // X' was written there, and not by the copy engine.
     if constexpr (POST_PRE) fence_for_copies();
     const u32 full = barrier(kFull, ring.slot), to = stage(ring.slot);
+    const int first = first_token(i), count = min(P::kTokens, args.tokens - first);
     // Bulk copies have 16 bytes or more: half of that is left where two streams have an odd number of tokens.
     const int copied = N % 4 == 0 ? count : count / 2 * 2;
     if constexpr (POST_PRE && N % 4 != 0) {
