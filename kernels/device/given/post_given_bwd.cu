@@ -280,11 +280,11 @@ __device__ inline void store_stream_dots(const Block& block, const Args& args, i
 
 // The maps have boxes of kTileTokens tokens and SIZE channels; gridDim.x is C / SIZE, rounded up.
 KERNEL(post_given_bwd, kThreads, 1)
-(const __grid_constant__ TensorMap x_even, const __grid_constant__ TensorMap x_odd,
- const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap d_u,
- const __grid_constant__ TensorMap d_x_new_in_even,
- const __grid_constant__ TensorMap d_x_new_in_odd, const __grid_constant__ TensorMap d_x_new_even,
- const __grid_constant__ TensorMap d_x_new_odd, const __grid_constant__ TensorMap d_y,
+(const __grid_constant__ BlockMaps x_even, const __grid_constant__ BlockMaps x_odd,
+ const __grid_constant__ BlockMaps y, const __grid_constant__ BlockMaps d_u,
+ const __grid_constant__ BlockMaps d_x_new_in_even,
+ const __grid_constant__ BlockMaps d_x_new_in_odd, const __grid_constant__ BlockMaps d_x_new_even,
+ const __grid_constant__ BlockMaps d_x_new_odd, const __grid_constant__ BlockMaps d_y,
  const float* h_post, const float* h_res, const float* phi, const float* alpha, const float* bias,
  const float* m, const float* r, const float* h_res_new, const float* h_given, const float* d_h_pre,
  const float* d_z, float* dots, void* d_phi, float* gate_sums, int tokens, int hidden, int deferred,

@@ -154,14 +154,14 @@ struct Plan {
 
 // The arguments of a kernel.
 struct Args {
-  const TensorMap* x_map;
+  const BlockMaps* x_maps;
   const float *phi, *alpha, *bias;
   Stream* u;
   float *h_pre, *h_post, *h_res, *m, *r;
   int tokens, hidden;
   const Settings* settings;
   // In post_pre alone.
-  const TensorMap* y_map;
+  const BlockMaps* y_maps;
   const float *h_post_in, *h_res_in;
   Stream* x_new;
   // With a layer norm alone.
@@ -232,8 +232,8 @@ struct Block : Place<Plan<POST_PRE, NORM>::kTokens> {
       publish_barriers();
       fence_for_copies();
       copy_phi(0);
-      prefetch(*args.x_map);
-      if constexpr (POST_PRE) prefetch(*args.y_map);
+      prefetch(args.x_maps->boxes);
+      if constexpr (POST_PRE) prefetch(args.y_maps->boxes);
     }
     if (lane < P::kStages) {
       init_barrier(barrier(kFull, lane), 1);
@@ -299,6 +299,7 @@ __device__ inline void Block<POST_PRE, NORM>::copy_rest_of_phi() const {
 template <bool POST_PRE, bool NORM>
 __device__ inline void Block<POST_PRE, NORM>::load_tiles() const {
   const u64 policy = evict_first();
+  const auto lines = this->lines();
   Ring<P::kStages> ring;
   int i = 0;
 #pragma unroll 1
@@ -319,9 +320,9 @@ __device__ inline void Block<POST_PRE, NORM>::load_tiles() const {
     }
     const int coefficients = POST_PRE ? (count * N + copied) * N * 4 : 0;
     arrive_and_expect(full, P::kStageBytes + coefficients);
-    copy_in(to, *args.x_map, first, rank * kBoxes, 0, full, policy);
+    lines.template copy_in<N>(to, *args.x_maps, first, full, policy);
     if constexpr (POST_PRE) {
-      copy_in(to + P::kY, *args.y_map, first, rank * kBoxes, 0, full, policy);
+      lines.template copy_in<1>(to + P::kY, *args.y_maps, first, full, policy);
       const u32 h_res = mixing(ring.slot);
       copy_in(h_res, args.h_res_in + size_t(first) * N * N, count * N * N * 4, full);
       if (N % 4 == 0 || copied > 0) {
@@ -727,39 +728,39 @@ __device__ inline void run(const Args& args) {
 }
 
 KERNEL(pre_fwd_one_pass, kThreads, 1)
-(const __grid_constant__ TensorMap x_map, const float* phi, const float* alpha, const float* bias,
+(const __grid_constant__ BlockMaps x_maps, const float* phi, const float* alpha, const float* bias,
  Stream* u, float* h_pre, float* h_post, float* h_res, float* m, float* r, int tokens, int hidden,
  const __grid_constant__ Settings settings) {
   run<false, false>(
-      {&x_map, phi, alpha, bias, u, h_pre, h_post, h_res, m, r, tokens, hidden, &settings});
+      {&x_maps, phi, alpha, bias, u, h_pre, h_post, h_res, m, r, tokens, hidden, &settings});
 }
 
 KERNEL(pre_norm_fwd_one_pass, kThreads, 1)
-(const __grid_constant__ TensorMap x_map, const float* phi, const float* alpha, const float* bias,
+(const __grid_constant__ BlockMaps x_maps, const float* phi, const float* alpha, const float* bias,
  const float* norm_scale, Stream* u, float* h_pre, float* h_post, float* h_res, float* m, float* r,
  float* rho, float norm_scale_eps, int tokens, int hidden,
  const __grid_constant__ Settings settings) {
-  run<false, true>({&x_map,  phi,     alpha,   bias,       u,      h_pre,         h_post,
+  run<false, true>({&x_maps, phi,     alpha,   bias,       u,      h_pre,         h_post,
                     h_res,   m,       r,       tokens,     hidden, &settings,     nullptr,
                     nullptr, nullptr, nullptr, norm_scale, rho,    norm_scale_eps});
 }
 
 KERNEL(post_pre_fwd_one_pass, kThreads, 1)
-(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map,
+(const __grid_constant__ BlockMaps x_maps, const __grid_constant__ BlockMaps y_maps,
  const float* h_post_in, const float* h_res_in, const float* phi, const float* alpha,
  const float* bias, Stream* x_new, Stream* u, float* h_pre, float* h_post, float* h_res, float* m,
  float* r, int tokens, int hidden, const __grid_constant__ Settings settings) {
-  run<true, false>({&x_map, phi, alpha, bias, u, h_pre, h_post, h_res, m, r, tokens, hidden,
-                    &settings, &y_map, h_post_in, h_res_in, x_new});
+  run<true, false>({&x_maps, phi, alpha, bias, u, h_pre, h_post, h_res, m, r, tokens, hidden,
+                    &settings, &y_maps, h_post_in, h_res_in, x_new});
 }
 
 KERNEL(post_pre_norm_fwd_one_pass, kThreads, 1)
-(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map,
+(const __grid_constant__ BlockMaps x_maps, const __grid_constant__ BlockMaps y_maps,
  const float* h_post_in, const float* h_res_in, const float* phi, const float* alpha,
  const float* bias, const float* norm_scale, Stream* x_new, Stream* u, float* h_pre, float* h_post,
  float* h_res, float* m, float* r, float* rho, float norm_scale_eps, int tokens, int hidden,
  const __grid_constant__ Settings settings) {
-  run<true, true>({&x_map,    phi,      alpha, bias,       u,      h_pre,         h_post,
-                   h_res,     m,        r,     tokens,     hidden, &settings,     &y_map,
+  run<true, true>({&x_maps,   phi,      alpha, bias,       u,      h_pre,         h_post,
+                   h_res,     m,        r,     tokens,     hidden, &settings,     &y_maps,
                    h_post_in, h_res_in, x_new, norm_scale, rho,    norm_scale_eps});
 }

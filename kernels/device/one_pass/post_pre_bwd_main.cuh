@@ -94,6 +94,7 @@ struct MainWarp {
         for (int e = 0; e < N * kPhiWords; ++e) {
           const int i = e / kPhiWords, p = e % kPhiWords,
                     row = i * block.hidden + channel + p % 2 * 8 + g;
+          if (channel + p % 2 * 8 >= channels) continue;
           const float* from = phi_of_warp + row * kColumns + p / 2 * 8;
           const float2 v = __ldg(reinterpret_cast<const float2*>(from) + q);
           largest = max(largest, max(magnitude(v.x), magnitude(v.y)));
@@ -390,9 +391,10 @@ struct MainWarp {
     for (int i = 0; i < N; ++i) {
 #pragma unroll
       for (int unit = 0; unit < kUnits; ++unit) {
-        if (!has_unit(unit) || unit * kUnitStep >= channels) break;
+        const int left = channels - unit * kUnitStep;
+        if (!has_unit(unit) || left <= 0) break;
         const int row = i * block.hidden + unit * kUnitStep + g;
-        ::store_d_phi(d_phi_of_block + row * kColumns, d_phi[i][unit], q);
+        ::store_d_phi(d_phi_of_block + row * kColumns, d_phi[i][unit], left > 8, q);
       }
     }
   }

@@ -515,11 +515,11 @@ __device__ inline void send_stream_dots(const Block& block, int half, int lane) 
 // ---- kernel -----------------------------------------------------------------------------------------
 
 KERNEL(post_pre_bwd_one_pass, kThreads, 1)
-(const __grid_constant__ TensorMap x_even, const __grid_constant__ TensorMap x_odd,
- const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap d_u,
- const __grid_constant__ TensorMap d_x_new_in_even,
- const __grid_constant__ TensorMap d_x_new_in_odd, const __grid_constant__ TensorMap d_x_new_even,
- const __grid_constant__ TensorMap d_x_new_odd, const __grid_constant__ TensorMap d_y,
+(const __grid_constant__ BlockMaps x_even, const __grid_constant__ BlockMaps x_odd,
+ const __grid_constant__ BlockMaps y, const __grid_constant__ BlockMaps d_u,
+ const __grid_constant__ BlockMaps d_x_new_in_even,
+ const __grid_constant__ BlockMaps d_x_new_in_odd, const __grid_constant__ BlockMaps d_x_new_even,
+ const __grid_constant__ BlockMaps d_x_new_odd, const __grid_constant__ BlockMaps d_y,
  const float* h_post, const float* h_res, const float* phi, const float* alpha, const float* bias,
  const float* m, const float* r, const float* h_res_new, const float* d_h_pre, const float* d_z,
  float* d_h_post, float* d_h_res, void* for_phi, float* gate_sums, int tokens, int hidden,

@@ -14,12 +14,12 @@
 struct PhiFragment {
   u32 words[kPhiWords];
 
-  // This lane's elements, from the first on, if they are there; else zeros.
-  __device__ static void load(float2 (&values)[kPhiWords], const float* first, bool exist) {
+  // This lane's elements, from the first on; zeros for those channels that are not among so many from its own on.
+  __device__ static void load(float2 (&values)[kPhiWords], const float* first, int channels) {
 #pragma unroll
     for (int w = 0; w < kPhiWords; ++w) {
       const float* at = first + w % 2 * 8 * kColumns + w / 2 * 8;
-      values[w] = exist ? *reinterpret_cast<const float2*>(at) : float2{};
+      values[w] = w % 2 * 8 < channels ? *reinterpret_cast<const float2*>(at) : float2{};
     }
   }
   __device__ void set(const float2 (&values)[kPhiWords], float scale) {
@@ -47,8 +47,9 @@ __device__ inline int channel_at(int turn) {
   return cluster_rank() * SIZE + unit * 16 + thread % 32 / 4;
 }
 
-// Whether a turn's channels are there, for all of a warp alike.
-__device__ inline bool is_there(int turn, int hidden) { return channel_at(turn) < hidden; }
+// Channels from this thread's first one in a turn to the last; none, or less, where that lies behind it. For all of a warp
+// alike there are more than 0, and more than 8.
+__device__ inline int channels_left(int turn, int hidden) { return hidden - channel_at(turn); }
 
 // Where this thread's elements of fragment f of phi or d_phi begin, if they are there; asks for its place, too.
 __device__ inline int fragment_at(int f, int hidden) {
@@ -147,7 +148,7 @@ struct Differentiation {
         const int turn = TURN + k;
         if constexpr (kHoldsDW) {
           if (q / 2 == turn % 2) d_w[turn / 2] += sum;
-        } else if (q < 2 && first == 0 && is_there(turn, hidden)) {
+        } else if (q < 2 && first == 0 && has_d_w(turn)) {
           // The first of two warps that share a unit.
           *d_w_at(turn) += sum;
         }
@@ -300,7 +301,10 @@ struct Differentiation {
     if constexpr (FIRST + kPart < 2 * kOctets) read_dm<TRANSPOSED, FIRST + kPart>(dm);
   }
 
-  // Channels of `d_norm_scale_partials` that lane 4 g + q, q < 2, adds up in a turn.
+  // Channels of `d_norm_scale_partials` that lane 4 g + q, q < 2, adds up in a turn, if they are there.
+  __device__ bool has_d_w(int turn) const {
+    return channels_left(turn, hidden) > int(lane_id() % 2 * 8);
+  }
   __device__ float* d_w_at(int turn) const {
     return d_norm_scale_partials +
            (cluster_id() * u32(hidden) + u32(channel_at(turn)) + lane_id() % 2 * 8);
@@ -310,7 +314,7 @@ struct Differentiation {
 #pragma unroll
     for (int turn = 0; turn < kTurns + kShared; ++turn) {
       // Both warps of a shared unit write the same.
-      if (lane % 4 / 2 == turn % 2 && is_there(turn, hidden)) *d_w_at(turn) = d_w[turn / 2];
+      if (lane % 4 / 2 == turn % 2 && has_d_w(turn)) *d_w_at(turn) = d_w[turn / 2];
     }
   }
 
@@ -367,7 +371,7 @@ __device__ inline void differentiate_tiles(const Block& block, const Args& args,
 #pragma unroll
     for (int f = first; f < first + kAtOnce; ++f) {
       const float* at = args.phi + fragment_at(f, hidden);
-      PhiFragment::load(values[f - first], at, is_there(f / N, hidden));
+      PhiFragment::load(values[f - first], at, channels_left(f / N, hidden));
     }
   };
   u32 largest = 0;
@@ -453,9 +457,10 @@ __device__ inline void differentiate_tiles(const Block& block, const Args& args,
     if constexpr (kSumsInShared > 0) main.read_sums(last);
 #pragma unroll
     for (int f = 0; f < kFragments; ++f) {
-      if (!is_there(f / N, hidden)) continue;
+      const int channels = channels_left(f / N, hidden);
+      if (channels <= 0) continue;
       float* out = partial + fragment_at(f, hidden);
-      store_d_phi(out, f < kSums ? main.d_phi[f < kSums ? f : 0] : last);
+      store_d_phi(out, f < kSums ? main.d_phi[f < kSums ? f : 0] : last, channels > 8);
     }
   }
   if constexpr (NORM && kHoldsDW) main.write_d_w(lane);

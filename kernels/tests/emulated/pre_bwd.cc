@@ -1,25 +1,25 @@
 // pre_bwd_one_pass on a CPU against float64, and with the norm of the layer's input where the size has that.
 
-#include "check.h"
+#include "maps.h"
 #include "one_pass/pre_bwd_one_pass.cu"
 
 unsigned char shared[1];
 
-static Map x_map, d_u_map, d_x_in_map, d_x_map;
+static StreamMaps x_maps, d_u_maps, d_x_in_maps, d_x_maps;
 static const float *phi, *alpha, *bias, *m, *r, *h_res, *d_h_pre, *d_z, *norm_scale, *rho;
 static float *d_phi, *gates, *d_norm_scale;
 static int tokens, hidden, deferred;
 
 static void body() {
   CONCAT(mhc_pre_bwd_one_pass, SUFFIX)
-  (x_map.tensor_map(), d_u_map.tensor_map(), d_x_in_map.tensor_map(), d_x_map.tensor_map(), phi,
+  (x_maps.block_maps(), d_u_maps.block_maps(), d_x_in_maps.block_maps(), d_x_maps.block_maps(), phi,
    alpha, bias, m, r, deferred ? h_res : nullptr, d_h_pre, d_z, d_phi, gates, tokens, hidden,
    deferred, settings());
 }
 #ifdef HAS_pre_norm_bwd_one_pass
 static void norm_body() {
   CONCAT(mhc_pre_norm_bwd_one_pass, SUFFIX)
-  (x_map.tensor_map(), d_u_map.tensor_map(), d_x_in_map.tensor_map(), d_x_map.tensor_map(), phi,
+  (x_maps.block_maps(), d_u_maps.block_maps(), d_x_in_maps.block_maps(), d_x_maps.block_maps(), phi,
    alpha, bias, m, r, deferred ? h_res : nullptr, d_h_pre, d_z, d_phi, gates, tokens, hidden,
    deferred, settings(), norm_scale, rho, d_norm_scale);
 }
@@ -84,9 +84,9 @@ int main(int, char** argv) {
     return 1 / std::sqrt(squares / hidden + 1e-6);
   });
   const auto map = [&](Stream* values, int num_streams) {
-    return Map{values, tokens, num_streams, hidden, 0, 1, int(kTileTokens), SIZE, num_streams};
+    return StreamMaps(values, tokens, num_streams, hidden, kTileTokens);
   };
-  x_map = map(x, N), d_u_map = map(d_u, 1), d_x_in_map = map(d_x_in, N), d_x_map = map(d_x, N);
+  x_maps = map(x, N), d_u_maps = map(d_u, 1), d_x_in_maps = map(d_x_in, N), d_x_maps = map(d_x, N);
   for (int c = 0; c < clusters; ++c) {
     const int threads = norm ? Warps<true>::kThreads : Warps<false>::kThreads;
     emulated::run_cluster(c, clusters, ranks, threads, norm ? norm_body : body, sizes.seed + c);

@@ -15,13 +15,9 @@ pub fn spans(call: &CheckedCall, launch: &Launch, start: u64) -> Vec<Span> {
             ref other => panic!("{}: {other:?} at {at}", launch.kernel.symbol()),
         });
     let of_tensors = launch.args.iter().filter_map(|arg| match arg {
-        Arg::TensorMap(tensor) => {
-            let (sizes, strides, _) = tensor.layout();
-            let outer = sizes[1..].iter().zip(strides);
-            let last: u64 = outer
-                .map(|(size, stride)| size.saturating_sub(1) * stride)
-                .sum();
-            Some((tensor.start(), last as usize + 128))
+        Arg::TensorMap(tensor) | Arg::BlockMaps(tensor) => {
+            let values = tensor.tokens * tensor.num_streams * tensor.hidden;
+            Some((tensor.address, values * tensor.dtype.num_bytes()))
         }
         _ => None,
     });

@@ -109,7 +109,7 @@ pub fn plan(
     // The kernel itself takes h_post back where there is nothing else.
     let logits = (call.layout.num_res > 0).then(|| logits(call, &sums));
     let tensor =
-        |address, num_streams| Arg::TensorMap(geometry.tensor(call, kernel, address, num_streams));
+        |address, num_streams| Arg::BlockMaps(geometry.tensor(call, kernel, address, num_streams));
     let mut args = vec![
         tensor(x, call.n),
         tensor(d_u, 1),
@@ -214,9 +214,8 @@ pub fn sum_gradients(call: &CheckedCall, sums: &Sums, clusters: u32, rows: u32) 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gpu::launch::line;
     use crate::gpu::schedules::one_pass::COLUMNS;
-    use crate::gpu::schedules::one_pass::tests::LINE;
+    use crate::gpu::schedules::one_pass::tests::EIGHT;
     use crate::gpu::tuning::CHANNELS;
 
     /// Channels of a block and blocks of a cluster.
@@ -234,22 +233,21 @@ mod tests {
 
     #[test]
     fn float32_streams_have_a_geometry() {
-        let line = line(DType::F32);
         for columns in [2 * STREAMS, COLUMNS] {
             let geometry = |c| geometry_of(DType::F32, [STREAMS, c, columns]);
-            for c in (256 + line..=4096).step_by(line) {
+            for c in (256 + EIGHT..=4096).step_by(EIGHT) {
                 assert_eq!(geometry(c), Some((256, c.div_ceil(256))));
             }
             assert_eq!(geometry(256), None);
-            assert_eq!(geometry(4096 + line), None);
-            assert_eq!(geometry(2048 + line / 2), None);
+            assert_eq!(geometry(4096 + EIGHT), None);
+            assert_eq!(geometry(2048 + EIGHT / 2), None);
         }
     }
 
     #[test]
     fn float16_streams_have_a_geometry() {
         let geometry = |c, columns| geometry_of(DType::F16, [STREAMS, c, columns]);
-        for c in (512 + LINE..=8192).step_by(LINE) {
+        for c in (512 + EIGHT..=8192).step_by(EIGHT) {
             let (channels, cluster) = geometry(c, COLUMNS).unwrap();
             assert!(channels * cluster >= c, "{c}");
             assert_eq!(geometry(c, 8), Some((512, c.div_ceil(512))));
@@ -274,11 +272,11 @@ mod tests {
     #[test]
     fn two_streams_have_a_geometry() {
         let geometry = |c, columns| geometry_of(DType::Bf16, [2, c, columns]);
-        for c in (512 + LINE..=8192).step_by(LINE) {
+        for c in (512 + EIGHT..=8192).step_by(EIGHT) {
             assert_eq!(geometry(c, 8), Some((512, c.div_ceil(512))));
         }
         assert_eq!(geometry(512, 8), None);
-        assert_eq!(geometry(8192 + LINE, 8), None);
+        assert_eq!(geometry(8192 + EIGHT, 8), None);
         // Those of `identity` and `permutations`.
         assert_eq!(geometry(2048, 4), None);
         assert_eq!(geometry(2048, 6), None);
@@ -287,11 +285,11 @@ mod tests {
     #[test]
     fn widths_of_every_constraint_have_a_geometry() {
         for (columns, widest) in [(2 * STREAMS, 8192), (COLUMNS, 8192), (32, 8192)] {
-            for c in (256 + LINE..=widest).step_by(LINE) {
+            for c in (256 + EIGHT..=widest).step_by(EIGHT) {
                 let (channels, cluster) = geometry(c, columns).unwrap();
                 assert!(channels * cluster >= c, "{c} {columns}");
             }
-            assert_eq!(geometry(widest + LINE, columns), None);
+            assert_eq!(geometry(widest + EIGHT, columns), None);
         }
         // Those that tests on a GPU have (tests/test_cuda.py), with blocks of every size and with parts of them.
         for (columns, c, expected) in [
