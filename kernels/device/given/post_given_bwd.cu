@@ -63,7 +63,7 @@ struct Args {
   const float *h_post, *h_res, *phi, *alpha, *bias, *m, *r, *h_res_new, *h_given, *d_h_pre;
   const float* d_z;  // [tokens, kColumns], of which those of h_pre are not read
   float* dots;       // [tokens, gridDim.x, kDotsRow], of whole tiles, for sum_given
-  void* for_phi;     // floats [gridDim.y, n C, kColumns], for sum_given
+  void* for_phi;     // floats [gridDim.y, n, padded(C), kColumns], for sum_given
   float* gate_sums;  // [kRepliers * gridDim.y, kColumns + 3], alike
   int tokens, deferred;
 };
@@ -362,10 +362,12 @@ __device__ inline void sum_dots(const float* dots, const float* h_post, const fl
 KERNEL(sum_given, kSumThreads)
 (const float4* d_phi_partial, const float* gate_sums, const float* dots, const float* h_post,
  const float* h_res, float4* d_phi, float* d_bias, float* d_alpha, float* d_h_post, float* d_h_res,
- float* d_h_given, int phi_blocks, int ranges, int size, int num_gates, int tokens, int slices) {
+ float* d_h_given, int phi_blocks, int ranges, int size, int of_stream, int padded, int num_gates,
+ int tokens, int slices) {
   const int block = blockIdx.x - phi_blocks;
   if (block < 0) {
-    sum_phi(d_phi_partial, d_phi, ranges, size, blockIdx.x * kSumThreads + threadIdx.x);
+    const int at = blockIdx.x * kSumThreads + threadIdx.x;
+    sum_phi(d_phi_partial, d_phi, ranges, size, of_stream, padded, at);
   } else if (block == 0) {
     sum_gates<kSumThreads>(gate_sums, d_bias, d_alpha, kRepliers * ranges, kColumns, num_gates);
   } else {

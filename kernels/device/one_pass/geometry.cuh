@@ -70,6 +70,9 @@ struct Lines {
   }
 };
 
+// Channels of a stream in sums over tokens that are in memory: C, or half of a unit of 16 more, which is nobody's.
+__device__ inline int padded(int hidden) { return (hidden + 15) / 16 * 16; }
+
 template <int TOKENS>
 struct Place {
   u32 shared;  // address of the block's shared memory

@@ -235,6 +235,7 @@ struct Block : Place<Plan<POST_PRE, NORM>::kTokens> {
       prefetch(args.x_maps->boxes);
       if constexpr (POST_PRE) prefetch(args.y_maps->boxes);
     }
+    clear_phi(lane);
     if (lane < P::kStages) {
       init_barrier(barrier(kFull, lane), 1);
       init_barrier(barrier(kEmpty, lane), kApplyWarps);
@@ -254,6 +255,7 @@ struct Block : Place<Plan<POST_PRE, NORM>::kTokens> {
   __device__ void project(int warp, int lane) const;
   __device__ void apply(int thread) const;
   __device__ void copy_phi(int first_pair) const;
+  __device__ void clear_phi(int lane) const;
   __device__ void copy_rest_of_phi() const;
   __device__ u32 phi_of_pair(int pair) const {
     return shared + P::kPhi + pair % P::kPhiPairs * 2 * P::kPhiBytes;
@@ -282,6 +284,20 @@ __device__ inline void Block<POST_PRE, NORM>::copy_phi(int first_pair) const {
       copy_in(phi_of_pair(pair) + j * P::kPhiBytes, args.phi + row * kColumns, bytes, full);
     }
   }
+}
+
+// By one warp: zeros behind the last channel in a box that is not whole.
+template <bool POST_PRE, bool NORM>
+__device__ inline void Block<POST_PRE, NORM>::clear_phi(int lane) const {
+  const int last = this->channels() % kBoxChannels;
+  if (last == 0) return;
+  const u32 first = shared + P::kPhi + this->channels() * P::kPhiRowBytes;
+  for (int stream = 0; stream < 2 * P::kPhiPairs; ++stream) {
+    for (u32 at = 16 * lane; at < (kBoxChannels - last) * P::kPhiRowBytes; at += 16 * 32)
+      write4(first + stream * P::kPhiBytes + at, {});
+  }
+  // The copy engine will write there.
+  fence_for_copies();
 }
 
 // What there was no room for, then the wait for all of phi to be in registers.

@@ -67,8 +67,7 @@ __device__ inline void Block<POST_PRE, NORM>::project(int warp, int lane) const 
   constexpr bool kSpare = P::kSharedFragments == 0, kKeepsHRes = kSpare || !NORM;
   const int own_channel = kUnitChannels * warp + kWordChannels * (lane % 4);
   const u32 own_rows = own_channel * P::kPhiRowBytes + lane / 4 * 4;
-  // Boxes in which the warp has channels.
-  const int boxes = (this->channels() - kUnitChannels * warp + kBoxChannels - 1) / kBoxChannels;
+  const int boxes = (this->channels() + kBoxChannels - 1) / kBoxChannels;
 #pragma unroll
   for (int part = 0; part < kBoxSlices; ++part) {
     const int first = part * (Phi::kStreams / 2), last = first + Phi::kStreams / 2 - 1;
@@ -78,7 +77,7 @@ __device__ inline void Block<POST_PRE, NORM>::project(int warp, int lane) const 
     for (int box = 0; box < kBoxes; ++box) {
       const u32 at = phi_of_pair(first) + own_rows + box * kBoxChannels * P::kPhiRowBytes;
       const int slice = kBoxSlices * box + part;
-      // Channels behind C are of no stream, or of the next.
+      // Boxes behind C are of no stream, or of the next.
       slices[slice] = {};
       if (box < boxes) slices[slice] = Phi::read(at, P::kPhiRowBytes, P::kPhiBytes);
       units.add(slices[slice]);

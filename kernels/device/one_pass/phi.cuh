@@ -59,15 +59,13 @@ __device__ inline void add_columns(float (&sums)[kOctets][4], const u32 (&x)[2],
 }
 
 // d_phi = sum over tokens of vec(X)^T (r dm): the sums of a fragment that a lane has, to its places,
-// of which the first is the pair q of columns at `out`; the second channel, if it is there, is APART channels from the
-// first.
+// of which the first is the pair q of columns at `out`; the second channel is APART channels from the first.
 template <int APART = 8>
-__device__ inline void store_d_phi(float* out, const float (&sums)[kOctets][4],
-                                   bool has_second = true, int q = 0) {
+__device__ inline void store_d_phi(float* out, const float (&sums)[kOctets][4], int q = 0) {
 #pragma unroll
   for (int octet = 0; octet < kOctets; ++octet) {
     const float (&d)[4] = sums[octet];
     reinterpret_cast<float2*>(out + octet * 8)[q] = {d[0], d[1]};
-    if (has_second) reinterpret_cast<float2*>(out + APART * kColumns + octet * 8)[q] = {d[2], d[3]};
+    reinterpret_cast<float2*>(out + APART * kColumns + octet * 8)[q] = {d[2], d[3]};
   }
 }

@@ -162,22 +162,22 @@ __device__ inline void sum_tiles(const Stages& stages, const Operands& to, int w
   }
 
   const int channel_of_warp = blockIdx.x * SIZE + warp * 32;
-  const size_t first = size_t(blockIdx.y) * N * to.hidden + channel_of_warp + g;
+  const int channels = padded(to.hidden);
+  const size_t first = size_t(blockIdx.y) * N * channels + channel_of_warp + g;
 #pragma unroll
   for (int unit = 0; unit < kUnits; ++unit) {
-    const int left = to.hidden - channel_of_warp - unit * 16;
-    if (left <= 0) return;
+    if (channel_of_warp + unit * 16 >= to.hidden) return;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const size_t channel = first + size_t(i) * to.hidden + unit * 16;
-      store_d_phi(to.d_phi + channel * kColumns, d_phi[unit][i], left > 8, q);
+      const size_t channel = first + size_t(i) * channels + unit * 16;
+      store_d_phi(to.d_phi + channel * kColumns, d_phi[unit][i], q);
     }
   }
 }
 
 // ---- kernel -----------------------------------------------------------------------------------------
 
-// r_dm: [tokens, 2, kColumns], bfloat16. d_phi: [gridDim.y, 4 C, kColumns], to be summed. The maps have boxes of kTokens tokens and
+// r_dm: [tokens, 2, kColumns], bfloat16. d_phi: [gridDim.y, 4, padded(C), kColumns], to be summed. The maps have boxes of kTokens tokens and
 // SIZE channels; gridDim.x is C / SIZE, rounded up.
 KERNEL(phi_bwd, kThreads, tuning_phi_bwd::blocks)
 (const __grid_constant__ BlockMaps x, const __grid_constant__ BlockMaps y, const float4* h_post,

@@ -91,7 +91,7 @@ struct Args {
   const float *h_post, *h_res, *phi, *alpha, *bias, *m, *r, *h_res_new, *d_h_pre;
   const float* d_z;  // [tokens, kColumns], of which those of h_pre are not read
   float *d_h_post, *d_h_res;
-  // Where kSumsPhi: [clusters, n C, kColumns], for sum_gradients; elsewhere r dm in two bfloat16 parts,
+  // Where kSumsPhi: [clusters, n, padded(C), kColumns], for sum_gradients; elsewhere r dm in two bfloat16 parts,
   // [tokens, 2, kColumns], for phi_bwd.
   void* for_phi;
   float* gate_sums;  // [2 * blocks, kColumns + 3], for sum_gradients

@@ -48,10 +48,12 @@ __device__ inline int channel_at(int turn) {
 }
 
 // Channels from this thread's first one in a turn to the last; none, or less, where that lies behind it. For all of a warp
-// alike there are more than 0, and more than 8.
+// alike there are some, and more than 8.
 __device__ inline int channels_left(int turn, int hidden) { return hidden - channel_at(turn); }
+__device__ inline bool is_there(int turn, int hidden) { return channels_left(turn, hidden) > 0; }
 
-// Where this thread's elements of fragment f of phi or d_phi begin, if they are there; asks for its place, too.
+// Where this thread's elements of fragment f of phi or d_phi begin, if they are there, in streams of so many channels; asks
+// for its place, too.
 __device__ inline int fragment_at(int f, int hidden) {
   const u32 thread = thread_id();
   const int warp = thread / 32, turn = f / N;
@@ -148,7 +150,7 @@ struct Differentiation {
         const int turn = TURN + k;
         if constexpr (kHoldsDW) {
           if (q / 2 == turn % 2) d_w[turn / 2] += sum;
-        } else if (q < 2 && first == 0 && has_d_w(turn)) {
+        } else if (q < 2 && first == 0 && is_there(turn, hidden)) {
           // The first of two warps that share a unit.
           *d_w_at(turn) += sum;
         }
@@ -301,20 +303,17 @@ struct Differentiation {
     if constexpr (FIRST + kPart < 2 * kOctets) read_dm<TRANSPOSED, FIRST + kPart>(dm);
   }
 
-  // Channels of `d_norm_scale_partials` that lane 4 g + q, q < 2, adds up in a turn, if they are there.
-  __device__ bool has_d_w(int turn) const {
-    return channels_left(turn, hidden) > int(lane_id() % 2 * 8);
-  }
+  // Channels of `d_norm_scale_partials` that lane 4 g + q, q < 2, adds up in a turn.
   __device__ float* d_w_at(int turn) const {
     return d_norm_scale_partials +
-           (cluster_id() * u32(hidden) + u32(channel_at(turn)) + lane_id() % 2 * 8);
+           (cluster_id() * u32(padded(hidden)) + u32(channel_at(turn)) + lane_id() % 2 * 8);
   }
 
   __device__ void write_d_w(int lane) const {
 #pragma unroll
     for (int turn = 0; turn < kTurns + kShared; ++turn) {
       // Both warps of a shared unit write the same.
-      if (lane % 4 / 2 == turn % 2 && has_d_w(turn)) *d_w_at(turn) = d_w[turn / 2];
+      if (lane % 4 / 2 == turn % 2 && is_there(turn, hidden)) *d_w_at(turn) = d_w[turn / 2];
     }
   }
 
@@ -451,16 +450,16 @@ __device__ inline void differentiate_tiles(const Block& block, const Args& args,
   }
 
   if constexpr (kSumsPhi) {
+    const int channels = padded(hidden);
     float* partial =
-        static_cast<float*>(args.d_phi) + (long long)cluster_id() * N * hidden * kColumns;
+        static_cast<float*>(args.d_phi) + (long long)cluster_id() * N * channels * kColumns;
     float last[kOctets][4] = {};
     if constexpr (kSumsInShared > 0) main.read_sums(last);
 #pragma unroll
     for (int f = 0; f < kFragments; ++f) {
-      const int channels = channels_left(f / N, hidden);
-      if (channels <= 0) continue;
-      float* out = partial + fragment_at(f, hidden);
-      store_d_phi(out, f < kSums ? main.d_phi[f < kSums ? f : 0] : last, channels > 8);
+      if (!is_there(f / N, hidden)) continue;
+      float* out = partial + fragment_at(f, channels);
+      store_d_phi(out, f < kSums ? main.d_phi[f < kSums ? f : 0] : last);
     }
   }
   if constexpr (NORM && kHoldsDW) main.write_d_w(lane);

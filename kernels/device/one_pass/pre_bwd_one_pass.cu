@@ -204,13 +204,14 @@ struct Args {
   const float *phi, *alpha, *bias, *m, *r, *h_res, *d_h_pre;
   // Of the logits z [tokens, kColumns], of which those of h_pre are not read; without H_res d_h_post [tokens, N].
   const float* d_z;
-  void* d_phi;  // [clusters, n C, kColumns], for sum_gradients; or r dm, the columns of `Fragments`
+  // [clusters, n, padded(C), kColumns], for sum_gradients; or r dm, the columns of `Fragments`
+  void* d_phi;
   float* gate_sums;  // [blocks * owners, kColumns + 3], for sum_gradients
   int tokens, hidden, deferred;
   const Settings& settings;
   // With a layer norm alone.
   const float *norm_scale, *rho;
-  float* d_norm_scale_partials;  // [clusters, C], for sum_norm_scale
+  float* d_norm_scale_partials;  // [clusters, padded(C)], for sum_norm_scale
 };
 
 // The same sum in four neighbouring lanes.
@@ -346,14 +347,14 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
 
   // w of this lane's channels of the next unit.
   constexpr int kWarpUnits = kBoxUnits / kWarps;
-  const float* w_at = args.norm_scale + block.first_channel() + first_unit * 16 + lane % 4 * 2;
-  const int w_channels = block.channels() - int(first_unit) * 16;
+  const int w_channel = block.first_channel() + first_unit * 16 + lane % 4 * 2;
   float2 next_w[2];
   const auto load_w = [&](int unit) {
     const int next = unit % (kUnits / kWarps), box = next / kWarpUnits;
-    const int channel = box * kBoxChannels + next % kWarpUnits * 16;
-    next_w[0] = channel < w_channels ? load_pair(w_at + channel) : float2{};
-    next_w[1] = channel + 8 < w_channels ? load_pair(w_at + channel + 8) : float2{};
+    const int channel = w_channel + box * kBoxChannels + next % kWarpUnits * 16;
+    const float* at = args.norm_scale + channel;
+    next_w[0] = channel < args.hidden ? load_pair(at) : float2{};
+    next_w[1] = channel + 8 < args.hidden ? load_pair(at + 8) : float2{};
   };
   if constexpr (NORM) load_w(0);
 

@@ -1,5 +1,5 @@
 // Maps of the streams by which blocks of SIZE channels take their parts of tiles (one_pass/geometry.cuh): those that
-// kernels/src/gpu/launch.rs makes.
+// kernels/src/gpu/launch.rs makes. And sums for d_phi that blocks leave.
 
 #pragma once
 
@@ -27,3 +27,11 @@ struct StreamMaps {
     return {boxes.tensor_map(), lines.tensor_map(), rest.tensor_map()};
   }
 };
+
+// Numbers of one sum for d_phi, and the sum of `num` such sums for number i of d_phi.
+inline size_t sum_numbers(int hidden) { return size_t(N) * padded(hidden) * kColumns; }
+inline double sum_of_d_phi(const float* sums, int num, int hidden, size_t i) {
+  const size_t of_stream = size_t(hidden) * kColumns;
+  const size_t place = i / of_stream * padded(hidden) * kColumns + i % of_stream;
+  return sum_of_arrays(sums, num, sum_numbers(hidden), place);
+}

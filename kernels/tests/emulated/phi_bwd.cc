@@ -38,7 +38,7 @@ int main(int, char** argv) {
     }
   }
   const int rows = sizes.clusters, slices = sizes.ranks(SIZE);
-  d_phi = guarded<float>(rows * num_phi);
+  d_phi = guarded<float>(rows * sum_numbers(hidden));
   const auto map = [&](Stream* values, int num_streams) {
     return StreamMaps(values, tokens, num_streams, hidden, kTokens);
   };
@@ -72,5 +72,5 @@ int main(int, char** argv) {
     }
   }
   Error error{"d_phi", of_stream(kProductsError, kFloatError, 0)};
-  for (size_t i = 0; i < num_phi; ++i) error.add(sum_of_arrays(d_phi, rows, num_phi, i), exact[i]);
+  for (size_t i = 0; i < num_phi; ++i) error.add(sum_of_d_phi(d_phi, rows, hidden, i), exact[i]);
 }

@@ -26,7 +26,7 @@ static void sum_body() {
   CONCAT(mhc_sum_given, SUFFIX)
   (reinterpret_cast<float4*>(sums), gates, dots, h_post, h_res, reinterpret_cast<float4*>(d_phi),
    d_bias, d_alpha, d_h_post, d_h_res, d_h_given, phi_blocks(), ranges, N * hidden * kColumns / 4,
-   kGates, tokens, slices);
+   hidden * kColumns / 4, padded(hidden) * kColumns / 4, kGates, tokens, slices);
 }
 
 int main(int, char** argv) {
@@ -67,7 +67,7 @@ int main(int, char** argv) {
   const int rows = kRepliers * ranges, tile_tokens = (tokens + 7) / 8 * 8;
   gates = guarded<float>(size_t(rows) * (K + 3));
   dots = guarded<float>(size_t(tile_tokens) * slices * kDotsRow);
-  sums = guarded<float>(ranges * num_phi);
+  sums = guarded<float>(ranges * sum_numbers(hidden));
   d_phi = guarded<float>(num_phi), d_bias = guarded<float>(K), d_alpha = guarded<float>(kGates);
   const auto map = [&](Stream* values, int num_streams, int first, int step) {
     return StreamMaps(values, tokens, num_streams, hidden, kTileTokens, first, step);

@@ -56,7 +56,7 @@ int main(int, char** argv) {
   const int rows = kOwnerWarps * ranks * clusters;
   gates = guarded<float>(size_t(rows) * (K + 3));
   // Sums for d_phi, or r dm in two parts.
-  float* sums = kSumsPhi ? guarded<float>(clusters * num_phi) : nullptr;
+  float* sums = kSumsPhi ? guarded<float>(clusters * sum_numbers(hidden)) : nullptr;
   u16* parts = kSumsPhi ? nullptr : guarded<u16>(size_t(tokens) * 2 * K);
   for_phi = kSumsPhi ? static_cast<void*>(sums) : parts;
   const auto map = [&](Stream* values, int num_streams, int first, int step) {
@@ -151,7 +151,7 @@ int main(int, char** argv) {
     }
   }
   for (size_t i = 0; kSumsPhi && i < num_phi; ++i) {
-    of_phi.add(sum_of_arrays(sums, clusters, num_phi, i), exact_d_phi[i]);
+    of_phi.add(sum_of_d_phi(sums, clusters, hidden, i), exact_d_phi[i]);
   }
   for (int k = 0; k < K + 3; ++k)
     of_gates.add(sum_of_arrays(gates, rows, K + 3, k), exact_gates[k]);

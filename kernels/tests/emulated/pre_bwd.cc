@@ -63,11 +63,11 @@ int main(int, char** argv) {
                [](size_t i) { return kMixes && i % K < N ? NAN : normal(); });
   // r dm in whole tiles where d_phi is another kernel's.
   const size_t num_r_dm = size_t(tokens + kTile - 1) / kTile * kTile * K;
-  d_phi = guarded<float>(kSumsPhi ? clusters * num_phi : num_r_dm);
+  d_phi = guarded<float>(kSumsPhi ? clusters * sum_numbers(hidden) : num_r_dm);
   const int rows = (norm ? Warps<true>::kOwners : Warps<false>::kOwners) * ranks * clusters;
   gates = guarded<float>(size_t(rows) * (K + 3));
   norm_scale = floats(hidden, [](size_t) { return 1.f + .3f * normal(); });
-  d_norm_scale = guarded<float>(size_t(clusters) * hidden);
+  d_norm_scale = guarded<float>(size_t(clusters) * padded(hidden));
   // Of u, with as much of it as h_pre says.
   const auto h_pre_of = [&](int token, int j) {
     return logistic(double(alpha[0]) * m[token * K + j] + bias[j]) + settings().pre_eps;
@@ -157,7 +157,7 @@ int main(int, char** argv) {
   }
   if (kSumsPhi) {
     for (size_t i = 0; i < num_phi; ++i) {
-      error_of_phi.add(sum_of_arrays(d_phi, clusters, num_phi, i), exact_d_phi[i]);
+      error_of_phi.add(sum_of_d_phi(d_phi, clusters, hidden, i), exact_d_phi[i]);
     }
   }
   if (!kSumsPhi) {
@@ -172,5 +172,6 @@ int main(int, char** argv) {
   Error error_of_scale{"d_norm_scale", kFloatError};
   if (!norm) error_of_scale.add(1, 1);
   for (int c = 0; norm && c < hidden; ++c)
-    error_of_scale.add(sum_of_arrays(d_norm_scale, clusters, hidden, c), exact_d_norm_scale[c]);
+    error_of_scale.add(sum_of_arrays(d_norm_scale, clusters, padded(hidden), c),
+                       exact_d_norm_scale[c]);
 }

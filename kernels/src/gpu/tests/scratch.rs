@@ -46,6 +46,9 @@ fn floats(call: &CheckedCall, launch: &Launch) -> Vec<(usize, usize)> {
     let sums = columns + 3;
     let iters = call.config.sinkhorn_iters;
     let d_phi = n * c * columns;
+    // Where a unit of 16 channels is another's in part.
+    let padded = c.next_multiple_of(16);
+    let padded_d_phi = n * padded * columns;
     let padded_columns = || match columns {
         ..=80 => 80,
         columns => columns.next_multiple_of(144),
@@ -153,27 +156,31 @@ fn floats(call: &CheckedCall, launch: &Launch) -> Vec<(usize, usize)> {
             (9, blocks * c),
             (10, tokens * n),
         ],
-        "sum_norm_scale" => vec![(0, int(2) * int(3))],
+        "sum_norm_scale" => vec![(0, int(2) * int(4))],
         "post_pre_norm_bwd" => vec![(11, streams(tokens * c)), (12, blocks * c)],
         "logits_bwd" => vec![(5, tokens * columns)],
         "pre_bwd_one_pass" | "pre_norm_bwd_one_pass" => {
             let clusters = blocks / launch.cluster as usize;
             let is_summed = launch.kernel.more("sums_phi") > 0;
-            let product = if is_summed { clusters * d_phi } else { dm[1] };
+            let product = if is_summed {
+                clusters * padded_d_phi
+            } else {
+                dm[1]
+            };
             let common = [
                 (10, tokens * n),
                 (11, tokens * columns),
                 (12, product),
                 (13, launch.kernel.more("owner_warps") * blocks * sums),
             ];
-            let norm = function.contains("norm").then_some((20, clusters * c));
+            let norm = function.contains("norm").then_some((20, clusters * padded));
             common.into_iter().chain(norm).collect()
         }
         "post_pre_bwd_one_pass" => {
             let clusters = blocks / launch.cluster as usize;
             let is_summed = launch.kernel.more("sums_phi") > 0;
             let product = if is_summed {
-                clusters * d_phi
+                clusters * padded_d_phi
             } else {
                 tokens * columns
             };
@@ -192,22 +199,25 @@ fn floats(call: &CheckedCall, launch: &Launch) -> Vec<(usize, usize)> {
         ],
         "post_pre_bwd_one_stream" => vec![(19, blocks * d_phi), (20, blocks * sums)],
         "sum_one_stream" => vec![(0, int(5) * int(6)), (1, int(5) * sums)],
-        "phi_bwd" => vec![(4, tokens * columns), (5, rows * d_phi)],
-        "sum_gradients" => vec![(0, 4 * int(5) * int(7)), (1, int(6) * sums)],
+        "phi_bwd" => vec![(4, tokens * columns), (5, rows * padded_d_phi)],
+        "sum_gradients" => vec![
+            (0, 4 * int(5) * int(7) / int(8) * int(9)),
+            (1, int(6) * sums),
+        ],
         "post_given_bwd" => {
             let dots = tokens.next_multiple_of(8) * blocks * launch.kernel.more("dots");
             let repliers = launch.kernel.more("repliers");
             vec![
                 (19, tokens * columns),
                 (20, dots),
-                (21, rows * d_phi),
+                (21, rows * padded_d_phi),
                 (22, repliers * rows * sums),
             ]
         }
         "sum_given" => vec![
-            (0, int(12) * 4 * int(13)),
+            (0, int(12) * 4 * int(13) / int(14) * int(15)),
             (1, int(12) * sums),
-            (2, tokens * int(16) * launch.kernel.more("dots")),
+            (2, tokens * int(18) * launch.kernel.more("dots")),
         ],
         "sinkhorn_bwd" => vec![(3, blocks * 2 * iters * launch.block as usize)],
         "post_fwd" => vec![(4, streams(tokens * n * c))],

@@ -60,7 +60,7 @@ fn plan(call: &CheckedCall, device: &Device, workspace: &mut dyn Workspace) -> O
             repliers * max_ranges(slices) * (call.columns + 3),
         )),
         d_phi: workspace.take(Part::fixed(
-            max_ranges(slices) * call.n * call.c * call.columns,
+            max_ranges(slices) * call.n * pre_bwd::padded(call.c) * call.columns,
         )),
     };
     let dots = workspace.take(Part::per_token(slices * kernel.more("dots")));
@@ -141,6 +141,8 @@ fn sum(
         phi_blocks,
         ranges,
         fours,
+        call.c * call.columns / 4,
+        pre_bwd::padded(call.c) * call.columns / 4,
         call.layout.num_gates(),
         call.tokens,
         slices,

@@ -79,7 +79,13 @@ fn plan(call: &CheckedCall, device: &Device, workspace: &mut dyn Workspace) -> O
         num_sums
     };
     let rows = kernel.more("owner_warps") as u32 * blocks;
-    launches.push(pre_bwd::sum_gradients(call, &sums, num_sums, rows));
+    let channels = pre_bwd::padded(call.c);
+    launches.push(pre_bwd::sum_gradients(
+        call,
+        &sums,
+        [num_sums, rows],
+        channels,
+    ));
     Some(launches)
 }
 
@@ -119,7 +125,7 @@ fn norm_backward(call: &CheckedCall, workspace: &mut dyn Workspace) -> (u64, Vec
         return (call.operand_address("d_u"), vec![]);
     }
     let d_u = workspace.take(norm::d_u(call));
-    let d_w = workspace.take(norm::sums(call, norm::max_blocks(call)));
+    let d_w = workspace.take(norm::sums(call, norm::max_blocks(call), call.c));
     let kernel = Kernel::of(
         "post_pre_norm_bwd",
         sizes::streams(call.n, true),
@@ -155,7 +161,7 @@ fn norm_backward(call: &CheckedCall, workspace: &mut dyn Workspace) -> (u64, Vec
         block: threads as u32,
         ..kernel.launch([blocks, 1, 1], args)
     };
-    (d_u, vec![main, norm::sum(call, d_w, blocks)])
+    (d_u, vec![main, norm::sum(call, d_w, [blocks, call.c])])
 }
 
 #[cfg(test)]

@@ -45,6 +45,11 @@ fn recorded_iters(call: &CheckedCall) -> usize {
     }
 }
 
+/// Channels of a stream in sums over tokens that are in memory (geometry.cuh).
+pub fn padded(c: usize) -> usize {
+    c.next_multiple_of(16)
+}
+
 /// Sums that the backward passes in one kernel keep in the workspace, with room for the sums of as many clusters as
 /// any GPU runs at once.
 pub struct Sums {
@@ -65,7 +70,7 @@ impl Sums {
         workspace: &mut dyn Workspace,
     ) -> Self {
         let gates = 3 * MAX_CLUSTER_BLOCKS as usize * (call.columns + 3);
-        let d_phi = geometry.max_clusters() * call.n * call.c * call.columns;
+        let d_phi = geometry.max_clusters() * call.n * padded(call.c) * call.columns;
         Self {
             d_z: workspace.take(Part::per_token(call.columns)),
             gates: workspace.take(Part::fixed(gates)),
@@ -101,7 +106,7 @@ pub fn plan(
     let r_dm = if sums_phi { 0 } else { workspace.take(dm) };
     let operand = |name| call.operand_address(name);
     let (d_w, ([d_u, d_h_pre], mut launches)) = if with_norm.is_some() {
-        let d_w = workspace.take(norm::sums(call, geometry.max_clusters()));
+        let d_w = workspace.take(norm::sums(call, geometry.max_clusters(), padded(call.c)));
         (d_w, (["d_u", "d_h_pre"].map(operand), vec![]))
     } else {
         (0, norm::backward(call, workspace, x))
@@ -138,17 +143,17 @@ pub fn plan(
     let rows = kernel.more("owner_warps") as u32 * blocks;
     launches.extend(logits);
     launches.push(main);
-    let num_sums = if sums_phi {
-        clusters
+    let (num_sums, channels) = if sums_phi {
+        (clusters, padded(call.c))
     } else {
         // There is room for its sums where there would be for those of clusters (a test checks that).
         let launch = projection::d_phi_sums(call, device, projection, x, [0, r_dm], sums.d_phi);
         let num_sums = launch.grid[1];
         launches.push(launch);
-        num_sums
+        (num_sums, call.c)
     };
-    launches.push(sum_gradients(call, &sums, num_sums, rows));
-    launches.extend(with_norm.map(|_| norm::sum(call, d_w, clusters as usize)));
+    launches.push(sum_gradients(call, &sums, [num_sums, rows], channels));
+    launches.extend(with_norm.map(|_| norm::sum(call, d_w, [clusters as usize, padded(call.c)])));
     Some(launches)
 }
 
@@ -189,8 +194,14 @@ pub fn logits(call: &CheckedCall, sums: &Sums) -> Launch {
     }
 }
 
-/// The parameters' gradients from the sums of `clusters` for phi and from `rows` for the others.
-pub fn sum_gradients(call: &CheckedCall, sums: &Sums, clusters: u32, rows: u32) -> Launch {
+/// The parameters' gradients from the sums of `clusters` for phi, in which streams have so many channels, and from `rows` for
+/// the others.
+pub fn sum_gradients(
+    call: &CheckedCall,
+    sums: &Sums,
+    [clusters, rows]: [u32; 2],
+    channels: usize,
+) -> Launch {
     // The same for any number of streams.
     let kernel = Kernel::of("sum_gradients", sizes::streams(STREAMS, true), DType::F32);
     let size = call.n * call.c * call.columns / 4;
@@ -205,6 +216,8 @@ pub fn sum_gradients(call: &CheckedCall, sums: &Sums, clusters: u32, rows: u32) 
             Arg::I32(clusters as i32),
             Arg::I32(rows as i32),
             Arg::I32(size as i32),
+            Arg::I32((call.c * call.columns / 4) as i32),
+            Arg::I32((channels * call.columns / 4) as i32),
             Arg::I32(call.columns as i32),
             Arg::I32(call.layout.num_gates() as i32),
         ],
