@@ -306,7 +306,7 @@ struct Differentiation {
   // Channels of `d_norm_scale_partials` that lane 4 g + q, q < 2, adds up in a turn.
   __device__ float* d_w_at(int turn) const {
     return d_norm_scale_partials +
-           (cluster_id() * u32(padded(hidden)) + u32(channel_at(turn)) + lane_id() % 2 * 8);
+           (cluster_id() * cluster_size() * SIZE + u32(channel_at(turn)) + lane_id() % 2 * 8);
   }
 
   __device__ void write_d_w(int lane) const {

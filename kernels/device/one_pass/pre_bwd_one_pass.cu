@@ -211,7 +211,7 @@ struct Args {
   const Settings& settings;
   // With a layer norm alone.
   const float *norm_scale, *rho;
-  float* d_norm_scale_partials;  // [clusters, padded(C)], for sum_norm_scale
+  float* d_norm_scale_partials;  // [clusters, blocks of a cluster, SIZE], for sum_norm_scale
 };
 
 // The same sum in four neighbouring lanes.
@@ -347,14 +347,14 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
 
   // w of this lane's channels of the next unit.
   constexpr int kWarpUnits = kBoxUnits / kWarps;
-  const int w_channel = block.first_channel() + first_unit * 16 + lane % 4 * 2;
+  const float* w_at = args.norm_scale + block.first_channel() + first_unit * 16 + lane % 4 * 2;
+  const int w_channels = block.channels() - int(first_unit) * 16;
   float2 next_w[2];
   const auto load_w = [&](int unit) {
     const int next = unit % (kUnits / kWarps), box = next / kWarpUnits;
-    const int channel = w_channel + box * kBoxChannels + next % kWarpUnits * 16;
-    const float* at = args.norm_scale + channel;
-    next_w[0] = channel < args.hidden ? load_pair(at) : float2{};
-    next_w[1] = channel + 8 < args.hidden ? load_pair(at + 8) : float2{};
+    const int channel = box * kBoxChannels + next % kWarpUnits * 16;
+    next_w[0] = channel < w_channels ? load_pair(w_at + channel) : float2{};
+    next_w[1] = channel + 8 < w_channels ? load_pair(w_at + channel + 8) : float2{};
   };
   if constexpr (NORM) load_w(0);
 

@@ -67,7 +67,7 @@ int main(int, char** argv) {
   const int rows = (norm ? Warps<true>::kOwners : Warps<false>::kOwners) * ranks * clusters;
   gates = guarded<float>(size_t(rows) * (K + 3));
   norm_scale = floats(hidden, [](size_t) { return 1.f + .3f * normal(); });
-  d_norm_scale = guarded<float>(size_t(clusters) * padded(hidden));
+  d_norm_scale = guarded<float>(size_t(clusters) * ranks * SIZE);
   // Of u, with as much of it as h_pre says.
   const auto h_pre_of = [&](int token, int j) {
     return logistic(double(alpha[0]) * m[token * K + j] + bias[j]) + settings().pre_eps;
@@ -172,6 +172,6 @@ int main(int, char** argv) {
   Error error_of_scale{"d_norm_scale", kFloatError};
   if (!norm) error_of_scale.add(1, 1);
   for (int c = 0; norm && c < hidden; ++c)
-    error_of_scale.add(sum_of_arrays(d_norm_scale, clusters, padded(hidden), c),
+    error_of_scale.add(sum_of_arrays(d_norm_scale, clusters, ranks * SIZE, c),
                        exact_d_norm_scale[c]);
 }

@@ -101,6 +101,11 @@ impl Geometry {
         self.size.number as usize
     }
 
+    /// Channels that the blocks of a cluster have room for.
+    fn all_channels(self) -> usize {
+        self.channels() * self.cluster as usize
+    }
+
     /// More clusters than this do not run at once on any GPU.
     fn max_clusters(self) -> usize {
         (MAX_CLUSTER_BLOCKS / self.cluster) as usize

@@ -1,6 +1,7 @@
 //! Parts of the workspace that kernels touch, by the arguments that kernels/device declares and not by the plans.
 
 use super::super::launch::{Arg, Launch};
+use super::super::tuning::CHANNELS;
 use crate::contract::check::CheckedCall;
 use crate::contract::view::DType;
 
@@ -173,7 +174,12 @@ fn floats(call: &CheckedCall, launch: &Launch) -> Vec<(usize, usize)> {
                 (12, product),
                 (13, launch.kernel.more("owner_warps") * blocks * sums),
             ];
-            let norm = function.contains("norm").then_some((20, clusters * padded));
+            let mut sizes = CHANNELS.iter();
+            let size = sizes.find(|size| size.name == launch.kernel.size).unwrap();
+            let all_channels = launch.cluster as usize * size.number as usize;
+            let norm = function
+                .contains("norm")
+                .then_some((20, clusters * all_channels));
             common.into_iter().chain(norm).collect()
         }
         "post_pre_bwd_one_pass" => {

@@ -106,7 +106,11 @@ pub fn plan(
     let r_dm = if sums_phi { 0 } else { workspace.take(dm) };
     let operand = |name| call.operand_address(name);
     let (d_w, ([d_u, d_h_pre], mut launches)) = if with_norm.is_some() {
-        let d_w = workspace.take(norm::sums(call, geometry.max_clusters(), padded(call.c)));
+        let d_w = workspace.take(norm::sums(
+            call,
+            geometry.max_clusters(),
+            geometry.all_channels(),
+        ));
         (d_w, (["d_u", "d_h_pre"].map(operand), vec![]))
     } else {
         (0, norm::backward(call, workspace, x))
@@ -153,7 +157,9 @@ pub fn plan(
         (num_sums, call.c)
     };
     launches.push(sum_gradients(call, &sums, [num_sums, rows], channels));
-    launches.extend(with_norm.map(|_| norm::sum(call, d_w, [clusters as usize, padded(call.c)])));
+    launches.extend(
+        with_norm.map(|_| norm::sum(call, d_w, [clusters as usize, geometry.all_channels()])),
+    );
     Some(launches)
 }
 
