@@ -12,7 +12,9 @@ _SITE = "https://www.nvidia.com/en-us/data-center"
 _PAPERS = "https://images.nvidia.com/aem-dam/Solutions/geforce"
 _BLACKWELL = f"{_PAPERS}/blackwell/nvidia-rtx-blackwell-gpu-architecture.pdf"
 _ADA = f"{_PAPERS}/ada/nvidia-ada-gpu-architecture.pdf"
-_GA102 = "https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf"
+_GA102 = (
+    "https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf"
+)
 
 
 class Gpu(NamedTuple):
