@@ -1,4 +1,4 @@
-"""Hook of mkdocs: links from docs/ to files beside it lead to the repository's page."""
+"""Hooks of mkdocs: links to files beside docs/ lead to the repository; the address of the site."""
 
 import posixpath
 import re
@@ -6,6 +6,13 @@ from pathlib import Path
 from typing import Any
 
 _LINK = re.compile(r"(?<=\]\()(\.\./[^)\s#]*)")
+
+
+def on_config(config: Any) -> Any:
+    """Returns the configuration with the address of GitHub Pages, which the page for 404 needs."""
+    if found := re.fullmatch(r"https://github\.com/([^/]+)/([^/]+)/?", config.repo_url or ""):
+        config.site_url = f"https://{found[1].lower()}.github.io/{found[2]}/"
+    return config
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
