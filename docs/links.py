@@ -1,4 +1,8 @@
-"""Hooks of mkdocs: links to files beside docs/ lead to the repository; the address of the site."""
+"""Hooks of mkdocs.
+
+Links to files beside docs/ lead to the repository; the site has its address; nothing is lost as a
+tag of HTML.
+"""
 
 import posixpath
 import re
@@ -32,3 +36,10 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
         )
 
     return _LINK.sub(address, markdown)
+
+
+def on_page_content(html: str, *, page: Any, **_: Any) -> str:
+    """Returns the page; a dot product written as <a, b> would be lost, as a tag of that name."""
+    if lost := re.search(r"<\w+[,\[(][^>]*>", html):
+        raise ValueError(f"{page.file.src_uri}: {lost[0]} becomes a tag of HTML; write ⟨a, b⟩")
+    return html
