@@ -125,9 +125,10 @@ def draw_kernels(record: dict[str, Any], path: Path) -> None:
     ops = [
         op for op in OPS if not op.endswith("_norm") and any(op in rows for rows in shapes.values())
     ]
-    num_columns = min(4, len(ops))
+    num_columns = min(2, len(ops))
     num_rows = -(-len(ops) // num_columns)
-    figure = Figure(figsize=(11, 0.9 + num_rows * (0.9 + 0.27 * len(shapes))), layout="constrained")
+    height = 0.9 + num_rows * (0.5 + 0.3 * len(shapes))
+    figure = Figure(figsize=(cells.WIDTH, height), layout="constrained")
     panels = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False)
     for panel in panels.flat[len(ops) :]:
         panel.set_axis_off()
@@ -143,7 +144,7 @@ def draw_kernels(record: dict[str, Any], path: Path) -> None:
             panel.scatter(fused, height, color=FUSED, marker="o", s=34, label="fused")
             panel.annotate(
                 f"{fused:.2f}", (fused, height), (0, 5), textcoords="offset points",
-                ha="center", fontsize=7.5, color=FUSED,
+                ha="center", fontsize=8.5, color=FUSED,
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4},
             )  # fmt: skip
         panel.set_title(OPS[op], fontsize=10, loc="left")
@@ -320,7 +321,7 @@ def draw_train_step(record: dict[str, Any], path: Path) -> None:
         else FUSED if row["connection"] in model.FUSED else PLAIN
         for row in rows
     ]  # fmt: skip
-    figure = Figure(figsize=(10, 0.9 + 0.42 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(cells.WIDTH, 0.9 + 0.42 * len(rows)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     times = [row["ms"] for row in rows]
     peaks = [row["memory"]["peak_bytes"] / 1e9 for row in rows]
@@ -415,9 +416,9 @@ def diagnostics_section(record: dict[str, Any], path: Path, docs: Path) -> str:
 
 def draw_training(record: dict[str, Any], path: Path) -> None:
     """Curves of all connections: the mean of the seeds, and from the least to the largest."""
-    figure = Figure(figsize=(13, 7), layout="constrained")
-    panels = figure.subplots(2, 3, sharex=True)
-    (loss, lead, norm), (mean, largest, near) = panels
+    figure = Figure(figsize=(cells.WIDTH, 9.5), layout="constrained")
+    panels = figure.subplots(3, 2, sharex=True)
+    (loss, lead), (norm, mean), (largest, near) = panels
     runs: dict[str, list[dict[str, Any]]] = {}
     for run in record["runs"]:
         runs.setdefault(run["connection"], []).append(run)
@@ -464,10 +465,10 @@ def draw_training(record: dict[str, Any], path: Path) -> None:
     mean.set(title="composite gain, mean of all tokens (dashed: backward)", yscale="log")
     largest.set(title="composite gain, largest of all tokens (dashed: backward)", yscale="log")
     near.set(title="backward, near 1: mean of all tokens (dotted: largest)", ylim=(0, 4))
-    for panel in panels[1]:
+    for panel in panels[-1]:
         panel.set_xlabel("step", fontsize=9)
     for panel in panels.flat:
-        panel.title.set_fontsize(10)
+        panel.title.set_fontsize(9)
         panel.minorticks_off()
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
