@@ -314,14 +314,16 @@ KERNEL(post_given_bwd, kThreads, 1)
   } else {
     give_registers<kOtherRegisters>();
     const Block block(memory, hidden, tokens);
+    const bool has_rest = block.lines().has_rest;
     if (warp < kStreamDots) {
       store_input_dots(block, args, warp - kInputDots, lane);
     } else if (warp < kLoader) {
       store_stream_dots(block, args, warp - kStreamDots, lane);
     } else if (warp == kLoader) {
-      if (lane == 0) load_tiles(block, maps);
+      if (lane == 0) has_rest ? load_tiles<true>(block, maps) : load_tiles<false>(block, maps);
     } else if (warp == kFinisher) {
-      finish_tiles(block, args, maps, lane);
+      has_rest ? finish_tiles<true>(block, args, maps, lane)
+               : finish_tiles<false>(block, args, maps, lane);
     } else {
       Replier(block, args, settings, warp - kFirstReplier, lane).run();
     }

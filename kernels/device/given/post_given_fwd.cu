@@ -102,7 +102,10 @@ struct Block {
   __device__ u32 parts(u32 slot) const { return base + kParts + slot * kPartsBytes; }
   __device__ u32 others(u32 slot) const { return base + kOthers + slot * kPartBytes; }
 
-  __device__ Lines<kTokens> lines() const { return {int(blockIdx.x) * SIZE, args.hidden}; }
+  template <bool MAY_HAVE_REST = true>
+  __device__ Lines<kTokens, MAY_HAVE_REST> lines() const {
+    return {int(blockIdx.x) * SIZE, args.hidden};
+  }
   // Channels that this block has of a stream.
   __device__ int channels() const { return min(SIZE, args.hidden - int(blockIdx.x) * SIZE); }
   __device__ int num_tiles() const {
@@ -156,11 +159,12 @@ __device__ inline void copy_rows(u32 to, const float* from, int first, int token
   }
 }
 
+template <bool HAS_REST>
 __device__ inline void move_tiles(const Block& block, const Maps& maps, int lane) {
   const Args& args = block.args;
   const u64 policy = evict_first();
   const int num = block.num_tiles();
-  const auto lines = block.lines();
+  const auto lines = block.lines<HAS_REST>();
   int next = 0;
   Ring<kStages> ring;
   const auto load_next = [&] {
@@ -169,8 +173,8 @@ __device__ inline void move_tiles(const Block& block, const Maps& maps, int lane
       const int first = block.first_token(next);
       if (lane == 0) {
         arrive_and_expect(full, kStageBytes);
-        lines.copy_in<N>(stage, maps.x, first, full, policy);
-        lines.copy_in<1>(stage + kY, maps.y, first, full, policy);
+        lines.template copy_in<N>(stage, maps.x, first, full, policy);
+        lines.template copy_in<1>(stage + kY, maps.y, first, full, policy);
       }
       const u32 rows = block.coefficients(ring.slot);
       copy_rows<N * N>(rows, args.h_res, first, args.tokens, lane);
@@ -191,8 +195,8 @@ __device__ inline void move_tiles(const Block& block, const Maps& maps, int lane
     wait(block.done(finished.slot), finished.parity);
     if (lane == 0) {
       const u32 stage = block.stage(finished.slot);
-      lines.copy_out<N>(maps.x_new, block.first_token(i), stage);
-      lines.copy_out<1>(maps.u, block.first_token(i), stage + kY);
+      lines.template copy_out<N>(maps.x_new, block.first_token(i), stage);
+      lines.template copy_out<1>(maps.u, block.first_token(i), stage + kY);
       commit_copies();
       wait_for_reads<1>();
     }
@@ -416,7 +420,11 @@ KERNEL(post_given_fwd, kThreads, 1)
     make_tiles(block, warp, lane);
   } else {
     give_registers<kOtherRegisters>();
-    if (warp == kMainWarps) move_tiles(block, {x, y, x_new, u}, lane);
+    if (warp == kMainWarps) {
+      const Maps maps{x, y, x_new, u};
+      block.lines().has_rest ? move_tiles<true>(block, maps, lane)
+                             : move_tiles<false>(block, maps, lane);
+    }
     const int which = warp - kMainWarps - 1;
     if (which >= 0 && which < kSumWarps) sum_tiles(block, which, lane);
   }

@@ -29,8 +29,9 @@ struct BlockMaps {
   TensorMap boxes, lines, rest;
 };
 
-// A block's lines of a stream, and copies of a tile's planes of them, which lie behind each other.
-template <int TOKENS>
+// A block's lines of a stream, and copies of a tile's planes of them, which lie behind each other. Whoever knows that all are
+// whole (MAY_HAVE_REST = false) has fewer instructions between copies.
+template <int TOKENS, bool MAY_HAVE_REST = true>
 struct Lines {
   using Of = Tile<TOKENS>;
   int box;        // the first one
@@ -40,12 +41,12 @@ struct Lines {
   __device__ Lines(int first_channel, int hidden)
       : box(first_channel / kBoxChannels), num_whole((hidden - first_channel) / kBoxChannels) {
     const int channels = hidden - first_channel;
-    has_rest = channels > 0 && channels < SIZE && channels % kBoxChannels > 0;
+    has_rest = MAY_HAVE_REST && channels > 0 && channels < SIZE && channels % kBoxChannels > 0;
   }
 
   template <int STREAMS>
   __device__ void copy_in(u32 to, const BlockMaps& maps, int token, u32 full, u64 policy) const {
-    if (!has_rest) return ::copy_in(to, maps.boxes, token, box, 0, full, policy);
+    if (!MAY_HAVE_REST || !has_rest) return ::copy_in(to, maps.boxes, token, box, 0, full, policy);
 #pragma unroll 1
     for (int stream = 0; stream < STREAMS; ++stream, to += Of::kPlaneBytes) {
       if (num_whole > 0) ::copy_in(to, maps.lines, token, box, stream, full, policy);
@@ -55,7 +56,7 @@ struct Lines {
   template <int STREAMS>
   __device__ void copy_out(const BlockMaps& maps, int token, u32 from) const {
     ::copy_out(maps.boxes, token, box, 0, from);
-    if (!has_rest) return;
+    if (!MAY_HAVE_REST || !has_rest) return;
     from += num_whole * Of::kBoxBytes;
 #pragma unroll 1
     for (int stream = 0; stream < STREAMS; ++stream, from += Of::kPlaneBytes)
@@ -64,7 +65,7 @@ struct Lines {
   template <int STREAMS>
   __device__ void prefetch(const BlockMaps& maps, int token) const {
     ::prefetch(maps.boxes, token, box, 0);
-    if (!has_rest) return;
+    if (!MAY_HAVE_REST || !has_rest) return;
 #pragma unroll 1
     for (int stream = 0; stream < STREAMS; ++stream) ::prefetch(maps.rest, token, 0, stream);
   }
@@ -92,7 +93,10 @@ struct Place {
   // Channels that this block has of a stream.
   __device__ int channels() const { return min(SIZE, hidden - int(first_channel())); }
   __device__ u32 first_channel() const { return rank * SIZE; }
-  __device__ Lines<TOKENS> lines() const { return {int(first_channel()), hidden}; }
+  template <bool MAY_HAVE_REST = true>
+  __device__ Lines<TOKENS, MAY_HAVE_REST> lines() const {
+    return {int(first_channel()), hidden};
+  }
   // The first token of this cluster's tile i.
   __device__ int first_token(int i) const { return (first_tile + i * tile_step) * TOKENS; }
   // This cluster's number of all tiles.

@@ -550,19 +550,22 @@ KERNEL(post_pre_bwd_one_pass, kThreads, 1)
     if (warp < kLoader) {
       dot_warps(block, warp - kInputDots, lane);
     } else if (warp == kLoader) {
-      move_tiles(block, args, maps, lane);
+      block.lines().has_rest ? move_tiles<true>(block, args, maps, lane)
+                             : move_tiles<false>(block, args, maps, lane);
     } else {
       Owner(block, args, settings, warp - kFirstOwner, lane).run();
     }
 #else
+    const bool has_rest = block.lines().has_rest;
     if (warp < kStreamDots) {
       send_input_dots(block, warp - kInputDots, lane);
     } else if (warp < kLoader) {
       send_stream_dots(block, warp - kStreamDots, lane);
     } else if (warp == kLoader) {
-      if (lane == 0) load_tiles(block, maps);
+      if (lane == 0) has_rest ? load_tiles<true>(block, maps) : load_tiles<false>(block, maps);
     } else if (warp == kFinisher) {
-      finish_tiles(block, args, maps, lane);
+      has_rest ? finish_tiles<true>(block, args, maps, lane)
+               : finish_tiles<false>(block, args, maps, lane);
     } else {
       Owner(block, args, settings, warp - kFirstOwner, lane).run();
     }

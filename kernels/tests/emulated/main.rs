@@ -313,7 +313,7 @@ fn post_given_fwd() {
             [channels + 192, 203, 2, 0],
             [channels + 168, 61, 2, 0],
             [2 * channels, 29, 1, 0],
-            [72, 13, 1, 0],
+            [72, 61, 1, 0],
         ]
         .into_iter()
         .enumerate()
