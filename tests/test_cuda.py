@@ -426,8 +426,8 @@ def test_a_block_finishes_several_batches_of_tokens(op, hidden, settings, norm):
 
 
 # Widths for clusters of any size, by constraint: with whole blocks of each size, and with a last
-# block that has few channels, or none (6152, 6208 and 6656). A test of schedules/one_pass/pre_bwd.rs has
-# the blocks and clusters that they take.
+# block that has few channels, or none (6152, 6208 and 6656). A test of
+# schedules/one_pass/pre_bwd.rs has the blocks and clusters that they take.
 WHOLE_BLOCKS = {
     "birkhoff": (256, 640, 6144, 7168, 8192),
     "identity": (256, 768, 8192),
