@@ -184,7 +184,7 @@ __device__ inline void differentiate_tiles(const Block& block, const Args& args,
   }
 
   float* partial =
-      static_cast<float*>(args.d_phi) + (long long)cluster_id() * N * hidden * kColumns;
+      static_cast<float*>(args.d_phi) + (long long)own_range() * N * hidden * kColumns;
 #pragma unroll
   for (int f = 0; f < kFragments; ++f) {
     if (channel_at(f / N) >= hidden) continue;
