@@ -30,9 +30,8 @@ constexpr int kRepliers = Tuned::repliers;
 constexpr int kReplierTokens = kTileTokens / kRepliers;
 constexpr int kTokensAtOnce = 32 / 8, kTurns = kReplierTokens / kTokensAtOnce;
 static_assert(kTurns * kTokensAtOnce == kReplierTokens);
-// Tiles whose numbers for replies are on their way at once: those of 32 columns take the registers of two, and so do those of
-// 24 in two turns, where a tile of float32 streams takes as long as two others.
-constexpr int kTilesAhead = kOctets * kTurns < 4 ? 2 : 1;
+// Tiles whose numbers for replies are on their way at once: those of 32 columns take the registers of two.
+constexpr int kTilesAhead = kOctets < 4 ? 2 : 1;
 constexpr int kThreads = 32 * (kFirstReplier + kRepliers);
 
 // ---- shared memory ----------------------------------------------------------------------------------
@@ -214,15 +213,24 @@ struct Replier {
       for (int k = 0; k < kTilesAhead; ++k, ring.next()) {
         const int tile = first + k;
         if (tile >= block.num_tiles) break;
+        // The numbers of two turns leave no registers for the next ones before they are used.
+        constexpr bool kLoadsEarly = kTurns == 1;
+        Token tokens[kTurns];
 #pragma unroll
         for (int turn = 0; turn < kTurns; ++turn) {
-          const Token token = ahead[k][turn];
-          ahead[k][turn] = load(tile + kTilesAhead, turn);
-          if (turn == 0) wait(block.barrier(kEmpty, ring.slot), ring.parity ^ 1);
-          reply(token, block.reply(ring.slot, in_tile(turn)));
+          tokens[turn] = ahead[k][turn];
+          if (kLoadsEarly) ahead[k][turn] = load(tile + kTilesAhead, turn);
         }
+        wait(block.barrier(kEmpty, ring.slot), ring.parity ^ 1);
+#pragma unroll
+        for (int turn = 0; turn < kTurns; ++turn)
+          reply(tokens[turn], block.reply(ring.slot, in_tile(turn)));
         __syncwarp();
         if (lane == 0) arrive(block.barrier(kRepliesFull, ring.slot));
+#pragma unroll
+        for (int turn = 0; turn < kTurns; ++turn) {
+          if (!kLoadsEarly) ahead[k][turn] = load(tile + kTilesAhead, turn);
+        }
       }
     }
     // Blocks of other channels have the same again.

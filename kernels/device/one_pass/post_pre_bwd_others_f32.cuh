@@ -136,9 +136,7 @@ struct DotWarp {
   const u32 lane, own;  // place of the lane's first 16 bytes in a plane
 
   __device__ DotWarp(const Block& block, u32 half, u32 lane)
-      : block(block),
-        lane(lane),
-        own(block.shared + swizzled(4 * half + lane / 8, lane % 8)) {}
+      : block(block), lane(lane), own(block.shared + swizzled(4 * half + lane / 8, lane % 8)) {}
 
   // Four products are added up before they meet a long sum, which drops more of each.
   static __device__ float dot(const float (&a)[4], const float (&b)[4]) {

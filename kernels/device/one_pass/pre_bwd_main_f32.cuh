@@ -183,8 +183,7 @@ __device__ inline void differentiate_tiles(const Block& block, const Args& args,
     if (lane_id() == 0) arrive(block.barrier(kDone, slot));
   }
 
-  float* partial =
-      static_cast<float*>(args.d_phi) + (long long)own_range() * N * hidden * kColumns;
+  float* partial = static_cast<float*>(args.d_phi) + (long long)own_range() * N * hidden * kColumns;
 #pragma unroll
   for (int f = 0; f < kFragments; ++f) {
     if (channel_at(f / N) >= hidden) continue;
