@@ -452,6 +452,13 @@ pub const FILES: &[File] = &[
         row("post_given_bwd", &[W512K8], [8, 3, 512, 217_600], &[2, 1, 1, 2, 28]),
         row("sum_given", &[W256, W256K8, W512K8], [0, 0, 256, 0], &[0, 0, 0, 0, 28]),
     ] },
+    // Registers of the main warps leave room for one replier.
+    File { path: "given/post_given_bwd", dtypes: F32, target: Target::Hopper,
+           more: &["gradients", "sums_phi", "ahead", "repliers", "dots"], kernels: &[
+        row("post_given_bwd", &[W256],   [8, 2, 384, 228_352], &[2, 1, 2, 1, 28]),
+        row("post_given_bwd", &[W256K8], [8, 3, 384, 217_088], &[2, 1, 2, 1, 28]),
+        row("sum_given", &[W256, W256K8], [0, 0, 256, 0], &[0, 0, 0, 0, 28]),
+    ] },
     // `threads` are those of a multiprocessor, too, whose blocks have so many together.
     File { path: "one_stream/one_stream_fwd", dtypes: ALL, target: Target::Clusters, more: &[], kernels: &[
         row("pre_fwd_one_stream",      &[ONE], [4, 3, 1024, 0], &[]),

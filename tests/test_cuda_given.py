@@ -19,15 +19,16 @@ IDENTITY = variant(constraint="identity", post_eps=0.125)
 PERMUTED = variant(constraint="permutations")
 
 # One slice of the channels that is not full, whole slices, many, and more than multiprocessors.
-WIDTHS = (64, 256, 448, 1000, 1024, 2560, 4096, 4104, 5120, 7232, 33856)
+WIDTHS = (64, 96, 256, 448, 1000, 1024, 2560, 4096, 4104, 5120, 7232, 33856)
 
 
 @pytest.mark.parametrize("hidden", WIDTHS)
 @pytest.mark.parametrize("tokens", [1, 37])
-def test_slices_of_the_channels(hidden, tokens):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_slices_of_the_channels(hidden, tokens, dtype):
     """Whatever was in the memory of results and workspaces."""
     poison()
-    check(OP, Case((tokens,), 4, hidden, 3.0), "bfloat16")
+    check(OP, Case((tokens,), 4, hidden, 3.0), dtype)
 
 
 @pytest.mark.parametrize("streams, config", [(4, NONE), (4, IDENTITY), (4, PERMUTED), (2, PAPER)])
@@ -46,9 +47,10 @@ def test_many_tokens(tokens, hidden, dtype):
 
 
 @pytest.mark.parametrize("hidden", [448, 4096])
-def test_a_token_does_not_depend_on_the_others(hidden):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_token_does_not_depend_on_the_others(hidden, dtype):
     case = Case((1031,), 4, hidden, 3.0)
-    operands = make_operands(OP, case, jnp.dtype("bfloat16"))
+    operands = make_operands(OP, case, jnp.dtype(dtype))
     call = jax.jit(functools.partial(OPS[OP].run, config=case.config, implementation="fused"))
 
     def first(tokens):
@@ -59,6 +61,7 @@ def test_a_token_does_not_depend_on_the_others(hidden):
     jax.tree.map(np.testing.assert_array_equal, first(37), first(1031))
 
 
-def test_results_have_the_same_bits_in_every_run():
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_results_have_the_same_bits_in_every_run(dtype):
     case = Case((2053,), 4, 2560, 3.0)
-    assert len({digest(run(OP, case, "bfloat16")) for _ in range(5)}) == 1
+    assert len({digest(run(OP, case, dtype)) for _ in range(5)}) == 1

@@ -23,11 +23,13 @@ using Tuned = tuning_post_given_bwd;
 
 static_assert(kSumsPhi, "nothing else computes d_phi");
 
-// Warps that make replies, and have as many tokens of a tile each.
+// Warps that make replies, and have as many tokens of a tile each: a lane for every column of an octet of some at once, and
+// those in turns.
 constexpr int kFirstReplier = kFinisher + 1;
 constexpr int kRepliers = Tuned::repliers;
 constexpr int kReplierTokens = kTileTokens / kRepliers;
-static_assert(kReplierTokens * 8 == 32, "a lane for every column of an octet of every token");
+constexpr int kTokensAtOnce = 32 / 8, kTurns = kReplierTokens / kTokensAtOnce;
+static_assert(kTurns * kTokensAtOnce == kReplierTokens);
 // Tiles whose numbers for replies are on their way at once: those of 32 columns take the registers of two.
 constexpr int kTilesAhead = kOctets < 4 ? 2 : 1;
 constexpr int kThreads = 32 * (kFirstReplier + kRepliers);
@@ -137,14 +139,16 @@ struct Replier {
     bias = is_pre ? args.bias[e] : 0.f;
   }
 
-  // Which token of a tile this lane has.
-  __device__ u32 in_tile() const { return which * kReplierTokens + lane / 8; }
+  // Which token of a tile this lane has in a turn.
+  __device__ u32 in_tile(int turn) const {
+    return which * kReplierTokens + turn * kTokensAtOnce + lane / 8;
+  }
 
   // d_z of h_pre's columns is still d_h_pre. No number is read into the register of another, which would have to be there
   // first.
-  __device__ Token load(int tile) const {
+  __device__ Token load(int tile, int turn) const {
     Token token = {};
-    const long long at = block.first_token(tile) + in_tile();
+    const long long at = block.first_token(tile) + in_tile(turn);
     if (tile >= block.num_tiles || at >= args.tokens) return token;
     const int e = lane % 8;
     const long long own = at * N + e;
@@ -196,9 +200,12 @@ struct Replier {
   }
 
   __device__ void run() {
-    Token ahead[kTilesAhead];
+    Token ahead[kTilesAhead][kTurns];
 #pragma unroll
-    for (int k = 0; k < kTilesAhead; ++k) ahead[k] = load(k);
+    for (int k = 0; k < kTilesAhead; ++k) {
+#pragma unroll
+      for (int turn = 0; turn < kTurns; ++turn) ahead[k][turn] = load(k, turn);
+    }
     Ring<kStages> ring;
 #pragma unroll 1
     for (int first = 0; first < block.num_tiles; first += kTilesAhead) {
@@ -206,12 +213,24 @@ struct Replier {
       for (int k = 0; k < kTilesAhead; ++k, ring.next()) {
         const int tile = first + k;
         if (tile >= block.num_tiles) break;
-        const Token token = ahead[k];
-        ahead[k] = load(tile + kTilesAhead);
+        // The numbers of two turns leave no registers for the next ones before they are used.
+        constexpr bool kLoadsEarly = kTurns == 1;
+        Token tokens[kTurns];
+#pragma unroll
+        for (int turn = 0; turn < kTurns; ++turn) {
+          tokens[turn] = ahead[k][turn];
+          if (kLoadsEarly) ahead[k][turn] = load(tile + kTilesAhead, turn);
+        }
         wait(block.barrier(kEmpty, ring.slot), ring.parity ^ 1);
-        reply(token, block.reply(ring.slot, in_tile()));
+#pragma unroll
+        for (int turn = 0; turn < kTurns; ++turn)
+          reply(tokens[turn], block.reply(ring.slot, in_tile(turn)));
         __syncwarp();
         if (lane == 0) arrive(block.barrier(kRepliesFull, ring.slot));
+#pragma unroll
+        for (int turn = 0; turn < kTurns; ++turn) {
+          if (!kLoadsEarly) ahead[k][turn] = load(tile + kTilesAhead, turn);
+        }
       }
     }
     // Blocks of other channels have the same again.
@@ -247,6 +266,35 @@ __device__ inline float* row_of_dots(const Block& block, const Args& args, int t
   return args.dots + (row * block.ranks + block.rank) * kDotsRow;
 }
 
+#if IS_FLOAT32
+#include "one_pass/post_pre_bwd_main_f32.cuh"
+#include "one_pass/post_pre_bwd_others_f32.cuh"
+
+__device__ inline u32 own_slice() { return blockIdx.x; }
+__device__ inline u32 own_range() { return blockIdx.y; }
+
+__device__ inline void store_dots(const Block& block, const Args& args, u32 half, u32 lane) {
+  const DotWarp dots(block, half, lane);
+  const u32 token = 4 * half + lane / 8;
+  const auto of_input = [&](int tile, const float (&sums)[N + 1]) {
+    __syncwarp();
+    if (lane == 0) arrive(block.barrier(kRepliesFull, tile % kStages));
+    float* const row = row_of_dots(block, args, tile, token);
+    if (lane % 8 == 0)
+      *reinterpret_cast<float4*>(row + kOfX) = {sums[0], sums[1], sums[2], sums[3]};
+    if (lane % 8 == 1) row[kOfY] = sums[N];
+  };
+  const auto of_streams = [&](int tile, u32 i, const float (&of_row)[N + 1]) {
+    float* const row = row_of_dots(block, args, tile, token);
+    if (lane % 2 == 0) {
+      *reinterpret_cast<float4*>(row + i * N) = {of_row[0], of_row[1], of_row[2], of_row[3]};
+    } else {
+      row[kOfPost + i] = of_row[N];
+    }
+  };
+  dots.run(of_input, of_streams);
+}
+#else
 #include "one_pass/post_pre_bwd_tiles.cuh"
 
 __device__ inline void store_input_dots(const Block& block, const Args& args, int which, int lane) {
@@ -283,6 +331,7 @@ __device__ inline void store_stream_dots(const Block& block, const Args& args, i
     StreamDots<N>::for_entries(sums, g, q, [&](u32 place, Entry v) { store_entry(row, place, v); });
   });
 }
+#endif
 
 // ---- the pass -----------------------------------------------------------------------------------------
 
@@ -314,6 +363,16 @@ KERNEL(post_given_bwd, kThreads, 1)
   } else {
     give_registers<kOtherRegisters>();
     const Block block(memory, hidden, tokens);
+#if IS_FLOAT32
+    if (warp < kLoader) {
+      store_dots(block, args, warp - kInputDots, lane);
+    } else if (warp == kLoader) {
+      block.lines().has_rest ? move_tiles<true>(block, args, maps, lane)
+                             : move_tiles<false>(block, args, maps, lane);
+    } else {
+      Replier(block, args, settings, warp - kFirstReplier, lane).run();
+    }
+#else
     const bool has_rest = block.lines().has_rest;
     if (warp < kStreamDots) {
       store_input_dots(block, args, warp - kInputDots, lane);
@@ -327,6 +386,7 @@ KERNEL(post_given_bwd, kThreads, 1)
     } else {
       Replier(block, args, settings, warp - kFirstReplier, lane).run();
     }
+#endif
   }
 }
 

@@ -61,12 +61,17 @@ struct PhiFragment {
   }
 };
 
+// The slice of the channels that this thread's block has, and which partial d_phi. Kernels have them, and ask for them anew
+// each time.
+__device__ inline u32 own_slice();
+__device__ inline u32 own_range();
+
 // The first of this thread's two channels in a turn, which may lie behind the last. Asks for its place, so that it need
 // not be kept in registers meanwhile.
 __device__ inline int channel_at(int turn) {
   const u32 thread = thread_id();
   const int unit = turn * kMainWarps + thread / 32;
-  return cluster_rank() * SIZE + unit * 16 + thread % 32 / 4 * 2;
+  return own_slice() * SIZE + unit * 16 + thread % 32 / 4 * 2;
 }
 
 // Where this thread's numbers of fragment f of phi or d_phi begin, if they are there, in streams of so many channels; asks

@@ -1,4 +1,5 @@
-// The main warps of post_pre_bwd_one_pass.cu for float32 streams, in place of post_pre_bwd_main.cuh.
+// The main warps of post_pre_bwd_one_pass.cu and given/post_given_bwd.cu for float32 streams, in place of
+// post_pre_bwd_main.cuh.
 //
 //   X'      = H_res X + h_post y, again
 //   d_phi   = sum over tokens of vec(X')^T (r dm)
@@ -405,7 +406,7 @@ __device__ inline void main_warps(const Block& block, const Args& args, int warp
 
   const int channels = padded(block.hidden);
   float* partial =
-      static_cast<float*>(args.for_phi) + (long long)cluster_id() * N * channels * kColumns;
+      static_cast<float*>(args.for_phi) + (long long)own_range() * N * channels * kColumns;
 #pragma unroll
   for (int f = 0; f < kFragments; ++f) {
     if (channel_at(f / N) >= block.hidden) continue;

@@ -466,12 +466,38 @@ struct Owner {
 
 // ---- all other warps -----------------------------------------------------------------------------------
 
-// 1 for f32; any other name is unknown and so 0.
-#define IS_FLOAT32_f32 1
-#define IS_FLOAT32 CONCAT(IS_FLOAT32_, STREAM)
 #if IS_FLOAT32
 #include "one_pass/post_pre_bwd_main_f32.cuh"
 #include "one_pass/post_pre_bwd_others_f32.cuh"
+
+__device__ inline u32 own_slice() { return cluster_rank(); }
+__device__ inline u32 own_range() { return cluster_id(); }
+
+// Dots of d_u and of d_X', to the owner. There is room for the former: the tile whose dots had been there is done, so that
+// its owners have replied.
+__device__ inline void send_dots(const Block& block, u32 half, u32 lane) {
+  const DotWarp dots(block, half, lane);
+  const Addressee owner(block, 4 * half + lane / 8);
+  const auto of_input = [&](int tile, const float (&sums)[N + 1]) {
+    const u32 rank = owner.rank(block, tile), slot = tile % kDotsSlots;
+    const u32 to = in_block(block.dots(slot, owner.t, block.rank), rank);
+    const u32 barrier = in_block(block.barrier(kDotsFull, slot), rank);
+    if (lane % 8 == 0) send(to, {sums[0], sums[1], sums[2], sums[3]}, barrier);
+    if (lane % 8 == 1) send(to + 16, sums[N], barrier);
+  };
+  const auto of_streams = [&](int tile, u32 i, const float (&row)[N + 1]) {
+    const u32 rank = owner.rank(block, tile);
+    const u32 sums_slot = (tile >> block.turns_shift) & (block.sums_slots() - 1);
+    const u32 to = in_block(block.sums(sums_slot, owner.t, block.rank), rank);
+    const u32 barrier = in_block(block.barrier(kSumsFull, sums_slot), rank);
+    if (lane % 2 == 0) {
+      send(to + i * 16, {row[0], row[1], row[2], row[3]}, barrier);
+    } else {
+      send(to + N * N * 4 + i * 4, row[N], barrier);
+    }
+  };
+  dots.run(of_input, of_streams);
+}
 #else
 #include "one_pass/post_pre_bwd_tiles.cuh"
 
@@ -548,7 +574,7 @@ KERNEL(post_pre_bwd_one_pass, kThreads, 1)
     const Block block(memory, hidden, tokens);
 #if IS_FLOAT32
     if (warp < kLoader) {
-      dot_warps(block, warp - kInputDots, lane);
+      send_dots(block, warp - kInputDots, lane);
     } else if (warp == kLoader) {
       block.lines().has_rest ? move_tiles<true>(block, args, maps, lane)
                              : move_tiles<false>(block, args, maps, lane);

@@ -1,5 +1,6 @@
-// The warps of post_pre_bwd_one_pass.cu for float32 streams that do not multiply by phi, in place of its own: tables of the
-// mixing, dots, and all copies. There are four of them, with one owner, so that main warps have more registers.
+// The warps of post_pre_bwd_one_pass.cu and given/post_given_bwd.cu for float32 streams that do not multiply by phi: tables
+// of the mixing, dots, and all copies. There are four of them, with one that makes replies, so that main warps have more
+// registers.
 
 #pragma once
 
@@ -134,16 +135,13 @@ __device__ inline void move_tiles(const Block& block, const Args& args, const Ma
 // ---- dots ----------------------------------------------------------------------------------------------
 
 // One of the two dot warps has four tokens of a tile, with eight lanes each: of every box a lane has 16 bytes of a token.
+// All lanes of a token hand its sums to a `use` that knows where they go.
 struct DotWarp {
   const Block& block;
   const u32 lane, own;  // place of the lane's first 16 bytes in a plane
-  const Addressee owner;
 
   __device__ DotWarp(const Block& block, u32 half, u32 lane)
-      : block(block),
-        lane(lane),
-        own(block.shared + swizzled(4 * half + lane / 8, lane % 8)),
-        owner(block, 4 * half + lane / 8) {}
+      : block(block), lane(lane), own(block.shared + swizzled(4 * half + lane / 8, lane % 8)) {}
 
   // Four products are added up before they meet a long sum, which drops more of each.
   static __device__ float dot(const float (&a)[4], const float (&b)[4]) {
@@ -153,9 +151,9 @@ struct DotWarp {
     return sum;
   }
 
-  // <d_u, X[j]> and <d_u, y> of this block. Where they go is free: the tile that had been there is done, so that its owners
-  // have replied.
-  __device__ void input(int tile) const {
+  // <d_u, X[j]> and <d_u, y> of this block, as `use(tile, sums)`.
+  template <class Use>
+  __device__ void input(int tile, Use use) const {
     const u32 stage = tile % kStages, at = own + stage * kHalf;
     wait(block.barrier(kInputFull, stage), tile / kStages % 2);
     float sums[N + 1] = {};
@@ -176,16 +174,14 @@ struct DotWarp {
 #pragma unroll
       for (u32 step = 1; step < 8; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
     }
-    const u32 rank = owner.rank(block, tile), slot = tile % kDotsSlots;
-    const u32 to = in_block(block.dots(slot, owner.t, block.rank), rank);
-    const u32 barrier = in_block(block.barrier(kDotsFull, slot), rank);
-    if (lane % 8 == 0) send(to, {sums[0], sums[1], sums[2], sums[3]}, barrier);
-    if (lane % 8 == 1) send(to + 16, sums[N], barrier);
+    use(tile, sums);
     __syncwarp();
   }
 
-  // d_H_res[i, j] = <d_X'[i], X[j]> and d_h_post[i] = <d_X'[i], y> of this block.
-  __device__ void streams(int tile) const {
+  // d_H_res[i, j] = <d_X'[i], X[j]> and d_h_post[i] = <d_X'[i], y> of this block, as `use(tile, i, row)` with the row i of
+  // d_H_res and d_h_post[i] behind it: two lanes have a row.
+  template <class Use>
+  __device__ void streams(int tile, Use use) const {
     const u32 stage = tile % kStages, slot = tile % kGradients;
     const u32 at = own + stage * kHalf, gradients = own + slot * kHalf;
     wait(block.barrier(kDone, stage), tile / kStages % 2);
@@ -207,7 +203,6 @@ struct DotWarp {
     __syncwarp();
     if (lane == 0) arrive(block.barrier(kEmpty, stage));
 
-    // Two lanes have a row i at the end.
     const bool second_half = lane & 4, odd_row = lane & 2;
     float half[2][N + 1], row[N + 1];
 #pragma unroll
@@ -222,27 +217,19 @@ struct DotWarp {
       row[j] = (odd_row ? b : a) + __shfl_xor_sync(kAllLanes, odd_row ? a : b, 2);
       row[j] += __shfl_xor_sync(kAllLanes, row[j], 1);
     }
-    const u32 rank = owner.rank(block, tile), i = lane % 8 / 2;
-    const u32 sums_slot = (tile >> block.turns_shift) & (block.sums_slots() - 1);
-    const u32 to = in_block(block.sums(sums_slot, owner.t, block.rank), rank);
-    const u32 barrier = in_block(block.barrier(kSumsFull, sums_slot), rank);
-    if (lane % 2 == 0) {
-      send(to + i * 16, {row[0], row[1], row[2], row[3]}, barrier);
-    } else {
-      send(to + N * N * 4 + i * 4, row[N], barrier);
-    }
+    use(tile, lane % 8 / 2, row);
     __syncwarp();
   }
-};
 
-// A tile that is done makes room for the one whose dots of d_u come next.
-__device__ inline void dot_warps(const Block& block, u32 half, u32 lane) {
-  const DotWarp dots(block, half, lane);
+  // A tile that is done makes room for the one whose dots of d_u come next.
+  template <class UseInput, class UseStreams>
+  __device__ void run(UseInput use_input, UseStreams use_streams) const {
 #pragma unroll 1
-  for (int tile = 0; tile < min(kStages, block.num_tiles); ++tile) dots.input(tile);
+    for (int tile = 0; tile < min(kStages, block.num_tiles); ++tile) input(tile, use_input);
 #pragma unroll 1
-  for (int tile = 0; tile < block.num_tiles; ++tile) {
-    dots.streams(tile);
-    if (tile + kStages < block.num_tiles) dots.input(tile + kStages);
+    for (int tile = 0; tile < block.num_tiles; ++tile) {
+      streams(tile, use_streams);
+      if (tile + kStages < block.num_tiles) input(tile + kStages, use_input);
+    }
   }
-}
+};

@@ -19,6 +19,9 @@ static_assert(N == 4 || (N == 2 && kColumns == N * (N + 2)), "");
 // Where the sums for d_phi have no room, phi_bwd.cu computes d_phi, from r dm and another pass over X and y.
 constexpr bool kSumsPhi = Tuned::sums_phi;
 
+// 1 for f32; any other name is unknown and so 0.
+#define IS_FLOAT32_f32 1
+#define IS_FLOAT32 CONCAT(IS_FLOAT32_, STREAM)
 constexpr bool kIsFloat32 = sizeof(Stream) == 4;
 
 // Warps and their tasks. Beside float32 streams the same warps have both kinds of dots, and the loader is the finisher, too

@@ -185,7 +185,7 @@ __device__ inline void differentiate_tiles(const Block& block, const Args& args,
 
   const int channels = padded(hidden);
   float* partial =
-      static_cast<float*>(args.d_phi) + (long long)cluster_id() * N * channels * kColumns;
+      static_cast<float*>(args.d_phi) + (long long)own_range() * N * channels * kColumns;
 #pragma unroll
   for (int f = 0; f < kFragments; ++f) {
     if (channel_at(f / N) >= hidden) continue;

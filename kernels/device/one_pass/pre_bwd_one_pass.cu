@@ -752,6 +752,9 @@ struct Owner {
 #define IS_FLOAT32_f32 1
 #if CONCAT(IS_FLOAT32_, STREAM)
 #include "one_pass/pre_bwd_main_f32.cuh"
+
+__device__ inline u32 own_slice() { return cluster_rank(); }
+__device__ inline u32 own_range() { return cluster_id(); }
 #else
 #include "one_pass/pre_bwd_main.cuh"
 #endif

@@ -869,6 +869,8 @@ fn streams_are_read_once_beside_given_weights() {
     for (dtype, sizes, config, size) in [
         (DType::Bf16, [4, 4096], birkhoff, "w256_bf16"),
         (DType::F16, [4, 5120], birkhoff, "w256_f16"),
+        (DType::F32, [4, 5120], birkhoff, "w256_f32"),
+        (DType::F32, [4, 96], identity, "w256k8_f32"),
         (DType::Bf16, [4, 4096], identity, "w512k8_bf16"),
         (
             DType::Bf16,

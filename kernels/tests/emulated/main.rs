@@ -181,7 +181,7 @@ fn post_pre_bwd() {
 fn post_given_bwd() {
     // C, tokens, blocks that share them, whether cotangents are deferred. The last slice of channels is not full.
     type Calls = &'static [[usize; 4]];
-    let all: [(&str, &str, Calls); 7] = [
+    let all: [(&str, &str, Calls); 9] = [
         (
             "w256",
             "bf16",
@@ -193,6 +193,12 @@ fn post_given_bwd() {
         ("n2w512", "bf16", &[[536, 61, 1, 1]]),
         ("w256", "f16", &[[360, 45, 1, 1]]),
         ("w256k8", "f16", &[[320, 45, 1, 0]]),
+        (
+            "w256",
+            "f32",
+            &[[416, 77, 2, 1], [32, 33, 3, 0], [1216, 1, 2, 1]],
+        ),
+        ("w256k8", "f32", &[[320, 61, 1, 1]]),
     ];
     for (size, dtype, calls) in all {
         let program = build("post_given_bwd", "given/post_given_bwd", size, dtype);

@@ -179,6 +179,11 @@ mod tests {
             assert_eq!(geometry(DType::Bf16, sizes), Some(expected), "{sizes:?}");
         }
         assert_eq!(geometry(DType::F16, [4, 4096, 24]), Some((256, 8)));
+        assert_eq!(geometry(DType::F32, [4, 4072, 24]), Some((256, 8)));
+        assert_eq!(geometry(DType::F32, [4, 4096, 8]), Some((256, 8)));
+        for sizes in [[4, 4096, 32], [2, 4096, 8]] {
+            assert_eq!(geometry(DType::F32, sizes), None, "{sizes:?}");
+        }
         for sizes in [
             [4, 33856, 24],
             [4, 4100, 24],
