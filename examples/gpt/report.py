@@ -122,7 +122,7 @@ def draw_figure(runs: list[dict[str, Any]], settings: Settings) -> Figure:
         last = np.mean([m["validation_loss"][-1] for _, m in own])
         for axes, values, label in (
             (gain, gains, f"{name}: up to {np.max(gains):.4g}"),
-            (norm, norms, f"{name}: {np.nanmean(norms):.3g} in the mean"),
+            (norm, norms, f"{name}: {np.nanmean(norms):.2f} in the mean"),
             (loss, losses, f"{name}: {last:.3f} at the end"),
         ):
             for (_, m), ys in zip(own, values, strict=True):
