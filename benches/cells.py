@@ -44,18 +44,25 @@ def is_plain_faster(row: dict[str, Any]) -> bool:
 def heat_map(record: dict[str, Any]) -> Figure:
     """A cell for each configuration; those in a frame are faster in plain JAX."""
     rows = of_many_tokens(record)
-    kinds = list(dict.fromkeys(map(kind, rows)))
     widths = sorted({row["hidden"] for row in rows})
-    height = 0.9 + len(PANELS) * (0.5 + 0.22 * len(kinds))
-    figure = Figure(figsize=(3 + 0.42 * len(widths), height), layout="constrained")
-    panels = figure.subplots(len(PANELS), 1, sharex=True, squeeze=False)[:, 0]
-    for panel, (what, title) in zip(panels, PANELS.items(), strict=True):
-        values = [[float("nan")] * len(widths) for _ in kinds]
-        for row in rows:
+    # Heads are in no stack: each panel has the configurations that were measured in it.
+    cells = {
+        what: [row for row in rows if ratio(row, "floor_us", "fused", what) is not None]
+        for what in PANELS
+    }
+    cells = {what: own for what, own in cells.items() if own}
+    kinds = {what: list(dict.fromkeys(map(kind, own))) for what, own in cells.items()}
+    heights = [len(own) for own in kinds.values()]
+    figure = Figure(
+        figsize=(3 + 0.42 * len(widths), 0.9 + 0.5 * len(cells) + 0.22 * sum(heights)),
+        layout="constrained",
+    )
+    panels = figure.subplots(len(cells), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for panel, (what, own) in zip(panels, cells.items(), strict=True):
+        values = [[float("nan")] * len(widths) for _ in kinds[what]]
+        for row in own:
             value = ratio(row, "floor_us", "fused", what)
-            if value is None:
-                continue
-            x, y = widths.index(row["hidden"]), kinds.index(kind(row))
+            x, y = widths.index(row["hidden"]), kinds[what].index(kind(row))
             values[y][x] = value
             color = "white" if value < 0.6 else "black"
             panel.text(x, y, figures(value), ha="center", va="center", fontsize=7, color=color)
@@ -64,8 +71,8 @@ def heat_map(record: dict[str, Any]) -> Figure:
                 panel.add_patch(Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, **frame))
         # As an image, which is smaller than a path for each cell.
         image = panel.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto")
-        panel.set_title(title, fontsize=10, loc="left")
-        panel.set_yticks(range(len(kinds)), kinds, fontsize=8)
+        panel.set_title(PANELS[what], fontsize=10, loc="left")
+        panel.set_yticks(range(len(kinds[what])), kinds[what], fontsize=8)
         panel.set_xticks(range(len(widths)), widths, rotation=90, fontsize=8)
         panel.tick_params(length=0)
         panel.spines[:].set_visible(False)
