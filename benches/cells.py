@@ -12,6 +12,9 @@ from configurations import figures, ratio
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+# Inches of a figure: 8 points are 11 pixels where a page's text is 830 pixels wide.
+WIDTH = 8.4
+
 PANELS = {
     "fb": "a sublayer with its gradients: floor / fused",
     "stack": "four sublayers in a stack, with gradients: floor / fused",
@@ -45,24 +48,19 @@ def heat_map(record: dict[str, Any]) -> Figure:
     """A cell for each configuration; those in a frame are faster in plain JAX."""
     rows = of_many_tokens(record)
     widths = sorted({row["hidden"] for row in rows})
-    # Heads are in no stack: each panel has the configurations that were measured in it.
-    cells = {
-        what: [row for row in rows if ratio(row, "floor_us", "fused", what) is not None]
+    found = [
+        [(row, value) for row in rows if (value := ratio(row, "floor_us", "fused", what))]
         for what in PANELS
-    }
-    cells = {what: own for what, own in cells.items() if own}
-    kinds = {what: list(dict.fromkeys(map(kind, own))) for what, own in cells.items()}
-    heights = [len(own) for own in kinds.values()]
-    figure = Figure(
-        figsize=(3 + 0.42 * len(widths), 0.9 + 0.5 * len(cells) + 0.22 * sum(heights)),
-        layout="constrained",
-    )
-    panels = figure.subplots(len(cells), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    for panel, (what, own) in zip(panels, cells.items(), strict=True):
-        values = [[float("nan")] * len(widths) for _ in kinds[what]]
-        for row in own:
-            value = ratio(row, "floor_us", "fused", what)
-            x, y = widths.index(row["hidden"]), kinds[what].index(kind(row))
+    ]
+    kinds = [list(dict.fromkeys(kind(row) for row, _ in own)) for own in found]
+    height = 1.6 + sum(0.4 + 0.22 * len(own) for own in kinds)
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    ratios = [len(own) for own in kinds]
+    panels = figure.subplots(len(PANELS), 1, sharex=True, height_ratios=ratios)
+    for panel, title, own, names in zip(panels, PANELS.values(), found, kinds, strict=True):
+        values = [[float("nan")] * len(widths) for _ in names]
+        for row, value in own:
+            x, y = widths.index(row["hidden"]), names.index(kind(row))
             values[y][x] = value
             color = "white" if value < 0.6 else "black"
             panel.text(x, y, figures(value), ha="center", va="center", fontsize=7, color=color)
@@ -71,13 +69,14 @@ def heat_map(record: dict[str, Any]) -> Figure:
                 panel.add_patch(Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, **frame))
         # As an image, which is smaller than a path for each cell.
         image = panel.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto")
-        panel.set_title(PANELS[what], fontsize=10, loc="left")
-        panel.set_yticks(range(len(kinds[what])), kinds[what], fontsize=8)
+        panel.set_title(title, fontsize=10, loc="left")
+        panel.set_yticks(range(len(names)), names, fontsize=8)
         panel.set_xticks(range(len(widths)), widths, rotation=90, fontsize=8)
         panel.tick_params(length=0)
         panel.spines[:].set_visible(False)
-    figure.colorbar(image, ax=panels, shrink=0.4, label="1 is the speed of a copy")
-    figure.supxlabel("C (in a frame: plain JAX is faster)", fontsize=10)
+    panels[-1].set_xlabel("C (in a frame: plain JAX is faster)")
+    scale = {"location": "bottom", "shrink": 0.5, "aspect": 40, "pad": 0.01}
+    figure.colorbar(image, ax=panels, label="1 is the speed of a copy", **scale)
     return figure
 
 

@@ -125,9 +125,10 @@ def draw_kernels(record: dict[str, Any], path: Path) -> None:
     ops = [
         op for op in OPS if not op.endswith("_norm") and any(op in rows for rows in shapes.values())
     ]
-    num_columns = min(4, len(ops))
+    num_columns = min(2, len(ops))
     num_rows = -(-len(ops) // num_columns)
-    figure = Figure(figsize=(11, 0.9 + num_rows * (0.9 + 0.27 * len(shapes))), layout="constrained")
+    height = 0.9 + num_rows * (0.5 + 0.3 * len(shapes))
+    figure = Figure(figsize=(cells.WIDTH, height), layout="constrained")
     panels = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False)
     for panel in panels.flat[len(ops) :]:
         panel.set_axis_off()
@@ -143,7 +144,7 @@ def draw_kernels(record: dict[str, Any], path: Path) -> None:
             panel.scatter(fused, height, color=FUSED, marker="o", s=34, label="fused")
             panel.annotate(
                 f"{fused:.2f}", (fused, height), (0, 5), textcoords="offset points",
-                ha="center", fontsize=7.5, color=FUSED,
+                ha="center", fontsize=8.5, color=FUSED,
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4},
             )  # fmt: skip
         panel.set_title(OPS[op], fontsize=10, loc="left")
@@ -320,7 +321,7 @@ def draw_train_step(record: dict[str, Any], path: Path) -> None:
         else FUSED if row["connection"] in model.FUSED else PLAIN
         for row in rows
     ]  # fmt: skip
-    figure = Figure(figsize=(10, 0.9 + 0.42 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(cells.WIDTH, 0.9 + 0.42 * len(rows)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     times = [row["ms"] for row in rows]
     peaks = [row["memory"]["peak_bytes"] / 1e9 for row in rows]
@@ -335,7 +336,7 @@ def draw_train_step(record: dict[str, Any], path: Path) -> None:
         ]
         panel.bar_label(bars, labels, padding=3, fontsize=9)
         panel.set_title(title, fontsize=10, loc="left")
-        panel.set_xlim(0, 1.6 * max(values))  # room for the labels
+        panel.set_xlim(0, 1.9 * max(values))  # room for the labels
         panel.spines[["top", "right"]].set_visible(False)
     left.set_yticks(range(len(rows)), [model.LABELS[row["connection"]] for row in rows])
     left.invert_yaxis()
@@ -414,18 +415,18 @@ def diagnostics_section(record: dict[str, Any], path: Path, docs: Path) -> str:
 
 
 GLANCE = "residual", "hc", "mhc"
-"""Connections of the upper panels."""
+"""Connections of the panels of gain, gradient norm and loss over the whole training."""
 
 
 def draw_training(record: dict[str, Any], path: Path) -> None:
     """Curves of connections: the mean of the seeds, and from the least to the largest.
 
-    Above what mHC is for, of three connections; below the details, of all. A curve is drawn where
-    it can be told apart: losses beside the plain residual's, and gains where they leave 1.
+    A curve is drawn where it can be told apart: losses beside the plain residual's, gains where
+    they leave 1.
     """
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    panels = figure.subplots(2, 3)
-    (mean, norm, lead), (largest, near, late) = panels
+    figure = Figure(figsize=(cells.WIDTH, 9.5), layout="constrained")
+    panels = figure.subplots(3, 2)
+    (mean, norm), (lead, late), (largest, near) = panels
     runs: dict[str, list[dict[str, Any]]] = {}
     for run in record["runs"]:
         runs.setdefault(run["connection"], []).append(run)
@@ -477,13 +478,13 @@ def draw_training(record: dict[str, Any], path: Path) -> None:
         near.annotate(text, (0.02, 0.06), xycoords="axes fraction", fontsize=8)
     late.set(title="the same, second half of the training")
     for panel in panels.flat:
-        panel.title.set_fontsize(10)
+        panel.title.set_fontsize(9)
         panel.set_xlabel("step", fontsize=9)
         panel.minorticks_off()
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     handles, labels = late.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     save(figure, path)
 
 

@@ -358,6 +358,57 @@ def test_the_diagnostics_warn_of_hc_alone(tmp_path):
     assert (tmp_path / "diagnostics.png").read_bytes().startswith(b"\x89PNG")
 
 
+def logged(*options):
+    """Numbers by name of the steps that the training prints, by step."""
+    status, output = run("examples/logging_training.py", "--depth", 4, *options)
+    assert status == 0, output
+    return {
+        int(step): {name: float(value) for name, value in re.findall(r"([\w/]+) ([\d.e+-]+)", line)}
+        for step, line in re.findall(r"^step (\d+): (.*)$", output, re.MULTILINE)
+    }
+
+
+def test_a_training_logs_its_loss_and_the_mixing():
+    numbers = logged("--steps", 41, "--every", 20)
+    assert list(numbers) == [0, 20, 40]
+    assert numbers[40]["loss"] < numbers[0]["loss"] / 3
+    assert len({"loss", *numbers[0]} & set(numbers[40])) == 10
+    for own in numbers.values():
+        assert own["mhc/composite_gain_forward"] == pytest.approx(1, abs=1e-3)
+        assert 0 < own["mhc/entropy"] < math.log(4)
+
+
+def test_a_training_logs_to_tensorboard(tmp_path):
+    pytest.importorskip("tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event
+
+    options = "--steps", 5, "--every", 2
+    printed = logged(*options)
+    assert logged(*options, "--to", "tensorboard", "--out", tmp_path) == {}
+    (path,) = tmp_path.glob("events.out.tfevents.*")
+    data, numbers = path.read_bytes(), {}
+    while data:
+        # A record: its length in 8 bytes, a checksum of 4, the event, a checksum of 4.
+        length = int.from_bytes(data[:8], "little")
+        event, data = Event.FromString(data[12 : 12 + length]), data[16 + length :]
+        for value in event.summary.value:
+            numbers.setdefault(event.step, {})[value.tag] = value.simple_value
+    assert list(numbers) == [0, 2, 4]
+    for step, own in printed.items():
+        assert numbers[step] == pytest.approx(own, rel=1e-3)
+
+
+@pytest.mark.parametrize("library", ["tensorboardX", "wandb"])
+def test_a_logging_library_that_is_missing_is_named(library, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setitem(sys.modules, library, None)
+    example = importlib.import_module("logging_training")
+    to = {"tensorboardX": "tensorboard"}.get(library, library)
+    error = f"--to {to}: expected {library}, got none; pip install it"
+    with pytest.raises(SystemExit, match=error):
+        example.logger(example.Options(to=to))
+
+
 def test_the_dial_refuses_what_it_cannot_simulate():
     status, output = run("examples/manifold_dial.py", "--iterations", -1)
     assert status == 1 and "expected depth and samples of at least 1" in output
