@@ -1,7 +1,7 @@
 """Hooks of mkdocs.
 
-Links to files beside docs/ lead to the repository; the site has its address; nothing is lost as a
-tag of HTML.
+Links to files beside docs/ lead to the repository, to notebooks to Colab; the site has its address;
+nothing is lost as a tag of HTML.
 """
 
 import posixpath
@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+_GITHUB, _COLAB = "https://github.com/", "https://colab.research.google.com/github/"
 _LINK = re.compile(r"(?<=\]\()(\.\./[^)\s#]*)")
 
 
@@ -29,11 +30,12 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
         if not (root / path).exists():
             raise ValueError(f"{page.file.src_uri}: no file {path} for the link {match[1]}")
         # Without a repository the site is looked at beside the checkout that it was built from.
-        return (
-            f"{config.repo_url.rstrip('/')}/blob/HEAD/{path}"
-            if config.repo_url
-            else (root / path).as_uri()
-        )
+        if not config.repo_url:
+            return (root / path).as_uri()
+        repository = config.repo_url.rstrip("/")
+        if path.endswith(".ipynb") and repository.startswith(_GITHUB):
+            return f"{_COLAB}{repository.removeprefix(_GITHUB)}/blob/main/{path}"
+        return f"{repository}/blob/HEAD/{path}"
 
     return _LINK.sub(address, markdown)
 
