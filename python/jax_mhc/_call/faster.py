@@ -133,7 +133,7 @@ def nearest(configuration: Configuration) -> Measured | None:
 def nearest_stack(configuration: Configuration) -> Measured:
     """The measured configuration of a stack that is nearest: in width before all tokens.
 
-    Streams of whole lines of 128 bytes, which some kernels want, are not near to others.
+    Streams of whole lines of 128 bytes, which kernels copy at once, are not near to others.
     """
     own = configuration
 
