@@ -1,8 +1,9 @@
 """Draws the figures of docs/ and writes its tables, from the newest records of a GPU.
 
-`make bench-gpu` runs this last. What benchmarks measured stands in performance.md, results.md and
-diagnostics.md between two comments, `<!-- name -->` and `<!-- /name -->`, and is written here; the
-text around them is not. So is the package's table of what is faster (`_call/faster.json`).
+`make bench-gpu` runs this last. What benchmarks measured stands in performance.md, results.md,
+diagnostics.md and README.md between two comments, `<!-- name -->` and `<!-- /name -->`, and is
+written here; the text around them is not. So is the package's table of what is faster
+(`_call/faster.json`).
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class Options:
     """Folder with the records of one GPU."""
     docs: Path = Path("docs")
     """Folder of the pages and of images/."""
+    readme: Path = Path("README.md")
+    """The page with the cost of three sizes of model."""
     faster: Path = Path("python/jax_mhc/_call/faster.json")
     """The package's table of what is faster."""
 
@@ -362,6 +365,40 @@ def train_step_section(record: dict[str, Any], path: Path, docs: Path) -> str:
     )
 
 
+# Models of the README: suffix of the record, loop over the layers, plain residuals and mHC in it.
+COSTS = (
+    ("-train-step-768", "scan", "residual", "seams"),
+    ("-train-step-1024", "scan", "residual", "seams"),
+    ("-train-step", "scan", "residual", "seams"),
+    ("-loop", "Python", "residual-loop", "mhc-streams-loop"),
+)
+
+
+def cost_section(results: Path) -> str:
+    """Time and memory of a training step, by model; empty where a record is missing."""
+    rows = []
+    for suffix, loop, plain, mhc in COSTS:
+        if (found := newest(results, suffix)) is None:
+            return ""
+        record = found[1]
+        measured = {row["connection"]: row for row in record["rows"]}
+        steps = measured[plain], measured[mhc]
+        rows.append(
+            [
+                f"{record['parameters'] / 1e6:.0f} M, C = {record['model']['hidden']}",
+                loop,
+                *(f"{step['ms']:.1f}" for step in steps),
+                f"{100 * (steps[1]['ms'] / steps[0]['ms'] - 1):+.1f} %",
+                *(f"{step['memory']['peak_bytes'] / 1e9:.1f}" for step in steps),
+            ]
+        )
+    headers = [
+        f"a step, {record['gpu'].removeprefix('NVIDIA ')}", "loop", "plain, ms", "mHC, ms", "",
+        "plain, GB", "mHC, GB",
+    ]  # fmt: skip
+    return table(rows, headers)
+
+
 # ---- what else was measured in a training step --------------------------------------------------
 
 
@@ -508,6 +545,10 @@ def main(options: Options) -> None:
         if draw is not None:
             draw(record, options.docs / "images" / f"{name}.svg")
         replace(options.docs / page, name, section(record, path, options.docs))
+    if costs := cost_section(options.results):
+        replace(options.readme, "cost", costs)
+    else:
+        print(f"No records of three sizes of model in {options.results}.")
 
 
 if __name__ == "__main__":

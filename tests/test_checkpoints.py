@@ -1,4 +1,4 @@
-"""Parameters through Orbax and safetensors, as README.md says, bit for bit."""
+"""Parameters through Orbax and safetensors, as docs/training.md says, bit for bit."""
 
 import equinox as eqx
 import jax

@@ -41,8 +41,9 @@ FLOAT32 = (
 # Of four float16 streams: every size of blocks, which are those of bfloat16.
 HALF_WIDTHS = (448, 1024, 2560, 2752, 4096, 4160, 5952, 7168, 7232, 8192)
 
-# The same with fewer and with more columns of phi.
+# The same with fewer and with more columns of phi; of the latter the widest blocks.
 OTHER_WIDTHS = (64, 448, 640, 1280, 2560, 3072, 4096, 5952, 6144)
+WIDEST_PERMUTED = {6208: 13, 6720: 14, 7232: 15, 8192: 16}
 
 
 @pytest.mark.parametrize("hidden", GEOMETRIES)
@@ -139,7 +140,7 @@ def test_without_mixing(hidden, op):
     check(op, Case((37,), 4, hidden, config=IDENTITY), "bfloat16")
 
 
-@pytest.mark.parametrize("hidden", OTHER_WIDTHS)
+@pytest.mark.parametrize("hidden", [*OTHER_WIDTHS, *WIDEST_PERMUTED])
 @pytest.mark.parametrize("op", ["post_pre", "two_sublayers"])
 def test_means_of_permutations(hidden, op):
     poison()
@@ -172,6 +173,7 @@ MANY = [
     *[(Case((2053,), 4, hidden, 3.0, IDENTITY), "float16") for hidden in (640, 4096, 5952)],
     *[(Case((2053,), 4, hidden, 3.0), "float32") for hidden in (544, 1280, 2048, 4096)],
     (Case((2053,), 4, 2048, 3.0, IDENTITY), "float32"),
+    *[(Case((2053,), 4, hidden, 3.0, PERMUTED), "bfloat16") for hidden in (6208, 8192)],
 ]
 
 
@@ -252,6 +254,8 @@ def run_all():
             run("post_pre", Case((37,), 4, hidden, config=config), "float32")
     for hidden in HALF_WIDTHS:
         run("post_pre", Case((37,), 4, hidden), "float16")
+    for hidden in WIDEST_PERMUTED:
+        run("post_pre", Case((37,), 4, hidden, config=PERMUTED), "bfloat16")
 
 
 def test_the_kernels_are_those_of_their_width():
@@ -271,6 +275,7 @@ def test_the_kernels_are_those_of_their_width():
         expected += [(size, -(-hidden // 256)) for hidden in FLOAT32]
     of_half = [GEOMETRIES[hidden] for hidden in HALF_WIDTHS]
     expected += [(f"w{channels}_f16", blocks) for channels, blocks in of_half]
+    expected += [("w512k32_bf16", blocks) for blocks in WIDEST_PERMUTED.values()]
     assert found == expected
 
 

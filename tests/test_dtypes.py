@@ -1,13 +1,12 @@
 """A model that is cast whole but for its connections, by the lines of docs/dtypes.md."""
 
-import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import pages
 import pytest
 from flax import nnx
 
@@ -18,8 +17,7 @@ from jax_mhc.flax import nnx as mhc_nnx
 
 C = 8
 KEY = jax.random.key(0)
-PAGE = Path(__file__).parents[1] / "docs" / "dtypes.md"
-CAST, *BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+CAST, *BLOCKS = pages.blocks(pages.ROOT / "docs" / "dtypes.md")
 
 
 class NNXModel(nnx.Module):
@@ -79,9 +77,7 @@ def of_equinox(run):
 @pytest.mark.parametrize("which", range(3), ids=["nnx", "linen", "equinox"])
 def test_a_bfloat16_model_with_float32_connections(which):
     def run(**names):
-        names |= {"jax": jax, "jnp": jnp, "nnx": nnx, "eqx": eqx, "mhc": mhc}
-        exec(CAST + BLOCKS[which], names)
-        return SimpleNamespace(**names)
+        return SimpleNamespace(**BLOCKS[which].run(**names, **CAST.run()))
 
     params, call = (of_nnx, of_linen, of_equinox)[which](run)
     # Layers have 2 parameters each; connections 4, 1 and 3.

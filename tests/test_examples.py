@@ -244,22 +244,6 @@ def test_quickstart():
 
 
 @pytest.mark.usefixtures("default_dtypes")
-def test_code_in_the_readme_runs():
-    code = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(code) == 5
-    variables = {}
-    exec("\n".join(code), variables)
-    assert variables["x"].shape == (8, 128, 4, 64)
-    assert variables["out"].shape == (8, 128, 64)
-    assert np.isfinite(variables["d_params"].phi).all()
-    with pytest.raises(ValueError) as error:
-        params = variables["mhc"].init_params(jax.random.key(0), streams=4, hidden=32)
-        variables["loss"](params, variables["w"], variables["u"])
-    # The message that it shows, broken into lines.
-    assert str(error.value) in " ".join(README.read_text().split())
-
-
-@pytest.mark.usefixtures("default_dtypes")
 @pytest.mark.parametrize("model", ["deepseek_v4", "hy4"])
 def test_logits_of_whole_models_are_those_of_transformers(model, monkeypatch, capsys):
     monkeypatch.syspath_prepend(EXAMPLES)

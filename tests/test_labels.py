@@ -1,7 +1,5 @@
 """Labels of parameters: in all libraries, stacked, boxed and masked, and as Optax takes them."""
 
-import re
-
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -10,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from programs import ROOT
 
 import jax_mhc as mhc
 import jax_mhc.equinox as mhc_eqx
@@ -226,21 +223,3 @@ def test_multi_transform_moves_each_array_by_its_own_rate(model):
         jax.tree.leaves(step(params)), jax.tree.leaves(mhc.param_labels(params)), strict=True
     ):
         np.testing.assert_array_equal(update, -rates[label])
-
-
-def test_the_page_on_optimizers():
-    page = (ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8")
-    code = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    variables = {}
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        exec("\n".join(code), variables)
-    params, decays, groups = (variables[name] for name in ("params", "decays", "groups"))
-    assert variables["losses"][-1] < variables["losses"][0] / 2
-    named = mhc.MHCParams
-    assert decays(params)["connections"] == [named(True, False, False)] * 2
-    assert decays(params)["layers"] == [{"up": True, "down": True, "bias": False}] * 2
-    assert groups(params) == {
-        "embed": "adamw",
-        "layers": [{"up": "muon", "down": "muon", "bias": "no decay"}] * 2,
-        "connections": [named("adamw", "no decay", "no decay")] * 2,
-    }

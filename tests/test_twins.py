@@ -1,6 +1,5 @@
 """Plain residual models and their twins with hyper-connections: the same start, moved weights."""
 
-import re
 import runpy
 from pathlib import Path
 
@@ -332,20 +331,3 @@ def test_linen_collections_boxes_and_static_coefficients():
         moved = mhc_linen.from_plain(variables, twin)
         assert jax.tree.structure(moved) == jax.tree.structure(twin)
         assert_close(Sublayers(2).apply(moved, u), Sublayers().apply(plain, u))
-
-
-def test_the_page_on_upcycling(monkeypatch):
-    """Its code runs; twins and wider models start with the loss that they take over."""
-    page = (MODULES.parents[1] / "docs" / "upcycling.md").read_text(encoding="utf-8")
-    monkeypatch.syspath_prepend(MODULES)
-    run = {}
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        with jax.default_matmul_precision("highest"):
-            exec("\n".join(re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)), run)
-    for one, other in (run["start"], run["widened"]):
-        assert_close(one, other)
-    before, after, at_last = (np.mean(run[name][-20:]) for name in ("before", "after", "at_last"))
-    assert at_last < after < before
-    # The copies of a stream have come apart.
-    h_post = run["connections"](run["wide"])[0].bias[4:8].reshape(2, 2)
-    assert np.abs(h_post[:, 0] - h_post[:, 1]).min() > 1e-4

@@ -134,14 +134,23 @@ struct Plan {
   static constexpr int kStage = (kFinish + 2 * kBatch * kSumsBytes + 1023) / 1024 * 1024;
   static constexpr int kBytes = kStage + kStages * kStageBytes;
 
-  // On its way to registers phi lies where the last stages will be, rows of kColumns float32 by stream: all pairs of
-  // streams at once, or one after the other.
+  static constexpr int kAllStagesBytes = kStages * kStageBytes;
+  // Stages of less than 100 KB are too few to hide how long memory takes.
+  static constexpr bool kPrefetches = kAllStagesBytes < 100 * 1024;
+
+  // On its way to registers phi lies where the last stages will be, rows of kColumns float32 by stream: all pieces at
+  // once, or one after the other. A piece is a pair of streams, or half of its boxes where stages have no room for it.
   static constexpr int kPhiRowBytes = kColumns * 4;
-  static constexpr int kPhiBytes = SIZE * kPhiRowBytes;
-  static constexpr int kPhiPairs = kStages * kStageBytes < N * kPhiBytes ? 1 : kPairs;
-  static constexpr int kPhi = kBytes - kPhiPairs * 2 * kPhiBytes;
+  static constexpr int kPairPieces = kAllStagesBytes < 2 * SIZE * kPhiRowBytes ? 2 : 1;
+  static constexpr int kPieceBoxes = kBoxes / kPairPieces;
+  static constexpr int kPieceChannels = kPieceBoxes * kBoxChannels;
+  static constexpr int kPhiBytes = kPieceChannels * kPhiRowBytes;  // of a stream
+  static constexpr int kPieces = kPairs * kPairPieces;
+  static constexpr int kPiecesAtOnce = kAllStagesBytes < kPieces * 2 * kPhiBytes ? 1 : kPieces;
+  static constexpr int kPhi = kBytes - kPiecesAtOnce * 2 * kPhiBytes;
   static constexpr int kFreeStages = (kPhi - kStage) / kStageBytes;
-  static_assert(2 * kPhiPairs % Slice<Stream>::kStreams == 0, "slices are read at once");
+  static_assert(kBoxes % kPairPieces == 0 && kPieces <= 4, "whole boxes, and barriers");
+  static_assert(2 * kPiecesAtOnce % Slice<Stream>::kStreams == 0, "slices are read at once");
   static_assert(kPhi >= kStage, "phi lies in stages alone");
   static_assert(kBytes == Tuned::shared_bytes && kThreads == Tuned::threads, "kernels/tuning.rs");
   static_assert(kBytes <= kMostBytes, "shared memory of a block");
@@ -182,8 +191,8 @@ enum Barrier : u32 {
   kPartialEmpty = 66,  // these have been sent; send
   kFinishFull = 68,    // the sums, r and rho of a batch of tokens; the owner
   kFinishEmpty = 70,   // these have been read; finish
-  kPhiFull = 72,       // two streams of phi; the loader, with bytes
-  kPhiEmpty = 74,  // phi is in registers, as far as it was in shared memory; the warps of project
+  kPhiFull = 72,       // a piece of phi; the loader, with bytes
+  kPhiEmpty = 76,  // phi is in registers, as far as it was in shared memory; the warps of project
 };
 
 // Numbers that go to memory at once.
@@ -228,7 +237,7 @@ struct Block : Place<Plan<POST_PRE, NORM>::kTokens> {
   // Asks for phi first: nothing can start without it.
   __device__ void init_barriers(int lane) const {
     if (lane == 0) {
-      for (int pair = 0; pair < kPairs; ++pair) init_barrier(barrier(kPhiFull, pair), 1);
+      for (int piece = 0; piece < P::kPieces; ++piece) init_barrier(barrier(kPhiFull, piece), 1);
       publish_barriers();
       fence_for_copies();
       copy_phi(0);
@@ -253,10 +262,15 @@ struct Block : Place<Plan<POST_PRE, NORM>::kTokens> {
 
   __device__ void project(int warp, int lane) const;
   __device__ void apply(int thread) const;
-  __device__ void copy_phi(int first_pair) const;
+  __device__ void copy_phi(int first_piece) const;
   __device__ void copy_rest_of_phi() const;
-  __device__ u32 phi_of_pair(int pair) const {
-    return shared + P::kPhi + pair % P::kPhiPairs * 2 * P::kPhiBytes;
+  // Channels of a piece from its first one on: the last block may have none of a second half.
+  __device__ int phi_channels(int first) const {
+    if (P::kPairPieces == 1) return this->channels();
+    return max(0, min(P::kPieceChannels, this->channels() - first));
+  }
+  __device__ u32 phi_piece(int piece) const {
+    return shared + P::kPhi + piece % P::kPiecesAtOnce * 2 * P::kPhiBytes;
   }
   __device__ void load_tiles() const;
   __device__ void send_sums(int lane) const;
@@ -273,13 +287,17 @@ struct Block : Place<Plan<POST_PRE, NORM>::kTokens> {
 
 // By one lane.
 template <bool POST_PRE, bool NORM>
-__device__ inline void Block<POST_PRE, NORM>::copy_phi(int first_pair) const {
-  for (int pair = first_pair; pair < first_pair + P::kPhiPairs; ++pair) {
-    const u32 full = barrier(kPhiFull, pair), bytes = this->channels() * P::kPhiRowBytes;
+__device__ inline void Block<POST_PRE, NORM>::copy_phi(int first_piece) const {
+  for (int piece = first_piece; piece < first_piece + P::kPiecesAtOnce; ++piece) {
+    const int pair = piece / P::kPairPieces;
+    const int first_channel = piece % P::kPairPieces * P::kPieceChannels;
+    const u32 full = barrier(kPhiFull, piece),
+              bytes = phi_channels(first_channel) * P::kPhiRowBytes;
     arrive_and_expect(full, 2 * bytes);
+    if (P::kPairPieces > 1 && bytes == 0) continue;
     for (int j = 0; j < 2; ++j) {
-      const size_t row = size_t(2 * pair + j) * hidden + rank * SIZE;
-      copy_in(phi_of_pair(pair) + j * P::kPhiBytes, args.phi + row * kColumns, bytes, full);
+      const size_t row = size_t(2 * pair + j) * hidden + rank * SIZE + first_channel;
+      copy_in(phi_piece(piece) + j * P::kPhiBytes, args.phi + row * kColumns, bytes, full);
     }
   }
 }
@@ -288,9 +306,9 @@ __device__ inline void Block<POST_PRE, NORM>::copy_phi(int first_pair) const {
 template <bool POST_PRE, bool NORM>
 __device__ inline void Block<POST_PRE, NORM>::copy_rest_of_phi() const {
   u32 parity = 0;
-  for (int pair = P::kPhiPairs; pair < kPairs; pair += P::kPhiPairs, parity ^= 1) {
+  for (int piece = P::kPiecesAtOnce; piece < P::kPieces; piece += P::kPiecesAtOnce, parity ^= 1) {
     wait(barrier(kPhiEmpty), parity);
-    copy_phi(pair);
+    copy_phi(piece);
   }
   wait(barrier(kPhiEmpty), parity);
 }
@@ -304,6 +322,11 @@ __device__ inline void Block<POST_PRE, NORM>::load_tiles() const {
 #pragma unroll 1
   for (; has_tile(i); ++i, ring.next()) {
     if (i == P::kFreeStages) copy_rest_of_phi();
+    if (P::kPrefetches && i >= P::kStages) {
+      // The tile comes as far as the L2 cache until there is room for it.
+      prefetch(*args.x_map, first_token(i), rank * kBoxes, 0);
+      if constexpr (POST_PRE) prefetch(*args.y_map, first_token(i), rank * kBoxes, 0);
+    }
     wait(barrier(kEmpty, ring.slot), ring.parity ^ 1);
     // X' was written there, and not by the copy engine.
     if constexpr (POST_PRE) fence_for_copies();
@@ -329,7 +352,7 @@ __device__ inline void Block<POST_PRE, NORM>::load_tiles() const {
       }
     }
   }
-  if (P::kPhiPairs < kPairs && i <= P::kFreeStages) copy_rest_of_phi();
+  if (P::kPiecesAtOnce < P::kPieces && i <= P::kFreeStages) copy_rest_of_phi();
 }
 
 // ---- project ---------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ constexpr bool kNeighbours = kUnits == 2;
 constexpr int kLastUnits = SIZE / 16 - (kUnits - 1) * kMainWarps;
 constexpr int kUnitStep = kNeighbours ? 16 : 16 * kMainWarps;  // channels
 constexpr int kWarpStep = kNeighbours ? 32 : 16;
+static_assert(!kNeighbours || !kStagesWaitForPhi,
+              "phi that stays in shared memory lies before the rest");
 // Whether d_X'_in of all units is read before any of them is worked on: where there are registers for it.
 constexpr bool kGradientsFirst = kAhead == kUnits && kSumsPhi && !kIdentity;
 // Whether units read tables and use words of replies anew: there are registers for two streams' numbers.
@@ -49,7 +51,7 @@ struct MainWarp {
   Mixing<N> mixing;
   using Weights = Mixing<N>::Weights;
   float d_phi[N][kUnits][kOctets][4];   // where kSumsPhi
-  u32 phi_words[N][kUnits][kPhiWords];  // where kHoldsPhi; elsewhere of a tile
+  u32 phi_words[N][kUnits][kPhiWords];  // of the first kSharedUnits those of a tile
 
   __device__ MainWarp(const Block& block, int warp, int lane)
       : block(block), has_last_unit(kLastUnits == kMainWarps || warp < kLastUnits) {
@@ -130,7 +132,7 @@ struct MainWarp {
 #pragma unroll
         for (int c = 0; c < 4 * kOctets; ++c) d_phi[i][unit][c / 4][c % 4] = 0.f;
       }
-      if (kHoldsPhi && has_unit(unit)) read_phi(phi_words[i][unit], i, unit, lane);
+      if (unit >= kSharedUnits && has_unit(unit)) read_phi(phi_words[i][unit], i, unit, lane);
     }
     if constexpr (kReadsWordsAnew) {
       keep(streams);  // for the others there are no registers
@@ -290,7 +292,7 @@ struct MainWarp {
     begin(0, kAhead, x_new, d_u, tables, stage, lane);
 
     wait(block.barrier(kGradientFull, slot), rings.slot_parity());
-    wait_for_cluster(block.barrier(kRepliesFull, stage), rings.stages.parity);
+    block.wait_for_replies(stage, rings.stages.parity);
     const u32 replies = block.reply(stage, 0);
     if constexpr (kSumsPhi) sum_phi(0, kAhead, x_new, replies);
 
@@ -360,7 +362,7 @@ struct MainWarp {
       for (int i = 0; i < N; ++i) {
         if (i % 2 == 0) spread(h_post, h_post_word, i, q);
         float products[4] = {};
-        if constexpr (!kHoldsPhi) read_phi(phi_words[i][unit], i, unit, lane);
+        if (unit < kSharedUnits) read_phi(phi_words[i][unit], i, unit, lane);
         add_product(products, phi_words[i][unit], reply.half_dm);
 #pragma unroll
         for (int v = 0; v < 4; ++v) {

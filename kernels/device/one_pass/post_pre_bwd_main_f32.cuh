@@ -346,7 +346,7 @@ struct MainWarp {
     const u32 stage = tile % kStages, slot = tile % kGradients;
     if (!mix_x(x_new, stage, tile)) return false;
     wait(block.barrier(kGradientFull, slot), tile / kGradients % 2);
-    wait_for_cluster(block.barrier(kRepliesFull, stage), tile / kStages % 2);
+    block.wait_for_replies(stage, tile / kStages % 2);
     Factor dm[kOctets];
     dm_of_column(dm, own_replies(stage));
     return add_d_phi(x_new, dm, tile);

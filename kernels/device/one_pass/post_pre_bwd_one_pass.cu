@@ -40,8 +40,9 @@ constexpr int kThreads = 32 * (kFirstOwner + kOwnerWarps);
 
 // ---- shared memory ----------------------------------------------------------------------------------
 
-// Slots for dots of d_u, of which an owner has every one or every second: at least as many as stages, and even.
-constexpr int kDotsSlots = (kStages + 1) / 2 * 2;
+// Slots for dots of d_u, of which a block owns every one or every second: an even number, at least as many as stages,
+// and so many that two owners have none in common.
+constexpr int kDotsSlots = kStages > 2 * kOwnerWarps ? (kStages + 1) / 2 * 2 : 2 * kOwnerWarps;
 
 // Barriers, of 8 bytes each: what is there once a phase is over, and who arrives for that, a warp once. Copies and
 // other blocks arrive with bytes, which one warp here announces.
@@ -70,7 +71,7 @@ constexpr u32 kSumsSent = N == 4 && !kIsFloat32 ? kSumsBytes : (N * N + N) * 4;
 // Of a block: what comes in for the tokens that it owns, in the worst case: dots of one token each from 15 blocks,
 // and sums of 8 tokens (see `Block`).
 constexpr u32 kDotsRing = kDotsSlots * 15 * kDotParts * kDotsBytes;
-constexpr u32 kSumsSlots = kStages > 2 ? 8 : 4;
+constexpr u32 kSumsSlots = kStages > 2 || kOwnerWarps > 1 ? 8 : 4;
 constexpr u32 kSumsRing = kSumsSlots * kTileTokens * kSumsBytes;
 
 constexpr u32 kDots = 512;
@@ -137,6 +138,9 @@ struct Block : Stages {
   // By the first main warp, that owners may send replies.
   __device__ void expect_replies(u32 stage) const {
     arrive_and_expect(barrier(kRepliesFull, stage), kTileTokens * kReplyBytes);
+  }
+  __device__ void wait_for_replies(u32 stage, u32 parity) const {
+    wait_for_cluster(barrier(kRepliesFull, stage), parity);
   }
 
   // At the owner, of its token t: what comes from a warp of a block, and from a block.

@@ -25,6 +25,7 @@ __device__ inline void load_tiles(const Block& block, const Maps& maps) {
   constexpr int kSlotsLater = kStages - kGradients;
   Ring<kStages> ring;
   Ring<kGradients> slots;
+  if constexpr (kStagesWaitForPhi) wait(block.barrier(kPhiThere, 0), 0);
   for (int tile = 0; tile < block.num_tiles + kSlotsLater; ++tile, ring.next()) {
     const u32 stage = ring.slot;
     const int token = block.first_token(tile);

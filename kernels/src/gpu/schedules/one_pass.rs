@@ -74,17 +74,15 @@ impl Geometry {
         });
         let channel_bytes = n * dtype.num_bytes();
         all.min_by_key(|(geometry, kernel)| {
-            (
-                geometry.has_much_phi(),
-                geometry.work(*kernel, channel_bytes),
-            )
+            (geometry.excess_phi(), geometry.work(*kernel, channel_bytes))
         })
         .map(|(geometry, _)| geometry)
     }
 
-    /// Whether phi takes so many registers that some of it has to lie elsewhere: for widths that no other size takes.
-    fn has_much_phi(self) -> bool {
-        self.size.streams * self.size.number * self.size.columns > MOST_PHI
+    /// Numbers of phi that have to lie elsewhere than in registers: a size with more of them is for widths that no
+    /// other takes.
+    fn excess_phi(self) -> u32 {
+        (self.size.streams * self.size.number * self.size.columns).saturating_sub(MOST_PHI)
     }
 
     /// Work of a kernel for a token, where all clusters have some: larger for fewer clusters, for more channels of a
@@ -178,7 +176,10 @@ pub mod tests {
             (4096, 8, (512, 8)),
             (6144, 8, (384, 16)),
             (4096, 32, (256, 16)),
+            (4608, 32, (384, 12)),
             (6144, 32, (384, 16)),
+            (6208, 32, (512, 13)),
+            (8192, 32, (512, 16)),
         ] {
             assert_eq!(of(c, columns), Some(geometry), "{c}, {columns}");
         }
@@ -190,6 +191,6 @@ pub mod tests {
         assert_eq!(of(256, 24), None);
         assert_eq!(of(4100, 24), None);
         assert_eq!(of(8256, 24), None);
-        assert_eq!(of(6208, 32), None);
+        assert_eq!(of(8256, 32), None);
     }
 }
