@@ -66,7 +66,7 @@ struct Args {
   const float *h_post, *h_res, *phi, *alpha, *bias, *m, *r, *h_res_new, *h_given, *d_h_pre;
   const float* d_z;  // [tokens, kColumns], of which those of h_pre are not read
   float* dots;       // [tokens, gridDim.x, kDotsRow], of whole tiles, for sum_given
-  void* for_phi;     // floats [gridDim.y, n C, kColumns], for sum_given
+  void* for_phi;     // floats [gridDim.y, n, padded(C), kColumns], for sum_given
   float* gate_sums;  // [kRepliers * gridDim.y, kColumns + 3], alike
   int tokens, deferred;
 };
@@ -288,11 +288,11 @@ __device__ inline void store_stream_dots(const Block& block, const Args& args, i
 
 // The maps have boxes of kTileTokens tokens and SIZE channels; gridDim.x is C / SIZE, rounded up.
 KERNEL(post_given_bwd, kThreads, 1)
-(const __grid_constant__ TensorMap x_even, const __grid_constant__ TensorMap x_odd,
- const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap d_u,
- const __grid_constant__ TensorMap d_x_new_in_even,
- const __grid_constant__ TensorMap d_x_new_in_odd, const __grid_constant__ TensorMap d_x_new_even,
- const __grid_constant__ TensorMap d_x_new_odd, const __grid_constant__ TensorMap d_y,
+(const __grid_constant__ BlockMaps x_even, const __grid_constant__ BlockMaps x_odd,
+ const __grid_constant__ BlockMaps y, const __grid_constant__ BlockMaps d_u,
+ const __grid_constant__ BlockMaps d_x_new_in_even,
+ const __grid_constant__ BlockMaps d_x_new_in_odd, const __grid_constant__ BlockMaps d_x_new_even,
+ const __grid_constant__ BlockMaps d_x_new_odd, const __grid_constant__ BlockMaps d_y,
  const float* h_post, const float* h_res, const float* phi, const float* alpha, const float* bias,
  const float* m, const float* r, const float* h_res_new, const float* h_given, const float* d_h_pre,
  const float* d_z, float* dots, void* d_phi, float* gate_sums, int tokens, int hidden, int deferred,
@@ -314,14 +314,16 @@ KERNEL(post_given_bwd, kThreads, 1)
   } else {
     give_registers<kOtherRegisters>();
     const Block block(memory, hidden, tokens);
+    const bool has_rest = block.lines().has_rest;
     if (warp < kStreamDots) {
       store_input_dots(block, args, warp - kInputDots, lane);
     } else if (warp < kLoader) {
       store_stream_dots(block, args, warp - kStreamDots, lane);
     } else if (warp == kLoader) {
-      if (lane == 0) load_tiles(block, maps);
+      if (lane == 0) has_rest ? load_tiles<true>(block, maps) : load_tiles<false>(block, maps);
     } else if (warp == kFinisher) {
-      finish_tiles(block, args, maps, lane);
+      has_rest ? finish_tiles<true>(block, args, maps, lane)
+               : finish_tiles<false>(block, args, maps, lane);
     } else {
       Replier(block, args, settings, warp - kFirstReplier, lane).run();
     }
@@ -370,10 +372,12 @@ __device__ inline void sum_dots(const float* dots, const float* h_post, const fl
 KERNEL(sum_given, kSumThreads)
 (const float4* d_phi_partial, const float* gate_sums, const float* dots, const float* h_post,
  const float* h_res, float4* d_phi, float* d_bias, float* d_alpha, float* d_h_post, float* d_h_res,
- float* d_h_given, int phi_blocks, int ranges, int size, int num_gates, int tokens, int slices) {
+ float* d_h_given, int phi_blocks, int ranges, int size, int of_stream, int padded, int num_gates,
+ int tokens, int slices) {
   const int block = blockIdx.x - phi_blocks;
   if (block < 0) {
-    sum_phi(d_phi_partial, d_phi, ranges, size, blockIdx.x * kSumThreads + threadIdx.x);
+    const int at = blockIdx.x * kSumThreads + threadIdx.x;
+    sum_phi(d_phi_partial, d_phi, ranges, size, of_stream, padded, at);
   } else if (block == 0) {
     sum_gates<kSumThreads>(gate_sums, d_bias, d_alpha, kRepliers * ranges, kColumns, num_gates);
   } else {

@@ -73,7 +73,7 @@ struct Args {
 };
 
 struct Maps {
-  const TensorMap &x, &y, &x_new, &u;
+  const BlockMaps &x, &y, &x_new, &u;
 };
 
 struct Block {
@@ -102,9 +102,12 @@ struct Block {
   __device__ u32 parts(u32 slot) const { return base + kParts + slot * kPartsBytes; }
   __device__ u32 others(u32 slot) const { return base + kOthers + slot * kPartBytes; }
 
-  __device__ int first_box() const { return blockIdx.x * kBoxes; }
-  // Boxes that there are of a stream from the block's first on.
-  __device__ int boxes() const { return args.hidden / kBoxChannels - first_box(); }
+  template <bool MAY_HAVE_REST = true>
+  __device__ Lines<kTokens, MAY_HAVE_REST> lines() const {
+    return {int(blockIdx.x) * SIZE, args.hidden};
+  }
+  // Channels that this block has of a stream.
+  __device__ int channels() const { return min(SIZE, args.hidden - int(blockIdx.x) * SIZE); }
   __device__ int num_tiles() const {
     const int tiles = (args.tokens + kTokens - 1) / kTokens;
     return (tiles - int(blockIdx.y) + int(gridDim.y) - 1) / int(gridDim.y);
@@ -133,7 +136,7 @@ struct Block {
 // ---- mover ------------------------------------------------------------------------------------------
 
 __device__ inline void copy_phi(const Block& block) {
-  const u32 bytes = min(kBoxes, block.boxes()) * kBoxChannels * kPhiRowBytes;
+  const u32 bytes = block.channels() * kPhiRowBytes;
   arrive_and_expect(block.phi_full(), N * bytes);
   for (int j = 0; j < N; ++j) {
     const size_t row = size_t(j) * block.args.hidden + blockIdx.x * SIZE;
@@ -156,10 +159,12 @@ __device__ inline void copy_rows(u32 to, const float* from, int first, int token
   }
 }
 
+template <bool HAS_REST>
 __device__ inline void move_tiles(const Block& block, const Maps& maps, int lane) {
   const Args& args = block.args;
   const u64 policy = evict_first();
-  const int num = block.num_tiles(), box = block.first_box();
+  const int num = block.num_tiles();
+  const auto lines = block.lines<HAS_REST>();
   int next = 0;
   Ring<kStages> ring;
   const auto load_next = [&] {
@@ -168,8 +173,8 @@ __device__ inline void move_tiles(const Block& block, const Maps& maps, int lane
       const int first = block.first_token(next);
       if (lane == 0) {
         arrive_and_expect(full, kStageBytes);
-        copy_in(stage, maps.x, first, box, 0, full, policy);
-        copy_in(stage + kY, maps.y, first, box, 0, full, policy);
+        lines.template copy_in<N>(stage, maps.x, first, full, policy);
+        lines.template copy_in<1>(stage + kY, maps.y, first, full, policy);
       }
       const u32 rows = block.coefficients(ring.slot);
       copy_rows<N * N>(rows, args.h_res, first, args.tokens, lane);
@@ -190,8 +195,8 @@ __device__ inline void move_tiles(const Block& block, const Maps& maps, int lane
     wait(block.done(finished.slot), finished.parity);
     if (lane == 0) {
       const u32 stage = block.stage(finished.slot);
-      copy_out(maps.x_new, block.first_token(i), box, 0, stage);
-      copy_out(maps.u, block.first_token(i), box, 0, stage + kY);
+      lines.template copy_out<N>(maps.x_new, block.first_token(i), stage);
+      lines.template copy_out<1>(maps.u, block.first_token(i), stage + kY);
       commit_copies();
       wait_for_reads<1>();
     }
@@ -257,9 +262,9 @@ __device__ inline void make_tiles(const Block& block, int warp, int lane) {
     const u32 at = block.base + kPhi + channel * kPhiRowBytes + 4 * g;
 #pragma unroll
     for (int part = 0; part < kBoxSlices; ++part) {
-      // Boxes behind C are of no stream.
+      // Channels behind C are of no stream.
       phi[box][part] = {};
-      if (box < block.boxes()) {
+      if (box * kBoxChannels + warp * kUnitChannels < block.channels()) {
         phi[box][part] =
             Phi::read(at + part * Phi::kStreams * kPhiStreamBytes, kPhiRowBytes, kPhiStreamBytes);
       }
@@ -395,8 +400,8 @@ __device__ inline void sum_tiles(const Block& block, int which, int lane) {
 // sums: [tokens, slices, kColumns], squares: [tokens, slices]; a slice is that of a cluster of one or two blocks. The maps
 // have boxes of 8 tokens and SIZE channels; gridDim.x is C / SIZE, rounded up.
 KERNEL(post_given_fwd, kThreads, 1)
-(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap y,
- const __grid_constant__ TensorMap x_new, const __grid_constant__ TensorMap u, const float* h_post,
+(const __grid_constant__ BlockMaps x, const __grid_constant__ BlockMaps y,
+ const __grid_constant__ BlockMaps x_new, const __grid_constant__ BlockMaps u, const float* h_post,
  const float* h_res, const float* h_given, const float* phi, float4* sums, float* squares,
  int tokens, int hidden) {
   extern __shared__ __align__(1024) unsigned char shared[];
@@ -415,7 +420,11 @@ KERNEL(post_given_fwd, kThreads, 1)
     make_tiles(block, warp, lane);
   } else {
     give_registers<kOtherRegisters>();
-    if (warp == kMainWarps) move_tiles(block, {x, y, x_new, u}, lane);
+    if (warp == kMainWarps) {
+      const Maps maps{x, y, x_new, u};
+      block.lines().has_rest ? move_tiles<true>(block, maps, lane)
+                             : move_tiles<false>(block, maps, lane);
+    }
     const int which = warp - kMainWarps - 1;
     if (which >= 0 && which < kSumWarps) sum_tiles(block, which, lane);
   }

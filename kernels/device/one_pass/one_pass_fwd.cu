@@ -163,14 +163,14 @@ struct Plan {
 
 // The arguments of a kernel.
 struct Args {
-  const TensorMap* x_map;
+  const BlockMaps* x_maps;
   const float *phi, *alpha, *bias;
   Stream* u;
   float *h_pre, *h_post, *h_res, *m, *r;
   int tokens, hidden;
   const Settings* settings;
   // In post_pre alone.
-  const TensorMap* y_map;
+  const BlockMaps* y_maps;
   const float *h_post_in, *h_res_in;
   Stream* x_new;
   // With a layer norm alone.
@@ -241,9 +241,10 @@ struct Block : Place<Plan<POST_PRE, NORM>::kTokens> {
       publish_barriers();
       fence_for_copies();
       copy_phi(0);
-      prefetch(*args.x_map);
-      if constexpr (POST_PRE) prefetch(*args.y_map);
+      prefetch(args.x_maps->boxes);
+      if constexpr (POST_PRE) prefetch(args.y_maps->boxes);
     }
+    clear_phi(lane);
     if (lane < P::kStages) {
       init_barrier(barrier(kFull, lane), 1);
       init_barrier(barrier(kEmpty, lane), kApplyWarps);
@@ -263,6 +264,7 @@ struct Block : Place<Plan<POST_PRE, NORM>::kTokens> {
   __device__ void project(int warp, int lane) const;
   __device__ void apply(int thread) const;
   __device__ void copy_phi(int first_piece) const;
+  __device__ void clear_phi(int lane) const;
   __device__ void copy_rest_of_phi() const;
   // Channels of a piece from its first one on: the last block may have none of a second half.
   __device__ int phi_channels(int first) const {
@@ -302,6 +304,25 @@ __device__ inline void Block<POST_PRE, NORM>::copy_phi(int first_piece) const {
   }
 }
 
+// By one warp: zeros behind the last channel in a box that is not whole. Where a piece takes the place of an earlier one,
+// those rows have that one's, which are multiplied by zeros.
+template <bool POST_PRE, bool NORM>
+__device__ inline void Block<POST_PRE, NORM>::clear_phi(int lane) const {
+  const int last = this->channels() % kBoxChannels;
+  if (last == 0) return;
+  for (int piece = 0; piece < P::kPiecesAtOnce; ++piece) {
+    const int channels = phi_channels(piece % P::kPairPieces * P::kPieceChannels);
+    if (channels % kBoxChannels == 0) continue;
+    for (int j = 0; j < 2; ++j) {
+      const u32 first = phi_piece(piece) + j * P::kPhiBytes + channels * P::kPhiRowBytes;
+      for (u32 at = 16 * lane; at < (kBoxChannels - last) * P::kPhiRowBytes; at += 16 * 32)
+        write4(first + at, {});
+    }
+  }
+  // The copy engine will write there.
+  fence_for_copies();
+}
+
 // What there was no room for, then the wait for all of phi to be in registers.
 template <bool POST_PRE, bool NORM>
 __device__ inline void Block<POST_PRE, NORM>::copy_rest_of_phi() const {
@@ -317,6 +338,7 @@ __device__ inline void Block<POST_PRE, NORM>::copy_rest_of_phi() const {
 template <bool POST_PRE, bool NORM>
 __device__ inline void Block<POST_PRE, NORM>::load_tiles() const {
   const u64 policy = evict_first();
+  const auto lines = this->lines();
   Ring<P::kStages> ring;
   int i = 0;
 #pragma unroll 1
@@ -324,8 +346,8 @@ __device__ inline void Block<POST_PRE, NORM>::load_tiles() const {
     if (i == P::kFreeStages) copy_rest_of_phi();
     if (P::kPrefetches && i >= P::kStages) {
       // The tile comes as far as the L2 cache until there is room for it.
-      prefetch(*args.x_map, first_token(i), rank * kBoxes, 0);
-      if constexpr (POST_PRE) prefetch(*args.y_map, first_token(i), rank * kBoxes, 0);
+      lines.template prefetch<N>(*args.x_maps, first_token(i));
+      if constexpr (POST_PRE) lines.template prefetch<1>(*args.y_maps, first_token(i));
     }
     wait(barrier(kEmpty, ring.slot), ring.parity ^ 1);
     // X' was written there, and not by the copy engine.
@@ -342,9 +364,9 @@ __device__ inline void Block<POST_PRE, NORM>::load_tiles() const {
     }
     const int coefficients = POST_PRE ? (count * N + copied) * N * 4 : 0;
     arrive_and_expect(full, P::kStageBytes + coefficients);
-    copy_in(to, *args.x_map, first, rank * kBoxes, 0, full, policy);
+    lines.template copy_in<N>(to, *args.x_maps, first, full, policy);
     if constexpr (POST_PRE) {
-      copy_in(to + P::kY, *args.y_map, first, rank * kBoxes, 0, full, policy);
+      lines.template copy_in<1>(to + P::kY, *args.y_maps, first, full, policy);
       const u32 h_res = mixing(ring.slot);
       copy_in(h_res, args.h_res_in + size_t(first) * N * N, count * N * N * 4, full);
       if (N % 4 == 0 || copied > 0) {
@@ -750,39 +772,39 @@ __device__ inline void run(const Args& args) {
 }
 
 KERNEL(pre_fwd_one_pass, kThreads, 1)
-(const __grid_constant__ TensorMap x_map, const float* phi, const float* alpha, const float* bias,
+(const __grid_constant__ BlockMaps x_maps, const float* phi, const float* alpha, const float* bias,
  Stream* u, float* h_pre, float* h_post, float* h_res, float* m, float* r, int tokens, int hidden,
  const __grid_constant__ Settings settings) {
   run<false, false>(
-      {&x_map, phi, alpha, bias, u, h_pre, h_post, h_res, m, r, tokens, hidden, &settings});
+      {&x_maps, phi, alpha, bias, u, h_pre, h_post, h_res, m, r, tokens, hidden, &settings});
 }
 
 KERNEL(pre_norm_fwd_one_pass, kThreads, 1)
-(const __grid_constant__ TensorMap x_map, const float* phi, const float* alpha, const float* bias,
+(const __grid_constant__ BlockMaps x_maps, const float* phi, const float* alpha, const float* bias,
  const float* norm_scale, Stream* u, float* h_pre, float* h_post, float* h_res, float* m, float* r,
  float* rho, float norm_scale_eps, int tokens, int hidden,
  const __grid_constant__ Settings settings) {
-  run<false, true>({&x_map,  phi,     alpha,   bias,       u,      h_pre,         h_post,
+  run<false, true>({&x_maps, phi,     alpha,   bias,       u,      h_pre,         h_post,
                     h_res,   m,       r,       tokens,     hidden, &settings,     nullptr,
                     nullptr, nullptr, nullptr, norm_scale, rho,    norm_scale_eps});
 }
 
 KERNEL(post_pre_fwd_one_pass, kThreads, 1)
-(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map,
+(const __grid_constant__ BlockMaps x_maps, const __grid_constant__ BlockMaps y_maps,
  const float* h_post_in, const float* h_res_in, const float* phi, const float* alpha,
  const float* bias, Stream* x_new, Stream* u, float* h_pre, float* h_post, float* h_res, float* m,
  float* r, int tokens, int hidden, const __grid_constant__ Settings settings) {
-  run<true, false>({&x_map, phi, alpha, bias, u, h_pre, h_post, h_res, m, r, tokens, hidden,
-                    &settings, &y_map, h_post_in, h_res_in, x_new});
+  run<true, false>({&x_maps, phi, alpha, bias, u, h_pre, h_post, h_res, m, r, tokens, hidden,
+                    &settings, &y_maps, h_post_in, h_res_in, x_new});
 }
 
 KERNEL(post_pre_norm_fwd_one_pass, kThreads, 1)
-(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map,
+(const __grid_constant__ BlockMaps x_maps, const __grid_constant__ BlockMaps y_maps,
  const float* h_post_in, const float* h_res_in, const float* phi, const float* alpha,
  const float* bias, const float* norm_scale, Stream* x_new, Stream* u, float* h_pre, float* h_post,
  float* h_res, float* m, float* r, float* rho, float norm_scale_eps, int tokens, int hidden,
  const __grid_constant__ Settings settings) {
-  run<true, true>({&x_map,    phi,      alpha, bias,       u,      h_pre,         h_post,
-                   h_res,     m,        r,     tokens,     hidden, &settings,     &y_map,
+  run<true, true>({&x_maps,   phi,      alpha, bias,       u,      h_pre,         h_post,
+                   h_res,     m,        r,     tokens,     hidden, &settings,     &y_maps,
                    h_post_in, h_res_in, x_new, norm_scale, rho,    norm_scale_eps});
 }

@@ -67,7 +67,7 @@ __device__ inline void Block<POST_PRE, NORM>::project(int warp, int lane) const 
   constexpr bool kSpare = P::kSharedFragments == 0, kKeepsHRes = kSpare || !NORM;
   const int own_channel = kUnitChannels * warp + kWordChannels * (lane % 4);
   const u32 own_rows = own_channel * P::kPhiRowBytes + lane / 4 * 4;
-  const int boxes = this->channels() / kBoxChannels;
+  const int boxes = (this->channels() + kBoxChannels - 1) / kBoxChannels;
 #pragma unroll
   for (int part = 0; part < kBoxSlices; ++part) {
     const int first_pair = part * (Phi::kStreams / 2),

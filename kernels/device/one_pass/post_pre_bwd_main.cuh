@@ -78,8 +78,8 @@ struct MainWarp {
   }
 
   // phi as fragments, into shared memory and from there into registers if it is kept there. Two units at a
-  // time, which share a scale: there are too few registers for the numbers of all. Behind `channels`, which the warp
-  // has from its first one on, it is zero.
+  // time, which share a scale: there are too few registers for the numbers of all. Units behind `channels`, which the warp
+  // has from its first one on, are zero; of one that ends there the second half is the first again, for nothing.
   __device__ void load_phi(const float* phi_of_warp, int channels, int lane) {
     const int g = lane / 4, q = lane % 4;
 #pragma unroll 1
@@ -92,10 +92,11 @@ struct MainWarp {
       for (int u = 0; u < 2; ++u) {
         const int channel = (first + u) * kUnitStep;
         if (!has_unit(first + u) || channel >= channels) continue;
+        const int apart = channel + 8 < channels ? 8 : 0;
 #pragma unroll
         for (int e = 0; e < N * kPhiWords; ++e) {
           const int i = e / kPhiWords, p = e % kPhiWords,
-                    row = i * block.hidden + channel + p % 2 * 8 + g;
+                    row = i * block.hidden + channel + p % 2 * apart + g;
           const float* from = phi_of_warp + row * kColumns + p / 2 * 8;
           const float2 v = __ldg(reinterpret_cast<const float2*>(from) + q);
           largest = max(largest, max(magnitude(v.x), magnitude(v.y)));
@@ -393,7 +394,7 @@ struct MainWarp {
 #pragma unroll
       for (int unit = 0; unit < kUnits; ++unit) {
         if (!has_unit(unit) || unit * kUnitStep >= channels) break;
-        const int row = i * block.hidden + unit * kUnitStep + g;
+        const int row = i * padded(block.hidden) + unit * kUnitStep + g;
         ::store_d_phi(d_phi_of_block + row * kColumns, d_phi[i][unit], q);
       }
     }
@@ -414,7 +415,7 @@ __device__ inline void main_warps(const Block& block, const Args& args, int warp
     self.tile(tile, rings, lane);
   }
   if constexpr (kSumsPhi) {
-    const int of_cluster = block.first_tile * N * block.hidden;
+    const int of_cluster = block.first_tile * N * padded(block.hidden);
     self.store_d_phi(static_cast<float*>(args.for_phi) + (of_cluster + row) * kColumns,
                      block.hidden - row);
   }

@@ -92,7 +92,7 @@ struct Args {
   const float *h_post, *h_res, *phi, *alpha, *bias, *m, *r, *h_res_new, *d_h_pre;
   const float* d_z;  // [tokens, kColumns], of which those of h_pre are not read
   float *d_h_post, *d_h_res;
-  // Where kSumsPhi: [clusters, n C, kColumns], for sum_gradients; elsewhere r dm in two bfloat16 parts,
+  // Where kSumsPhi: [clusters, n, padded(C), kColumns], for sum_gradients; elsewhere r dm in two bfloat16 parts,
   // [tokens, 2, kColumns], for phi_bwd.
   void* for_phi;
   float* gate_sums;  // [2 * blocks, kColumns + 3], for sum_gradients
@@ -519,11 +519,11 @@ __device__ inline void send_stream_dots(const Block& block, int half, int lane) 
 // ---- kernel -----------------------------------------------------------------------------------------
 
 KERNEL(post_pre_bwd_one_pass, kThreads, 1)
-(const __grid_constant__ TensorMap x_even, const __grid_constant__ TensorMap x_odd,
- const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap d_u,
- const __grid_constant__ TensorMap d_x_new_in_even,
- const __grid_constant__ TensorMap d_x_new_in_odd, const __grid_constant__ TensorMap d_x_new_even,
- const __grid_constant__ TensorMap d_x_new_odd, const __grid_constant__ TensorMap d_y,
+(const __grid_constant__ BlockMaps x_even, const __grid_constant__ BlockMaps x_odd,
+ const __grid_constant__ BlockMaps y, const __grid_constant__ BlockMaps d_u,
+ const __grid_constant__ BlockMaps d_x_new_in_even,
+ const __grid_constant__ BlockMaps d_x_new_in_odd, const __grid_constant__ BlockMaps d_x_new_even,
+ const __grid_constant__ BlockMaps d_x_new_odd, const __grid_constant__ BlockMaps d_y,
  const float* h_post, const float* h_res, const float* phi, const float* alpha, const float* bias,
  const float* m, const float* r, const float* h_res_new, const float* d_h_pre, const float* d_z,
  float* d_h_post, float* d_h_res, void* for_phi, float* gate_sums, int tokens, int hidden,
@@ -550,19 +550,22 @@ KERNEL(post_pre_bwd_one_pass, kThreads, 1)
     if (warp < kLoader) {
       dot_warps(block, warp - kInputDots, lane);
     } else if (warp == kLoader) {
-      move_tiles(block, args, maps, lane);
+      block.lines().has_rest ? move_tiles<true>(block, args, maps, lane)
+                             : move_tiles<false>(block, args, maps, lane);
     } else {
       Owner(block, args, settings, warp - kFirstOwner, lane).run();
     }
 #else
+    const bool has_rest = block.lines().has_rest;
     if (warp < kStreamDots) {
       send_input_dots(block, warp - kInputDots, lane);
     } else if (warp < kLoader) {
       send_stream_dots(block, warp - kStreamDots, lane);
     } else if (warp == kLoader) {
-      if (lane == 0) load_tiles(block, maps);
+      if (lane == 0) has_rest ? load_tiles<true>(block, maps) : load_tiles<false>(block, maps);
     } else if (warp == kFinisher) {
-      finish_tiles(block, args, maps, lane);
+      has_rest ? finish_tiles<true>(block, args, maps, lane)
+               : finish_tiles<false>(block, args, maps, lane);
     } else {
       Owner(block, args, settings, warp - kFirstOwner, lane).run();
     }

@@ -23,8 +23,8 @@ static_assert(kPhi + kAllPhiBytes <= (kSharedUnits == 0 ? kOdd : kSharedBytes), 
 // Maps of the streams, with boxes of kTileTokens tokens and SIZE channels: of every second stream (`_even`, `_odd`), or
 // of y and the like.
 struct Maps {
-  const TensorMap &x_even, &x_odd, &y, &d_u, &d_x_new_in_even, &d_x_new_in_odd;
-  const TensorMap &d_x_new_even, &d_x_new_odd, &d_y;  // d_x_new may lie where d_x_new_in does
+  const BlockMaps &x_even, &x_odd, &y, &d_u, &d_x_new_in_even, &d_x_new_in_odd;
+  const BlockMaps &d_x_new_even, &d_x_new_odd, &d_y;  // d_x_new may lie where d_x_new_in does
 };
 
 // Addresses in a block's shared memory.
