@@ -83,7 +83,8 @@ wheels: .venv/ready-wheels .build/cargo/bin/cargo-cyclonedx | $(HEADERS) $(COMPI
 	for wheel in $(WHEELS); do $(WITH_TOOLS) JAX_MHC_WHEEL=$$wheel \
 	  $(BIN)/python -m hatchling build --target wheel --directory dist || exit 1; done
 	for wheel in $(filter manylinux%,$(WHEELS)); do \
-	  $(BIN)/python -m auditwheel show dist/*-$$wheel.whl | tee /dev/stderr | grep -q "\"$$wheel\"" || exit 1; done
+	  $(BIN)/python -m auditwheel show dist/*-$$wheel.whl > .build/tag.txt; cat .build/tag.txt; \
+	  grep -q "\"$$wheel\"" .build/tag.txt || exit 1; done
 	$(BIN)/twine check --strict dist/*.whl dist/*.tar.gz
 	for wheel in $(filter manylinux%,$(WHEELS)); do \
 	  $(WITH_TOOLS) SOURCE_DATE_EPOCH=0 cargo cyclonedx --quiet --manifest-path xla_plugin/Cargo.toml --format json --spec-version 1.5 \
