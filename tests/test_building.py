@@ -1,15 +1,18 @@
-"""Wheels: what the build says where it cannot go on; without CUDA kernels, or without any."""
+"""Wheels: obstacles to a build, the page of the package; without CUDA kernels, or without any."""
 
+import email
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import pytest
-from programs import ROOT
+from programs import README, ROOT
 
 from jax_mhc._call import library
 
@@ -126,11 +129,11 @@ def test_an_obstacle_comes_before_downloads(env, tmp_path):
     assert status == 1 and line.startswith("jax-mhc: Rust is missing (cargo and rustc): install")
 
 
-def build(folder, **variables):
-    """A build of the wheel, as pip does it."""
-    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory"]
+def build(folder, target="wheel", cwd=ROOT, **variables):
+    """A build of the wheel, or of the sdist, as pip does it."""
+    command = [sys.executable, "-m", "hatchling", "build", "--target", target, "--directory"]
     done = subprocess.run(
-        [*command, str(folder)], cwd=ROOT, env=variables, capture_output=True, text=True
+        [*command, str(folder)], cwd=cwd, env=variables, capture_output=True, text=True
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -148,6 +151,68 @@ def test_an_obstacle_is_one_sentence(env, tmp_path, cargo, said):
     assert status == 1
     (line,) = printed.splitlines()
     assert line.startswith(f"jax-mhc: {said}")
+
+
+def test_cargo_has_a_target(env, tmp_path):
+    """With CARGO_BUILD_TARGET, as conda sets it, cargo leaves the library in another folder."""
+    library = tmp_path / "some-target" / "release" / "libjax_mhc_xla.so"
+    library.parent.mkdir(parents=True)
+    library.write_text("a library")
+    place = {"CARGO_TARGET_DIR": str(tmp_path), "CARGO_BUILD_TARGET": "some-target"}
+    status, printed = build(tmp_path, **env, **place)
+    assert status == 0, printed
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.read("jax_mhc/libjax_mhc_xla.so") == b"a library"
+
+
+def test_a_wheel_of_another_architecture(tmp_path):
+    wheel = tmp_path / "jax_mhc-0.1.0-py3-none-manylinux_2_28_s390x.whl"
+    zipfile.ZipFile(wheel, "w").close()
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", str(wheel)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"{wheel.name} is not a supported wheel on this platform" in done.stderr
+
+
+def metadata_of(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        return email.message_from_bytes(archive.read(name))
+
+
+def test_the_page_of_the_package(tmp_path):
+    """With a repository the README leads there, from a wheel that is built of the sdist, too."""
+    repository = "https://github.com/Someone/jax-mhc"
+    variables = {"JAX_MHC_WHEEL": "any", "PATH": ""}
+    for target in "wheel", "sdist":
+        status, printed = build(tmp_path, target, JAX_MHC_REPOSITORY=repository, **variables)
+        assert status == 0, printed
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    again = tmp_path / "again"
+    status, printed = build(again, cwd=sdist.with_name(sdist.name[:-7]), **variables)
+    assert status == 0, printed
+    (wheel,) = tmp_path.glob("*.whl")
+    page = metadata_of(wheel)
+    assert page.as_string() == metadata_of(again / wheel.name).as_string()
+    assert "Documentation, https://someone.github.io/jax-mhc/" in page.get_all("Project-URL")
+    prefix = rf"{repository}/(?:blob|raw)/v{page['Version']}/"
+    text = page.get_payload()
+    targets = re.findall(r'\]\(([^)#]+)|(?:src|srcset|href)="([^"#]+)', text)
+    assert len(targets) > 5
+    for target in map("".join, targets):
+        path = re.sub(prefix, "", target)
+        assert (ROOT / path).exists() == (path != target), target
+
+
+def test_no_repository_is_made_up(tmp_path):
+    assert build(tmp_path, JAX_MHC_WHEEL="any", PATH="")[0] == 0
+    (wheel,) = tmp_path.glob("*.whl")
+    page = metadata_of(wheel)
+    assert page.get_all("Project-URL") is None
+    assert page.get_payload(decode=True).strip() == README.read_bytes().strip()
 
 
 def test_progress_is_told(monkeypatch, tmp_path, capsys):

@@ -15,7 +15,8 @@ PAGE = ROOT / "docs" / "calls.md"
 # Links are rumdl's to check. In backticks stand files and folders, by their path or its end.
 PATH = re.compile(r"`([\w./-]+(?:\.(?:cc|cu|cuh|h|json|md|py|rs|toml|ya?ml)|/))`")
 FOLDERS = (
-    ".ci", "benches", "docs", "examples", "ffi", "fuzz", "kernels", "python", "tests", "xla_plugin",
+    ".ci", ".github", "benches", "docs", "examples", "ffi", "fuzz", "kernels", "python", "recipe",
+    "tests", "xla_plugin",
 )  # fmt: skip
 # What tools write, and what users do.
 OTHERS = {"demo/", "dist/fuzz/", "summary.json", "values.json"}
