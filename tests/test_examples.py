@@ -283,7 +283,7 @@ SMALL_PIPELINE = "--steps 2 --hidden 32 --mlp 64 --length 16".split()
 @pytest.mark.cpu("it needs a device for each stage")
 def test_the_pipeline_trains():
     losses = {}
-    for options in ([], ["--no-overlap"], ["--connection", "residual"]):
+    for options in ([], ["--no-overlap"], ["--chunks", 2], ["--connection", "residual"]):
         status, output = run("examples/pipeline.py", *SMALL_PIPELINE, *options)
         assert status == 0, output
         losses[tuple(options)] = [float(loss) for loss in re.findall(r": loss ([\d.]+)", output)]
@@ -291,14 +291,27 @@ def test_the_pipeline_trains():
         assert (num_calls > 0) == ("residual" not in options)
     # 4 micro-batches of 4 sequences of 16 tokens and 32 channels in bfloat16.
     assert "0.02 MB forward and as much backward" in output
-    assert losses[()] == pytest.approx(losses["--no-overlap",], abs=1e-3)
+    for options in ("--no-overlap",), ("--chunks", 2):
+        assert losses[()] == pytest.approx(losses[options], abs=1e-3)
 
 
 @pytest.mark.cpu("it needs a device for each stage")
-def test_the_pipeline_refuses_sizes_that_do_not_fit():
-    status, output = run("examples/pipeline.py", "--layers", 5)
-    assert status == 1 and "layers: expected a multiple of stages, 2, got 5" in output
-    assert "Traceback" not in output
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"layers": 5}, "layers: expected a multiple of stages times chunks, 2, got 5"),
+        ({"layers": 6, "chunks": 2}, "layers: expected a multiple of stages times chunks, 4, got 6"),
+        ({"data": 3}, "micro_batch: expected a multiple of data, 3, got 4"),
+        (
+            {"chunks": 2, "micro_batches": 6},
+            "micro_batches: expected a multiple of a group that goes round, 4, got 6",
+        ),
+    ],
+)
+def test_the_pipeline_refuses_sizes_that_do_not_fit(options, message):
+    options = [part for name, value in options.items() for part in (f"--{name}", value)]
+    status, output = run("examples/pipeline.py", *(str(o).replace("_", "-") for o in options))
+    assert status == 1 and output == f"pipeline.py: {message}\n"
 
 
 def test_the_dial_shows_that_one_iteration_tames_the_gain(tmp_path):
