@@ -19,9 +19,9 @@ in reverse order. A batch takes micro_batches + 2 (stages - 1) ticks then. With 
 ends with the transfer of what it gave, and a batch takes micro_batches + stages - 1 of these.
 
 With --chunks V a stage has V chunks of blocks in place of one (interleaving): chunk 0 is on the
-first stage, chunk 1 on the next, and from the last stage streams go on to the first, round by round.
-A tick then computes one chunk, 1/V of a stage's blocks, so the ticks in which the pipeline fills
-and drains are shorter; streams cross V times as many boundaries.
+first stage, chunk 1 on the next, and from the last stage streams go on to the first, round by
+round. A tick then computes one chunk, 1/V of a stage's blocks, so the ticks in which the pipeline
+fills and drains are shorter; streams cross V times as many boundaries.
 """
 
 from __future__ import annotations

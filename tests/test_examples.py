@@ -177,6 +177,7 @@ def test_own_text_bfloat16_and_reference(tmp_path):
     ("options", "message"),
     [
         ("--width 100 --heads 3", "--width: expected a multiple of --heads 3, got 100"),
+        ("--batch 6 --devices 4", "--batch: expected a multiple of --devices 4, got 6"),
         ("--streams 17", "--streams: expected 1 to 16, got 17"),
         ("--sinkhorn-iters -1", "--sinkhorn-iters: expected 0 to 10000, got -1"),
         ("--steps 0", "--steps: expected at least 1, got 0"),
@@ -296,22 +297,10 @@ def test_the_pipeline_trains():
 
 
 @pytest.mark.cpu("it needs a device for each stage")
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"layers": 5}, "layers: expected a multiple of stages times chunks, 2, got 5"),
-        ({"layers": 6, "chunks": 2}, "layers: expected a multiple of stages times chunks, 4, got 6"),
-        ({"data": 3}, "micro_batch: expected a multiple of data, 3, got 4"),
-        (
-            {"chunks": 2, "micro_batches": 6},
-            "micro_batches: expected a multiple of a group that goes round, 4, got 6",
-        ),
-    ],
-)
-def test_the_pipeline_refuses_sizes_that_do_not_fit(options, message):
-    options = [part for name, value in options.items() for part in (f"--{name}", value)]
-    status, output = run("examples/pipeline.py", *(str(o).replace("_", "-") for o in options))
-    assert status == 1 and output == f"pipeline.py: {message}\n"
+def test_the_pipeline_refuses_sizes_that_do_not_fit():
+    status, output = run("examples/pipeline.py", "--layers", 5)
+    assert status == 1
+    assert output == ("pipeline.py: layers: expected a multiple of stages times chunks, 2, got 5\n")
 
 
 def test_the_dial_shows_that_one_iteration_tames_the_gain(tmp_path):

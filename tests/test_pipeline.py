@@ -119,3 +119,23 @@ def test_transfers_overlap():
     # At the ends of the pipeline there may be nothing beside a transfer.
     assert num >= 2 * settings.micro_batches
     assert num_overlapped >= num - 2
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"layers": 6, "chunks": 2},
+            "layers: expected a multiple of stages times chunks, 4, got 6",
+        ),
+        ({"data": 3}, "micro_batch: expected a multiple of data, 3, got 4"),
+        (
+            {"chunks": 2, "micro_batches": 6},
+            "micro_batches: expected a multiple of a group that goes round, 4, got 6",
+        ),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(SystemExit) as error:
+        pipeline.Settings(**options)
+    assert str(error.value) == f"pipeline.py: {message}"
