@@ -129,7 +129,7 @@ class Options:
         for num in self.devices:
             for name in names:
                 kind = KINDS[name]
-                # Over all GPUs it would be the layout without data.
+                # Layouts of tensor x data with one GPU for data are those without it.
                 fits = kind.tensor <= 1 or (num % kind.tensor == 0 and num > kind.tensor)
                 if fits or self.layouts:
                     found.append(Layout(name, kind, num))
@@ -166,7 +166,7 @@ class Layout:
                 return P(*[None] * (leaf.ndim - 1), TENSOR)
             if names & {"out", "down"}:
                 return P(*[None] * (leaf.ndim - 2), TENSOR)
-        # Of the layers' arrays, which are stacked, those that are no vectors.
+        # Matrices, which are stacked if they are of layers; vectors stay whole.
         if self.kind.fully_sharded and (leaf.ndim > 2 or names & {"embedding", "logits"}):
             widest = max(range(leaf.ndim), key=lambda axis: leaf.shape[axis])
             return P(*[None] * widest, DATA)
@@ -328,7 +328,7 @@ def table(record: dict[str, Any]) -> str:
         ])  # fmt: skip
     headers = [
         "layout", "connection", "GPUs", "tokens", "ms", "over plain", "tokens/s", "speed-up",
-        "of that a GPU", "NCCL, ms", "peak, GB", "collectives",
+        "efficiency", "NCCL, ms", "peak, GB", "collectives",
     ]  # fmt: skip
     return tabulate(steps, headers, tablefmt="github", disable_numparse=True)
 

@@ -62,7 +62,7 @@ class Options:
     """A tiny model on simulated devices of the CPU; its times mean nothing."""
 
     def settings(self) -> list[pipeline.Settings]:
-        """Of every row, before its connection."""
+        """Settings of every row, before its connection."""
         base = pipeline.Settings(steps=4, length=16) if self.tiny else LARGE
         return [
             dataclasses.replace(

@@ -115,7 +115,7 @@ def experts(u: jax.Array, weights: Any, s: Settings) -> tuple[jax.Array, Any]:
 
 
 def attention(u: jax.Array, weights: Any, s: Settings) -> tuple[jax.Array, None]:
-    """Of the sequences of each device; nothing to balance."""
+    """Attention within the sequences of each device, which has nothing to balance."""
     qkv = jnp.einsum("...c,cid->...id", rms_norm(u), weights["qkv"].astype(u.dtype))
     q, k, v = (part.reshape(*u.shape[:-1], s.heads, -1) for part in jnp.moveaxis(qkv, -2, 0))
     out = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(u.shape)
@@ -160,7 +160,7 @@ def specs(params: Any) -> Any:
 
 
 def loss(params: Any, tokens: jax.Array, s: Settings, mesh: Any) -> tuple[jax.Array, Any]:
-    """Mean cross entropy of the next of tokens `[batch, length]` with the balance's; all of them.
+    """Cross entropy of the next of tokens `[batch, length]` with the balance's loss, and each alone.
 
     Each device has its part of the batch, here and in every layer.
     """
@@ -198,7 +198,7 @@ def make_mesh(s: Settings) -> Any:
 
 
 def load_batches(s: Settings) -> np.ndarray:
-    """Bytes of Python's standard library, the same batches every time."""
+    """Batches of bytes of Python's standard library, the same every time."""
     paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     text = np.frombuffer(b"".join(path.read_bytes() for path in paths), np.uint8)
     starts = np.random.default_rng(0).integers(len(text) - s.length, size=(s.steps, s.batch))
@@ -210,7 +210,7 @@ def place(mesh: Any, specs: Any) -> Any:
 
 
 def train(s: Settings) -> None:
-    """Prints what every step told."""
+    """Training steps, each of which prints what it told."""
     mesh = make_mesh(s)
     optimizer = optax.adamw(s.learning_rate)
     make = functools.partial(init, s=s)

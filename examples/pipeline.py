@@ -225,7 +225,7 @@ def stage_loss(params: Any, tokens: jax.Array, s: Settings) -> jax.Array:
     stage = jax.lax.axis_index("stage")
 
     def compute(received: jax.Array, embedded: jax.Array, number: jax.Array) -> jax.Array:
-        # A group's micro-batches follow each other in every round.
+        # Micro-batches of a group follow each other in every round.
         chunk = (number - s.hop * stage) // s.group % s.chunks if s.chunks > 1 else 0
         x = jnp.where((stage == 0) & (chunk == 0), enter(embedded, s), received)
         return run_blocks(x, jax.tree.map(lambda leaf: leaf[chunk], params["blocks"]), s)
@@ -243,8 +243,8 @@ def stage_loss(params: Any, tokens: jax.Array, s: Settings) -> jax.Array:
     # All at once, and gradients of the embedding summed up over stages only after all ticks.
     embedding = jax.lax.pcast(params["embedding"], ("stage",), to="varying")
     embedded = embed(tokens, embedding, s)
-    # None enters in the later rounds of a group. After the last micro-batch has entered, the first
-    # stages work on what nobody reads.
+    # Zeros in the later rounds of a group, in which none enters, and after the last micro-batch,
+    # when the first stages work on what nobody reads.
     embedded = embedded.reshape(-1, s.group, *embedded.shape[1:])
     embedded = pad(embedded, 1, (s.chunks - 1) * s.group)
     embedded = pad(embedded.reshape(-1, *embedded.shape[2:]), 0, s.delay)
@@ -252,8 +252,7 @@ def stage_loss(params: Any, tokens: jax.Array, s: Settings) -> jax.Array:
     # In a loop XLA would copy what each tick keeps for the backward pass, a tenth of a step.
     of_ticks = embedded, jnp.arange(s.ticks, dtype=jnp.int32)
     _, results = jax.lax.scan(tick, (nothing, nothing), of_ticks, unroll=True)
-    # What enters in tick i leaves the last stage in tick i + s.delay, and the model in the last of
-    # its group's rounds.
+    # Results of tick i + s.delay are of what entered the round in tick i; the last round's count.
     results = results[s.delay :].reshape(-1, s.chunks, s.group, *results.shape[1:])[:, -1]
     loss = leave(results.reshape(s.micro_batches, *results.shape[2:]), tokens, params, s)
     loss = jnp.where(stage == s.stages - 1, loss, 0.0)

@@ -17,7 +17,7 @@ import moe  # noqa: E402 - in the folder that the line above adds
 
 pytestmark = pytest.mark.mesh
 
-# With so large a capacity no token is dropped: who is depends on the number of devices.
+# Capacity so large that no token is dropped: which ones are depends on the number of devices.
 SETTINGS = moe.Settings(
     devices=1, experts=16, capacity=8.0, hidden=32, heads=2, mlp=48, batch=8, length=8,
     balance=0.5, dtype="float32", steps=1,
@@ -67,10 +67,10 @@ def test_experts_on_all_devices_compute_what_one_device_does():
     calls = custom_calls(text)
     assert calls["post_pre_fwd"] and calls["post_pre_bwd"]
     sent = collectives(text)
-    # In the loops over the blocks, to the experts and back; backward, these again.
+    # All-to-alls in the loops over the blocks: to the experts and back, forward and backward.
     num, size = sent.pop("all-to-all")
     assert num == 4 and size == num * settings.experts * settings.slots * settings.hidden
-    # All else that is sent are gradients of parameters that every device has, and five numbers.
+    # Sums of gradients of parameters that every device has, and of what tells the balance.
     everywhere = sum(
         leaf.size
         for leaf, spec in zip(
@@ -83,7 +83,7 @@ def test_experts_on_all_devices_compute_what_one_device_does():
 
 
 def test_tokens_go_to_the_experts_that_they_choose():
-    """The layer is the mean of the chosen experts, by the gates, unless these have no slot left."""
+    """Layers give the sum of the chosen experts, by the gates, unless these have no slot left."""
     s = dataclasses.replace(SETTINGS, devices=2)
     weights = jax.tree.map(lambda leaf: leaf[0], moe.init(jax.random.key(1), s)["experts"])
     u = jax.random.normal(jax.random.key(2), (s.batch, s.length, s.hidden))

@@ -126,7 +126,7 @@ def test_a_run_goes_on_to_the_same_losses(whole, tmp_path):
     assert records(tmp_path) == whole
 
 
-# Enough for arrays of the model to be split over eight devices.
+# Sizes at which arrays of the model are split over eight devices.
 SHARDED = (
     f"--connections mhc --depth 1 --width 16 --heads 1 --batch 8 --seq 8 --steps {NUM_STEPS} "
     f"--validation-windows 8 --text {README}"
@@ -135,7 +135,7 @@ SHARDED = (
 
 @pytest.mark.cpu("its devices are simulated")
 def test_a_run_goes_on_on_another_number_of_devices(tmp_path):
-    """Fully sharded over eight, killed, and resumed on four: the losses are those of one device."""
+    """Losses are those of one device: fully sharded over eight, killed, and resumed on four."""
     one, several = tmp_path / "one", tmp_path / "several"
     status, output = run(TRAIN, *SHARDED, "--out", one)
     assert status == 0, output
@@ -282,7 +282,7 @@ def test_arrays_of_another_step_are_refused(tmp_path, capsys):
     ],
 )
 def test_arrays_of_another_model_are_refused(features, message, tmp_path, capsys):
-    """As a version leaves them whose parameters have other shapes."""
+    """Checkpoints of a version whose parameters have other shapes."""
     checkpoints = saved(tmp_path, step=1, num_records=2, num_updates=1)
     error = refusal(capsys, checkpoints.restore, Run(*features))
     assert f"--out: {tmp_path}: {message}; remove the folder to begin that run anew" in error

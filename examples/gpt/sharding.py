@@ -24,11 +24,11 @@ class Devices:
             self.mesh = jax.make_mesh((num,), (AXIS,), axis_types=kinds, devices=devices)
 
     def used(self) -> contextlib.AbstractContextManager[Any]:
-        """While a program is traced."""
+        """Context in which a program for these devices is traced."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def place(self, *modules: nnx.Module) -> None:
-        """Brings what modules hold to where a step leaves it."""
+        """Placement of what modules hold where a step leaves it."""
         if self.mesh is not None:
             with self.used():
                 state = nnx.state(modules)
@@ -36,7 +36,7 @@ class Devices:
                 nnx.update(modules, put)
 
     def batch(self, tokens: np.ndarray) -> Any:
-        """Tokens, whose first dimension is split where it can be."""
+        """Tokens, whose first dimension is split where the devices divide it."""
         return tokens if self.mesh is None else jax.device_put(tokens, self._of_batch(len(tokens)))
 
     def abstract_batch(self, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
@@ -52,12 +52,12 @@ class Devices:
 
 
 def split_batch(u: jax.Array) -> jax.Array:
-    """The layer's input split as the batch is, so that XLA brings parameters together, not u."""
+    """Layer input, split as the batch is, so that XLA brings parameters together and not u."""
     return u if _is_whole(u.shape[0]) else jax.lax.with_sharding_constraint(u, P(AXIS))
 
 
 def keep(*modules: nnx.Module) -> None:
-    """Has a step leave what modules hold where it took it from."""
+    """Constraint in a step, which leaves what modules hold where it was."""
     if not _is_whole(0):
         state = nnx.state(modules)
         nnx.update(
@@ -72,7 +72,7 @@ def _is_whole(size: int) -> bool:
 
 
 def _spec(array: jax.Array) -> P:
-    """The widest dimension that the devices divide; loops run over the first one of blocks."""
+    """Split of the widest dimension that the devices divide, which is not that of the blocks."""
     num = jax.sharding.get_abstract_mesh().shape[AXIS]
     fitting = [axis for axis, size in enumerate(array.shape) if size % num == 0]
     if not fitting or array.size < SMALL:
