@@ -160,7 +160,7 @@ def specs(params: Any) -> Any:
 
 
 def loss(params: Any, tokens: jax.Array, s: Settings, mesh: Any) -> tuple[jax.Array, Any]:
-    """Cross entropy of the next of tokens `[batch, length]` with the balance's loss, and each alone.
+    """Cross entropy of the next of tokens `[batch, length]`, with the balance; and each alone.
 
     Each device has its part of the batch, here and in every layer.
     """
