@@ -41,7 +41,8 @@ CYCLONEDX := 0.5.9
 # The fuzzer and the library that it calls, without CUDA kernels. rustc has AddressSanitizer, but lets no
 # stable release use it without being told so.
 TARGET := $(or $(CARGO_TARGET_DIR),target)
-BUILD_FUZZER := cargo build --locked --profile fuzz --package jax-mhc-fuzz --package jax-mhc-xla-plugin
+BUILD_FUZZER := JAX_MHC_CUDA_ARCHITECTURES=none cargo build --locked --profile fuzz \
+	--package jax-mhc-fuzz --package jax-mhc-xla-plugin
 HOST = $(shell rustc -vV | sed -n 's/^host: //p')
 SANITIZED = RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address CXXFLAGS=-fsanitize=address \
 	$(BUILD_FUZZER) --target $(HOST) --target-dir $(TARGET)/asan
@@ -67,7 +68,7 @@ demo: .venv/installed-examples  ## train a small GPT with plain residuals, HC an
 
 test: lint  ## run all checks and tests of Rust and Python
 	$(QUICK_BUILD) CXXFLAGS=-Werror cargo test --locked --workspace
-	env -u JAX_MHC_NVRTC $(BUILD_FUZZER)
+	$(BUILD_FUZZER)
 	$(TARGET)/fuzz/jax-mhc-fuzz --frames 200000 --jobs 2
 	rm -rf .build/tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -112,11 +113,11 @@ abi: .venv/installed-abi  ## run one wheel on every pair of jaxlib and Python, e
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/abi/pairs.py --wheel .build/wheel/jax_mhc-*.whl
 
 fuzz: $(HEADERS)  ## call 40 million made-up frames under AddressSanitizer, in an hour and a quarter
-	env -u JAX_MHC_NVRTC $(SANITIZED)
+	$(SANITIZED)
 	nice $(TARGET)/asan/$(HOST)/fuzz/jax-mhc-fuzz --frames 40000000 --jobs $$(nproc) --record fuzz.json
 
 fuzz-folder: $(HEADERS)  ## the same program with all that it needs, to copy to another machine
-	env -u JAX_MHC_NVRTC $(SANITIZED)
+	$(SANITIZED)
 	mkdir -p dist/fuzz
 	cp $(addprefix $(TARGET)/asan/$(HOST)/fuzz/,jax-mhc-fuzz libjax_mhc_xla.so) dist/fuzz
 	strip --strip-debug dist/fuzz/*

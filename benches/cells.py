@@ -12,6 +12,9 @@ from configurations import figures, ratio
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+# Inches of a figure: 8 points are 11 pixels where a page's text is 830 pixels wide.
+WIDTH = 8.4
+
 PANELS = {
     "fb": "a sublayer with its gradients: floor / fused",
     "stack": "four sublayers in a stack, with gradients: floor / fused",
@@ -44,18 +47,20 @@ def is_plain_faster(row: dict[str, Any]) -> bool:
 def heat_map(record: dict[str, Any]) -> Figure:
     """A cell for each configuration; those in a frame are faster in plain JAX."""
     rows = of_many_tokens(record)
-    kinds = list(dict.fromkeys(map(kind, rows)))
     widths = sorted({row["hidden"] for row in rows})
-    height = 0.9 + len(PANELS) * (0.5 + 0.22 * len(kinds))
-    figure = Figure(figsize=(3 + 0.42 * len(widths), height), layout="constrained")
-    panels = figure.subplots(len(PANELS), 1, sharex=True, squeeze=False)[:, 0]
-    for panel, (what, title) in zip(panels, PANELS.items(), strict=True):
-        values = [[float("nan")] * len(widths) for _ in kinds]
-        for row in rows:
-            value = ratio(row, "floor_us", "fused", what)
-            if value is None:
-                continue
-            x, y = widths.index(row["hidden"]), kinds.index(kind(row))
+    found = [
+        [(row, value) for row in rows if (value := ratio(row, "floor_us", "fused", what))]
+        for what in PANELS
+    ]
+    kinds = [list(dict.fromkeys(kind(row) for row, _ in own)) for own in found]
+    height = 1.6 + sum(0.4 + 0.22 * len(own) for own in kinds)
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    ratios = [len(own) for own in kinds]
+    panels = figure.subplots(len(PANELS), 1, sharex=True, height_ratios=ratios)
+    for panel, title, own, names in zip(panels, PANELS.values(), found, kinds, strict=True):
+        values = [[float("nan")] * len(widths) for _ in names]
+        for row, value in own:
+            x, y = widths.index(row["hidden"]), names.index(kind(row))
             values[y][x] = value
             color = "white" if value < 0.6 else "black"
             panel.text(x, y, figures(value), ha="center", va="center", fontsize=7, color=color)
@@ -65,12 +70,13 @@ def heat_map(record: dict[str, Any]) -> Figure:
         # As an image, which is smaller than a path for each cell.
         image = panel.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto")
         panel.set_title(title, fontsize=10, loc="left")
-        panel.set_yticks(range(len(kinds)), kinds, fontsize=8)
+        panel.set_yticks(range(len(names)), names, fontsize=8)
         panel.set_xticks(range(len(widths)), widths, rotation=90, fontsize=8)
         panel.tick_params(length=0)
         panel.spines[:].set_visible(False)
-    figure.colorbar(image, ax=panels, shrink=0.4, label="1 is the speed of a copy")
-    figure.supxlabel("C (in a frame: plain JAX is faster)", fontsize=10)
+    panels[-1].set_xlabel("C (in a frame: plain JAX is faster)")
+    scale = {"location": "bottom", "shrink": 0.5, "aspect": 40, "pad": 0.01}
+    figure.colorbar(image, ax=panels, label="1 is the speed of a copy", **scale)
     return figure
 
 

@@ -88,8 +88,8 @@ def row_key(row: dict[str, Any]) -> tuple[Any, ...]:
 def cases() -> list[Case]:
     """All configurations."""
     widths = (
-        512, 768, 1000, 1024, 1280, 1536, 1600, 2048, 2050, 2304, 2560, 3072, 3584, 4096, 4608,
-        5120, 6144, 7168, 8192, 12288, 16384,
+        512, 768, 1000, 1024, 1280, 1536, 1600, 2048, 2050, 2304, 2560, 3072, 3584, 4096, 4104,
+        4608, 5120, 6144, 7168, 8192, 12288, 16384,
     )  # fmt: skip
     found = [of(4, hidden) for hidden in widths]
     found += [of(n, hidden) for n in (1, 2, 3, 8, 16) for hidden in (2048, 4096)]

@@ -126,9 +126,10 @@ def draw_kernels(record: dict[str, Any], path: Path) -> None:
     ops = [
         op for op in OPS if not op.endswith("_norm") and any(op in rows for rows in shapes.values())
     ]
-    num_columns = min(4, len(ops))
+    num_columns = min(2, len(ops))
     num_rows = -(-len(ops) // num_columns)
-    figure = Figure(figsize=(11, 0.9 + num_rows * (0.9 + 0.27 * len(shapes))), layout="constrained")
+    height = 0.9 + num_rows * (0.5 + 0.3 * len(shapes))
+    figure = Figure(figsize=(cells.WIDTH, height), layout="constrained")
     panels = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False)
     for panel in panels.flat[len(ops) :]:
         panel.set_axis_off()
@@ -144,7 +145,7 @@ def draw_kernels(record: dict[str, Any], path: Path) -> None:
             panel.scatter(fused, height, color=FUSED, marker="o", s=34, label="fused")
             panel.annotate(
                 f"{fused:.2f}", (fused, height), (0, 5), textcoords="offset points",
-                ha="center", fontsize=7.5, color=FUSED,
+                ha="center", fontsize=8.5, color=FUSED,
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4},
             )  # fmt: skip
         panel.set_title(OPS[op], fontsize=10, loc="left")
@@ -321,7 +322,7 @@ def draw_train_step(record: dict[str, Any], path: Path) -> None:
         else FUSED if row["connection"] in model.FUSED else PLAIN
         for row in rows
     ]  # fmt: skip
-    figure = Figure(figsize=(10, 0.9 + 0.42 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(cells.WIDTH, 0.9 + 0.42 * len(rows)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     times = [row["ms"] for row in rows]
     peaks = [row["memory"]["peak_bytes"] / 1e9 for row in rows]
@@ -336,7 +337,7 @@ def draw_train_step(record: dict[str, Any], path: Path) -> None:
         ]
         panel.bar_label(bars, labels, padding=3, fontsize=9)
         panel.set_title(title, fontsize=10, loc="left")
-        panel.set_xlim(0, 1.35 * max(values))
+        panel.set_xlim(0, 1.9 * max(values))  # room for the labels
         panel.spines[["top", "right"]].set_visible(False)
     left.set_yticks(range(len(rows)), [model.LABELS[row["connection"]] for row in rows])
     left.invert_yaxis()
@@ -454,65 +455,77 @@ def mesh_scaling_section(record: dict[str, Any], path: Path, docs: Path) -> str:
 # ---- a training ---------------------------------------------------------------------------------
 
 
+GLANCE = "residual", "hc", "mhc"
+"""Connections of the panels of gain, gradient norm and loss over the whole training."""
+
+
 def draw_training(record: dict[str, Any], path: Path) -> None:
-    """Curves of all connections: the mean of the seeds, and from the least to the largest."""
-    figure = Figure(figsize=(13, 7), layout="constrained")
-    panels = figure.subplots(2, 3, sharex=True)
-    (loss, lead, norm), (mean, largest, near) = panels
+    """Curves of connections: the mean of the seeds, and from the least to the largest.
+
+    A curve is drawn where it can be told apart: losses beside the plain residual's, gains where
+    they leave 1.
+    """
+    figure = Figure(figsize=(cells.WIDTH, 9.5), layout="constrained")
+    panels = figure.subplots(3, 2)
+    (mean, norm), (lead, late), (largest, near) = panels
     runs: dict[str, list[dict[str, Any]]] = {}
     for run in record["runs"]:
         runs.setdefault(run["connection"], []).append(run)
 
-    def values(connection: str, key: str) -> Any:
-        return np.array([[p.get(key, np.nan) for p in run["points"]] for run in runs[connection]])
+    def values(connection: str, *keys: str) -> Any:
+        """The larger one of the keys, [seeds, points]."""
+        points = [run["points"] for run in runs[connection]]
+        return np.array([[max(p.get(key, np.nan) for key in keys) for p in own] for own in points])
 
     steps = values("residual", "step")[0]
+    half = len(steps) // 2
+    plain = zip(runs["residual"], values("residual", "validation_loss"), strict=True)
+    of_plain = {run["seed"]: losses for run, losses in plain}
+    still = {}
     for name, own in runs.items():
-        label, color, _ = training.report.STYLES[name]
-        label += f" ({len(own)} seeds)" if len(own) > 1 else " (1 seed)"
+        label, color, width, dashes = training.report.STYLES[name]
+        style = {"color": color, "lw": width, "ls": dashes}
+        style["zorder"] = 3 if name == "residual" else 2
 
-        def curve(panel: Any, ys: Any, color: str = color, **style: Any) -> None:
-            panel.plot(steps, ys.mean(0), color=color, lw=1.6, **style)
+        def curve(panel: Any, ys: Any, first: int = 0, style: Any = style, **other: Any) -> None:
+            xs, ys = steps[first:], ys[:, first:]
+            panel.plot(xs, ys.mean(0), **style | other)
             if len(ys) > 1:
-                panel.fill_between(steps, ys.min(0), ys.max(0), color=color, alpha=0.25, lw=0)
+                panel.fill_between(xs, ys.min(0), ys.max(0), color=style["color"], alpha=0.25, lw=0)
 
-        curve(loss, values(name, "validation_loss"), label=label)
         # From the same seed, so that what weights and batches make of the loss is taken out.
-        seeds = [run["seed"] for run in runs["residual"]]
-        of_residual = dict(zip(seeds, values("residual", "validation_loss"), strict=True))
         pairs = zip(own, values(name, "validation_loss"), strict=True)
-        differences = [
-            ys - of_residual[run["seed"]] for run, ys in pairs if run["seed"] in of_residual
-        ]
-        if differences:
-            curve(lead, np.array(differences))
-        curve(norm, values(name, "grad_norm"))
-        dashed = {"ls": (0, (3, 2))}
-        curve(mean, values(name, "mean_gain_forward"))
-        curve(mean, values(name, "mean_gain_backward"), **dashed)
-        curve(largest, values(name, "gain_forward"))
-        curve(largest, values(name, "gain_backward"), **dashed)
-        curve(near, values(name, "mean_gain_backward"))
-        curve(near, values(name, "gain_backward"), ls=(0, (1, 1)))
-    least = loss.dataLim.ymin
-    loss.set(title="validation loss, nats a byte", ylim=(least - 0.05, least + 1))
-    # The later half counts; at first the differences are large.
-    later = np.array([line.get_ydata()[len(steps) // 2 :] for line in lead.lines])
-    margin = 0.3 * np.ptp(later)
-    lead.set(ylim=(later.min() - margin, later.max() + margin))
-    lead.set(title="validation loss beside the plain residual's")
-    norm.set(title="largest gradient norm since the last point, unclipped", yscale="log")
-    mean.set(title="composite gain, mean of all tokens (dashed: backward)", yscale="log")
-    largest.set(title="composite gain, largest of all tokens (dashed: backward)", yscale="log")
-    near.set(title="backward, near 1: mean of all tokens (dotted: largest)", ylim=(0, 4))
-    for panel in panels[1]:
-        panel.set_xlabel("step", fontsize=9)
+        leads = np.array([losses - of_plain[run["seed"]] for run, losses in pairs])
+        seeds = f" ({len(own)} seed{'s' * (len(own) > 1)})"
+        curve(late, leads, half, label=label + seeds)
+        gains = values(name, "gain_forward", "gain_backward")
+        if name in GLANCE:
+            curve(mean, values(name, "mean_gain_forward", "mean_gain_backward"))
+            curve(norm, values(name, "grad_norm"))
+            curve(lead, leads)
+            curve(largest, gains)
+        if name != "residual" and gains.max() < 1.05:
+            still[label] = gains.max()
+        elif gains.max() < 10:
+            curve(near, values(name, "mean_gain_backward"))
+            curve(near, values(name, "gain_backward"), ls="--" if name != "residual" else dashes)
+    mean.set(title="composite gain, mean of all tokens", yscale="log")
+    norm.set(title="largest gradient norm since the last point", yscale="log")
+    lead.set(title="validation loss beside plain residual's")
+    largest.set(title="composite gain, largest of all tokens", yscale="log")
+    near.set(title="gain backward: mean, and largest (dashed)", ylim=(0.5, None))
+    if still:
+        text = f"at most {max(still.values()):.3f}: {', '.join(still)}"
+        near.annotate(text, (0.02, 0.06), xycoords="axes fraction", fontsize=8)
+    late.set(title="the same, second half of the training")
     for panel in panels.flat:
-        panel.title.set_fontsize(10)
+        panel.title.set_fontsize(9)
+        panel.set_xlabel("step", fontsize=9)
         panel.minorticks_off()
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-    loss.legend(frameon=False, fontsize=8)
+    handles, labels = late.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     save(figure, path)
 
 

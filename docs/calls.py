@@ -53,7 +53,7 @@ d_u of the table are those after it. So is u_norm, which `post_pre_bwd` reads wh
 `collapse_bwd` returns the part of d_h_pre that comes from u alone.
 
 In `post_pre_*` u has the weights h_pre of its own sublayer, or h_given where they are in the call.
-Then d_h_pre is all of the gradient of h_pre, and d_h_given[i] = <d_u, x_new[i]> that of the others.
+Then d_h_pre is all of the gradient of h_pre, and d_h_given[i] = ⟨d_u, x_new[i]⟩ that of the others.
 
 ## Deferred cotangents
 

@@ -21,7 +21,7 @@ from PIL import Image
 import jax_mhc as mhc
 from jax_mhc import diagnostics
 
-CONFIGS = {"HC": mhc.MHCConfig(constraint="none"), "mHC": mhc.MHCConfig()}
+CONFIGS = {"mHC": mhc.MHCConfig(), "HC": mhc.MHCConfig(constraint="none")}
 EVERY = 5
 """How many steps there are from a point of the curves to the next."""
 

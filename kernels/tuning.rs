@@ -301,21 +301,25 @@ pub const FILES: &[File] = &[
         row("pre_fwd_one_pass",          &[W384K8],  [ 8, 8, 512, 214_016], &[ 0, 168,  88, 88]),
         row("pre_fwd_one_pass",          &[W256K32], [16, 5, 512, 229_376], &[ 0, 192,  64, 64]),
         row("pre_fwd_one_pass",          &[W384K32], [ 8, 6, 512, 210_944], &[ 6, 208,  40, 56]),
+        row("pre_fwd_one_pass",          &[W512K32], [ 8, 3, 512, 220_160], &[22, 208,  40, 56]),
         row("pre_norm_fwd_one_pass",     &[W320],    [ 8, 8, 512, 212_992], &[ 0, 176,  88, 72]),
         row("pre_norm_fwd_one_pass",     &[W448],    [ 8, 6, 512, 225_280], &[ 3, 208,  40,  56]),
         row("pre_norm_fwd_one_pass",     &[W384K8],  [ 8, 7, 512, 199_680], &[ 0, 168,  88, 88]),
         row("pre_norm_fwd_one_pass",     &[W256K32], [ 8, 8, 512, 185_344], &[ 0, 176,  88, 72]),
         row("pre_norm_fwd_one_pass",     &[W384K32], [ 8, 6, 512, 230_400], &[ 9, 208,  40, 56]),
+        row("pre_norm_fwd_one_pass",     &[W512K32], [ 8, 3, 512, 232_448], &[23, 208,  40, 56]),
         row("post_pre_fwd_one_pass",     &[W320],    [ 8, 7, 512, 216_064], &[ 0, 192,  72, 56]),
         row("post_pre_fwd_one_pass",     &[W448],    [ 8, 5, 512, 231_424], &[ 5, 208,  48, 48]),
         row("post_pre_fwd_one_pass",     &[W384K8],  [ 8, 6, 512, 202_752], &[ 0, 176,  80, 80]),
         row("post_pre_fwd_one_pass",     &[W256K32], [ 8, 8, 512, 212_992], &[ 0, 200,  56, 56]),
         row("post_pre_fwd_one_pass",     &[W384K32], [ 8, 5, 512, 232_448], &[10, 208,  48, 48]),
+        row("post_pre_fwd_one_pass",     &[W512K32], [ 8, 2, 512, 219_136], &[26, 208,  48, 48]),
         row("post_pre_norm_fwd_one_pass",&[W320],    [ 8, 7, 512, 226_304], &[ 0, 208,  48, 48]),
         row("post_pre_norm_fwd_one_pass",&[W448],    [ 8, 5, 512, 232_448], &[ 3, 208,  48, 48]),
         row("post_pre_norm_fwd_one_pass",&[W384K8],  [ 8, 6, 512, 211_968], &[ 0, 176,  80, 80]),
         row("post_pre_norm_fwd_one_pass",&[W256K32], [ 8, 7, 512, 198_656], &[ 0, 200,  56, 56]),
         row("post_pre_norm_fwd_one_pass",&[W384K32], [ 8, 4, 512, 225_280], &[14, 208,  48, 48]),
+        row("post_pre_norm_fwd_one_pass",&[W512K32], [ 8, 2, 512, 232_448], &[28, 208,  48, 48]),
         row("pre_fwd_one_pass",          &[N2W512],  [16, 6, 512, 222_208], &[ 0, 168,  96, 80]),
         row("pre_fwd_one_pass",          &[N2W1024], [ 8, 6, 512, 211_968], &[ 0, 168,  96, 80]),
         row("pre_norm_fwd_one_pass",     &[N2W512],  [16, 6, 512, 224_256], &[ 0, 168,  96, 80]),
@@ -407,6 +411,7 @@ pub const FILES: &[File] = &[
         row("post_pre_bwd_one_pass", &[W256K32], [8, 5, 512, 211_456], &[4, 2, 0, 2, 100]),
         row("post_pre_bwd_one_pass", &[W320K32], [8, 4, 512, 223_744], &[4, 2, 0, 1, 100]),
         row("post_pre_bwd_one_pass", &[W384K32], [8, 3, 512, 202_240], &[3, 2, 0, 2, 100]),
+        row("post_pre_bwd_one_pass", &[W512K32], [8, 2, 512, 213_504], &[2, 2, 0, 1, 100]),
         row("post_pre_bwd_one_pass", &[N2W512],  [8, 5, 512, 221_696], &[3, 2, 1, 4, 100]),
     ] },
     // Beside float16 streams units of a token's matrices take some bytes more.
@@ -478,15 +483,16 @@ pub const FILES: &[File] = &[
     File { path: "one_pass/post_pre_norm_bwd", dtypes: F32, target: Target::Hopper, more: &["channels"], kernels: &[
         row("post_pre_norm_bwd", &[N4], [1, 0, 1024, 0], &[4]),
     ] },
-    File { path: "given/post_given_fwd", dtypes: HALVES, target: Target::Clusters, more: &[], kernels: &[
-        row("post_given_fwd", &[W256],    [8, 10, 384, 230_400], &[]),
-        row("post_given_fwd", &[W256K8],  [8, 10, 384, 221_184], &[]),
-        row("post_given_fwd", &[W256K32], [8,  9, 384, 214_016], &[]),
-        row("post_given_fwd", &[N2W512],  [8,  8, 384, 206_848], &[]),
+    // `slots` are those of tiles whose sums wait for those of the other block.
+    File { path: "given/post_given_fwd", dtypes: HALVES, target: Target::Clusters, more: &["slots"], kernels: &[
+        row("post_given_fwd", &[W256],    [8,  9, 384, 225_280], &[4]),
+        row("post_given_fwd", &[W256K8],  [8, 10, 384, 228_352], &[4]),
+        row("post_given_fwd", &[W256K32], [8,  8, 384, 212_992], &[4]),
+        row("post_given_fwd", &[N2W512],  [8,  8, 384, 214_016], &[4]),
     ] },
-    File { path: "given/post_given_fwd", dtypes: F32, target: Target::Clusters, more: &[], kernels: &[
-        row("post_given_fwd", &[W256],    [8,  5, 384, 226_304], &[]),
-        row("post_given_fwd", &[W256K8],  [8,  5, 384, 217_088], &[]),
+    File { path: "given/post_given_fwd", dtypes: F32, target: Target::Clusters, more: &["slots"], kernels: &[
+        row("post_given_fwd", &[W256],    [8,  5, 384, 226_304], &[2]),
+        row("post_given_fwd", &[W256K8],  [8,  5, 384, 224_256], &[4]),
     ] },
     File { path: "given/given_coefficients", dtypes: F32, target: Target::Clusters, more: &[], kernels: &[
         row("given_coefficients", &[N2, N4], [8, 0, 128, 0], &[]),

@@ -29,6 +29,24 @@ def test_a_program_of_another_name_is_refused():
     assert output.endswith(", got cpus.\n")
 
 
+def test_the_first_call_says_what_it_prints():
+    status, output = run("benches/first_call.py", "--help")
+    assert status == 0, output
+    assert "usage: first_call.py [-h] platform" in output and "first fused call" in output
+
+
+@pytest.mark.cpu("its platform is named")
+def test_the_first_call_is_timed_by_its_stages():
+    status, output = run("benches/first_call.py", "cpu")
+    assert status == 0, output
+    costs = json.loads(output)
+    assert costs.pop("import") > 0
+    assert costs.keys() == {"x_plus_1", "pre", "next_shape"}
+    for stages in costs.values():
+        assert stages.keys() == {"lower", "compile", "first", "again"}
+        assert all(milliseconds > 0 for milliseconds in stages.values())
+
+
 @pytest.mark.cpu("its tiny model is for the CPU")
 def test_train_step(tmp_path):
     connections = "residual", "mhc", "seams-checkpoint"

@@ -1,13 +1,17 @@
-"""Wheels: what the build says where it cannot go on, and the wheel that has no kernels."""
+"""Wheels: what the build says where it cannot go on; without CUDA kernels, or without any."""
 
 import importlib.util
+import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
 
 import pytest
 from programs import ROOT
+
+from jax_mhc._call import library
 
 _SPEC = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
 hatch_build = importlib.util.module_from_spec(_SPEC)
@@ -191,3 +195,49 @@ def test_the_wheel_without_kernels(tmp_path):
     error, file = done.stdout.splitlines()
     assert error.startswith(f"jax_mhc: no fused kernels: {reason}")
     assert file.startswith(str(tmp_path))
+
+
+# The fuzzer's library has no CUDA kernels; `make test` builds it first.
+WITHOUT_CUDA = ROOT / os.environ.get("CARGO_TARGET_DIR", "target") / "fuzz" / library._PATH.name
+ON_A_GPU = """
+import jax.numpy as jnp, jax_mhc
+from jax_mhc._call import dispatch
+
+dispatch.default_platform = lambda: "cuda"
+z = jnp.ones((2, 2))
+assert (jax_mhc.sinkhorn(z) == 0.5).all()
+try:
+    jax_mhc.sinkhorn(z, implementation="fused")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.cpu("the library has kernels for CPUs alone")
+@pytest.mark.skipif(not WITHOUT_CUDA.exists(), reason="make test builds the library")
+def test_a_library_without_cuda_kernels(tmp_path):
+    """Built with JAX_MHC_CUDA_ARCHITECTURES=none: info says why, and a GPU has plain JAX."""
+    package = tmp_path / "jax_mhc"
+    ignored = shutil.ignore_patterns("*.so", "*.dylib", "__pycache__")
+    shutil.copytree(library._PATH.parent, package, ignore=ignored)
+    shutil.copy(WITHOUT_CUDA, package)
+
+    def python(*arguments):
+        return subprocess.run(
+            [sys.executable, "-W", "error", *arguments],
+            env=os.environ | {"PYTHONPATH": str(tmp_path)},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+
+    described = json.loads(python("-m", "jax_mhc.info", "--json").stdout)
+    reason = "this build of jax-mhc has no CUDA kernels; reinstall it on Linux with "
+    reason += "JAX_MHC_CUDA_ARCHITECTURES unset"
+    assert described["library"]["path"] == str(package / library._PATH.name)
+    assert described["fused"] == {"cpu": "registered"}
+    assert described["cuda"]["architectures"] == [] and described["cuda"]["compiler"] is None
+    assert described["cuda"]["error"].startswith(reason)
+
+    done = python("-c", ON_A_GPU)
+    (warning,) = (line for line in done.stderr.splitlines() if "jax-mhc" in line)
+    assert warning.startswith(f"no fused kernels, the ops run in plain JAX: {reason}")
+    assert done.stdout.startswith("jax_mhc") and reason in done.stdout

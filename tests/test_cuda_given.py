@@ -19,7 +19,7 @@ IDENTITY = variant(constraint="identity", post_eps=0.125)
 PERMUTED = variant(constraint="permutations")
 
 # One slice of the channels that is not full, whole slices, many, and more than multiprocessors.
-WIDTHS = (64, 256, 448, 1024, 2560, 4096, 5120, 7232, 33856)
+WIDTHS = (64, 256, 448, 1000, 1024, 2560, 4096, 4104, 5120, 7232, 33856)
 
 
 @pytest.mark.parametrize("hidden", WIDTHS)
@@ -32,7 +32,7 @@ def test_slices_of_the_channels(hidden, tokens):
 
 @pytest.mark.parametrize("streams, config", [(4, NONE), (4, IDENTITY), (4, PERMUTED), (2, PAPER)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("hidden", [320, 2048])
+@pytest.mark.parametrize("hidden", [320, 1000, 2048])
 def test_other_settings(streams, config, dtype, hidden):
     poison()
     check(OP, Case((37,), streams, hidden, config=config), dtype)

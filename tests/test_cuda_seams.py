@@ -27,22 +27,27 @@ GEOMETRIES = {
     2752: (256, 11), 3072: (256, 12), 3264: (256, 13), 3584: (256, 14), 3776: (256, 15),
     4096: (256, 16), 4160: (320, 13), 5120: (320, 16), 5952: (384, 16), 6144: (384, 16),
     7168: (448, 16), 7232: (512, 15), 8192: (512, 16),
+    # A last line that is not whole, alone or behind whole ones.
+    264: (256, 2), 1000: (256, 4), 2056: (256, 9), 4104: (320, 13), 7208: (512, 15),
 }  # fmt: skip
 
 # Of two streams: all sizes of clusters of blocks with 512 channels.
 TWO_STREAMS = (
     576, 1472, 2048, 2304, 2752, 3136, 4096, 4160, 5120, 5568, 5952, 6208, 7168, 7232, 8192,
+    520, 1000, 4104,
 )  # fmt: skip
 
 # Of four float32 streams: all sizes of clusters of blocks with 256 channels.
 FLOAT32 = (
     288, 544, 1024, 1280, 1504, 1792, 2048, 2304, 2560, 2784, 3072, 3296, 3584, 3808, 4096,
+    264, 1000, 2056,
 )  # fmt: skip
 # Of four float16 streams: every size of blocks, which are those of bfloat16.
-HALF_WIDTHS = (448, 1024, 2560, 2752, 4096, 4160, 5952, 7168, 7232, 8192)
+HALF_WIDTHS = (448, 1000, 1024, 2560, 2752, 4096, 4104, 4160, 5952, 7168, 7232, 8192)
 
-# The same with fewer and with more columns of phi.
-OTHER_WIDTHS = (64, 448, 640, 1280, 2560, 3072, 4096, 5952, 6144)
+# The same with fewer and with more columns of phi; of the latter the widest blocks.
+OTHER_WIDTHS = (64, 448, 520, 640, 1000, 1280, 2560, 3072, 4096, 4104, 5952, 6144)
+WIDEST_PERMUTED = {6152: 13, 6208: 13, 6720: 14, 7232: 15, 8192: 16}
 
 
 @pytest.mark.parametrize("hidden", GEOMETRIES)
@@ -78,7 +83,7 @@ def test_float16_streams_err_no_more_than_plain_jax(tokens, hidden, config):
     check_beside_plain_jax("post_pre", case, "float16", names)
 
 
-@pytest.mark.parametrize("hidden", [576, 2048, 4160, 8192])
+@pytest.mark.parametrize("hidden", [576, 1000, 2048, 4160, 8192])
 @pytest.mark.parametrize("config", [PAPER, NONE, variant(sinkhorn_iters=1)])
 @pytest.mark.parametrize("norm", [False, True])
 def test_other_settings_of_two_streams(hidden, config, norm):
@@ -93,7 +98,7 @@ def test_clusters_of_float32_streams(hidden, tokens):
     check("post_pre", Case((tokens,), 4, hidden, 3.0), "float32")
 
 
-@pytest.mark.parametrize("hidden", [544, 2048, 4096])
+@pytest.mark.parametrize("hidden", [544, 1000, 2048, 4096])
 @pytest.mark.parametrize("config", [PAPER, NONE, IDENTITY, variant(sinkhorn_iters=1)])
 @pytest.mark.parametrize("norm", [False, True])
 def test_other_settings_of_float32_streams(hidden, config, norm):
@@ -125,7 +130,7 @@ def test_gradients_of_a_token_do_not_depend_on_the_tokens_behind_it(hidden):
     jax.tree.map(np.testing.assert_array_equal, gradients(37), gradients(1031))
 
 
-@pytest.mark.parametrize("hidden", [448, 1280, 2304, 4160, 8192])
+@pytest.mark.parametrize("hidden", [448, 1000, 1280, 2304, 4160, 8192])
 @pytest.mark.parametrize("config", [NONE, variant(sinkhorn_iters=1)])
 def test_other_settings(hidden, config):
     poison()
@@ -139,14 +144,14 @@ def test_without_mixing(hidden, op):
     check(op, Case((37,), 4, hidden, config=IDENTITY), "bfloat16")
 
 
-@pytest.mark.parametrize("hidden", OTHER_WIDTHS)
+@pytest.mark.parametrize("hidden", [*OTHER_WIDTHS, *WIDEST_PERMUTED])
 @pytest.mark.parametrize("op", ["post_pre", "two_sublayers"])
 def test_means_of_permutations(hidden, op):
     poison()
     check(op, Case((37,), 4, hidden, 3.0, PERMUTED), "bfloat16")
 
 
-@pytest.mark.parametrize("hidden", [64, 640, 2304, 5120, 7168, 8192])
+@pytest.mark.parametrize("hidden", [64, 640, 1000, 2304, 5120, 7168, 8192])
 def test_a_norm(hidden):
     poison()
     check("post_pre", Case((37,), 4, hidden, 3.0, norm=True), "bfloat16")
@@ -166,12 +171,16 @@ def test_a_norm_scale_with_zeros(config, dtype):
 
 
 MANY = [
-    *[(Case((2053,), 4, hidden, 3.0), "bfloat16") for hidden in (640, 1280, 2560, 8192)],
+    *[
+        (Case((2053,), 4, hidden, 3.0), "bfloat16")
+        for hidden in (640, 1000, 1280, 2560, 4104, 8192)
+    ],
     *[(Case((4099,), 2, hidden, 3.0), "bfloat16") for hidden in (576, 1472, 2048, 4160, 8192)],
     *[(Case((2053,), 4, hidden, 3.0), "float16") for hidden in (1280, 2560, 8192)],
     *[(Case((2053,), 4, hidden, 3.0, IDENTITY), "float16") for hidden in (640, 4096, 5952)],
     *[(Case((2053,), 4, hidden, 3.0), "float32") for hidden in (544, 1280, 2048, 4096)],
     (Case((2053,), 4, 2048, 3.0, IDENTITY), "float32"),
+    *[(Case((2053,), 4, hidden, 3.0, PERMUTED), "bfloat16") for hidden in (6208, 8192)],
 ]
 
 
@@ -215,10 +224,10 @@ def test_gradients_of_float16_tokens_do_not_depend_on_the_others(hidden, config)
 @pytest.mark.parametrize(
     "dtype, streams, hidden",
     [
-        *[("bfloat16", 4, hidden) for hidden in (640, 2304, 4160, 8192)],
+        *[("bfloat16", 4, hidden) for hidden in (640, 1000, 2304, 4160, 8192)],
         *[("bfloat16", 2, hidden) for hidden in (576, 4160, 8192)],
         *[("float16", 4, hidden) for hidden in (640, 7168)],
-        *[("float32", 4, hidden) for hidden in (544, 2048, 4096)],
+        *[("float32", 4, hidden) for hidden in (544, 1000, 2048, 4096)],
     ],
 )
 def test_an_infinity_stays_with_the_tokens_of_its_four(dtype, streams, hidden):
@@ -252,6 +261,8 @@ def run_all():
             run("post_pre", Case((37,), 4, hidden, config=config), "float32")
     for hidden in HALF_WIDTHS:
         run("post_pre", Case((37,), 4, hidden), "float16")
+    for hidden in WIDEST_PERMUTED:
+        run("post_pre", Case((37,), 4, hidden, config=PERMUTED), "bfloat16")
 
 
 def test_the_kernels_are_those_of_their_width():
@@ -271,6 +282,7 @@ def test_the_kernels_are_those_of_their_width():
         expected += [(size, -(-hidden // 256)) for hidden in FLOAT32]
     of_half = [GEOMETRIES[hidden] for hidden in HALF_WIDTHS]
     expected += [(f"w{channels}_f16", blocks) for channels, blocks in of_half]
+    expected += [("w512k32_bf16", blocks) for blocks in WIDEST_PERMUTED.values()]
     assert found == expected
 
 
@@ -281,7 +293,7 @@ if __name__ == "__main__":
 # ---- with given weights --------------------------------------------------------------------------
 
 # Of four streams: one slice of the channels and many, full or not, and as many as multiprocessors.
-GIVEN_WIDTHS = (64, 320, 1024, 2752, 4096, 5120, 8192, 12288)
+GIVEN_WIDTHS = (64, 320, 1000, 1024, 2752, 4096, 4104, 5120, 8192, 12288)
 
 
 @pytest.mark.parametrize("hidden", GIVEN_WIDTHS)
@@ -292,7 +304,7 @@ def test_given_weights(hidden, tokens, dtype):
     check("post_pre_given", Case((tokens,), 4, hidden, 3.0), dtype)
 
 
-@pytest.mark.parametrize("hidden", [320, 2048, 4096])
+@pytest.mark.parametrize("hidden", [320, 1000, 2048, 4096])
 @pytest.mark.parametrize("config", [PAPER, NONE, IDENTITY, PERMUTED, variant(sinkhorn_iters=1)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_deferred_cotangents_beside_given_weights(hidden, config, dtype):
@@ -301,7 +313,7 @@ def test_deferred_cotangents_beside_given_weights(hidden, config, dtype):
 
 
 @pytest.mark.parametrize("op", ["post_pre_given", "delayed"])
-@pytest.mark.parametrize("hidden", [64, 576, 2048, 4096])
+@pytest.mark.parametrize("hidden", [64, 576, 1000, 2048, 4096])
 def test_given_weights_of_two_streams(op, hidden):
     poison()
     check(op, Case((37,), 2, hidden, 3.0), "bfloat16")

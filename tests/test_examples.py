@@ -132,9 +132,39 @@ def test_figure_has_curves_in_all_panels(comparison):
     assert (out / "train_gpt.png").stat().st_size < 200_000
     pixels = imread(out / "train_gpt.png")[..., :3]
     for panel in np.array_split(pixels, 3, axis=1):
-        for color in (0x99, 0x99, 0x99), (0xE6, 0x9F, 0x00), (0x00, 0x72, 0xB2):
-            # Within 0.1, because thin lines are blended with what is beneath them.
-            assert (np.abs(panel - np.divide(color, 255)).max(-1) < 0.1).sum() > 100
+        for color in (0xE6, 0x9F, 0x00), (0x00, 0x72, 0xB2):
+            # Within 0.1, because edges of lines are blended with what is beneath them.
+            assert (np.abs(panel - np.divide(color, 255)).max(-1) < 0.1).sum() > 400
+
+
+def test_figure_shows_the_runs_beside_the_plain_residual(comparison, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    report = importlib.import_module("gpt.report")
+    *_, records = comparison
+    runs = {}
+    for record in records:
+        name = record["connection"]
+        run = runs.setdefault(name, dict(connection=name, seed=0, records=[]))
+        run["records"].append({k: float(v) for k, v in record.items() if k != "connection"})
+    panels = report.draw_figure(list(runs.values()), report.Settings()).axes
+    for panel in panels:
+        plain, hc, mhc = panel.lines
+        # On top of the others, but dotted and thinner.
+        assert plain.zorder > mhc.zorder and plain.get_linewidth() < mhc.get_linewidth()
+        assert plain.is_dashed() and not mhc.is_dashed()
+        assert "plain residual: " in panel.get_legend().texts[0].get_text()
+    gain, norm, loss = ([np.array(line.get_ydata()) for line in panel.lines] for panel in panels)
+    np.testing.assert_array_equal(gain[0], 1)
+    np.testing.assert_allclose(gain[2], 1, atol=1e-2)
+    assert gain[1].max() > 1.01
+    np.testing.assert_array_equal(norm[0][1:], 1)
+    np.testing.assert_array_equal(loss[0], 0)
+    ends = [float(run["records"][-1]["validation_loss"]) for run in runs.values()]
+    assert [losses[-1] for losses in loss] == pytest.approx(np.array(ends) - ends[0])
+
+    # Without plain residuals there are the numbers themselves.
+    *_, loss = report.draw_figure([runs["mhc"]], report.Settings()).axes
+    assert loss.lines[0].get_ydata()[-1] == ends[2]
 
 
 def test_the_other_connections_start_alike_and_learn(tmp_path):
@@ -328,6 +358,57 @@ def test_the_diagnostics_warn_of_hc_alone(tmp_path):
     assert 1 <= int(found[2]) <= 11 - int(found[1])
     assert "mHC: 0 warnings in 11 steps." in output
     assert (tmp_path / "diagnostics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def logged(*options):
+    """Numbers by name of the steps that the training prints, by step."""
+    status, output = run("examples/logging_training.py", "--depth", 4, *options)
+    assert status == 0, output
+    return {
+        int(step): {name: float(value) for name, value in re.findall(r"([\w/]+) ([\d.e+-]+)", line)}
+        for step, line in re.findall(r"^step (\d+): (.*)$", output, re.MULTILINE)
+    }
+
+
+def test_a_training_logs_its_loss_and_the_mixing():
+    numbers = logged("--steps", 41, "--every", 20)
+    assert list(numbers) == [0, 20, 40]
+    assert numbers[40]["loss"] < numbers[0]["loss"] / 3
+    assert len({"loss", *numbers[0]} & set(numbers[40])) == 10
+    for own in numbers.values():
+        assert own["mhc/composite_gain_forward"] == pytest.approx(1, abs=1e-3)
+        assert 0 < own["mhc/entropy"] < math.log(4)
+
+
+def test_a_training_logs_to_tensorboard(tmp_path):
+    pytest.importorskip("tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event
+
+    options = "--steps", 5, "--every", 2
+    printed = logged(*options)
+    assert logged(*options, "--to", "tensorboard", "--out", tmp_path) == {}
+    (path,) = tmp_path.glob("events.out.tfevents.*")
+    data, numbers = path.read_bytes(), {}
+    while data:
+        # A record: its length in 8 bytes, a checksum of 4, the event, a checksum of 4.
+        length = int.from_bytes(data[:8], "little")
+        event, data = Event.FromString(data[12 : 12 + length]), data[16 + length :]
+        for value in event.summary.value:
+            numbers.setdefault(event.step, {})[value.tag] = value.simple_value
+    assert list(numbers) == [0, 2, 4]
+    for step, own in printed.items():
+        assert numbers[step] == pytest.approx(own, rel=1e-3)
+
+
+@pytest.mark.parametrize("library", ["tensorboardX", "wandb"])
+def test_a_logging_library_that_is_missing_is_named(library, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setitem(sys.modules, library, None)
+    example = importlib.import_module("logging_training")
+    to = {"tensorboardX": "tensorboard"}.get(library, library)
+    error = f"--to {to}: expected {library}, got none; pip install it"
+    with pytest.raises(SystemExit, match=error):
+        example.logger(example.Options(to=to))
 
 
 def test_the_dial_refuses_what_it_cannot_simulate():

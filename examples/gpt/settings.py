@@ -51,7 +51,7 @@ class Settings:
     """Residual streams n, 1 to 16; at most 4 for lite."""
     sinkhorn_iters: int = 20
     """Iterations that make h_res doubly stochastic, for mhc and static."""
-    steps: int = 240
+    steps: int = 160
     """Optimizer steps of each run."""
     batch: int = 8
     """Windows of text in a batch."""

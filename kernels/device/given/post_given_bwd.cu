@@ -27,6 +27,9 @@ static_assert(kSumsPhi, "nothing else computes d_phi");
 constexpr int kFirstReplier = kFinisher + 1;
 constexpr int kRepliers = Tuned::repliers;
 constexpr int kReplierTokens = kTileTokens / kRepliers;
+static_assert(kReplierTokens * 8 == 32, "a lane for every column of an octet of every token");
+// Tiles whose numbers for replies are on their way at once: those of 32 columns take the registers of two.
+constexpr int kTilesAhead = kOctets < 4 ? 2 : 1;
 constexpr int kThreads = 32 * (kFirstReplier + kRepliers);
 
 // ---- shared memory ----------------------------------------------------------------------------------
@@ -63,7 +66,7 @@ struct Args {
   const float *h_post, *h_res, *phi, *alpha, *bias, *m, *r, *h_res_new, *h_given, *d_h_pre;
   const float* d_z;  // [tokens, kColumns], of which those of h_pre are not read
   float* dots;       // [tokens, gridDim.x, kDotsRow], of whole tiles, for sum_given
-  void* for_phi;     // floats [gridDim.y, n C, kColumns], for sum_given
+  void* for_phi;     // floats [gridDim.y, n, padded(C), kColumns], for sum_given
   float* gate_sums;  // [kRepliers * gridDim.y, kColumns + 3], alike
   int tokens, deferred;
 };
@@ -94,6 +97,9 @@ struct Block : Stages {
   // Nobody has to be there but this block's warps, which all arrive for replies.
   __device__ void wait_for_start() const {}
   __device__ void expect_replies(u32) const {}
+  __device__ void wait_for_replies(u32 stage, u32 parity) const {
+    wait(barrier(kRepliesFull, stage), parity);
+  }
 };
 
 // ---- replies ------------------------------------------------------------------------------------------
@@ -103,15 +109,13 @@ struct Block : Stages {
 //
 //   d_z = d_h_pre sigmoid'(z) for the columns of h_pre,  dm = alpha d_z,  f = <dm, m> times the slope of r
 struct Replier {
-  static constexpr int kTurns = kReplierTokens / 4;
-
   const Block& block;
   const Args& args;
   const Settings& settings;
   const int which, lane;
   const bool is_pre;
-  float alpha, alpha_res,
-      bias;  // of this lane's column of the first octet, and of those of the others; of h_pre's columns
+  // Of this lane's column of the first octet, and of those of the others; of h_pre's columns.
+  float alpha, alpha_res, bias;
   GateSums sums[kOctets];
 
   // Values of the lanes of a token: zeros behind the last one.
@@ -133,25 +137,25 @@ struct Replier {
     bias = is_pre ? args.bias[e] : 0.f;
   }
 
-  // Which token of a tile this lane has in a turn of four.
-  __device__ u32 in_tile(int turn) const { return which * kReplierTokens + turn * 4 + lane / 8; }
+  // Which token of a tile this lane has.
+  __device__ u32 in_tile() const { return which * kReplierTokens + lane / 8; }
 
-  // d_z of h_pre's columns is still d_h_pre.
-  __device__ Token load(int tile, int turn) const {
+  // d_z of h_pre's columns is still d_h_pre. No number is read into the register of another, which would have to be there
+  // first.
+  __device__ Token load(int tile) const {
     Token token = {};
-    const long long at = block.first_token(tile) + in_tile(turn);
+    const long long at = block.first_token(tile) + in_tile();
     if (tile >= block.num_tiles || at >= args.tokens) return token;
     const int e = lane % 8;
+    const long long own = at * N + e;
 #pragma unroll
     for (int octet = 0; octet < kOctets; ++octet) {
       const long long column = at * kColumns + octet * 8 + e;
+      const bool is_d_h_pre = octet == 0 && is_pre;
       token.m[octet] = __ldg(args.m + column);
-      if (octet > 0 || !is_pre) token.d_z[octet] = __ldg(args.d_z + column);
+      token.d_z[octet] = __ldg(is_d_h_pre ? args.d_h_pre + own : args.d_z + column);
     }
-    if (is_pre) {
-      token.d_z[0] = __ldg(args.d_h_pre + at * N + e);
-      token.h_given = __ldg(args.h_given + at * N + e);
-    }
+    if (is_pre) token.h_given = __ldg(args.h_given + own);
     token.r = __ldg(args.r + at);
     return token;
   }
@@ -192,19 +196,23 @@ struct Replier {
   }
 
   __device__ void run() {
-    Token ahead = load(0, 0);
+    Token ahead[kTilesAhead];
+#pragma unroll
+    for (int k = 0; k < kTilesAhead; ++k) ahead[k] = load(k);
     Ring<kStages> ring;
-    for (int tile = 0; tile < block.num_tiles; ++tile, ring.next()) {
-      wait(block.barrier(kEmpty, ring.slot), ring.parity ^ 1);
 #pragma unroll 1
-      for (int turn = 0; turn < kTurns; ++turn) {
-        const Token token = ahead;
-        const bool is_last = turn + 1 == kTurns;
-        ahead = load(is_last ? tile + 1 : tile, is_last ? 0 : turn + 1);
-        reply(token, block.reply(ring.slot, in_tile(turn)));
+    for (int first = 0; first < block.num_tiles; first += kTilesAhead) {
+#pragma unroll
+      for (int k = 0; k < kTilesAhead; ++k, ring.next()) {
+        const int tile = first + k;
+        if (tile >= block.num_tiles) break;
+        const Token token = ahead[k];
+        ahead[k] = load(tile + kTilesAhead);
+        wait(block.barrier(kEmpty, ring.slot), ring.parity ^ 1);
+        reply(token, block.reply(ring.slot, in_tile()));
+        __syncwarp();
+        if (lane == 0) arrive(block.barrier(kRepliesFull, ring.slot));
       }
-      __syncwarp();
-      if (lane == 0) arrive(block.barrier(kRepliesFull, ring.slot));
     }
     // Blocks of other channels have the same again.
     if (block.rank > 0) return;
@@ -280,11 +288,11 @@ __device__ inline void store_stream_dots(const Block& block, const Args& args, i
 
 // The maps have boxes of kTileTokens tokens and SIZE channels; gridDim.x is C / SIZE, rounded up.
 KERNEL(post_given_bwd, kThreads, 1)
-(const __grid_constant__ TensorMap x_even, const __grid_constant__ TensorMap x_odd,
- const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap d_u,
- const __grid_constant__ TensorMap d_x_new_in_even,
- const __grid_constant__ TensorMap d_x_new_in_odd, const __grid_constant__ TensorMap d_x_new_even,
- const __grid_constant__ TensorMap d_x_new_odd, const __grid_constant__ TensorMap d_y,
+(const __grid_constant__ BlockMaps x_even, const __grid_constant__ BlockMaps x_odd,
+ const __grid_constant__ BlockMaps y, const __grid_constant__ BlockMaps d_u,
+ const __grid_constant__ BlockMaps d_x_new_in_even,
+ const __grid_constant__ BlockMaps d_x_new_in_odd, const __grid_constant__ BlockMaps d_x_new_even,
+ const __grid_constant__ BlockMaps d_x_new_odd, const __grid_constant__ BlockMaps d_y,
  const float* h_post, const float* h_res, const float* phi, const float* alpha, const float* bias,
  const float* m, const float* r, const float* h_res_new, const float* h_given, const float* d_h_pre,
  const float* d_z, float* dots, void* d_phi, float* gate_sums, int tokens, int hidden, int deferred,
@@ -306,14 +314,16 @@ KERNEL(post_given_bwd, kThreads, 1)
   } else {
     give_registers<kOtherRegisters>();
     const Block block(memory, hidden, tokens);
+    const bool has_rest = block.lines().has_rest;
     if (warp < kStreamDots) {
       store_input_dots(block, args, warp - kInputDots, lane);
     } else if (warp < kLoader) {
       store_stream_dots(block, args, warp - kStreamDots, lane);
     } else if (warp == kLoader) {
-      if (lane == 0) load_tiles(block, maps);
+      if (lane == 0) has_rest ? load_tiles<true>(block, maps) : load_tiles<false>(block, maps);
     } else if (warp == kFinisher) {
-      finish_tiles(block, args, maps, lane);
+      has_rest ? finish_tiles<true>(block, args, maps, lane)
+               : finish_tiles<false>(block, args, maps, lane);
     } else {
       Replier(block, args, settings, warp - kFirstReplier, lane).run();
     }
@@ -362,10 +372,12 @@ __device__ inline void sum_dots(const float* dots, const float* h_post, const fl
 KERNEL(sum_given, kSumThreads)
 (const float4* d_phi_partial, const float* gate_sums, const float* dots, const float* h_post,
  const float* h_res, float4* d_phi, float* d_bias, float* d_alpha, float* d_h_post, float* d_h_res,
- float* d_h_given, int phi_blocks, int ranges, int size, int num_gates, int tokens, int slices) {
+ float* d_h_given, int phi_blocks, int ranges, int size, int of_stream, int padded, int num_gates,
+ int tokens, int slices) {
   const int block = blockIdx.x - phi_blocks;
   if (block < 0) {
-    sum_phi(d_phi_partial, d_phi, ranges, size, blockIdx.x * kSumThreads + threadIdx.x);
+    const int at = blockIdx.x * kSumThreads + threadIdx.x;
+    sum_phi(d_phi_partial, d_phi, ranges, size, of_stream, padded, at);
   } else if (block == 0) {
     sum_gates<kSumThreads>(gate_sums, d_bias, d_alpha, kRepliers * ranges, kColumns, num_gates);
   } else {

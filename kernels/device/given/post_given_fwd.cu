@@ -10,8 +10,8 @@
 //   main (8)    X' and u in place of X and y, and the warp's part of the sums, with phi in registers all the time. Warp w
 //               has the 16 bytes w of every 128, in all streams
 //   mover       X and y from memory and the tokens' coefficients; X' and u to memory
-//   sum         the sum of the main warps' parts, and of two blocks' where these are a cluster, to memory: there
-//               given_coefficients.cu adds up those of all channels
+//   sum (2)     the sum of the main warps' parts, and of two blocks' where these are a cluster, to memory: there
+//               given_coefficients.cu adds up those of all channels. The two take tiles in turns
 //
 // A token's sums are cut by C alone: they do not depend on the other tokens or on how many there are.
 
@@ -21,6 +21,8 @@
 using Tuned = tuning_post_given_fwd;
 constexpr int kTokens = kTileTokens;
 constexpr int kStages = Tuned::stages;
+constexpr int kSlots = Tuned::slots;  // of tiles whose sums wait for those of the other block
+constexpr int kSumWarps = 2;
 constexpr int kThreads = Tuned::threads;
 constexpr int kMainWarps = kRowBytes / 16;
 // Registers of a thread go from four warps to eight.
@@ -47,9 +49,9 @@ constexpr int kPlane = Tile<kTokens>::kPlaneBytes;
 constexpr int kY = N * kPlane;
 constexpr int kStageBytes = kY + kPlane;
 
-constexpr int kParts = 256;                        // behind the barriers
-constexpr int kOthers = kParts + 2 * kPartsBytes;  // sums of the cluster's other block
-constexpr int kCoefficients = kOthers + 2 * kPartBytes;
+constexpr int kParts = 384;                             // behind the barriers
+constexpr int kOthers = kParts + kSlots * kPartsBytes;  // sums of the cluster's other block
+constexpr int kCoefficients = kOthers + kSlots * kPartBytes;
 constexpr int kFirstStage = (kCoefficients + kStages * kCoefficientBytes + 1023) / 1024 * 1024;
 constexpr int kBytes = kFirstStage + kStages * kStageBytes;
 static_assert(kBytes == Tuned::shared_bytes, "kernels/tuning.rs");
@@ -71,7 +73,7 @@ struct Args {
 };
 
 struct Maps {
-  const TensorMap &x, &y, &x_new, &u;
+  const BlockMaps &x, &y, &x_new, &u;
 };
 
 struct Block {
@@ -82,13 +84,16 @@ struct Block {
   // these have been added; so for the sums of the other block; phi is there; it is in registers.
   __device__ u32 full(u32 slot) const { return base + 8 * slot; }
   __device__ u32 done(u32 slot) const { return base + 8 * (kStages + slot); }
-  __device__ u32 parts_full(u32 slot) const { return base + 8 * (2 * kStages + slot); }
-  __device__ u32 parts_empty(u32 slot) const { return base + 8 * (2 * kStages + 2 + slot); }
-  __device__ u32 others_full(u32 slot) const { return base + 8 * (2 * kStages + 4 + slot); }
-  __device__ u32 others_empty(u32 slot) const { return base + 8 * (2 * kStages + 6 + slot); }
-  __device__ u32 phi_full() const { return base + 8 * (2 * kStages + 8); }
-  __device__ u32 phi_empty() const { return base + 8 * (2 * kStages + 9); }
-  static_assert(8 * (2 * kStages + 10) <= kParts, "barriers");
+  __device__ u32 barrier_of(u32 which, u32 slot) const {
+    return base + 8 * (2 * kStages + which * kSlots + slot);
+  }
+  __device__ u32 parts_full(u32 slot) const { return barrier_of(0, slot); }
+  __device__ u32 parts_empty(u32 slot) const { return barrier_of(1, slot); }
+  __device__ u32 others_full(u32 slot) const { return barrier_of(2, slot); }
+  __device__ u32 others_empty(u32 slot) const { return barrier_of(3, slot); }
+  __device__ u32 phi_full() const { return barrier_of(4, 0); }
+  __device__ u32 phi_empty() const { return barrier_of(4, 1); }
+  static_assert(8 * (2 * kStages + 4 * kSlots + 2) <= kParts, "barriers");
 
   __device__ u32 stage(u32 slot) const { return base + kFirstStage + slot * kStageBytes; }
   __device__ u32 coefficients(u32 slot) const {
@@ -97,9 +102,12 @@ struct Block {
   __device__ u32 parts(u32 slot) const { return base + kParts + slot * kPartsBytes; }
   __device__ u32 others(u32 slot) const { return base + kOthers + slot * kPartBytes; }
 
-  __device__ int first_box() const { return blockIdx.x * kBoxes; }
-  // Boxes that there are of a stream from the block's first on.
-  __device__ int boxes() const { return args.hidden / kBoxChannels - first_box(); }
+  template <bool MAY_HAVE_REST = true>
+  __device__ Lines<kTokens, MAY_HAVE_REST> lines() const {
+    return {int(blockIdx.x) * SIZE, args.hidden};
+  }
+  // Channels that this block has of a stream.
+  __device__ int channels() const { return min(SIZE, args.hidden - int(blockIdx.x) * SIZE); }
   __device__ int num_tiles() const {
     const int tiles = (args.tokens + kTokens - 1) / kTokens;
     return (tiles - int(blockIdx.y) + int(gridDim.y) - 1) / int(gridDim.y);
@@ -113,7 +121,7 @@ struct Block {
       init_barrier(full(slot), 1 + 32);
       init_barrier(done(slot), kMainWarps);
     }
-    for (u32 slot = 0; slot < 2; ++slot) {
+    for (u32 slot = 0; slot < kSlots; ++slot) {
       init_barrier(parts_full(slot), kMainWarps);
       init_barrier(parts_empty(slot), 1);
       init_barrier(others_full(slot), 1);
@@ -128,7 +136,7 @@ struct Block {
 // ---- mover ------------------------------------------------------------------------------------------
 
 __device__ inline void copy_phi(const Block& block) {
-  const u32 bytes = min(kBoxes, block.boxes()) * kBoxChannels * kPhiRowBytes;
+  const u32 bytes = block.channels() * kPhiRowBytes;
   arrive_and_expect(block.phi_full(), N * bytes);
   for (int j = 0; j < N; ++j) {
     const size_t row = size_t(j) * block.args.hidden + blockIdx.x * SIZE;
@@ -151,10 +159,12 @@ __device__ inline void copy_rows(u32 to, const float* from, int first, int token
   }
 }
 
+template <bool HAS_REST>
 __device__ inline void move_tiles(const Block& block, const Maps& maps, int lane) {
   const Args& args = block.args;
   const u64 policy = evict_first();
-  const int num = block.num_tiles(), box = block.first_box();
+  const int num = block.num_tiles();
+  const auto lines = block.lines<HAS_REST>();
   int next = 0;
   Ring<kStages> ring;
   const auto load_next = [&] {
@@ -163,8 +173,8 @@ __device__ inline void move_tiles(const Block& block, const Maps& maps, int lane
       const int first = block.first_token(next);
       if (lane == 0) {
         arrive_and_expect(full, kStageBytes);
-        copy_in(stage, maps.x, first, box, 0, full, policy);
-        copy_in(stage + kY, maps.y, first, box, 0, full, policy);
+        lines.template copy_in<N>(stage, maps.x, first, full, policy);
+        lines.template copy_in<1>(stage + kY, maps.y, first, full, policy);
       }
       const u32 rows = block.coefficients(ring.slot);
       copy_rows<N * N>(rows, args.h_res, first, args.tokens, lane);
@@ -185,8 +195,8 @@ __device__ inline void move_tiles(const Block& block, const Maps& maps, int lane
     wait(block.done(finished.slot), finished.parity);
     if (lane == 0) {
       const u32 stage = block.stage(finished.slot);
-      copy_out(maps.x_new, block.first_token(i), box, 0, stage);
-      copy_out(maps.u, block.first_token(i), box, 0, stage + kY);
+      lines.template copy_out<N>(maps.x_new, block.first_token(i), stage);
+      lines.template copy_out<1>(maps.u, block.first_token(i), stage + kY);
       commit_copies();
       wait_for_reads<1>();
     }
@@ -252,9 +262,9 @@ __device__ inline void make_tiles(const Block& block, int warp, int lane) {
     const u32 at = block.base + kPhi + channel * kPhiRowBytes + 4 * g;
 #pragma unroll
     for (int part = 0; part < kBoxSlices; ++part) {
-      // Boxes behind C are of no stream.
+      // Channels behind C are of no stream.
       phi[box][part] = {};
-      if (box < block.boxes()) {
+      if (box * kBoxChannels + warp * kUnitChannels < block.channels()) {
         phi[box][part] =
             Phi::read(at + part * Phi::kStreams * kPhiStreamBytes, kPhiRowBytes, kPhiStreamBytes);
       }
@@ -278,8 +288,9 @@ __device__ inline void make_tiles(const Block& block, int warp, int lane) {
   const u32 u_word = kY + swizzled(g, warp) + lane % 4 * 4;
   const int num = block.num_tiles();
   Ring<kStages> ring;
+  Ring<kSlots> slots;
 #pragma unroll 1
-  for (int i = 0; i < num; ++i, ring.next()) {
+  for (int i = 0; i < num; ++i, ring.next(), slots.next()) {
     wait(block.full(ring.slot), ring.parity);
     const u32 stage = block.stage(ring.slot);
     const Coefficients of(block.coefficients(ring.slot) + g * kCoefficientStride);
@@ -314,8 +325,8 @@ __device__ inline void make_tiles(const Block& block, int warp, int lane) {
     __syncwarp();
     if (lane == 0) arrive(block.done(ring.slot));
 
-    const u32 slot = i % 2, own = block.parts(slot) + warp * kPartBytes;
-    wait(block.parts_empty(slot), (i / 2 & 1) ^ 1);
+    const u32 slot = slots.slot, own = block.parts(slot) + warp * kPartBytes;
+    wait(block.parts_empty(slot), slots.parity ^ 1);
     sums.template store<kSumsBytes>(own, lane, units);
     squares.template store<kSumsBytes>(own + kSquares, lane);
     __syncwarp();
@@ -334,21 +345,22 @@ __device__ inline void add(float4& sum, float4 v) {
   sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
 }
 
-// The second block of a cluster sends its sums to the first, which adds them to its own.
-__device__ inline void sum_tiles(const Block& block, int lane) {
+// The second block of a cluster sends its sums to the first, which adds them to its own. `which` of the warps has every
+// second tile.
+__device__ inline void sum_tiles(const Block& block, int which, int lane) {
   constexpr int kItems = kTokens * kRowParts;
   const Args& args = block.args;
   const u32 ranks = cluster_size(), slices = gridDim.x / ranks, slice = blockIdx.x / ranks;
   const bool sends = cluster_rank() == 1, receives = ranks == 2 && !sends;
   const int num = block.num_tiles();
 #pragma unroll 1
-  for (int i = 0; i < num; ++i) {
-    const u32 slot = i % 2, parity = i / 2 & 1;
+  for (int i = which; i < num; i += kSumWarps) {
+    const u32 slot = i % kSlots, parity = i / kSlots & 1;
     wait(block.parts_full(slot), parity);
     if (receives) {
       if (lane == 0) arrive_and_expect(block.others_full(slot), kPartBytes);
       wait_for_cluster(block.others_full(slot), parity);
-    } else if (sends && i >= 2) {
+    } else if (sends && i >= kSlots) {
       wait_for_cluster(block.others_empty(slot), parity ^ 1);
     }
 #pragma unroll
@@ -378,7 +390,7 @@ __device__ inline void sum_tiles(const Block& block, int lane) {
     if (lane == 0) {
       arrive(block.parts_empty(slot));
       // The other block is there until it has sent the last of its sums.
-      if (receives && i + 2 < num) arrive_in_block(in_block(block.others_empty(slot), 1));
+      if (receives && i + kSlots < num) arrive_in_block(in_block(block.others_empty(slot), 1));
     }
   }
 }
@@ -388,8 +400,8 @@ __device__ inline void sum_tiles(const Block& block, int lane) {
 // sums: [tokens, slices, kColumns], squares: [tokens, slices]; a slice is that of a cluster of one or two blocks. The maps
 // have boxes of 8 tokens and SIZE channels; gridDim.x is C / SIZE, rounded up.
 KERNEL(post_given_fwd, kThreads, 1)
-(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap y,
- const __grid_constant__ TensorMap x_new, const __grid_constant__ TensorMap u, const float* h_post,
+(const __grid_constant__ BlockMaps x, const __grid_constant__ BlockMaps y,
+ const __grid_constant__ BlockMaps x_new, const __grid_constant__ BlockMaps u, const float* h_post,
  const float* h_res, const float* h_given, const float* phi, float4* sums, float* squares,
  int tokens, int hidden) {
   extern __shared__ __align__(1024) unsigned char shared[];
@@ -408,7 +420,12 @@ KERNEL(post_given_fwd, kThreads, 1)
     make_tiles(block, warp, lane);
   } else {
     give_registers<kOtherRegisters>();
-    if (warp == kMainWarps) move_tiles(block, {x, y, x_new, u}, lane);
-    if (warp == kMainWarps + 1) sum_tiles(block, lane);
+    if (warp == kMainWarps) {
+      const Maps maps{x, y, x_new, u};
+      block.lines().has_rest ? move_tiles<true>(block, maps, lane)
+                             : move_tiles<false>(block, maps, lane);
+    }
+    const int which = warp - kMainWarps - 1;
+    if (which >= 0 && which < kSumWarps) sum_tiles(block, which, lane);
   }
 }

@@ -69,7 +69,8 @@ __device__ inline int channel_at(int turn) {
   return cluster_rank() * SIZE + unit * 16 + thread % 32 / 4 * 2;
 }
 
-// Where this thread's numbers of fragment f of phi or d_phi begin, if they are there; asks for its place, too.
+// Where this thread's numbers of fragment f of phi or d_phi begin, if they are there, in streams of so many channels; asks
+// for its place, too.
 __device__ inline int fragment_at(int f, int hidden) {
   return (f % N * hidden + channel_at(f / N)) * kColumns + thread_id() % 4 * 2;
 }

@@ -134,14 +134,23 @@ struct Plan {
   static constexpr int kStage = (kFinish + 2 * kBatch * kSumsBytes + 1023) / 1024 * 1024;
   static constexpr int kBytes = kStage + kStages * kStageBytes;
 
-  // On its way to registers phi lies where the last stages will be, rows of kColumns float32 by stream: all pairs of
-  // streams at once, or one after the other.
+  static constexpr int kAllStagesBytes = kStages * kStageBytes;
+  // Stages of less than 100 KB are too few to hide how long memory takes.
+  static constexpr bool kPrefetches = kAllStagesBytes < 100 * 1024;
+
+  // On its way to registers phi lies where the last stages will be, rows of kColumns float32 by stream: all pieces at
+  // once, or one after the other. A piece is a pair of streams, or half of its boxes where stages have no room for it.
   static constexpr int kPhiRowBytes = kColumns * 4;
-  static constexpr int kPhiBytes = SIZE * kPhiRowBytes;
-  static constexpr int kPhiPairs = kStages * kStageBytes < N * kPhiBytes ? 1 : kPairs;
-  static constexpr int kPhi = kBytes - kPhiPairs * 2 * kPhiBytes;
+  static constexpr int kPairPieces = kAllStagesBytes < 2 * SIZE * kPhiRowBytes ? 2 : 1;
+  static constexpr int kPieceBoxes = kBoxes / kPairPieces;
+  static constexpr int kPieceChannels = kPieceBoxes * kBoxChannels;
+  static constexpr int kPhiBytes = kPieceChannels * kPhiRowBytes;  // of a stream
+  static constexpr int kPieces = kPairs * kPairPieces;
+  static constexpr int kPiecesAtOnce = kAllStagesBytes < kPieces * 2 * kPhiBytes ? 1 : kPieces;
+  static constexpr int kPhi = kBytes - kPiecesAtOnce * 2 * kPhiBytes;
   static constexpr int kFreeStages = (kPhi - kStage) / kStageBytes;
-  static_assert(2 * kPhiPairs % Slice<Stream>::kStreams == 0, "slices are read at once");
+  static_assert(kBoxes % kPairPieces == 0 && kPieces <= 4, "whole boxes, and barriers");
+  static_assert(2 * kPiecesAtOnce % Slice<Stream>::kStreams == 0, "slices are read at once");
   static_assert(kPhi >= kStage, "phi lies in stages alone");
   static_assert(kBytes == Tuned::shared_bytes && kThreads == Tuned::threads, "kernels/tuning.rs");
   static_assert(kBytes <= kMostBytes, "shared memory of a block");
@@ -154,14 +163,14 @@ struct Plan {
 
 // The arguments of a kernel.
 struct Args {
-  const TensorMap* x_map;
+  const BlockMaps* x_maps;
   const float *phi, *alpha, *bias;
   Stream* u;
   float *h_pre, *h_post, *h_res, *m, *r;
   int tokens, hidden;
   const Settings* settings;
   // In post_pre alone.
-  const TensorMap* y_map;
+  const BlockMaps* y_maps;
   const float *h_post_in, *h_res_in;
   Stream* x_new;
   // With a layer norm alone.
@@ -182,8 +191,8 @@ enum Barrier : u32 {
   kPartialEmpty = 66,  // these have been sent; send
   kFinishFull = 68,    // the sums, r and rho of a batch of tokens; the owner
   kFinishEmpty = 70,   // these have been read; finish
-  kPhiFull = 72,       // two streams of phi; the loader, with bytes
-  kPhiEmpty = 74,  // phi is in registers, as far as it was in shared memory; the warps of project
+  kPhiFull = 72,       // a piece of phi; the loader, with bytes
+  kPhiEmpty = 76,  // phi is in registers, as far as it was in shared memory; the warps of project
 };
 
 // Numbers that go to memory at once.
@@ -228,13 +237,14 @@ struct Block : Place<Plan<POST_PRE, NORM>::kTokens> {
   // Asks for phi first: nothing can start without it.
   __device__ void init_barriers(int lane) const {
     if (lane == 0) {
-      for (int pair = 0; pair < kPairs; ++pair) init_barrier(barrier(kPhiFull, pair), 1);
+      for (int piece = 0; piece < P::kPieces; ++piece) init_barrier(barrier(kPhiFull, piece), 1);
       publish_barriers();
       fence_for_copies();
       copy_phi(0);
-      prefetch(*args.x_map);
-      if constexpr (POST_PRE) prefetch(*args.y_map);
+      prefetch(args.x_maps->boxes);
+      if constexpr (POST_PRE) prefetch(args.y_maps->boxes);
     }
+    clear_phi(lane);
     if (lane < P::kStages) {
       init_barrier(barrier(kFull, lane), 1);
       init_barrier(barrier(kEmpty, lane), kApplyWarps);
@@ -253,10 +263,16 @@ struct Block : Place<Plan<POST_PRE, NORM>::kTokens> {
 
   __device__ void project(int warp, int lane) const;
   __device__ void apply(int thread) const;
-  __device__ void copy_phi(int first_pair) const;
+  __device__ void copy_phi(int first_piece) const;
+  __device__ void clear_phi(int lane) const;
   __device__ void copy_rest_of_phi() const;
-  __device__ u32 phi_of_pair(int pair) const {
-    return shared + P::kPhi + pair % P::kPhiPairs * 2 * P::kPhiBytes;
+  // Channels of a piece from its first one on: the last block may have none of a second half.
+  __device__ int phi_channels(int first) const {
+    if (P::kPairPieces == 1) return this->channels();
+    return max(0, min(P::kPieceChannels, this->channels() - first));
+  }
+  __device__ u32 phi_piece(int piece) const {
+    return shared + P::kPhi + piece % P::kPiecesAtOnce * 2 * P::kPhiBytes;
   }
   __device__ void load_tiles() const;
   __device__ void send_sums(int lane) const;
@@ -273,24 +289,47 @@ struct Block : Place<Plan<POST_PRE, NORM>::kTokens> {
 
 // By one lane.
 template <bool POST_PRE, bool NORM>
-__device__ inline void Block<POST_PRE, NORM>::copy_phi(int first_pair) const {
-  for (int pair = first_pair; pair < first_pair + P::kPhiPairs; ++pair) {
-    const u32 full = barrier(kPhiFull, pair), bytes = this->channels() * P::kPhiRowBytes;
+__device__ inline void Block<POST_PRE, NORM>::copy_phi(int first_piece) const {
+  for (int piece = first_piece; piece < first_piece + P::kPiecesAtOnce; ++piece) {
+    const int pair = piece / P::kPairPieces;
+    const int first_channel = piece % P::kPairPieces * P::kPieceChannels;
+    const u32 full = barrier(kPhiFull, piece),
+              bytes = phi_channels(first_channel) * P::kPhiRowBytes;
     arrive_and_expect(full, 2 * bytes);
+    if (P::kPairPieces > 1 && bytes == 0) continue;
     for (int j = 0; j < 2; ++j) {
-      const size_t row = size_t(2 * pair + j) * hidden + rank * SIZE;
-      copy_in(phi_of_pair(pair) + j * P::kPhiBytes, args.phi + row * kColumns, bytes, full);
+      const size_t row = size_t(2 * pair + j) * hidden + rank * SIZE + first_channel;
+      copy_in(phi_piece(piece) + j * P::kPhiBytes, args.phi + row * kColumns, bytes, full);
     }
   }
+}
+
+// By one warp: zeros behind the last channel in a box that is not whole. Where a piece takes the place of an earlier one,
+// those rows have that one's, which are multiplied by zeros.
+template <bool POST_PRE, bool NORM>
+__device__ inline void Block<POST_PRE, NORM>::clear_phi(int lane) const {
+  const int last = this->channels() % kBoxChannels;
+  if (last == 0) return;
+  for (int piece = 0; piece < P::kPiecesAtOnce; ++piece) {
+    const int channels = phi_channels(piece % P::kPairPieces * P::kPieceChannels);
+    if (channels % kBoxChannels == 0) continue;
+    for (int j = 0; j < 2; ++j) {
+      const u32 first = phi_piece(piece) + j * P::kPhiBytes + channels * P::kPhiRowBytes;
+      for (u32 at = 16 * lane; at < (kBoxChannels - last) * P::kPhiRowBytes; at += 16 * 32)
+        write4(first + at, {});
+    }
+  }
+  // The copy engine will write there.
+  fence_for_copies();
 }
 
 // What there was no room for, then the wait for all of phi to be in registers.
 template <bool POST_PRE, bool NORM>
 __device__ inline void Block<POST_PRE, NORM>::copy_rest_of_phi() const {
   u32 parity = 0;
-  for (int pair = P::kPhiPairs; pair < kPairs; pair += P::kPhiPairs, parity ^= 1) {
+  for (int piece = P::kPiecesAtOnce; piece < P::kPieces; piece += P::kPiecesAtOnce, parity ^= 1) {
     wait(barrier(kPhiEmpty), parity);
-    copy_phi(pair);
+    copy_phi(piece);
   }
   wait(barrier(kPhiEmpty), parity);
 }
@@ -299,11 +338,17 @@ __device__ inline void Block<POST_PRE, NORM>::copy_rest_of_phi() const {
 template <bool POST_PRE, bool NORM>
 __device__ inline void Block<POST_PRE, NORM>::load_tiles() const {
   const u64 policy = evict_first();
+  const auto lines = this->lines();
   Ring<P::kStages> ring;
   int i = 0;
 #pragma unroll 1
   for (; has_tile(i); ++i, ring.next()) {
     if (i == P::kFreeStages) copy_rest_of_phi();
+    if (P::kPrefetches && i >= P::kStages) {
+      // The tile comes as far as the L2 cache until there is room for it.
+      lines.template prefetch<N>(*args.x_maps, first_token(i));
+      if constexpr (POST_PRE) lines.template prefetch<1>(*args.y_maps, first_token(i));
+    }
     wait(barrier(kEmpty, ring.slot), ring.parity ^ 1);
     // X' was written there, and not by the copy engine.
     if constexpr (POST_PRE) fence_for_copies();
@@ -319,9 +364,9 @@ __device__ inline void Block<POST_PRE, NORM>::load_tiles() const {
     }
     const int coefficients = POST_PRE ? (count * N + copied) * N * 4 : 0;
     arrive_and_expect(full, P::kStageBytes + coefficients);
-    copy_in(to, *args.x_map, first, rank * kBoxes, 0, full, policy);
+    lines.template copy_in<N>(to, *args.x_maps, first, full, policy);
     if constexpr (POST_PRE) {
-      copy_in(to + P::kY, *args.y_map, first, rank * kBoxes, 0, full, policy);
+      lines.template copy_in<1>(to + P::kY, *args.y_maps, first, full, policy);
       const u32 h_res = mixing(ring.slot);
       copy_in(h_res, args.h_res_in + size_t(first) * N * N, count * N * N * 4, full);
       if (N % 4 == 0 || copied > 0) {
@@ -329,7 +374,7 @@ __device__ inline void Block<POST_PRE, NORM>::load_tiles() const {
       }
     }
   }
-  if (P::kPhiPairs < kPairs && i <= P::kFreeStages) copy_rest_of_phi();
+  if (P::kPiecesAtOnce < P::kPieces && i <= P::kFreeStages) copy_rest_of_phi();
 }
 
 // ---- project ---------------------------------------------------------------------------------------
@@ -727,39 +772,39 @@ __device__ inline void run(const Args& args) {
 }
 
 KERNEL(pre_fwd_one_pass, kThreads, 1)
-(const __grid_constant__ TensorMap x_map, const float* phi, const float* alpha, const float* bias,
+(const __grid_constant__ BlockMaps x_maps, const float* phi, const float* alpha, const float* bias,
  Stream* u, float* h_pre, float* h_post, float* h_res, float* m, float* r, int tokens, int hidden,
  const __grid_constant__ Settings settings) {
   run<false, false>(
-      {&x_map, phi, alpha, bias, u, h_pre, h_post, h_res, m, r, tokens, hidden, &settings});
+      {&x_maps, phi, alpha, bias, u, h_pre, h_post, h_res, m, r, tokens, hidden, &settings});
 }
 
 KERNEL(pre_norm_fwd_one_pass, kThreads, 1)
-(const __grid_constant__ TensorMap x_map, const float* phi, const float* alpha, const float* bias,
+(const __grid_constant__ BlockMaps x_maps, const float* phi, const float* alpha, const float* bias,
  const float* norm_scale, Stream* u, float* h_pre, float* h_post, float* h_res, float* m, float* r,
  float* rho, float norm_scale_eps, int tokens, int hidden,
  const __grid_constant__ Settings settings) {
-  run<false, true>({&x_map,  phi,     alpha,   bias,       u,      h_pre,         h_post,
+  run<false, true>({&x_maps, phi,     alpha,   bias,       u,      h_pre,         h_post,
                     h_res,   m,       r,       tokens,     hidden, &settings,     nullptr,
                     nullptr, nullptr, nullptr, norm_scale, rho,    norm_scale_eps});
 }
 
 KERNEL(post_pre_fwd_one_pass, kThreads, 1)
-(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map,
+(const __grid_constant__ BlockMaps x_maps, const __grid_constant__ BlockMaps y_maps,
  const float* h_post_in, const float* h_res_in, const float* phi, const float* alpha,
  const float* bias, Stream* x_new, Stream* u, float* h_pre, float* h_post, float* h_res, float* m,
  float* r, int tokens, int hidden, const __grid_constant__ Settings settings) {
-  run<true, false>({&x_map, phi, alpha, bias, u, h_pre, h_post, h_res, m, r, tokens, hidden,
-                    &settings, &y_map, h_post_in, h_res_in, x_new});
+  run<true, false>({&x_maps, phi, alpha, bias, u, h_pre, h_post, h_res, m, r, tokens, hidden,
+                    &settings, &y_maps, h_post_in, h_res_in, x_new});
 }
 
 KERNEL(post_pre_norm_fwd_one_pass, kThreads, 1)
-(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map,
+(const __grid_constant__ BlockMaps x_maps, const __grid_constant__ BlockMaps y_maps,
  const float* h_post_in, const float* h_res_in, const float* phi, const float* alpha,
  const float* bias, const float* norm_scale, Stream* x_new, Stream* u, float* h_pre, float* h_post,
  float* h_res, float* m, float* r, float* rho, float norm_scale_eps, int tokens, int hidden,
  const __grid_constant__ Settings settings) {
-  run<true, true>({&x_map,    phi,      alpha, bias,       u,      h_pre,         h_post,
-                   h_res,     m,        r,     tokens,     hidden, &settings,     &y_map,
+  run<true, true>({&x_maps,   phi,      alpha, bias,       u,      h_pre,         h_post,
+                   h_res,     m,        r,     tokens,     hidden, &settings,     &y_maps,
                    h_post_in, h_res_in, x_new, norm_scale, rho,    norm_scale_eps});
 }

@@ -67,24 +67,31 @@ __device__ inline void Block<POST_PRE, NORM>::project(int warp, int lane) const 
   constexpr bool kSpare = P::kSharedFragments == 0, kKeepsHRes = kSpare || !NORM;
   const int own_channel = kUnitChannels * warp + kWordChannels * (lane % 4);
   const u32 own_rows = own_channel * P::kPhiRowBytes + lane / 4 * 4;
-  const int boxes = this->channels() / kBoxChannels;
+  const int boxes = (this->channels() + kBoxChannels - 1) / kBoxChannels;
 #pragma unroll
   for (int part = 0; part < kBoxSlices; ++part) {
-    const int first = part * (Phi::kStreams / 2), last = first + Phi::kStreams / 2 - 1;
+    const int first_pair = part * (Phi::kStreams / 2),
+              last_pair = first_pair + Phi::kStreams / 2 - 1;
 #pragma unroll
-    for (int pair = first; pair <= last; ++pair) wait(barrier(kPhiFull, pair), 0);
+    for (int of_pair = 0; of_pair < P::kPairPieces; ++of_pair) {
+      const int first = first_pair * P::kPairPieces + of_pair;
+      const int last = last_pair * P::kPairPieces + of_pair;
 #pragma unroll
-    for (int box = 0; box < kBoxes; ++box) {
-      const u32 at = phi_of_pair(first) + own_rows + box * kBoxChannels * P::kPhiRowBytes;
-      const int slice = kBoxSlices * box + part;
-      // Boxes behind C are of no stream, or of the next.
-      slices[slice] = {};
-      if (box < boxes) slices[slice] = Phi::read(at, P::kPhiRowBytes, P::kPhiBytes);
-      units.add(slices[slice]);
-      write_shared_fragments(slice);
+      for (int piece = first; piece <= last; piece += P::kPairPieces)
+        wait(barrier(kPhiFull, piece), 0);
+#pragma unroll
+      for (int k = 0; k < P::kPieceBoxes; ++k) {
+        const u32 at = phi_piece(first) + own_rows + k * kBoxChannels * P::kPhiRowBytes;
+        const int box = of_pair * P::kPieceBoxes + k, slice = kBoxSlices * box + part;
+        // Boxes behind C are of no stream, or of the next.
+        slices[slice] = {};
+        if (box < boxes) slices[slice] = Phi::read(at, P::kPhiRowBytes, P::kPhiBytes);
+        units.add(slices[slice]);
+        write_shared_fragments(slice);
+      }
+      __syncwarp();
+      if ((last + 1) % P::kPiecesAtOnce == 0 && lane == 0) arrive(barrier(kPhiEmpty));
     }
-    __syncwarp();
-    if ((last + 1) % P::kPhiPairs == 0 && lane == 0) arrive(barrier(kPhiEmpty));
   }
   if constexpr (!Units<Stream>::kAreOne) {
     units.find();

@@ -55,11 +55,11 @@ struct Operands {
 
 // ---- loader -----------------------------------------------------------------------------------------
 
-__device__ inline void load_tiles(const Stages& stages, const TensorMap& x, const TensorMap& y,
+__device__ inline void load_tiles(const Stages& stages, const BlockMaps& x, const BlockMaps& y,
                                   const Operands& from, int lane) {
   constexpr int kDmParts = kDmBytes / 16;  // of a token
   const u64 policy = evict_first();
-  const int box = blockIdx.x * kBoxes;
+  const Lines<kTokens> lines(blockIdx.x * SIZE, from.hidden);
   Ring<kStages> ring;
   for (int tile = blockIdx.y; tile < from.num_tiles(); tile += gridDim.y, ring.next()) {
     const u32 stage = stages.at(ring.slot), full = stages.full(ring.slot);
@@ -68,8 +68,8 @@ __device__ inline void load_tiles(const Stages& stages, const TensorMap& x, cons
     wait(stages.empty(ring.slot), ring.parity ^ 1);
     if (lane == 0) {
       arrive_and_expect(full, (N + 1) * kPlane);
-      copy_in(stage, x, tile * kTokens, box, 0, full, policy);
-      copy_in(stage + kY, y, tile * kTokens, box, 0, full, policy);
+      lines.copy_in<N>(stage, x, tile * kTokens, full, policy);
+      lines.copy_in<1>(stage + kY, y, tile * kTokens, full, policy);
     }
 #pragma unroll
     for (int row = lane; row < kTokens * N; row += 32) {
@@ -162,13 +162,14 @@ __device__ inline void sum_tiles(const Stages& stages, const Operands& to, int w
   }
 
   const int channel_of_warp = blockIdx.x * SIZE + warp * 32;
-  if (channel_of_warp >= to.hidden) return;
-  const size_t first = size_t(blockIdx.y) * N * to.hidden + channel_of_warp + g;
+  const int channels = padded(to.hidden);
+  const size_t first = size_t(blockIdx.y) * N * channels + channel_of_warp + g;
 #pragma unroll
   for (int unit = 0; unit < kUnits; ++unit) {
+    if (channel_of_warp + unit * 16 >= to.hidden) return;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const size_t channel = first + size_t(i) * to.hidden + unit * 16;
+      const size_t channel = first + size_t(i) * channels + unit * 16;
       store_d_phi(to.d_phi + channel * kColumns, d_phi[unit][i], q);
     }
   }
@@ -176,10 +177,10 @@ __device__ inline void sum_tiles(const Stages& stages, const Operands& to, int w
 
 // ---- kernel -----------------------------------------------------------------------------------------
 
-// r_dm: [tokens, 2, kColumns], bfloat16. d_phi: [gridDim.y, 4 C, kColumns], to be summed. The maps have boxes of kTokens tokens and
+// r_dm: [tokens, 2, kColumns], bfloat16. d_phi: [gridDim.y, 4, padded(C), kColumns], to be summed. The maps have boxes of kTokens tokens and
 // SIZE channels; gridDim.x is C / SIZE, rounded up.
 KERNEL(phi_bwd, kThreads, tuning_phi_bwd::blocks)
-(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap y, const float4* h_post,
+(const __grid_constant__ BlockMaps x, const __grid_constant__ BlockMaps y, const float4* h_post,
  const float4* h_res, const uint4* r_dm, float* d_phi, int tokens, int hidden) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

@@ -15,6 +15,8 @@ constexpr bool kNeighbours = kUnits == 2;
 constexpr int kLastUnits = SIZE / 16 - (kUnits - 1) * kMainWarps;
 constexpr int kUnitStep = kNeighbours ? 16 : 16 * kMainWarps;  // channels
 constexpr int kWarpStep = kNeighbours ? 32 : 16;
+static_assert(!kNeighbours || !kStagesWaitForPhi,
+              "phi that stays in shared memory lies before the rest");
 // Whether d_X'_in of all units is read before any of them is worked on: where there are registers for it.
 constexpr bool kGradientsFirst = kAhead == kUnits && kSumsPhi && !kIdentity;
 // Whether units read tables and use words of replies anew: there are registers for two streams' numbers.
@@ -49,7 +51,7 @@ struct MainWarp {
   Mixing<N> mixing;
   using Weights = Mixing<N>::Weights;
   float d_phi[N][kUnits][kOctets][4];   // where kSumsPhi
-  u32 phi_words[N][kUnits][kPhiWords];  // where kHoldsPhi; elsewhere of a tile
+  u32 phi_words[N][kUnits][kPhiWords];  // of the first kSharedUnits those of a tile
 
   __device__ MainWarp(const Block& block, int warp, int lane)
       : block(block), has_last_unit(kLastUnits == kMainWarps || warp < kLastUnits) {
@@ -76,8 +78,8 @@ struct MainWarp {
   }
 
   // phi as fragments, into shared memory and from there into registers if it is kept there. Two units at a
-  // time, which share a scale: there are too few registers for the numbers of all. Behind `channels`, which the warp
-  // has from its first one on, it is zero.
+  // time, which share a scale: there are too few registers for the numbers of all. Units behind `channels`, which the warp
+  // has from its first one on, are zero; of one that ends there the second half is the first again, for nothing.
   __device__ void load_phi(const float* phi_of_warp, int channels, int lane) {
     const int g = lane / 4, q = lane % 4;
 #pragma unroll 1
@@ -90,10 +92,11 @@ struct MainWarp {
       for (int u = 0; u < 2; ++u) {
         const int channel = (first + u) * kUnitStep;
         if (!has_unit(first + u) || channel >= channels) continue;
+        const int apart = channel + 8 < channels ? 8 : 0;
 #pragma unroll
         for (int e = 0; e < N * kPhiWords; ++e) {
           const int i = e / kPhiWords, p = e % kPhiWords,
-                    row = i * block.hidden + channel + p % 2 * 8 + g;
+                    row = i * block.hidden + channel + p % 2 * apart + g;
           const float* from = phi_of_warp + row * kColumns + p / 2 * 8;
           const float2 v = __ldg(reinterpret_cast<const float2*>(from) + q);
           largest = max(largest, max(magnitude(v.x), magnitude(v.y)));
@@ -130,7 +133,7 @@ struct MainWarp {
 #pragma unroll
         for (int c = 0; c < 4 * kOctets; ++c) d_phi[i][unit][c / 4][c % 4] = 0.f;
       }
-      if (kHoldsPhi && has_unit(unit)) read_phi(phi_words[i][unit], i, unit, lane);
+      if (unit >= kSharedUnits && has_unit(unit)) read_phi(phi_words[i][unit], i, unit, lane);
     }
     if constexpr (kReadsWordsAnew) {
       keep(streams);  // for the others there are no registers
@@ -290,7 +293,7 @@ struct MainWarp {
     begin(0, kAhead, x_new, d_u, tables, stage, lane);
 
     wait(block.barrier(kGradientFull, slot), rings.slot_parity());
-    wait_for_cluster(block.barrier(kRepliesFull, stage), rings.stages.parity);
+    block.wait_for_replies(stage, rings.stages.parity);
     const u32 replies = block.reply(stage, 0);
     if constexpr (kSumsPhi) sum_phi(0, kAhead, x_new, replies);
 
@@ -360,7 +363,7 @@ struct MainWarp {
       for (int i = 0; i < N; ++i) {
         if (i % 2 == 0) spread(h_post, h_post_word, i, q);
         float products[4] = {};
-        if constexpr (!kHoldsPhi) read_phi(phi_words[i][unit], i, unit, lane);
+        if (unit < kSharedUnits) read_phi(phi_words[i][unit], i, unit, lane);
         add_product(products, phi_words[i][unit], reply.half_dm);
 #pragma unroll
         for (int v = 0; v < 4; ++v) {
@@ -391,7 +394,7 @@ struct MainWarp {
 #pragma unroll
       for (int unit = 0; unit < kUnits; ++unit) {
         if (!has_unit(unit) || unit * kUnitStep >= channels) break;
-        const int row = i * block.hidden + unit * kUnitStep + g;
+        const int row = i * padded(block.hidden) + unit * kUnitStep + g;
         ::store_d_phi(d_phi_of_block + row * kColumns, d_phi[i][unit], q);
       }
     }
@@ -412,7 +415,7 @@ __device__ inline void main_warps(const Block& block, const Args& args, int warp
     self.tile(tile, rings, lane);
   }
   if constexpr (kSumsPhi) {
-    const int of_cluster = block.first_tile * N * block.hidden;
+    const int of_cluster = block.first_tile * N * padded(block.hidden);
     self.store_d_phi(static_cast<float*>(args.for_phi) + (of_cluster + row) * kColumns,
                      block.hidden - row);
   }

@@ -346,7 +346,7 @@ struct MainWarp {
     const u32 stage = tile % kStages, slot = tile % kGradients;
     if (!mix_x(x_new, stage, tile)) return false;
     wait(block.barrier(kGradientFull, slot), tile / kGradients % 2);
-    wait_for_cluster(block.barrier(kRepliesFull, stage), tile / kStages % 2);
+    block.wait_for_replies(stage, tile / kStages % 2);
     Factor dm[kOctets];
     dm_of_column(dm, own_replies(stage));
     return add_d_phi(x_new, dm, tile);
@@ -403,11 +403,12 @@ __device__ inline void main_warps(const Block& block, const Args& args, int warp
     if (lane_id() == 0) arrive(block.barrier(kDone, stage));
   }
 
+  const int channels = padded(block.hidden);
   float* partial =
-      static_cast<float*>(args.for_phi) + (long long)cluster_id() * N * block.hidden * kColumns;
+      static_cast<float*>(args.for_phi) + (long long)cluster_id() * N * channels * kColumns;
 #pragma unroll
   for (int f = 0; f < kFragments; ++f) {
     if (channel_at(f / N) >= block.hidden) continue;
-    store_d_phi<1>(partial + fragment_at(f, block.hidden), self.d_phi[f]);
+    store_d_phi<1>(partial + fragment_at(f, channels), self.d_phi[f]);
   }
 }

@@ -40,8 +40,9 @@ constexpr int kThreads = 32 * (kFirstOwner + kOwnerWarps);
 
 // ---- shared memory ----------------------------------------------------------------------------------
 
-// Slots for dots of d_u, of which an owner has every one or every second: at least as many as stages, and even.
-constexpr int kDotsSlots = (kStages + 1) / 2 * 2;
+// Slots for dots of d_u, of which a block owns every one or every second: an even number, at least as many as stages,
+// and so many that two owners have none in common.
+constexpr int kDotsSlots = kStages > 2 * kOwnerWarps ? (kStages + 1) / 2 * 2 : 2 * kOwnerWarps;
 
 // Barriers, of 8 bytes each: what is there once a phase is over, and who arrives for that, a warp once. Copies and
 // other blocks arrive with bytes, which one warp here announces.
@@ -70,7 +71,7 @@ constexpr u32 kSumsSent = N == 4 && !kIsFloat32 ? kSumsBytes : (N * N + N) * 4;
 // Of a block: what comes in for the tokens that it owns, in the worst case: dots of one token each from 15 blocks,
 // and sums of 8 tokens (see `Block`).
 constexpr u32 kDotsRing = kDotsSlots * 15 * kDotParts * kDotsBytes;
-constexpr u32 kSumsSlots = kStages > 2 ? 8 : 4;
+constexpr u32 kSumsSlots = kStages > 2 || kOwnerWarps > 1 ? 8 : 4;
 constexpr u32 kSumsRing = kSumsSlots * kTileTokens * kSumsBytes;
 
 constexpr u32 kDots = 512;
@@ -91,7 +92,7 @@ struct Args {
   const float *h_post, *h_res, *phi, *alpha, *bias, *m, *r, *h_res_new, *d_h_pre;
   const float* d_z;  // [tokens, kColumns], of which those of h_pre are not read
   float *d_h_post, *d_h_res;
-  // Where kSumsPhi: [clusters, n C, kColumns], for sum_gradients; elsewhere r dm in two bfloat16 parts,
+  // Where kSumsPhi: [clusters, n, padded(C), kColumns], for sum_gradients; elsewhere r dm in two bfloat16 parts,
   // [tokens, 2, kColumns], for phi_bwd.
   void* for_phi;
   float* gate_sums;  // [2 * blocks, kColumns + 3], for sum_gradients
@@ -137,6 +138,9 @@ struct Block : Stages {
   // By the first main warp, that owners may send replies.
   __device__ void expect_replies(u32 stage) const {
     arrive_and_expect(barrier(kRepliesFull, stage), kTileTokens * kReplyBytes);
+  }
+  __device__ void wait_for_replies(u32 stage, u32 parity) const {
+    wait_for_cluster(barrier(kRepliesFull, stage), parity);
   }
 
   // At the owner, of its token t: what comes from a warp of a block, and from a block.
@@ -515,11 +519,11 @@ __device__ inline void send_stream_dots(const Block& block, int half, int lane) 
 // ---- kernel -----------------------------------------------------------------------------------------
 
 KERNEL(post_pre_bwd_one_pass, kThreads, 1)
-(const __grid_constant__ TensorMap x_even, const __grid_constant__ TensorMap x_odd,
- const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap d_u,
- const __grid_constant__ TensorMap d_x_new_in_even,
- const __grid_constant__ TensorMap d_x_new_in_odd, const __grid_constant__ TensorMap d_x_new_even,
- const __grid_constant__ TensorMap d_x_new_odd, const __grid_constant__ TensorMap d_y,
+(const __grid_constant__ BlockMaps x_even, const __grid_constant__ BlockMaps x_odd,
+ const __grid_constant__ BlockMaps y, const __grid_constant__ BlockMaps d_u,
+ const __grid_constant__ BlockMaps d_x_new_in_even,
+ const __grid_constant__ BlockMaps d_x_new_in_odd, const __grid_constant__ BlockMaps d_x_new_even,
+ const __grid_constant__ BlockMaps d_x_new_odd, const __grid_constant__ BlockMaps d_y,
  const float* h_post, const float* h_res, const float* phi, const float* alpha, const float* bias,
  const float* m, const float* r, const float* h_res_new, const float* d_h_pre, const float* d_z,
  float* d_h_post, float* d_h_res, void* for_phi, float* gate_sums, int tokens, int hidden,
@@ -546,19 +550,22 @@ KERNEL(post_pre_bwd_one_pass, kThreads, 1)
     if (warp < kLoader) {
       dot_warps(block, warp - kInputDots, lane);
     } else if (warp == kLoader) {
-      move_tiles(block, args, maps, lane);
+      block.lines().has_rest ? move_tiles<true>(block, args, maps, lane)
+                             : move_tiles<false>(block, args, maps, lane);
     } else {
       Owner(block, args, settings, warp - kFirstOwner, lane).run();
     }
 #else
+    const bool has_rest = block.lines().has_rest;
     if (warp < kStreamDots) {
       send_input_dots(block, warp - kInputDots, lane);
     } else if (warp < kLoader) {
       send_stream_dots(block, warp - kStreamDots, lane);
     } else if (warp == kLoader) {
-      if (lane == 0) load_tiles(block, maps);
+      if (lane == 0) has_rest ? load_tiles<true>(block, maps) : load_tiles<false>(block, maps);
     } else if (warp == kFinisher) {
-      finish_tiles(block, args, maps, lane);
+      has_rest ? finish_tiles<true>(block, args, maps, lane)
+               : finish_tiles<false>(block, args, maps, lane);
     } else {
       Owner(block, args, settings, warp - kFirstOwner, lane).run();
     }

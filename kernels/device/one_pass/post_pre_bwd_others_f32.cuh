@@ -41,39 +41,44 @@ struct FloatTables {
 // ---- copies and tables ---------------------------------------------------------------------------------
 
 // All copies in and out, as tiles are done, and the tables of two tiles ahead.
+template <bool HAS_REST>
 __device__ inline void move_tiles(const Block& block, const Args& args, const Maps& maps,
                                   int lane) {
   const u64 policy = evict_first();
-  const int box = block.first_box();
+  const auto lines = block.lines<HAS_REST>();
   const auto load = [&](int tile) {
     if (tile >= block.num_tiles) return;
     const u32 stage = tile % kStages, full = block.barrier(kInputFull, stage);
     const int token = block.first_token(tile);
     arrive_and_expect(full, 2 * kHalf + kPair);
-    copy_in(block.even(stage), maps.x_even, token, box, 0, full, policy);
-    copy_in(block.odd(stage), maps.x_odd, token, box, 0, full, policy);
-    copy_in(block.vectors(stage), maps.y, token, box, 0, full, policy);
-    copy_in(block.vectors(stage) + kPlane, maps.d_u, token, box, 0, full, policy);
+    lines.template copy_in<N / 2>(block.even(stage), maps.x_even, token, full, policy);
+    lines.template copy_in<N / 2>(block.odd(stage), maps.x_odd, token, full, policy);
+    lines.template copy_in<1>(block.vectors(stage), maps.y, token, full, policy);
+    lines.template copy_in<1>(block.vectors(stage) + kPlane, maps.d_u, token, full, policy);
   };
   const auto load_gradient = [&](int tile) {
     if (tile >= block.num_tiles) return;
     const u32 slot = tile % kGradients, full = block.barrier(kGradientFull, slot);
     const int token = block.first_token(tile);
     arrive_and_expect(full, 2 * kHalf);
-    copy_in(block.even_gradient(slot), maps.d_x_new_in_even, token, box, 0, full, policy);
-    copy_in(block.odd_gradient(slot), maps.d_x_new_in_odd, token, box, 0, full, policy);
+    lines.template copy_in<N / 2>(block.even_gradient(slot), maps.d_x_new_in_even, token, full,
+                                  policy);
+    lines.template copy_in<N / 2>(block.odd_gradient(slot), maps.d_x_new_in_odd, token, full,
+                                  policy);
   };
   // As far as the L2 cache, until there is room for it.
   const auto load_ahead = [&](int tile) {
     if (tile < block.num_tiles) {
       const int token = block.first_token(tile);
-      prefetch(maps.x_even, token, box, 0), prefetch(maps.x_odd, token, box, 0);
-      prefetch(maps.y, token, box, 0), prefetch(maps.d_u, token, box, 0);
+      lines.template prefetch<N / 2>(maps.x_even, token),
+          lines.template prefetch<N / 2>(maps.x_odd, token);
+      lines.template prefetch<1>(maps.y, token), lines.template prefetch<1>(maps.d_u, token);
     }
     const int earlier = tile - kStages + kGradients;
     if (earlier < block.num_tiles) {
       const int token = block.first_token(earlier);
-      prefetch(maps.d_x_new_in_even, token, box, 0), prefetch(maps.d_x_new_in_odd, token, box, 0);
+      lines.template prefetch<N / 2>(maps.d_x_new_in_even, token),
+          lines.template prefetch<N / 2>(maps.d_x_new_in_odd, token);
     }
   };
 
@@ -105,9 +110,9 @@ __device__ inline void move_tiles(const Block& block, const Args& args, const Ma
     wait(block.barrier(kDone, ring.slot), ring.parity);
     if (lane == 0) {
       const int token = block.first_token(tile);
-      copy_out(maps.d_x_new_even, token, box, 0, block.even_gradient(slot));
-      copy_out(maps.d_x_new_odd, token, box, 0, block.odd_gradient(slot));
-      copy_out(maps.d_y, token, box, 0, block.vectors(ring.slot) + kPlane);
+      lines.template copy_out<N / 2>(maps.d_x_new_even, token, block.even_gradient(slot));
+      lines.template copy_out<N / 2>(maps.d_x_new_odd, token, block.odd_gradient(slot));
+      lines.template copy_out<1>(maps.d_y, token, block.vectors(ring.slot) + kPlane);
       commit_copies();
     }
     __syncwarp();

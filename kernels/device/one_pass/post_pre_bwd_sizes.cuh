@@ -83,10 +83,12 @@ constexpr u32 kTablesBytes = kIsFloat32
 
 // A main warp has units of 16 channels of all streams.
 constexpr int kUnits = (SIZE / 16 + kMainWarps - 1) / kMainWarps;
-// The main warps have phi in registers, at most 96 of them together with the sums for d_phi, which leaves shared memory
-// to the stages; or else it lies there.
+// The main warps have phi of their last units in registers, of as many as 96 registers hold together with the sums for
+// d_phi, which leaves shared memory to the stages. phi of the first units lies there.
 constexpr int kSumsOfWarp = kSumsPhi ? kUnits * N * kOctets * 4 : 0;
-constexpr bool kHoldsPhi = !kIsFloat32 && kSumsOfWarp + kUnits * N * kPhiWords <= 96;
+constexpr int kUnitsOfPhi = (96 - kSumsOfWarp) / (N * kPhiWords);
+constexpr int kHeldUnits = kIsFloat32 ? 0 : kUnitsOfPhi < kUnits ? kUnitsOfPhi : kUnits;
+constexpr int kSharedUnits = kUnits - kHeldUnits;
 // Beside float32 streams they have as many pairs of words of its float16 parts as 134 registers have room for.
 constexpr int kPhiPairs = 2 * kUnits * N * kOctets, kMostHeld = (134 - kSumsOfWarp) / 2;
 constexpr int kHeld = kMostHeld < kPhiPairs ? kMostHeld : kPhiPairs;
@@ -99,6 +101,9 @@ constexpr u32 kPhiBytes = kPhiFragmentBytes;
 constexpr u32 kPhiPairBytes = kMainWarps * 32 * 8;  // of all main warps
 constexpr u32 kAllPhiBytes =
     kIsFloat32 ? (kPhiPairs - kHeld) * kPhiPairBytes : SIZE / 16 * N * kPhiBytes;
+// The part of it that stays in shared memory.
+constexpr u32 kSharedPhiBytes =
+    kSharedUnits == kUnits ? kAllPhiBytes : kSharedUnits * kMainWarps * N * kPhiBytes;
 
 constexpr u32 kBox = Tile<kTileTokens>::kBoxBytes;
 constexpr u32 kPlane = Tile<kTileTokens>::kPlaneBytes;

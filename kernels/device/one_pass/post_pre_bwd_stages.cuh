@@ -6,23 +6,25 @@
 #include "one_pass/post_pre_bwd_sizes.cuh"
 
 constexpr u32 kAfterTables = kTableSlots + 2 * kTablesBytes;
-constexpr u32 kEven = (kAfterTables + (kHoldsPhi ? 0 : kAllPhiBytes) + 1023) / 1024 * 1024;
+constexpr u32 kEven = (kAfterTables + kSharedPhiBytes + 1023) / 1024 * 1024;
 constexpr u32 kVectors = kEven + kStages * kHalf;
 constexpr u32 kEvenGradient = kVectors + kStages * kPair;
 constexpr u32 kOddGradient = kEvenGradient + kGradients * kHalf + kOddShift;
 constexpr u32 kOdd = kOddGradient + kGradients * kHalf;
 constexpr u32 kSharedBytes = kOdd + kStages * kHalf;
-// On its way to registers phi lies where nothing of the first stage does.
-constexpr u32 kPhi = kHoldsPhi ? kVectors + kPair : kAfterTables;
-static_assert(!kHoldsPhi || kPhi + kAllPhiBytes <= kOdd, "");
+// On its way to registers phi lies where nothing of the first stage does. Where some of it stays in shared memory, the
+// rest is behind that, and nothing comes to a stage before phi is in registers.
+constexpr u32 kPhi = kSharedUnits == 0 ? kVectors + kPair : kAfterTables;
+constexpr bool kStagesWaitForPhi = kSharedUnits > 0 && kHeldUnits > 0;
+static_assert(kPhi + kAllPhiBytes <= (kSharedUnits == 0 ? kOdd : kSharedBytes), "");
 
 // ---- what all warps know ----------------------------------------------------------------------------
 
 // Maps of the streams, with boxes of kTileTokens tokens and SIZE channels: of every second stream (`_even`, `_odd`), or
 // of y and the like.
 struct Maps {
-  const TensorMap &x_even, &x_odd, &y, &d_u, &d_x_new_in_even, &d_x_new_in_odd;
-  const TensorMap &d_x_new_even, &d_x_new_odd, &d_y;  // d_x_new may lie where d_x_new_in does
+  const BlockMaps &x_even, &x_odd, &y, &d_u, &d_x_new_in_even, &d_x_new_in_odd;
+  const BlockMaps &d_x_new_even, &d_x_new_odd, &d_y;  // d_x_new may lie where d_x_new_in does
 };
 
 // Addresses in a block's shared memory.

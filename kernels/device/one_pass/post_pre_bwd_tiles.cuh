@@ -18,34 +18,36 @@ struct Rings {
   __device__ u32 slot_parity() const { return kGradients < kStages ? slots.parity : stages.parity; }
 };
 
+template <bool HAS_REST>
 __device__ inline void load_tiles(const Block& block, const Maps& maps) {
   const u64 policy = evict_first();
-  const int box = block.first_box();
+  const auto lines = block.lines<HAS_REST>();
   // A tile that is done makes room for a stage and for a slot, of the tile that comes kSlotsLater.
   constexpr int kSlotsLater = kStages - kGradients;
   Ring<kStages> ring;
   Ring<kGradients> slots;
+  if constexpr (kStagesWaitForPhi) wait(block.barrier(kPhiThere, 0), 0);
   for (int tile = 0; tile < block.num_tiles + kSlotsLater; ++tile, ring.next()) {
     const u32 stage = ring.slot;
     const int token = block.first_token(tile);
     const bool exists = tile < block.num_tiles;
     if (exists && tile >= kStages) {
       // Until there is room for it, the tile comes as far as the L2 cache.
-      prefetch(maps.x_even, token, box, 0);
-      prefetch(maps.x_odd, token, box, 0);
-      prefetch(maps.y, token, box, 0);
-      prefetch(maps.d_u, token, box, 0);
-      prefetch(maps.d_x_new_in_even, token, box, 0);
-      prefetch(maps.d_x_new_in_odd, token, box, 0);
+      lines.template prefetch<N / 2>(maps.x_even, token);
+      lines.template prefetch<N / 2>(maps.x_odd, token);
+      lines.template prefetch<1>(maps.y, token);
+      lines.template prefetch<1>(maps.d_u, token);
+      lines.template prefetch<N / 2>(maps.d_x_new_in_even, token);
+      lines.template prefetch<N / 2>(maps.d_x_new_in_odd, token);
     }
     wait(block.barrier(kEmpty, stage), ring.parity ^ 1);
     if (exists) {
       const u32 full = block.barrier(kInputFull, stage);
       arrive_and_expect(full, 2 * kHalf + kPair);
-      copy_in(block.even(stage), maps.x_even, token, box, 0, full, policy);
-      copy_in(block.odd(stage), maps.x_odd, token, box, 0, full, policy);
-      copy_in(block.vectors(stage), maps.y, token, box, 0, full, policy);
-      copy_in(block.vectors(stage) + kPlane, maps.d_u, token, box, 0, full, policy);
+      lines.template copy_in<N / 2>(block.even(stage), maps.x_even, token, full, policy);
+      lines.template copy_in<N / 2>(block.odd(stage), maps.x_odd, token, full, policy);
+      lines.template copy_in<1>(block.vectors(stage), maps.y, token, full, policy);
+      lines.template copy_in<1>(block.vectors(stage) + kPlane, maps.d_u, token, full, policy);
     }
     // phi before all others: everything waits for it.
     if (tile == 0) wait(block.barrier(kPhiThere, 0), 0);
@@ -54,8 +56,8 @@ __device__ inline void load_tiles(const Block& block, const Maps& maps) {
       const u32 full = block.barrier(kGradientFull, slots.slot);
       arrive_and_expect(full, 2 * kHalf);
       const u32 even = block.even_gradient(slots.slot), odd = block.odd_gradient(slots.slot);
-      copy_in(even, maps.d_x_new_in_even, earlier, box, 0, full, policy);
-      copy_in(odd, maps.d_x_new_in_odd, earlier, box, 0, full, policy);
+      lines.template copy_in<N / 2>(even, maps.d_x_new_in_even, earlier, full, policy);
+      lines.template copy_in<N / 2>(odd, maps.d_x_new_in_odd, earlier, full, policy);
       slots.next();
     }
   }
@@ -236,9 +238,10 @@ __device__ inline void stream_dots(const Block& block, int half, int lane, Use u
 // ---- finisher ---------------------------------------------------------------------------------------
 
 // The tables of two tiles are there at once: a finished tile makes room for the one after the next.
+template <bool HAS_REST>
 __device__ inline void finish_tiles(const Block& block, const Args& args, const Maps& maps,
                                     int lane) {
-  const int box = block.first_box();
+  const auto lines = block.lines<HAS_REST>();
   Tables<N> tables{block, args, lane};
   for (int tile = 0; tile < 2; ++tile) {
     tables.load(tile);
@@ -251,9 +254,9 @@ __device__ inline void finish_tiles(const Block& block, const Args& args, const 
     const int token = block.first_token(tile);
     wait(block.barrier(kDone, stage), rings.stages.parity);
     if (lane == 0) {
-      copy_out(maps.d_x_new_even, token, box, 0, block.even_gradient(slot));
-      copy_out(maps.d_x_new_odd, token, box, 0, block.odd_gradient(slot));
-      copy_out(maps.d_y, token, box, 0, block.vectors(stage) + kPlane);
+      lines.template copy_out<N / 2>(maps.d_x_new_even, token, block.even_gradient(slot));
+      lines.template copy_out<N / 2>(maps.d_x_new_odd, token, block.odd_gradient(slot));
+      lines.template copy_out<1>(maps.d_y, token, block.vectors(stage) + kPlane);
       commit_copies();
     }
     tables.write(tile + 2);

@@ -14,12 +14,12 @@
 struct PhiFragment {
   u32 words[kPhiWords];
 
-  // This lane's elements, from the first on, if they are there; else zeros.
-  __device__ static void load(float2 (&values)[kPhiWords], const float* first, bool exist) {
+  // This lane's elements, from the first on; zeros for those channels that are not among so many from its own on.
+  __device__ static void load(float2 (&values)[kPhiWords], const float* first, int channels) {
 #pragma unroll
     for (int w = 0; w < kPhiWords; ++w) {
       const float* at = first + w % 2 * 8 * kColumns + w / 2 * 8;
-      values[w] = exist ? *reinterpret_cast<const float2*>(at) : float2{};
+      values[w] = w % 2 * 8 < channels ? *reinterpret_cast<const float2*>(at) : float2{};
     }
   }
   __device__ void set(const float2 (&values)[kPhiWords], float scale) {
@@ -47,10 +47,13 @@ __device__ inline int channel_at(int turn) {
   return cluster_rank() * SIZE + unit * 16 + thread % 32 / 4;
 }
 
-// Whether a turn's channels are there, for all of a warp alike.
-__device__ inline bool is_there(int turn, int hidden) { return channel_at(turn) < hidden; }
+// Channels from this thread's first one in a turn to the last; none, or less, where that lies behind it. For all of a warp
+// alike there are some, and more than 8.
+__device__ inline int channels_left(int turn, int hidden) { return hidden - channel_at(turn); }
+__device__ inline bool is_there(int turn, int hidden) { return channels_left(turn, hidden) > 0; }
 
-// Where this thread's elements of fragment f of phi or d_phi begin, if they are there; asks for its place, too.
+// Where this thread's elements of fragment f of phi or d_phi begin, if they are there, in streams of so many channels; asks
+// for its place, too.
 __device__ inline int fragment_at(int f, int hidden) {
   const u32 thread = thread_id();
   const int warp = thread / 32, turn = f / N;
@@ -303,7 +306,7 @@ struct Differentiation {
   // Channels of `d_norm_scale_partials` that lane 4 g + q, q < 2, adds up in a turn.
   __device__ float* d_w_at(int turn) const {
     return d_norm_scale_partials +
-           (cluster_id() * u32(hidden) + u32(channel_at(turn)) + lane_id() % 2 * 8);
+           (cluster_id() * cluster_size() * SIZE + u32(channel_at(turn)) + lane_id() % 2 * 8);
   }
 
   __device__ void write_d_w(int lane) const {
@@ -367,7 +370,7 @@ __device__ inline void differentiate_tiles(const Block& block, const Args& args,
 #pragma unroll
     for (int f = first; f < first + kAtOnce; ++f) {
       const float* at = args.phi + fragment_at(f, hidden);
-      PhiFragment::load(values[f - first], at, is_there(f / N, hidden));
+      PhiFragment::load(values[f - first], at, channels_left(f / N, hidden));
     }
   };
   u32 largest = 0;
@@ -447,14 +450,15 @@ __device__ inline void differentiate_tiles(const Block& block, const Args& args,
   }
 
   if constexpr (kSumsPhi) {
+    const int channels = padded(hidden);
     float* partial =
-        static_cast<float*>(args.d_phi) + (long long)cluster_id() * N * hidden * kColumns;
+        static_cast<float*>(args.d_phi) + (long long)cluster_id() * N * channels * kColumns;
     float last[kOctets][4] = {};
     if constexpr (kSumsInShared > 0) main.read_sums(last);
 #pragma unroll
     for (int f = 0; f < kFragments; ++f) {
       if (!is_there(f / N, hidden)) continue;
-      float* out = partial + fragment_at(f, hidden);
+      float* out = partial + fragment_at(f, channels);
       store_d_phi(out, f < kSums ? main.d_phi[f < kSums ? f : 0] : last);
     }
   }

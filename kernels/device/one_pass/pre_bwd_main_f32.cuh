@@ -183,11 +183,12 @@ __device__ inline void differentiate_tiles(const Block& block, const Args& args,
     if (lane_id() == 0) arrive(block.barrier(kDone, slot));
   }
 
+  const int channels = padded(hidden);
   float* partial =
-      static_cast<float*>(args.d_phi) + (long long)cluster_id() * N * hidden * kColumns;
+      static_cast<float*>(args.d_phi) + (long long)cluster_id() * N * channels * kColumns;
 #pragma unroll
   for (int f = 0; f < kFragments; ++f) {
     if (channel_at(f / N) >= hidden) continue;
-    store_d_phi<1>(partial + fragment_at(f, hidden), main.d_phi[f]);
+    store_d_phi<1>(partial + fragment_at(f, channels), main.d_phi[f]);
   }
 }

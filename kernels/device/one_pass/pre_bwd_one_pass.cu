@@ -200,17 +200,18 @@ struct PartialsRing {
 
 // The arguments of a kernel.
 struct Args {
-  const TensorMap &x, &d_u, &d_x_in, &d_x;  // d_x may be d_x_in
+  const BlockMaps &x, &d_u, &d_x_in, &d_x;  // d_x may be d_x_in
   const float *phi, *alpha, *bias, *m, *r, *h_res, *d_h_pre;
   // Of the logits z [tokens, kColumns], of which those of h_pre are not read; without H_res d_h_post [tokens, N].
   const float* d_z;
-  void* d_phi;  // [clusters, n C, kColumns], for sum_gradients; or r dm, the columns of `Fragments`
+  // [clusters, n, padded(C), kColumns], for sum_gradients; or r dm, the columns of `Fragments`
+  void* d_phi;
   float* gate_sums;  // [blocks * owners, kColumns + 3], for sum_gradients
   int tokens, hidden, deferred;
   const Settings& settings;
   // With a layer norm alone.
   const float *norm_scale, *rho;
-  float* d_norm_scale_partials;  // [clusters, C], for sum_norm_scale
+  float* d_norm_scale_partials;  // [clusters, blocks of a cluster, SIZE], for sum_norm_scale
 };
 
 // The same sum in four neighbouring lanes.
@@ -223,28 +224,28 @@ __device__ inline float sum_of_four(float v) {
 
 __device__ inline void load_tiles(const Block& block, const Args& args) {
   const u64 policy = evict_first();
-  const int box = block.first_box();
+  const auto lines = block.lines();
   const auto load = [&](int tile, u32 slot) {
     if (tile >= block.num_tiles) return;
     const u32 stage = block.stage(slot), full = block.barrier(kFull, slot);
     const int token = block.first_token(tile);
     arrive_and_expect(full, kStageBytes);
-    copy_in(stage, args.x, token, box, 0, full, policy);
-    copy_in(stage + kDU, args.d_u, token, box, 0, full, policy);
+    lines.copy_in<N>(stage, args.x, token, full, policy);
+    lines.copy_in<1>(stage + kDU, args.d_u, token, full, policy);
     arrive_and_expect(block.barrier(kReplyFull, slot), kTileTokens * kHRes);
     if (kPrefetch && tile + kStages < block.num_tiles) {
       const int later = block.first_token(tile + kStages);
-      prefetch(args.x, later, box, 0);
-      prefetch(args.d_u, later, box, 0);
+      lines.prefetch<N>(args.x, later);
+      lines.prefetch<1>(args.d_u, later);
     }
   };
   const auto load_d_x_in = [&](int tile, u32 slot) {
     if (tile >= block.num_tiles) return;
     const u32 full = block.barrier(kDXInFull, slot);
     arrive_and_expect(full, kDXInBytes);
-    copy_in(block.d_x_in_at(slot), args.d_x_in, block.first_token(tile), box, 0, full, policy);
+    lines.copy_in<N>(block.d_x_in_at(slot), args.d_x_in, block.first_token(tile), full, policy);
     if (kPrefetch && tile + kDXInSlots < block.num_tiles) {
-      prefetch(args.d_x_in, block.first_token(tile + kDXInSlots), box, 0);
+      lines.prefetch<N>(args.d_x_in, block.first_token(tile + kDXInSlots));
     }
   };
   load(0, 0);
@@ -262,7 +263,7 @@ __device__ inline void load_tiles(const Block& block, const Args& args) {
   for (int tile = 0; tile < block.num_tiles; ++tile, ring.next(), d_x_in_slots.next()) {
     wait(block.barrier(kDone, ring.slot), ring.parity);
     load(tile + kStages, ring.slot);
-    copy_out(args.d_x, block.first_token(tile), box, 0, block.d_x_in_at(d_x_in_slots.slot));
+    lines.copy_out<N>(args.d_x, block.first_token(tile), block.d_x_in_at(d_x_in_slots.slot));
     commit_copies();
     wait_for_reads<0>();
     load_d_x_in(tile + kDXInSlots, d_x_in_slots.slot);
@@ -347,13 +348,13 @@ __device__ inline void multiply_tiles(const Block& block, const Args& args, bool
   // w of this lane's channels of the next unit.
   constexpr int kWarpUnits = kBoxUnits / kWarps;
   const float* w_at = args.norm_scale + block.first_channel() + first_unit * 16 + lane % 4 * 2;
+  const int w_channels = block.channels() - int(first_unit) * 16;
   float2 next_w[2];
   const auto load_w = [&](int unit) {
     const int next = unit % (kUnits / kWarps), box = next / kWarpUnits;
-    const float* at = w_at + box * kBoxChannels + next % kWarpUnits * 16;
-    const bool exists = box * kBoxChannels < block.channels();
-    next_w[0] = exists ? load_pair(at) : float2{};
-    next_w[1] = exists ? load_pair(at + 8) : float2{};
+    const int channel = box * kBoxChannels + next % kWarpUnits * 16;
+    next_w[0] = channel < w_channels ? load_pair(w_at + channel) : float2{};
+    next_w[1] = channel + 8 < w_channels ? load_pair(w_at + channel + 8) : float2{};
   };
   if constexpr (NORM) load_w(0);
 
@@ -796,8 +797,8 @@ __device__ inline void run(const Args args) {
 }
 
 KERNEL(pre_bwd_one_pass, Warps<false>::kThreads, 1)
-(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap d_u,
- const __grid_constant__ TensorMap d_x_in, const __grid_constant__ TensorMap d_x, const float* phi,
+(const __grid_constant__ BlockMaps x, const __grid_constant__ BlockMaps d_u,
+ const __grid_constant__ BlockMaps d_x_in, const __grid_constant__ BlockMaps d_x, const float* phi,
  const float* alpha, const float* bias, const float* m, const float* r, const float* h_res,
  const float* d_h_pre, const float* d_z, void* d_phi, float* gate_sums, int tokens, int hidden,
  int deferred, Settings settings) {
@@ -809,8 +810,8 @@ KERNEL(pre_bwd_one_pass, Warps<false>::kThreads, 1)
 // The same where the layer's input is normalised.
 #ifdef HAS_pre_norm_bwd_one_pass
 KERNEL(pre_norm_bwd_one_pass, Warps<true>::kThreads, 1)
-(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap d_u,
- const __grid_constant__ TensorMap d_x_in, const __grid_constant__ TensorMap d_x, const float* phi,
+(const __grid_constant__ BlockMaps x, const __grid_constant__ BlockMaps d_u,
+ const __grid_constant__ BlockMaps d_x_in, const __grid_constant__ BlockMaps d_x, const float* phi,
  const float* alpha, const float* bias, const float* m, const float* r, const float* h_res,
  const float* d_h_pre, const float* d_z, void* d_phi, float* gate_sums, int tokens, int hidden,
  int deferred, Settings settings, const float* norm_scale, const float* rho,

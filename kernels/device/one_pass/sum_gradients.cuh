@@ -4,14 +4,17 @@
 
 #include "base/common.cuh"
 
-// d_phi from d_phi_partial [clusters, size], whose numbers come in fours: those of a thread.
+// d_phi from d_phi_partial, whose numbers come in fours: those of a thread. A cluster has the streams of d_phi, of which each
+// has `padded` fours there and `of_stream` in d_phi.
 __device__ inline void sum_phi(const float4* d_phi_partial, float4* d_phi, int clusters, int size,
-                               int at) {
+                               int of_stream, int padded, int at) {
   if (at >= size) return;
+  const float4* from = d_phi_partial + at / of_stream * padded + at % of_stream;
+  const int of_cluster = size / of_stream * padded;
   float4 sum = {};
 #pragma unroll 8
   for (int cluster = 0; cluster < clusters; ++cluster) {
-    const float4 v = d_phi_partial[(long long)cluster * size + at];
+    const float4 v = from[(long long)cluster * of_cluster];
     sum = {sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w};
   }
   d_phi[at] = sum;

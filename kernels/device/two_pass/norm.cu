@@ -270,18 +270,17 @@ KERNEL(norm_bwd, kThreads, N <= 4 ? 2 : 1)
 
 #endif
 
-// Channels of a block, a lane each; its warps share the rows of d_w.
+// Channels of a block, a lane each; its warps share the rows of d_w, which have `row` numbers each.
 constexpr int kSumChannels = tuning_sum_norm_scale::channels;
 
 KERNEL(sum_norm_scale, kThreads)
-(const float* d_w, float* d_norm_scale, int blocks, int hidden) {
+(const float* d_w, float* d_norm_scale, int blocks, int hidden, int row) {
   __shared__ float sums[kWarps][kSumChannels];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, at = blockIdx.x * kSumChannels + lane;
   float sum = 0.f;
   if (at < hidden) {
 #pragma unroll 8
-    for (int block = warp; block < blocks; block += kWarps)
-      sum += d_w[(long long)block * hidden + at];
+    for (int block = warp; block < blocks; block += kWarps) sum += d_w[(long long)block * row + at];
   }
   sums[warp][lane] = sum;
   __syncthreads();

@@ -22,6 +22,8 @@ pub enum Arg {
     Layout(Layout),
     /// `TensorMap`
     TensorMap(Tensor),
+    /// `BlockMaps`
+    BlockMaps(Tensor),
 }
 
 impl Arg {
@@ -34,14 +36,14 @@ impl Arg {
             Self::I64(value) => std::ptr::from_ref(value).cast(),
             Self::Settings(value) => std::ptr::from_ref(value).cast(),
             Self::Layout(value) => std::ptr::from_ref(value).cast(),
-            Self::TensorMap(_) => return None,
+            Self::TensorMap(_) | Self::BlockMaps(_) => return None,
         })
     }
 }
 
 /// A tensor that the copy engine takes a box at a time of: `[tokens, num_streams, hidden]`, or some of the streams. A
 /// box lies in shared memory as `[stream, line, token, channel of the line]`, with swizzled lines of 128 bytes; in
-/// these coordinates one_pass.cuh names its start. `hidden` is a multiple of a line's channels.
+/// these coordinates one_pass.cuh names its start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tensor {
     /// Address of its first value.
@@ -52,7 +54,7 @@ pub struct Tensor {
     pub tokens: usize,
     /// Streams of a token in memory; 1 for y and u.
     pub num_streams: usize,
-    /// Channels of a stream.
+    /// Channels of a stream: a multiple of a line's for [`Arg::TensorMap`], of 8 for [`Arg::BlockMaps`].
     pub hidden: usize,
     /// The first stream that boxes may have.
     pub first_stream: usize,
@@ -101,8 +103,8 @@ impl Tensor {
         self.address + (self.first_stream * self.hidden * self.dtype.num_bytes()) as u64
     }
 
-    /// Sizes in values, the fastest first; the strides in bytes of all but the fastest; and those of a box.
-    pub(super) fn layout(&self) -> ([u64; 4], [u64; 3], [u32; 4]) {
+    /// The map of boxes of all streams, which have whole lines alone.
+    pub(super) fn boxes(&self) -> Map {
         let streams = (self.num_streams - self.first_stream).div_ceil(self.stream_step);
         let line = line(self.dtype);
         let sizes = [line, self.tokens, self.hidden / line, streams];
@@ -114,12 +116,58 @@ impl Tensor {
         ];
         let [tokens, channels, streams] = self.box_dims;
         let box_sizes = [line, tokens, channels / line, streams];
-        (
-            sizes.map(|size| size as u64),
-            strides.map(|stride| stride as u64),
-            box_sizes.map(|size| size as u32),
-        )
+        Map {
+            dtype: self.dtype,
+            start: self.start(),
+            sizes: sizes.map(|size| size as u64),
+            strides: strides.map(|stride| stride as u64),
+            box_sizes: box_sizes.map(|size| size as u32),
+        }
     }
+
+    /// Maps of boxes of one stream for the last of the blocks that divide the channels: of its whole lines, where it has any,
+    /// and of all that is behind them, where `hidden` ends within a line.
+    pub(super) fn last_block(&self) -> [Option<Map>; 2] {
+        let line = line(self.dtype);
+        let (whole_lines, rest) = (self.hidden / line, self.hidden % line);
+        if rest == 0 {
+            return [None; 2];
+        }
+        let block_lines = self.box_dims[1] / line;
+        let own_lines = whole_lines % block_lines;
+        let of_lines = |map: Map, lines: usize| {
+            let [line, tokens, ..] = map.box_sizes;
+            Map {
+                box_sizes: [line, tokens, lines as u32, 1],
+                ..map
+            }
+        };
+        let boxes = self.boxes();
+        let [_, tokens, _, streams] = boxes.sizes;
+        let behind = Map {
+            start: boxes.start + (whole_lines * LINE_BYTES) as u64,
+            sizes: [rest as u64, tokens, 1, streams],
+            ..boxes
+        };
+        [
+            (own_lines > 0).then(|| of_lines(boxes, own_lines)),
+            Some(of_lines(behind, block_lines - own_lines)),
+        ]
+    }
+}
+
+/// What the driver makes a map of the copy engine from. Coordinates of a box are those of its first value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Map {
+    pub(super) dtype: DType,
+    /// Address of its first value.
+    pub(super) start: u64,
+    /// Sizes in values, the fastest first. What a box has behind them is zero, or is left out.
+    pub(super) sizes: [u64; 4],
+    /// Strides in bytes of all but the fastest.
+    pub(super) strides: [u64; 3],
+    /// Sizes of a box in values.
+    pub(super) box_sizes: [u32; 4],
 }
 
 /// Bytes of one line of a box (`kRowBytes` of one_pass.cuh).

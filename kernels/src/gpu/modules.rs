@@ -14,7 +14,7 @@ use super::device::{Device, MAX_CLUSTER};
 use super::driver::{Driver, check_device, checked, driver};
 use super::images::{image, probe};
 use super::kernel::Kernel;
-use super::launch::{Arg, Launch, Tensor};
+use super::launch::{Arg, Launch, Map};
 use crate::contract::view::DType;
 
 /// A GPU with the kernels that it has loaded.
@@ -152,9 +152,14 @@ impl Context {
         let driver = self.current.driver;
         let function = self.function(&launch.kernel)?.0;
         let maps = launch.args.iter().filter_map(|arg| match arg {
-            Arg::TensorMap(tensor) => Some(tensor_map(driver, tensor)),
+            Arg::TensorMap(tensor) => Some([Some(tensor.boxes()), None, None]),
+            Arg::BlockMaps(tensor) => {
+                let [lines, rest] = tensor.last_block();
+                Some([Some(tensor.boxes()), lines, rest])
+            }
             _ => None,
         });
+        let maps = maps.map(|maps| tensor_maps(driver, maps));
         let maps = maps.collect::<Result<Vec<_>, _>>()?;
         let mut maps = maps.iter().map(|map| ptr::from_ref(map).cast());
         let mut args: Vec<*mut c_void> = (launch.args.iter())
@@ -223,11 +228,20 @@ fn config(
     }
 }
 
-/// The copy engine's description of a tensor, which the host makes at once.
-fn tensor_map(driver: &Driver, tensor: &Tensor) -> Result<sys::CUtensorMap, String> {
-    let mut map = sys::CUtensorMap { opaque: [0; 16] };
-    let (sizes, strides, box_sizes) = tensor.layout();
-    let dtype = match tensor.dtype {
+/// Maps that a kernel takes as one argument. Those that it does not use stay zero.
+fn tensor_maps(driver: &Driver, maps: [Option<Map>; 3]) -> Result<[sys::CUtensorMap; 3], String> {
+    let mut all = [sys::CUtensorMap { opaque: [0; 16] }; 3];
+    for (to, map) in all.iter_mut().zip(&maps) {
+        if let Some(map) = map {
+            encode(driver, to, map)?;
+        }
+    }
+    Ok(all)
+}
+
+/// The copy engine's form of a map, which the host makes at once.
+fn encode(driver: &Driver, to: &mut sys::CUtensorMap, map: &Map) -> Result<(), String> {
+    let dtype = match map.dtype {
         DType::Bf16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         DType::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         DType::F32 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
@@ -237,13 +251,13 @@ fn tensor_map(driver: &Driver, tensor: &Tensor) -> Result<sys::CUtensorMap, Stri
     // not touched.
     let result = unsafe {
         driver.cuTensorMapEncodeTiled(
-            &raw mut map,
+            to,
             dtype,
-            sizes.len() as u32,
-            tensor.start() as *mut c_void,
-            sizes.as_ptr(),
-            strides.as_ptr(),
-            box_sizes.as_ptr(),
+            map.sizes.len() as u32,
+            map.start as *mut c_void,
+            map.sizes.as_ptr(),
+            map.strides.as_ptr(),
+            map.box_sizes.as_ptr(),
             [1; 4].as_ptr(),
             sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
             sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
@@ -252,9 +266,7 @@ fn tensor_map(driver: &Driver, tensor: &Tensor) -> Result<sys::CUtensorMap, Stri
             sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
     };
-    result
-        .map(|()| map)
-        .map_err(|reason| format!("{reason}: {tensor:?}"))
+    result.map_err(|reason| format!("{reason}: {map:?}"))
 }
 
 /// The GPU of this number, whose context is the current one.

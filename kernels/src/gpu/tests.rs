@@ -6,7 +6,7 @@ mod scratch;
 
 use super::device::Device;
 use super::images::{build, check_capability, has_symbol};
-use super::launch::{Arg, Launch, Tensor, line};
+use super::launch::{Arg, Launch, Map, Tensor, line};
 use super::{Problem, check_device_call, describe_plan, plan, status};
 use crate::contract::check::{CheckedCall, Example};
 use crate::contract::table::{Call, Group};
@@ -39,24 +39,53 @@ const L4: Device = Device {
 
 #[test]
 fn tensors_have_the_layout_that_one_pass_kernels_read() {
-    let wide = Tensor::new(1 << 20, DType::F32, [100, 4, 4096], [8, 256]);
+    let layout = |map: Map| (map.start, map.sizes, map.strides, map.box_sizes);
+    let start = 1 << 20;
+    let wide = Tensor::new(start, DType::F32, [100, 4, 4096], [8, 256]);
     let wide_strides = [4 * 16384, 128, 16384];
     assert_eq!(
-        wide.layout(),
-        ([32, 100, 128, 4], wide_strides, [32, 8, 8, 4])
+        layout(wide.boxes()),
+        (start, [32, 100, 128, 4], wide_strides, [32, 8, 8, 4])
     );
-    let tensor = Tensor::new(1 << 20, DType::Bf16, [100, 4, 4096], [8, 256]);
+    let tensor = Tensor::new(start, DType::Bf16, [100, 4, 4096], [8, 256]);
     let strides = |step: u64| [4 * 8192, 128, step * 8192];
-    assert_eq!(tensor.start(), 1 << 20);
     assert_eq!(
-        tensor.layout(),
-        ([64, 100, 64, 4], strides(1), [64, 8, 4, 4])
+        layout(tensor.boxes()),
+        (start, [64, 100, 64, 4], strides(1), [64, 8, 4, 4])
     );
+    assert_eq!(tensor.last_block(), [None; 2]);
     for first_stream in [0, 1] {
-        let half = tensor.every_second(first_stream);
-        assert_eq!(half.start(), (1 << 20) + 8192 * first_stream as u64);
-        assert_eq!(half.layout(), ([64, 100, 64, 2], strides(2), [64, 8, 4, 2]));
+        let half = tensor.every_second(first_stream).boxes();
+        assert_eq!(half.start, start + 8192 * first_stream as u64);
+        assert_eq!(half.sizes, [64, 100, 64, 2]);
+        assert_eq!(half.strides, strides(2));
+        assert_eq!(half.box_sizes, [64, 8, 4, 2]);
     }
+}
+
+#[test]
+fn tensors_have_the_last_lines_of_streams_that_end_within_a_line() {
+    let of = |c| {
+        let tensor = Tensor::new(1 << 20, DType::Bf16, [100, 4, c], [8, 256]);
+        (tensor.boxes(), tensor.last_block())
+    };
+    let (boxes, [lines, rest]) = of(1000);
+    assert_eq!(boxes.sizes, [64, 100, 15, 4]);
+    let box_sizes = [64, 8, 3, 1];
+    assert_eq!(lines, Some(Map { box_sizes, ..boxes }));
+    let expected = Map {
+        start: boxes.start + 2 * 960,
+        sizes: [40, 100, 1, 4],
+        box_sizes: [64, 8, 1, 1],
+        ..boxes
+    };
+    assert_eq!(rest, Some(expected));
+    // A last block with less than a line.
+    let (boxes, [lines, rest]) = of(1032);
+    assert_eq!((boxes.sizes[2], lines), (16, None));
+    let rest = rest.unwrap();
+    assert_eq!(rest.start, boxes.start + 2 * 1024);
+    assert_eq!((rest.sizes[0], rest.box_sizes), (8, [64, 8, 4, 1]));
 }
 
 #[test]
@@ -85,6 +114,9 @@ fn examples() -> Vec<(String, Example)> {
                 (1000, [3, 7]),
                 (8192, [4, 4096]),
                 (1000, [4, 2560]),
+                (100, [4, 1000]),
+                (70, [4, 4104]),
+                (50, [2, 520]),
                 (1000, [2, 2048]),
                 (1000, [1, 2048]),
                 (16, [8, 100]),
@@ -186,6 +218,18 @@ fn needed(call: &CheckedCall) -> usize {
     Problem::of(call).workspace().unwrap().len(call.tokens)
 }
 
+/// Checks the limits of the copy engine.
+fn check_map(map: Map, launch: &Launch, name: &str) {
+    let least = u64::from(!launch.grid.contains(&0));
+    let possible = |size: &u64| (least..=1 << 32).contains(size);
+    assert!(map.sizes.iter().all(possible), "{name}");
+    assert!(map.start.is_multiple_of(16), "{name}");
+    let possible = |stride: &u64| stride.is_multiple_of(16) && *stride < 1 << 40;
+    assert!(map.strides.iter().all(possible), "{name}");
+    let possible = |size: &u32| (1..=256).contains(size);
+    assert!(map.box_sizes.iter().all(possible), "{name}");
+}
+
 /// Checks the limits of CUDA and of a GPU.
 fn check_launch(launch: &Launch, device: &Device, name: &str) {
     let [x, y, z] = launch.grid;
@@ -202,16 +246,15 @@ fn check_launch(launch: &Launch, device: &Device, name: &str) {
             Arg::I32(number) => assert!(*number >= 0, "{name}"),
             Arg::I64(number) => assert!(*number >= 0, "{name}"),
             Arg::TensorMap(tensor) => {
-                let (sizes, strides, box_sizes) = tensor.layout();
                 let line = line(tensor.dtype);
                 assert!(tensor.hidden.is_multiple_of(line), "{name}");
-                let least = u64::from(!launch.grid.contains(&0));
-                let possible = |size: &u64| (least..=1 << 32).contains(size);
-                assert!(sizes.iter().all(possible), "{name}");
-                let possible = |stride: &u64| stride.is_multiple_of(16) && *stride < 1 << 40;
-                assert!(strides.iter().all(possible), "{name}");
-                let possible = |size: &u32| (1..=256).contains(size);
-                assert!(box_sizes.iter().all(possible), "{name}");
+                check_map(tensor.boxes(), launch, name);
+            }
+            Arg::BlockMaps(tensor) => {
+                check_map(tensor.boxes(), launch, name);
+                for map in tensor.last_block().into_iter().flatten() {
+                    check_map(map, launch, name);
+                }
             }
             _ => {}
         }
@@ -258,7 +301,7 @@ fn functions_of(example: Example, device: &Device) -> Vec<&'static str> {
 }
 
 #[test]
-fn forward_calls_with_given_weights_read_whole_lines_once() {
+fn forward_calls_with_given_weights_read_the_streams_once() {
     let is_fast = |device: &Device, dtype, sizes, constraint| {
         let config = Config {
             constraint,
@@ -270,7 +313,7 @@ fn forward_calls_with_given_weights_read_whole_lines_once() {
     for device in [H100, B200] {
         for dtype in [DType::Bf16, DType::F16] {
             for &constraint in Constraint::ALL {
-                for c in [64, 256, 2560, 4096, 16384, 40000] {
+                for c in [64, 256, 1000, 2560, 4096, 16384, 40000] {
                     assert!(is_fast(&device, dtype, [4, c], constraint), "{c}");
                 }
                 let has_eight_columns =
@@ -279,7 +322,8 @@ fn forward_calls_with_given_weights_read_whole_lines_once() {
                     is_fast(&device, dtype, [2, 2048], constraint),
                     has_eight_columns
                 );
-                assert!(!is_fast(&device, dtype, [4, 4104], constraint));
+                assert!(!is_fast(&device, dtype, [4, 4100], constraint));
+                assert!(!is_fast(&device, dtype, [4, 56], constraint));
                 assert!(!is_fast(&device, dtype, [3, 4096], constraint));
             }
         }
@@ -477,7 +521,7 @@ fn post_pre_reads_the_streams_once_where_a_kernel_does() {
         functions_of(example, device)
     };
     let once = ["logits_bwd", "post_pre_bwd_one_pass", "sum_gradients"];
-    for c in [320, 640, 1024, 2304, 4096] {
+    for c in [320, 640, 1000, 1024, 2304, 4096] {
         assert_eq!(functions(&H100, DType::Bf16, c), once);
         assert_eq!(functions(&H100, DType::F16, c), once);
     }
@@ -487,7 +531,7 @@ fn post_pre_reads_the_streams_once_where_a_kernel_does() {
         "phi_bwd",
         "sum_gradients",
     ];
-    for c in [4160, 6144, 7168] {
+    for c in [4104, 4160, 6144, 7168] {
         assert_eq!(functions(&H100, DType::Bf16, c), but_phi);
         assert_eq!(functions(&H100, DType::F16, c), but_phi);
     }
@@ -500,7 +544,7 @@ fn post_pre_reads_the_streams_once_where_a_kernel_does() {
     ];
     assert_eq!(functions(&B200, DType::Bf16, 4096), pre_once);
     assert_eq!(functions(&B200, DType::Bf16, 2560), pre_once);
-    for c in [288, 2080, 4096] {
+    for c in [264, 2080, 4096] {
         assert_eq!(functions(&H100, DType::F32, c), once);
         assert_eq!(functions(&B200, DType::F32, c), pre_once);
     }
@@ -511,8 +555,8 @@ fn post_pre_reads_the_streams_once_where_a_kernel_does() {
         (L4, DType::Bf16, 4096),
         (L4, DType::F32, 4096),
         (H100, DType::F16, 4100),
-        (H100, DType::F32, 4128),
-        (H100, DType::F32, 2064),
+        (H100, DType::F32, 4104),
+        (H100, DType::F32, 2052),
         (H100, DType::Bf16, 4100),
     ] {
         let functions = functions(&device, dtype, c);
@@ -537,7 +581,7 @@ fn post_pre_takes_two_streams_back_in_one_pass() {
     };
     let once = ["logits_bwd", "post_pre_bwd_one_pass", "sum_gradients"];
     let norm = ["post_pre_norm_bwd", "sum_norm_scale"];
-    for c in [576, 2048, 8192] {
+    for c in [520, 2048, 8192] {
         for constraint in [Constraint::Birkhoff, Constraint::None] {
             assert_eq!(functions(&H100, constraint, c, false), once);
             let with_norm = functions(&H100, constraint, c, true);
@@ -548,7 +592,7 @@ fn post_pre_takes_two_streams_back_in_one_pass() {
     for (device, constraint, c) in [
         (&B200, Constraint::Birkhoff, 2048),
         (&H100, Constraint::Birkhoff, 512),
-        (&H100, Constraint::Birkhoff, 8256),
+        (&H100, Constraint::Birkhoff, 8200),
         (&H100, Constraint::Identity, 2048),
         (&H100, Constraint::Permutations, 2048),
     ] {
@@ -630,9 +674,9 @@ fn pre_takes_every_constraint_back_in_one_pass() {
         functions.contains(&"pre_bwd_one_pass")
     };
     assert!(!is_once(Constraint::Birkhoff, 129, 4096));
-    assert!(!is_once(Constraint::Birkhoff, 20, 4104));
-    assert!(!is_once(Constraint::Birkhoff, 20, 8256));
-    assert!(!is_once(Constraint::Permutations, 20, 8256));
+    assert!(!is_once(Constraint::Birkhoff, 20, 4100));
+    assert!(!is_once(Constraint::Birkhoff, 20, 8200));
+    assert!(!is_once(Constraint::Permutations, 20, 8200));
 }
 
 #[test]
@@ -847,7 +891,7 @@ fn streams_are_read_once_beside_given_weights() {
         sinkhorn_iters: 129,
         ..birkhoff
     };
-    for (sizes, config) in [([4, 4104], birkhoff), ([4, 4096], many_iterations)] {
+    for (sizes, config) in [([4, 4100], birkhoff), ([4, 4096], many_iterations)] {
         let symbols = kernels(DType::Bf16, sizes, config, &H100);
         assert!(symbols.iter().all(|symbol| !symbol.contains("given")));
     }

@@ -1,13 +1,13 @@
 // The kernels of one_pass_fwd.cu on a CPU against float64: post_pre where bit 0 of `deferred` is set, with a layer norm
 // where bit 1 is.
 
-#include "check.h"
 #include "h_res.h"
+#include "maps.h"
 #include "one_pass/one_pass_fwd.cu"
 
 unsigned char memory[1];
 
-static Map x_map, y_map;
+static StreamMaps x_maps, y_maps;
 static const float *phi, *alpha, *bias, *h_post_in, *h_res_in, *norm_scale;
 static Stream *x_new, *u;
 static float *h_pre, *h_post, *h_res, *m, *r, *rho;
@@ -17,23 +17,23 @@ constexpr float kNormScaleEps = 1e-3f;
 
 static void pre() {
   CONCAT(mhc_pre_fwd_one_pass, SUFFIX)
-  (x_map.tensor_map(), phi, alpha, bias, u, h_pre, h_post, h_res, m, r, tokens, hidden,
+  (x_maps.block_maps(), phi, alpha, bias, u, h_pre, h_post, h_res, m, r, tokens, hidden,
    own_settings);
 }
 static void pre_norm() {
   CONCAT(mhc_pre_norm_fwd_one_pass, SUFFIX)
-  (x_map.tensor_map(), phi, alpha, bias, norm_scale, u, h_pre, h_post, h_res, m, r, rho,
+  (x_maps.block_maps(), phi, alpha, bias, norm_scale, u, h_pre, h_post, h_res, m, r, rho,
    kNormScaleEps, tokens, hidden, own_settings);
 }
 static void post_pre() {
   CONCAT(mhc_post_pre_fwd_one_pass, SUFFIX)
-  (x_map.tensor_map(), y_map.tensor_map(), h_post_in, h_res_in, phi, alpha, bias, x_new, u, h_pre,
+  (x_maps.block_maps(), y_maps.block_maps(), h_post_in, h_res_in, phi, alpha, bias, x_new, u, h_pre,
    h_post, h_res, m, r, tokens, hidden, own_settings);
 }
 static void post_pre_norm() {
   CONCAT(mhc_post_pre_norm_fwd_one_pass, SUFFIX)
-  (x_map.tensor_map(), y_map.tensor_map(), h_post_in, h_res_in, phi, alpha, bias, norm_scale, x_new,
-   u, h_pre, h_post, h_res, m, r, rho, kNormScaleEps, tokens, hidden, own_settings);
+  (x_maps.block_maps(), y_maps.block_maps(), h_post_in, h_res_in, phi, alpha, bias, norm_scale,
+   x_new, u, h_pre, h_post, h_res, m, r, rho, kNormScaleEps, tokens, hidden, own_settings);
 }
 
 int main(int, char** argv) {
@@ -63,8 +63,8 @@ int main(int, char** argv) {
   const int boxes[] = {Plan<false, false>::kTokens, Plan<true, false>::kTokens,
                        Plan<false, true>::kTokens, Plan<true, true>::kTokens};
   const int box = boxes[sizes.deferred];
-  x_map = {x, tokens, N, hidden, 0, 1, box, SIZE, N};
-  y_map = {y, tokens, 1, hidden, 0, 1, box, SIZE, 1};
+  x_maps = StreamMaps(x, tokens, N, hidden, box);
+  y_maps = StreamMaps(y, tokens, 1, hidden, box);
   void (*const kernels[])() = {pre, post_pre, pre_norm, post_pre_norm};
   for (int c = 0; c < sizes.clusters; ++c) {
     emulated::run_cluster(c, sizes.clusters, sizes.ranks(SIZE), kThreads, kernels[sizes.deferred],

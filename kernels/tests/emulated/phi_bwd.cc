@@ -2,11 +2,11 @@
 
 #include "one_pass/phi_bwd.cu"
 
-#include "check.h"
+#include "maps.h"
 
 unsigned char shared[1];
 
-static Map x_map, y_map;
+static StreamMaps x_maps, y_maps;
 static const float *h_post, *h_res;
 static u16* r_dm;
 static float* d_phi;
@@ -14,7 +14,7 @@ static int tokens, hidden;
 
 static void body() {
   CONCAT(mhc_phi_bwd, SUFFIX)
-  (x_map.tensor_map(), y_map.tensor_map(), reinterpret_cast<const float4*>(h_post),
+  (x_maps.block_maps(), y_maps.block_maps(), reinterpret_cast<const float4*>(h_post),
    reinterpret_cast<const float4*>(h_res), reinterpret_cast<const uint4*>(r_dm), d_phi, tokens,
    hidden);
 }
@@ -38,11 +38,11 @@ int main(int, char** argv) {
     }
   }
   const int rows = sizes.clusters, slices = sizes.ranks(SIZE);
-  d_phi = guarded<float>(rows * num_phi);
+  d_phi = guarded<float>(rows * sum_numbers(hidden));
   const auto map = [&](Stream* values, int num_streams) {
-    return Map{values, tokens, num_streams, hidden, 0, 1, kTokens, SIZE, num_streams};
+    return StreamMaps(values, tokens, num_streams, hidden, kTokens);
   };
-  x_map = map(x, N), y_map = map(y, 1);
+  x_maps = map(x, N), y_maps = map(y, 1);
   emulated::num_rows = rows;
   for (int row = 0; row < rows; ++row) {
     emulated::row_of_blocks = row;
@@ -72,5 +72,5 @@ int main(int, char** argv) {
     }
   }
   Error error{"d_phi", of_stream(kProductsError, kFloatError, 0)};
-  for (size_t i = 0; i < num_phi; ++i) error.add(sum_of_arrays(d_phi, rows, num_phi, i), exact[i]);
+  for (size_t i = 0; i < num_phi; ++i) error.add(sum_of_d_phi(d_phi, rows, hidden, i), exact[i]);
 }

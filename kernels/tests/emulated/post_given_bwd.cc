@@ -2,11 +2,11 @@
 
 #include "given/post_given_bwd.cu"
 
-#include "check.h"
+#include "maps.h"
 
 unsigned char memory[1];
 
-static Map x_maps[2], y_map, d_u_map, d_x_in_maps[2], d_x_maps[2], d_y_map;
+static StreamMaps x_maps[2], y_maps, d_u_maps, d_x_in_maps[2], d_x_maps[2], d_y_maps;
 static const float *h_post, *h_res, *h_given, *phi, *alpha, *bias, *m, *r, *h_res_new, *d_h_pre,
     *d_z;
 static float *d_h_post, *d_h_res, *d_h_given, *d_phi, *d_bias, *d_alpha, *gates, *dots, *sums;
@@ -15,10 +15,10 @@ constexpr int kGates = kColumns == 2 * N ? 2 : 3;
 
 static void body() {
   CONCAT(mhc_post_given_bwd, SUFFIX)
-  (x_maps[0].tensor_map(), x_maps[1].tensor_map(), y_map.tensor_map(), d_u_map.tensor_map(),
-   d_x_in_maps[0].tensor_map(), d_x_in_maps[1].tensor_map(), d_x_maps[0].tensor_map(),
-   d_x_maps[1].tensor_map(), d_y_map.tensor_map(), h_post, h_res, phi, alpha, bias, m, r, h_res_new,
-   h_given, d_h_pre, d_z, dots, sums, gates, tokens, hidden, deferred, settings());
+  (x_maps[0].block_maps(), x_maps[1].block_maps(), y_maps.block_maps(), d_u_maps.block_maps(),
+   d_x_in_maps[0].block_maps(), d_x_in_maps[1].block_maps(), d_x_maps[0].block_maps(),
+   d_x_maps[1].block_maps(), d_y_maps.block_maps(), h_post, h_res, phi, alpha, bias, m, r,
+   h_res_new, h_given, d_h_pre, d_z, dots, sums, gates, tokens, hidden, deferred, settings());
 }
 
 static int phi_blocks() { return (N * hidden * kColumns / 4 + kSumThreads - 1) / kSumThreads; }
@@ -26,7 +26,7 @@ static void sum_body() {
   CONCAT(mhc_sum_given, SUFFIX)
   (reinterpret_cast<float4*>(sums), gates, dots, h_post, h_res, reinterpret_cast<float4*>(d_phi),
    d_bias, d_alpha, d_h_post, d_h_res, d_h_given, phi_blocks(), ranges, N * hidden * kColumns / 4,
-   kGates, tokens, slices);
+   hidden * kColumns / 4, padded(hidden) * kColumns / 4, kGates, tokens, slices);
 }
 
 int main(int, char** argv) {
@@ -67,17 +67,16 @@ int main(int, char** argv) {
   const int rows = kRepliers * ranges, tile_tokens = (tokens + 7) / 8 * 8;
   gates = guarded<float>(size_t(rows) * (K + 3));
   dots = guarded<float>(size_t(tile_tokens) * slices * kDotsRow);
-  sums = guarded<float>(ranges * num_phi);
+  sums = guarded<float>(ranges * sum_numbers(hidden));
   d_phi = guarded<float>(num_phi), d_bias = guarded<float>(K), d_alpha = guarded<float>(kGates);
   const auto map = [&](Stream* values, int num_streams, int first, int step) {
-    const int in_box = (num_streams - first + step - 1) / step;
-    return Map{values, tokens, num_streams, hidden, first, step, int(kTileTokens), SIZE, in_box};
+    return StreamMaps(values, tokens, num_streams, hidden, kTileTokens, first, step);
   };
   for (int odd = 0; odd < 2; ++odd) {
     x_maps[odd] = map(x, N, odd, 2), d_x_in_maps[odd] = map(d_x_in, N, odd, 2);
     d_x_maps[odd] = map(d_x, N, odd, 2);
   }
-  y_map = map(y, 1, 0, 1), d_u_map = map(d_u, 1, 0, 1), d_y_map = map(d_y, 1, 0, 1);
+  y_maps = map(y, 1, 0, 1), d_u_maps = map(d_u, 1, 0, 1), d_y_maps = map(d_y, 1, 0, 1);
   emulated::num_rows = ranges;
   for (int b = 0; b < slices * ranges; ++b) {
     emulated::row_of_blocks = b / slices;

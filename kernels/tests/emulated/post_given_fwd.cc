@@ -2,18 +2,18 @@
 
 #include "given/post_given_fwd.cu"
 
-#include "check.h"
+#include "maps.h"
 
 unsigned char shared[1];
 
-static Map x_map, y_map, x_new_map, u_map;
+static StreamMaps x_maps, y_maps, x_new_maps, u_maps;
 static const float *h_post, *h_res, *h_given, *phi;
 static float *sums, *squares;
 static int tokens, hidden;
 
 static void body() {
   CONCAT(mhc_post_given_fwd, SUFFIX)
-  (x_map.tensor_map(), y_map.tensor_map(), x_new_map.tensor_map(), u_map.tensor_map(), h_post,
+  (x_maps.block_maps(), y_maps.block_maps(), x_new_maps.block_maps(), u_maps.block_maps(), h_post,
    h_res, h_given, phi, reinterpret_cast<float4*>(sums), squares, tokens, hidden);
 }
 
@@ -36,9 +36,9 @@ int main(int, char** argv) {
   sums = guarded<float>(size_t(tokens) * slices * K);
   squares = guarded<float>(size_t(tokens) * slices);
   const auto map = [&](Stream* values, int num_streams) {
-    return Map{values, tokens, num_streams, hidden, 0, 1, kTokens, SIZE, num_streams};
+    return StreamMaps(values, tokens, num_streams, hidden, kTokens);
   };
-  x_map = map(x, N), y_map = map(y, 1), x_new_map = map(x_new, N), u_map = map(u, 1);
+  x_maps = map(x, N), y_maps = map(y, 1), x_new_maps = map(x_new, N), u_maps = map(u, 1);
   emulated::num_rows = rows;
   for (int row = 0; row < rows; ++row) {
     emulated::row_of_blocks = row;

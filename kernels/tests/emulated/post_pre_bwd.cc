@@ -1,11 +1,11 @@
 // post_pre_bwd_one_pass on a CPU against float64.
 
-#include "check.h"
+#include "maps.h"
 #include "one_pass/post_pre_bwd_one_pass.cu"
 
 unsigned char memory[1];
 
-static Map x_maps[2], y_map, d_u_map, d_x_in_maps[2], d_x_maps[2], d_y_map;
+static StreamMaps x_maps[2], y_maps, d_u_maps, d_x_in_maps[2], d_x_maps[2], d_y_maps;
 static const float *h_post, *h_res, *phi, *alpha, *bias, *m, *r, *h_res_new, *d_h_pre, *d_z;
 static float *d_h_post, *d_h_res, *gates;
 static void* for_phi;
@@ -13,10 +13,11 @@ static int tokens, hidden, deferred;
 
 static void body() {
   CONCAT(mhc_post_pre_bwd_one_pass, SUFFIX)
-  (x_maps[0].tensor_map(), x_maps[1].tensor_map(), y_map.tensor_map(), d_u_map.tensor_map(),
-   d_x_in_maps[0].tensor_map(), d_x_in_maps[1].tensor_map(), d_x_maps[0].tensor_map(),
-   d_x_maps[1].tensor_map(), d_y_map.tensor_map(), h_post, h_res, phi, alpha, bias, m, r, h_res_new,
-   d_h_pre, d_z, d_h_post, d_h_res, for_phi, gates, tokens, hidden, deferred, settings());
+  (x_maps[0].block_maps(), x_maps[1].block_maps(), y_maps.block_maps(), d_u_maps.block_maps(),
+   d_x_in_maps[0].block_maps(), d_x_in_maps[1].block_maps(), d_x_maps[0].block_maps(),
+   d_x_maps[1].block_maps(), d_y_maps.block_maps(), h_post, h_res, phi, alpha, bias, m, r,
+   h_res_new, d_h_pre, d_z, d_h_post, d_h_res, for_phi, gates, tokens, hidden, deferred,
+   settings());
 }
 
 int main(int, char** argv) {
@@ -55,18 +56,17 @@ int main(int, char** argv) {
   const int rows = kOwnerWarps * ranks * clusters;
   gates = guarded<float>(size_t(rows) * (K + 3));
   // Sums for d_phi, or r dm in two parts.
-  float* sums = kSumsPhi ? guarded<float>(clusters * num_phi) : nullptr;
+  float* sums = kSumsPhi ? guarded<float>(clusters * sum_numbers(hidden)) : nullptr;
   u16* parts = kSumsPhi ? nullptr : guarded<u16>(size_t(tokens) * 2 * K);
   for_phi = kSumsPhi ? static_cast<void*>(sums) : parts;
   const auto map = [&](Stream* values, int num_streams, int first, int step) {
-    const int in_box = (num_streams - first + step - 1) / step;
-    return Map{values, tokens, num_streams, hidden, first, step, int(kTileTokens), SIZE, in_box};
+    return StreamMaps(values, tokens, num_streams, hidden, kTileTokens, first, step);
   };
   for (int odd = 0; odd < 2; ++odd) {
     x_maps[odd] = map(x, N, odd, 2), d_x_in_maps[odd] = map(d_x_in, N, odd, 2);
     d_x_maps[odd] = map(d_x, N, odd, 2);
   }
-  y_map = map(y, 1, 0, 1), d_u_map = map(d_u, 1, 0, 1), d_y_map = map(d_y, 1, 0, 1);
+  y_maps = map(y, 1, 0, 1), d_u_maps = map(d_u, 1, 0, 1), d_y_maps = map(d_y, 1, 0, 1);
   for (int c = 0; c < clusters; ++c) {
     emulated::run_cluster(c, clusters, ranks, kThreads, body, sizes.seed + c);
   }
@@ -151,7 +151,7 @@ int main(int, char** argv) {
     }
   }
   for (size_t i = 0; kSumsPhi && i < num_phi; ++i) {
-    of_phi.add(sum_of_arrays(sums, clusters, num_phi, i), exact_d_phi[i]);
+    of_phi.add(sum_of_d_phi(sums, clusters, hidden, i), exact_d_phi[i]);
   }
   for (int k = 0; k < K + 3; ++k)
     of_gates.add(sum_of_arrays(gates, rows, K + 3, k), exact_gates[k]);

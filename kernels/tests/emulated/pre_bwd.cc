@@ -1,25 +1,25 @@
 // pre_bwd_one_pass on a CPU against float64, and with the norm of the layer's input where the size has that.
 
-#include "check.h"
+#include "maps.h"
 #include "one_pass/pre_bwd_one_pass.cu"
 
 unsigned char shared[1];
 
-static Map x_map, d_u_map, d_x_in_map, d_x_map;
+static StreamMaps x_maps, d_u_maps, d_x_in_maps, d_x_maps;
 static const float *phi, *alpha, *bias, *m, *r, *h_res, *d_h_pre, *d_z, *norm_scale, *rho;
 static float *d_phi, *gates, *d_norm_scale;
 static int tokens, hidden, deferred;
 
 static void body() {
   CONCAT(mhc_pre_bwd_one_pass, SUFFIX)
-  (x_map.tensor_map(), d_u_map.tensor_map(), d_x_in_map.tensor_map(), d_x_map.tensor_map(), phi,
+  (x_maps.block_maps(), d_u_maps.block_maps(), d_x_in_maps.block_maps(), d_x_maps.block_maps(), phi,
    alpha, bias, m, r, deferred ? h_res : nullptr, d_h_pre, d_z, d_phi, gates, tokens, hidden,
    deferred, settings());
 }
 #ifdef HAS_pre_norm_bwd_one_pass
 static void norm_body() {
   CONCAT(mhc_pre_norm_bwd_one_pass, SUFFIX)
-  (x_map.tensor_map(), d_u_map.tensor_map(), d_x_in_map.tensor_map(), d_x_map.tensor_map(), phi,
+  (x_maps.block_maps(), d_u_maps.block_maps(), d_x_in_maps.block_maps(), d_x_maps.block_maps(), phi,
    alpha, bias, m, r, deferred ? h_res : nullptr, d_h_pre, d_z, d_phi, gates, tokens, hidden,
    deferred, settings(), norm_scale, rho, d_norm_scale);
 }
@@ -63,11 +63,11 @@ int main(int, char** argv) {
                [](size_t i) { return kMixes && i % K < N ? NAN : normal(); });
   // r dm in whole tiles where d_phi is another kernel's.
   const size_t num_r_dm = size_t(tokens + kTile - 1) / kTile * kTile * K;
-  d_phi = guarded<float>(kSumsPhi ? clusters * num_phi : num_r_dm);
+  d_phi = guarded<float>(kSumsPhi ? clusters * sum_numbers(hidden) : num_r_dm);
   const int rows = (norm ? Warps<true>::kOwners : Warps<false>::kOwners) * ranks * clusters;
   gates = guarded<float>(size_t(rows) * (K + 3));
   norm_scale = floats(hidden, [](size_t) { return 1.f + .3f * normal(); });
-  d_norm_scale = guarded<float>(size_t(clusters) * hidden);
+  d_norm_scale = guarded<float>(size_t(clusters) * ranks * SIZE);
   // Of u, with as much of it as h_pre says.
   const auto h_pre_of = [&](int token, int j) {
     return logistic(double(alpha[0]) * m[token * K + j] + bias[j]) + settings().pre_eps;
@@ -84,9 +84,9 @@ int main(int, char** argv) {
     return 1 / std::sqrt(squares / hidden + 1e-6);
   });
   const auto map = [&](Stream* values, int num_streams) {
-    return Map{values, tokens, num_streams, hidden, 0, 1, int(kTileTokens), SIZE, num_streams};
+    return StreamMaps(values, tokens, num_streams, hidden, kTileTokens);
   };
-  x_map = map(x, N), d_u_map = map(d_u, 1), d_x_in_map = map(d_x_in, N), d_x_map = map(d_x, N);
+  x_maps = map(x, N), d_u_maps = map(d_u, 1), d_x_in_maps = map(d_x_in, N), d_x_maps = map(d_x, N);
   for (int c = 0; c < clusters; ++c) {
     const int threads = norm ? Warps<true>::kThreads : Warps<false>::kThreads;
     emulated::run_cluster(c, clusters, ranks, threads, norm ? norm_body : body, sizes.seed + c);
@@ -157,7 +157,7 @@ int main(int, char** argv) {
   }
   if (kSumsPhi) {
     for (size_t i = 0; i < num_phi; ++i) {
-      error_of_phi.add(sum_of_arrays(d_phi, clusters, num_phi, i), exact_d_phi[i]);
+      error_of_phi.add(sum_of_d_phi(d_phi, clusters, hidden, i), exact_d_phi[i]);
     }
   }
   if (!kSumsPhi) {
@@ -172,5 +172,6 @@ int main(int, char** argv) {
   Error error_of_scale{"d_norm_scale", kFloatError};
   if (!norm) error_of_scale.add(1, 1);
   for (int c = 0; norm && c < hidden; ++c)
-    error_of_scale.add(sum_of_arrays(d_norm_scale, clusters, hidden, c), exact_d_norm_scale[c]);
+    error_of_scale.add(sum_of_arrays(d_norm_scale, clusters, ranks * SIZE, c),
+                       exact_d_norm_scale[c]);
 }

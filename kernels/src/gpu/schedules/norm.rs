@@ -25,9 +25,9 @@ pub fn max_blocks(call: &CheckedCall) -> usize {
     MULTIPROCESSORS * at_once.clamp(1, MAX_BLOCKS_AT_ONCE)
 }
 
-/// Sums of `rows` blocks or clusters for the gradient of norm_scale.
-pub fn sums(call: &CheckedCall, rows: usize) -> Part {
-    Part::fixed(rows * call.norm_width)
+/// Sums of `rows` blocks or clusters for the gradient of norm_scale, of so many numbers each where there is a norm.
+pub fn sums(call: &CheckedCall, rows: usize, row: usize) -> Part {
+    Part::fixed(if call.norm_width > 0 { rows * row } else { 0 })
 }
 
 /// The normalised input in place of u, from the streams at `x`; nothing where there is no norm.
@@ -61,7 +61,7 @@ pub fn backward(
     }
     let [d_sum, d_w, d_h_pre] = [
         d_u(call),
-        sums(call, max_blocks(call)),
+        sums(call, max_blocks(call), call.c),
         Part::per_token(call.n),
     ]
     .map(|part| workspace.take(part));
@@ -79,7 +79,10 @@ pub fn backward(
         Arg::Layout(call.layout.into()),
         Arg::Settings(call.config.into()),
     ]);
-    let launches = vec![backward_launch(call, blocks, args), sum(call, d_w, blocks)];
+    let launches = vec![
+        backward_launch(call, blocks, args),
+        sum(call, d_w, [blocks, call.c]),
+    ];
     ([d_sum, d_h_pre], launches)
 }
 
@@ -98,14 +101,15 @@ fn backward_launch(call: &CheckedCall, blocks: usize, args: Vec<Arg>) -> Launch 
     })
 }
 
-/// The gradient of norm_scale from `rows` sums at `d_w`.
-pub fn sum(call: &CheckedCall, d_w: u64, rows: usize) -> Launch {
+/// The gradient of norm_scale from `rows` sums at `d_w`, which have so many numbers each.
+pub fn sum(call: &CheckedCall, d_w: u64, [rows, row]: [usize; 2]) -> Launch {
     let kernel = kernel(call, "sum_norm_scale");
     let args = vec![
         Arg::Pointer(d_w),
         Arg::Pointer(call.result_address("d_norm_scale")),
         Arg::I32(rows as i32),
         Arg::I32(call.c as i32),
+        Arg::I32(row as i32),
     ];
     kernel.launch([call.c.div_ceil(kernel.more("channels")), 1, 1], args)
 }

@@ -13,7 +13,8 @@ use crate::contract::config::Constraint;
 use crate::contract::view::DType;
 use crate::gpu::device::{Device, MAX_CLUSTER, MAX_CLUSTER_BLOCKS};
 use crate::gpu::kernel::Kernel;
-use crate::gpu::launch::{Arg, Launch, Tensor, line};
+use crate::gpu::launch::{Arg, Launch, Tensor};
+use crate::gpu::schedules::sizes;
 use crate::gpu::tuning::{CHANNELS, Size};
 
 /// Streams of most of the kernels.
@@ -64,7 +65,7 @@ impl Geometry {
             let kernel = Kernel::find(function, size, dtype)?;
             let cluster = c.div_ceil(size.number as usize);
             let takes = [size.streams, size.columns] == [n as u32, columns as u32]
-                && c.is_multiple_of(line(dtype))
+                && sizes::is_aligned(c)
                 && (2..=MAX_CLUSTER).contains(&cluster);
             let geometry = Self {
                 size,
@@ -74,17 +75,15 @@ impl Geometry {
         });
         let channel_bytes = n * dtype.num_bytes();
         all.min_by_key(|(geometry, kernel)| {
-            (
-                geometry.has_much_phi(),
-                geometry.work(*kernel, channel_bytes),
-            )
+            (geometry.excess_phi(), geometry.work(*kernel, channel_bytes))
         })
         .map(|(geometry, _)| geometry)
     }
 
-    /// Whether phi takes so many registers that some of it has to lie elsewhere: for widths that no other size takes.
-    fn has_much_phi(self) -> bool {
-        self.size.streams * self.size.number * self.size.columns > MOST_PHI
+    /// Numbers of phi that have to lie elsewhere than in registers: a size with more of them is for widths that no
+    /// other takes.
+    fn excess_phi(self) -> u32 {
+        (self.size.streams * self.size.number * self.size.columns).saturating_sub(MOST_PHI)
     }
 
     /// Work of a kernel for a token, where all clusters have some: larger for fewer clusters, for more channels of a
@@ -98,6 +97,11 @@ impl Geometry {
     /// Channels of a stream that a block owns.
     fn channels(self) -> usize {
         self.size.number as usize
+    }
+
+    /// Channels that the blocks of a cluster have room for.
+    fn all_channels(self) -> usize {
+        self.channels() * self.cluster as usize
     }
 
     /// More clusters than this do not run at once on any GPU.
@@ -158,11 +162,11 @@ pub mod tests {
         Geometry::of_width(function, DType::Bf16, [STREAMS, c, columns])
     }
 
-    /// Channels of which C has whole ones.
-    pub const LINE: usize = line(DType::Bf16);
+    /// A number that C is a multiple of.
+    pub const EIGHT: usize = 8;
 
     #[test]
-    fn widths_of_whole_lines_have_a_geometry() {
+    fn aligned_widths_have_a_geometry() {
         let of = |c, columns| {
             let found = of_width("pre_fwd_one_pass", c, columns)?;
             Some((found.channels(), found.cluster))
@@ -170,6 +174,7 @@ pub mod tests {
         for (c, columns, geometry) in [
             (512, 24, (256, 2)),
             (768, 24, (384, 2)),
+            (1000, 24, (256, 4)),
             (2560, 24, (320, 8)),
             (4096, 24, (256, 16)),
             (6144, 24, (384, 16)),
@@ -178,18 +183,21 @@ pub mod tests {
             (4096, 8, (512, 8)),
             (6144, 8, (384, 16)),
             (4096, 32, (256, 16)),
+            (4608, 32, (384, 12)),
             (6144, 32, (384, 16)),
+            (6208, 32, (512, 13)),
+            (8192, 32, (512, 16)),
         ] {
             assert_eq!(of(c, columns), Some(geometry), "{c}, {columns}");
         }
-        for c in (256 + LINE..=8192).step_by(LINE) {
+        for c in (256 + EIGHT..=8192).step_by(EIGHT) {
             let (channels, cluster) = of(c, 24).unwrap();
             assert!((c..c + channels).contains(&(channels * cluster as usize)));
         }
         // A cluster of one would need other instructions.
         assert_eq!(of(256, 24), None);
         assert_eq!(of(4100, 24), None);
-        assert_eq!(of(8256, 24), None);
-        assert_eq!(of(6208, 32), None);
+        assert_eq!(of(8200, 24), None);
+        assert_eq!(of(8200, 32), None);
     }
 }

@@ -117,7 +117,7 @@ fn check_memory(call: &CheckedCall, launches: &[Launch], name: &str) {
         for arg in &launch.args {
             let address = match arg {
                 Arg::Pointer(address) => *address,
-                Arg::TensorMap(tensor) => tensor.address,
+                Arg::TensorMap(tensor) | Arg::BlockMaps(tensor) => tensor.address,
                 _ => continue,
             };
             let is_part = touched.iter().any(|(of, _)| *of == address);

@@ -1,6 +1,7 @@
 //! Parts of the workspace that kernels touch, by the arguments that kernels/device declares and not by the plans.
 
 use super::super::launch::{Arg, Launch};
+use super::super::tuning::CHANNELS;
 use crate::contract::check::CheckedCall;
 use crate::contract::view::DType;
 
@@ -15,13 +16,9 @@ pub fn spans(call: &CheckedCall, launch: &Launch, start: u64) -> Vec<Span> {
             ref other => panic!("{}: {other:?} at {at}", launch.kernel.symbol()),
         });
     let of_tensors = launch.args.iter().filter_map(|arg| match arg {
-        Arg::TensorMap(tensor) => {
-            let (sizes, strides, _) = tensor.layout();
-            let outer = sizes[1..].iter().zip(strides);
-            let last: u64 = outer
-                .map(|(size, stride)| size.saturating_sub(1) * stride)
-                .sum();
-            Some((tensor.start(), last as usize + 128))
+        Arg::TensorMap(tensor) | Arg::BlockMaps(tensor) => {
+            let values = tensor.tokens * tensor.num_streams * tensor.hidden;
+            Some((tensor.address, values * tensor.dtype.num_bytes()))
         }
         _ => None,
     });
@@ -50,6 +47,9 @@ fn floats(call: &CheckedCall, launch: &Launch) -> Vec<(usize, usize)> {
     let sums = columns + 3;
     let iters = call.config.sinkhorn_iters;
     let d_phi = n * c * columns;
+    // Where a unit of 16 channels is another's in part.
+    let padded = c.next_multiple_of(16);
+    let padded_d_phi = n * padded * columns;
     let padded_columns = || match columns {
         ..=80 => 80,
         columns => columns.next_multiple_of(144),
@@ -157,27 +157,36 @@ fn floats(call: &CheckedCall, launch: &Launch) -> Vec<(usize, usize)> {
             (9, blocks * c),
             (10, tokens * n),
         ],
-        "sum_norm_scale" => vec![(0, int(2) * int(3))],
+        "sum_norm_scale" => vec![(0, int(2) * int(4))],
         "post_pre_norm_bwd" => vec![(11, streams(tokens * c)), (12, blocks * c)],
         "logits_bwd" => vec![(5, tokens * columns)],
         "pre_bwd_one_pass" | "pre_norm_bwd_one_pass" => {
             let clusters = blocks / launch.cluster as usize;
             let is_summed = launch.kernel.more("sums_phi") > 0;
-            let product = if is_summed { clusters * d_phi } else { dm[1] };
+            let product = if is_summed {
+                clusters * padded_d_phi
+            } else {
+                dm[1]
+            };
             let common = [
                 (10, tokens * n),
                 (11, tokens * columns),
                 (12, product),
                 (13, launch.kernel.more("owner_warps") * blocks * sums),
             ];
-            let norm = function.contains("norm").then_some((20, clusters * c));
+            let mut sizes = CHANNELS.iter();
+            let size = sizes.find(|size| size.name == launch.kernel.size).unwrap();
+            let all_channels = launch.cluster as usize * size.number as usize;
+            let norm = function
+                .contains("norm")
+                .then_some((20, clusters * all_channels));
             common.into_iter().chain(norm).collect()
         }
         "post_pre_bwd_one_pass" => {
             let clusters = blocks / launch.cluster as usize;
             let is_summed = launch.kernel.more("sums_phi") > 0;
             let product = if is_summed {
-                clusters * d_phi
+                clusters * padded_d_phi
             } else {
                 tokens * columns
             };
@@ -196,22 +205,25 @@ fn floats(call: &CheckedCall, launch: &Launch) -> Vec<(usize, usize)> {
         ],
         "post_pre_bwd_one_stream" => vec![(19, blocks * d_phi), (20, blocks * sums)],
         "sum_one_stream" => vec![(0, int(5) * int(6)), (1, int(5) * sums)],
-        "phi_bwd" => vec![(4, tokens * columns), (5, rows * d_phi)],
-        "sum_gradients" => vec![(0, 4 * int(5) * int(7)), (1, int(6) * sums)],
+        "phi_bwd" => vec![(4, tokens * columns), (5, rows * padded_d_phi)],
+        "sum_gradients" => vec![
+            (0, 4 * int(5) * int(7) / int(8) * int(9)),
+            (1, int(6) * sums),
+        ],
         "post_given_bwd" => {
             let dots = tokens.next_multiple_of(8) * blocks * launch.kernel.more("dots");
             let repliers = launch.kernel.more("repliers");
             vec![
                 (19, tokens * columns),
                 (20, dots),
-                (21, rows * d_phi),
+                (21, rows * padded_d_phi),
                 (22, repliers * rows * sums),
             ]
         }
         "sum_given" => vec![
-            (0, int(12) * 4 * int(13)),
+            (0, int(12) * 4 * int(13) / int(14) * int(15)),
             (1, int(12) * sums),
-            (2, tokens * int(16) * launch.kernel.more("dots")),
+            (2, tokens * int(18) * launch.kernel.more("dots")),
         ],
         "sinkhorn_bwd" => vec![(3, blocks * 2 * iters * launch.block as usize)],
         "post_fwd" => vec![(4, streams(tokens * n * c))],

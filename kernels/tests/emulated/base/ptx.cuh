@@ -283,12 +283,14 @@ struct alignas(64) TensorMap {
   u64 words[16];
 };
 
-// What a map has here: [tokens, streams, hidden], every `step`-th stream from `first` on, in boxes.
+// What a map has here: [tokens, streams, hidden], every `step`-th stream from `first` on, of each the channels from `start`
+// on that lie before `end`, in boxes.
 struct Map {
   void* values;
   int tokens, streams, hidden, first, step;
   int box_tokens, box_channels, box_streams;
   int element_bytes = sizeof(STREAM);
+  int start = 0, end = hidden;
 
   TensorMap tensor_map() const { return {{reinterpret_cast<u64>(this)}}; }
   int box_bytes() const { return box_tokens * box_channels * box_streams * element_bytes; }
@@ -304,9 +306,9 @@ void for_box(u32 shared, const Map& map, int token, int box, int stream, Use use
     const int s = i / line / map.box_tokens / boxes;
     const u32 start = shared + (i / line) * 128;
     const u32 place = (start + map.element_bytes * c) ^ (start >> 7 & 7) << 4;
-    const int own_stream = map.first + map.step * (stream + s), channel = (box + b) * line + c;
-    const bool is_there =
-        token + t < map.tokens && own_stream < map.streams && channel < map.hidden;
+    const int own_stream = map.first + map.step * (stream + s);
+    const int channel = map.start + (box + b) * line + c;
+    const bool is_there = token + t < map.tokens && own_stream < map.streams && channel < map.end;
     const size_t row = size_t(token + t) * map.streams + own_stream;
     char* values = static_cast<char*>(map.values);
     const size_t element = row * map.hidden + channel;

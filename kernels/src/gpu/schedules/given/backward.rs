@@ -6,8 +6,8 @@ use crate::contract::view::DType;
 use crate::gpu::device::{Device, MAX_CLUSTER_BLOCKS};
 use crate::gpu::kernel::Kernel;
 use crate::gpu::launch::{Arg, Launch, Tensor, line};
-use crate::gpu::schedules::Schedule;
 use crate::gpu::schedules::one_pass::pre_bwd::{self, Sums};
+use crate::gpu::schedules::{Schedule, sizes};
 use crate::gpu::tuning::{CHANNELS, NARROW, Size};
 use crate::gpu::workspace::{Part, Workspace};
 
@@ -29,7 +29,8 @@ const FIXED_WORK: usize = 800;
 fn size_of(dtype: DType, [n, c, columns]: [usize; 3]) -> Option<&'static Size> {
     let sizes = CHANNELS.iter().chain(NARROW).filter(|size| {
         [size.streams, size.columns] == [n as u32, columns as u32]
-            && c.is_multiple_of(line(dtype))
+            && sizes::is_aligned(c)
+            && c >= line(dtype)
             && c.div_ceil(size.number as usize) <= MULTIPROCESSORS
             && Kernel::find(FUNCTION, size, dtype).is_some()
     });
@@ -59,7 +60,7 @@ fn plan(call: &CheckedCall, device: &Device, workspace: &mut dyn Workspace) -> O
             repliers * max_ranges(slices) * (call.columns + 3),
         )),
         d_phi: workspace.take(Part::fixed(
-            max_ranges(slices) * call.n * call.c * call.columns,
+            max_ranges(slices) * call.n * pre_bwd::padded(call.c) * call.columns,
         )),
     };
     let dots = workspace.take(Part::per_token(slices * kernel.more("dots")));
@@ -74,10 +75,10 @@ fn plan(call: &CheckedCall, device: &Device, workspace: &mut dyn Workspace) -> O
         let dims = [call.tokens, num_streams, call.c];
         Tensor::new(address, call.dtype, dims, box_dims)
     };
-    let vector = |address| Arg::TensorMap(tensor(address, 1));
+    let vector = |address| Arg::BlockMaps(tensor(address, 1));
     let streams = |address| {
         let tensor = tensor(address, call.n);
-        [0, 1].map(|first| Arg::TensorMap(tensor.every_second(first)))
+        [0, 1].map(|first| Arg::BlockMaps(tensor.every_second(first)))
     };
     let mut args = streams(operand("x")).to_vec();
     args.extend(["y", "d_u"].map(|name| vector(operand(name))));
@@ -140,6 +141,8 @@ fn sum(
         phi_blocks,
         ranges,
         fours,
+        call.c * call.columns / 4,
+        pre_bwd::padded(call.c) * call.columns / 4,
         call.layout.num_gates(),
         call.tokens,
         slices,
@@ -159,9 +162,10 @@ mod tests {
     }
 
     #[test]
-    fn widths_of_whole_lines_have_a_size() {
+    fn aligned_widths_of_a_line_or_more_have_a_size() {
         for (sizes, expected) in [
             ([4, 64, 24], (256, 132)),
+            ([4, 1000, 24], (256, 33)),
             ([4, 2560, 24], (256, 13)),
             ([4, 4096, 24], (256, 8)),
             ([4, 5120, 24], (256, 6)),
@@ -178,6 +182,7 @@ mod tests {
         for sizes in [
             [4, 33856, 24],
             [4, 4100, 24],
+            [4, 56, 24],
             [3, 4096, 15],
             [8, 4096, 80],
             [1, 4096, 3],

@@ -50,7 +50,9 @@ fn size(dtype: DType, [n, c, columns]: [usize; 3]) -> Option<&'static Size> {
         [size.streams, size.columns] == [n as u32, columns as u32]
             && Kernel::find("post_given_fwd", size, dtype).is_some()
     });
-    sizes.next().filter(|_| c.is_multiple_of(line(dtype)))
+    sizes
+        .next()
+        .filter(|_| sizes::is_aligned(c) && c >= line(dtype))
 }
 
 /// X', u and the sums, by so many blocks for the channels and for the tokens, in clusters of so many.
@@ -64,7 +66,7 @@ fn streams(
     let tensor = |address, num_streams| {
         let dims = [call.tokens, num_streams, call.c];
         let box_dims = [kernel.tokens(), size.number as usize];
-        Arg::TensorMap(Tensor::new(address, call.dtype, dims, box_dims))
+        Arg::BlockMaps(Tensor::new(address, call.dtype, dims, box_dims))
     };
     let operand = |name| call.operand_address(name);
     let result = |name| call.result_address(name);

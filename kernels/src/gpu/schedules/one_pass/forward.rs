@@ -28,7 +28,7 @@ pub fn launch(call: &CheckedCall, device: &Device) -> Option<Launch> {
     let kernel = Kernel::find(function, geometry.size, call.dtype)?;
     let tensor = |name, num_streams| {
         let address = call.operand_address(name);
-        Arg::TensorMap(geometry.tensor(call, kernel, address, num_streams))
+        Arg::BlockMaps(geometry.tensor(call, kernel, address, num_streams))
     };
     let operand = |name| Arg::Pointer(call.operand_address(name));
     let result = |name| Arg::Pointer(call.result_address(name));

@@ -45,6 +45,11 @@ fn recorded_iters(call: &CheckedCall) -> usize {
     }
 }
 
+/// Channels of a stream in sums over tokens that are in memory (geometry.cuh).
+pub fn padded(c: usize) -> usize {
+    c.next_multiple_of(16)
+}
+
 /// Sums that the backward passes in one kernel keep in the workspace, with room for the sums of as many clusters as
 /// any GPU runs at once.
 pub struct Sums {
@@ -65,7 +70,7 @@ impl Sums {
         workspace: &mut dyn Workspace,
     ) -> Self {
         let gates = 3 * MAX_CLUSTER_BLOCKS as usize * (call.columns + 3);
-        let d_phi = geometry.max_clusters() * call.n * call.c * call.columns;
+        let d_phi = geometry.max_clusters() * call.n * padded(call.c) * call.columns;
         Self {
             d_z: workspace.take(Part::per_token(call.columns)),
             gates: workspace.take(Part::fixed(gates)),
@@ -101,7 +106,11 @@ pub fn plan(
     let r_dm = if sums_phi { 0 } else { workspace.take(dm) };
     let operand = |name| call.operand_address(name);
     let (d_w, ([d_u, d_h_pre], mut launches)) = if with_norm.is_some() {
-        let d_w = workspace.take(norm::sums(call, geometry.max_clusters()));
+        let d_w = workspace.take(norm::sums(
+            call,
+            geometry.max_clusters(),
+            geometry.all_channels(),
+        ));
         (d_w, (["d_u", "d_h_pre"].map(operand), vec![]))
     } else {
         (0, norm::backward(call, workspace, x))
@@ -109,7 +118,7 @@ pub fn plan(
     // The kernel itself takes h_post back where there is nothing else.
     let logits = (call.layout.num_res > 0).then(|| logits(call, &sums));
     let tensor =
-        |address, num_streams| Arg::TensorMap(geometry.tensor(call, kernel, address, num_streams));
+        |address, num_streams| Arg::BlockMaps(geometry.tensor(call, kernel, address, num_streams));
     let mut args = vec![
         tensor(x, call.n),
         tensor(d_u, 1),
@@ -138,17 +147,19 @@ pub fn plan(
     let rows = kernel.more("owner_warps") as u32 * blocks;
     launches.extend(logits);
     launches.push(main);
-    let num_sums = if sums_phi {
-        clusters
+    let (num_sums, channels) = if sums_phi {
+        (clusters, padded(call.c))
     } else {
         // There is room for its sums where there would be for those of clusters (a test checks that).
         let launch = projection::d_phi_sums(call, device, projection, x, [0, r_dm], sums.d_phi);
         let num_sums = launch.grid[1];
         launches.push(launch);
-        num_sums
+        (num_sums, call.c)
     };
-    launches.push(sum_gradients(call, &sums, num_sums, rows));
-    launches.extend(with_norm.map(|_| norm::sum(call, d_w, clusters as usize)));
+    launches.push(sum_gradients(call, &sums, [num_sums, rows], channels));
+    launches.extend(
+        with_norm.map(|_| norm::sum(call, d_w, [clusters as usize, geometry.all_channels()])),
+    );
     Some(launches)
 }
 
@@ -189,8 +200,14 @@ pub fn logits(call: &CheckedCall, sums: &Sums) -> Launch {
     }
 }
 
-/// The parameters' gradients from the sums of `clusters` for phi and from `rows` for the others.
-pub fn sum_gradients(call: &CheckedCall, sums: &Sums, clusters: u32, rows: u32) -> Launch {
+/// The parameters' gradients from the sums of `clusters` for phi, in which streams have so many channels, and from `rows` for
+/// the others.
+pub fn sum_gradients(
+    call: &CheckedCall,
+    sums: &Sums,
+    [clusters, rows]: [u32; 2],
+    channels: usize,
+) -> Launch {
     // The same for any number of streams.
     let kernel = Kernel::of("sum_gradients", sizes::streams(STREAMS, true), DType::F32);
     let size = call.n * call.c * call.columns / 4;
@@ -205,6 +222,8 @@ pub fn sum_gradients(call: &CheckedCall, sums: &Sums, clusters: u32, rows: u32) 
             Arg::I32(clusters as i32),
             Arg::I32(rows as i32),
             Arg::I32(size as i32),
+            Arg::I32((call.c * call.columns / 4) as i32),
+            Arg::I32((channels * call.columns / 4) as i32),
             Arg::I32(call.columns as i32),
             Arg::I32(call.layout.num_gates() as i32),
         ],
@@ -214,9 +233,8 @@ pub fn sum_gradients(call: &CheckedCall, sums: &Sums, clusters: u32, rows: u32) 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gpu::launch::line;
     use crate::gpu::schedules::one_pass::COLUMNS;
-    use crate::gpu::schedules::one_pass::tests::LINE;
+    use crate::gpu::schedules::one_pass::tests::EIGHT;
     use crate::gpu::tuning::CHANNELS;
 
     /// Channels of a block and blocks of a cluster.
@@ -234,22 +252,21 @@ mod tests {
 
     #[test]
     fn float32_streams_have_a_geometry() {
-        let line = line(DType::F32);
         for columns in [2 * STREAMS, COLUMNS] {
             let geometry = |c| geometry_of(DType::F32, [STREAMS, c, columns]);
-            for c in (256 + line..=4096).step_by(line) {
+            for c in (256 + EIGHT..=4096).step_by(EIGHT) {
                 assert_eq!(geometry(c), Some((256, c.div_ceil(256))));
             }
             assert_eq!(geometry(256), None);
-            assert_eq!(geometry(4096 + line), None);
-            assert_eq!(geometry(2048 + line / 2), None);
+            assert_eq!(geometry(4096 + EIGHT), None);
+            assert_eq!(geometry(2048 + EIGHT / 2), None);
         }
     }
 
     #[test]
     fn float16_streams_have_a_geometry() {
         let geometry = |c, columns| geometry_of(DType::F16, [STREAMS, c, columns]);
-        for c in (512 + LINE..=8192).step_by(LINE) {
+        for c in (512 + EIGHT..=8192).step_by(EIGHT) {
             let (channels, cluster) = geometry(c, COLUMNS).unwrap();
             assert!(channels * cluster >= c, "{c}");
             assert_eq!(geometry(c, 8), Some((512, c.div_ceil(512))));
@@ -274,11 +291,11 @@ mod tests {
     #[test]
     fn two_streams_have_a_geometry() {
         let geometry = |c, columns| geometry_of(DType::Bf16, [2, c, columns]);
-        for c in (512 + LINE..=8192).step_by(LINE) {
+        for c in (512 + EIGHT..=8192).step_by(EIGHT) {
             assert_eq!(geometry(c, 8), Some((512, c.div_ceil(512))));
         }
         assert_eq!(geometry(512, 8), None);
-        assert_eq!(geometry(8192 + LINE, 8), None);
+        assert_eq!(geometry(8192 + EIGHT, 8), None);
         // Those of `identity` and `permutations`.
         assert_eq!(geometry(2048, 4), None);
         assert_eq!(geometry(2048, 6), None);
@@ -287,11 +304,11 @@ mod tests {
     #[test]
     fn widths_of_every_constraint_have_a_geometry() {
         for (columns, widest) in [(2 * STREAMS, 8192), (COLUMNS, 8192), (32, 8192)] {
-            for c in (256 + LINE..=widest).step_by(LINE) {
+            for c in (256 + EIGHT..=widest).step_by(EIGHT) {
                 let (channels, cluster) = geometry(c, columns).unwrap();
                 assert!(channels * cluster >= c, "{c} {columns}");
             }
-            assert_eq!(geometry(widest + LINE, columns), None);
+            assert_eq!(geometry(widest + EIGHT, columns), None);
         }
         // Those that tests on a GPU have (tests/test_cuda.py), with blocks of every size and with parts of them.
         for (columns, c, expected) in [
