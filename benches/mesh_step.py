@@ -1,12 +1,16 @@
 """Times a training step on several GPUs, and pre where its channels are split.
 
-    python -m benches mesh_step  # on two GPUs or more; --tiny tries it on simulated devices
+    python -m benches mesh_step            # every layout on all GPUs, beside one of them
+    python -m benches mesh_step --scaling  # weak and strong scaling, from one GPU to all
+    python -m benches mesh_step --tiny --devices 8   # tries it on simulated devices
 
 The model and its step are those of model.py and train_step.py, with plain residuals and with mHC in
-a stack, in each of these layouts over all GPUs: on one; data parallel, with as many tokens a GPU as
-on one; fully sharded, where the parameters and the optimiser's state are split, too; tensor
-parallel, with all tokens together as on one: weights split over heads and channels of the MLP,
-streams whole, or their tokens split between the layers, or C.
+a stack, on one GPU and in each of these layouts: data parallel, with as many tokens a GPU as on
+one; fully sharded, where the parameters and the optimiser's state are split, too; tensor parallel,
+with all tokens together as on one: weights split over heads and channels of the MLP, streams whole,
+or their tokens split between the layers, or C; tensor parallel over two or four GPUs and data
+parallel over the others. For strong scaling the fully sharded layout has all tokens together as on
+one GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import common
 import jax
@@ -27,18 +31,44 @@ from collectives import collectives
 from common import STREAMS
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from model import LABELS, TINY, Model
+from model import LABELS, TINY, WIDTHS, Model
 from tabulate import tabulate
 from train_step import Steps
 
 import jax_mhc as mhc
 
-AXIS = "gpus"
-LAYOUTS = (
-    "one GPU", "data", "fully sharded", "tensor, streams whole", "tensor, tokens split",
-    "tensor, C split",
-)  # fmt: skip
+DATA, TENSOR = "data", "tensor"
 CONNECTIONS = ("residual", "seams")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """Split of a model over GPUs.
+
+    tensor: GPUs that a layer is split over, 0 for all; between layers splits there the streams'
+    "tokens", their channels "C", or nothing; fully_sharded splits parameters over the others too.
+    """
+
+    tensor: int = 1
+    between: Literal["tokens", "C"] | None = None
+    fully_sharded: bool = False
+    is_strong: bool = False
+    """All GPUs together have the tokens of one."""
+
+
+KINDS = {
+    "data": Kind(),
+    "fully sharded": Kind(fully_sharded=True),
+    "tensor, streams whole": Kind(tensor=0),
+    "tensor, tokens split": Kind(tensor=0, between="tokens"),
+    "tensor, C split": Kind(tensor=0, between="C"),
+    "tensor 2 x data, tokens split": Kind(tensor=2, between="tokens"),
+    "tensor 4 x data, tokens split": Kind(tensor=4, between="tokens"),
+    "fully sharded, tokens of one GPU": Kind(fully_sharded=True, is_strong=True),
+}
+TABLE = tuple(name for name, kind in KINDS.items() if not kind.is_strong)
+SCALING = ("fully sharded", "fully sharded, tokens of one GPU")
+Name = Literal[tuple(KINDS)]  # type: ignore[valid-type]
 
 
 @dataclasses.dataclass
@@ -47,13 +77,63 @@ class Options:
 
     steps: int = 20
     """Timed steps of each, in four rounds."""
-    layouts: tuple[str, ...] = LAYOUTS
+    devices: tuple[int, ...] = ()
+    """GPUs of the layouts, beside one; by default all, and with scaling 2, 4, ... of them."""
+    layouts: tuple[Name, ...] = ()
+    """By default all that fit, and with scaling two."""
+    scaling: bool = False
+    """Measure weak and strong scaling in place of the layouts, for `python -m benches plots`."""
+    hidden: Literal[2048, 4096] = 2048
+    """Width of the model, which has 12 layers or, of 4096, 4."""
     output: Path | None = None
     """Folder for the records; by default benches/results, and none if tiny."""
     commit: str | None = None
     """Commit to name in the record where there is no repository."""
     tiny: bool = False
-    """A tiny model on two simulated devices of the CPU; its times mean nothing."""
+    """A tiny model on simulated devices of the CPU, two by default; its times mean nothing."""
+
+    def begin(self) -> None:
+        """Fills in what depends on the machine, and refuses what it cannot do."""
+        if self.tiny:
+            jax.config.update("jax_platforms", "cpu")
+            jax.config.update("jax_num_cpu_devices", max(self.devices, default=2))
+            self.steps = 4
+        elif self.output is None:
+            self.output = Path("benches/results")
+        there = jax.device_count()
+        if there < 2:
+            raise SystemExit("mesh_step.py: expected several GPUs, got one; --tiny simulates two")
+        if not self.devices:
+            powers = [2**power for power in range(1, 10) if 2**power < there]
+            self.devices = (*powers, there) if self.scaling else (there,)
+        for num in self.devices:
+            if not 2 <= num <= there:
+                raise SystemExit(f"mesh_step.py: devices: expected 2 to {there}, got {num}")
+        for name in self.layouts:
+            for num in self.devices:
+                if num % (KINDS[name].tensor or num):
+                    raise SystemExit(
+                        f"mesh_step.py: devices: expected a multiple of {KINDS[name].tensor} for "
+                        f"{name}, got {num}"
+                    )
+
+    def model(self) -> Model:
+        model = TINY if self.tiny else WIDTHS[self.hidden]
+        # A sequence or more for each GPU where all together have the tokens of one.
+        return dataclasses.replace(model, batch=max(model.batch, *self.devices))
+
+    def all_layouts(self) -> list[Layout]:
+        """Layouts in the order of the table, the first on one GPU."""
+        names = self.layouts or (SCALING if self.scaling else TABLE)
+        found = [Layout("one GPU", Kind(), 1)]
+        for num in self.devices:
+            for name in names:
+                kind = KINDS[name]
+                # Layouts of tensor x data with one GPU for data are those without it.
+                fits = kind.tensor <= 1 or (num % kind.tensor == 0 and num > kind.tensor)
+                if fits or self.layouts:
+                    found.append(Layout(name, kind, num))
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,48 +141,47 @@ class Layout:
     """Places of parameters and values on the mesh."""
 
     name: str
+    kind: Kind
+    devices: int
 
     @property
-    def devices(self) -> int:
-        return 1 if self.name == "one GPU" else jax.device_count()
+    def tensor(self) -> int:
+        return self.kind.tensor or self.devices
 
     @property
     def mesh(self) -> Any:
+        shape, axes = (self.devices // self.tensor, self.tensor), (DATA, TENSOR)
         devices = jax.devices()[: self.devices]
-        return jax.make_mesh((self.devices,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
-
-    @property
-    def is_tensor(self) -> bool:
-        return self.name.startswith("tensor")
+        return jax.make_mesh(shape, axes, axis_types=2 * (AxisType.Auto,), devices=devices)
 
     def model(self, model: Model) -> Model:
-        batch = model.batch if self.is_tensor else model.batch * self.devices
-        return dataclasses.replace(model, batch=batch)
+        times = 1 if self.kind.is_strong else self.devices // self.tensor
+        return dataclasses.replace(model, batch=model.batch * times)
 
     def parameter(self, path: Any, leaf: Any) -> P:
         """Of a parameter, or of what the optimiser keeps of one."""
         names = {getattr(key, "key", None) for key in path}
-        if self.is_tensor and leaf.ndim > 1:
+        if self.tensor > 1 and leaf.ndim > 1:
             if names & {"qkv", "gate", "up", "logits"}:
-                return P(*[None] * (leaf.ndim - 1), AXIS)
+                return P(*[None] * (leaf.ndim - 1), TENSOR)
             if names & {"out", "down"}:
-                return P(*[None] * (leaf.ndim - 2), AXIS)
-        if self.name == "fully sharded" and leaf.size > 1 << 16:
+                return P(*[None] * (leaf.ndim - 2), TENSOR)
+        # Matrices, which are stacked if they are of layers; vectors stay whole.
+        if self.kind.fully_sharded and (leaf.ndim > 2 or names & {"embedding", "logits"}):
             widest = max(range(leaf.ndim), key=lambda axis: leaf.shape[axis])
-            return P(*[None] * widest, AXIS)
+            return P(*[None] * widest, DATA)
         return P()
 
     def tokens(self) -> P:
-        return P() if self.is_tensor else P(AXIS)
+        return P(DATA)
 
     def place(self, array: jax.Array, name: str) -> jax.Array:
         """A value of the model, `[tokens, ..., C]`."""
-        if self.name == "tensor, tokens split" and name != "layer_input":
-            spec = P(AXIS)
-        elif self.name == "tensor, C split" and name != "layer_input":
-            spec = P(*[None] * (array.ndim - 1), AXIS)
-        else:
-            spec = self.tokens()
+        spec = self.tokens()
+        if self.kind.between == "tokens" and name != "layer_input":
+            spec = P((DATA, TENSOR))
+        elif self.kind.between == "C" and name != "layer_input":
+            spec = P(DATA, *[None] * (array.ndim - 2), TENSOR)
         return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, spec))
 
 
@@ -129,8 +208,10 @@ def communication_ms(kernels: dict[str, Any], devices: int) -> float:
     return sum(times) / devices / 1e3
 
 
-def time_steps(options: Options, model: Model) -> list[dict[str, Any]]:
-    pairs = [(Layout(name), connection) for name in options.layouts for connection in CONNECTIONS]
+def time_steps(options: Options) -> list[dict[str, Any]]:
+    model = options.model()
+    layouts = options.all_layouts()
+    pairs = [(layout, connection) for layout in layouts for connection in CONNECTIONS]
     # One alone first: XLA keeps the matrix products that it chose by timing them.
     programs = [compile_step(pairs[0][0], model, pairs[0][1])]
     with ThreadPoolExecutor(4) as pool:
@@ -162,13 +243,15 @@ def time_steps(options: Options, model: Model) -> list[dict[str, Any]]:
         ms = statistics.median(rounds)
         rows.append({
             "layout": layout.name, "connection": connection, "devices": layout.devices,
+            "tensor": layout.tensor, "is_strong": layout.kind.is_strong,
             "tokens": steps.model.tokens, "losses": losses, "round_ms": rounds, "ms": ms,
             "tokens_per_s": steps.model.tokens / ms * 1e3, "memory": common.memory(program),
             "collectives": collectives(program.as_text()),
             "communication_ms": communication_ms(kernels, layout.devices),
             "kernels": dict(list(kernels.items())[:30]),
         })  # fmt: skip
-        print(f"{layout.name}, {connection}: {ms:.1f} ms, losses {losses}", flush=True)
+        where = f"{layout.name} ({layout.devices})"
+        print(f"{where}, {connection}: {ms:.1f} ms, losses {losses}", flush=True)
         del state, kept, tokens
     return rows
 
@@ -178,8 +261,8 @@ def time_steps(options: Options, model: Model) -> list[dict[str, Any]]:
 
 def time_split_pre(tiny: bool) -> list[dict[str, Any]]:
     """Kernels of pre and of its gradients, C split over all GPUs, and on one GPU."""
-    mesh = Layout("data").mesh
     num, calls = jax.device_count(), 20
+    split_mesh, one = (Layout("", KINDS["tensor, C split"], size).mesh for size in (num, 1))
     rows = []
     for tokens, hidden in [(64, 64)] if tiny else [(8192, 4096), (4096, 7168), (1024, 4096)]:
         x, _, params, d_u, _ = common.inputs(jax.random.key(0), tokens, hidden, "bfloat16")
@@ -193,10 +276,10 @@ def time_split_pre(tiny: bool) -> list[dict[str, Any]]:
 
         for name, function in (("pre", forward), ("pre and gradients", both)):
             for split in (False, True):
-                spec = P(None, None, AXIS) if split else P()
-                devices = mesh if split else Layout("one GPU").mesh
-                u_spec = P(None, AXIS) if split else P()
-                shardings = [NamedSharding(devices, s) for s in (spec, P(), u_spec)]
+                spec = P(None, None, TENSOR) if split else P()
+                mesh = split_mesh if split else one
+                u_spec = P(None, TENSOR) if split else P()
+                shardings = [NamedSharding(mesh, s) for s in (spec, P(), u_spec)]
                 arrays = jax.device_put((x, params, d_u), tuple(shardings))
                 program = jax.jit(function).lower(*arrays).compile()
                 jax.block_until_ready(program(*arrays))
@@ -226,21 +309,31 @@ def listed(found: dict[str, Any]) -> str:
     return ", ".join(f"{num} {kind} ({size / 1e6:.2f} M)" for kind, (num, size) in found.items())
 
 
-def markdown(record: dict[str, Any]) -> str:
+def table(record: dict[str, Any]) -> str:
+    """The steps of a record, with plain residuals and with mHC."""
     first = {row["connection"]: row for row in record["rows"] if row["layout"] == "one GPU"}
     steps, plain = [], {}
     for row in record["rows"]:
+        layout = row["layout"], row["devices"]
         if row["connection"] == "residual":
-            plain[row["layout"]] = row["ms"]
-        alone = first.get(row["connection"])
+            plain[layout] = row["ms"]
+        speed_up = row["tokens_per_s"] / first[row["connection"]]["tokens_per_s"]
         steps.append([
             row["layout"], LABELS[row["connection"]], row["devices"],
             row["tokens"], f"{row['ms']:.1f}",
-            f"{100 * (row['ms'] / plain[row['layout']] - 1):+.1f} %",
-            f"{row['tokens_per_s'] / alone['tokens_per_s']:.2f}" if alone else "",
+            f"{100 * (row['ms'] / plain[layout] - 1):+.1f} %", f"{row['tokens_per_s']:.0f}",
+            f"{speed_up:.2f}", f"{100 * speed_up / row['devices']:.0f} %",
             f"{row['communication_ms']:.1f}", f"{row['memory']['peak_bytes'] / 1e9:.1f}",
             listed(row["collectives"]),
         ])  # fmt: skip
+    headers = [
+        "layout", "connection", "GPUs", "tokens", "ms", "over plain", "tokens/s", "speed-up",
+        "efficiency", "NCCL, ms", "peak, GB", "collectives",
+    ]  # fmt: skip
+    return tabulate(steps, headers, tablefmt="github", disable_numparse=True)
+
+
+def markdown(record: dict[str, Any]) -> str:
     splits = [
         [
             row["op"],
@@ -252,43 +345,41 @@ def markdown(record: dict[str, Any]) -> str:
         ]  # fmt: skip
         for row in record["split_pre"]
     ]
-    table = functools.partial(tabulate, tablefmt="github", disable_numparse=True)
+    headers = ["op", "T x C", "channels", "all kernels", "NCCL", "collectives"]
     return "\n".join([
         f"# Training step on {record['devices']} GPUs, {record['gpu']}, {record['date']}", "",
         f"{record['gpu']}, driver {record['driver']}, jax {record['jax']}, {record['plugin']}, "
-        f"commit {record['commit']} (library: {record['library_commit']}). n = {STREAMS}. "
+        f"commit {record['commit']} (library: {record['library_commit']}). n = {STREAMS}, C = "
+        f"{record['model']['hidden']}, {record['model']['layers']} layers. "
         "Medians of four rounds. Collectives are those of the program's text, in millions of "
         "numbers; in loops over the layers they run once for each of these. NCCL's kernels also "
         "wait for the other GPUs.", "",
-        table(steps, ["layout", "connection", "GPUs", "tokens", "ms", "over plain", "speed-up",
-                      "NCCL, ms", "peak, GB", "collectives"]), "",
-        "## pre with split channels", "", "Kernel time of a GPU, us.", "",
-        table(splits, ["op", "T x C", "channels", "all kernels", "NCCL", "collectives"]), "",
+        table(record), "",
+        *([] if not splits else [
+            "## pre with split channels", "", "Kernel time of a GPU, us.", "",
+            tabulate(splits, headers, tablefmt="github", disable_numparse=True), "",
+        ]),
     ])  # fmt: skip
 
 
 def main(options: Options) -> None:
-    if options.tiny:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", 2)
-        options.steps = 4
-    elif options.output is None:
-        options.output = Path("benches/results")
-    if jax.device_count() < 2:
-        raise SystemExit("mesh_step.py: expected several GPUs, got one; --tiny simulates two")
-    rows = time_steps(options, TINY if options.tiny else Model())
+    options.begin()
+    rows = time_steps(options)
     record = {
         "date": datetime.date.today().isoformat(),
         "commit": options.commit or common.commit(),
-        "devices": jax.device_count(),
+        "devices": max(options.devices),
         **common.versions(),
+        "model": dataclasses.asdict(options.model()),
         "rows": rows,
-        "split_pre": time_split_pre(options.tiny),
+        "split_pre": [] if options.scaling else time_split_pre(options.tiny),
     }
     text = markdown(record)
     print(text)
     if options.output is not None:
-        common.write(record, text, options.output / common.gpu_folder(record), "-mesh-step")
+        name = "scaling" if options.scaling else f"step-{record['devices']}-gpus"
+        folder = options.output / common.gpu_folder(record)
+        common.write(record, text, folder, f"-mesh-{name}-{record['model']['hidden']}")
     for row in rows:
         if not abs(row["losses"][0] - rows[0]["losses"][0]) < 5e-2 * rows[0]["losses"][0]:
             raise SystemExit(f"mesh_step.py: losses differ: {row['losses']}, {rows[0]['losses']}")

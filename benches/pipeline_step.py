@@ -1,6 +1,6 @@
-"""Times a step of examples/pipeline.py on two GPUs, with and without overlap.
+"""Times a step of examples/pipeline.py on several GPUs, with and without overlap.
 
-    python -m benches pipeline_step  # --tiny tries it on two simulated devices
+    python -m benches pipeline_step --stages 4 8     # --tiny tries it on simulated devices
 
 Of the transfers between stages it tells how long they took, as the profiler saw them in one step;
 for how much of that a GPU did nothing else; and how many have computation between their start and
@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
+import math
 import os
 import re
 import statistics
@@ -31,8 +32,14 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import pipeline  # noqa: E402 - after its folder is known
 
 LARGE = pipeline.Settings(
-    layers=4, hidden=2048, heads=16, mlp=5632, length=2048, micro_batch=2, micro_batches=24,
+    hidden=2048, heads=16, mlp=5632, length=2048, micro_batch=2, micro_batches=24,
     attention="cudnn", steps=12,
+)  # fmt: skip
+
+
+# Settings that a row has, and one that loss and gradients do not depend on.
+VARIED = (
+    "stages", "chunks", "connection", "overlap", "layers", "micro_batches", "learning_rate",
 )  # fmt: skip
 
 
@@ -44,11 +51,30 @@ class Options:
     """Folder for the records; by default benches/results, and none if tiny."""
     commit: str | None = None
     """Commit to name in the record where there is no repository."""
+    stages: tuple[int, ...] = (2,)
+    """GPUs of each pipeline. A stage has two blocks, or as many as chunks."""
+    chunks: tuple[int, ...] = (1, 2)
+    """Chunks of a stage's blocks; with more than one the stages interleave."""
     connections: tuple[Literal["residual", "mhc"], ...] = ("residual", "mhc")
     name: str = "pipeline-step"
     """Of the record, after the date."""
     tiny: bool = False
-    """A tiny model on two simulated devices of the CPU; its times mean nothing."""
+    """A tiny model on simulated devices of the CPU; its times mean nothing."""
+
+    def settings(self) -> list[pipeline.Settings]:
+        """Settings of every row, before its connection."""
+        base = pipeline.Settings(steps=4, length=16) if self.tiny else LARGE
+        return [
+            dataclasses.replace(
+                base, stages=stages, chunks=chunks, overlap=overlap,
+                # Whole groups of those that go round together.
+                micro_batches=math.ceil(base.micro_batches / (2 * stages)) * 2 * stages,
+                layers=stages * max(2, chunks),
+            )
+            for stages in self.stages
+            for chunks in self.chunks
+            for overlap in (False, True)
+        ]  # fmt: skip
 
 
 def in_flight(text: str) -> tuple[int, int]:
@@ -105,8 +131,9 @@ def measure(s: Any) -> dict[str, Any]:
     others = [e for e in kernels if "SendRecv" not in e.name]
     num, num_overlapped = in_flight(program.as_text())
     return {
-        "connection": s.connection, "overlap": s.overlap, "ms": ms, "loss": loss,
-        "ticks": s.micro_batches + s.delay, "boundary_bytes": s.boundary_bytes,
+        "stages": s.stages, "chunks": s.chunks, "connection": s.connection, "overlap": s.overlap,
+        "layers": s.layers, "micro_batches": s.micro_batches, "ms": ms, "loss": loss,
+        "ticks": s.ticks, "boundary_bytes": s.boundary_bytes,
         "sent_ms": busy_ms(sent) / s.stages,
         "alone_ms": (busy_ms(kernels) - busy_ms(others)) / s.stages,
         "transfers": num, "overlapped": num_overlapped,
@@ -118,7 +145,10 @@ def measure(s: Any) -> dict[str, Any]:
 def markdown(record: dict[str, Any]) -> str:
     table = [
         [
-            row["connection"], "yes" if row["overlap"] else "no", row["ticks"], f"{row['ms']:.1f}",
+            row["stages"], row["chunks"], row["connection"], "yes" if row["overlap"] else "no",
+            f"{row['ticks']} of 1/{row['chunks']}",
+            f"{100 - 100 * row['micro_batches'] * row['chunks'] / row['ticks']:.0f} %",
+            f"{row['ms']:.1f}",
             f"{row['boundary_bytes'] / 1e6:.0f}", f"{row['sent_ms']:.1f}",
             f"{row['alone_ms']:.1f}", f"{row['overlapped']} of {row['transfers']}",
             f"{row['memory']['peak_bytes'] / 1e9:.1f}", f"{row['loss']:.4f}",
@@ -126,13 +156,14 @@ def markdown(record: dict[str, Any]) -> str:
         for row in record["rows"]
     ]  # fmt: skip
     headers = [
-        "connection", "overlap", "ticks", "ms", "MB over the boundary, each way", "transfers, ms",
+        "stages", "chunks", "connection", "overlap", "ticks", "of these at the ends", "ms",
+        "MB over the boundary, each way", "transfers, ms",
         "of that alone, ms", "with work between start and done", "peak, GB", "loss",
     ]  # fmt: skip
     model = ", ".join(f"{name} {value}" for name, value in record["settings"].items())
     nccl = "".join(f" {name}={value}." for name, value in record["nccl"].items())
     return "\n".join([
-        f"# Pipeline of two stages, {record['gpu']}, {record['date']}", "",
+        f"# Pipeline, {record['gpu']}, {record['date']}", "",
         f"{record['gpu']}, driver {record['driver']}, jax {record['jax']}, {record['plugin']}, "
         f"commit {record['commit']} (library: {record['library_commit']}).{nccl} Loss and "
         f"gradients, no optimiser. {model}.", "",
@@ -145,14 +176,18 @@ def markdown(record: dict[str, Any]) -> str:
 def main(options: Options) -> None:
     if options.tiny:
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", 2)
+        jax.config.update("jax_num_cpu_devices", max(options.stages))
     elif options.output is None:
         options.output = Path("benches/results")
-    settings = pipeline.Settings(steps=4, length=16) if options.tiny else LARGE
+    if jax.device_count() < max(options.stages):
+        raise SystemExit(
+            f"pipeline_step.py: stages: expected at most {jax.device_count()}, a GPU for each, got "
+            f"{max(options.stages)}; --tiny simulates them"
+        )
     rows = []
-    for connection in options.connections:
-        for overlap in (False, True):
-            row = measure(dataclasses.replace(settings, connection=connection, overlap=overlap))
+    for settings in options.settings():
+        for connection in options.connections:
+            row = measure(dataclasses.replace(settings, connection=connection))
             print(row, flush=True)
             rows.append(row)
     record = {
@@ -163,7 +198,7 @@ def main(options: Options) -> None:
         "settings": {
             name: value
             for name, value in dataclasses.asdict(settings).items()
-            if name not in ("connection", "overlap", "learning_rate")
+            if name not in VARIED
         },
         "rows": rows,
     }

@@ -21,6 +21,7 @@ import cells
 import configurations
 import diagnostics_step
 import matplotlib
+import mesh_step
 import model
 import numpy as np
 import recompute
@@ -411,6 +412,46 @@ def diagnostics_section(record: dict[str, Any], path: Path, docs: Path) -> str:
     return f"{machine(record, path, docs)}.\n\n{diagnostics_step.table(record['rows'])}"
 
 
+# ---- several GPUs -------------------------------------------------------------------------------
+
+
+def draw_mesh_scaling(record: dict[str, Any], path: Path) -> None:
+    """Tokens a second, over those of one GPU: with its tokens on each, and on all together."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    counts = sorted({row["devices"] for row in record["rows"]})
+    titles = "weak scaling: tokens of one GPU on each", "strong scaling: on all together"
+    for panel, is_strong, title in zip(panels, (False, True), titles, strict=True):
+        panel.plot(counts, counts, color="black", linewidth=1, linestyle=(0, (3, 2)))
+        for (connection, color), marker in zip(
+            {"residual": OTHER, "seams": FUSED}.items(), "so", strict=True
+        ):
+            of_one, *others = (r for r in record["rows"] if r["connection"] == connection)
+            rows = [of_one, *(row for row in others if row["is_strong"] == is_strong)]
+            panel.plot(
+                [row["devices"] for row in rows],
+                [row["tokens_per_s"] / of_one["tokens_per_s"] for row in rows],
+                color=color, marker=marker, label=model.LABELS[connection],
+            )  # fmt: skip
+        panel.set_title(title, fontsize=10, loc="left")
+        panel.set_xlabel("GPUs", fontsize=9)
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log", base=2)
+        panel.set_xticks(counts, counts)
+        panel.set_yticks(counts, counts)
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("tokens a second, over one GPU's", fontsize=9)
+    panels[0].legend(frameon=False, fontsize=9)
+    save(figure, path)
+
+
+def mesh_scaling_section(record: dict[str, Any], path: Path, docs: Path) -> str:
+    figure = "![Tokens a second by number of GPUs](images/mesh_scaling.svg)"
+    sizes = f"C = {record['model']['hidden']}, {record['model']['layers']} layers"
+    return f"{machine(record, path, docs)}; {sizes}.\n\n{figure}\n\n{mesh_step.table(record)}"
+
+
 # ---- a training ---------------------------------------------------------------------------------
 
 
@@ -543,6 +584,12 @@ def main(options: Options) -> None:
         "train_step": (performance, "-train-step", draw_train_step, train_step_section),
         "recompute": (performance, "-recompute", None, recompute_section),
         "diagnostics": (diagnostics, "-diagnostics", None, diagnostics_section),
+        "mesh_scaling": (
+            "sharding.md",
+            r"-mesh-scaling-\d+",
+            draw_mesh_scaling,
+            mesh_scaling_section,
+        ),
         "training": ("results.md", "-training", draw_training, training_section),
         "training_published": ("results.md", "-training-published", None, published_section),
     }

@@ -17,6 +17,11 @@ computed. That is on its way for a tick, in which both compute other micro-batch
 No transfer depends on the computation beside it, so XLA runs both at once; backward it is the same
 in reverse order. A batch takes micro_batches + 2 (stages - 1) ticks then. With --no-overlap a tick
 ends with the transfer of what it gave, and a batch takes micro_batches + stages - 1 of these.
+
+With --chunks V a stage has V chunks of blocks in place of one (interleaving): chunk 0 is on the
+first stage, chunk 1 on the next, and from the last stage streams go on to the first, round by
+round. A tick then computes one chunk, 1/V of a stage's blocks, so the ticks in which the pipeline
+fills and drains are shorter; streams cross V times as many boundaries.
 """
 
 from __future__ import annotations
@@ -46,6 +51,8 @@ class Settings:
 
     stages: int = 2
     """Devices that the blocks are spread over."""
+    chunks: int = 1
+    """Parts of a stage's blocks; with more than one, streams go round the stages as often."""
     data: int = 1
     """Devices that the batch is spread over, for each stage."""
     micro_batches: int = 4
@@ -71,9 +78,10 @@ class Settings:
     def __post_init__(self) -> None:
         """Sizes that do not fit together."""
         for what, of, size in (
-            ("layers", "stages", self.stages),
+            ("layers", "stages times chunks", self.stages * self.chunks),
             ("hidden", "heads", self.heads),
             ("micro_batch", "data", self.data),
+            ("micro_batches", "a group that goes round", self.group),
         ):
             if getattr(self, what) % size:
                 raise SystemExit(
@@ -82,14 +90,28 @@ class Settings:
                 )
 
     @property
+    def hop(self) -> int:
+        """Ticks from one stage to the next."""
+        return 2 if self.overlap else 1
+
+    @property
     def delay(self) -> int:
         """Ticks from when the first stage takes a micro-batch to when the last one does."""
-        return (2 if self.overlap else 1) * (self.stages - 1)
+        return self.hop * (self.stages - 1)
+
+    @property
+    def group(self) -> int:
+        """Micro-batches that go round together: as many as ticks until the first one is back."""
+        return self.hop * self.stages if self.chunks > 1 else self.micro_batches
+
+    @property
+    def ticks(self) -> int:
+        return self.micro_batches * self.chunks + self.delay
 
     @property
     def boundary_bytes(self) -> int:
         """Bytes that a stage sends on in a step and, backward, back, each."""
-        tokens = self.micro_batches * self.micro_batch * self.length
+        tokens = self.chunks * self.micro_batches * self.micro_batch * self.length
         streams = self.streams if self.connection == "mhc" else 1
         return tokens * streams * self.hidden * jnp.dtype(self.dtype).itemsize
 
@@ -98,7 +120,7 @@ class Settings:
 
 
 def init(key: jax.Array, s: Settings) -> dict[str, Any]:
-    """Parameters; those of the blocks are stacked."""
+    """Parameters; those of the blocks are stacked `[chunks, blocks, ...]`."""
     keys = iter(jax.random.split(key, 10))
 
     def normal(*shape: int) -> jax.Array:
@@ -106,7 +128,7 @@ def init(key: jax.Array, s: Settings) -> dict[str, Any]:
 
     num, width = s.layers, s.hidden
     make = jax.vmap(functools.partial(mhc.init_params, streams=s.streams, hidden=width))
-    return {
+    params = {
         "embedding": normal(s.vocabulary, width),
         "logits": normal(width, s.vocabulary),
         "blocks": {
@@ -117,6 +139,11 @@ def init(key: jax.Array, s: Settings) -> dict[str, Any]:
             "connections": [make(jax.random.split(next(keys), num)) for _ in range(2)],
         },
     }
+    # Each part of the second dimension, on a stage, has its blocks of every chunk.
+    params["blocks"] = jax.tree.map(
+        lambda leaf: leaf.reshape(s.chunks, -1, *leaf.shape[1:]), params["blocks"]
+    )
+    return params
 
 
 def rms_norm(u: jax.Array) -> jax.Array:
@@ -174,46 +201,60 @@ def plain_loss(params: Any, tokens: jax.Array, s: Settings) -> jax.Array:
     """The same without a pipeline, for tokens `[micro_batches, micro_batch, length]`."""
     tokens = tokens.reshape(-1, tokens.shape[-1])
     x = enter(embed(tokens, params["embedding"], s), s)
-    x = run_blocks(x, params["blocks"], s)
-    return leave(x, tokens, params, s)
+    blocks = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), params["blocks"])
+    return leave(run_blocks(x, blocks, s), tokens, params, s)
 
 
 # ---- the pipeline -------------------------------------------------------------------------------
 
 
 def send_on(x: jax.Array, s: Settings) -> jax.Array:
-    """To the next stage; the first one gets zeros, which it does not read."""
-    return jax.lax.ppermute(x, "stage", [(i, i + 1) for i in range(s.stages - 1)])
+    """To the next stage; with one chunk the first gets zeros, which it does not read."""
+    to = [(i, (i + 1) % s.stages) for i in range(s.stages)]
+    return jax.lax.ppermute(x, "stage", to if s.chunks > 1 else to[:-1])
+
+
+def pad(array: jax.Array, axis: int, num: int) -> jax.Array:
+    """Zeros at the end of an axis."""
+    widths = [(0, num if at == axis else 0) for at in range(array.ndim)]
+    return jnp.pad(array, widths)
 
 
 def stage_loss(params: Any, tokens: jax.Array, s: Settings) -> jax.Array:
-    """One device's program: its blocks, on its part of the batch."""
+    """One device's program: its blocks `[chunks, blocks, ...]`, on its part of the batch."""
     stage = jax.lax.axis_index("stage")
 
-    def compute(received: jax.Array, embedded: jax.Array) -> jax.Array:
-        x = jnp.where(stage == 0, enter(embedded, s), received)
-        return run_blocks(x, params["blocks"], s)
+    def compute(received: jax.Array, embedded: jax.Array, number: jax.Array) -> jax.Array:
+        # Micro-batches of a group follow each other in every round.
+        chunk = (number - s.hop * stage) // s.group % s.chunks if s.chunks > 1 else 0
+        x = jnp.where((stage == 0) & (chunk == 0), enter(embedded, s), received)
+        return run_blocks(x, jax.tree.map(lambda leaf: leaf[chunk], params["blocks"]), s)
 
-    def tick(carry: Any, embedded: jax.Array) -> tuple[Any, jax.Array]:
+    def tick(carry: Any, of_tick: Any) -> tuple[Any, jax.Array]:
         received, computed = carry
         if s.overlap:
             arriving = send_on(computed, s)  # beside the next line
-            computed = compute(received, embedded)
+            computed = compute(received, *of_tick)
             # Without it XLA sends backward for two ticks at once, and beside nothing.
             return jax.lax.optimization_barrier((arriving, computed)), computed
-        computed = compute(received, embedded)
+        computed = compute(received, *of_tick)
         return (send_on(computed, s), computed), computed
 
     # All at once, and gradients of the embedding summed up over stages only after all ticks.
     embedding = jax.lax.pcast(params["embedding"], ("stage",), to="varying")
     embedded = embed(tokens, embedding, s)
-    # After the last micro-batch has entered, the first stages work on what nobody reads.
-    embedded = jnp.pad(embedded, ((0, s.delay), *[(0, 0)] * (embedded.ndim - 1)))
+    # Zeros in the later rounds of a group, in which none enters, and after the last micro-batch,
+    # when the first stages work on what nobody reads.
+    embedded = embedded.reshape(-1, s.group, *embedded.shape[1:])
+    embedded = pad(embedded, 1, (s.chunks - 1) * s.group)
+    embedded = pad(embedded.reshape(-1, *embedded.shape[2:]), 0, s.delay)
     nothing = jnp.zeros_like(enter(embedded[0], s))
     # In a loop XLA would copy what each tick keeps for the backward pass, a tenth of a step.
-    _, results = jax.lax.scan(tick, (nothing, nothing), embedded, unroll=True)
-    # Micro-batch i leaves the last stage in tick i + s.delay.
-    loss = leave(results[s.delay :], tokens, params, s)
+    of_ticks = embedded, jnp.arange(s.ticks, dtype=jnp.int32)
+    _, results = jax.lax.scan(tick, (nothing, nothing), of_ticks, unroll=True)
+    # Results of tick i + s.delay are of what entered the round in tick i; the last round's count.
+    results = results[s.delay :].reshape(-1, s.chunks, s.group, *results.shape[1:])[:, -1]
+    loss = leave(results.reshape(s.micro_batches, *results.shape[2:]), tokens, params, s)
     loss = jnp.where(stage == s.stages - 1, loss, 0.0)
     return jax.lax.pmean(jax.lax.psum(loss, "stage"), "data")
 
@@ -222,7 +263,7 @@ def specs(params: Any) -> Any:
     """Blocks over stages; embedding and logits everywhere."""
 
     def spec(path: Any, _: Any) -> P:
-        return P("stage") if path[0].key == "blocks" else P()
+        return P(None, "stage") if path[0].key == "blocks" else P()
 
     return jax.tree_util.tree_map_with_path(spec, params)
 
@@ -275,7 +316,8 @@ def train(s: Settings) -> list[float]:
     compiled = step.lower(state, batches[0]).compile()
     calls = compiled.as_text().count('custom_call_target="jax_mhc_')
     print(
-        f"{s.stages} stages, {s.connection}, {'overlap' if s.overlap else 'no overlap'}: "
+        f"{s.stages} stages, {s.chunks} chunks each, {s.connection}, "
+        f"{'overlap' if s.overlap else 'no overlap'}, {s.ticks} ticks: "
         f"{s.boundary_bytes / 1e6:.2f} MB forward and as much backward over each boundary a step, "
         f"{calls} fused calls"
     )

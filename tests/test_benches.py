@@ -88,8 +88,8 @@ def test_a_step_of_modules(tmp_path):
 @pytest.mark.parametrize(
     "name, options",
     [
-        ("mesh_step", ("--layouts", "data")),
-        ("pipeline_step", ("--connections", "mhc")),
+        ("mesh_step", ("--devices", 4, "--layouts", "tensor 2 x data, tokens split")),
+        ("pipeline_step", ("--connections", "mhc", "--chunks", 2)),
         ("recompute", ("--connections", "seams", "seams-auto-mhc")),
         ("diagnostics_step", ("--connections", "seams", "seams-told")),
     ],
@@ -102,6 +102,38 @@ def test_steps(name, options, tmp_path):
     record = json.loads(path.read_text())
     assert record["commit"] == "0" and all(row["ms"] > 0 for row in record["rows"])
     assert path.with_suffix(".md").read_text() in output
+
+
+@pytest.mark.cpu("its tiny model is for the CPU")
+def test_scaling(tmp_path):
+    """The figure and the table of the page come from the record."""
+    options = "--tiny", "--scaling", "--devices", 2, "--commit", "0", "--output", tmp_path
+    status, output = python("-m", "benches", "mesh_step", *options)
+    assert status == 0, output
+    (path,) = tmp_path.glob("cpu/*-mesh-scaling-64.json")
+    rows = json.loads(path.read_text())["rows"]
+    tokens = {(row["devices"], row["is_strong"]): row["tokens"] for row in rows}
+    one = tokens[1, False]
+    assert tokens == {(1, False): one, (2, False): 2 * one, (2, True): one}
+    split = {kind for row in rows if row["devices"] > 1 for kind in row["collectives"]}
+    assert {"all-gather", "all-reduce"} <= split
+
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "sharding.md").write_text("<!-- mesh_scaling -->\n<!-- /mesh_scaling -->\n")
+    status, output = run("benches/plots.py", "--results", path.parent, "--docs", docs)
+    assert status == 0, output
+    assert (docs / "sharding.md").read_text().count("| plain residual ") == 3
+    assert (docs / "images" / "mesh_scaling.svg").stat().st_size > 10_000
+
+
+@pytest.mark.cpu("its tiny model is for the CPU")
+def test_a_mesh_that_does_not_divide_is_refused():
+    layout = "tensor 2 x data, tokens split"
+    options = "--tiny", "--devices", 3, "--layouts", layout
+    status, output = python("-m", "benches", "mesh_step", *options)
+    assert status == 1
+    assert output == f"mesh_step.py: devices: expected a multiple of 2 for {layout}, got 3\n"
 
 
 @pytest.mark.cpu("its sizes are for the CPU")

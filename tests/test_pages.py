@@ -299,6 +299,22 @@ def _(block, monkeypatch):
     close(jax.jit(split)(x, params()), mhc.mhc_residual(jnp.tanh, x, params()))
 
 
+@names("docs/sharding.md", "Experts")
+def _(block, monkeypatch):
+    def experts(u, weights):
+        sent = jax.lax.all_to_all(u, "experts", 0, 1, tiled=True)
+        y = jax.lax.all_to_all(jnp.tanh(sent @ weights[0]), "experts", 1, 0, tiled=True)
+        return y, jax.lax.pmean(jnp.mean(u), "experts")
+
+    sublayer = block.run(experts=experts)["sublayer"]
+    x, weights = (jax.random.normal(KEY, shape) for shape in ((2, 3, 4, C), (1, C, C)))
+    kinds = (jax.sharding.AxisType.Auto,)
+    with jax.set_mesh(jax.make_mesh((1,), ("experts",), axis_types=kinds)):
+        found, loss = jax.jit(sublayer)(x, params(), weights)
+    close(found, mhc.mhc_residual(lambda u: jnp.tanh(u @ weights[0]), x, params()))
+    close(loss, mhc.pre(x, params())[0].mean())
+
+
 @names("docs/sharding.md", "Names for the dimensions of parameters")
 def _(block, monkeypatch):
     rngs = nnx.Rngs(0)

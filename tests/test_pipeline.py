@@ -12,7 +12,7 @@ from pipeline_step import in_flight, pipeline
 pytestmark = pytest.mark.mesh
 
 SETTINGS = pipeline.Settings(
-    micro_batches=3, micro_batch=4, hidden=32, mlp=64, length=8, dtype="float32", steps=1
+    layers=8, micro_batches=4, micro_batch=4, hidden=32, mlp=64, length=8, dtype="float32", steps=1
 )
 
 
@@ -39,23 +39,32 @@ def plain(connection):
     return params, tokens, run(both, params, tokens)
 
 
+def in_chunks(chunks, leaf):
+    """Blocks in so many parts."""
+    return leaf.reshape(chunks, -1, *leaf.shape[2:])
+
+
 @pytest.mark.parametrize(
-    "overlap, stages, data, connection",
+    "overlap, stages, chunks, data, connection",
     [
-        (True, 2, 1, "mhc"),
-        (True, 4, 1, "mhc"),
-        (True, 2, 2, "mhc"),
-        (False, 2, 1, "mhc"),
-        (False, 4, 2, "mhc"),
-        (True, 2, 1, "residual"),
+        (True, 2, 1, 1, "mhc"),
+        (True, 4, 1, 1, "mhc"),
+        (False, 2, 1, 2, "mhc"),
+        (True, 2, 2, 2, "mhc"),
+        (False, 4, 2, 1, "mhc"),
+        (True, 2, 4, 1, "residual"),
     ],
 )
-def test_it_computes_what_one_device_does(overlap, stages, data, connection):
+def test_it_computes_what_one_device_does(overlap, stages, chunks, data, connection):
     if jax.device_count() < stages * data:
         pytest.skip(f"needs {stages * data} devices")
     params, tokens, (_, loss, gradients) = plain(connection)
     settings = dataclasses.replace(
-        SETTINGS, stages=stages, data=data, overlap=overlap, connection=connection
+        SETTINGS, stages=stages, chunks=chunks, data=data, overlap=overlap, connection=connection
+    )
+    params, gradients = (
+        tree | {"blocks": jax.tree.map(functools.partial(in_chunks, chunks), tree["blocks"])}
+        for tree in (params, gradients)
     )
     mesh = pipeline.make_mesh(settings)
     text, found, found_gradients = run(
@@ -70,9 +79,9 @@ def test_it_computes_what_one_device_does(overlap, stages, data, connection):
     assert ("jax_mhc_post_pre_bwd" in text) == (connection == "mhc")
     # Streams, once forward and once backward, are all that is sent to other stages.
     num, size = collectives(text)["collective-permute"]
-    tick_bytes = settings.boundary_bytes // settings.micro_batches // data
-    ticks = settings.micro_batches + settings.delay
-    assert 2 * settings.micro_batches <= num <= 2 * ticks
+    rounds = chunks * settings.micro_batches
+    tick_bytes = settings.boundary_bytes // rounds // data
+    assert 2 * rounds <= num <= 2 * settings.ticks
     assert size == num * tick_bytes // 4
 
 
@@ -110,3 +119,23 @@ def test_transfers_overlap():
     # At the ends of the pipeline there may be nothing beside a transfer.
     assert num >= 2 * settings.micro_batches
     assert num_overlapped >= num - 2
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"layers": 6, "chunks": 2},
+            "layers: expected a multiple of stages times chunks, 4, got 6",
+        ),
+        ({"data": 3}, "micro_batch: expected a multiple of data, 3, got 4"),
+        (
+            {"chunks": 2, "micro_batches": 6},
+            "micro_batches: expected a multiple of a group that goes round, 4, got 6",
+        ),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(SystemExit) as error:
+        pipeline.Settings(**options)
+    assert str(error.value) == f"pipeline.py: {message}"

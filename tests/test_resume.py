@@ -126,6 +126,40 @@ def test_a_run_goes_on_to_the_same_losses(whole, tmp_path):
     assert records(tmp_path) == whole
 
 
+# Sizes at which arrays of the model are split over eight devices.
+SHARDED = (
+    f"--connections mhc --depth 1 --width 16 --heads 1 --batch 8 --seq 8 --steps {NUM_STEPS} "
+    f"--validation-windows 8 --text {README}"
+).split()
+
+
+@pytest.mark.cpu("its devices are simulated")
+def test_a_run_goes_on_on_another_number_of_devices(tmp_path):
+    """Losses are those of one device: fully sharded over eight, killed, and resumed on four."""
+    one, several = tmp_path / "one", tmp_path / "several"
+    status, output = run(TRAIN, *SHARDED, "--out", one)
+    assert status == 0, output
+    options = [*SHARDED, "--checkpoint-every", "1", "--out", several]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / TRAIN, *options, "--devices", "8"],
+        env=os.environ | ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    folder = several / "checkpoints" / "mhc-0"
+    try:
+        while process.poll() is None and not [p for p in folder.glob("*") if p.name.isdecimal()]:
+            time.sleep(1e-3)
+    finally:
+        process.kill()
+    assert process.wait() == -signal.SIGKILL
+    status, output = run(TRAIN, *options, "--devices", "4", "--resume")
+    assert status == 0 and "goes on after step" in output, output
+    for got, expected in zip(records(several), records(one), strict=True):
+        assert got.keys() == expected.keys() and got["step"] == expected["step"]
+        for name in ("loss", "validation_loss"):
+            if expected[name]:
+                assert float(got[name]) == pytest.approx(float(expected[name]), rel=1e-5)
+
+
 # ---- checkpoints --------------------------------------------------------------------------------
 
 # Orbax's threads; their warnings are not ours.
@@ -135,9 +169,9 @@ orbax = pytest.mark.filterwarnings("default")
 class Run:
     """A model in training as checkpoints see it: small, and compiled within a second."""
 
-    def __init__(self):
+    def __init__(self, num_in=2, num_out=3, bias=True):
         self.settings, self.facts = Settings(), {}
-        self.model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+        self.model = nnx.Linear(num_in, num_out, use_bias=bias, rngs=nnx.Rngs(0))
         self.optimizer = nnx.Optimizer(self.model, optax.adam(0.1), wrt=nnx.Param)
         self.records = [{"step": 0}]
 
@@ -236,6 +270,22 @@ def test_arrays_of_another_step_are_refused(tmp_path, capsys):
     checkpoints.load(Settings())
     error = refusal(capsys, checkpoints.restore, Run())
     assert f"--out: {tmp_path}: expected arrays of step 2, got those of step 1" in error
+    checkpoints.close()
+
+
+@orbax
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ((2, 4), "expected model.bias float32[4], got float32[3]"),
+        ((2, 3, False), "expected model.bias none, got float32[3]"),
+    ],
+)
+def test_arrays_of_another_model_are_refused(features, message, tmp_path, capsys):
+    """Checkpoints of a version whose parameters have other shapes."""
+    checkpoints = saved(tmp_path, step=1, num_records=2, num_updates=1)
+    error = refusal(capsys, checkpoints.restore, Run(*features))
+    assert f"--out: {tmp_path}: {message}; remove the folder to begin that run anew" in error
     checkpoints.close()
 
 

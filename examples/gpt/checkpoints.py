@@ -1,8 +1,10 @@
 """Checkpoints of a run: model, optimizer and records, all of one moment."""
 
+import contextlib
 import copy
 import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -54,9 +56,10 @@ class Checkpoints:
         return told
 
     def restore(self, run: "Run") -> None:
-        """Sets model and optimizer to what they were, to the bit."""
+        """Sets model and optimizer to what they were, to the bit, on the devices of this run."""
         state = nnx.state((run.model, run.optimizer))
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, nnx.to_pure_dict(state))
+        self._check_arrays(_described(abstract))
         restored = self._restore("state", ocp.args.StandardRestore(abstract))
         nnx.replace_by_pure_dict(state, restored)
         nnx.update((run.model, run.optimizer), state)
@@ -64,8 +67,24 @@ class Checkpoints:
             self._refuse(f"arrays of step {self.step}", f"those of step {step}")
 
     def _restore(self, item: str, how: Any) -> Any:
-        try:
+        with self._whole():
             return self._manager.restore(self.step, args=ocp.args.Composite(**{item: how}))[item]
+
+    def _check_arrays(self, expected: dict[str, str]) -> None:
+        """Refuses arrays of another model, such as one of an earlier version, by name and shape."""
+        with self._whole():
+            folder = self._folder.absolute() / str(self.step) / "state"
+            stored = _described(ocp.StandardCheckpointHandler().metadata(folder).tree)
+        for name in sorted(expected.keys() | stored.keys()):
+            wanted, got = (arrays.get(name, "none") for arrays in (expected, stored))
+            if wanted != got:
+                self._refuse(f"{name} {wanted}", got)
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Refuses a checkpoint that cannot be read."""
+        try:
+            yield
         except (OSError, ValueError, KeyError) as error:
             self._refuse(f"a whole checkpoint of step {self.step}", str(error).splitlines()[0])
 
@@ -92,6 +111,19 @@ class Checkpoints:
         if self._manager is not None:
             self._manager.close()
             os.close(self._lock)
+
+
+def _described(arrays: Any) -> dict[str, str]:
+    """Names of arrays of model and optimizer, each with its dtype and shape."""
+
+    def name(path: Any) -> str:
+        first, *others = (str(key.key) for key in path)
+        return ".".join([("model", "optimizer")[int(first)], *others])
+
+    return {
+        name(path): f"{np.dtype(array.dtype)}{list(array.shape)}"
+        for path, array in jax.tree.leaves_with_path(arrays)
+    }
 
 
 def _span(steps: list[int]) -> str:

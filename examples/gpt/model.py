@@ -11,6 +11,7 @@ import jax_mhc as mhc
 from jax_mhc.flax import nnx as mhc_nnx
 
 from .settings import CONNECTIONS, Connection, Settings
+from .sharding import split_batch
 
 
 class Attention(nnx.Module):
@@ -24,7 +25,7 @@ class Attention(nnx.Module):
         self.out = nnx.Linear(width, width, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, u: jax.Array) -> jax.Array:
-        qkv = self.qkv(self.norm(u)).reshape(*u.shape[:-1], 3, self.heads, -1)
+        qkv = self.qkv(split_batch(self.norm(u))).reshape(*u.shape[:-1], 3, self.heads, -1)
         q, k, v = jnp.moveaxis(qkv, -3, 0)
         mixed = jax.nn.dot_product_attention(
             q, k, v, is_causal=True, implementation=self.implementation
@@ -42,7 +43,7 @@ class MLP(nnx.Module):
         self.down = nnx.Linear(4 * width, width, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, u: jax.Array) -> jax.Array:
-        return self.down(nnx.gelu(self.up(self.norm(u))))
+        return self.down(nnx.gelu(self.up(split_batch(self.norm(u)))))
 
 
 class Residual(nnx.Module):
@@ -118,9 +119,9 @@ class GPT(nnx.Module):
         The gain is that of the composite mapping, of some tokens.
         """
         x = self.bytes(jax.nn.one_hot(tokens, 256))
-        x += self.positions[: tokens.shape[-1]].astype(x.dtype)
+        x = split_batch(x + self.positions[: tokens.shape[-1]].astype(x.dtype))
         x, gain = self.run_blocks(x, sample_tokens)
-        return self.logits(self.norm(x)).astype(jnp.float32), gain
+        return self.logits(split_batch(self.norm(x))).astype(jnp.float32), gain
 
     def run_blocks(self, x: jax.Array, sample_tokens: int):
         if not self.streams:

@@ -74,6 +74,9 @@ class Settings:
     and at both ends."""
     sample_tokens: int = 64
     """Tokens of a batch on which each step measures the composite gain."""
+    devices: int = 1
+    """Devices over which the batch and, fully sharded, parameters and optimizer are spread. A run
+    may go on, with resume, on another number of them."""
     checkpoint_every: int = 0
     """Steps between checkpoints, in out/checkpoints; 0 for none."""
     resume: bool = False
@@ -86,7 +89,8 @@ class Settings:
     @property
     def of_a_run(self) -> dict[str, Any]:
         """Settings that a run depends on beside its connection and its seed."""
-        others = ("preset", "connections", "seeds", "checkpoint_every", "resume", "minutes", "out")
+        others = ("preset", "connections", "seeds", "devices", "checkpoint_every", "resume",
+                  "minutes", "out")  # fmt: skip
         every = {k: v for k, v in dataclasses.asdict(self).items() if k not in others}
         return every | {"text": [str(path) for path in self.text]}
 
@@ -122,7 +126,7 @@ def fail(message: str) -> NoReturn:
 def check(settings: Settings) -> None:
     """Refuse what would only fail later, in the middle of a run."""
     sizes = ("depth", "width", "heads", "streams", "steps", "batch", "seq", "megabytes",
-             "validation_windows", "sample_tokens")  # fmt: skip
+             "validation_windows", "sample_tokens", "devices")  # fmt: skip
     for name in sizes:
         if getattr(settings, name) < 1:
             option = name.replace("_", "-")
@@ -136,6 +140,19 @@ def check(settings: Settings) -> None:
         fail(
             f"--width: expected a multiple of --heads {settings.heads}, got {settings.width}; "
             "change one of the two"
+        )
+    if settings.batch % settings.devices:
+        fail(
+            f"--batch: expected a multiple of --devices {settings.devices}, got {settings.batch}; "
+            "change one of the two"
+        )
+    if settings.devices > 1 and jax.config.jax_platforms in (None, "", "cpu"):
+        # Simulated devices, where there are none; it has no say in how many GPUs there are.
+        jax.config.update("jax_num_cpu_devices", settings.devices)
+    if settings.devices > jax.device_count():
+        fail(
+            f"--devices: expected at most {jax.device_count()}, which there are, got "
+            f"{settings.devices}; JAX_PLATFORMS=cpu simulates them"
         )
     if not 0 < settings.learning_rate < math.inf:
         fail(f"--learning-rate: expected a number above 0, got {settings.learning_rate}")

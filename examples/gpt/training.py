@@ -22,6 +22,7 @@ from .checkpoints import Checkpoints
 from .model import GPT
 from .report import LABELS
 from .settings import CONNECTIONS, Connection, Settings, fail
+from .sharding import Devices, keep
 
 
 def make_optimizer(model: GPT, settings: Settings) -> nnx.Optimizer:
@@ -59,6 +60,7 @@ def train_step(model: GPT, optimizer: nnx.Optimizer, tokens: jax.Array, sample_t
 
     (loss, gain), grads = nnx.value_and_grad(loss_and_gain, has_aux=True)(model)
     optimizer.update(model, grads)
+    keep(model, optimizer)
     return jnp.stack([loss, optax.tree.norm(grads), *map(jnp.max, gain)])
 
 
@@ -78,16 +80,19 @@ class Run:
         start = time.perf_counter()
         self.model = nnx.jit(lambda: GPT(connection, settings, seed))()
         self.optimizer = make_optimizer(self.model, settings)
-        length = settings.seq + 1
-        batch = jax.ShapeDtypeStruct((settings.batch, length), jnp.int32)
-        self._step = train_step.lower(
-            self.model, self.optimizer, batch, settings.sample_tokens
-        ).compile()
+        self.devices = Devices(settings.devices)
+        self.devices.place(self.model, self.optimizer)
         # As many at a time as divide all of them, and no more than there is memory for.
         num = settings.validation_windows
         self.num_windows = max(n for n in range(1, settings.batch + 1) if num % n == 0)
-        held_out = jax.ShapeDtypeStruct((self.num_windows, length), jnp.int32)
-        self._evaluate = evaluate.lower(self.model, held_out).compile()
+        batch, held_out = (
+            self.devices.abstract_batch((size, settings.seq + 1))
+            for size in (settings.batch, self.num_windows)
+        )
+        with self.devices.used():
+            step = train_step.lower(self.model, self.optimizer, batch, settings.sample_tokens)
+            self._step = step.compile()
+            self._evaluate = evaluate.lower(self.model, held_out).compile()
         params = jax.tree.leaves(nnx.state(self.model, nnx.Param))
         self.facts = dict(
             num_params=sum(p.size for p in params),
@@ -97,12 +102,12 @@ class Run:
         self.records: list[dict[str, float]] = []
 
     def step(self, tokens: np.ndarray) -> jax.Array:
-        return self._step(self.model, self.optimizer, tokens)
+        return self._step(self.model, self.optimizer, self.devices.batch(tokens))
 
     def evaluation(self, tokens: np.ndarray) -> dict[str, float]:
         """The mean loss on tokens [windows, seq + 1], the largest gains and their means."""
         parts = [
-            self._evaluate(self.model, tokens[i : i + self.num_windows])
+            self._evaluate(self.model, self.devices.batch(tokens[i : i + self.num_windows]))
             for i in range(0, len(tokens), self.num_windows)
         ]
         loss, forward, backward, mean_forward, mean_backward = np.stack(parts).T
