@@ -314,7 +314,7 @@ SMALL_PIPELINE = "--steps 2 --hidden 32 --mlp 64 --length 16".split()
 @pytest.mark.cpu("it needs a device for each stage")
 def test_the_pipeline_trains():
     losses = {}
-    for options in ([], ["--no-overlap"], ["--chunks", 2], ["--connection", "residual"]):
+    for options in ([], ["--no-overlap"], ["--connection", "residual"]):
         status, output = run("examples/pipeline.py", *SMALL_PIPELINE, *options)
         assert status == 0, output
         losses[tuple(options)] = [float(loss) for loss in re.findall(r": loss ([\d.]+)", output)]
@@ -322,8 +322,7 @@ def test_the_pipeline_trains():
         assert (num_calls > 0) == ("residual" not in options)
     # 4 micro-batches of 4 sequences of 16 tokens and 32 channels in bfloat16.
     assert "0.02 MB forward and as much backward" in output
-    for options in ("--no-overlap",), ("--chunks", 2):
-        assert losses[()] == pytest.approx(losses[options], abs=1e-3)
+    assert losses[()] == pytest.approx(losses["--no-overlap",], abs=1e-3)
 
 
 @pytest.mark.cpu("it needs a device for each stage")

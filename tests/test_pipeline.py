@@ -47,7 +47,6 @@ def in_chunks(chunks, leaf):
 @pytest.mark.parametrize(
     "overlap, stages, chunks, data, connection",
     [
-        (True, 2, 1, 1, "mhc"),
         (True, 4, 1, 1, "mhc"),
         (False, 2, 1, 2, "mhc"),
         (True, 2, 2, 2, "mhc"),

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from gpt.settings import Settings  # noqa: E402 - likewise
 TRAIN = "examples/train_gpt.py"
 NUM_STEPS = 16
 OPTIONS = (
-    f"--connections mhc --depth 1 --width 8 --heads 1 --batch 2 --seq 8 --steps {NUM_STEPS} "
+    f"--connections mhc --depth 1 --width 16 --heads 1 --batch 8 --seq 8 --steps {NUM_STEPS} "
     f"--validation-windows 2 --text {README}"
 ).split()
 # A step takes about as long as a save, so that one is under way nearly all the time.
@@ -126,25 +127,15 @@ def test_a_run_goes_on_to_the_same_losses(whole, tmp_path):
     assert records(tmp_path) == whole
 
 
-# Sizes at which arrays of the model are split over eight devices.
-SHARDED = (
-    f"--connections mhc --depth 1 --width 16 --heads 1 --batch 8 --seq 8 --steps {NUM_STEPS} "
-    f"--validation-windows 8 --text {README}"
-).split()
-
-
 @pytest.mark.cpu("its devices are simulated")
-def test_a_run_goes_on_on_another_number_of_devices(tmp_path):
+def test_a_run_goes_on_on_another_number_of_devices(whole, tmp_path):
     """Losses are those of one device: fully sharded over eight, killed, and resumed on four."""
-    one, several = tmp_path / "one", tmp_path / "several"
-    status, output = run(TRAIN, *SHARDED, "--out", one)
-    assert status == 0, output
-    options = [*SHARDED, "--checkpoint-every", "1", "--out", several]
+    options = [*SAVING, "--out", tmp_path]
     process = subprocess.Popen(
         [sys.executable, ROOT / TRAIN, *options, "--devices", "8"],
         env=os.environ | ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL,
     )  # fmt: skip
-    folder = several / "checkpoints" / "mhc-0"
+    folder = tmp_path / "checkpoints" / "mhc-0"
     try:
         while process.poll() is None and not [p for p in folder.glob("*") if p.name.isdecimal()]:
             time.sleep(1e-3)
@@ -153,7 +144,12 @@ def test_a_run_goes_on_on_another_number_of_devices(tmp_path):
     assert process.wait() == -signal.SIGKILL
     status, output = run(TRAIN, *options, "--devices", "4", "--resume")
     assert status == 0 and "goes on after step" in output, output
-    for got, expected in zip(records(several), records(one), strict=True):
+    num, num_on_each = (
+        int(re.search(rf"([\d,]+) {what}", output)[1].replace(",", ""))
+        for what in ("parameters", "of them on each of 4 devices")
+    )
+    assert num / 4 <= num_on_each < num / 2
+    for got, expected in zip(records(tmp_path), whole, strict=True):
         assert got.keys() == expected.keys() and got["step"] == expected["step"]
         for name in ("loss", "validation_loss"):
             if expected[name]:

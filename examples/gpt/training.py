@@ -157,6 +157,10 @@ def describe(run: Run, console: Console) -> None:
         f"{label}, seed {run.seed}: {facts['num_params']:,} parameters, "
         f"compiled in {facts['compile_s']:.1f} s"
     )
+    if run.settings.devices > 1:
+        params = jax.tree.leaves(nnx.state(run.model, nnx.Param))
+        num = sum(p.addressable_shards[0].data.size for p in params)
+        console.print(f"  fully sharded: {num:,} of them on each of {run.settings.devices} devices")
     if facts["num_fused_calls"]:
         console.print(
             f"  fused: {facts['num_fused_calls']} custom calls in the compiled step "
