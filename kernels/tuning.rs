@@ -385,7 +385,7 @@ pub const FILES: &[File] = &[
         row("pre_norm_bwd_one_pass", &[W256], [8, 5, 384, 221_104], &[ 5, 52,  4,  2,  1,  1,  0,  1,  1, 1, 100]),
         row("pre_norm_bwd_one_pass", &[W384], [8, 3, 384, 222_488], &[ 2, 33,  0,  2,  1,  1,  0,  0,  1, 0, 100]),
         row("pre_norm_bwd_one_pass", &[W512K8],  [8, 3, 384, 225_568], &[ 3, 33, 16,  2,  1,  1,  0,  1,  4, 1, 100]),
-        row("pre_norm_bwd_one_pass", &[W512], [8, 3, 384, 228_640], &[ 3, 33, 16,  2,  1,  0,  0,  1,  2, 0, 100]),
+        row("pre_norm_bwd_one_pass", &[W512], [8, 3, 384, 228_640], &[ 3, 33, 16,  2,  1,  0,  0,  1,  1, 0, 100]),
     ] },
     // Two tiles of float32 streams are as large as four of bfloat16.
     File { path: "one_pass/pre_bwd_one_pass", dtypes: F32, target: Target::Clusters,

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -35,8 +36,11 @@ class Checkpoints:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             fail(f"--out: {folder} is in use by another process; wait for its end or end it")
-        # Saves that a killed process had begun are removed.
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
+        # Saves that a killed process had begun are removed before anything else is done here:
+        # Orbax would do that beside the next save.
+        for begun in folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+            shutil.rmtree(begun)
+        options = ocp.CheckpointManagerOptions(max_to_keep=1)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
         self.step = self._manager.latest_step()
 
