@@ -37,7 +37,7 @@ PROGRESS_SECONDS = 5
 
 READY = "or install a wheel that is built: pip install jax-mhc"
 
-# What links lead to and pictures come from, in Markdown and in HTML.
+# Targets of links and pictures, in Markdown and in HTML.
 _TARGET = re.compile(r'(\]\(|(?:src|srcset|href)=")([^)"\s#]+)')
 
 

@@ -68,6 +68,8 @@ KINDS = {
 }
 TABLE = tuple(name for name, kind in KINDS.items() if not kind.is_strong)
 SCALING = ("fully sharded", "fully sharded, tokens of one GPU")
+# Choices of the command line, which tyro reads from the type: the names stand in KINDS alone, where
+# mypy does not look.
 Name = Literal[tuple(KINDS)]  # type: ignore[valid-type]
 
 

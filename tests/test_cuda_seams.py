@@ -45,7 +45,7 @@ FLOAT32 = (
 # Of four float16 streams: every size of blocks, which are those of bfloat16.
 HALF_WIDTHS = (448, 1000, 1024, 2560, 2752, 4096, 4104, 4160, 5952, 7168, 7232, 8192)
 
-# The same with fewer and with more columns of phi; of the latter the widest blocks.
+# Widths with fewer and with more columns of phi; of the latter the widest blocks.
 OTHER_WIDTHS = (64, 448, 520, 640, 1000, 1280, 2560, 3072, 4096, 4104, 5952, 6144)
 WIDEST_PERMUTED = {6152: 13, 6208: 13, 6720: 14, 7232: 15, 8192: 16}
 

@@ -27,7 +27,7 @@ SETTINGS = moe.Settings(
 @pytest.fixture(autouse=True)
 def as_a_user_finds_jax(default_dtypes):
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        # Of float32 products a GPU rounds the factors by default.
+        # Products in float32 round their factors on a GPU by default.
         with jax.default_matmul_precision("highest"):
             yield
 

@@ -9,7 +9,7 @@ from programs import ENVIRONMENT, ROOT
 
 NOTEBOOKS = ROOT / "examples" / "notebooks"
 
-# What jupyter_client and zmq warn of is theirs.
+# Warnings of jupyter_client and zmq are theirs.
 pytestmark = pytest.mark.filterwarnings("default")
 
 

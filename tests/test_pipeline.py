@@ -18,7 +18,7 @@ SETTINGS = pipeline.Settings(
 
 def run(function, params, tokens):
     """Compiled, with loss and gradients."""
-    # Of float32 products a GPU rounds the factors by default.
+    # Products in float32 round their factors on a GPU by default.
     with jax.default_matmul_precision("highest"):
         compiled = jax.jit(function).lower(params, tokens).compile()
     return compiled.as_text(), *compiled(params, tokens)

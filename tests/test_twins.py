@@ -59,7 +59,9 @@ class LinenMLP(nn.Module):
 
 
 def linen_layers(n, norm):
-    wrap = lambda layer: mhc_linen.MHC(layer, WIDTH, streams=n, norm=norm) if n else layer  # noqa: E731
+    def wrap(layer):
+        return mhc_linen.MHC(layer, WIDTH, streams=n, norm=norm) if n else layer
+
     for _ in range(DEPTH):
         yield wrap(LinenAttention(not norm))
         yield wrap(LinenMLP(not norm))

@@ -116,7 +116,7 @@ struct Replier {
   const Settings& settings;
   const int which, lane;
   const bool is_pre;
-  // Of this lane's column of the first octet, and of those of the others; of h_pre's columns.
+  // Gates of this lane's column of the first octet and of those of the others; the bias of h_pre's columns.
   float alpha, alpha_res, bias;
   GateSums sums[kOctets];
 

@@ -156,7 +156,7 @@ impl Tensor {
     }
 }
 
-/// What the driver makes a map of the copy engine from. Coordinates of a box are those of its first value.
+/// A map of the copy engine, as the driver is told of it. Coordinates of a box are those of its first value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Map {
     pub(super) dtype: DType,

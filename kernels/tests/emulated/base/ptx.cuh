@@ -283,7 +283,7 @@ struct alignas(64) TensorMap {
   u64 words[16];
 };
 
-// What a map has here: [tokens, streams, hidden], every `step`-th stream from `first` on, of each the channels from `start`
+// Values of a map: [tokens, streams, hidden], every `step`-th stream from `first` on, of each the channels from `start`
 // on that lie before `end`, in boxes.
 struct Map {
   void* values;
